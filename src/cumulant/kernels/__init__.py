@@ -1,0 +1,1 @@
+"""How the operations are computed. Private: implementations import neither `cumulant.ops` nor each other."""

@@ -1,0 +1,112 @@
+"""Where the tokens of chunk c lie: slices of a batch, or gathers from packed sequences.
+
+Both layouts give chunks with the batch in front, ``[n, G, ...]``, where ``n`` counts the sequences that reach the
+chunk. Packed sequences are walked longest first, so those still alive are always the first ``n``: the work is that of
+the tokens themselves, not that of padding to the longest sequence.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Chunk:
+    start: int  # first token (dense) or chunk offset inside each sequence (packed)
+    length: int
+    rows: int  # sequences alive
+    index: Tensor | None = None  # [n, C] token indices (packed), T where there is no token
+    valid: Tensor | None = None  # [n, C] False where there is no token
+
+
+class Dense:
+    """``[B, H, T, D]`` read by slices."""
+
+    def __init__(self, batch: int, length: int, chunk: int):
+        self.batch = batch
+        self.order = self.inverse = None
+        starts = range(0, length, chunk)
+        self.chunks = [Chunk(start, min(chunk, length - start), batch) for start in starts]
+
+    def load(self, x: Tensor, c: Chunk, groups: int, dtype: torch.dtype) -> Tensor:
+        """``[B, H, T, D]`` -> ``[n, G, R * C, D]``, R = H / G."""
+        x = x[:, :, c.start : c.start + c.length].to(dtype)
+        return x.reshape(c.rows, groups, x.shape[1] // groups * c.length, x.shape[-1])
+
+    def store(self, out: Tensor, c: Chunk, y: Tensor, accumulate: bool = False) -> None:
+        view = out[:, :, c.start : c.start + c.length]
+        y = y.reshape(view.shape)
+        view.add_(y) if accumulate else view.copy_(y)
+
+    def mask(self, key_mask: Tensor | None, c: Chunk) -> Tensor | None:
+        return None if key_mask is None else key_mask[:, c.start : c.start + c.length]
+
+    def new(self, heads: int, length: int, dim: int, like: Tensor, dtype: torch.dtype) -> Tensor:
+        return like.new_empty(self.batch, heads, length, dim, dtype=dtype)
+
+    def finish(self, out: Tensor) -> Tensor:
+        return out
+
+
+class Packed:
+    """``[1, H, T, D]`` holding sequences end to end, read by gathers. Rows past the last sequence come out as zeros."""
+
+    def __init__(self, cu_seqlens: Tensor, length: int, chunk: int):
+        bounds = cu_seqlens.tolist()
+        lengths = torch.tensor([b - a for a, b in zip(bounds, bounds[1:], strict=False)], dtype=torch.long)
+        self.batch = len(lengths)
+        order = torch.argsort(lengths, descending=True, stable=True)
+        device = cu_seqlens.device
+        self.order, self.inverse = order.to(device), torch.argsort(order).to(device)
+        lengths, firsts = lengths[order], torch.tensor(bounds[:-1], dtype=torch.long)[order]
+        offset = torch.arange(chunk)
+        self.chunks = []
+        for start in range(0, int(lengths[0]) if self.batch else 0, chunk):
+            rows = int((lengths > start).sum())
+            size = min(chunk, int(lengths[0]) - start)
+            valid = start + offset[:size] < lengths[:rows, None]
+            index = (firsts[:rows, None] + start + offset[:size]).where(valid, torch.tensor(length))
+            self.chunks.append(Chunk(start, size, rows, index.to(device), valid.to(device)))
+
+    def load(self, x: Tensor, c: Chunk, groups: int, dtype: torch.dtype) -> Tensor:
+        assert c.index is not None and c.valid is not None
+        tokens = x[0].index_select(1, c.index.clamp(max=x.shape[2] - 1).flatten())
+        tokens = tokens.to(dtype).unflatten(1, c.index.shape).transpose(0, 1)  # [n, H, C, D]
+        tokens = tokens.masked_fill(~c.valid[:, None, :, None], 0)
+        return tokens.reshape(c.rows, groups, x.shape[1] // groups * c.length, x.shape[-1])
+
+    def store(self, out: Tensor, c: Chunk, y: Tensor, accumulate: bool = False) -> None:
+        assert c.index is not None
+        heads = out.shape[1]
+        y = y.reshape(c.rows, heads, c.length, out.shape[-1]).transpose(0, 1)
+        y = y.reshape(heads, c.rows * c.length, out.shape[-1])
+        index = c.index.flatten()
+        if accumulate:
+            y = y + out[0].index_select(1, index)
+        out[0].index_copy_(1, index, y.to(out.dtype))
+
+    def mask(self, key_mask: Tensor | None, c: Chunk) -> Tensor | None:
+        if key_mask is None:
+            return c.valid
+        assert c.index is not None and c.valid is not None
+        return key_mask[0][c.index.clamp(max=key_mask.shape[1] - 1)] & c.valid
+
+    def new(self, heads: int, length: int, dim: int, like: Tensor, dtype: torch.dtype) -> Tensor:
+        return like.new_zeros(1, heads, length + 1, dim, dtype=dtype)  # the last row takes what has no token
+
+    def finish(self, out: Tensor) -> Tensor:
+        return out[:, :, :-1].contiguous()
+
+
+def sort_rows(x: Tensor | None, layout: Dense | Packed) -> Tensor | None:
+    """Per-sequence tensors (states) in the layout's order, as a fresh copy."""
+    if x is None:
+        return None
+    return x.clone() if layout.order is None else x.index_select(0, layout.order)
+
+
+def unsort_rows(x: Tensor, layout: Dense | Packed) -> Tensor:
+    return x if layout.inverse is None else x.index_select(0, layout.inverse)

@@ -1,0 +1,159 @@
+"""Mixer states in transformers' caches.
+
+Softmax mixers live in transformers' own `DynamicLayer` and `DynamicSlidingWindowLayer`; fixed-size states in
+`StateLayer`, a `LinearAttentionLayer` that `DynamicCache(config=model.config)` builds for the layer type
+"cumulant_state". Beam reordering, reset and offloading are transformers'.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicSlidingWindowLayer,
+    LinearAttentionCacheLayerMixin,
+    LinearAttentionLayer,
+)
+
+from ..nn import KeyValueState
+from ..ops.state import State, register
+
+
+class StateLayer(LinearAttentionLayer, CacheLayerMixin):  # type: ignore[misc]
+    """A mixer state of fixed size, its tensors kept as recurrent states, and the number of positions so far."""
+
+    _layer_type = "cumulant_state"
+    is_compileable = False  # states are replaced, not written in place
+    is_croppable = False
+    is_sliding = False
+
+    def __init__(self, **kwargs: Any):
+        LinearAttentionLayer.__init__(self, number_of_states=0)
+        self.structure: TreeSpec | None = None
+        self.length = 0
+
+    @property
+    def is_initialized(self) -> bool:
+        return self.structure is not None
+
+    def read(self) -> State | None:
+        if self.structure is None:
+            return None
+        leaves = [self.recurrent_states[i] for i in range(self.number_of_states)]
+        state: State = tree_unflatten(leaves, self.structure)
+        return state
+
+    def write(self, state: State, length: int) -> None:
+        leaves, self.structure = tree_flatten(state)
+        self.number_of_states, self.length = len(leaves), length
+        self.recurrent_states = dict(enumerate(leaves))
+        self.conv_states = dict.fromkeys(range(len(leaves)))
+        self.is_conv_states_initialized = dict.fromkeys(range(len(leaves)), False)
+        self.is_recurrent_states_initialized = {i: leaf is not None for i, leaf in enumerate(leaves)}
+        self.has_previous_state = dict.fromkeys(range(len(leaves)), True)
+        self.device = next(leaf.device for leaf in leaves if leaf is not None)
+
+    def reset(self) -> None:
+        self.__init__()  # type: ignore[misc]
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError("a fixed-size state holds no keys and values; use read() and write()")
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.length + query_length, 0
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._replace(lambda x: x.repeat_interleave(repeats, 0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._replace(lambda x: x[indices])
+
+    def _replace(self, function: Any) -> None:
+        state = self.read()
+        if state is not None:
+            self.write(state.map(function), self.length)
+
+
+def read_state(cache: Cache, layer: int, past_mask: Tensor | None) -> State | None:
+    """The state of mixer `layer`; `past_mask` ``[B, S]`` says which cached positions hold tokens (None: all)."""
+    entry = cache.layers[layer]
+    if isinstance(entry, StateLayer):
+        return entry.read()
+    if isinstance(entry, LinearAttentionCacheLayerMixin):
+        raise TypeError(f"past_key_values: layer {layer} is a {type(entry).__name__}; build the cache from the model's config")
+    if not entry.is_initialized or entry.get_seq_length() == 0:
+        return None
+    key, value = entry.keys, entry.values
+    if past_mask is None:
+        position = torch.full((key.shape[0],), entry.get_seq_length(), dtype=torch.int64, device=key.device)
+        return KeyValueState(key, value, None, position)
+    position = past_mask.sum(1)
+    if isinstance(entry, DynamicSlidingWindowLayer):  # tokens stand at the end, whatever the padding was
+        past_mask = torch.arange(key.shape[2], device=key.device) >= key.shape[2] - position[:, None]
+    return KeyValueState(key, value, past_mask, position)
+
+
+def write_state(cache: Cache, layer: int, state: State, length: int) -> None:
+    """Keep the state of mixer `layer` after `length` positions in all."""
+    entry = cache.layers[layer]
+    if isinstance(entry, StateLayer):
+        entry.write(state, length)
+        return
+    assert isinstance(state, KeyValueState)
+    if not entry.is_initialized:
+        entry.lazy_initialization(state.key, state.value)
+    entry.keys, entry.values = state.key, state.value
+    if isinstance(entry, DynamicSlidingWindowLayer):
+        entry.cumulative_length = length
+
+
+@dataclass(frozen=True)
+class ModelState(State):
+    """The states of all layers of a model. position: ``[B]`` int64, tokens seen."""
+
+    layers: tuple[Any, ...]
+    position: Tensor
+
+
+register(ModelState)
+
+
+def export_state(cache: Cache) -> ModelState:
+    """All of a cache as one state, for `cumulant.save_state`. The batch must hold no padding."""
+    layers = tuple(read_state(cache, i, None) for i in range(len(cache.layers)))
+    if not layers or any(layer is None for layer in layers):
+        raise ValueError("past_key_values: the cache is empty; run the model on some tokens first")
+    first: Any = layers[0]
+    length = cache.get_seq_length()
+    return ModelState(layers, torch.full_like(first.position, length))
+
+
+def import_state(cache: Cache, state: ModelState) -> Cache:
+    """Fill a fresh cache of the model from a state written by `export_state`."""
+    if not isinstance(state, ModelState) or len(state.layers) != len(cache.layers):
+        raise ValueError(
+            f"state: expected the state of a model with {len(cache.layers)} layers, got {type(state).__name__}"
+            f" with {len(getattr(state, 'layers', ()))}"
+        )
+    for i, (entry, part) in enumerate(zip(cache.layers, state.layers, strict=True)):
+        if isinstance(entry, StateLayer) == isinstance(part, KeyValueState):
+            raise ValueError(f"state: layer {i} holds a {type(part).__name__}, which is not this model's mixer there")
+        write_state(cache, i, part, int(state.position.max()))
+    return cache
+
+
+def cache_bytes(cache: Cache) -> int:
+    """Bytes held by a cache."""
+    return sum(s.nbytes for i in range(len(cache.layers)) if (s := read_state(cache, i, None)) is not None)

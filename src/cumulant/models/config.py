@@ -1,0 +1,121 @@
+"""Configuration of the language model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+MIXERS = ("softmax", "sliding_window", "linear", "taylor", "short_convolution")
+FEED_FORWARDS = ("swiglu", "gelu")
+
+
+class CumulantConfig(PreTrainedConfig):  # type: ignore[misc]
+    """Configuration of `CumulantForCausalLM`, checked on construction.
+
+    Args:
+        vocab_size: tokens in the vocabulary.
+        hidden_size: model dim D.
+        num_hidden_layers: depth.
+        mixers: pattern of token mixers, repeated over the depth: "softmax", "sliding_window", "linear", "taylor",
+            "short_convolution".
+        num_attention_heads: query heads H of every attention mixer.
+        num_key_value_heads: key/value heads G, dividing H; by default H.
+        head_dim: head dim of softmax, sliding-window and linear mixers, and value dim of all; by default D / H.
+        taylor_head_dim: query/key head dim K of Taylor mixers.
+        taylor_order: order of Taylor mixers.
+        feature_map: feature map of linear mixers, by name.
+        sliding_window: tokens seen by sliding-window mixers, the token itself included.
+        conv_size: taps of the short convolution over q, k, v in linear and Taylor mixers (0: none), and of
+            short-convolution mixers (where 0 means 4).
+        token_shift: shift half of the channels by a token in linear and Taylor mixers.
+        gate_values: sigmoid gate a head in linear and Taylor mixers.
+        rotary: rotate queries and keys by position in all attention mixers.
+        rotary_base: see `cumulant.nn.RotaryEmbedding`.
+        feed_forward: "swiglu" or "gelu".
+        intermediate_size: hidden dim of the feed-forward; by default about 8/3 D (swiglu) or 4 D (gelu).
+        norm_eps: epsilon of the RMSNorms.
+        dropout: dropout of the mixers' and feed-forwards' outputs.
+        initializer_range: deviation of the initial weights; projections into the residual stream get it divided by
+            sqrt(2 · depth).
+        use_cache: return the cache by default.
+        preset: the preset this configuration came from, for the record.
+    """
+
+    model_type = "cumulant"
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (the base class's convention)
+
+    vocab_size: int = 256
+    hidden_size: int = 256
+    num_hidden_layers: int = 4
+    mixers: list[str] | None = None
+    num_attention_heads: int = 4
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    taylor_head_dim: int = 16
+    taylor_order: int = 2
+    feature_map: str = "elu"
+    sliding_window: int = 64
+    conv_size: int = 0
+    token_shift: bool = False
+    gate_values: bool = False
+    rotary: bool = True
+    rotary_base: float = 10000.0
+    feed_forward: str = "swiglu"
+    intermediate_size: int | None = None
+    norm_eps: float = 1e-6
+    dropout: float = 0.0
+    initializer_range: float = 0.02
+    use_cache: bool = True
+    tie_word_embeddings: bool = True
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+    preset: str | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.mixers is None:
+            self.mixers = ["taylor"]
+        self.mixers = list(self.mixers)
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None and self.hidden_size % self.num_attention_heads == 0:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.intermediate_size is None:
+            width = 4 * self.hidden_size if self.feed_forward == "gelu" else 8 * self.hidden_size // 3
+            self.intermediate_size = -(-width // 32) * 32
+        self._check()
+        super().__post_init__(**kwargs)
+
+    def _check(self) -> None:
+        unknown = [name for name in self.mixers or () if name not in MIXERS]
+        if unknown or not self.mixers:
+            raise ValueError(f"mixers: expected a list of {', '.join(MIXERS)}, got {unknown or self.mixers}")
+        if self.feed_forward not in FEED_FORWARDS:
+            raise ValueError(f"feed_forward: expected one of {', '.join(FEED_FORWARDS)}, got {self.feed_forward!r}")
+        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "sliding_window"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if self.head_dim is None:
+            raise ValueError(
+                f"num_attention_heads: {self.num_attention_heads} must divide hidden_size={self.hidden_size}, "
+                "or head_dim must be given"
+            )
+        if self.num_attention_heads % (self.num_key_value_heads or 1):
+            raise ValueError(
+                f"num_key_value_heads: {self.num_key_value_heads} must divide num_attention_heads="
+                f"{self.num_attention_heads}"
+            )
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout: expected a probability below 1, got {self.dropout}")
+
+    def mixer(self, layer: int) -> str:
+        """The mixer of a layer: the pattern repeats over the depth."""
+        assert self.mixers is not None
+        return self.mixers[layer % len(self.mixers)]
+
+    @property
+    def layer_types(self) -> list[str]:
+        """Kinds of cache layer, by which `transformers.DynamicCache(config=...)` builds the cache."""
+        kinds = {"softmax": "full_attention", "sliding_window": "sliding_attention"}
+        return [kinds.get(self.mixer(i), "cumulant_state") for i in range(self.num_hidden_layers)]

@@ -1,0 +1,260 @@
+"""The language model: embedding, depth × (mixer, feed-forward), norm, logits, as a Hugging Face model."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils.generic import can_return_tuple
+
+from ..nn import (
+    GatedShortConvolution,
+    LinearAttention,
+    ShortConvolution,
+    SlidingWindowAttention,
+    SoftmaxAttention,
+    TaylorAttention,
+)
+from .cache import read_state, write_state
+from .config import CumulantConfig
+
+
+def build_mixer(config: CumulantConfig, layer: int) -> nn.Module:
+    """The token mixer of a layer."""
+    name, dim, heads = config.mixer(layer), config.hidden_size, config.num_attention_heads
+    if name == "short_convolution":
+        return GatedShortConvolution(dim, size=config.conv_size or 4)
+    shared: dict[str, Any] = {
+        "num_kv_heads": config.num_key_value_heads,
+        "rotary": config.rotary,
+        "rotary_base": config.rotary_base,
+    }
+    if name == "softmax":
+        return SoftmaxAttention(dim, heads, head_dim=config.head_dim, **shared)
+    if name == "sliding_window":
+        return SlidingWindowAttention(dim, heads, head_dim=config.head_dim, window=config.sliding_window, **shared)
+    shared |= {
+        "value_dim": config.head_dim,
+        "conv_size": config.conv_size,
+        "shift_tokens": config.token_shift,
+        "gate_values": config.gate_values,
+    }
+    if name == "linear":
+        return LinearAttention(dim, heads, head_dim=config.head_dim, feature_map=config.feature_map, **shared)
+    return TaylorAttention(dim, heads, head_dim=config.taylor_head_dim, order=config.taylor_order, **shared)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU, ``W_down(silu(W_gate x) ⊙ W_up x)``, or GELU, ``W_down gelu(W_up x)``."""
+
+    def __init__(self, config: CumulantConfig):
+        super().__init__()
+        dim, hidden = config.hidden_size, config.intermediate_size
+        assert hidden is not None
+        self.gate_proj = nn.Linear(dim, hidden, bias=False) if config.feed_forward == "swiglu" else None
+        self.up_proj = nn.Linear(dim, hidden, bias=False)
+        self.out_proj = nn.Linear(hidden, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        up = self.up_proj(x)
+        hidden = nn.functional.gelu(up) if self.gate_proj is None else nn.functional.silu(self.gate_proj(x)) * up
+        out: Tensor = self.out_proj(hidden)
+        return out
+
+
+class CumulantBlock(GradientCheckpointingLayer):  # type: ignore[misc]
+    """``x + mixer(norm(x))``, then ``x + feed_forward(norm(x))``."""
+
+    def __init__(self, config: CumulantConfig, layer: int):
+        super().__init__()
+        self.layer = layer
+        self.mixer_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.mixer = build_mixer(config, layer)
+        self.feed_forward_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.feed_forward = FeedForward(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self,
+        x: Tensor,
+        key_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        past_mask: Tensor | None = None,
+        length: int = 0,
+    ) -> Tensor:
+        h = self.mixer_norm(x)
+        if past_key_values is None:
+            h = self.mixer(h, key_mask=key_mask, cu_seqlens=cu_seqlens)
+        else:
+            state = read_state(past_key_values, self.layer, past_mask)
+            h, state = self.mixer(h, key_mask=key_mask, state=state, return_state=True)
+            write_state(past_key_values, self.layer, state, length)
+        x = x + self.dropout(h)
+        return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
+
+
+class CumulantPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
+    config_class = CumulantConfig
+    config: CumulantConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = True
+    _no_split_modules = ["CumulantBlock"]  # noqa: RUF012 (the base class's convention)
+    _is_stateful = True  # a fixed-size state cannot be rolled back, so no assisted generation
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Normal weights; those of projections into the residual stream smaller, as depth adds them up."""
+        super()._init_weights(module)
+        if isinstance(module, ShortConvolution):
+            init.copy_(module.weight, module.initial_weight(module.weight))
+        std = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
+        if isinstance(getattr(module, "out_proj", None), nn.Linear):
+            init.normal_(module.out_proj.weight, std=std)  # type: ignore[union-attr, arg-type]
+
+
+class CumulantModel(CumulantPreTrainedModel):
+    """The stack without logits."""
+
+    def __init__(self, config: CumulantConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(CumulantBlock(config, i) for i in range(config.num_hidden_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.dropout = nn.Dropout(config.dropout)
+        self.post_init()
+
+    @can_return_tuple  # type: ignore[untyped-decorator]
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> BaseModelOutputWithPast:
+        """See `CumulantForCausalLM.forward`."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("input_ids: pass either input_ids [B, T] or inputs_embeds [B, T, D]")
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
+        if cu_seqlens is not None or (self.is_gradient_checkpointing and self.training):
+            use_cache = False
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        key_mask, past_mask = _split_mask(attention_mask, x, past)
+        x = self.dropout(x)
+        hidden = [x]
+        for block in self.layers:
+            x = block(
+                x,
+                key_mask=key_mask,
+                cu_seqlens=cu_seqlens,
+                past_key_values=past_key_values,
+                past_mask=past_mask,
+                length=past + x.shape[1],
+            )
+            hidden.append(x)
+        x = self.norm(x)
+        hidden[-1] = x
+        return BaseModelOutputWithPast(
+            last_hidden_state=x,
+            past_key_values=past_key_values if use_cache else None,
+            hidden_states=tuple(hidden) if output_hidden_states else None,
+        )
+
+
+def _split_mask(attention_mask: Tensor | None, x: Tensor, past: int) -> tuple[Tensor | None, Tensor | None]:
+    """Masks of the new tokens ``[B, T]`` and of the cached ones ``[B, S]``; None where all positions are tokens."""
+    if attention_mask is None:
+        return None, None
+    B, T = x.shape[:2]
+    if attention_mask.dim() != 2 or attention_mask.shape[0] != B or attention_mask.shape[1] not in (T, past + T):
+        raise ValueError(
+            f"attention_mask: expected [B, T] = [{B}, {T}] or with the cached positions [{B}, {past + T}], "
+            f"got {list(attention_mask.shape)}"
+        )
+    mask = attention_mask.bool()
+    if not torch.compiler.is_compiling() and bool(mask.all()):
+        return None, None
+    key_mask, past_mask = mask[:, mask.shape[1] - T :], mask[:, : mask.shape[1] - T]
+    if not torch.compiler.is_compiling() and bool(key_mask.all()):
+        return None, past_mask if past_mask.shape[1] else None
+    return key_mask, past_mask if past_mask.shape[1] else None
+
+
+class CumulantForCausalLM(CumulantPreTrainedModel, GenerationMixin):  # type: ignore[misc]
+    """The language model. `generate`, `save_pretrained`, `Trainer` and `AutoModelForCausalLM` work as with any other."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 (the base class's convention)
+
+    def __init__(self, config: CumulantConfig):
+        super().__init__(config)
+        self.model = CumulantModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @staticmethod
+    def create_masks_for_generate(attention_mask: Tensor | None = None, **_: Any) -> Tensor | None:
+        """Masks stay ``[B, S]``: mixers take them as they are."""
+        return attention_mask
+
+    @can_return_tuple  # type: ignore[untyped-decorator]
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        cu_seqlens: Tensor | None = None,
+        logits_to_keep: int = 0,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> CausalLMOutputWithPast:
+        """Logits ``[B, T, vocab_size]``, and the mean cross entropy in nats if `labels` are given.
+
+        Args:
+            input_ids: ``[B, T]``; with a cache, any number of new tokens.
+            attention_mask: ``[B, T]`` or, with a cache, ``[B, S + T]``; 0 marks padding, on either side.
+            past_key_values: cache of earlier tokens, from a call with ``use_cache=True`` or
+                ``transformers.DynamicCache(config=model.config)``.
+            inputs_embeds: ``[B, T, D]`` in place of `input_ids`.
+            labels: ``[B, T]``, as `input_ids`; -100 is left out. Shifted here.
+            use_cache: return the cache; by default when not training.
+            output_hidden_states: return the residual stream after the embedding and after each block.
+            cu_seqlens: ``[N + 1]`` offsets of documents packed end to end in one row (B = 1); none sees another.
+            logits_to_keep: compute only the last so many logits; 0 for all.
+            num_items_in_batch: divisor of the summed loss, for gradient accumulation.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            cu_seqlens=cu_seqlens,
+        )
+        hidden = outputs.last_hidden_state
+        logits = self.lm_head(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, self.config.vocab_size, num_items_in_batch=num_items_in_batch)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+        )

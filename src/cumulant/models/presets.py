@@ -1,0 +1,27 @@
+"""Named configurations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .config import CumulantConfig
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "softmax": {"mixers": ["softmax"]},
+    "linear": {"mixers": ["linear"], "conv_size": 4},
+    "taylor": {"mixers": ["taylor"], "conv_size": 4},
+    "based": {"mixers": ["short_convolution", "taylor", "sliding_window"]},
+}
+
+
+def from_preset(name: str, **overrides: Any) -> CumulantConfig:
+    """The configuration of a preset: "softmax", "linear", "taylor" or "based", with any field overridden.
+
+    >>> from_preset("based", hidden_size=512, num_hidden_layers=12)
+    """
+    if name not in PRESETS:
+        raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, got {name!r}")
+    unknown = [key for key in overrides if key not in CumulantConfig.__dataclass_fields__]
+    if unknown:
+        raise ValueError(f"{unknown[0]}: not a field of CumulantConfig")
+    return CumulantConfig(**{**PRESETS[name], "preset": name, **overrides})

@@ -1,0 +1,32 @@
+"""Modules. Every causal mixer has one protocol::
+
+    y = mixer(x, key_mask=None, cu_seqlens=None)
+    y, state = mixer(x, key_mask=None, state=None, return_state=True)
+
+``x [B, T, D]``; ``key_mask [B, T]`` bool, True where there is a token: masked positions count for nothing, wherever they
+stand, and come out as zeros; ``cu_seqlens [N + 1]`` offsets of sequences packed end to end in one row (B = 1). A state
+continues the sequence: whole = any split = one token at a time.
+"""
+
+from .kernel_attention import KernelAttentionState
+from .linear import LinearAttention
+from .rotary import RotaryEmbedding
+from .short_convolution import ConvolutionState, GatedShortConvolution, ShortConvolution
+from .sliding_window import SlidingWindowAttention
+from .softmax import KeyValueState, SoftmaxAttention
+from .taylor import TaylorAttention
+from .token_shift import token_shift
+
+__all__ = [
+    "ConvolutionState",
+    "GatedShortConvolution",
+    "KernelAttentionState",
+    "KeyValueState",
+    "LinearAttention",
+    "RotaryEmbedding",
+    "ShortConvolution",
+    "SlidingWindowAttention",
+    "SoftmaxAttention",
+    "TaylorAttention",
+    "token_shift",
+]

@@ -1,0 +1,84 @@
+"""Masked tokens do not exist: how modules hold to that, wherever the padding lies.
+
+A module moves the tokens that count to the front of each row (`compact`), works on rows padded on the right, where a
+causal mixer's outputs cannot see the padding, and puts its outputs back (`restore`). Left padding, right padding and
+holes then give the same outputs, gradients and states as no padding at all.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..ops.checks import check_key_mask
+
+
+class Rows(NamedTuple):
+    """Compacted rows: which slots hold a token ``[B, T]``, how many do ``[B]``, and where each position went."""
+
+    mask: Tensor
+    count: Tensor
+    inverse: Tensor
+
+
+def check_input(x: Tensor, dim: int, key_mask: Tensor | None, cu_seqlens: Tensor | None, has_state: bool) -> None:
+    """The arguments that every mixer takes."""
+    if x.dim() != 3 or x.shape[-1] != dim:
+        raise ValueError(f"x: expected [B, T, D] with D={dim}, got {list(x.shape)}")
+    check_key_mask(key_mask, x.shape[0], x.shape[1], x.device)
+    if cu_seqlens is None:
+        return
+    if x.shape[0] != 1:
+        raise ValueError(f"cu_seqlens: packed sequences need B = 1, got x {list(x.shape)}")
+    if key_mask is not None or has_state:
+        raise ValueError(
+            "cu_seqlens: cannot be combined with key_mask, state or return_state in a module; "
+            "leave masked tokens out of the packed row, or pass a padded batch"
+        )
+
+
+def compact(x: Tensor, key_mask: Tensor) -> tuple[Tensor, Rows]:
+    """Tokens that count to the front of each row, zeros behind them: ``[B, T, D]``."""
+    order = torch.argsort((~key_mask).to(torch.uint8), dim=1, stable=True)
+    count = key_mask.sum(1)
+    mask = torch.arange(x.shape[1], device=x.device) < count[:, None]
+    x = x.gather(1, order[..., None].expand_as(x)).masked_fill(~mask[..., None], 0)
+    return x, Rows(mask, count, torch.argsort(order, dim=1))
+
+
+def restore(y: Tensor, rows: Rows | None) -> Tensor:
+    """Outputs back where their tokens stood; zeros at masked positions."""
+    if rows is None:
+        return y
+    y = y.masked_fill(~rows.mask[..., None], 0)
+    return y.gather(1, rows.inverse[..., None].expand_as(y))
+
+
+def last_tokens(x: Tensor, padding: Tensor | None, n: int) -> Tensor:
+    """The last `n` tokens of each row of ``x [B, L, D]``, its final ``padding [B]`` entries left out: ``[B, n, D]``."""
+    if padding is None:
+        return x[:, x.shape[1] - n :]
+    index = x.shape[1] - n - padding[:, None] + torch.arange(n, device=x.device)
+    return x.gather(1, index[..., None].expand(-1, -1, x.shape[2]))
+
+
+def clear_slack(x: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """``x [1, T, D]`` with zeros after the last packed sequence: what stands there reaches no gradient."""
+    return x.masked_fill((torch.arange(x.shape[1], device=x.device) >= cu_seqlens[-1])[:, None], 0)
+
+
+def offsets(length: int, cu_seqlens: Tensor) -> Tensor:
+    """Index of each packed token in its own sequence ``[T]``; rows after the last sequence count on."""
+    index = torch.arange(length, device=cu_seqlens.device)
+    starts = cu_seqlens.long()
+    return index - starts[torch.searchsorted(starts, index, right=True) - 1]
+
+
+def positions(length: int, start: Tensor | None, cu_seqlens: Tensor | None, device: torch.device) -> Tensor:
+    """Position of each token in its sequence: ``[T]``, or ``[B, T]`` after a state that ends at `start` ``[B]``."""
+    if cu_seqlens is not None:
+        return offsets(length, cu_seqlens)
+    index = torch.arange(length, device=device)
+    return index if start is None else start[:, None] + index

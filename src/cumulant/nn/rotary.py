@@ -1,0 +1,44 @@
+"""Rotary position embedding."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class RotaryEmbedding(nn.Module):
+    """Rotates neighbouring pairs of dimensions by position-dependent angles (Su et al. 2021, "RoFormer", eq. 34).
+
+    Pair i at position t turns by ``t · base^(-2i/dim)``. Whole turns are taken off in fp64, so that a million tokens
+    in the angles are as exact as at the start, whatever the module's dtype. No parameters, no buffers.
+
+    Args:
+        dim: rotated dimensions, even.
+        base: the slowest pair turns once in about ``2π · base`` tokens.
+    """
+
+    def __init__(self, dim: int, base: float = 10000.0):
+        super().__init__()
+        if dim < 2 or dim % 2:
+            raise ValueError(f"dim: rotary embedding needs an even number of dimensions, got {dim}")
+        self.dim, self.base = dim, base
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}, base={self.base}"
+
+    def angles(self, position: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines ``[..., T, dim/2]`` in fp32 for ``position [..., T]``."""
+        exponent = torch.arange(0, self.dim, 2, dtype=torch.float64, device=position.device) / -self.dim
+        turns = position[..., None] * (self.base**exponent / (2 * torch.pi))
+        angle = ((turns - turns.floor()) * (2 * torch.pi)).float()
+        return angle.cos(), angle.sin()
+
+    def forward(self, x: Tensor, position: Tensor) -> Tensor:
+        """``x [B, H, T, dim]`` at ``position [T]`` or ``[B, T]``."""
+        cos, sin = self.angles(position)
+        if position.dim() == 2:
+            cos, sin = cos[:, None], sin[:, None]
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        even, odd = x.to(dtype).unflatten(-1, (-1, 2)).unbind(-1)
+        turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2)
+        return turned.to(x.dtype)

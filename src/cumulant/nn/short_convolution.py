@@ -1,0 +1,109 @@
+"""Short causal convolutions: the local mixer that linear attention needs beside it (Arora et al. 2023)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.state import State, register
+from .padding import check_input, clear_slack, compact, last_tokens, offsets, restore
+
+
+class ShortConvolution(nn.Module):
+    """Depthwise causal convolution: ``y_t = Σ_{j < size} w_j ⊙ x_{t-j}``, zeros before the first token.
+
+    It starts as the identity (w_0 = 1, the rest small), so that adding it to a model changes nothing at first.
+
+    Args:
+        dim: channels D.
+        size: taps, the newest token included.
+    """
+
+    def __init__(self, dim: int, size: int = 4):
+        super().__init__()
+        if size < 1:
+            raise ValueError(f"size: a convolution needs at least 1 tap, got {size}")
+        self.dim, self.size = dim, size
+        self.weight = nn.Parameter(torch.empty(size, dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        with torch.no_grad():
+            self.weight.copy_(self.initial_weight(self.weight))
+
+    @staticmethod
+    def initial_weight(like: Tensor) -> Tensor:
+        """1 for the newest tap, 0 for the rest, plus noise of deviation 0.02."""
+        weight = torch.randn_like(like) * 0.02
+        weight[0] += 1
+        return weight
+
+    def forward(
+        self, x: Tensor, *, tail: Tensor | None = None, offset: Tensor | None = None, padding: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """``x [B, T, D]`` -> the same and the new tail ``[B, size - 1, D]``; arguments as in `token_shift`."""
+        n, T = self.size - 1, x.shape[1]
+        tail = x.new_zeros(x.shape[0], n, x.shape[2]) if tail is None else tail.to(x.dtype)
+        buffer = torch.cat((tail, x), 1)
+        weight = self.weight.to(x.dtype)
+        y = x * weight[0]
+        for j in range(1, self.size):
+            tap = buffer[:, n - j : n - j + T]
+            if offset is not None:
+                tap = tap.masked_fill((offset < j)[:, None], 0)
+            y = torch.addcmul(y, tap, weight[j])
+        return y, last_tokens(buffer, padding, n)
+
+
+@dataclass(frozen=True)
+class ConvolutionState(State):
+    """tail: ``[B, size - 1, D]``, the inputs that the next tokens still see. position: ``[B]`` tokens so far."""
+
+    tail: Tensor
+    position: Tensor
+
+
+register(ConvolutionState)
+
+
+class GatedShortConvolution(nn.Module):
+    """Gated convolution mixer, ``out(conv(in(x)) ⊙ gate(x))``: Based's third kind of layer, causal, with a tiny state.
+
+    Args:
+        dim: model dim D.
+        size: taps of the convolution.
+    """
+
+    def __init__(self, dim: int, *, size: int = 4):
+        super().__init__()
+        self.dim = dim
+        self.in_proj = nn.Linear(dim, 2 * dim, bias=False)
+        self.conv = ShortConvolution(dim, size)
+        self.out_proj = nn.Linear(dim, dim, bias=False)
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        key_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        state: ConvolutionState | None = None,
+        return_state: bool = False,
+    ) -> Tensor | tuple[Tensor, ConvolutionState]:
+        """``x [B, T, D]``, ``key_mask [B, T]`` True = a token; see `cumulant.nn` for the mixer protocol."""
+        check_input(x, self.dim, key_mask, cu_seqlens, state is not None or return_state)
+        rows, padding, offset = None, None, None
+        if key_mask is not None:
+            x, rows = compact(x, key_mask)
+            padding = x.shape[1] - rows.count
+        if cu_seqlens is not None:
+            x, offset = clear_slack(x, cu_seqlens), offsets(x.shape[1], cu_seqlens)
+        content, gate = self.in_proj(x).chunk(2, -1)
+        content, tail = self.conv(content, tail=None if state is None else state.tail, offset=offset, padding=padding)
+        y = restore(self.out_proj(content * gate), rows)
+        if not return_state:
+            return y
+        count = x.new_full((x.shape[0],), x.shape[1], dtype=torch.int64) if rows is None else rows.count
+        return y, ConvolutionState(tail, count if state is None else count + state.position)

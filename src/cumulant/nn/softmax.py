@@ -1,0 +1,165 @@
+"""Softmax attention (PyTorch's SDPA) behind the mixer protocol: the baseline, with a cache that grows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..ops.state import State, register
+from .padding import check_input, clear_slack, offsets
+from .rotary import RotaryEmbedding
+
+
+@dataclass(frozen=True)
+class KeyValueState(State):
+    """Keys and values seen so far (rotated already).
+
+    key, value: ``[B, G, S, K]``, ``[B, G, S, V]``. mask: ``[B, S]`` bool, or None where every slot holds a token.
+    position: ``[B]`` int64, tokens seen (masked ones don't count).
+    """
+
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    position: Tensor
+
+
+register(KeyValueState)
+
+
+def attend_visible(query: Tensor, key: Tensor, value: Tensor, visible: Tensor) -> Tensor:
+    """SDPA under a boolean mask ``[..., T, S]``; rows that see nothing give zeros instead of NaN."""
+    blind = ~visible.any(-1, keepdim=True)
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=visible | blind, enable_gqa=True)
+    return out.masked_fill(blind, 0)
+
+
+class SoftmaxAttention(nn.Module):
+    """Multi-head softmax attention, ``softmax(q kᵀ / sqrt(K)) v``.
+
+    Args:
+        dim: model dim D.
+        num_heads: query heads H.
+        num_kv_heads: key/value heads G, dividing H; by default H.
+        head_dim: dim of a head, by default ``dim / num_heads``.
+        is_causal: token t sees tokens up to t.
+        rotary: rotate queries and keys by their position.
+        rotary_base: see `RotaryEmbedding`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        *,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        is_causal: bool = True,
+        rotary: bool = False,
+        rotary_base: float = 10000.0,
+    ):
+        super().__init__()
+        groups = num_heads if num_kv_heads is None else num_kv_heads
+        if groups < 1 or num_heads < 1 or num_heads % groups:
+            raise ValueError(f"num_kv_heads: the {groups} key/value heads must divide the {num_heads} query heads")
+        if head_dim is None and dim % num_heads:
+            raise ValueError(f"num_heads: {num_heads} must divide dim={dim}, or head_dim must be given")
+        self.dim, self.num_heads, self.num_kv_heads = dim, num_heads, groups
+        self.head_dim = dim // num_heads if head_dim is None else head_dim
+        self.is_causal = is_causal
+        self.q_proj = nn.Linear(dim, num_heads * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(dim, groups * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(dim, groups * self.head_dim, bias=False)
+        self.out_proj = nn.Linear(num_heads * self.head_dim, dim, bias=False)
+        self.rotary = RotaryEmbedding(self.head_dim, rotary_base) if rotary else None
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        key_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        state: KeyValueState | None = None,
+        return_state: bool = False,
+    ) -> Tensor | tuple[Tensor, KeyValueState]:
+        """``x [B, T, D]`` -> ``[B, T, D]``, with `return_state` also the state; see `cumulant.nn` for the protocol."""
+        check_input(x, self.dim, key_mask, cu_seqlens, state is not None or return_state)
+        if not self.is_causal and (state is not None or return_state):
+            raise ValueError("state: only causal attention carries a state from call to call; build with is_causal=True")
+        q, k, v, count = self._project(x, key_mask, cu_seqlens, state)
+        past = 0
+        mask = key_mask
+        if state is not None:
+            past = state.key.shape[2]
+            if key_mask is not None or state.mask is not None:
+                mask = torch.cat((_filled(state.mask, x, past), _filled(key_mask, x, x.shape[1])), 1)
+            k, v = torch.cat((state.key, k), 2), torch.cat((state.value, v), 2)
+        if cu_seqlens is not None:
+            out = self.attend_packed(q, k, v, cu_seqlens)
+        else:
+            out = self.attend(q, k, v, mask, past)
+        y = self.out_proj(out.transpose(1, 2).flatten(2))
+        if key_mask is not None:
+            y = y.masked_fill(~key_mask[..., None], 0)
+        if not return_state:
+            return y
+        position = count if state is None else count + state.position
+        return y, self.remember(k, v, mask, position)
+
+    def _project(
+        self, x: Tensor, key_mask: Tensor | None, cu_seqlens: Tensor | None, state: KeyValueState | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Rotated q, k, then v, and the number of new tokens in each row ``[B]``."""
+        B, T = x.shape[:2]
+        if cu_seqlens is not None:
+            x = clear_slack(x, cu_seqlens)
+        if key_mask is not None:
+            x = x.masked_fill(~key_mask[..., None], 0)
+            count = key_mask.sum(1)
+        else:
+            count = torch.full((B,), T, dtype=torch.int64, device=x.device)
+        q = self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+        k = self.k_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim)).transpose(1, 2)
+        v = self.v_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim)).transpose(1, 2)
+        if self.rotary is not None:
+            if cu_seqlens is not None:
+                position = offsets(T, cu_seqlens)
+            elif key_mask is not None:
+                position = key_mask.cumsum(1) - 1
+            else:
+                position = torch.arange(T, device=x.device)
+            if state is not None:
+                position = position + state.position[:, None]
+            q, k = self.rotary(q, position), self.rotary(k, position)
+        return q, k, v, count
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, past: int) -> Tensor:
+        """q ``[B,H,T,K]`` on k, v ``[B,G,past + T,K]``."""
+        T, S = q.shape[2], k.shape[2]
+        if mask is None and (past == 0 or T == 1 or not self.is_causal):
+            causal = self.is_causal and T > 1
+            return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
+        visible = torch.ones(T, S, dtype=torch.bool, device=q.device)
+        if self.is_causal:
+            visible = visible.tril(past)
+        if mask is not None:
+            visible = visible & mask[:, None, None, :]
+        return attend_visible(q, k, v, visible)
+
+    def attend_packed(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """Each packed sequence by itself; rows after the last one are zero."""
+        bounds = cu_seqlens.tolist()
+        spans = zip(bounds, bounds[1:], strict=False)
+        outs = [self.attend(q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], None, 0) for a, b in spans]
+        outs.append(torch.zeros_like(q[:, :, bounds[-1] :]))
+        return torch.cat(outs, 2)
+
+    def remember(self, k: Tensor, v: Tensor, mask: Tensor | None, position: Tensor) -> KeyValueState:
+        return KeyValueState(k, v, mask, position)
+
+
+def _filled(mask: Tensor | None, x: Tensor, length: int) -> Tensor:
+    return x.new_ones(x.shape[0], length, dtype=torch.bool) if mask is None else mask

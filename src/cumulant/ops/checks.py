@@ -1,0 +1,129 @@
+"""Input checks shared by the operations. Errors name the argument, the expected shape in letters, what came, a fix."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .state import LinearState
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class Sizes(NamedTuple):
+    """Dimension letters of one call: see DESIGN.md."""
+
+    B: int
+    H: int
+    G: int
+    T: int
+    S: int
+    K: int
+    V: int
+
+
+def _show(x: object) -> str:
+    return str(list(x.shape)) if isinstance(x, Tensor) else type(x).__name__
+
+
+def check_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    is_causal: bool,
+    key_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> Sizes:
+    """Shapes, dtypes and devices of query, key, value and masks."""
+    layout = (("query", query, "[B, H, T, K]"), ("key", key, "[B, G, S, K]"), ("value", value, "[B, G, S, V]"))
+    for name, x, letters in layout:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name}: expected a tensor {letters}, got {type(x).__name__}")
+        if x.dim() != 4:
+            raise ValueError(f"{name}: expected {letters}, got {_show(x)}; heads are the second dimension, as in SDPA")
+        if x.dtype not in FLOATS:
+            raise TypeError(f"{name}: expected fp16, bf16, fp32 or fp64, got {x.dtype}")
+        if x.dtype != query.dtype or x.device != query.device:
+            raise TypeError(
+                f"{name}: expected query's dtype and device, {query.dtype} on {query.device}, "
+                f"got {x.dtype} on {x.device}; convert with {name}.to(query)"
+            )
+    B, H, T, K = query.shape
+    G, S, V = key.shape[1], key.shape[2], value.shape[3]
+    if key.shape[0] != B or key.shape[3] != K:
+        raise ValueError(f"key: expected [B, G, S, K] with B={B}, K={K} as in query, got {_show(key)}")
+    if value.shape[:3] != key.shape[:3]:
+        raise ValueError(f"value: expected [B, G, S, V] = [{B}, {G}, {S}, V] as in key, got {_show(value)}")
+    if G == 0 or H % G:
+        raise ValueError(f"key: the {G} key/value heads (G) must divide the {H} query heads (H)")
+    if K == 0:
+        raise ValueError(f"query: expected [B, H, T, K] with K >= 1, got {_show(query)}")
+    if is_causal and T != S:
+        raise ValueError(
+            f"key: causal attention needs as many keys as queries (S = T), got T={T}, S={S}; "
+            "pass earlier keys as state=..., or is_causal=False for cross attention"
+        )
+    check_key_mask(key_mask, B, S, query.device)
+    if cu_seqlens is not None:
+        _check_cu_seqlens(cu_seqlens, B, T, S, query.device)
+    return Sizes(B, H, G, T, S, K, V)
+
+
+def check_key_mask(key_mask: Tensor | None, B: int, S: int, device: torch.device) -> None:
+    if key_mask is None:
+        return
+    if not isinstance(key_mask, Tensor) or key_mask.dtype != torch.bool:
+        got = key_mask.dtype if isinstance(key_mask, Tensor) else type(key_mask).__name__
+        raise TypeError(f"key_mask: expected a boolean tensor [B, S], True = attend, got {got}; try key_mask.bool()")
+    if key_mask.shape != (B, S):
+        raise ValueError(f"key_mask: expected [B, S] = [{B}, {S}], got {_show(key_mask)}")
+    if key_mask.device != device:
+        raise ValueError(f"key_mask: expected on {device} like query, got {key_mask.device}")
+
+
+def _check_cu_seqlens(cu_seqlens: Tensor, B: int, T: int, S: int, device: torch.device) -> None:
+    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        got = cu_seqlens.dtype if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
+        raise TypeError(f"cu_seqlens: expected an int32 or int64 tensor [N + 1], got {got}")
+    if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2:
+        raise ValueError(f"cu_seqlens: expected [N + 1] with N >= 1 sequences, got {_show(cu_seqlens)}")
+    if B != 1 or T != S:
+        raise ValueError(
+            f"cu_seqlens: packed sequences need B = 1 and as many keys as queries, got B={B}, T={T}, S={S}; "
+            "put the sequences end to end along T"
+        )
+    if cu_seqlens.device != device:
+        raise ValueError(f"cu_seqlens: expected on {device} like query, got {cu_seqlens.device}")
+    if torch.compiler.is_compiling():
+        return  # values are not known while tracing
+    bounds = cu_seqlens.tolist()
+    if bounds[0] != 0 or bounds[-1] > T or any(b < a for a, b in zip(bounds, bounds[1:], strict=False)):
+        raise ValueError(f"cu_seqlens: expected offsets rising from 0 to at most T={T}, got {bounds[:8]}")
+
+
+def check_linear_state(
+    state: LinearState | None, N: int, sizes: Sizes, F: int, normalize: bool, query: Tensor
+) -> None:
+    """A state fits this call: `N` rows (batch, or packed sequences), `F` features."""
+    if state is None:
+        return
+    if not isinstance(state, LinearState):
+        raise TypeError(f"state: expected a LinearState from return_state=True, got {type(state).__name__}")
+    expected = (N, sizes.G, F, sizes.V)
+    if tuple(state.numerator.shape) != expected:
+        raise ValueError(
+            f"state: expected numerator [B, G, F, V] = {list(expected)}, got {_show(state.numerator)}; "
+            "the state comes from another batch, head layout, order or feature map"
+        )
+    if normalize and (state.denominator is None or tuple(state.denominator.shape) != expected[:3]):
+        got = "None (normalize=False)" if state.denominator is None else _show(state.denominator)
+        raise ValueError(f"state: expected denominator [B, G, F] = {list(expected[:3])}, got {got}")
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    if state.numerator.dtype != dtype or state.numerator.device != query.device:
+        raise TypeError(
+            f"state: expected {dtype} on {query.device}, got {state.numerator.dtype} on {state.numerator.device}; "
+            "move it with state.to(device)"
+        )

@@ -1,0 +1,121 @@
+"""What linear and Taylor attention share: running the chosen implementation and keeping count in the state."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ..kernels import reference
+from .dispatch import Choice
+from .state import LinearState
+
+CHUNK = 128
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """The attention kernel: elementwise `activation`, then its Taylor features up to `order` (0: none)."""
+
+    order: int
+    constant_term: bool
+    activation: str
+    scale: float
+    normalize: bool
+    is_causal: bool
+
+
+def attend(
+    choice: Choice,
+    kernel: Kernel,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    key_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    state: LinearState | None,
+    return_state: bool,
+) -> tuple[Tensor, LinearState]:
+    """Output ``[B, H, T, V]`` and the state after these keys (meaningless unless `return_state`)."""
+    numerator = None if state is None else state.numerator
+    denominator = None if state is None or not kernel.normalize else state.denominator
+    if choice.impl == "reference":
+        out, sums = _reference(kernel, query, key, value, key_mask, cu_seqlens, numerator, denominator)
+    else:
+        from ..kernels.chunked import chunked_attention
+
+        out, _, S, z = chunked_attention(
+            query,
+            key,
+            value,
+            key_mask,
+            cu_seqlens,
+            numerator,
+            denominator,
+            return_state,
+            kernel.order,
+            kernel.constant_term,
+            kernel.activation,
+            kernel.scale,
+            kernel.normalize,
+            kernel.is_causal,
+            CHUNK,
+        )
+        sums = S, z if kernel.normalize else None
+    return out, LinearState(*sums, _position(key, key_mask, cu_seqlens, state))
+
+
+def _reference(
+    kernel: Kernel,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    numerator: Tensor | None,
+    denominator: Tensor | None,
+) -> tuple[Tensor, reference.Sums]:
+    from .feature_maps import elementwise
+
+    if kernel.order:
+        features = reference.taylor_features(kernel.order, kernel.constant_term)
+        similarity = reference.taylor_similarity(kernel.order, kernel.constant_term)
+    else:
+        features = partial(elementwise, kernel.activation)
+        similarity = lambda q, k: reference.dot_similarity(features(q), features(k))  # noqa: E731
+    run = partial(
+        reference.quadratic_attention,
+        similarity=similarity,
+        features=features,
+        normalize=kernel.normalize,
+        is_causal=kernel.is_causal,
+    )
+    state = None if numerator is None else (numerator, denominator)
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    with torch.autocast(query.device.type, enabled=False):
+        scaled = query.to(dtype) * kernel.scale
+        if cu_seqlens is None:
+            out, sums = run(scaled, key, value, key_mask=key_mask, state=state)
+        else:
+            out, sums = reference.packed(run, scaled, key, value, cu_seqlens, key_mask=key_mask, state=state)
+    return out.to(query.dtype), sums
+
+
+def _position(
+    key: Tensor, key_mask: Tensor | None, cu_seqlens: Tensor | None, state: LinearState | None
+) -> Tensor:
+    """Keys seen so far, one count a sequence: what is masked does not count."""
+    if cu_seqlens is not None:
+        if key_mask is None:
+            count = cu_seqlens.diff().long()
+        else:
+            running = torch.nn.functional.pad(key_mask[0].long().cumsum(0), (1, 0))
+            count = running[cu_seqlens.long()].diff()
+    elif key_mask is not None:
+        count = key_mask.sum(-1)
+    else:
+        count = torch.full((key.shape[0],), key.shape[2], dtype=torch.int64, device=key.device)
+    return count if state is None else count + state.position

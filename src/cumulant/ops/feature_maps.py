@@ -1,0 +1,91 @@
+"""Feature maps of kernelised linear attention, by name, or any callable.
+
+A map sends ``[..., K]`` to ``[..., F]``. Names:
+
+- ``"elu"``: ``elu(x) + 1`` (Katharopoulos et al. 2020), positive.
+- ``"relu"``: ``max(x, 0)``; a query whose features are all zero gets zeros.
+- ``"identity"``: ``x`` (pair it with ``normalize=False``: its denominators change sign).
+- ``"softmax"``: Shen et al. 2018, ``softmax(q)`` over features and ``softmax(k)`` over tokens; see `softmax_features`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+FeatureMap = str | Callable[[Tensor], Tensor]
+ELEMENTWISE = ("elu", "relu", "identity")
+NAMES = (*ELEMENTWISE, "softmax")
+
+
+def elementwise(name: str, x: Tensor) -> Tensor:
+    if name == "elu":
+        return torch.nn.functional.elu(x) + 1
+    return torch.relu(x) if name == "relu" else x
+
+
+def check_feature_map(feature_map: FeatureMap) -> None:
+    if isinstance(feature_map, str):
+        if feature_map not in NAMES:
+            choices = ", ".join(repr(name) for name in NAMES)
+            raise ValueError(f"feature_map: expected one of {choices} or a callable, got {feature_map!r}")
+    elif not callable(feature_map):
+        raise TypeError(f"feature_map: expected a name or a callable, got {type(feature_map).__name__}")
+
+
+def apply_callable(feature_map: Callable[[Tensor], Tensor], name: str, x: Tensor) -> Tensor:
+    """``feature_map(x)``, with its result's shape checked."""
+    features = feature_map(x)
+    if not isinstance(features, Tensor) or features.shape[:-1] != x.shape[:-1]:
+        got = list(features.shape) if isinstance(features, Tensor) else type(features).__name__
+        raise ValueError(f"feature_map: expected [..., F] for {name} {list(x.shape)}, got {got}")
+    return features
+
+
+def softmax_features(
+    query: Tensor,
+    key: Tensor,
+    *,
+    is_causal: bool,
+    key_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    denominator: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Shen's efficient attention as features that need no further normaliser.
+
+    ``out_i = Σ_f softmax(q_i)_f (Σ_j e^{k_jf} v_j) / (Σ_j e^{k_jf})``: every feature is a softmax over tokens, causal
+    when j runs to i. Returns the query's features divided by their feature's sum, the key's features ``e^k``, and the
+    sums after the last token ``[N, G, F]``. Exponentials are taken in fp32 (fp64) as they stand: keys must stay below
+    88.
+    """
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    phi_k = key.to(dtype).exp()
+    if key_mask is not None:
+        phi_k = phi_k.masked_fill(~key_mask[:, None, :, None], 0)
+    if cu_seqlens is not None:
+        sums, total = _packed_sums(phi_k, cu_seqlens, is_causal, denominator)
+    else:
+        first = 0 if denominator is None else denominator[:, :, None]
+        total = phi_k.sum(2) if denominator is None else phi_k.sum(2) + denominator
+        sums = phi_k.cumsum(2) + first if is_causal else total[:, :, None]
+    sums = sums.repeat_interleave(query.shape[1] // key.shape[1], 1)
+    phi_q = query.to(dtype).softmax(-1) / sums.masked_fill(sums == 0, 1)
+    return phi_q, phi_k, total
+
+
+def _packed_sums(
+    phi_k: Tensor, cu_seqlens: Tensor, is_causal: bool, denominator: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    bounds = cu_seqlens.tolist()
+    sums, totals = [], []
+    for i, (a, b) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        part = phi_k[:, :, a:b]
+        first = 0 if denominator is None else denominator[i]
+        totals.append(part.sum(2)[0] + first)
+        sums.append(part.cumsum(2) + (0 if denominator is None else first[:, None]))  # type: ignore[index]
+        if not is_causal:
+            sums[-1] = totals[-1][None, :, None].expand_as(part)
+    sums.append(phi_k.new_ones(1, phi_k.shape[1], phi_k.shape[2] - bounds[-1], phi_k.shape[3]))
+    return torch.cat(sums, 2), torch.stack(totals)

@@ -1,0 +1,126 @@
+"""Kernelised linear attention: softmax's exponential replaced by a product of feature maps."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import Tensor
+
+from .checks import Sizes, check_attention, check_linear_state
+from .cumulative import CHUNK, Kernel, attend
+from .dispatch import Choice, resolve
+from .feature_maps import ELEMENTWISE, FeatureMap, apply_callable, check_feature_map, softmax_features
+from .state import LinearState
+
+
+def linear_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    feature_map: FeatureMap = "elu",
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+    normalize: bool = True,
+    key_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    state: LinearState | None = None,
+    return_state: bool = False,
+    impl: str = "auto",
+) -> Tensor | tuple[Tensor, LinearState]:
+    """Attention with weights ``φ(q)·φ(k)``, in O(T) time and memory.
+
+    ``out_i = φ(q_i)ᵀ Σ_j φ(k_j) v_jᵀ / (φ(q_i)ᵀ Σ_j φ(k_j))``, over j ≤ i if `is_causal`, else over all j;
+    ``normalize=False`` leaves out the denominator.
+
+    Args:
+        query: ``[B, H, T, K]``; fp16, bf16, fp32 or fp64. Sums are taken in fp32 (fp64 for fp64).
+        key: ``[B, G, S, K]``; the G key/value heads divide H, query head h uses key head ``h // (H / G)``.
+        value: ``[B, G, S, V]``.
+        feature_map: ``"elu"`` (elu + 1), ``"relu"``, ``"softmax"`` (Shen et al.), ``"identity"``, or any callable or
+            module ``[..., K] -> [..., F]``, applied in the inputs' dtype.
+        is_causal: query i sees keys up to i (and all of `state`); needs S = T.
+        scale: factor of the query before its feature map, by default 1.
+        normalize: divide by the sum of weights.
+        key_mask: ``[B, S]`` bool, True = attend. Masked keys count for nothing, whatever they hold.
+        cu_seqlens: ``[N + 1]`` int32/int64, offsets of N sequences packed end to end along T (then B = 1); they do not
+            see each other. Rows after the last offset come out as zeros. States have N rows.
+        state: sums over earlier keys, from `return_state`.
+        return_state: return ``(out, state)``; not causal, the state is the whole context's, for later queries.
+        impl: "auto", "torch", "reference"; see `cumulant.explain`.
+
+    Returns:
+        ``[B, H, T, V]`` in query's dtype; a query with nothing to attend to, or with all features zero, gets zeros.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what came.
+
+    Sources: Katharopoulos et al. 2020, "Transformers are RNNs", equations 4 to 12; Shen et al. 2018, "Efficient
+    Attention".
+    """
+    sizes = check_attention(query, key, value, is_causal=is_causal, key_mask=key_mask, cu_seqlens=cu_seqlens)
+    check_feature_map(feature_map)
+    q, k, denominator, dtype = query, key, None, query.dtype
+    kernel = Kernel(0, True, "identity", 1.0 if scale is None else float(scale), normalize, is_causal)
+    if isinstance(feature_map, str) and feature_map in ELEMENTWISE:
+        kernel = replace(kernel, activation=feature_map)
+        choice = _resolve(sizes, sizes.K, normalize, query, cu_seqlens, state, impl)
+    else:
+        q = q if scale is None else q * scale
+        kernel = replace(kernel, scale=1.0)
+        if callable(feature_map):
+            q, k = apply_callable(feature_map, "query", q), apply_callable(feature_map, "key", k)
+        choice = _resolve(sizes, k.shape[-1], normalize, query, cu_seqlens, state, impl)
+        if feature_map == "softmax" and normalize:
+            kernel = replace(kernel, normalize=False)
+            past = None if state is None else state.denominator
+            q, k, denominator = softmax_features(
+                q, k, is_causal=is_causal, key_mask=key_mask, cu_seqlens=cu_seqlens, denominator=past
+            )
+        elif feature_map == "softmax":
+            q, k = q.float().softmax(-1).to(q.dtype), k.float().exp().to(k.dtype)
+    out, total = attend(
+        choice, kernel, q, k, value, key_mask=key_mask, cu_seqlens=cu_seqlens, state=state, return_state=return_state
+    )
+    if denominator is not None:
+        total = replace(total, denominator=denominator)
+    out = out.to(dtype)
+    return (out, total) if return_state else out
+
+
+def _resolve(
+    sizes: Sizes,
+    features: int,
+    normalize: bool,
+    query: Tensor,
+    cu_seqlens: Tensor | None,
+    state: LinearState | None,
+    impl: str,
+) -> Choice:
+    rows = sizes.B if cu_seqlens is None else len(cu_seqlens) - 1
+    check_linear_state(state, rows, sizes, features, normalize, query)
+    return resolve(impl, rows=max(sizes.T, sizes.S), features=features, chunk=CHUNK)
+
+
+def _explain(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    feature_map: FeatureMap,
+    *,
+    is_causal: bool,
+    scale: float | None,
+    normalize: bool,
+    key_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    state: LinearState | None,
+    return_state: bool,
+    impl: str,
+) -> Choice:
+    sizes = check_attention(query, key, value, is_causal=is_causal, key_mask=key_mask, cu_seqlens=cu_seqlens)
+    check_feature_map(feature_map)
+    features = sizes.K if isinstance(feature_map, str) else apply_callable(feature_map, "key", key).shape[-1]
+    return _resolve(sizes, features, normalize, query, cu_seqlens, state, impl)
+
+
+linear_attention.plan = _explain  # type: ignore[attr-defined]

@@ -1,0 +1,174 @@
+"""States: what a causal operation or module knows of the past, as immutable values.
+
+A state is a frozen dataclass of tensors (and of further states) with the batch in front. It is a pytree, so
+`torch.compile`, `torch.export` and `torch.utils._pytree` handle it; nothing in this library writes into one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+S = TypeVar("S", bound="State")
+
+_KINDS: dict[str, type[State]] = {}
+
+
+@dataclass(frozen=True)
+class State:
+    """Base of all states: tensors with the batch in front, nested states, or None where a part is not in use."""
+
+    def __init_subclass__(cls) -> None:
+        _KINDS[cls.__name__] = cls
+
+    def map(self: S, function: Callable[[Tensor], Tensor]) -> S:
+        """The same state with `function` applied to every tensor."""
+
+        def apply(part: Any) -> Any:
+            if isinstance(part, State):
+                return part.map(function)
+            if isinstance(part, tuple):
+                return tuple(apply(p) for p in part)
+            return function(part) if isinstance(part, Tensor) else part
+
+        return type(self)(**{f.name: apply(getattr(self, f.name)) for f in fields(self)})
+
+    def clone(self: S) -> S:
+        return self.map(torch.Tensor.clone)
+
+    def detach(self: S) -> S:
+        return self.map(torch.Tensor.detach)
+
+    def to(self: S, device: torch.device | str) -> S:
+        """Every tensor on `device`. Dtypes stay: sums are held in fp32 (fp64) on purpose."""
+        return self.map(lambda x: x.to(device))
+
+    def select(self: S, index: Tensor) -> S:
+        """Rows `index` ``[N]`` (int64) of the batch, in that order: reorder beams, drop or repeat sequences."""
+        return self.map(lambda x: x.index_select(0, index.to(x.device)))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor by its dotted name."""
+        found: dict[str, Tensor] = {}
+
+        def collect(prefix: str, part: Any) -> None:
+            if isinstance(part, Tensor):
+                found[prefix] = part
+            elif isinstance(part, tuple):
+                for i, p in enumerate(part):
+                    collect(f"{prefix}.{i}", p)
+            elif isinstance(part, State):
+                for f in fields(part):
+                    collect(f"{prefix}.{f.name}" if prefix else f.name, getattr(part, f.name))
+
+        collect("", self)
+        return found
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by all tensors of the state."""
+        return sum(x.numel() * x.element_size() for x in self.tensors().values())
+
+
+@dataclass(frozen=True)
+class LinearState(State):
+    """The sums of kernelised and Taylor attention, in fp32 (fp64 for fp64 inputs).
+
+    numerator: ``[B, G, F, V]``, Σ_j φ(k_j) v_jᵀ.
+    denominator: ``[B, G, F]``, Σ_j φ(k_j); None when the operation does not normalise.
+    position: ``[B]`` int64, the number of keys summed (masked keys don't count).
+
+    Taylor features are ordered by degree, then lexicographically by their indices, and carry the weights
+    ``sqrt(multinomial / p!)``: every implementation reads and writes the same layout.
+    """
+
+    numerator: Tensor
+    denominator: Tensor | None
+    position: Tensor
+
+
+def register(kind: type[State]) -> None:
+    """Make a state class a pytree node, for torch.compile and torch.export."""
+    torch.utils._pytree.register_dataclass(kind)
+
+
+register(LinearState)
+
+
+def _describe(part: Any) -> Any:
+    """Structure without the tensors, as JSON: class names for states, lists for tuples, "tensor" and null for leaves."""
+    if isinstance(part, State):
+        return {"kind": type(part).__name__, "parts": {f.name: _describe(getattr(part, f.name)) for f in fields(part)}}
+    if isinstance(part, tuple):
+        return [_describe(p) for p in part]
+    return "tensor" if isinstance(part, Tensor) else None
+
+
+def _rebuild(shape: Any, prefix: str, tensors: dict[str, Tensor], path: str) -> Any:
+    if isinstance(shape, dict):
+        kind = _KINDS.get(str(shape.get("kind")))
+        parts = shape.get("parts")
+        if kind is None or not isinstance(parts, dict) or set(parts) != {f.name for f in fields(kind)}:
+            raise ValueError(f"{path}: holds a state of a kind this version does not know: {shape.get('kind')!r}")
+        return kind(**{k: _rebuild(v, f"{prefix}.{k}" if prefix else k, tensors, path) for k, v in parts.items()})
+    if isinstance(shape, list):
+        return tuple(_rebuild(s, f"{prefix}.{i}", tensors, path) for i, s in enumerate(shape))
+    if shape is None:
+        return None
+    if prefix not in tensors:
+        raise ValueError(f"{path}: the tensor {prefix!r} of the state is missing; the file is damaged")
+    return tensors[prefix]
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors.torch
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("saving and loading states needs safetensors: pip install safetensors") from error
+    return safetensors
+
+
+def save_state(path: str | os.PathLike[str], state: State, metadata: dict[str, str] | None = None) -> None:
+    """Write `state` to a safetensors file, atomically: an existing file is replaced whole or left as it was.
+
+    `metadata` (strings) is stored beside it, for `load_state(..., return_metadata=True)`.
+    """
+    if not isinstance(state, State):
+        raise TypeError(f"state: expected a cumulant state, got {type(state).__name__}")
+    library = _safetensors()
+    header = {**(metadata or {}), "cumulant.state": json.dumps(_describe(state))}
+    tensors = {k: v.detach().cpu().contiguous().clone() for k, v in state.tensors().items()}
+    target = Path(path)
+    handle, temporary = tempfile.mkstemp(dir=target.parent or ".", prefix=target.name, suffix=".tmp")
+    os.close(handle)
+    try:
+        library.torch.save_file(tensors, temporary, metadata=header)
+        os.replace(temporary, target)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def load_state(
+    path: str | os.PathLike[str], device: torch.device | str = "cpu", *, return_metadata: bool = False
+) -> Any:
+    """Read a state written by `save_state`; with `return_metadata` also the strings stored beside it."""
+    library = _safetensors()
+    try:
+        with library.safe_open(os.fspath(path), framework="pt", device=str(device)) as file:
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except library.SafetensorError as error:
+        raise ValueError(f"{path}: not a safetensors file: {error}") from error
+    if "cumulant.state" not in header:
+        raise ValueError(f"{path}: a safetensors file, but not a state written by cumulant.save_state")
+    state = _rebuild(json.loads(header.pop("cumulant.state")), "", tensors, str(path))
+    return (state, header) if return_metadata else state

@@ -1,0 +1,137 @@
+"""Taylor attention: softmax's exponential replaced by its Taylor polynomial, and so linear in the sequence length."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from .checks import Sizes, check_attention, check_linear_state
+from .cumulative import CHUNK, Kernel, attend
+from .dispatch import Choice, resolve
+from .state import LinearState
+
+MAX_ORDER = 4  # of the chunked implementation
+
+
+def feature_count(dim: int, order: int, *, constant_term: bool = True) -> int:
+    """Number of Taylor features F of a `dim`-dimensional vector up to degree `order`: C(dim + order, order), one fewer
+    without the constant. A state holds F (V + 1) numbers a key/value head.
+
+    >>> feature_count(16, 2)
+    153
+    """
+    if order < 1:
+        raise ValueError(f"order: expected at least 1, got {order}")
+    return math.comb(dim + order, order) - (0 if constant_term else 1)
+
+
+def taylor_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    order: int = 2,
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+    constant_term: bool = True,
+    key_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    state: LinearState | None = None,
+    return_state: bool = False,
+    impl: str = "auto",
+) -> Tensor | tuple[Tensor, LinearState]:
+    """Attention with weights ``w(x) = Σ_{p ≤ order} x^p / p!``, ``x = scale · q·k``, in O(T) time and memory.
+
+    ``out_i = Σ_j w(x_ij) v_j / Σ_j w(x_ij)``, over j ≤ i if `is_causal`, else over all j.
+
+    Order 2 weights are ``((x + 1)² + 1) / 2 ≥ ½``, so denominators are at least half the number of keys and no epsilon
+    is needed. Odd orders, and any order without the constant, can have negative weights and vanishing denominators;
+    nothing is clamped.
+
+    Args:
+        query: ``[B, H, T, K]``; fp16, bf16, fp32 or fp64. Sums are taken in fp32 (fp64 for fp64).
+        key: ``[B, G, S, K]``; the G key/value heads divide H, query head h uses key head ``h // (H / G)``.
+        value: ``[B, G, S, V]``.
+        order: degree of the polynomial: 1 to 4, any with ``impl="reference"``.
+        is_causal: query i sees keys up to i (and all of `state`); needs S = T.
+        scale: factor of q·k, by default ``1 / sqrt(K)``.
+        constant_term: False drops the term of degree 0 (Mercat's "subtract one").
+        key_mask: ``[B, S]`` bool, True = attend. Masked keys count for nothing, whatever they hold.
+        cu_seqlens: ``[N + 1]`` int32/int64, offsets of N sequences packed end to end along T (then B = 1); they do not
+            see each other. Rows after the last offset come out as zeros. States have N rows.
+        state: sums over earlier keys, from `return_state`.
+        return_state: return ``(out, state)``; not causal, the state is the whole context's, for later queries.
+        impl: "auto", "torch", "reference"; see `cumulant.explain`.
+
+    Returns:
+        ``[B, H, T, V]`` in query's dtype; a query with nothing to attend to gets zeros.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what came.
+
+    Sources: Arora et al. 2023, "Zoology" (Based); Mercat 2020, "Higher Order Linear Transformer"; Keles et al. 2022,
+    arXiv 2209.04881.
+    """
+    choice, _, kernel = _plan(
+        query, key, value, order, is_causal, scale, constant_term, key_mask, cu_seqlens, state, impl
+    )
+    out, state = attend(
+        choice,
+        kernel,
+        query,
+        key,
+        value,
+        key_mask=key_mask,
+        cu_seqlens=cu_seqlens,
+        state=state,
+        return_state=return_state,
+    )
+    return (out, state) if return_state else out
+
+
+def _plan(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    order: int,
+    is_causal: bool,
+    scale: float | None,
+    constant_term: bool,
+    key_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    state: LinearState | None,
+    impl: str,
+) -> tuple[Choice, Sizes, Kernel]:
+    sizes = check_attention(query, key, value, is_causal=is_causal, key_mask=key_mask, cu_seqlens=cu_seqlens)
+    if not isinstance(order, int) or order < 1:
+        raise ValueError(f"order: expected an integer of at least 1, got {order!r}")
+    if order > MAX_ORDER and impl != "reference":
+        raise ValueError(f"order: expected 1 to {MAX_ORDER}, got {order}; impl='reference' takes any order")
+    features = feature_count(sizes.K, order, constant_term=constant_term)
+    rows = sizes.B if cu_seqlens is None else len(cu_seqlens) - 1
+    check_linear_state(state, rows, sizes, features, True, query)
+    choice = resolve(impl, rows=max(sizes.T, sizes.S), features=features, chunk=CHUNK)
+    scale = sizes.K**-0.5 if scale is None else float(scale)
+    return choice, sizes, Kernel(order, constant_term, "identity", scale, True, is_causal)
+
+
+def _explain(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    order: int,
+    *,
+    is_causal: bool,
+    scale: float | None,
+    constant_term: bool,
+    key_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    state: LinearState | None,
+    return_state: bool,
+    impl: str,
+) -> Choice:
+    return _plan(query, key, value, order, is_causal, scale, constant_term, key_mask, cu_seqlens, state, impl)[0]
+
+
+taylor_attention.plan = _explain  # type: ignore[attr-defined]
