@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from itertools import combinations_with_replacement
+from itertools import combinations_with_replacement, pairwise
 
 import torch
 from torch import Tensor
@@ -118,13 +118,11 @@ def packed(
     """Each packed sequence by itself; rows after the last one are zero."""
     bounds = cu_seqlens.tolist()
     outputs, states = [], []
-    for i, (a, b) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for i, (a, b) in enumerate(pairwise(bounds)):
         rows = slice(a, b)
         initial = None if state is None else tuple(None if s is None else s[i : i + 1] for s in state)
         mask = None if key_mask is None else key_mask[:, rows]
-        out, total = attend(
-            query[:, :, rows], key[:, :, rows], value[:, :, rows], key_mask=mask, state=initial
-        )
+        out, total = attend(query[:, :, rows], key[:, :, rows], value[:, :, rows], key_mask=mask, state=initial)
         outputs.append(out)
         states.append(total)
     slack = query.shape[2] - (bounds[-1] if bounds else 0)

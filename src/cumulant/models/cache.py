@@ -92,7 +92,9 @@ def read_state(cache: Cache, layer: int, past_mask: Tensor | None) -> State | No
     if isinstance(entry, StateLayer):
         return entry.read()
     if isinstance(entry, LinearAttentionCacheLayerMixin):
-        raise TypeError(f"past_key_values: layer {layer} is a {type(entry).__name__}; build the cache from the model's config")
+        raise TypeError(
+            f"past_key_values: layer {layer} is a {type(entry).__name__}; build the cache from the model's config"
+        )
     if not entry.is_initialized or entry.get_seq_length() == 0:
         return None
     key, value = entry.keys, entry.values

@@ -84,10 +84,12 @@ class CumulantConfig(PreTrainedConfig):  # type: ignore[misc]
         if self.intermediate_size is None:
             width = 4 * self.hidden_size if self.feed_forward == "gelu" else 8 * self.hidden_size // 3
             self.intermediate_size = -(-width // 32) * 32
-        self._check()
+        self.validate()
         super().__post_init__(**kwargs)
 
-    def _check(self) -> None:
+    def validate(self) -> None:
+        """Raise a ValueError naming the field that cannot be. In place of the base class's checks, which know only
+        transformers' own layer types."""
         unknown = [name for name in self.mixers or () if name not in MIXERS]
         if unknown or not self.mixers:
             raise ValueError(f"mixers: expected a list of {', '.join(MIXERS)}, got {unknown or self.mixers}")

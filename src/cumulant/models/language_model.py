@@ -98,7 +98,8 @@ class CumulantBlock(GradientCheckpointingLayer):  # type: ignore[misc]
             h, state = self.mixer(h, key_mask=key_mask, state=state, return_state=True)
             write_state(past_key_values, self.layer, state, length)
         x = x + self.dropout(h)
-        return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
+        x = x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
+        return x
 
 
 class CumulantPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
@@ -117,7 +118,7 @@ class CumulantPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
             init.copy_(module.weight, module.initial_weight(module.weight))
         std = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
         if isinstance(getattr(module, "out_proj", None), nn.Linear):
-            init.normal_(module.out_proj.weight, std=std)  # type: ignore[union-attr, arg-type]
+            init.normal_(module.out_proj.weight, std=std)  # type: ignore[union-attr]
 
 
 class CumulantModel(CumulantPreTrainedModel):
@@ -147,7 +148,7 @@ class CumulantModel(CumulantPreTrainedModel):
             raise ValueError("input_ids: pass either input_ids [B, T] or inputs_embeds [B, T, D]")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
-        if cu_seqlens is not None or (self.is_gradient_checkpointing and self.training):
+        if cu_seqlens is not None or (self.training and self.layers[0].gradient_checkpointing):
             use_cache = False
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
@@ -194,7 +195,7 @@ def _split_mask(attention_mask: Tensor | None, x: Tensor, past: int) -> tuple[Te
 
 
 class CumulantForCausalLM(CumulantPreTrainedModel, GenerationMixin):  # type: ignore[misc]
-    """The language model. `generate`, `save_pretrained`, `Trainer` and `AutoModelForCausalLM` work as with any other."""
+    """The language model; `generate`, `save_pretrained`, `Trainer`, `AutoModelForCausalLM` work as with any other."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 (the base class's convention)
 
@@ -202,6 +203,8 @@ class CumulantForCausalLM(CumulantPreTrainedModel, GenerationMixin):  # type: ig
         super().__init__(config)
         self.model = CumulantModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self._keys_to_ignore_on_save = ["lm_head.weight"]
         self.post_init()
 
     @staticmethod
@@ -222,6 +225,7 @@ class CumulantForCausalLM(CumulantPreTrainedModel, GenerationMixin):  # type: ig
         cu_seqlens: Tensor | None = None,
         logits_to_keep: int = 0,
         num_items_in_batch: Tensor | int | None = None,
+        shift_labels: Tensor | None = None,
     ) -> CausalLMOutputWithPast:
         """Logits ``[B, T, vocab_size]``, and the mean cross entropy in nats if `labels` are given.
 
@@ -237,6 +241,7 @@ class CumulantForCausalLM(CumulantPreTrainedModel, GenerationMixin):  # type: ig
             cu_seqlens: ``[N + 1]`` offsets of documents packed end to end in one row (B = 1); none sees another.
             logits_to_keep: compute only the last so many logits; 0 for all.
             num_items_in_batch: divisor of the summed loss, for gradient accumulation.
+            shift_labels: ``[B, T]``, `labels` already shifted: ``shift_labels[t]`` follows ``input_ids[t]``.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -250,8 +255,14 @@ class CumulantForCausalLM(CumulantPreTrainedModel, GenerationMixin):  # type: ig
         hidden = outputs.last_hidden_state
         logits = self.lm_head(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
         loss = None
-        if labels is not None:
-            loss = self.loss_function(logits, labels, self.config.vocab_size, num_items_in_batch=num_items_in_batch)
+        if labels is not None or shift_labels is not None:
+            loss = self.loss_function(
+                logits,
+                labels,
+                self.config.vocab_size,
+                num_items_in_batch=num_items_in_batch,
+                shift_labels=shift_labels,
+            )
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,

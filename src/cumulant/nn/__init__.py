@@ -3,9 +3,9 @@
     y = mixer(x, key_mask=None, cu_seqlens=None)
     y, state = mixer(x, key_mask=None, state=None, return_state=True)
 
-``x [B, T, D]``; ``key_mask [B, T]`` bool, True where there is a token: masked positions count for nothing, wherever they
-stand, and come out as zeros; ``cu_seqlens [N + 1]`` offsets of sequences packed end to end in one row (B = 1). A state
-continues the sequence: whole = any split = one token at a time.
+``x [B, T, D]``; ``key_mask [B, T]`` bool, True where there is a token: masked positions count for nothing, wherever
+they stand, and come out as zeros; ``cu_seqlens [N + 1]`` offsets of sequences packed end to end in one row (B = 1). A
+state continues the sequence: whole = any split = one token at a time.
 """
 
 from .kernel_attention import KernelAttentionState

@@ -100,12 +100,14 @@ class KernelAttention(nn.Module):
         """``x [B, T, D]`` -> ``[B, T, D]``, with `return_state` also the state; see `cumulant.nn` for the protocol."""
         check_input(x, self.dim, key_mask, cu_seqlens, state is not None or return_state)
         if not self.is_causal and (state is not None or return_state):
-            raise ValueError("state: only causal attention carries a state from call to call; build with is_causal=True")
+            raise ValueError(
+                "state: only causal attention carries a state from call to call; build with is_causal=True"
+            )
         rows: Rows | None = None
         padding, offset = None, None
         if key_mask is not None:
             x, rows = compact(x, key_mask)
-            padding = x.shape[1] - rows.count
+            padding = x.shape[1] - rows.tokens
         if cu_seqlens is not None:
             x, offset = clear_slack(x, cu_seqlens), offsets(x.shape[1], cu_seqlens)
         shift, conv = (None, None) if state is None else (state.shift, state.conv)

@@ -11,7 +11,7 @@ from .kernel_attention import KernelAttention
 
 
 class LinearAttention(KernelAttention):
-    """Multi-head kernelised linear attention (`cumulant.linear_attention`), with a state of ``G · F · (V + 1)`` numbers.
+    """Multi-head kernelised linear attention (`cumulant.linear_attention`), state ``G · F · (V + 1)`` numbers.
 
     Args:
         dim: model dim D.

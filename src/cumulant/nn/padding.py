@@ -19,7 +19,7 @@ class Rows(NamedTuple):
     """Compacted rows: which slots hold a token ``[B, T]``, how many do ``[B]``, and where each position went."""
 
     mask: Tensor
-    count: Tensor
+    tokens: Tensor
     inverse: Tensor
 
 

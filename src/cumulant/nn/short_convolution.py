@@ -97,7 +97,7 @@ class GatedShortConvolution(nn.Module):
         rows, padding, offset = None, None, None
         if key_mask is not None:
             x, rows = compact(x, key_mask)
-            padding = x.shape[1] - rows.count
+            padding = x.shape[1] - rows.tokens
         if cu_seqlens is not None:
             x, offset = clear_slack(x, cu_seqlens), offsets(x.shape[1], cu_seqlens)
         content, gate = self.in_proj(x).chunk(2, -1)
@@ -105,5 +105,5 @@ class GatedShortConvolution(nn.Module):
         y = restore(self.out_proj(content * gate), rows)
         if not return_state:
             return y
-        count = x.new_full((x.shape[0],), x.shape[1], dtype=torch.int64) if rows is None else rows.count
+        count = x.new_full((x.shape[0],), x.shape[1], dtype=torch.int64) if rows is None else rows.tokens
         return y, ConvolutionState(tail, count if state is None else count + state.position)

@@ -50,9 +50,7 @@ class SlidingWindowAttention(SoftmaxAttention):
             return super().forward(x, key_mask=key_mask, cu_seqlens=cu_seqlens, state=state, return_state=return_state)
         # Windows count tokens, not padding: the row is compacted, so that neighbours in it are neighbours in the text.
         x, rows = compact(x, key_mask)
-        result = super().forward(
-            x, key_mask=rows.mask, cu_seqlens=cu_seqlens, state=state, return_state=return_state
-        )
+        result = super().forward(x, key_mask=rows.mask, cu_seqlens=cu_seqlens, state=state, return_state=return_state)
         return (restore(result[0], rows), result[1]) if isinstance(result, tuple) else restore(result, rows)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, past: int) -> Tensor:
@@ -65,7 +63,7 @@ class SlidingWindowAttention(SoftmaxAttention):
 
     def _attend_blocks(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, past: int) -> Tensor:
         """Blocks of n <= window queries, each on the n + window - 1 keys that they can see."""
-        (B, H, T, _), w = q.shape, self.window
+        (B, _H, T, _), w = q.shape, self.window
         n = max(1, min(w, T))
         blocks = -(-T // n)
         left, right = w - 1 - past, blocks * n - T
@@ -77,14 +75,14 @@ class SlidingWindowAttention(SoftmaxAttention):
         seen = F.pad(seen, (left, right)).unfold(1, n + w - 1, n)
         ahead = torch.arange(n + w - 1, device=q.device) - torch.arange(n, device=q.device)[:, None]
         visible = ((ahead >= 0) & (ahead < w)) & seen[:, :, None, :]
-        out = attend_visible(
+        out: Tensor = attend_visible(
             q.transpose(1, 2).flatten(0, 1),
             k.transpose(1, 2).flatten(0, 1),
             v.transpose(1, 2).flatten(0, 1),
             visible.flatten(0, 1)[:, None],
         )
-        out = out.unflatten(0, (B, blocks)).transpose(1, 2).flatten(2, 3)
-        return out[:, :, :T]
+        out = out.unflatten(0, (B, blocks)).transpose(1, 2).flatten(2, 3)[:, :, :T]
+        return out
 
     def remember(self, k: Tensor, v: Tensor, mask: Tensor | None, position: Tensor) -> KeyValueState:
         """The last window - 1 tokens of each row, older slots first; the mask says which slots are filled."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -88,7 +89,9 @@ class SoftmaxAttention(nn.Module):
         """``x [B, T, D]`` -> ``[B, T, D]``, with `return_state` also the state; see `cumulant.nn` for the protocol."""
         check_input(x, self.dim, key_mask, cu_seqlens, state is not None or return_state)
         if not self.is_causal and (state is not None or return_state):
-            raise ValueError("state: only causal attention carries a state from call to call; build with is_causal=True")
+            raise ValueError(
+                "state: only causal attention carries a state from call to call; build with is_causal=True"
+            )
         q, k, v, count = self._project(x, key_mask, cu_seqlens, state)
         past = 0
         mask = key_mask
@@ -97,11 +100,8 @@ class SoftmaxAttention(nn.Module):
             if key_mask is not None or state.mask is not None:
                 mask = torch.cat((_filled(state.mask, x, past), _filled(key_mask, x, x.shape[1])), 1)
             k, v = torch.cat((state.key, k), 2), torch.cat((state.value, v), 2)
-        if cu_seqlens is not None:
-            out = self.attend_packed(q, k, v, cu_seqlens)
-        else:
-            out = self.attend(q, k, v, mask, past)
-        y = self.out_proj(out.transpose(1, 2).flatten(2))
+        out = self.attend_packed(q, k, v, cu_seqlens) if cu_seqlens is not None else self.attend(q, k, v, mask, past)
+        y: Tensor = self.out_proj(out.transpose(1, 2).flatten(2))
         if key_mask is not None:
             y = y.masked_fill(~key_mask[..., None], 0)
         if not return_state:
@@ -152,7 +152,7 @@ class SoftmaxAttention(nn.Module):
     def attend_packed(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
         """Each packed sequence by itself; rows after the last one are zero."""
         bounds = cu_seqlens.tolist()
-        spans = zip(bounds, bounds[1:], strict=False)
+        spans = itertools.pairwise(bounds)
         outs = [self.attend(q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], None, 0) for a, b in spans]
         outs.append(torch.zeros_like(q[:, :, bounds[-1] :]))
         return torch.cat(outs, 2)

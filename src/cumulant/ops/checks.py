@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -100,13 +101,11 @@ def _check_cu_seqlens(cu_seqlens: Tensor, B: int, T: int, S: int, device: torch.
     if torch.compiler.is_compiling():
         return  # values are not known while tracing
     bounds = cu_seqlens.tolist()
-    if bounds[0] != 0 or bounds[-1] > T or any(b < a for a, b in zip(bounds, bounds[1:], strict=False)):
+    if bounds[0] != 0 or bounds[-1] > T or any(b < a for a, b in itertools.pairwise(bounds)):
         raise ValueError(f"cu_seqlens: expected offsets rising from 0 to at most T={T}, got {bounds[:8]}")
 
 
-def check_linear_state(
-    state: LinearState | None, N: int, sizes: Sizes, F: int, normalize: bool, query: Tensor
-) -> None:
+def check_linear_state(state: LinearState | None, N: int, sizes: Sizes, F: int, normalize: bool, query: Tensor) -> None:
     """A state fits this call: `N` rows (batch, or packed sequences), `F` features."""
     if state is None:
         return

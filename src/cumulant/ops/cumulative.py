@@ -104,9 +104,7 @@ def _reference(
     return out.to(query.dtype), sums
 
 
-def _position(
-    key: Tensor, key_mask: Tensor | None, cu_seqlens: Tensor | None, state: LinearState | None
-) -> Tensor:
+def _position(key: Tensor, key_mask: Tensor | None, cu_seqlens: Tensor | None, state: LinearState | None) -> Tensor:
     """Keys seen so far, one count a sequence: what is masked does not count."""
     if cu_seqlens is not None:
         if key_mask is None:

@@ -10,6 +10,7 @@ A map sends ``[..., K]`` to ``[..., F]``. Names:
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -22,7 +23,7 @@ NAMES = (*ELEMENTWISE, "softmax")
 
 def elementwise(name: str, x: Tensor) -> Tensor:
     if name == "elu":
-        return torch.nn.functional.elu(x) + 1
+        return x.clamp(max=0).exp() + x.relu()
     return torch.relu(x) if name == "relu" else x
 
 
@@ -80,7 +81,7 @@ def _packed_sums(
 ) -> tuple[Tensor, Tensor]:
     bounds = cu_seqlens.tolist()
     sums, totals = [], []
-    for i, (a, b) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for i, (a, b) in enumerate(itertools.pairwise(bounds)):
         part = phi_k[:, :, a:b]
         first = 0 if denominator is None else denominator[i]
         totals.append(part.sum(2)[0] + first)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from .checks import Sizes, check_attention, check_linear_state
@@ -66,7 +67,7 @@ def linear_attention(
         kernel = replace(kernel, activation=feature_map)
         choice = _resolve(sizes, sizes.K, normalize, query, cu_seqlens, state, impl)
     else:
-        q = q if scale is None else q * scale
+        q, k = _clear(q if scale is None else q * scale, k, key_mask, cu_seqlens)
         kernel = replace(kernel, scale=1.0)
         if callable(feature_map):
             q, k = apply_callable(feature_map, "query", q), apply_callable(feature_map, "key", k)
@@ -86,6 +87,16 @@ def linear_attention(
         total = replace(total, denominator=denominator)
     out = out.to(dtype)
     return (out, total) if return_state else out
+
+
+def _clear(
+    query: Tensor, key: Tensor, key_mask: Tensor | None, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Zeros for masked keys and beyond the last packed sequence: what stands there must not reach a feature map."""
+    if cu_seqlens is not None:
+        slack = (torch.arange(key.shape[2], device=key.device) >= cu_seqlens[-1])[:, None]
+        query, key = query.masked_fill(slack, 0), key.masked_fill(slack, 0)
+    return query, key if key_mask is None else key.masked_fill(~key_mask[:, None, :, None], 0)
 
 
 def _resolve(

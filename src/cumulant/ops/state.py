@@ -104,7 +104,7 @@ register(LinearState)
 
 
 def _describe(part: Any) -> Any:
-    """Structure without the tensors, as JSON: class names for states, lists for tuples, "tensor" and null for leaves."""
+    """Structure as JSON: class names for states, lists for tuples, "tensor" and null for leaves."""
     if isinstance(part, State):
         return {"kind": type(part).__name__, "parts": {f.name: _describe(getattr(part, f.name)) for f in fields(part)}}
     if isinstance(part, tuple):

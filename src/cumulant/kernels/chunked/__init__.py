@@ -9,9 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .features import Expansion
-from .passes import Spec, Tokens, backward, compute_dtype, forward, _Upstream
 from .layout import Dense, Packed
+from .passes import Spec, Tokens, backward, compute_dtype, forward
 
 
 def _tokens(
@@ -19,10 +18,7 @@ def _tokens(
 ) -> Tokens:
     T, S = query.shape[2], key.shape[2]
     queries: Dense | Packed
-    if cu_seqlens is not None:
-        queries = Packed(cu_seqlens, T, spec.chunk)
-    else:
-        queries = Dense(query.shape[0], T, spec.chunk)
+    queries = Packed(cu_seqlens, T, spec.chunk) if cu_seqlens is not None else Dense(query.shape[0], T, spec.chunk)
     keys = queries if S == T else Dense(key.shape[0], S, spec.chunk)
     return Tokens(query, key, value, key_mask, queries, keys, spec, compute_dtype(query.dtype))
 
@@ -67,22 +63,22 @@ def chunked_attention(
 
 @chunked_attention.register_fake
 def _(
-    query,
-    key,
-    value,
-    key_mask,
-    cu_seqlens,
-    numerator,
-    denominator,
-    want_state,
-    order,
-    constant_term,
-    activation,
-    scale,
-    normalize,
-    is_causal,
-    chunk,
-):  # type: ignore[no-untyped-def]
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    numerator: Tensor | None,
+    denominator: Tensor | None,
+    want_state: bool,
+    order: int,
+    constant_term: bool,
+    activation: str,
+    scale: float,
+    normalize: bool,
+    is_causal: bool,
+    chunk: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     B, H, T, K = query.shape
     G, V = key.shape[1], value.shape[3]
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -142,9 +138,7 @@ def chunked_attention_backward(
 def _(dout, dnumerator, ddenominator, query, key, value, *rest):  # type: ignore[no-untyped-def]
     final_numerator, final_denominator = rest[6], rest[7]
     # fresh tensors are contiguous, whatever the inputs' strides
-    return tuple(
-        x.new_empty(x.shape) for x in (query, key, value, final_numerator, final_denominator)
-    )
+    return tuple(x.new_empty(x.shape) for x in (query, key, value, final_numerator, final_denominator))
 
 
 def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]

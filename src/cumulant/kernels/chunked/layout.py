@@ -7,6 +7,7 @@ the tokens themselves, not that of padding to the longest sequence.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -56,7 +57,7 @@ class Packed:
 
     def __init__(self, cu_seqlens: Tensor, length: int, chunk: int):
         bounds = cu_seqlens.tolist()
-        lengths = torch.tensor([b - a for a, b in zip(bounds, bounds[1:], strict=False)], dtype=torch.long)
+        lengths = torch.tensor([b - a for a, b in itertools.pairwise(bounds)], dtype=torch.long)
         self.batch = len(lengths)
         order = torch.argsort(lengths, descending=True, stable=True)
         device = cu_seqlens.device
@@ -72,9 +73,10 @@ class Packed:
             self.chunks.append(Chunk(start, size, rows, index.to(device), valid.to(device)))
 
     def load(self, x: Tensor, c: Chunk, groups: int, dtype: torch.dtype) -> Tensor:
-        assert c.index is not None and c.valid is not None
-        tokens = x[0].index_select(1, c.index.clamp(max=x.shape[2] - 1).flatten())
-        tokens = tokens.to(dtype).unflatten(1, c.index.shape).transpose(0, 1)  # [n, H, C, D]
+        assert c.index is not None
+        assert c.valid is not None
+        found = x[0].index_select(1, c.index.clamp(max=x.shape[2] - 1).flatten())
+        tokens: Tensor = found.to(dtype).unflatten(1, c.index.shape).transpose(0, 1)  # [n, H, C, D]
         tokens = tokens.masked_fill(~c.valid[:, None, :, None], 0)
         return tokens.reshape(c.rows, groups, x.shape[1] // groups * c.length, x.shape[-1])
 
@@ -91,7 +93,8 @@ class Packed:
     def mask(self, key_mask: Tensor | None, c: Chunk) -> Tensor | None:
         if key_mask is None:
             return c.valid
-        assert c.index is not None and c.valid is not None
+        assert c.index is not None
+        assert c.valid is not None
         return key_mask[0][c.index.clamp(max=key_mask.shape[1] - 1)] & c.valid
 
     def new(self, heads: int, length: int, dim: int, like: Tensor, dtype: torch.dtype) -> Tensor:

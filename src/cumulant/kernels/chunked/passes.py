@@ -123,7 +123,7 @@ def forward(
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
     """Output ``[B,H,T,V]``, denominators ``[B,H,T]`` (None if not normalised) and the state after the last token."""
     features = t.expansion()
-    B, H, T, V = *t.query.shape[:3], t.value.shape[-1]
+    _B, H, T, V = *t.query.shape[:3], t.value.shape[-1]
     if T == 1 and S0 is not None and want_state and t.spec.is_causal and t.queries.order is None:
         return _step(t, features, S0, Z0)
     S, Z = _initial(t, features, S0, Z0, t.keys)
@@ -207,9 +207,10 @@ def backward(
     want_state: bool,
 ) -> Grads:
     features = t.expansion()
-    dq = t.queries.new(*t.query.shape[1:], t.query, t.dtype)
-    dk = t.keys.new(*t.key.shape[1:], t.key, t.dtype)
-    dv = t.keys.new(*t.value.shape[1:], t.value, t.dtype)
+    (_, H, T, K), (_, G, keys, _) = t.query.shape, t.key.shape
+    dq = t.queries.new(H, T, K, t.query, t.dtype)
+    dk = t.keys.new(G, keys, K, t.key, t.dtype)
+    dv = t.keys.new(G, keys, t.value.shape[3], t.value, t.dtype)
     dS = sort_rows(dS_final, t.keys)
     dZ = sort_rows(dZ_final, t.keys)
     if dS is None:

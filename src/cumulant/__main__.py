@@ -1,0 +1,5 @@
+"""``python -m cumulant``, and so ``torchrun -m cumulant``."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,45 @@
+"""Loading a trained model with its tokenizer, refusing what does not fit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from ..models import CumulantForCausalLM
+from .options import check_device
+from .tokenizer import load_tokenizer
+from .train import whole_checkpoints
+
+
+def load_checkpoint(path: str, device: str = "auto") -> tuple[CumulantForCausalLM, PreTrainedTokenizerFast]:
+    """Model (in evaluation mode) and tokenizer from a run's folder or one of its checkpoints.
+
+    Raises:
+        ValueError: no checkpoint there, weights of another shape, or a tokenizer of another size.
+    """
+    check_device(device)
+    folder = Path(path)
+    if not (folder / "config.json").is_file():
+        whole = whole_checkpoints(folder) if folder.is_dir() else []
+        if not whole:
+            raise ValueError(f"checkpoint: no model at {path}; train one with: cumulant train --output {path}")
+        folder = whole[-1]
+    try:
+        model, info = CumulantForCausalLM.from_pretrained(folder, output_loading_info=True)
+    except (RuntimeError, OSError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"checkpoint: the weights in {folder} do not fit its config.json: {reason}") from error
+    wrong = [*info["missing_keys"], *info["mismatched_keys"], *info["unexpected_keys"]]
+    if wrong:
+        raise ValueError(f"checkpoint: the weights in {folder} do not fit its config.json: {wrong[0]}")
+    tokenizer = load_tokenizer(folder)
+    if len(tokenizer) != model.config.vocab_size:
+        raise ValueError(
+            f"tokenizer: {folder} holds a tokenizer of {len(tokenizer)} tokens, but the model has "
+            f"{model.config.vocab_size}; use the tokenizer it was trained with"
+        )
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return model.to(device).eval(), tokenizer

@@ -1,0 +1,103 @@
+"""Bits per byte of a text under a model.
+
+The model's code length of the text, in bits, over the text's length in UTF-8 bytes. Every token is predicted once; the
+text's documents are preceded by the end-of-text token, and the last document is not followed by one. Two ways:
+
+- *whole*: each document by itself, from its first token to its last, the state carried all along: any token can use all
+  of the document before it.
+- *windowed*: the documents end to end, cut into windows of `context` tokens that do not overlap; a token can use what
+  stands before it in its window.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from .tokens import Ids, TokenFile
+
+
+@dataclass(frozen=True)
+class Score:
+    """bits_per_byte; loss: nats per token; tokens predicted; text_bytes of UTF-8."""
+
+    bits_per_byte: float
+    loss: float
+    tokens: int
+    text_bytes: int
+
+    def as_dict(self) -> dict[str, float]:
+        return asdict(self)
+
+
+def _score(nats: float, tokens: int, text_bytes: int) -> Score:
+    return Score(nats / math.log(2) / text_bytes, nats / tokens, tokens, text_bytes)
+
+
+def _nats(logits: Tensor, labels: Tensor) -> float:
+    """Summed cross entropy, in fp64 across the batch."""
+    losses = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none")
+    return float(losses.double().sum())
+
+
+@torch.inference_mode()
+def windowed(
+    model: PreTrainedModel,
+    text: TokenFile,
+    context: int,
+    *,
+    batch_size: int = 16,
+    rank: int = 0,
+    processes: int = 1,
+) -> tuple[float, int]:
+    """Summed nats and tokens of this process's share of the windows."""
+    nats, count = 0.0, 0
+    for number, (inputs, labels) in enumerate(_windows(text.ids, context, batch_size)):
+        if number % processes == rank:
+            logits = model(input_ids=inputs.to(model.device), use_cache=False).logits
+            nats += _nats(logits, labels.to(model.device))
+            count += labels.numel()
+    return nats, count
+
+
+def _windows(ids: Ids, context: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Inputs and labels ``[b, context]``, then the shorter last window by itself."""
+    whole = (len(ids) - 1) // context
+    for first in range(0, whole, batch_size):
+        last = min(first + batch_size, whole)
+        span = torch.from_numpy(ids[first * context : last * context + 1].astype(np.int64))
+        yield span[:-1].view(-1, context), span[1:].view(-1, context)
+    rest = torch.from_numpy(ids[whole * context :].astype(np.int64))
+    if len(rest) > 1:
+        yield rest[None, :-1], rest[None, 1:]
+
+
+def evaluate_windowed(model: PreTrainedModel, text: TokenFile, context: int, *, batch_size: int = 16) -> Score:
+    """Bits per byte over windows of `context` tokens; see the module's docstring."""
+    if context < 1:
+        raise ValueError(f"context: expected at least 1 token, got {context}")
+    model.eval()
+    nats, count = windowed(model, text, context, batch_size=batch_size)
+    return _score(nats, count, text.text_bytes)
+
+
+@torch.inference_mode()
+def evaluate_whole(model: PreTrainedModel, text: TokenFile, *, piece: int = 4096) -> Score:
+    """Bits per byte with the state carried over each whole document, `piece` tokens a step."""
+    model.eval()
+    nats, count = 0.0, 0
+    ends = [*text.starts[1:], len(text.ids) - 1]
+    for start, end in zip(text.starts, ends, strict=True):
+        cache = DynamicCache(config=model.config)
+        for a in range(start, end, piece):
+            ids = torch.from_numpy(text.ids[a : min(a + piece, end) + 1].astype(np.int64))[None].to(model.device)
+            logits = model(input_ids=ids[:, :-1], past_key_values=cache, use_cache=True).logits
+            nats += _nats(logits, ids[:, 1:])
+            count += ids.shape[1] - 1
+    return _score(nats, count, text.text_bytes)

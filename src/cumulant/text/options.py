@@ -1,0 +1,77 @@
+"""Options of a training run."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..models.presets import PRESETS
+
+
+def option(default: Any, text: str) -> Any:
+    """A field with the help that the command line shows."""
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """What to train, on what, how; the command line's options are these fields. Checked on construction."""
+
+    output: str = option("runs/model", "folder for checkpoints, logs and the final model")
+    data: str | None = option(
+        None, "file, folder, glob, or hf:ID of a Hugging Face dataset; default: Python's standard library"
+    )
+    heldout: float = option(0.05, "share of the text held out for evaluation")
+    text_column: str = option("text", "column of a dataset that holds the text")
+    tokenizer: str | None = option(None, "a tokenizer.json or a folder with one; default: bytes")
+    train_bpe: int | None = option(None, "train a byte-level BPE of so many tokens on the text")
+    preset: str = option("taylor", f"model: {', '.join(PRESETS)}")
+    width: int = option(256, "model dim")
+    depth: int = option(4, "layers")
+    heads: int = option(4, "attention heads")
+    intermediate: int | None = option(None, "width of the feed-forward; default: 8/3 of the model dim")
+    context: int = option(256, "tokens in a window")
+    batch: int = option(16, "windows a step and process")
+    accumulate: int = option(1, "batches a step")
+    packed: bool = option(False, "pack documents into windows, none seeing another, instead of windows anywhere")
+    steps: int = option(1000, "optimizer steps")
+    learning_rate: float = option(2e-3, "peak learning rate; cosine to zero")
+    warmup: float = option(0.05, "share of the steps with rising learning rate")
+    weight_decay: float = option(0.1, "AdamW's weight decay")
+    clip: float = option(1.0, "largest gradient norm")
+    dropout: float = option(0.0, "dropout of mixers and feed-forwards")
+    evaluate_every: int = option(0, "steps between evaluations on the held-out text; 0: only at the end")
+    save_every: int = option(0, "steps between checkpoints; 0: with each evaluation")
+    seed: int = option(0, "seed of weights and batches")
+    bf16: bool = option(False, "autocast to bfloat16")
+    device: str = option("auto", "auto, cpu or cuda")
+    fsdp: str | None = option(None, "shard the model under torchrun, e.g. full_shard")
+    gradient_checkpointing: bool = option(False, "recompute layers in the backward pass")
+    resume: bool = option(False, "go on from the last whole checkpoint in the output folder")
+
+    def __post_init__(self) -> None:
+        if self.preset not in PRESETS:
+            raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, got {self.preset!r}")
+        for name in ("width", "depth", "heads", "context", "batch", "accumulate", "steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        for name in ("evaluate_every", "save_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: expected 0 or more steps, got {getattr(self, name)}")
+        if not 0 <= self.warmup < 1:
+            raise ValueError(f"warmup: expected a share of the steps below 1, got {self.warmup}")
+        if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
+            raise ValueError(f"learning_rate: expected a positive number, got {self.learning_rate}")
+        if self.tokenizer is not None and self.train_bpe is not None:
+            raise ValueError("train_bpe: pass either a tokenizer or the size of one to train, not both")
+        check_device(self.device)
+
+
+def check_device(device: str) -> None:
+    if device not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"device: expected auto, cpu or cuda, got {device!r}")
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: cuda was asked for, but PyTorch sees no CUDA device here; use --device cpu")

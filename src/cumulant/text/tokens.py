@@ -1,0 +1,165 @@
+"""Token files, memory-mapped, and the batches drawn from them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerFast
+
+from .corpus import Corpus
+from .tokenizer import encode
+
+Ids = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class TokenFile:
+    """One split: documents end to end, each preceded by the end-of-text token, as one memory-mapped array.
+
+    ids: ``[N]``. starts: offset of each document's leading end-of-text token ``[documents]``. text_bytes: UTF-8
+    bytes of the documents.
+    """
+
+    ids: Ids
+    starts: Ids
+    text_bytes: int
+
+
+def tokenize(documents: list[bytes], tokenizer: PreTrainedTokenizerFast) -> TokenFile:
+    """Documents as tokens, in memory."""
+    end = np.array([tokenizer.eos_token_id], dtype=np.uint32)
+    pieces = [np.concatenate((end, ids)) for ids in encode(tokenizer, documents)]
+    starts = np.cumsum([0, *map(len, pieces[:-1])])
+    return TokenFile(np.concatenate(pieces), starts, sum(map(len, documents)))
+
+
+def write_tokens(folder: Path, corpus: Corpus, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Tokenize a corpus into `folder`, atomically; nothing is done if it is there already."""
+    index = folder / "tokens.json"
+    key = {"digest": corpus.digest, "tokenizer": _fingerprint(tokenizer)}
+    if index.is_file() and json.loads(index.read_text()).get("key") == key:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
+    sizes = {}
+    for split, documents in (("train", corpus.train), ("heldout", corpus.heldout)):
+        tokens = tokenize(documents, tokenizer)
+        _save(folder / f"{split}.npy", tokens.ids.astype(dtype))
+        _save(folder / f"{split}-starts.npy", tokens.starts)
+        sizes[split] = tokens.text_bytes
+    _replace(index, json.dumps({"key": key, "bytes": sizes, "data": corpus.name}, indent=2).encode())
+
+
+def read_tokens(folder: Path) -> tuple[TokenFile, TokenFile]:
+    """The training and the held-out split written by `write_tokens`."""
+    sizes = json.loads((folder / "tokens.json").read_text())["bytes"]
+    train, heldout = (
+        TokenFile(
+            np.load(folder / f"{split}.npy", mmap_mode="r"), np.load(folder / f"{split}-starts.npy"), sizes[split]
+        )
+        for split in ("train", "heldout")
+    )
+    return train, heldout
+
+
+def _fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
+    return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+
+
+def _save(path: Path, array: Ids) -> None:
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with temporary.open("wb") as file:
+        np.save(file, array)
+    os.replace(temporary, path)
+
+
+def _replace(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
+
+
+class RandomWindows(Dataset[dict[str, Tensor]]):
+    """Window i is ``length + 1`` tokens, drawn from (seed, i): the same in any order, process or restart."""
+
+    def __init__(self, tokens: TokenFile, length: int, count: int, seed: int):
+        if len(tokens.ids) < length + 1:
+            raise ValueError(
+                f"context: the training text has {len(tokens.ids)} tokens, too few for one window of {length} + 1; "
+                "pass more text or a shorter --context"
+            )
+        self.tokens, self.length, self.count, self.seed = tokens, length, count, seed
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        draw = np.random.default_rng((self.seed, index))
+        start = int(draw.integers(len(self.tokens.ids) - self.length))
+        ids = torch.from_numpy(self.tokens.ids[start : start + self.length + 1].astype(np.int64))
+        return {"input_ids": ids[:-1], "labels": ids[1:]}
+
+
+class PackedDocuments(Dataset[dict[str, Tensor]]):
+    """Window i holds documents end to end, drawn from (seed, i) in proportion to their length; none sees another. What
+    does not fit is cut: a long document to a random part of it, the last one to the room that is left."""
+
+    def __init__(self, tokens: TokenFile, length: int, count: int, seed: int):
+        RandomWindows(tokens, length, count, seed)  # the same demand on the text
+        self.tokens, self.length, self.count, self.seed = tokens, length, count, seed
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        draw = np.random.default_rng((self.seed, index))
+        ids, starts = self.tokens.ids, self.tokens.starts
+        pieces: list[Ids] = []
+        bounds, room = [0], self.length
+        while room > 0:
+            document = int(np.searchsorted(starts, draw.integers(len(ids)), side="right")) - 1
+            first = int(starts[document])
+            last = int(starts[document + 1]) if document + 1 < len(starts) else len(ids)
+            if last - first > self.length + 1:
+                first = int(draw.integers(first, last - self.length))
+            piece = ids[first : min(last, first + room + 1)].astype(np.int64)
+            if len(piece) < 2:
+                continue
+            pieces.append(piece)
+            room -= len(piece) - 1
+            bounds.append(self.length - room)
+        return {
+            "input_ids": torch.from_numpy(np.concatenate([piece[:-1] for piece in pieces])),
+            "labels": torch.from_numpy(np.concatenate([piece[1:] for piece in pieces])),
+            "bounds": torch.tensor(bounds),
+        }
+
+
+def collate(windows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Stack windows; packed ones go end to end into one row with `cu_seqlens`.
+
+    `shift_labels` are aligned with the inputs: position t is to predict ``shift_labels[t]``.
+    """
+    if "bounds" not in windows[0]:
+        return {
+            "input_ids": torch.stack([w["input_ids"] for w in windows]),
+            "shift_labels": torch.stack([w["labels"] for w in windows]),
+        }
+    length = len(windows[0]["input_ids"])
+    bounds = [torch.zeros(1, dtype=torch.long)]
+    bounds += [w["bounds"][1:] + i * length for i, w in enumerate(windows)]
+    return {
+        "input_ids": torch.cat([w["input_ids"] for w in windows])[None],
+        "shift_labels": torch.cat([w["labels"] for w in windows])[None],
+        "cu_seqlens": torch.cat(bounds).to(torch.int32),
+    }

@@ -1,0 +1,271 @@
+"""Train a language model on a text: the main job, top to bottom."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainerControl, TrainingArguments, set_seed
+from transformers.trainer_callback import ProgressCallback
+
+from ..models import CumulantForCausalLM, from_preset
+from .corpus import load_corpus
+from .evaluate import Score, windowed
+from .options import TrainingOptions
+from .tokenizer import byte_tokenizer, load_tokenizer, train_bpe
+from .tokens import PackedDocuments, RandomWindows, TokenFile, collate, read_tokens, write_tokens
+
+WHOLE = "whole.json"  # written into a checkpoint after everything else: without it the checkpoint is not used
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """losses: (step, nats per token) as logged. score: the final model on the held-out text, windowed."""
+
+    output: str
+    losses: list[tuple[int, float]]
+    score: Score
+    parameters: int
+    tokens_per_second: float
+
+
+class LanguageModelTrainer(Trainer):  # type: ignore[misc]
+    """Hugging Face's Trainer, evaluating in bits per byte over the whole held-out text."""
+
+    def __init__(self, *, heldout: TokenFile, context: int, **kwargs: Any):
+        super().__init__(eval_dataset=heldout, **kwargs)
+        self.heldout, self.context = heldout, context
+
+    def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:
+        model = self.accelerator.unwrap_model(self.model)
+        model.eval()
+        with self.compute_loss_context_manager():
+            nats, count = windowed(
+                self.model_wrapped if self.is_fsdp_enabled else model,
+                self.heldout,
+                self.context,
+                batch_size=self.args.per_device_eval_batch_size,
+                rank=0 if self.is_fsdp_enabled else self.args.process_index,
+                processes=1 if self.is_fsdp_enabled else self.args.world_size,
+            )
+        total = torch.tensor([nats, count], dtype=torch.float64, device=self.args.device)
+        if self.args.world_size > 1 and not self.is_fsdp_enabled:
+            total = self.accelerator.reduce(total)
+        nats, count = total.tolist()
+        metrics = {
+            f"{metric_key_prefix}_loss": nats / count,
+            f"{metric_key_prefix}_bits_per_byte": nats / math.log(2) / self.heldout.text_bytes,
+        }
+        self.log(metrics)
+        control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.control: TrainerControl = control
+        return metrics
+
+
+class MarkWhole(TrainerCallback):  # type: ignore[misc]
+    """Leaves a mark in each checkpoint once everything in it is written."""
+
+    def on_save(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
+        if state.is_world_process_zero:
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            temporary = folder / f"{WHOLE}.tmp"
+            temporary.write_text(json.dumps({"step": state.global_step}))
+            os.replace(temporary, folder / WHOLE)
+
+
+class Progress(ProgressCallback):  # type: ignore[misc]
+    """The progress bar, with one line a log."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        if not state.is_world_process_zero or self.training_bar is None or logs is None:
+            return
+        if "loss" in logs:
+            self.training_bar.write(
+                f"step {state.global_step:>6}  loss {float(logs['loss']):.4f}  lr {float(logs['learning_rate']):.2e}"
+            )
+        elif "eval_bits_per_byte" in logs:
+            bits = float(logs["eval_bits_per_byte"])
+            self.training_bar.write(f"step {state.global_step:>6}  held out {bits:.4f} bits per byte")
+
+
+def whole_checkpoints(output: Path) -> list[Path]:
+    """Checkpoints that were written to the end, oldest first."""
+    found = [p for p in output.glob("checkpoint-*") if (p / WHOLE).is_file()]
+    return sorted(found, key=lambda p: int(p.name.rpartition("-")[2]))
+
+
+def train(options: TrainingOptions, *, say: Callable[[str], None] = print) -> TrainingResult:
+    """Read the text, train the model, evaluate it on the held-out part and leave it in ``options.output``.
+
+    Raises:
+        ValueError: for anything that the user can mend, before training starts.
+    """
+    output = Path(options.output)
+    first = int(os.environ.get("RANK", "0")) == 0
+    say = say if first else (lambda _: None)
+    start = _prepare_output(output, options)
+    tokenizer, (tokens, heldout) = _prepare_text(output, options, say)
+    model = _build_model(options, tokenizer)
+    parameters = model.num_parameters()
+    say(f"model: {options.preset}, {parameters:,} parameters, {options.depth} layers of {options.width}")
+    window = PackedDocuments if options.packed else RandomWindows
+    arguments = _arguments(options)
+    windows = options.steps * options.batch * options.accumulate * arguments.world_size
+    trainer = LanguageModelTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=window(tokens, options.context, windows, options.seed),
+        data_collator=collate,
+        processing_class=tokenizer,
+        callbacks=[MarkWhole()],
+        heldout=heldout,
+        context=options.context,
+    )
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(Progress())
+    trainer.train(resume_from_checkpoint=str(start) if start else None)
+    return _finish(trainer, options, heldout, parameters, say)
+
+
+def _prepare_output(output: Path, options: TrainingOptions) -> Path | None:
+    """The checkpoint to resume from, if any; checkpoints that were cut short are removed."""
+    present = list(output.glob("checkpoint-*")) if output.is_dir() else []
+    if output.is_file():
+        raise ValueError(f"output: {output} is a file, not a folder")
+    if not options.resume:
+        if present or (output / "model.safetensors").exists():
+            raise ValueError(f"output: {output} holds a run already; go on with --resume or name another folder")
+        return None
+    whole = whole_checkpoints(output)
+    if int(os.environ.get("RANK", "0")) == 0:
+        for path in present:
+            if path not in whole:
+                shutil.rmtree(path)
+    return whole[-1] if whole else None
+
+
+def _prepare_text(
+    output: Path, options: TrainingOptions, say: Callable[[str], None]
+) -> tuple[PreTrainedTokenizerFast, tuple[TokenFile, TokenFile]]:
+    corpus = load_corpus(options.data, heldout=options.heldout, text_column=options.text_column)
+    kept, held = corpus.sizes
+    skipped = f", {corpus.skipped} files without text left out" if corpus.skipped else ""
+    say(f"text: {corpus.name}, {kept:,} bytes in {len(corpus.train)} documents, {held:,} held out{skipped}")
+    saved = output / "tokenizer.json"
+    if options.resume and saved.is_file():
+        tokenizer = load_tokenizer(saved)
+    elif options.tokenizer is not None:
+        tokenizer = load_tokenizer(options.tokenizer)
+    elif options.train_bpe is not None:
+        say(f"tokenizer: training a byte-level BPE of {options.train_bpe} tokens")
+        tokenizer = train_bpe(corpus.train, options.train_bpe)
+    else:
+        tokenizer = byte_tokenizer()
+    folder = output / "tokens"
+    arguments = _arguments(options)
+    with arguments.main_process_first(desc="tokenizing"):
+        if arguments.process_index == 0:
+            write_tokens(folder, corpus, tokenizer)
+            tokenizer.save_pretrained(output)
+    tokens, heldout = read_tokens(folder)
+    RandomWindows(tokens, options.context, 1, options.seed)  # refuses text shorter than a window, at once
+    return tokenizer, (tokens, heldout)
+
+
+def _build_model(options: TrainingOptions, tokenizer: PreTrainedTokenizerFast) -> CumulantForCausalLM:
+    set_seed(options.seed)
+    config = from_preset(
+        options.preset,
+        vocab_size=len(tokenizer),
+        hidden_size=options.width,
+        num_hidden_layers=options.depth,
+        num_attention_heads=options.heads,
+        intermediate_size=options.intermediate,
+        dropout=options.dropout,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id,
+    )
+    return CumulantForCausalLM(config)
+
+
+def _arguments(options: TrainingOptions) -> TrainingArguments:
+    every = options.evaluate_every or options.steps
+    save = options.save_every or every
+    best = save % every == 0  # Trainer keeps the best model only where every save follows an evaluation
+    return TrainingArguments(
+        output_dir=options.output,
+        max_steps=options.steps,
+        per_device_train_batch_size=options.batch,
+        per_device_eval_batch_size=options.batch,
+        gradient_accumulation_steps=options.accumulate,
+        learning_rate=options.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=max(1, round(options.warmup * options.steps)),
+        weight_decay=options.weight_decay,
+        adam_beta2=0.95,
+        max_grad_norm=options.clip,
+        bf16=options.bf16,
+        use_cpu=options.device == "cpu",
+        seed=options.seed,
+        eval_strategy="steps",
+        eval_steps=every,
+        save_strategy="steps",
+        save_steps=save,
+        save_total_limit=3,
+        load_best_model_at_end=best,
+        metric_for_best_model="bits_per_byte" if best else None,
+        greater_is_better=False if best else None,
+        logging_steps=max(1, min(10, options.steps // 20)),
+        report_to="tensorboard",
+        train_sampling_strategy="sequential",
+        remove_unused_columns=False,
+        gradient_checkpointing=options.gradient_checkpointing,
+        fsdp=options.fsdp,
+        fsdp_config={"transformer_layer_cls_to_wrap": ["CumulantBlock"]} if options.fsdp else None,
+        ddp_find_unused_parameters=False,
+        dataloader_pin_memory=torch.cuda.is_available() and options.device != "cpu",
+        accelerator_config={"split_batches": False, "dispatch_batches": False},
+    )
+
+
+def _finish(
+    trainer: LanguageModelTrainer,
+    options: TrainingOptions,
+    heldout: TokenFile,
+    parameters: int,
+    say: Callable[[str], None],
+) -> TrainingResult:
+    """Save the model kept, and what the run came to."""
+    trainer.save_model(options.output)
+    history = trainer.state.log_history
+    evaluations = [entry for entry in history if "eval_loss" in entry]
+    best = min(evaluations, key=lambda e: e["eval_loss"]) if trainer.args.load_best_model_at_end else evaluations[-1]
+    tokens = len(heldout.ids) - 1
+    score = Score(best["eval_bits_per_byte"], best["eval_loss"], tokens, heldout.text_bytes)
+    losses = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
+    rate = next((e["train_steps_per_second"] for e in reversed(history) if "train_steps_per_second" in e), 0.0)
+    rate *= options.batch * options.accumulate * options.context * trainer.args.world_size
+    result = TrainingResult(options.output, losses, score, parameters, rate)
+    if trainer.is_world_process_zero():
+        summary = {
+            "bits_per_byte": score.bits_per_byte,
+            "heldout_bytes": score.text_bytes,
+            "context": options.context,
+            "parameters": parameters,
+            "preset": options.preset,
+            "losses": losses,
+            "tokens_per_second": rate,
+        }
+        temporary = Path(options.output) / "result.json.tmp"
+        temporary.write_text(json.dumps(summary, indent=2))
+        os.replace(temporary, Path(options.output) / "result.json")
+    say(f"held out: {score.bits_per_byte:.4f} bits per byte over {score.text_bytes:,} bytes, context {options.context}")
+    return result

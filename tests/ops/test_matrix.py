@@ -1,0 +1,519 @@
+"""The matrix: what every operation holds on every implementation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import cumulant as cm
+from cumulant.kernels import reference
+from cumulant.ops import cumulative
+
+from .cases import (
+    CASES,
+    CHUNK,
+    IMPLEMENTATIONS,
+    POSITIVE,
+    TOLERANCE,
+    Case,
+    assert_close,
+    error,
+    inputs,
+    oracle,
+    tensors_of,
+)
+
+by_impl = pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+by_case = pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+by_positive = pytest.mark.parametrize("case", POSITIVE, ids=lambda c: c.name)
+by_causal = pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "bidirectional"])
+
+
+@pytest.fixture(autouse=True)
+def _short_chunks(monkeypatch):
+    monkeypatch.setattr(cumulative, "CHUNK", CHUNK)
+
+
+def gradients(out: Any, wrt: tuple[Tensor, ...]) -> list[Tensor]:
+    """Gradients of a fixed nonlinear function of outputs (and states)."""
+    leaves = [out] if isinstance(out, Tensor) else [out[0], *tensors_of(out[1])]
+    loss = sum(
+        (x.double().sin() * torch.linspace(0.5, 1.5, x.numel()).view(x.shape)).sum()
+        for x in leaves
+        if x.dtype != torch.int64
+    )
+    found = torch.autograd.grad(loss, wrt, allow_unused=True, retain_graph=True)
+    return [torch.zeros_like(x) if g is None else g for g, x in zip(found, wrt)]
+
+
+# ---- what is computed ----
+
+
+@by_impl
+@by_case
+@by_causal
+@pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
+def test_equals_the_formula(case: Case, impl: str, is_causal: bool, masked: bool):
+    q, k, v = case.inputs()
+    mask = torch.rand(2, 37) > 0.4 if masked else None
+    out = case(q, k, v, is_causal=is_causal, key_mask=mask, impl=impl)
+    assert_close(out, oracle(case, q, k, v, is_causal=is_causal, key_mask=mask), 100)
+
+
+@by_case
+@by_causal
+@pytest.mark.parametrize("length", [7, 37])
+def test_gradients_equal_the_reference(case: Case, is_causal: bool, length: int):
+    """The reference differentiates itself; its own gradients are held to finite differences below."""
+    mask = torch.rand(2, length) > 0.3
+    results = []
+    for impl in IMPLEMENTATIONS:
+        q, k, v = case.inputs(T=length, requires_grad=True)
+        out, state = case(q, k, v, is_causal=is_causal, key_mask=mask, return_state=True, impl=impl)
+        again = case(q * 0.9, k, v, is_causal=is_causal, state=state, return_state=True, impl=impl)
+        plain = case(q, k, v, is_causal=is_causal, impl=impl)
+        results.append(
+            [*gradients((out, state), (q, k, v)), *gradients(again, (q, k, v)), *gradients(plain, (q, k, v))]
+        )
+    for actual, exact in zip(*results[::-1]):
+        assert_close(actual, exact, 1000)
+
+
+@by_impl
+@pytest.mark.parametrize("case", [c for c in CASES if c.name != "linear-relu"], ids=lambda c: c.name)
+@by_causal
+def test_gradcheck(case: Case, impl: str, is_causal: bool, monkeypatch):
+    """Finite differences, through inputs, states in and states out."""
+    monkeypatch.setattr(cumulative, "CHUNK", 3)
+    q, k, v = case.inputs(1, 2, 5, 2, 2, G=1, requires_grad=True)
+    _, start = case(q.detach(), k.detach(), v.detach(), is_causal=is_causal, return_state=True, impl=impl)
+    numerator = start.numerator.clone().requires_grad_()
+    denominator = None if start.denominator is None else start.denominator.clone().requires_grad_()
+
+    def run(q, k, v, numerator, *rest):
+        state = cm.LinearState(numerator, rest[0] if rest else None, start.position)
+        out, end = case(q, k, v, is_causal=is_causal, state=state, return_state=True, impl=impl)
+        return tuple(x for x in (out, end.numerator, end.denominator) if x is not None)
+
+    extra = () if denominator is None else (denominator,)
+    assert torch.autograd.gradcheck(run, (q, k, v, numerator, *extra), atol=1e-6, rtol=1e-4)
+
+
+@by_case
+def test_double_backward_is_refused_in_one_piece(case: Case):
+    q, k, v = case.inputs(T=5, requires_grad=True)
+    out = case(q, k, v, is_causal=True, impl="torch")
+    (grad,) = torch.autograd.grad(out.sum(), q, create_graph=True)
+    if grad.requires_grad:
+        with pytest.raises((RuntimeError, NotImplementedError), match="autograd|differentiate|backward"):
+            torch.autograd.grad(grad.square().sum(), q)
+
+
+# ---- the law: whole = any split = one token at a time ----
+
+
+@by_impl
+@by_case
+@pytest.mark.parametrize(
+    "cuts", [[1] * 37, [5, 1, 30, 1], [16, 21], [0, 20, 0, 17]], ids=["steps", "mixed", "chunk", "empty"]
+)
+def test_any_split_is_the_whole(case: Case, impl: str, cuts: list[int]):
+    results = []
+    for lengths in ([37], cuts):
+        q, k, v = case.inputs(requires_grad=True)
+        state, outs = None, []
+        for parts in zip(*(x.split(lengths, 2) for x in (q, k, v))):
+            out, state = case(*parts, is_causal=True, state=state, return_state=True, impl=impl)
+            outs.append(out)
+        out = torch.cat(outs, 2)
+        assert state.position.tolist() == [37, 37]
+        results.append([out, *tensors_of(state)[:-1], *gradients((out, state), (q, k, v))])
+    for actual, exact in zip(*results[::-1]):
+        assert_close(actual, exact, 1000)
+
+
+@pytest.mark.parametrize("case", CASES[:6], ids=lambda c: c.name)
+def test_recurrence_is_the_quadratic_form(case: Case):
+    """The reference's two forms agree with each other."""
+    q, k, v = case.inputs()
+    if case.op is cm.taylor_attention:
+        order, constant = case.options.get("order", 2), case.options.get("constant_term", True)
+        features, scale = reference.taylor_features(order, constant), case.options.get("scale", 5**-0.5)
+    else:
+        features, scale = (lambda x: torch.nn.functional.elu(x) + 1), case.options["scale"]
+        k, features = features(k), lambda x: x
+        q = torch.nn.functional.elu(q * scale) + 1
+        scale = 1.0
+    out, (S, z) = reference.recurrent_attention(q * scale, k, v, features=features, normalize=True)
+    q0, k0, v0 = case.inputs()
+    whole, state = case(q0, k0, v0, is_causal=True, return_state=True, impl="reference")
+    assert_close(out, whole, 1000)
+    assert_close(S, state.numerator, 100)
+    assert_close(z, state.denominator, 100)
+
+
+@by_impl
+@by_case
+def test_outputs_do_not_depend_on_later_tokens(case: Case, impl: str):
+    q, k, v = case.inputs()
+    out = case(q, k, v, is_causal=True, impl=impl)
+    for t in (1, 15, 16, 30):
+        changed = [x.clone() for x in (q, k, v)]
+        for x in changed:
+            x[:, :, t:] = 7.0
+        assert torch.equal(case(*changed, is_causal=True, impl=impl)[:, :, :t], out[:, :, :t])
+
+
+@by_impl
+@by_case
+def test_states_are_values(case: Case, impl: str):
+    q, k, v = case.inputs()
+    _, state = case(q, k, v, is_causal=True, return_state=True, impl=impl)
+    before = state.clone()
+    for length in (1, 20):
+        parts = [x[:, :, :length] for x in (q, k, v)]
+        first, after = case(*parts, is_causal=True, state=state, return_state=True, impl=impl)
+        again, _ = case(*parts, is_causal=True, state=state, return_state=True, impl=impl)
+        assert torch.equal(first, again)
+        for a, b in zip(tensors_of(state), tensors_of(before)):
+            assert torch.equal(a, b)
+        for a in tensors_of(after):
+            assert all(a.data_ptr() != b.data_ptr() for b in tensors_of(state))
+
+
+@by_impl
+@by_case
+def test_states_can_be_selected(case: Case, impl: str):
+    """Beams: rows of a state reordered and repeated continue as those sequences."""
+    q, k, v = case.inputs(3)
+    _, state = case(q, k, v, is_causal=True, return_state=True, impl=impl)
+    index = torch.tensor([2, 0, 2])
+    nxt = case.inputs(3, T=4, seed=1)
+    out, end = case(*(x[index] for x in nxt), is_causal=True, state=state.select(index), return_state=True, impl=impl)
+    expected, whole = case(*nxt, is_causal=True, state=state, return_state=True, impl=impl)
+    picked = whole.select(index)
+    # row 1 of `nxt` followed another state, so compare where the pairing is the same
+    assert_close(out[[0, 1, 2]], expected[index], 100)
+    for a, b in zip(tensors_of(end), tensors_of(picked)):
+        assert torch.allclose(a, b)
+
+
+# ---- masks and packing ----
+
+
+@by_impl
+@by_case
+@by_causal
+@pytest.mark.parametrize("junk", [float("nan"), 1e4], ids=["nan", "large"])
+@pytest.mark.parametrize("where", ["left", "right", "holes", "row"])
+def test_padding_does_not_exist(case: Case, impl: str, is_causal: bool, junk: float, where: str):
+    """Output, gradient and state equal those of each row by itself, whatever stands at masked keys."""
+    q, k, v = case.inputs(T=40)
+    mask = torch.ones(2, 40, dtype=torch.bool)
+    if where == "left":
+        mask[0, :21] = False
+    elif where == "right":
+        mask[0, 21:] = False
+    elif where == "holes":
+        mask = torch.rand(2, 40) > 0.5
+    else:
+        mask[0] = False
+    padded = k.masked_fill(~mask[:, None, :, None], junk), v.masked_fill(~mask[:, None, :, None], junk)
+    leaves = tuple(x.clone().requires_grad_() for x in (q, *padded))
+    out, state = case(*leaves, is_causal=is_causal, key_mask=mask, return_state=True, impl=impl)
+    visible = mask[:, None, :, None].expand_as(out) if is_causal else torch.ones_like(out, dtype=torch.bool)
+    grads = gradients((out.where(visible, 0), state), leaves)
+    for b in range(2):
+        rows = mask[b] if is_causal else torch.ones(40, dtype=torch.bool)
+        alone = tuple(
+            x.clone().requires_grad_()
+            for x in (q[b : b + 1, :, rows], k[b : b + 1, :, mask[b]], v[b : b + 1, :, mask[b]])
+        )
+        expected, end = case(*alone, is_causal=is_causal, return_state=True, impl=impl)
+        assert_close(out[b : b + 1, :, rows], expected, 1000)
+        assert int(state.position[b]) == int(mask[b].sum()) == int(end.position)
+        for actual, exact in zip(tensors_of(state)[:-1], tensors_of(end)[:-1]):
+            assert_close(actual[b : b + 1], exact, 1000)
+    for grad, kept in zip(grads, (None, mask, mask)):
+        assert torch.isfinite(grad).all()
+        if kept is not None:
+            assert not grad.masked_select(~kept[:, None, :, None]).any()
+
+
+@by_impl
+@by_case
+def test_gradients_of_padded_rows_are_those_of_the_row_alone(case: Case, impl: str):
+    q, k, v = case.inputs(T=40)
+    mask = torch.ones(2, 40, dtype=torch.bool)
+    mask[0, :21], mask[1, 9:] = False, False
+    leaves = tuple(x.clone().requires_grad_() for x in (q, k, v))
+    out, state = case(*leaves, is_causal=True, key_mask=mask, return_state=True, impl=impl)
+    weight = torch.randn(2, *out.shape[1:], dtype=out.dtype)
+    loss = (out * weight * mask[:, None, :, None]).sum() + state.numerator.sin().sum()
+    grads = torch.autograd.grad(loss, leaves)
+    for b in range(2):
+        m = mask[b]
+        alone = tuple(x[b : b + 1, :, m].clone().requires_grad_() for x in (q, k, v))
+        expected, end = case(*alone, is_causal=True, return_state=True, impl=impl)
+        loss = (expected * weight[b : b + 1, :, m]).sum() + end.numerator.sin().sum()
+        for actual, exact in zip(grads, torch.autograd.grad(loss, alone)):
+            assert_close(actual[b : b + 1, :, m], exact, 1000)
+
+
+@by_impl
+@by_case
+@by_causal
+@pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
+def test_packed_is_separate(case: Case, impl: str, is_causal: bool, masked: bool):
+    """Also with states in and out, an empty sequence, and NaN in the slack after the last one."""
+    T = 60
+    bounds = [0, 7, 7, 41, 52]
+    q, k, v = case.inputs(1, T=T)
+    for x in (q, k, v):
+        x[:, :, bounds[-1] :] = float("nan")
+    mask = (torch.rand(1, T) > 0.4) if masked else None
+    cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
+    starts = case.inputs(4, T=6, seed=1)
+    start = case(*starts, is_causal=True, return_state=True, impl=impl)[1]
+    leaves = tuple(x.clone().requires_grad_() for x in (q, k, v))
+    out, state = case(
+        *leaves, is_causal=is_causal, cu_seqlens=cu_seqlens, key_mask=mask, state=start, return_state=True, impl=impl
+    )
+    plain = case(*leaves, is_causal=is_causal, cu_seqlens=cu_seqlens, key_mask=mask, impl=impl)
+    assert not out[:, :, bounds[-1] :].any()
+    grads = torch.autograd.grad(out.sin().sum() + state.numerator.sin().sum(), leaves)
+    for grad in grads:
+        assert not grad[:, :, bounds[-1] :].any()
+    for i, (a, b) in enumerate(zip(bounds, bounds[1:])):
+        alone = tuple(x[:, :, a:b].clone().requires_grad_() for x in (q, k, v))
+        m = None if mask is None else mask[:, a:b]
+        row = start.select(torch.tensor([i]))
+        expected, end = case(*alone, is_causal=is_causal, key_mask=m, state=row, return_state=True, impl=impl)
+        assert_close(out[:, :, a:b], expected, 1000)
+        assert_close(plain[:, :, a:b], case(*alone, is_causal=is_causal, key_mask=m, impl=impl), 1000)
+        for actual, exact in zip(tensors_of(state), tensors_of(end)):
+            assert torch.allclose(actual[i : i + 1], exact)
+        loss = expected.sin().sum() + end.numerator.sin().sum()
+        for actual, exact in zip(grads, torch.autograd.grad(loss, alone)):
+            assert_close(actual[:, :, a:b], exact, 1000)
+
+
+# ---- shapes ----
+
+
+@by_impl
+@by_case
+@by_causal
+@pytest.mark.parametrize("length", [0, 1, 15, 16, 17, 33])
+def test_ragged_lengths(case: Case, impl: str, is_causal: bool, length: int):
+    q, k, v = case.inputs(T=length)
+    out, state = case(q, k, v, is_causal=is_causal, return_state=True, impl=impl)
+    assert_close(out, oracle(case, q, k, v, is_causal=is_causal), 1000)
+    assert_close(case(q, k, v, is_causal=is_causal, impl=impl), out, 100)
+    assert state.position.tolist() == [length] * 2
+
+
+@by_impl
+@by_case
+@pytest.mark.parametrize(("T", "S"), [(3, 50), (50, 3), (5, 0), (0, 5), (1, 1)])
+def test_cross_attention(case: Case, impl: str, T: int, S: int):
+    """More or fewer keys than queries; the context's state, computed once, serves any queries."""
+    q, k, v = case.inputs(T=T, S=S)
+    mask = torch.rand(2, S) > 0.3
+    out, state = case(q, k, v, key_mask=mask, return_state=True, impl=impl)
+    assert_close(out, oracle(case, q, k, v, key_mask=mask), 1000)
+    nothing = k[:, :, :0], v[:, :, :0]
+    assert_close(case(q, *nothing, state=state, impl=impl), out, 1000)
+
+
+@by_impl
+@by_case
+@pytest.mark.parametrize(("H", "G"), [(1, 1), (6, 6), (6, 2), (6, 1)])
+@by_causal
+def test_grouped_heads(case: Case, impl: str, H: int, G: int, is_causal: bool):
+    q, k, v = case.inputs(H=H, G=G, requires_grad=True)
+    out = case(q, k, v, is_causal=is_causal, impl=impl)
+    repeated = case(q, *(x.repeat_interleave(H // G, 1) for x in (k, v)), is_causal=is_causal, impl=impl)
+    assert_close(out, repeated, 1000)
+    for actual, exact in zip(gradients(out, (q, k, v)), gradients(repeated, (q, k, v))):
+        assert_close(actual, exact, 1000)
+
+
+@by_impl
+@by_case
+@pytest.mark.parametrize(("K", "V"), [(1, 1), (1, 9), (8, 1), (3, 20)])
+def test_head_dims(case: Case, impl: str, K: int, V: int):
+    q, k, v = case.inputs(K=K, V=V)
+    assert_close(case(q, k, v, is_causal=True, impl=impl), oracle(case, q, k, v, is_causal=True), 3000)
+
+
+@by_impl
+@by_case
+def test_empty_batch(case: Case, impl: str):
+    q, k, v = case.inputs(0, requires_grad=True)
+    out, state = case(q, k, v, is_causal=True, return_state=True, impl=impl)
+    assert out.shape == (0, 4, 37, 3)
+    assert len(state.position) == 0
+    assert all(g.shape == x.shape for g, x in zip(gradients(out, (q, k, v)), (q, k, v)))
+
+
+@by_impl
+@by_case
+@by_causal
+def test_strides_do_not_matter(case: Case, impl: str, is_causal: bool):
+    q, k, v = case.inputs()
+    strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
+    sliced = [torch.stack((x, x), -1)[..., 0] for x in (q, k, v)]
+    expanded = [x[:, :, :1].expand(-1, -1, 37, -1) for x in (q, k, v)]
+    out = case(q, k, v, is_causal=is_causal, impl=impl)
+    for variant in (strided, sliced):
+        assert not variant[0].is_contiguous()
+        assert_close(case(*variant, is_causal=is_causal, impl=impl), out, 10)
+    plain = case(*(x.contiguous() for x in expanded), is_causal=is_causal, impl=impl)
+    assert_close(case(*expanded, is_causal=is_causal, impl=impl), plain, 10)
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+@by_case
+def test_any_shape_mask_and_split(case: Case, data: st.DataObject):
+    """Drawn shapes, groups, masks and splits: torch in pieces equals the formula on the whole."""
+    B, G, R, K, V = (data.draw(st.integers(1, 3)) for _ in range(5))
+    T = data.draw(st.integers(0, 40))
+    q, k, v = case.inputs(B, G * R, T, K, V, G=G, seed=data.draw(st.integers(0, 9)))
+    mask = torch.tensor(data.draw(st.lists(st.booleans(), min_size=B * T, max_size=B * T)), dtype=torch.bool)
+    mask = mask.view(B, T)
+    cuts = sorted(data.draw(st.lists(st.integers(0, T), max_size=3)))
+    lengths = [b - a for a, b in zip([0, *cuts], [*cuts, T])]
+    state, outs = None, []
+    for qs, ks, vs, ms in zip(*(x.split(lengths, 2) for x in (q, k, v)), mask.split(lengths, 1)):
+        out, state = case(qs, ks, vs, is_causal=True, key_mask=ms, state=state, return_state=True, impl="torch")
+        outs.append(out)
+    assert_close(torch.cat(outs, 2), oracle(case, q, k, v, is_causal=True, key_mask=mask), 1000)
+
+
+# ---- numbers ----
+
+
+@by_impl
+@by_positive
+@by_causal
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+def test_dtypes(case: Case, impl: str, dtype: torch.dtype, is_causal: bool):
+    """Output, state and gradients against float64 on the same rounded inputs."""
+    low = case.inputs(T=100, K=16, V=16, dtype=dtype, requires_grad=True)
+    exact = tuple(x.detach().double().requires_grad_() for x in low)
+    out, state = case(*low, is_causal=is_causal, return_state=True, impl=impl)
+    expected, end = case(*exact, is_causal=is_causal, return_state=True, impl="reference")
+    assert out.dtype == dtype
+    assert_close(out, expected)
+    for a, b in zip(tensors_of(state)[:-1], tensors_of(end)[:-1]):
+        assert a.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        assert_close(a, b, 10)
+    weight = torch.randn_like(expected)
+    grads = torch.autograd.grad((out.double() * weight).sum(), low)
+    for a, b in zip(grads, torch.autograd.grad((expected * weight).sum(), exact)):
+        assert a.dtype == dtype
+        assert_close(a, b, 3)
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+def test_tolerances_are_tight(dtype: torch.dtype):
+    """The table is not slack: the plain quadratic form in the same dtype comes within 20 times of it."""
+    low = inputs(T=100, K=16, V=16, dtype=dtype)
+    exact = [x.double() for x in low]
+    worst = max(
+        error(case(*low, is_causal=True, impl="reference"), oracle(case, *exact, is_causal=True)) for case in POSITIVE
+    )
+    assert TOLERANCE[dtype] / 20 < worst < TOLERANCE[dtype]
+
+
+@by_positive
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_long_decoding_keeps_its_accuracy(case: Case, dtype: torch.dtype):
+    """8,200 single steps in low precision against float64 at the end: a 16-bit sum of keys would have frozen at 512."""
+    T = 8200
+    low = case.inputs(1, 2, T, 8, 8, G=1, dtype=dtype)
+    exact = case(*(x.double() for x in low), is_causal=True, impl="torch")
+    with torch.inference_mode():
+        state, out = None, torch.empty(0)
+        for t in range(T):
+            out, state = case(*(x[:, :, t : t + 1] for x in low), is_causal=True, state=state, return_state=True)
+    assert int(state.position) == T
+    assert_close(out, exact[:, :, -1:], 3)
+
+
+@by_positive
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@by_impl
+def test_autocast_does_not_lower_the_sums(case: Case, impl: str, dtype: torch.dtype):
+    low = case.inputs(T=100, K=16, V=16, dtype=dtype, requires_grad=True)
+    plain = case(*low, is_causal=True, impl=impl)
+    with torch.autocast("cpu", torch.bfloat16):
+        out, state = case(*low, is_causal=True, return_state=True, impl=impl)
+    assert out.dtype == dtype
+    assert state.numerator.dtype == torch.float32
+    assert_close(out, plain)
+    for a, b in zip(gradients(out, low), gradients(plain, low)):
+        assert_close(a, b, 10)
+
+
+@by_impl
+def test_queries_without_features_give_zeros(impl: str):
+    q, k, v = inputs()
+    for x in (q, k, v):
+        x.requires_grad_()
+    out = cm.linear_attention(-q.abs(), k, v, "relu", is_causal=True, impl=impl)
+    assert not out.any()
+    assert all(torch.isfinite(g).all() for g in gradients(out, (q, k, v)))
+
+
+@by_impl
+def test_small_weights_do_not_meet_an_epsilon(impl: str):
+    """Weights near fp16's smallest numbers: an epsilon of 1e-6 in the denominator would halve these outputs."""
+    q, k, v = inputs(dtype=torch.float16)
+    tiny = (q.float() - 12).half(), (k.float() - 12).half()
+    out = cm.linear_attention(*tiny, v, is_causal=True, impl=impl)
+    exact = oracle(Case("elu", cm.linear_attention), *tiny, v, is_causal=True)
+    assert_close(out, exact)
+
+
+@by_case
+def test_every_row_is_written(case: Case):
+    """New memory is filled with NaN; none of it comes out."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        for length in (5, 37):
+            q, k, v = case.inputs(T=length, requires_grad=True)
+            packed = case.inputs(1, T=length, requires_grad=True)
+            cu_seqlens = torch.tensor([0, 2, length - 1])
+            for is_causal in (True, False):
+                out = case(q, k, v, is_causal=is_causal, return_state=True, impl="torch")
+                rows = case(*packed, is_causal=is_causal, cu_seqlens=cu_seqlens, impl="torch")
+                found = [out[0], *tensors_of(out[1]), *gradients(out, (q, k, v)), rows, *gradients(rows, packed)]
+                assert all(torch.isfinite(x).all() for x in found)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@by_case
+def test_results_repeat_bit_for_bit(case: Case):
+    """Twice the same call, and a row by itself or in a batch."""
+    q, k, v = case.inputs(4, dtype=torch.float32)
+    out = case(q, k, v, is_causal=True, impl="torch")
+    assert torch.equal(out, case(q, k, v, is_causal=True, impl="torch"))
+    assert_close(case(q[1:2], k[1:2], v[1:2], is_causal=True, impl="torch"), out[1:2])
+
+
+def test_denominator_is_at_least_half_the_keys():
+    """Order 2: every weight is ((x + 1)² + 1) / 2 >= ½, the worst case x = -1 included."""
+    q, k, v = inputs()
+    _, state = cm.taylor_attention(q, k, v, scale=1.0, is_causal=True, return_state=True)
+    features = reference.taylor_features(2, True)
+    queries = torch.cat((features(q[:, :2] * 3), features(-k / k.square().sum(-1, keepdim=True))), 2)
+    assert (queries @ state.denominator[..., None]).min() >= 37 / 2
