@@ -59,6 +59,7 @@ CASES = [
     Case("linear-relu", cm.linear_attention, {"feature_map": "relu"}),
     Case("linear-identity", cm.linear_attention, {"feature_map": "identity", "normalize": False}),
     Case("linear-softmax", cm.linear_attention, {"feature_map": "softmax"}),
+    Case("linear-softmax-raw", cm.linear_attention, {"feature_map": "softmax", "normalize": False}),
     Case("linear-callable", cm.linear_attention, {"feature_map": squared}),
 ]
 # Sums that do not cancel, for tests of accuracy and of long runs.
@@ -99,6 +100,8 @@ def _attend(case: Case, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         return weights @ values / weights.sum()
     q = q * options.get("scale", 1.0)
     name = options.get("feature_map", "elu")
+    if name == "softmax" and not options.get("normalize", True):
+        return torch.softmax(q, -1) @ (keys.exp().T @ values)
     if name == "softmax":  # a softmax over tokens in each feature, mixed by the query's softmax over features
         return torch.softmax(q, -1) @ (torch.softmax(keys, 0).T @ values)
     phi = {

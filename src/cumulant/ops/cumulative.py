@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from ..kernels import reference
-from .dispatch import Choice
 from .state import LinearState
 
 CHUNK = 128
@@ -28,7 +27,7 @@ class Kernel:
 
 
 def attend(
-    choice: Choice,
+    impl: str,
     kernel: Kernel,
     query: Tensor,
     key: Tensor,
@@ -42,7 +41,7 @@ def attend(
     """Output ``[B, H, T, V]`` and the state after these keys (meaningless unless `return_state`)."""
     numerator = None if state is None else state.numerator
     denominator = None if state is None or not kernel.normalize else state.denominator
-    if choice.impl == "reference":
+    if impl == "reference":
         out, sums = _reference(kernel, query, key, value, key_mask, cu_seqlens, numerator, denominator)
     else:
         from ..kernels.chunked import chunked_attention

@@ -21,21 +21,26 @@ class Choice:
         return f"{self.impl}: {self.reason}"
 
 
-def resolve(impl: str, *, rows: int, features: int, chunk: int) -> Choice:
-    """`rows`: the longer of T and S; `features`: F of the feature map; `chunk`: C of the chunked form."""
-    if impl == "reference":
-        return Choice("reference", "asked for: the quadratic form, T x S weights")
-    if impl in ("auto", "torch"):
-        form = (
-            f"one block of {rows} tokens, the quadratic form"
-            if rows <= chunk
-            else f"chunks of {chunk} tokens, {features} features"
-        )
-        asked = "asked for" if impl == "torch" else "the fastest available here"
-        return Choice("torch", f"{asked}: {form}")
+def resolve(impl: str) -> str:
+    """The implementation to run for a request."""
+    if impl in ("torch", "reference"):
+        return impl
+    if impl == "auto":
+        return "torch"
     if impl in IMPLEMENTATIONS:
         raise ValueError(f"impl: {impl!r} is not part of this version of cumulant; these work: 'torch', 'reference'")
     raise ValueError(f"impl: expected 'auto', 'reference', 'torch', 'native' or 'triton', got {impl!r}")
+
+
+def reasons(impl: str, *, rows: int, features: int, chunk: int) -> Choice:
+    """`resolve`, and why. `rows`: the longer of T and S; `features`: F; `chunk`: C of the chunked form."""
+    chosen = resolve(impl)
+    if chosen == "reference":
+        return Choice(chosen, "asked for: the quadratic form, T x S weights")
+    asked = "asked for" if impl == "torch" else "the fastest available here"
+    if rows <= chunk:
+        return Choice(chosen, f"{asked}: one block of {rows} tokens, the quadratic form")
+    return Choice(chosen, f"{asked}: chunks of {chunk} tokens, {features} features")
 
 
 def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Choice:

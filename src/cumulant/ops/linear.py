@@ -7,9 +7,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from . import cumulative
 from .checks import Sizes, check_attention, check_linear_state
-from .cumulative import CHUNK, Kernel, attend
-from .dispatch import Choice, resolve
+from .cumulative import Kernel, attend
+from .dispatch import Choice, reasons, resolve
 from .feature_maps import ELEMENTWISE, FeatureMap, apply_callable, check_feature_map, softmax_features
 from .state import LinearState
 
@@ -65,13 +66,13 @@ def linear_attention(
     kernel = Kernel(0, True, "identity", 1.0 if scale is None else float(scale), normalize, is_causal)
     if isinstance(feature_map, str) and feature_map in ELEMENTWISE:
         kernel = replace(kernel, activation=feature_map)
-        choice = _resolve(sizes, sizes.K, normalize, query, cu_seqlens, state, impl)
+        _check_state(sizes, sizes.K, normalize, query, cu_seqlens, state)
     else:
         q, k = _clear(q if scale is None else q * scale, k, key_mask, cu_seqlens)
         kernel = replace(kernel, scale=1.0)
         if callable(feature_map):
             q, k = apply_callable(feature_map, "query", q), apply_callable(feature_map, "key", k)
-        choice = _resolve(sizes, k.shape[-1], normalize, query, cu_seqlens, state, impl)
+        _check_state(sizes, k.shape[-1], normalize, query, cu_seqlens, state)
         if feature_map == "softmax" and normalize:
             kernel = replace(kernel, normalize=False)
             past = None if state is None else state.denominator
@@ -79,9 +80,18 @@ def linear_attention(
                 q, k, is_causal=is_causal, key_mask=key_mask, cu_seqlens=cu_seqlens, denominator=past
             )
         elif feature_map == "softmax":
-            q, k = q.float().softmax(-1).to(q.dtype), k.float().exp().to(k.dtype)
+            wide = torch.promote_types(dtype, torch.float32)
+            q, k = q.to(wide).softmax(-1), k.to(wide).exp()
     out, total = attend(
-        choice, kernel, q, k, value, key_mask=key_mask, cu_seqlens=cu_seqlens, state=state, return_state=return_state
+        resolve(impl),
+        kernel,
+        q,
+        k,
+        value,
+        key_mask=key_mask,
+        cu_seqlens=cu_seqlens,
+        state=state,
+        return_state=return_state,
     )
     if denominator is not None:
         total = replace(total, denominator=denominator)
@@ -89,9 +99,7 @@ def linear_attention(
     return (out, total) if return_state else out
 
 
-def _clear(
-    query: Tensor, key: Tensor, key_mask: Tensor | None, cu_seqlens: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _clear(query: Tensor, key: Tensor, key_mask: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
     """Zeros for masked keys and beyond the last packed sequence: what stands there must not reach a feature map."""
     if cu_seqlens is not None:
         slack = (torch.arange(key.shape[2], device=key.device) >= cu_seqlens[-1])[:, None]
@@ -99,18 +107,11 @@ def _clear(
     return query, key if key_mask is None else key.masked_fill(~key_mask[:, None, :, None], 0)
 
 
-def _resolve(
-    sizes: Sizes,
-    features: int,
-    normalize: bool,
-    query: Tensor,
-    cu_seqlens: Tensor | None,
-    state: LinearState | None,
-    impl: str,
-) -> Choice:
+def _check_state(
+    sizes: Sizes, features: int, normalize: bool, query: Tensor, cu_seqlens: Tensor | None, state: LinearState | None
+) -> None:
     rows = sizes.B if cu_seqlens is None else len(cu_seqlens) - 1
     check_linear_state(state, rows, sizes, features, normalize, query)
-    return resolve(impl, rows=max(sizes.T, sizes.S), features=features, chunk=CHUNK)
 
 
 def _explain(
@@ -131,7 +132,8 @@ def _explain(
     sizes = check_attention(query, key, value, is_causal=is_causal, key_mask=key_mask, cu_seqlens=cu_seqlens)
     check_feature_map(feature_map)
     features = sizes.K if isinstance(feature_map, str) else apply_callable(feature_map, "key", key).shape[-1]
-    return _resolve(sizes, features, normalize, query, cu_seqlens, state, impl)
+    _check_state(sizes, features, normalize, query, cu_seqlens, state)
+    return reasons(impl, rows=max(sizes.T, sizes.S), features=features, chunk=cumulative.CHUNK)
 
 
 linear_attention.plan = _explain  # type: ignore[attr-defined]

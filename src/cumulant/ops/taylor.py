@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 from torch import Tensor
 
+from . import cumulative
 from .checks import Sizes, check_attention, check_linear_state
-from .cumulative import CHUNK, Kernel, attend
-from .dispatch import Choice, resolve
+from .cumulative import Kernel, attend
+from .dispatch import Choice, reasons, resolve
 from .state import LinearState
 
 MAX_ORDER = 4  # of the chunked implementation
@@ -23,7 +22,10 @@ def feature_count(dim: int, order: int, *, constant_term: bool = True) -> int:
     """
     if order < 1:
         raise ValueError(f"order: expected at least 1, got {order}")
-    return math.comb(dim + order, order) - (0 if constant_term else 1)
+    size = 1
+    for p in range(1, order + 1):
+        size = size * (dim + p) // p
+    return size if constant_term else size - 1
 
 
 def taylor_attention(
@@ -73,11 +75,9 @@ def taylor_attention(
     Sources: Arora et al. 2023, "Zoology" (Based); Mercat 2020, "Higher Order Linear Transformer"; Keles et al. 2022,
     arXiv 2209.04881.
     """
-    choice, _, kernel = _plan(
-        query, key, value, order, is_causal, scale, constant_term, key_mask, cu_seqlens, state, impl
-    )
+    _, kernel = _check(query, key, value, order, is_causal, scale, constant_term, key_mask, cu_seqlens, state, impl)
     out, state = attend(
-        choice,
+        resolve(impl),
         kernel,
         query,
         key,
@@ -90,7 +90,7 @@ def taylor_attention(
     return (out, state) if return_state else out
 
 
-def _plan(
+def _check(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -102,7 +102,7 @@ def _plan(
     cu_seqlens: Tensor | None,
     state: LinearState | None,
     impl: str,
-) -> tuple[Choice, Sizes, Kernel]:
+) -> tuple[Sizes, Kernel]:
     sizes = check_attention(query, key, value, is_causal=is_causal, key_mask=key_mask, cu_seqlens=cu_seqlens)
     if not isinstance(order, int) or order < 1:
         raise ValueError(f"order: expected an integer of at least 1, got {order!r}")
@@ -111,9 +111,9 @@ def _plan(
     features = feature_count(sizes.K, order, constant_term=constant_term)
     rows = sizes.B if cu_seqlens is None else len(cu_seqlens) - 1
     check_linear_state(state, rows, sizes, features, True, query)
-    choice = resolve(impl, rows=max(sizes.T, sizes.S), features=features, chunk=CHUNK)
+    resolve(impl)
     scale = sizes.K**-0.5 if scale is None else float(scale)
-    return choice, sizes, Kernel(order, constant_term, "identity", scale, True, is_causal)
+    return sizes, Kernel(order, constant_term, "identity", scale, True, is_causal)
 
 
 def _explain(
@@ -131,7 +131,9 @@ def _explain(
     return_state: bool,
     impl: str,
 ) -> Choice:
-    return _plan(query, key, value, order, is_causal, scale, constant_term, key_mask, cu_seqlens, state, impl)[0]
+    sizes, _ = _check(query, key, value, order, is_causal, scale, constant_term, key_mask, cu_seqlens, state, impl)
+    features = feature_count(sizes.K, order, constant_term=constant_term)
+    return reasons(impl, rows=max(sizes.T, sizes.S), features=features, chunk=cumulative.CHUNK)
 
 
 taylor_attention.plan = _explain  # type: ignore[attr-defined]

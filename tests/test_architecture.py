@@ -1,0 +1,117 @@
+"""Import rules, public names, and what `import cumulant` costs."""
+
+import ast
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import cumulant as cm
+
+ROOT = Path(cm.__file__).parent
+# what each part may import from the package
+ALLOWED = {
+    "ops": {"ops", "kernels"},
+    "kernels": set(),
+    "nn": {"nn", "ops"},
+    "models": {"models", "nn", "ops"},
+    "text": {"text", "models", "nn", "ops"},
+}
+
+
+def imports(path: Path) -> set[str]:
+    """Absolute names of all modules of the package that a file imports, anywhere in it."""
+    package = ["cumulant", *path.relative_to(ROOT).parent.parts]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {name.name for name in node.names if name.name.startswith("cumulant")}
+        elif isinstance(node, ast.ImportFrom):
+            if node.level:
+                base = package[: len(package) - node.level + 1]
+                module = ".".join([*base, *([node.module] if node.module else [])])
+                found |= {module} if node.module else {f"{module}.{name.name}" for name in node.names}
+            elif node.module and node.module.startswith("cumulant"):
+                found.add(node.module)
+    return found
+
+
+@pytest.mark.parametrize("part", ALLOWED)
+def test_import_rules(part):
+    for path in (ROOT / part).rglob("*.py"):
+        for module in imports(path):
+            names = module.split(".")
+            target = names[1] if len(names) > 1 else ""
+            if part == "kernels":  # implementations know only themselves
+                own = path.relative_to(ROOT / "kernels").parts[0]
+                inside = names[1:2] == ["kernels"] and names[2:3] == [own.removesuffix(".py")]
+                assert inside, f"{path.relative_to(ROOT)} imports {module}"
+            else:
+                assert target in ALLOWED[part], f"{path.relative_to(ROOT)} imports {module}"
+
+
+def test_public_names():
+    assert sorted(cm.__all__) == cm.__all__
+    assert set(cm.__all__) == {
+        "LinearState",
+        "State",
+        "__version__",
+        "explain",
+        "feature_count",
+        "linear_attention",
+        "load_state",
+        "save_state",
+        "taylor_attention",
+    }
+    assert all(hasattr(cm, name) for name in cm.__all__)
+
+
+def test_signatures():
+    """One order and one set of names over all operations."""
+    common = ["key_mask", "cu_seqlens", "state", "return_state", "impl"]
+    for op, own in ((cm.linear_attention, ["feature_map"]), (cm.taylor_attention, ["order"])):
+        parameters = inspect.signature(op).parameters
+        positional = [n for n, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
+        assert positional == ["query", "key", "value", *own]
+        keywords = [n for n, p in parameters.items() if p.kind is p.KEYWORD_ONLY]
+        assert keywords[:2] == ["is_causal", "scale"]
+        assert keywords[-5:] == common
+        assert parameters["is_causal"].default is False
+        assert parameters["impl"].default == "auto"
+        assert list(inspect.signature(op.plan).parameters) == list(parameters)
+
+
+def run(script: str) -> str:
+    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+
+
+def test_import_needs_only_torch():
+    loaded = run("import sys, torch; before = set(sys.modules); import cumulant; print(*(set(sys.modules) - before))")
+    roots = {name.split(".")[0] for name in loaded.split()}
+    assert not roots & {"transformers", "triton", "safetensors", "einops", "typer", "rich", "datasets", "numpy"}
+    foreign = {r for r in roots if r not in sys.stdlib_module_names and r != "cumulant" and r != "torch"}
+    assert not foreign
+
+
+def test_import_is_quick():
+    """Little longer than torch itself: the median of five imports in one process each."""
+    script = "import time, torch; t = time.perf_counter(); import cumulant; print(time.perf_counter() - t)"
+    times = sorted(float(run(script)) for _ in range(5))
+    assert times[2] < 0.3
+
+
+def test_files_and_functions_are_short():
+    for path in ROOT.rglob("*.py"):
+        assert len(path.read_text().splitlines()) <= 400, path
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno < 90, f"{path}: {node.name}"
+
+
+def test_nothing_unpickles():
+    for path in ROOT.rglob("*.py"):
+        text = path.read_text()
+        assert "torch.load" not in text, path
+        assert "pickle" not in text, path
