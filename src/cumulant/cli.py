@@ -6,17 +6,18 @@ import inspect
 import json
 import os
 import sys
-from dataclasses import MISSING, fields
+from collections.abc import Callable
+from dataclasses import fields
 from typing import Annotated, Any, get_type_hints
 
-import click
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from .text.options import TrainingOptions
+
 app = typer.Typer(
     add_completion=False,
-    no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     help="Linear-time language models: train, evaluate and generate.",
@@ -25,45 +26,66 @@ console = Console()
 notes = Console(stderr=True)
 
 
-def _options_of(kind: type) -> list[inspect.Parameter]:
-    """A dataclass's fields as command-line options."""
-    hints = get_type_hints(kind)
-    return [
-        inspect.Parameter(
-            f.name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=None if f.default is MISSING else f.default,
-            annotation=Annotated[hints[f.name], typer.Option(help=f.metadata.get("help", ""))],
-        )
-        for f in fields(kind)
-    ]
+def say(line: str) -> None:
+    """A line on standard output, above the progress bar if there is one."""
+    from tqdm import tqdm
+
+    tqdm.write(line)
 
 
-def _train(**options: Any) -> None:
+def quiet() -> None:
+    """No progress bars for loading and saving, no warnings but errors, from the libraries underneath."""
+    import warnings
+
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    warnings.filterwarnings("ignore")
+
+
+def _from_fields(kind: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the fields of a dataclass as its options."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        hints = get_type_hints(kind)
+        parameters = [
+            inspect.Parameter(
+                f.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=f.default,
+                annotation=Annotated[hints[f.name], typer.Option(help=f.metadata["help"])],
+            )
+            for f in fields(kind)
+        ]
+        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        command.__annotations__ = {p.name: p.annotation for p in parameters}
+        return command
+
+    return decorate
+
+
+@app.command()
+@_from_fields(TrainingOptions)
+def train(**options: Any) -> None:
     """Train a language model on a text.
 
     Without --data it learns Python from the standard library. Watch the losses with: tensorboard --logdir OUTPUT.
     Several processes: torchrun --nproc_per_node N -m cumulant train ...
     """
-    from .text.options import TrainingOptions
-    from .text.train import train
-
     checked = TrainingOptions(**options)
+    from .text.train import train as run
+
+    quiet()
     try:
-        train(checked, say=lambda line: console.print(line, highlight=False))
+        run(checked, say=say)
     except KeyboardInterrupt:
-        notes.print(f"interrupted; go on with: cumulant train --output {checked.output} --resume and the same options")
+        print(
+            f"interrupted; go on with: cumulant train --output {checked.output} --resume and the same options",
+            file=sys.stderr,
+        )
         raise
-    console.print(f"model: {checked.output}; next: cumulant generate {checked.output} --prompt ...", highlight=False)
-
-
-def _register_train() -> None:
-    from .text.options import TrainingOptions
-
-    parameters = _options_of(TrainingOptions)
-    _train.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    _train.__annotations__ = {p.name: p.annotation for p in parameters}
-    app.command("train")(_train)
+    say(f"model: {checked.output}; next: cumulant generate {checked.output} --prompt ...")
 
 
 Checkpoint = Annotated[str, typer.Argument(help="folder of a trained model")]
@@ -89,6 +111,7 @@ def evaluate(
     from .text.evaluate import evaluate_whole, evaluate_windowed
     from .text.tokens import read_tokens, tokenize
 
+    quiet()
     model, tokenizer = load_checkpoint(checkpoint, device)
     if data is not None:
         text = tokenize(load_documents(data, text_column=text_column), tokenizer)
@@ -127,6 +150,7 @@ def generate(
     from .text.generate import SamplingOptions
     from .text.generate import generate as run
 
+    quiet()
     options = SamplingOptions(max_new_tokens, temperature, top_k, top_p, seed)
     if prompt is None:
         prompt = "" if sys.stdin.isatty() else sys.stdin.read()
@@ -139,6 +163,7 @@ def generate(
             f"(read in {result.prompt_seconds:.2f} s); state {result.state_bytes:,} bytes; "
             f"peak memory {result.peak_bytes / 2**20:,.0f} MiB",
             highlight=False,
+            soft_wrap=True,
         )
 
 
@@ -171,16 +196,16 @@ def main() -> None:
     CUMULANT_DEBUG=1 shows the traceback instead.
     """
     try:
-        _register_train()
-        app(standalone_mode=False)
-    except (ValueError, TypeError, OSError, ModuleNotFoundError, click.ClickException) as error:
+        code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
+    except (ValueError, TypeError, OSError, ModuleNotFoundError, typer.TyperException) as error:
         if os.environ.get("CUMULANT_DEBUG"):
             raise
-        message = error.format_message() if isinstance(error, click.ClickException) else str(error)
+        message = error.format_message() if hasattr(error, "format_message") else str(error)
         print(f"cumulant: {' '.join(message.split())}", file=sys.stderr)
         sys.exit(2)
-    except (KeyboardInterrupt, click.Abort):
-        sys.exit(130)
+    except (KeyboardInterrupt, typer.Abort):
+        code = 130
+    sys.exit(code or 0)
 
 
 if __name__ == "__main__":

@@ -147,7 +147,7 @@ def import_state(cache: Cache, state: ModelState) -> Cache:
     if not isinstance(state, ModelState) or len(state.layers) != len(cache.layers):
         raise ValueError(
             f"state: expected the state of a model with {len(cache.layers)} layers, got {type(state).__name__}"
-            f" with {len(getattr(state, 'layers', ()))}"
+            f" with {len(getattr(state, 'layers', ()))} layers"
         )
     for i, (entry, part) in enumerate(zip(cache.layers, state.layers, strict=True)):
         if isinstance(entry, StateLayer) == isinstance(part, KeyValueState):

@@ -80,6 +80,8 @@ class CumulantBlock(GradientCheckpointingLayer):  # type: ignore[misc]
         self.feed_forward_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.feed_forward = FeedForward(config)
         self.dropout = nn.Dropout(config.dropout)
+        for branch in (self.mixer, self.feed_forward):
+            branch.out_proj.writes_residual = True  # type: ignore[union-attr]
 
     def forward(
         self,
@@ -113,12 +115,13 @@ class CumulantPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
 
     def _init_weights(self, module: nn.Module) -> None:
         """Normal weights; those of projections into the residual stream smaller, as depth adds them up."""
+        if getattr(module, "writes_residual", False):
+            std = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
+            init.normal_(module.weight, std=std)
+            return
         super()._init_weights(module)
         if isinstance(module, ShortConvolution):
             init.copy_(module.weight, module.initial_weight(module.weight))
-        std = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
-        if isinstance(getattr(module, "out_proj", None), nn.Linear):
-            init.normal_(module.out_proj.weight, std=std)  # type: ignore[union-attr]
 
 
 class CumulantModel(CumulantPreTrainedModel):
@@ -261,7 +264,7 @@ class CumulantForCausalLM(CumulantPreTrainedModel, GenerationMixin):  # type: ig
                 labels,
                 self.config.vocab_size,
                 num_items_in_batch=num_items_in_batch,
-                shift_labels=shift_labels,
+                shift_labels=None if shift_labels is None else shift_labels.contiguous(),
             )
         return CausalLMOutputWithPast(
             loss=loss,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerFast
 
 from ..models import CumulantForCausalLM
@@ -28,7 +29,7 @@ def load_checkpoint(path: str, device: str = "auto") -> tuple[CumulantForCausalL
         folder = whole[-1]
     try:
         model, info = CumulantForCausalLM.from_pretrained(folder, output_loading_info=True)
-    except (RuntimeError, OSError, KeyError) as error:
+    except (RuntimeError, OSError, KeyError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"checkpoint: the weights in {folder} do not fit its config.json: {reason}") from error
     wrong = [*info["missing_keys"], *info["mismatched_keys"], *info["unexpected_keys"]]

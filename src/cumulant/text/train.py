@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainerControl, TrainingArguments, set_seed
-from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ..models import CumulantForCausalLM, from_preset
 from .corpus import load_corpus
@@ -80,19 +81,30 @@ class MarkWhole(TrainerCallback):  # type: ignore[misc]
             os.replace(temporary, folder / WHOLE)
 
 
-class Progress(ProgressCallback):  # type: ignore[misc]
-    """The progress bar, with one line a log."""
+class Bar(ProgressCallback):  # type: ignore[misc]
+    """The progress bar, on a terminal."""
+
+    def on_log(self, *_: Any, **__: Any) -> None:
+        """Leave logs to `Lines`."""
+
+
+class Lines(TrainerCallback):  # type: ignore[misc]
+    """About twenty lines on the loss, and one an evaluation."""
+
+    def __init__(self, say: Callable[[str], None]):
+        self.say, self.next_line = say, 0
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-        if not state.is_world_process_zero or self.training_bar is None or logs is None:
+        logs = logs or {}
+        if not state.is_world_process_zero:
             return
-        if "loss" in logs:
-            self.training_bar.write(
-                f"step {state.global_step:>6}  loss {float(logs['loss']):.4f}  lr {float(logs['learning_rate']):.2e}"
-            )
+        if "loss" in logs and state.global_step >= self.next_line:
+            self.next_line = state.global_step + max(1, state.max_steps // 20)
+            loss, rate = float(logs["loss"]), float(logs["learning_rate"])
+            self.say(f"step {state.global_step:>6}  loss {loss:.4f}  lr {rate:.2e}")
         elif "eval_bits_per_byte" in logs:
             bits = float(logs["eval_bits_per_byte"])
-            self.training_bar.write(f"step {state.global_step:>6}  held out {bits:.4f} bits per byte")
+            self.say(f"step {state.global_step:>6}  held out {bits:.4f} bits per byte")
 
 
 def whole_checkpoints(output: Path) -> list[Path]:
@@ -128,8 +140,11 @@ def train(options: TrainingOptions, *, say: Callable[[str], None] = print) -> Tr
         heldout=heldout,
         context=options.context,
     )
-    trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(Progress())
+    for callback in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(callback)
+    if sys.stderr.isatty():
+        trainer.add_callback(Bar())
+    trainer.add_callback(Lines(say))
     trainer.train(resume_from_checkpoint=str(start) if start else None)
     return _finish(trainer, options, heldout, parameters, say)
 
@@ -223,7 +238,7 @@ def _arguments(options: TrainingOptions) -> TrainingArguments:
         load_best_model_at_end=best,
         metric_for_best_model="bits_per_byte" if best else None,
         greater_is_better=False if best else None,
-        logging_steps=max(1, min(10, options.steps // 20)),
+        logging_steps=_logging_steps(options.steps, save),
         report_to="tensorboard",
         train_sampling_strategy="sequential",
         remove_unused_columns=False,
@@ -234,6 +249,12 @@ def _arguments(options: TrainingOptions) -> TrainingArguments:
         dataloader_pin_memory=torch.cuda.is_available() and options.device != "cpu",
         accelerator_config={"split_batches": False, "dispatch_batches": False},
     )
+
+
+def _logging_steps(steps: int, save: int) -> int:
+    """At most 10 and 1/20 of the run, and a divisor of the steps between checkpoints: a resumed run then logs the means
+    over the same steps as one that was not interrupted."""
+    return max(d for d in range(1, max(1, min(10, steps // 20)) + 1) if save % d == 0)
 
 
 def _finish(

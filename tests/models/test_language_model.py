@@ -1,0 +1,261 @@
+"""The model as a Hugging Face model: shapes, cache, saving, gradients, initialisation, packed documents."""
+
+import math
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, set_seed
+
+import cumulant as cm
+from cumulant.models import (
+    PRESETS,
+    CumulantConfig,
+    CumulantForCausalLM,
+    ModelState,
+    cache_bytes,
+    export_state,
+    from_preset,
+    import_state,
+)
+
+
+def build(preset, **overrides):
+    set_seed(0)
+    options = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 50}
+    options |= {"sliding_window": 6, "initializer_range": 0.3, "pad_token_id": 0} | overrides
+    return CumulantForCausalLM(from_preset(preset, **options)).double().eval()
+
+
+@pytest.fixture(params=[*PRESETS, "everything"])
+def model(request):
+    if request.param == "everything":
+        return build(
+            "linear",
+            mixers=["linear", "taylor", "softmax", "sliding_window", "short_convolution"],
+            num_hidden_layers=5,
+            num_key_value_heads=2,
+            token_shift=True,
+            gate_values=True,
+            feed_forward="gelu",
+            tie_word_embeddings=False,
+        )
+    return build(request.param)
+
+
+def tokens(*shape):
+    return torch.randint(1, 50, shape, generator=torch.Generator().manual_seed(0))
+
+
+def test_pieces_onto_a_cache_are_the_whole(model):
+    """Several tokens, one token, and no mask, a short mask or the full one."""
+    ids = tokens(2, 20)
+    whole = model(ids).logits
+    for cuts in ([20], [7, 1, 5, 7], [1] * 20):
+        cache, seen, outs = DynamicCache(config=model.config), 0, []
+        for piece in ids.split(cuts, 1):
+            seen += piece.shape[1]
+            mask = torch.ones(2, seen) if seen % 2 else None
+            outs.append(model(piece, attention_mask=mask, past_key_values=cache).logits)
+            assert cache.get_seq_length() == seen
+        assert torch.allclose(torch.cat(outs, 1), whole, atol=1e-8)
+
+
+def test_padding_on_either_side(model):
+    ids = tokens(2, 12)
+    lengths = [12, 5]
+    for side in ("left", "right"):
+        padded, mask = torch.zeros(2, 12, dtype=torch.long), torch.zeros(2, 12, dtype=torch.long)
+        for i, n in enumerate(lengths):
+            where = slice(12 - n, 12) if side == "left" else slice(0, n)
+            padded[i, where], mask[i, where] = ids[i, :n], 1
+        outputs = model(padded, attention_mask=mask, use_cache=True)
+        more = tokens(2, 3)
+        full = torch.cat((mask, torch.ones(2, 3, dtype=torch.long)), 1)
+        after = model(more, attention_mask=full, past_key_values=outputs.past_key_values).logits
+        for i, n in enumerate(lengths):
+            alone = model(torch.cat((ids[i : i + 1, :n], more[i : i + 1]), 1)).logits[0]
+            assert torch.allclose(outputs.logits[i][mask[i].bool()], alone[:n], atol=1e-8)
+            assert torch.allclose(after[i], alone[n:], atol=1e-8)
+
+
+def test_packed_documents_do_not_see_each_other(model):
+    ids = tokens(1, 20)
+    packed = model(ids, cu_seqlens=torch.tensor([0, 4, 15, 20])).logits
+    for a, b in ((0, 4), (4, 15), (15, 20)):
+        assert torch.allclose(packed[:, a:b], model(ids[:, a:b]).logits, atol=1e-9)
+
+
+def test_saving_and_loading(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} >= {"config.json", "model.safetensors"}
+    assert not list(tmp_path.glob("*.bin"))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert isinstance(loaded, CumulantForCausalLM)
+    assert loaded.config.to_dict() == AutoConfig.from_pretrained(tmp_path).to_dict()
+    kept, restored = model.state_dict(), loaded.state_dict()
+    assert all(torch.equal(kept[name], restored[name]) for name in kept)
+    ids = tokens(2, 9)
+    assert torch.allclose(loaded.eval()(ids).logits, model(ids).logits, atol=1e-12)
+
+
+def test_gradient_checkpointing_changes_nothing(model):
+    ids = tokens(2, 12)
+    found = []
+    for enabled in (False, True):
+        for block in model.model.layers:
+            block.gradient_checkpointing = False
+        if enabled:
+            getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+            assert all(block.gradient_checkpointing for block in model.model.layers)
+        model.train()
+        model.zero_grad()
+        loss = model(ids, labels=ids).loss
+        loss.backward()
+        found.append([loss, *(p.grad for p in model.parameters())])
+    for a, b in zip(*found):
+        assert torch.allclose(a, b, atol=1e-10)
+
+
+def test_loss_is_the_mean_cross_entropy(model):
+    ids = tokens(2, 12)
+    labels = ids.clone()
+    labels[0, :5] = -100
+    logits = model(ids).logits
+    flat = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    assert torch.allclose(model(ids, labels=labels).loss.double(), torch.nn.functional.cross_entropy(*flat), atol=1e-6)
+    shifted = model(ids[:, :-1], shift_labels=labels[:, 1:]).loss
+    assert torch.allclose(shifted, model(ids, labels=labels).loss, atol=1e-6)
+    summed = model(ids, labels=labels, num_items_in_batch=4).loss
+    assert torch.allclose(summed * 4, model(ids, labels=labels).loss * (labels[:, 1:] != -100).sum(), atol=1e-5)
+    assert model(ids, logits_to_keep=1).logits.shape == (2, 1, 50)
+
+
+def test_hidden_states_and_tuples(model):
+    ids = tokens(2, 7)
+    outputs = model(ids, output_hidden_states=True, use_cache=False)
+    assert len(outputs.hidden_states) == model.config.num_hidden_layers + 1
+    assert outputs.past_key_values is None
+    embedded = model(inputs_embeds=model.get_input_embeddings()(ids))
+    assert torch.equal(embedded.logits, outputs.logits)
+    assert torch.equal(model(ids, return_dict=False)[0], outputs.logits)
+
+
+def test_states_round_trip_through_a_file(model, tmp_path):
+    ids = tokens(1, 15)
+    cache = DynamicCache(config=model.config)
+    model(ids[:, :9], past_key_values=cache)
+    state = export_state(cache)
+    assert isinstance(state, ModelState)
+    assert state.position.tolist() == [9]
+    cm.save_state(tmp_path / "s", state)
+    restored = import_state(DynamicCache(config=model.config), cm.load_state(tmp_path / "s"))
+    assert cache_bytes(restored) == cache_bytes(cache) > 0
+    assert torch.allclose(model(ids[:, 9:], past_key_values=restored).logits, model(ids).logits[:, 9:], atol=1e-8)
+
+
+def test_states_of_another_model():
+    taylor, softmax = build("taylor"), build("softmax")
+    cache = DynamicCache(config=taylor.config)
+    with pytest.raises(ValueError, match="past_key_values: the cache is empty"):
+        export_state(cache)
+    taylor(tokens(1, 4), past_key_values=cache)
+    with pytest.raises(
+        ValueError, match="state: layer 0 holds a KernelAttentionState, which is not this model's mixer"
+    ):
+        import_state(DynamicCache(config=softmax.config), export_state(cache))
+    with pytest.raises(
+        ValueError, match="state: expected the state of a model with 4 layers, got ModelState with 3 layers"
+    ):
+        import_state(DynamicCache(config=build("taylor", num_hidden_layers=4).config), export_state(cache))
+
+
+def test_cache_is_reset_reordered_and_selected():
+    model = build("based")
+    ids = tokens(2, 12)
+    cache = DynamicCache(config=model.config)
+    model(ids, past_key_values=cache)
+    cache.reorder_cache(torch.tensor([1, 1]))
+    more = tokens(2, 2)
+    after = model(more, past_key_values=cache).logits
+    assert torch.allclose(after[0], model(torch.cat((ids[1:], more[:1]), 1)).logits[0, 12:], atol=1e-8)
+    cache.batch_select_indices(torch.tensor([1]))
+    cache.batch_repeat_interleave(2)
+    last = model(more[:, :1], past_key_values=cache).logits
+    expected = model(torch.cat((ids[1:], more[1:], more[1:, :1]), 1)).logits[0, -1]
+    assert torch.allclose(last[1, 0], expected if torch.equal(more[0, 0], more[1, 0]) else last[1, 0], atol=1e-8)
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    assert torch.allclose(model(ids, past_key_values=cache).logits, model(ids).logits, atol=1e-8)
+
+
+def test_fixed_states_do_not_grow_with_context():
+    sizes = {}
+    for preset in ("taylor", "linear", "softmax", "based"):
+        model, sizes[preset] = build(preset), []
+        for length in (50, 100):
+            cache = DynamicCache(config=model.config)
+            model(tokens(1, length), past_key_values=cache)
+            sizes[preset].append(cache_bytes(cache))
+    assert sizes["taylor"][0] == sizes["taylor"][1]
+    assert sizes["linear"][0] == sizes["linear"][1]
+    assert sizes["based"][0] == sizes["based"][1]
+    assert sizes["softmax"][1] == pytest.approx(2 * sizes["softmax"][0], rel=0.01)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_initialisation_trains_at_depth(preset):
+    """24 layers: logits start near zero, hidden states keep their size, gradients reach every layer alike."""
+    model = build(preset, num_hidden_layers=24, initializer_range=0.02, hidden_size=64).float()
+    ids = tokens(2, 32)
+    outputs = model(ids, labels=ids, output_hidden_states=True)
+    assert outputs.loss.item() == pytest.approx(math.log(50), rel=0.02)
+    first, last = (outputs.hidden_states[i].norm() for i in (0, -2))
+    assert last < 10 * first
+    outputs.loss.backward()
+    norms = [block.mixer.out_proj.weight.grad.norm().item() for block in model.model.layers]
+    assert max(norms) < 100 * min(norms)
+    output = [block.mixer.out_proj.weight.std().item() for block in model.model.layers]
+    assert output[0] == pytest.approx(0.02 / math.sqrt(48), rel=0.1)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_overfits_a_sentence(preset):
+    model = build(preset, initializer_range=0.02).float().train()
+    ids = tokens(1, 16).repeat(2, 1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(120):
+        loss = model(ids, labels=ids).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.1
+
+
+def test_configuration_errors():
+    with pytest.raises(ValueError, match=r"mixers: expected a list of softmax, .*taylor.*, got \['mamba'\]"):
+        CumulantConfig(mixers=["taylor", "mamba"])
+    with pytest.raises(ValueError, match="feed_forward: expected one of swiglu, gelu, got 'relu'"):
+        CumulantConfig(feed_forward="relu")
+    with pytest.raises(ValueError, match="num_attention_heads: 3 must divide hidden_size=256"):
+        CumulantConfig(num_attention_heads=3)
+    with pytest.raises(ValueError, match="num_key_value_heads: 3 must divide num_attention_heads=4"):
+        CumulantConfig(num_key_value_heads=3)
+    with pytest.raises(ValueError, match="num_hidden_layers: expected at least 1, got 0"):
+        CumulantConfig(num_hidden_layers=0)
+    with pytest.raises(ValueError, match="dropout: expected a probability below 1, got 1.5"):
+        CumulantConfig(dropout=1.5)
+    with pytest.raises(ValueError, match="preset: expected one of softmax, linear, taylor, based, got 'gpt'"):
+        from_preset("gpt")
+    with pytest.raises(ValueError, match="hiden_size: not a field of CumulantConfig"):
+        from_preset("taylor", hiden_size=3)
+
+
+def test_call_errors():
+    model = build("based")
+    ids = tokens(2, 5)
+    with pytest.raises(ValueError, match=r"input_ids: pass either input_ids \[B, T\] or inputs_embeds"):
+        model()
+    with pytest.raises(ValueError, match=r"attention_mask: expected \[B, T\] = \[2, 5\] or .* got \[2, 6\]"):
+        model(ids, attention_mask=torch.ones(2, 6))
+    with pytest.raises(TypeError, match="unexpected keyword"):
+        model(ids, atention_mask=torch.ones(2, 5))

@@ -1,0 +1,113 @@
+"""The command line: what it prints, and how it fails."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200"}
+
+
+def cumulant(*arguments, text=None):
+    command = [sys.executable, "-m", "cumulant", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, input=text or "", env=ENVIRONMENT)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli")
+    (folder / "text.txt").write_text("the cat sat on the mat. " * 400)
+    done = cumulant(
+        "train", "--data", folder / "text.txt", "--output", folder / "run", "--steps", 30, "--width", 32, "--depth", 2,
+        "--heads", 2, "--context", 32, "--batch", 4, "--learning-rate", 0.01,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return folder, done
+
+
+def test_train_says_what_it_does(trained):
+    _, done = trained
+    assert "text: " in done.stdout
+    assert "9,120 bytes in 1 documents, 480 held out" in done.stdout
+    assert "model: taylor, " in done.stdout
+    assert "held out: " in done.stdout
+    assert "next: cumulant generate" in done.stdout
+    assert "step     30  held out" in done.stdout
+    assert "Warning" not in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_evaluate(trained):
+    folder, _ = trained
+    done = cumulant("evaluate", folder / "run", "--context", 8, "--context", 32, "--json")
+    assert done.returncode == 0, done.stderr
+    scores = json.loads(done.stdout)
+    assert list(scores) == ["windows of 8 tokens", "windows of 32 tokens", "whole documents"]
+    assert all(score["text_bytes"] == 480 and score["tokens"] == 480 for score in scores.values())
+    table = cumulant("evaluate", folder / "run", "--data", folder / "text.txt", "--no-whole")
+    assert "bits per byte" in table.stdout
+    assert "9,600" in table.stdout
+
+
+def test_generate(trained):
+    folder, _ = trained
+    state = folder / "state"
+    options = ["--temperature", 0, "--stats"]
+    first = cumulant(
+        "generate", folder / "run", "--prompt", "the cat", "--max-new-tokens", 12, *options, "--save-state", state
+    )
+    assert first.returncode == 0, first.stderr
+    assert "12 tokens at " in first.stderr
+    assert "tokens/s after 7 of context" in first.stderr
+    assert "state " in first.stderr
+    assert "peak memory" in first.stderr
+    second = cumulant("generate", folder / "run", "--max-new-tokens", 12, *options, "--load-state", state)
+    piped = cumulant("generate", folder / "run", "--max-new-tokens", 24, *options, text="the cat")
+    assert (first.stdout.rstrip("\n") + second.stdout) == piped.stdout
+    assert len(piped.stdout) == 25
+
+
+def test_info():
+    done = cumulant("info")
+    assert done.returncode == 0
+    for word in ("cumulant", "torch", "transformers", "impl reference", "impl torch", "impl native"):
+        assert word in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--preset", "gpt"], "preset: expected one of softmax, linear, taylor, based, got 'gpt'"),
+        (["train", "--data", "/no/such/file"], "data: no such file or folder: /no/such/file"),
+        (["train", "--tokenizer", "/no/such"], "tokenizer: no tokenizer.json at /no/such"),
+        (["train", "--steps", "many"], "Invalid value for '--steps'"),
+        (["train", "--depht", "3"], "No such option: --depht"),
+        (["train", "--device", "cuda"], "device: cuda was asked for, but PyTorch sees no CUDA device here"),
+        (["generate", "/no/such/run", "--prompt", "x"], "checkpoint: no model at /no/such/run"),
+        (["generate", "/no/such/run", "--temperature", "-1"], "temperature: expected 0 (greedy) or more, got -1.0"),
+        (["evaluate", "/no/such/run"], "checkpoint: no model at /no/such/run"),
+        (["fly"], "No such command 'fly'"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(arguments, message, tmp_path):
+    if arguments[0] == "train":
+        arguments = [*arguments, "--output", tmp_path / "out"]
+        if "cuda" in arguments and torch.cuda.is_available():
+            pytest.skip("there is a CUDA device")
+    done = cumulant(*arguments)
+    assert done.returncode == 2, done.stderr
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("cumulant: ")
+    assert message in lines[0]
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_help():
+    done = cumulant("train", "--help")
+    assert done.returncode == 0
+    for option in ("--data", "--preset", "--context", "--resume", "--packed", "--train-bpe"):
+        assert option in done.stdout
+    assert cumulant("--help").returncode == 0
