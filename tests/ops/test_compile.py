@@ -87,7 +87,7 @@ def test_opcheck(is_causal, normalize):
 
 @pytest.mark.parametrize("is_causal", [True, False])
 def test_nothing_but_inputs_outputs_and_denominators_is_kept(is_causal):
-    """No features [T, F], no weights [T, S]: saved for backward is what came in, what went out, and one number a row."""
+    """No features [T, F], no weights [T, S]: only what came in, what went out, and one number a row."""
     q, k, v = CASES[1].inputs(1, 2, 1000, 16, 16, G=2, dtype=torch.float32, requires_grad=True)
     kept = {}
 

@@ -332,4 +332,4 @@ def test_the_option_lists_the_models_presets():
     from cumulant.models import PRESETS
     from cumulant.text import options
 
-    assert options.PRESETS == tuple(PRESETS)
+    assert tuple(PRESETS) == options.PRESETS

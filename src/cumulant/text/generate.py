@@ -118,6 +118,32 @@ def prefill(model: CumulantForCausalLM, tokens: Tensor, cache: DynamicCache) -> 
                 model.model(input_ids=piece, past_key_values=cache, use_cache=True)
 
 
+def decoding_speed(model: CumulantForCausalLM, cache: DynamicCache, steps: int = 50) -> float:
+    """Tokens/s of greedy single-token steps onto `cache` (which they extend); the median step counts."""
+    token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    times = []
+    with torch.inference_mode():
+        for _ in range(steps):
+            started = time.perf_counter()
+            token = model(input_ids=token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+            int(token)  # waits for the device
+            times.append(time.perf_counter() - started)
+    return 1 / sorted(times)[steps // 2]
+
+
+def fill_cache(model: CumulantForCausalLM, context: int) -> DynamicCache:
+    """A batch-1 cache as after `context` tokens, with random numbers for keys and values: for timing, without a softmax
+    model's quadratic prompt. Mixers of fixed state read random tokens."""
+    cache = DynamicCache(config=model.config)
+    if set(model.config.layer_types) == {"full_attention"}:
+        shape = (1, model.config.num_key_value_heads, context, model.config.head_dim)
+        for layer in range(model.config.num_hidden_layers):
+            cache.update(torch.randn(shape, device=model.device), torch.randn(shape, device=model.device), layer)
+        return cache
+    prefill(model, torch.randint(model.config.vocab_size, (1, context), device=model.device), cache)
+    return cache
+
+
 def _initial_cache(model: CumulantForCausalLM, load: str | None) -> tuple[DynamicCache, list[int]]:
     cache = DynamicCache(config=model.config)
     if load is None:

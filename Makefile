@@ -1,0 +1,44 @@
+# Each target installs what it needs into .venv first. `make help` lists them.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install check format test test-all demo clean
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+install: $(INSTALLED)  ## make .venv with the library and all it needs
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@echo "== installing into .venv (a few minutes the first time)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[text,dev]'
+	@touch $@
+
+check: $(INSTALLED)  ## format, lint, types, import rules
+	@echo "== format and lint"
+	@$(BIN)/ruff format --check --quiet . || { echo "run: make format"; exit 1; }
+	@$(BIN)/ruff check --quiet .
+	@echo "== types"
+	@$(BIN)/mypy
+	@echo "== import rules and public names"
+	@$(BIN)/python -m pytest tests/test_architecture.py
+
+format: $(INSTALLED)  ## rewrite the code in the project's format
+	@$(BIN)/ruff format --quiet .
+	@$(BIN)/ruff check --quiet --fix .
+
+test: $(INSTALLED)  ## all tests but the slow ones (a few minutes)
+	@echo "== tests"
+	@$(BIN)/python -m pytest -n 2 -m "not slow"
+
+test-all: $(INSTALLED)  ## all tests
+	@$(BIN)/python -m pytest -n 2
+
+demo: $(INSTALLED)  ## train a small model on Python's own source, sample from it, measure it (about four minutes)
+	@$(BIN)/python examples/demo.py
+
+clean:  ## remove .venv and everything made by running
+	rm -rf .venv runs build dist site .pytest_cache .ruff_cache .mypy_cache .hypothesis src/*.egg-info
