@@ -3,7 +3,7 @@
     python benchmarks/language_model.py train  --windows 1024 4096 16384
     python benchmarks/language_model.py decode --contexts 1000 10000 100000
 
-Every row is measured in one process, presets taking turns, medians over repeats; the last line is JSON.
+All rows in one process, presets side by side at each length, medians over repeats; the last line is JSON.
 """
 
 from __future__ import annotations

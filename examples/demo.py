@@ -33,7 +33,6 @@ OPTIONS = TrainingOptions(
     depth=3,
     batch=4,
     steps=1000,
-    learning_rate=3e-3,
     device="cpu",
 )
 

@@ -47,7 +47,7 @@ def tokens(*shape):
 
 
 def test_pieces_onto_a_cache_are_the_whole(model):
-    """Several tokens, one token, and no mask, a short mask or the full one."""
+    """Several tokens, one token, with and without a mask."""
     ids = tokens(2, 20)
     whole = model(ids).logits
     for cuts in ([20], [7, 1, 5, 7], [1] * 20):
@@ -255,7 +255,13 @@ def test_call_errors():
     ids = tokens(2, 5)
     with pytest.raises(ValueError, match=r"input_ids: pass either input_ids \[B, T\] or inputs_embeds"):
         model()
-    with pytest.raises(ValueError, match=r"attention_mask: expected \[B, T\] = \[2, 5\] or .* got \[2, 6\]"):
+    with pytest.raises(
+        ValueError,
+        match=r"attention_mask: expected \[B, S \+ T\] = \[2, 5\], 0 cached positions and 5 new ones, got \[2, 6\]",
+    ):
         model(ids, attention_mask=torch.ones(2, 6))
+    cache = model(ids, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match=r"5 cached positions and 2 new ones, got \[2, 2\]"):
+        model(ids[:, :2], past_key_values=cache, attention_mask=torch.ones(2, 2))
     with pytest.raises(TypeError, match="unexpected keyword"):
         model(ids, atention_mask=torch.ones(2, 5))

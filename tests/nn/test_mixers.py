@@ -146,12 +146,21 @@ def test_states_are_values_and_can_be_selected(mixer):
     assert torch.allclose(picked, expected, atol=1e-11)
 
 
+def test_states_hold_no_more_than_they_say(mixer):
+    """No view into the whole sequence: what a state keeps alive is what it counts."""
+    _, state = mixer(torch.randn(2, 60, D, dtype=torch.float64), return_state=True)
+    held = sum(x.untyped_storage().nbytes() for x in state.tensors().values())
+    assert held == state.nbytes
+
+
 @pytest.mark.parametrize("length", [0, 1, 2])
 def test_short_inputs(mixer, length):
     x = torch.randn(2, length, D, dtype=torch.float64)
     y, state = mixer(x, return_state=True)
     assert y.shape == x.shape
     more = torch.randn(2, 4, D, dtype=torch.float64)
+    nothing, state = mixer(more[:, :0], state=state, return_state=True)
+    assert nothing.shape == (2, 0, D)
     assert torch.allclose(
         mixer(more, state=state, return_state=True)[0], mixer(torch.cat((x, more), 1))[:, length:], atol=1e-11
     )

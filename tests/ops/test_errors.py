@@ -133,6 +133,8 @@ def test_explain():
     choice = cm.explain(cm.taylor_attention, *long, is_causal=True, impl="torch")
     assert (choice.impl, choice.reason) == ("torch", "asked for: chunks of 128 tokens, 153 features")
     assert cm.explain(cm.linear_attention, q, k, v, impl="reference").impl == "reference"
+    context = (*inputs(T=5)[:1], *inputs(T=7)[1:])
+    assert "chunks of 128 tokens" in cm.explain(cm.taylor_attention, *context).reason
     with pytest.raises(TypeError, match="op: expected an operation such as cumulant.taylor_attention, got"):
         cm.explain(torch.softmax, q)
     with pytest.raises(TypeError, match="unexpected keyword|got an unexpected"):

@@ -354,6 +354,39 @@ def test_head_dims(case: Case, impl: str, K: int, V: int):
 
 @by_impl
 @by_case
+@pytest.mark.parametrize("length", [8, 37])
+def test_strides_of_states_and_their_gradients_do_not_matter(case: Case, impl: str, length: int):
+    """A state whose memory is laid out otherwise; gradients that arrive with other strides, one at a time."""
+
+    def relaid(x):
+        return x.transpose(0, 1).contiguous().transpose(0, 1) if x.dim() > 1 else x
+
+    q, k, v = case.inputs(T=length, requires_grad=True)
+    _, state = case(q, k, v, is_causal=True, return_state=True, impl=impl)
+    assert not relaid(state.numerator).is_contiguous()
+    out, end = case(q, k, v, is_causal=True, state=state.map(relaid), return_state=True, impl=impl)
+    expected, exact = case(q, k, v, is_causal=True, state=state, return_state=True, impl="reference")
+    assert_close(out, expected, 1000)
+    assert_close(end.numerator, exact.numerator, 100)
+    for part in ("numerator", "denominator"):
+        found = []
+        for name in (impl, "reference"):
+            _, state = case(q, k, v, is_causal=True, return_state=True, impl=name)
+            x = getattr(state, part)
+            if x is None:
+                continue
+            weight = torch.linspace(-1, 1, x.numel(), dtype=x.dtype).view(x.transpose(0, 1).shape)
+            loss = (x.transpose(0, 1) * weight).sum()
+            found.append(torch.autograd.grad(loss, (q, k, v), allow_unused=True))
+        for actual, exact in zip(*found):
+            if exact is None or not exact.any():
+                assert actual is None or not actual.any()
+            else:
+                assert_close(actual, exact, 1000)
+
+
+@by_impl
+@by_case
 def test_empty_batch(case: Case, impl: str):
     q, k, v = case.inputs(0, requires_grad=True)
     out, state = case(q, k, v, is_causal=True, return_state=True, impl=impl)
@@ -508,6 +541,26 @@ def test_results_repeat_bit_for_bit(case: Case):
     out = case(q, k, v, is_causal=True, impl="torch")
     assert torch.equal(out, case(q, k, v, is_causal=True, impl="torch"))
     assert_close(case(q[1:2], k[1:2], v[1:2], is_causal=True, impl="torch"), out[1:2])
+
+
+@by_impl
+def test_no_constant_keeps_small_weights(impl: str):
+    """Scores near 1e-3, as in a fresh model: 1 + x + x²/2 - 1 in fp32 would keep three digits of them."""
+    q, k, v = inputs(T=64, K=16, dtype=torch.float32)
+    q, k = (q.abs() * 0.02, k.abs() * 0.02)
+    case = Case("", cm.taylor_attention, {"constant_term": False})
+    whole = case(q, k, v, is_causal=True, impl=impl)
+    assert_close(whole, oracle(case, q, k, v, is_causal=True))
+
+
+@by_impl
+def test_shen_far_from_zero(impl: str):
+    """The bidirectional form takes off the largest key, so exponentials neither vanish nor overflow."""
+    q, k, v = inputs(dtype=torch.float32)
+    case = Case("", cm.linear_attention, {"feature_map": "softmax"})
+    for shift in (-200.0, 200.0):
+        mask = torch.rand(2, 37) > 0.3
+        assert_close(case(q, k + shift, v, key_mask=mask, impl=impl), oracle(case, q, k + shift, v, key_mask=mask), 5)
 
 
 def test_denominator_is_at_least_half_the_keys():

@@ -1,6 +1,8 @@
 """States as values: moved, selected, saved, loaded."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import safetensors.torch
@@ -66,6 +68,15 @@ def test_saving_and_loading(tmp_path, kind):
     assert [p.name for p in tmp_path.iterdir()] == ["state.safetensors"]
 
 
+def test_a_fresh_process_loads_module_states(tmp_path):
+    """The file names its class; nothing but `import cumulant` is needed."""
+    state = nn.TaylorAttention(8, 2, conv_size=3)(torch.randn(2, 5, 8), return_state=True)[1]
+    cm.save_state(tmp_path / "s", state)
+    script = f"import cumulant as cm; print(type(cm.load_state({str(tmp_path / 's')!r})).__name__)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "KernelAttentionState"
+
+
 def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "state.safetensors"
     cm.save_state(path, a_state())
@@ -89,13 +100,16 @@ def test_files_that_are_no_states(tmp_path):
     safetensors.torch.save_file({"a": torch.zeros(1)}, path)
     with pytest.raises(ValueError, match=r"but not a state written by cumulant.save_state"):
         cm.load_state(path)
-    shape = {"kind": "LinearState", "parts": {"numerator": "tensor", "denominator": None, "position": "tensor"}}
+    shape = {
+        "kind": "cumulant.ops.state:LinearState",
+        "parts": {"numerator": "tensor", "denominator": None, "position": "tensor"},
+    }
     safetensors.torch.save_file({"numerator": torch.zeros(1)}, path, {"cumulant.state": json.dumps(shape)})
     with pytest.raises(ValueError, match=r"the tensor 'position' of the state is missing; the file is damaged"):
         cm.load_state(path)
-    shape["kind"] = "Module"
+    shape["kind"] = "os:Module"
     safetensors.torch.save_file({"numerator": torch.zeros(1)}, path, {"cumulant.state": json.dumps(shape)})
-    with pytest.raises(ValueError, match=r"a state of a kind this version does not know: 'Module'"):
+    with pytest.raises(ValueError, match=r"a state of a kind this version does not know: 'os:Module'"):
         cm.load_state(path)
     with pytest.raises(FileNotFoundError):
         cm.load_state(tmp_path / "missing.safetensors")

@@ -51,6 +51,13 @@ def test_folders_and_globs(folder):
     assert len(load_documents(str(folder))) == 20
 
 
+def test_the_split_does_not_depend_on_spelling(folder, monkeypatch):
+    digest = load_corpus(str(folder)).digest
+    monkeypatch.chdir(folder.parent)
+    assert load_corpus("texts").digest == load_corpus("./texts/").digest == digest
+    assert load_corpus("texts/*/*.txt").digest == load_corpus(str(folder / "*/*.txt")).digest
+
+
 def test_the_standard_library():
     names = [name for name, _ in corpora.stdlib_documents()]
     assert "argparse.py" in names
@@ -84,6 +91,8 @@ def test_bad_data(tmp_path):
         with pytest.raises(ValueError, match=message):
             load_corpus(str(tmp_path / name), **options)
 
+    with pytest.raises(ValueError, match="data: expected a file, folder, glob or dataset, got an empty name"):
+        load_corpus("")
     refuses("missing.txt", r"data: no such file or folder: ")
     with pytest.raises(ValueError, match=r"data: no such file or folder: org/name; .* write hf:org/name"):
         load_corpus("org/name")
@@ -169,6 +178,7 @@ def test_windows_depend_on_nothing_but_seed_and_index():
 def test_packed_windows_hold_documents():
     documents = [bytes([65 + i]) * (3 + 7 * i) for i in range(8)]
     packed = PackedDocuments(tokenize(documents, byte_tokenizer()), 40, 50, seed=0)
+    ends = 0
     for i in range(50):
         window = packed[i]
         assert len(window["input_ids"]) == len(window["labels"]) == 40
@@ -179,7 +189,9 @@ def test_packed_windows_hold_documents():
             letters = {x for x in inputs + labels if x != 256}
             assert len(letters) == 1  # one document
             assert inputs[1:] == labels[:-1]
-            assert 256 not in labels
+            assert 256 not in labels[:-1]
+            ends += labels[-1] == 256
+    assert ends > 20  # where a document ends, that is to be predicted
     batch = collate([packed[0], packed[1]])
     assert batch["input_ids"].shape == (1, 80)
     cu_seqlens = batch["cu_seqlens"].tolist()

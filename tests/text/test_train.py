@@ -18,9 +18,10 @@ from cumulant.text.checkpoint import load_checkpoint
 from cumulant.text.evaluate import evaluate_whole, evaluate_windowed
 from cumulant.text.generate import SamplingOptions, generate
 from cumulant.text.options import TrainingOptions
+from cumulant.text.runs import whole_checkpoints
 from cumulant.text.tokenizer import byte_tokenizer
 from cumulant.text.tokens import read_tokens, tokenize
-from cumulant.text.train import train, whole_checkpoints
+from cumulant.text.train import train
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 SMALL = {"width": 32, "depth": 2, "heads": 2, "context": 32, "batch": 4, "device": "cpu", "learning_rate": 1e-2}
@@ -94,6 +95,8 @@ def test_evaluation_is_the_code_length(run):
         assert score.bits_per_byte == pytest.approx(nats / math.log(2) / 33, rel=1e-5)
     with pytest.raises(ValueError, match="context: expected at least 1 token, got 0"):
         evaluate_windowed(model, text, 0)
+    with pytest.raises(ValueError, match="batch: expected at least 1 window, got 0"):
+        evaluate_windowed(model, text, 8, batch_size=0)
 
 
 def test_the_score_reported_is_that_of_the_model_kept(run):
@@ -120,6 +123,8 @@ def test_generation_with_a_saved_state(run, tmp_path):
     expected = generate(model, tokenizer, "the cat sat" + whole.text + "; the dog", SamplingOptions(10, **greedy))
     assert appended.text == expected.text
     assert expected.state_bytes == first.state_bytes
+    with pytest.raises(ValueError, match="save_state: no such folder: /no/such"):
+        generate(model, tokenizer, "the", SamplingOptions(3), save="/no/such/state")
     again = [generate(model, tokenizer, "the", SamplingOptions(20, seed=5)).text for _ in range(2)]
     assert again[0] == again[1]
     assert generate(model, tokenizer, "", SamplingOptions(5)).new_tokens == 5
@@ -227,7 +232,9 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(text, tmp_path, kind):
     partial = output / "checkpoint-9999"  # as a kill in the middle of writing leaves it
     partial.mkdir()
     (partial / "model.safetensors").write_bytes(b"half")
-    subprocess.run([*COMMAND, *data, "--output", str(output), "--resume"], check=True, capture_output=True)
+    resume = [sys.executable, "-m", "cumulant", "train", "--output", str(output), "--resume"]
+    done = subprocess.run(resume, check=True, capture_output=True, text=True)
+    assert "resuming" in done.stdout
     assert not partial.exists()
     assert losses_in(output) == losses_in(tmp_path / "whole")
 
@@ -265,7 +272,7 @@ def test_bad_options(tmp_path, text):
                 TrainingOptions(**{"output": str(tmp_path / "x"), "data": str(text), **SMALL, **options}),
                 say=lambda _: None,
             )
-        assert not list((tmp_path / "x").glob("checkpoint-*"))
+        assert not (tmp_path / "x").exists()  # nothing half-written
 
     refuses("preset: expected one of softmax, linear, taylor, based, got 'gpt'", preset="gpt")
     refuses("steps: expected at least 1, got 0", steps=0)
@@ -273,6 +280,10 @@ def test_bad_options(tmp_path, text):
     refuses("learning_rate: expected a positive number, got -1", learning_rate=-1)
     refuses("evaluate_every: expected 0 or more steps, got -5", evaluate_every=-5)
     refuses("train_bpe: pass either a tokenizer or the size of one to train", tokenizer="x", train_bpe=300)
+    refuses("intermediate: expected at least 1, got -5", intermediate=-5)
+    refuses("clip: expected 0 or more, got nan", clip=math.nan)
+    refuses("save_every: expected a multiple of evaluate_every=3", evaluate_every=3, save_every=4)
+    refuses("resume: there is no run in .*x; start one without --resume", resume=True)
     refuses("device: expected auto, cpu or cuda, got 'tpu'", device="tpu")
     refuses("context: the training text has .* too few for one window of 999999", context=999999)
     refuses("num_attention_heads: 3 must divide hidden_size=32", heads=3)
@@ -285,6 +296,35 @@ def test_an_output_that_holds_a_run_is_left_alone(run, text):
     with pytest.raises(ValueError, match="holds a run already; go on with --resume or name another folder"):
         train(TrainingOptions(output=run.output, data=str(text), **SMALL), say=lambda _: None)
     assert (Path(run.output) / "model.safetensors").read_bytes() == before
+
+
+def test_resuming_checks_what_it_resumes(run, text, tmp_path):
+    import shutil
+
+    def refuses(message, **options):
+        with pytest.raises(ValueError, match=message):
+            train(TrainingOptions(output=str(output), resume=True, **options), say=lambda _: None)
+
+    output = tmp_path / "copy"
+    shutil.copytree(run.output, output)
+    (output / "checkpoint-mine").mkdir()  # not ours
+    refuses("resume: the run in .*copy was started with width=32, not 64", width=64)
+    refuses("resume: the run in .*copy was started with preset='taylor', not 'softmax'", preset="softmax")
+    before = text.read_text()
+    text.write_text(before + "more")
+    refuses("data: .*text.txt is not the text that the run in .*copy was started with")
+    text.write_text(before)
+    assert (output / "checkpoint-mine").is_dir()
+    shutil.rmtree(output / "checkpoint-160")
+    again = train(TrainingOptions(output=str(output), resume=True), say=lambda _: None)  # options come from the run
+    assert again.losses == run.losses
+    assert again.score.bits_per_byte == pytest.approx(run.score.bits_per_byte, rel=1e-6)
+
+
+def test_default_runs_can_be_resumed(text, tmp_path):
+    """Ten checkpoints a run, also without asking for any; three are kept."""
+    train(TrainingOptions(output=str(tmp_path / "r"), data=str(text), steps=20, **SMALL), say=lambda _: None)
+    assert [p.name for p in whole_checkpoints(tmp_path / "r")] == ["checkpoint-16", "checkpoint-18", "checkpoint-20"]
 
 
 def test_checkpoints_that_do_not_fit(run, tmp_path):

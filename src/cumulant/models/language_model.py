@@ -158,8 +158,10 @@ class CumulantModel(CumulantPreTrainedModel):
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         key_mask, past_mask = _split_mask(attention_mask, x, past)
         x = self.dropout(x)
-        hidden = [x]
+        hidden = []
         for block in self.layers:
+            if output_hidden_states:
+                hidden.append(x)
             x = block(
                 x,
                 key_mask=key_mask,
@@ -168,9 +170,8 @@ class CumulantModel(CumulantPreTrainedModel):
                 past_mask=past_mask,
                 length=past + x.shape[1],
             )
-            hidden.append(x)
         x = self.norm(x)
-        hidden[-1] = x
+        hidden.append(x)
         return BaseModelOutputWithPast(
             last_hidden_state=x,
             past_key_values=past_key_values if use_cache else None,
@@ -183,9 +184,9 @@ def _split_mask(attention_mask: Tensor | None, x: Tensor, past: int) -> tuple[Te
     if attention_mask is None:
         return None, None
     B, T = x.shape[:2]
-    if attention_mask.dim() != 2 or attention_mask.shape[0] != B or attention_mask.shape[1] not in (T, past + T):
+    if attention_mask.dim() != 2 or attention_mask.shape[0] != B or attention_mask.shape[1] != past + T:
         raise ValueError(
-            f"attention_mask: expected [B, T] = [{B}, {T}] or with the cached positions [{B}, {past + T}], "
+            f"attention_mask: expected [B, S + T] = [{B}, {past + T}], {past} cached positions and {T} new ones, "
             f"got {list(attention_mask.shape)}"
         )
     mask = attention_mask.bool()
@@ -234,7 +235,8 @@ class CumulantForCausalLM(CumulantPreTrainedModel, GenerationMixin):  # type: ig
 
         Args:
             input_ids: ``[B, T]``; with a cache, any number of new tokens.
-            attention_mask: ``[B, T]`` or, with a cache, ``[B, S + T]``; 0 marks padding, on either side.
+            attention_mask: ``[B, T]``, with a cache ``[B, S + T]``; 0 marks padding, on either side. None: no padding,
+                in the cache neither.
             past_key_values: cache of earlier tokens, from a call with ``use_cache=True`` or
                 ``transformers.DynamicCache(config=model.config)``.
             inputs_embeds: ``[B, T, D]`` in place of `input_ids`.

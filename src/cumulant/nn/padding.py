@@ -59,7 +59,7 @@ def restore(y: Tensor, rows: Rows | None) -> Tensor:
 def last_tokens(x: Tensor, padding: Tensor | None, n: int) -> Tensor:
     """The last `n` tokens of each row of ``x [B, L, D]``, its final ``padding [B]`` entries left out: ``[B, n, D]``."""
     if padding is None:
-        return x[:, x.shape[1] - n :]
+        return x[:, x.shape[1] - n :].clone()  # a view would keep the whole sequence alive
     index = x.shape[1] - n - padding[:, None] + torch.arange(n, device=x.device)
     return x.gather(1, index[..., None].expand(-1, -1, x.shape[2]))
 

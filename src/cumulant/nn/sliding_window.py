@@ -55,6 +55,8 @@ class SlidingWindowAttention(SoftmaxAttention):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, past: int) -> Tensor:
         T, w = q.shape[2], self.window
+        if T == 0:
+            return q
         if mask is None and T == 1:
             return F.scaled_dot_product_attention(q, k[:, :, -w:], v[:, :, -w:], enable_gqa=True)
         if mask is None and past == 0 and w >= T:
@@ -88,7 +90,9 @@ class SlidingWindowAttention(SoftmaxAttention):
         """The last window - 1 tokens of each row, older slots first; the mask says which slots are filled."""
         keep = min(self.window - 1, k.shape[2])
         if mask is None:
-            return KeyValueState(k[:, :, k.shape[2] - keep :], v[:, :, v.shape[2] - keep :], None, position)
+            # copies: views would keep the whole sequence alive
+            k, v = (x[:, :, x.shape[2] - keep :].clone() for x in (k, v))
+            return KeyValueState(k, v, None, position)
         # a stable sort by the mask moves what is masked to the front
         order = torch.argsort(mask.to(torch.uint8), dim=1, stable=True)[:, mask.shape[1] - keep :]
         index = order[:, None, :, None]

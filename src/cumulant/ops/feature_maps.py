@@ -53,16 +53,22 @@ def softmax_features(
     key_mask: Tensor | None,
     cu_seqlens: Tensor | None,
     denominator: Tensor | None,
+    return_state: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Shen's efficient attention as features that need no further normaliser.
 
     ``out_i = Σ_f softmax(q_i)_f (Σ_j e^{k_jf} v_j) / (Σ_j e^{k_jf})``: every feature is a softmax over tokens, causal
     when j runs to i. Returns the query's features divided by their feature's sum, the key's features ``e^k``, and the
-    sums after the last token ``[N, G, F]``. Exponentials are taken in fp32 (fp64) as they stand: keys must stay below
-    88.
+    sums after the last token ``[N, G, F]``. Exponentials are taken in fp32 (fp64), less each feature's
+    largest key where the whole context is at hand (bidirectional, no state in or out, not packed); elsewhere as they
+    stand, and then keys must lie between -87 and 88.
     """
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    phi_k = key.to(dtype).exp()
+    key = key.to(dtype)
+    if not is_causal and denominator is None and not return_state and cu_seqlens is None and key.shape[2]:
+        seen = key if key_mask is None else key.masked_fill(~key_mask[:, None, :, None], torch.finfo(dtype).min)
+        key = key - seen.detach().amax(2, keepdim=True)
+    phi_k = key.exp()
     if key_mask is not None:
         phi_k = phi_k.masked_fill(~key_mask[:, None, :, None], 0)
     if cu_seqlens is not None:

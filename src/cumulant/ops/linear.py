@@ -77,7 +77,13 @@ def linear_attention(
             kernel = replace(kernel, normalize=False)
             past = None if state is None else state.denominator
             q, k, denominator = softmax_features(
-                q, k, is_causal=is_causal, key_mask=key_mask, cu_seqlens=cu_seqlens, denominator=past
+                q,
+                k,
+                is_causal=is_causal,
+                key_mask=key_mask,
+                cu_seqlens=cu_seqlens,
+                denominator=past,
+                return_state=return_state,
             )
         elif feature_map == "softmax":
             wide = torch.promote_types(dtype, torch.float32)
@@ -133,7 +139,15 @@ def _explain(
     check_feature_map(feature_map)
     features = sizes.K if isinstance(feature_map, str) else apply_callable(feature_map, "key", key).shape[-1]
     _check_state(sizes, features, normalize, query, cu_seqlens, state)
-    return reasons(impl, rows=max(sizes.T, sizes.S), features=features, chunk=cumulative.CHUNK)
+    return reasons(
+        impl,
+        T=sizes.T,
+        S=sizes.S,
+        is_causal=is_causal,
+        stateful=state is not None or return_state,
+        features=features,
+        chunk=cumulative.CHUNK,
+    )
 
 
 linear_attention.plan = _explain  # type: ignore[attr-defined]

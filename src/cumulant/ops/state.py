@@ -6,9 +6,11 @@ A state is a frozen dataclass of tensors (and of further states) with the batch 
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import json
 import os
-import tempfile
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -19,15 +21,10 @@ from torch import Tensor
 
 S = TypeVar("S", bound="State")
 
-_KINDS: dict[str, type[State]] = {}
-
 
 @dataclass(frozen=True)
 class State:
     """Base of all states: tensors with the batch in front, nested states, or None where a part is not in use."""
-
-    def __init_subclass__(cls) -> None:
-        _KINDS[cls.__name__] = cls
 
     def map(self: S, function: Callable[[Tensor], Tensor]) -> S:
         """The same state with `function` applied to every tensor."""
@@ -106,16 +103,25 @@ register(LinearState)
 def _describe(part: Any) -> Any:
     """Structure as JSON: class names for states, lists for tuples, "tensor" and null for leaves."""
     if isinstance(part, State):
-        return {"kind": type(part).__name__, "parts": {f.name: _describe(getattr(part, f.name)) for f in fields(part)}}
+        kind = f"{type(part).__module__}:{type(part).__name__}"
+        return {"kind": kind, "parts": {f.name: _describe(getattr(part, f.name)) for f in fields(part)}}
     if isinstance(part, tuple):
         return [_describe(p) for p in part]
     return "tensor" if isinstance(part, Tensor) else None
 
 
+def _kind(name: str) -> type[State] | None:
+    """The state class that a file names; only this package's classes are looked up."""
+    module, _, attribute = name.partition(":")
+    if not re.fullmatch(r"cumulant(\.\w+)+", module) or importlib.util.find_spec(module) is None:
+        return None
+    found = getattr(importlib.import_module(module), attribute, None)
+    return found if isinstance(found, type) and issubclass(found, State) else None
+
+
 def _rebuild(shape: Any, prefix: str, tensors: dict[str, Tensor], path: str) -> Any:
     if isinstance(shape, dict):
-        kind = _KINDS.get(str(shape.get("kind")))
-        parts = shape.get("parts")
+        kind, parts = _kind(str(shape.get("kind"))), shape.get("parts")
         if kind is None or not isinstance(parts, dict) or set(parts) != {f.name for f in fields(kind)}:
             raise ValueError(f"{path}: holds a state of a kind this version does not know: {shape.get('kind')!r}")
         return kind(**{k: _rebuild(v, f"{prefix}.{k}" if prefix else k, tensors, path) for k, v in parts.items()})
@@ -147,14 +153,12 @@ def save_state(path: str | os.PathLike[str], state: State, metadata: dict[str, s
     header = {**(metadata or {}), "cumulant.state": json.dumps(_describe(state))}
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in state.tensors().items()}
     target = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=target.parent or ".", prefix=target.name, suffix=".tmp")
-    os.close(handle)
+    temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
     try:
         library.torch.save_file(tensors, temporary, metadata=header)
         os.replace(temporary, target)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def load_state(

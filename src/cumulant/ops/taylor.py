@@ -133,7 +133,15 @@ def _explain(
 ) -> Choice:
     sizes, _ = _check(query, key, value, order, is_causal, scale, constant_term, key_mask, cu_seqlens, state, impl)
     features = feature_count(sizes.K, order, constant_term=constant_term)
-    return reasons(impl, rows=max(sizes.T, sizes.S), features=features, chunk=cumulative.CHUNK)
+    return reasons(
+        impl,
+        T=sizes.T,
+        S=sizes.S,
+        is_causal=is_causal,
+        stateful=state is not None or return_state,
+        features=features,
+        chunk=cumulative.CHUNK,
+    )
 
 
 taylor_attention.plan = _explain  # type: ignore[attr-defined]

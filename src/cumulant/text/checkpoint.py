@@ -10,8 +10,8 @@ from transformers import PreTrainedTokenizerFast
 
 from ..models import CumulantForCausalLM
 from .options import check_device
+from .runs import whole_checkpoints
 from .tokenizer import load_tokenizer
-from .train import whole_checkpoints
 
 
 def load_checkpoint(path: str, device: str = "auto") -> tuple[CumulantForCausalLM, PreTrainedTokenizerFast]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import os
 import re
 import sysconfig
 from collections.abc import Iterable
@@ -53,7 +54,7 @@ def load_corpus(data: str | None = None, *, heldout: float = 0.05, text_column: 
         return _from_dataset(data, heldout, text_column)
     named, skipped = (stdlib_documents(), 0) if data in (None, STDLIB) else _from_files(str(data))
     train, held = _split(named, heldout)
-    return _corpus(data or STDLIB, train, held, skipped)
+    return _corpus(STDLIB if data is None else data, train, held, skipped)
 
 
 def load_documents(data: str, *, text_column: str = "text") -> list[bytes]:
@@ -89,6 +90,8 @@ def _text(path: Path) -> bytes | None:
 
 
 def _from_files(data: str) -> tuple[list[tuple[str, bytes]], int]:
+    if not data:
+        raise ValueError("data: expected a file, folder, glob or dataset, got an empty name")
     path = Path(data).expanduser()
     if path.is_dir():
         paths = sorted(p for p in path.rglob("*") if p.is_file() and not _hidden(p.relative_to(path)))
@@ -103,7 +106,9 @@ def _from_files(data: str) -> tuple[list[tuple[str, bytes]], int]:
     else:
         hint = f"; for a Hugging Face dataset write hf:{data}" if re.fullmatch(r"[\w.-]+/[\w.-]+", data) else ""
         raise ValueError(f"data: no such file or folder: {data}{hint}")
-    texts = [(p.as_posix(), _text(p)) for p in paths]
+    # names do not depend on how the place was spelled, and so neither does the split
+    root = Path(os.path.commonpath([p.parent for p in paths]))
+    texts = [(p.relative_to(root).as_posix(), _text(p)) for p in paths]
     named = [(name, text) for name, text in texts if text]
     if not named:
         binary = [name for name, text in texts if text is None]

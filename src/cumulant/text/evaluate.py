@@ -80,6 +80,8 @@ def _windows(ids: Ids, context: int, batch_size: int) -> Iterator[tuple[Tensor, 
 
 def evaluate_windowed(model: PreTrainedModel, text: TokenFile, context: int, *, batch_size: int = 16) -> Score:
     """Bits per byte over windows of `context` tokens; see the module's docstring."""
+    if batch_size < 1:
+        raise ValueError(f"batch: expected at least 1 window, got {batch_size}")
     if context < 1:
         raise ValueError(f"context: expected at least 1 token, got {context}")
     model.eval()

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import resource
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -74,6 +74,8 @@ def generate(
         save: file to leave the state in, of a size that does not depend on the context (softmax models aside).
         stream: print the text as it comes.
     """
+    if save is not None and not Path(save).absolute().parent.is_dir():
+        raise ValueError(f"save_state: no such folder: {Path(save).absolute().parent}")
     cache, pending = _initial_cache(model, load)
     ids = [*pending, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]
     if not ids:
@@ -136,7 +138,8 @@ def fill_cache(model: CumulantForCausalLM, context: int) -> DynamicCache:
     model's quadratic prompt. Mixers of fixed state read random tokens."""
     cache = DynamicCache(config=model.config)
     if set(model.config.layer_types) == {"full_attention"}:
-        shape = (1, model.config.num_key_value_heads, context, model.config.head_dim)
+        config: Any = model.config
+        shape = (1, config.num_key_value_heads, context, config.head_dim)
         for layer in range(model.config.num_hidden_layers):
             cache.update(torch.randn(shape, device=model.device), torch.randn(shape, device=model.device), layer)
         return cache
@@ -176,5 +179,11 @@ def peak_bytes(device: torch.device) -> int:
     """Most memory held so far: the process's on a CPU, the allocator's on CUDA."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

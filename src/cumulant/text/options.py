@@ -37,18 +37,20 @@ class TrainingOptions:
     packed: bool = option(False, "pack documents into windows, none seeing another, instead of windows anywhere")
     steps: int = option(1000, "optimizer steps")
     learning_rate: float = option(2e-3, "peak learning rate; cosine to zero")
-    warmup: float = option(0.05, "share of the steps with rising learning rate")
+    warmup: float = option(0.1, "share of the steps with rising learning rate")
     weight_decay: float = option(0.1, "AdamW's weight decay")
     clip: float = option(1.0, "largest gradient norm")
     dropout: float = option(0.0, "dropout of mixers and feed-forwards")
-    evaluate_every: int = option(0, "steps between evaluations on the held-out text; 0: only at the end")
-    save_every: int = option(0, "steps between checkpoints; 0: with each evaluation")
+    evaluate_every: int = option(
+        0, "steps between evaluations on the held-out text, the best model is kept; 0: only at the end"
+    )
+    save_every: int = option(0, "steps between checkpoints; 0: with each evaluation, else ten times")
     seed: int = option(0, "seed of weights and batches")
     bf16: bool = option(False, "autocast to bfloat16")
     device: str = option("auto", "auto, cpu or cuda")
-    fsdp: str | None = option(None, "shard the model under torchrun, e.g. full_shard")
+    fsdp: bool = option(False, "shard the model over the processes of torchrun")
     gradient_checkpointing: bool = option(False, "recompute layers in the backward pass")
-    resume: bool = option(False, "go on from the last whole checkpoint in the output folder")
+    resume: bool = option(False, "go on from the last whole checkpoint in the output folder, with its options")
 
     def __post_init__(self) -> None:
         if self.preset not in PRESETS:
@@ -59,6 +61,16 @@ class TrainingOptions:
         for name in ("evaluate_every", "save_every"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: expected 0 or more steps, got {getattr(self, name)}")
+        if self.intermediate is not None and self.intermediate < 1:
+            raise ValueError(f"intermediate: expected at least 1, got {self.intermediate}")
+        for name in ("weight_decay", "clip"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")
+        if self.save_every and self.evaluate_every and self.save_every % self.evaluate_every:
+            raise ValueError(
+                f"save_every: expected a multiple of evaluate_every={self.evaluate_every}, so that the best model is "
+                f"kept, got {self.save_every}"
+            )
         if not 0 <= self.warmup < 1:
             raise ValueError(f"warmup: expected a share of the steps below 1, got {self.warmup}")
         if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):

@@ -78,5 +78,9 @@ def encode(tokenizer: PreTrainedTokenizerFast, documents: list[bytes]) -> list[N
     """Ids of each document, no special tokens added."""
     if is_bytes(tokenizer):
         return [np.frombuffer(text, dtype=np.uint8).astype(np.uint32) for text in documents]
-    encoded = tokenizer.backend_tokenizer.encode_batch([text.decode() for text in documents], add_special_tokens=False)
-    return [np.array(e.ids, dtype=np.uint32) for e in encoded]
+    encoded: list[NDArray[np.uint32]] = []
+    for first in range(0, len(documents), 256):  # an encoding takes many times the memory of its ids
+        texts = [text.decode() for text in documents[first : first + 256]]
+        batch = tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        encoded += [np.array(e.ids, dtype=np.uint32) for e in batch]
+    return encoded

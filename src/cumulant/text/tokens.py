@@ -43,21 +43,31 @@ def tokenize(documents: list[bytes], tokenizer: PreTrainedTokenizerFast) -> Toke
     return TokenFile(np.concatenate(pieces), starts, sum(map(len, documents)))
 
 
-def write_tokens(folder: Path, corpus: Corpus, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Tokenize a corpus into `folder`, atomically; nothing is done if it is there already."""
+def write_tokens(folder: Path, corpus: Corpus, tokenizer: PreTrainedTokenizerFast, *, context: int = 1) -> None:
+    """Tokenize a corpus into `folder`, atomically; nothing is done if it is there already. Refuses, before anything is
+    written, text shorter than a window of `context` tokens."""
     index = folder / "tokens.json"
     key = {"digest": corpus.digest, "tokenizer": _fingerprint(tokenizer)}
     if index.is_file() and json.loads(index.read_text()).get("key") == key:
         return
+    splits = {"train": tokenize(corpus.train, tokenizer), "heldout": tokenize(corpus.heldout, tokenizer)}
+    RandomWindows(splits["train"], context, 1, seed=0)
     folder.mkdir(parents=True, exist_ok=True)
+    index.unlink(missing_ok=True)  # from here on, until it is back, the folder counts as empty
     dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
     sizes = {}
-    for split, documents in (("train", corpus.train), ("heldout", corpus.heldout)):
-        tokens = tokenize(documents, tokenizer)
+    for split, tokens in splits.items():
         _save(folder / f"{split}.npy", tokens.ids.astype(dtype))
         _save(folder / f"{split}-starts.npy", tokens.starts)
         sizes[split] = tokens.text_bytes
     _replace(index, json.dumps({"key": key, "bytes": sizes, "data": corpus.name}, indent=2).encode())
+
+
+def check_tokens(folder: Path, corpus: Corpus) -> None:
+    """A run that goes on needs the text it was started with."""
+    index = folder / "tokens.json"
+    if not index.is_file() or json.loads(index.read_text())["key"]["digest"] != corpus.digest:
+        raise ValueError(f"data: {corpus.name} is not the text that the run in {folder.parent} was started with")
 
 
 def read_tokens(folder: Path) -> tuple[TokenFile, TokenFile]:
@@ -132,7 +142,7 @@ class PackedDocuments(Dataset[dict[str, Tensor]]):
             last = int(starts[document + 1]) if document + 1 < len(starts) else len(ids)
             if last - first > self.length + 1:
                 first = int(draw.integers(first, last - self.length))
-            piece = ids[first : min(last, first + room + 1)].astype(np.int64)
+            piece = ids[first : min(last + 1, first + room + 1)].astype(np.int64)  # + 1: the next end of text
             if len(piece) < 2:
                 continue
             pieces.append(piece)

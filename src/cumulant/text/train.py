@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,14 +14,13 @@ import torch
 from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainerControl, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from ..models import CumulantForCausalLM, from_preset
-from .corpus import load_corpus
+from ..models import CumulantConfig, CumulantForCausalLM, from_preset
+from .corpus import Corpus, load_corpus
 from .evaluate import Score, windowed
 from .options import TrainingOptions
+from .runs import WHOLE, check_unused, note_options, resumed, write_json
 from .tokenizer import byte_tokenizer, load_tokenizer, train_bpe
-from .tokens import PackedDocuments, RandomWindows, TokenFile, collate, read_tokens, write_tokens
-
-WHOLE = "whole.json"  # written into a checkpoint after everything else: without it the checkpoint is not used
+from .tokens import PackedDocuments, RandomWindows, TokenFile, check_tokens, collate, read_tokens, write_tokens
 
 
 @dataclass(frozen=True)
@@ -76,9 +73,7 @@ class MarkWhole(TrainerCallback):  # type: ignore[misc]
     def on_save(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
         if state.is_world_process_zero:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            temporary = folder / f"{WHOLE}.tmp"
-            temporary.write_text(json.dumps({"step": state.global_step}))
-            os.replace(temporary, folder / WHOLE)
+            write_json(folder / WHOLE, {"step": state.global_step})
 
 
 class Bar(ProgressCallback):  # type: ignore[misc]
@@ -107,28 +102,25 @@ class Lines(TrainerCallback):  # type: ignore[misc]
             self.say(f"step {state.global_step:>6}  held out {bits:.4f} bits per byte")
 
 
-def whole_checkpoints(output: Path) -> list[Path]:
-    """Checkpoints that were written to the end, oldest first."""
-    found = [p for p in output.glob("checkpoint-*") if (p / WHOLE).is_file()]
-    return sorted(found, key=lambda p: int(p.name.rpartition("-")[2]))
-
-
 def train(options: TrainingOptions, *, say: Callable[[str], None] = print) -> TrainingResult:
     """Read the text, train the model, evaluate it on the held-out part and leave it in ``options.output``.
 
     Raises:
         ValueError: for anything that the user can mend, before training starts.
     """
-    output = Path(options.output)
-    first = int(os.environ.get("RANK", "0")) == 0
-    say = say if first else (lambda _: None)
-    start = _prepare_output(output, options)
-    tokenizer, (tokens, heldout) = _prepare_text(output, options, say)
-    model = _build_model(options, tokenizer)
+    say = say if int(os.environ.get("RANK", "0")) == 0 else (lambda _: None)
+    start = None
+    if options.resume:
+        options, start = resumed(options, say)
+    else:
+        check_unused(Path(options.output))
+    arguments = _arguments(options)
+    tokenizer, tokens, heldout = _prepare_text(options, arguments, say)
+    set_seed(options.seed)
+    model = CumulantForCausalLM(_configuration(options, tokenizer))
     parameters = model.num_parameters()
     say(f"model: {options.preset}, {parameters:,} parameters, {options.depth} layers of {options.width}")
     window = PackedDocuments if options.packed else RandomWindows
-    arguments = _arguments(options)
     windows = options.steps * options.batch * options.accumulate * arguments.world_size
     trainer = LanguageModelTrainer(
         model=model,
@@ -149,54 +141,40 @@ def train(options: TrainingOptions, *, say: Callable[[str], None] = print) -> Tr
     return _finish(trainer, options, heldout, parameters, say)
 
 
-def _prepare_output(output: Path, options: TrainingOptions) -> Path | None:
-    """The checkpoint to resume from, if any; checkpoints that were cut short are removed."""
-    present = list(output.glob("checkpoint-*")) if output.is_dir() else []
-    if output.is_file():
-        raise ValueError(f"output: {output} is a file, not a folder")
-    if not options.resume:
-        if present or (output / "model.safetensors").exists():
-            raise ValueError(f"output: {output} holds a run already; go on with --resume or name another folder")
-        return None
-    whole = whole_checkpoints(output)
-    if int(os.environ.get("RANK", "0")) == 0:
-        for path in present:
-            if path not in whole:
-                shutil.rmtree(path)
-    return whole[-1] if whole else None
-
-
 def _prepare_text(
-    output: Path, options: TrainingOptions, say: Callable[[str], None]
-) -> tuple[PreTrainedTokenizerFast, tuple[TokenFile, TokenFile]]:
-    corpus = load_corpus(options.data, heldout=options.heldout, text_column=options.text_column)
-    kept, held = corpus.sizes
-    skipped = f", {corpus.skipped} files without text left out" if corpus.skipped else ""
-    say(f"text: {corpus.name}, {kept:,} bytes in {len(corpus.train)} documents, {held:,} held out{skipped}")
-    saved = output / "tokenizer.json"
-    if options.resume and saved.is_file():
-        tokenizer = load_tokenizer(saved)
-    elif options.tokenizer is not None:
-        tokenizer = load_tokenizer(options.tokenizer)
-    elif options.train_bpe is not None:
-        say(f"tokenizer: training a byte-level BPE of {options.train_bpe} tokens")
-        tokenizer = train_bpe(corpus.train, options.train_bpe)
-    else:
-        tokenizer = byte_tokenizer()
-    folder = output / "tokens"
-    arguments = _arguments(options)
+    options: TrainingOptions, arguments: TrainingArguments, say: Callable[[str], None]
+) -> tuple[PreTrainedTokenizerFast, TokenFile, TokenFile]:
+    """Tokenizer and both splits, written by the first process and read by all. Nothing is written if anything is
+    wrong."""
+    output = Path(options.output)
     with arguments.main_process_first(desc="tokenizing"):
         if arguments.process_index == 0:
-            write_tokens(folder, corpus, tokenizer)
-            tokenizer.save_pretrained(output)
-    tokens, heldout = read_tokens(folder)
-    RandomWindows(tokens, options.context, 1, options.seed)  # refuses text shorter than a window, at once
-    return tokenizer, (tokens, heldout)
+            corpus = load_corpus(options.data, heldout=options.heldout, text_column=options.text_column)
+            kept, held = corpus.sizes
+            skipped = f", {corpus.skipped} files without text left out" if corpus.skipped else ""
+            say(f"text: {corpus.name}, {kept:,} bytes in {len(corpus.train)} documents, {held:,} held out{skipped}")
+            if options.resume:
+                check_tokens(output / "tokens", corpus)
+            else:
+                tokenizer = _tokenizer(options, corpus, say)
+                _configuration(options, tokenizer)
+                write_tokens(output / "tokens", corpus, tokenizer, context=options.context)
+                tokenizer.save_pretrained(output)
+                note_options(options)
+    return load_tokenizer(output), *read_tokens(output / "tokens")
 
 
-def _build_model(options: TrainingOptions, tokenizer: PreTrainedTokenizerFast) -> CumulantForCausalLM:
-    set_seed(options.seed)
-    config = from_preset(
+def _tokenizer(options: TrainingOptions, corpus: Corpus, say: Callable[[str], None]) -> PreTrainedTokenizerFast:
+    if options.tokenizer is not None:
+        return load_tokenizer(options.tokenizer)
+    if options.train_bpe is not None:
+        say(f"tokenizer: training a byte-level BPE of {options.train_bpe} tokens")
+        return train_bpe(corpus.train, options.train_bpe)
+    return byte_tokenizer()
+
+
+def _configuration(options: TrainingOptions, tokenizer: PreTrainedTokenizerFast) -> CumulantConfig:
+    return from_preset(
         options.preset,
         vocab_size=len(tokenizer),
         hidden_size=options.width,
@@ -208,13 +186,15 @@ def _build_model(options: TrainingOptions, tokenizer: PreTrainedTokenizerFast) -
         bos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.eos_token_id,
     )
-    return CumulantForCausalLM(config)
 
 
 def _arguments(options: TrainingOptions) -> TrainingArguments:
     every = options.evaluate_every or options.steps
-    save = options.save_every or every
+    save = options.save_every or options.evaluate_every or max(1, options.steps // 10)
     best = save % every == 0  # Trainer keeps the best model only where every save follows an evaluation
+    checkpointing = "activation_checkpointing"  # its name before transformers 5.23: gradient_checkpointing
+    if checkpointing not in TrainingArguments.__dataclass_fields__:
+        checkpointing = "gradient_checkpointing"
     return TrainingArguments(
         output_dir=options.output,
         max_steps=options.steps,
@@ -228,7 +208,7 @@ def _arguments(options: TrainingOptions) -> TrainingArguments:
         adam_beta2=0.95,
         max_grad_norm=options.clip,
         bf16=options.bf16,
-        use_cpu=options.device == "cpu",
+        use_cpu=options.device == "cpu" or not torch.cuda.is_available(),
         seed=options.seed,
         eval_strategy="steps",
         eval_steps=every,
@@ -242,12 +222,12 @@ def _arguments(options: TrainingOptions) -> TrainingArguments:
         report_to="tensorboard",
         train_sampling_strategy="sequential",
         remove_unused_columns=False,
-        gradient_checkpointing=options.gradient_checkpointing,
-        fsdp=options.fsdp,
+        fsdp=options.fsdp or None,
         fsdp_config={"transformer_layer_cls_to_wrap": ["CumulantBlock"]} if options.fsdp else None,
         ddp_find_unused_parameters=False,
         dataloader_pin_memory=torch.cuda.is_available() and options.device != "cpu",
         accelerator_config={"split_batches": False, "dispatch_batches": False},
+        **{checkpointing: options.gradient_checkpointing},
     )
 
 
@@ -285,8 +265,6 @@ def _finish(
             "losses": losses,
             "tokens_per_second": rate,
         }
-        temporary = Path(options.output) / "result.json.tmp"
-        temporary.write_text(json.dumps(summary, indent=2))
-        os.replace(temporary, Path(options.output) / "result.json")
+        write_json(Path(options.output) / "result.json", summary)
     say(f"held out: {score.bits_per_byte:.4f} bits per byte over {score.text_bytes:,} bytes, context {options.context}")
     return result

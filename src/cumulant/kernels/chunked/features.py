@@ -75,13 +75,13 @@ class Expansion:
             return Expansion(dim, order, constant_term, dtype, device)
 
     def polynomial(self, scores: Tensor) -> Tensor:
-        """Σ_p scores^p / p!, by Horner's rule."""
+        """Σ_p scores^p / p!, by Horner's rule; without the constant never adding the 1 that would swallow digits."""
         if self.order == 0:
             return scores
-        result = scores / self.order + 1
+        result = scores / self.order
         for p in range(self.order - 1, 0, -1):
-            result = result.mul_(scores).div_(p).add_(1)
-        return result if self.constant_term else result.sub_(1)
+            result = result.add_(1).mul_(scores).div_(p)
+        return result.add_(1) if self.constant_term else result
 
     def slope(self, scores: Tensor) -> Tensor | None:
         """The polynomial's derivative: the same sum with one term fewer. None where it is 1 everywhere."""

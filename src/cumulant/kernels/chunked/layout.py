@@ -108,7 +108,8 @@ def sort_rows(x: Tensor | None, layout: Dense | Packed) -> Tensor | None:
     """Per-sequence tensors (states) in the layout's order, as a fresh copy."""
     if x is None:
         return None
-    return x.clone() if layout.order is None else x.index_select(0, layout.order)
+    x = x if layout.order is None else x.index_select(0, layout.order)
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def unsort_rows(x: Tensor, layout: Dense | Packed) -> Tensor:

@@ -242,7 +242,8 @@ def backward(
         if not local:
             _accumulate_grad(features, q, dy, dz, dS, dZ, n)
 
-    across = (want_state and dS_final is not None) or not local or len(t.keys.chunks) > 1 or S0 is not None
+    from_state = dS_final is not None or dZ_final is not None
+    across = (want_state and from_state) or not local or len(t.keys.chunks) > 1 or S0 is not None
     for i, c in reversed(list(enumerate(t.keys.chunks))) if across else ():
         k, v, mask = t.kv(c)
         _keys_backward(t, features, c, k, v, mask, dS, dZ, dk, dv, accumulate=local)
