@@ -71,7 +71,7 @@ def main() -> None:
     say("\n== a sample")
     model, tokenizer = load_checkpoint(OUTPUT, "cpu")
     prompt = "\n\ndef __init__(self, name"
-    sample = generate(model, tokenizer, prompt, SamplingOptions(200, temperature=0.7, seed=1))
+    sample = generate(model, tokenizer, prompt, SamplingOptions(200, temperature=0.5, seed=1))
     print(prompt.strip() + sample.text)
 
     say("\n== generation by length of context")
