@@ -85,7 +85,8 @@ def train(**options: Any) -> None:
             file=sys.stderr,
         )
         raise
-    say(f"model: {checked.output}; next: cumulant generate {checked.output} --prompt ...")
+    if os.environ.get("RANK", "0") == "0":
+        say(f"model: {checked.output}; next: cumulant generate {checked.output} --prompt ...")
 
 
 Checkpoint = Annotated[str, typer.Argument(help="folder of a trained model")]

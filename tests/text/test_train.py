@@ -239,8 +239,9 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(text, tmp_path, kind):
     assert losses_in(output) == losses_in(tmp_path / "whole")
 
 
-def test_two_processes_equal_one(text, tmp_path):
-    """DDP over gloo: two processes with half of the batch each take the same two steps as one."""
+@pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp"])
+def test_two_processes_equal_one(text, tmp_path, sharded):
+    """Over gloo: two processes with half of the batch each take the same two steps as one."""
     common = ["--data", str(text), "--steps", "2", "--context", "32", "--width", "32", "--depth", "2", "--heads", "2"]
     common += ["--device", "cpu", "--seed", "3"]
     one = [sys.executable, "-m", "cumulant", "train", *common, "--batch", "8", "--output", str(tmp_path / "one")]
@@ -255,7 +256,7 @@ def test_two_processes_equal_one(text, tmp_path):
         "-m",
         "cumulant",
     ]
-    two = [*launcher, "train", *common, "--batch", "4", "--output", str(tmp_path / "two")]
+    two = [*launcher, "train", *common, "--batch", "4", "--output", str(tmp_path / "two"), *["--fsdp"] * sharded]
     subprocess.run(two, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert np.allclose(losses_in(tmp_path / "one"), losses_in(tmp_path / "two"), atol=1e-4)
     scores = [json.loads((tmp_path / n / "result.json").read_text())["bits_per_byte"] for n in ("one", "two")]
