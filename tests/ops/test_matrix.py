@@ -570,3 +570,18 @@ def test_denominator_is_at_least_half_the_keys():
     features = reference.taylor_features(2, True)
     queries = torch.cat((features(q[:, :2] * 3), features(-k / k.square().sum(-1, keepdim=True))), 2)
     assert (queries @ state.denominator[..., None]).min() >= 37 / 2
+
+
+@pytest.mark.slow
+@by_positive
+def test_long_sequences_keep_their_accuracy(case: Case, monkeypatch):
+    """65,536 tokens in fp32 at the real chunk length, outputs and gradients, against float64."""
+    monkeypatch.undo()
+    low = case.inputs(1, 2, 65536, 16, 16, G=1, dtype=torch.float32, requires_grad=True)
+    exact = tuple(x.detach().double().requires_grad_() for x in low)
+    results = []
+    for leaves in (low, exact):
+        out = case(*leaves, is_causal=True)
+        results.append([out, *torch.autograd.grad(out.double().sin().sum(), leaves)])
+    for actual, expected in zip(*results):
+        assert_close(actual, expected, 10)

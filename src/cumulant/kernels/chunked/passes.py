@@ -227,10 +227,9 @@ def backward(
     for i, c in enumerate(t.queries.chunks):
         n, q = c.rows, t.q(c)
         dy, dz = upstream.load(c)
-        grad_q = torch.zeros_like(q)
         if local:
             k, v, mask = t.kv(c)
-            grad_q = _local_backward(t, features, c, q, k, v, mask, dy, dz, dk, dv)
+        grad_q = _local_backward(t, features, c, q, k, v, mask, dy, dz, dk, dv) if local else torch.zeros_like(q)
         if not local or S0 is not None or i > 0:
             dphi = S[:n] @ dy.mT
             if dz is not None and Z is not None:
