@@ -86,6 +86,28 @@ def test_a_dataset(tmp_path, monkeypatch):
         load_corpus(f"hf:{tmp_path / 'nothing'}")
 
 
+def test_a_dataset_by_its_id(tmp_path, monkeypatch):
+    """owner/name is a dataset where it is no path; what is on disk comes first."""
+    import datasets
+
+    asked = []
+
+    def load(identifier, config):
+        asked.append((identifier, config))
+        rows = {"text": ["one text", "another text"]}
+        return datasets.DatasetDict(train=datasets.Dataset.from_dict(rows), test=datasets.Dataset.from_dict(rows))
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert load_corpus("owner/name").train == [b"one text", b"another text"]
+    assert load_corpus("hf:owner/name:small").name == "hf:owner/name:small"
+    assert asked == [("owner/name", None), ("owner/name", "small")]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "owner").mkdir()
+    (tmp_path / "owner" / "name").write_text(TEXT)
+    assert load_corpus("owner/name").train[0].startswith(b"line 0")
+    assert len(asked) == 2
+
+
 def test_bad_data(tmp_path):
     def refuses(name, message, **options):
         with pytest.raises(ValueError, match=message):
@@ -94,7 +116,9 @@ def test_bad_data(tmp_path):
     with pytest.raises(ValueError, match="data: expected a file, folder, glob or dataset, got an empty name"):
         load_corpus("")
     refuses("missing.txt", r"data: no such file or folder: ")
-    with pytest.raises(ValueError, match=r"data: no such file or folder: org/name; .* write hf:org/name"):
+    with pytest.raises(
+        ValueError, match=r"data: no such file or folder: org/name; and cannot load the dataset 'org/name'"
+    ):
         load_corpus("org/name")
     (tmp_path / "empty.txt").write_text("")
     refuses("empty.txt", r"empty.txt is empty; pass text files")

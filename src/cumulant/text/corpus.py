@@ -39,8 +39,9 @@ def load_corpus(data: str | None = None, *, heldout: float = 0.05, text_column: 
     """Read documents and split them, the same way every time.
 
     Args:
-        data: a file, a folder (all text files below it), a glob, ``hf:ID`` or ``hf:ID:CONFIG`` (a Hugging Face dataset,
-            local or from the hub), or None or "stdlib" for the source of Python's standard library without its tests.
+        data: a file, a folder (all text files below it), a glob, the id of a Hugging Face dataset (``owner/name``;
+            ``hf:ID`` or ``hf:ID:CONFIG`` for any, also a local one), or None or "stdlib" for the source of Python's
+            standard library without its tests.
         heldout: share held out. Several documents are split by a hash of their names (or by a dataset's own validation
             or test split); a single document loses its tail, cut at a line.
         text_column: column of a dataset that holds the text.
@@ -50,7 +51,7 @@ def load_corpus(data: str | None = None, *, heldout: float = 0.05, text_column: 
     """
     if not 0 < heldout < 1:
         raise ValueError(f"heldout: expected a share between 0 and 1, got {heldout}")
-    if data is not None and data.startswith("hf:"):
+    if data is not None and _is_dataset(data):
         return _from_dataset(data, heldout, text_column)
     named, skipped = (stdlib_documents(), 0) if data in (None, STDLIB) else _from_files(str(data))
     train, held = _split(named, heldout)
@@ -59,7 +60,7 @@ def load_corpus(data: str | None = None, *, heldout: float = 0.05, text_column: 
 
 def load_documents(data: str, *, text_column: str = "text") -> list[bytes]:
     """All documents of `data`, as in `load_corpus`, unsplit."""
-    if data.startswith("hf:"):
+    if _is_dataset(data):
         corpus = _from_dataset(data, 0.05, text_column)
         return [*corpus.train, *corpus.heldout]
     return [text for _, text in (stdlib_documents() if data == STDLIB else _from_files(data)[0])]
@@ -104,8 +105,7 @@ def _from_files(data: str) -> tuple[list[tuple[str, bytes]], int]:
         if not paths:
             raise ValueError(f"data: no file matches {data}")
     else:
-        hint = f"; for a Hugging Face dataset write hf:{data}" if re.fullmatch(r"[\w.-]+/[\w.-]+", data) else ""
-        raise ValueError(f"data: no such file or folder: {data}{hint}")
+        raise ValueError(f"data: no such file or folder: {data}")
     # names do not depend on how the place was spelled, and so neither does the split
     root = Path(os.path.commonpath([p.parent for p in paths]))
     texts = [(p.relative_to(root).as_posix(), _text(p)) for p in paths]
@@ -147,14 +147,20 @@ def _cut(text: bytes, heldout: float) -> tuple[list[bytes], list[bytes]]:
     return [text[:at]], [text[at:]]
 
 
+def _is_dataset(data: str) -> bool:
+    """Marked as one, or of the form owner/name with nothing there on disk."""
+    return data.startswith("hf:") or (bool(re.fullmatch(r"[\w-]+/[\w.-]+", data)) and not Path(data).exists())
+
+
 def _from_dataset(data: str, heldout: float, text_column: str) -> Corpus:
     import datasets
 
-    identifier, _, config = data[len("hf:") :].partition(":")
+    identifier, _, config = data.removeprefix("hf:").partition(":")
     try:
         splits = datasets.load_dataset(identifier, config or None)
     except Exception as error:  # the library raises whatever its loaders and the network raise
-        raise ValueError(f"data: cannot load the dataset {identifier!r}: {error}") from error
+        nowhere = "" if data.startswith("hf:") else f"no such file or folder: {data}; and "
+        raise ValueError(f"data: {nowhere}cannot load the dataset {identifier!r}: {error}") from error
     if not isinstance(splits, dict) or "train" not in splits:
         raise ValueError(f"data: the dataset {identifier!r} has no split named train")
     held_split = next((name for name in ("validation", "test") if name in splits), None)
