@@ -109,9 +109,8 @@ def test_double_backward_is_refused_in_one_piece(case: Case):
     q, k, v = case.inputs(T=5, requires_grad=True)
     out = case(q, k, v, is_causal=True, impl="torch")
     (grad,) = torch.autograd.grad(out.sum(), q, create_graph=True)
-    if grad.requires_grad:
-        with pytest.raises((RuntimeError, NotImplementedError), match="autograd|differentiate|backward"):
-            torch.autograd.grad(grad.square().sum(), q)
+    with pytest.raises(RuntimeError, match="chunked_attention_backward.default but no autograd formula"):
+        torch.autograd.grad(grad.square().sum(), q)
 
 
 # ---- the law: whole = any split = one token at a time ----
@@ -197,8 +196,7 @@ def test_states_can_be_selected(case: Case, impl: str):
     out, end = case(*(x[index] for x in nxt), is_causal=True, state=state.select(index), return_state=True, impl=impl)
     expected, whole = case(*nxt, is_causal=True, state=state, return_state=True, impl=impl)
     picked = whole.select(index)
-    # row 1 of `nxt` followed another state, so compare where the pairing is the same
-    assert_close(out[[0, 1, 2]], expected[index], 100)
+    assert_close(out, expected[index], 100)
     for a, b in zip(tensors_of(end), tensors_of(picked)):
         assert torch.allclose(a, b)
 
