@@ -105,6 +105,9 @@ def test_a_dataset_by_its_id(tmp_path, monkeypatch):
     (tmp_path / "owner").mkdir()
     (tmp_path / "owner" / "name").write_text(TEXT)
     assert load_corpus("owner/name").train[0].startswith(b"line 0")
+    for path in ("owner/missing", "texts/novel.txt"):
+        with pytest.raises(ValueError, match=rf"data: no such file or folder: {path}$"):
+            load_corpus(path)
     assert len(asked) == 2
 
 

@@ -148,8 +148,12 @@ def _cut(text: bytes, heldout: float) -> tuple[list[bytes], list[bytes]]:
 
 
 def _is_dataset(data: str) -> bool:
-    """Marked as one, or of the form owner/name with nothing there on disk."""
-    return data.startswith("hf:") or (bool(re.fullmatch(r"[\w-]+/[\w.-]+", data)) and not Path(data).exists())
+    """Marked as one, or of the form owner/name without a file's ending and with no folder `owner` here: a mistyped path
+    is refused at once instead of being looked for on the hub."""
+    if data.startswith("hf:"):
+        return True
+    named = re.fullmatch(r"[\w-]+/[\w.-]+", data) and not re.search(r"\.[A-Za-z]\w{0,4}$", data)
+    return bool(named) and not Path(data).parent.exists()
 
 
 def _from_dataset(data: str, heldout: float, text_column: str) -> Corpus:
