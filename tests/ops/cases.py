@@ -55,15 +55,17 @@ CASES = [
     Case("taylor-2-scaled", cm.taylor_attention, {"scale": 0.7}),
     Case("taylor-2-no-constant", cm.taylor_attention, {"constant_term": False}, signed=True),
     Case("taylor-3", cm.taylor_attention, {"order": 3}, signed=True),
+    Case("taylor-4", cm.taylor_attention, {"order": 4}),
     Case("linear-elu", cm.linear_attention, {"scale": 0.6}),
     Case("linear-relu", cm.linear_attention, {"feature_map": "relu"}),
     Case("linear-identity", cm.linear_attention, {"feature_map": "identity", "normalize": False}),
     Case("linear-softmax", cm.linear_attention, {"feature_map": "softmax"}),
     Case("linear-softmax-raw", cm.linear_attention, {"feature_map": "softmax", "normalize": False}),
     Case("linear-callable", cm.linear_attention, {"feature_map": squared}),
+    Case("linear-pair", cm.linear_attention, {"feature_map": (torch.exp, torch.nn.functional.softplus)}),
 ]
 # Sums that do not cancel, for tests of accuracy and of long runs.
-POSITIVE = [c for c in CASES if c.name in ("taylor-2", "taylor-2-scaled", "linear-elu", "linear-softmax")]
+POSITIVE = [c for c in CASES if c.name in ("taylor-2", "taylor-2-scaled", "taylor-4", "linear-elu", "linear-softmax")]
 
 
 def oracle(
@@ -109,7 +111,8 @@ def _attend(case: Case, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         "relu": lambda x: x.clamp(min=0),
         "identity": lambda x: x,
     }.get(name, name)
-    weights = phi(keys) @ phi(q)
+    phi_q, phi_k = phi if isinstance(phi, tuple) else (phi, phi)
+    weights = phi_k(keys) @ phi_q(q)
     total = weights.sum()
     if options.get("normalize", True):
         return weights @ values / total if total != 0 else torch.zeros_like(values[0])

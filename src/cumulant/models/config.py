@@ -24,7 +24,10 @@ class CumulantConfig(PreTrainedConfig):  # type: ignore[misc]
         head_dim: head dim of softmax, sliding-window and linear mixers, and value dim of all; by default D / H.
         taylor_head_dim: query/key head dim K of Taylor mixers.
         taylor_order: order of Taylor mixers.
-        feature_map: feature map of linear mixers, by name.
+        taylor_alpha: their scores are divided by ``taylor_alpha · sqrt(K)``; by default 3 with `qk_norm`, else 1.
+        taylor_constant_term: keep their term of degree 0.
+        qk_norm: LayerNorm without parameters on queries and keys of linear and Taylor mixers.
+        feature_map: feature map of linear mixers, by name: "elu", "relu", "softmax", "identity", "hedgehog", "rebased".
         sliding_window: tokens seen by sliding-window mixers, the token itself included.
         conv_size: taps of the short convolution over q, k, v in linear and Taylor mixers (0: none), and of
             short-convolution mixers (where 0 means 4).
@@ -54,6 +57,9 @@ class CumulantConfig(PreTrainedConfig):  # type: ignore[misc]
     head_dim: int | None = None
     taylor_head_dim: int = 16
     taylor_order: int = 2
+    taylor_alpha: float | None = None
+    taylor_constant_term: bool = True
+    qk_norm: bool = False
     feature_map: str = "elu"
     sliding_window: int = 64
     conv_size: int = 0

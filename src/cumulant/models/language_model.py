@@ -16,7 +16,9 @@ from transformers.utils.generic import can_return_tuple
 
 from ..nn import (
     GatedShortConvolution,
+    HedgehogFeatureMap,
     LinearAttention,
+    RebasedFeatureMap,
     ShortConvolution,
     SlidingWindowAttention,
     SoftmaxAttention,
@@ -45,10 +47,19 @@ def build_mixer(config: CumulantConfig, layer: int) -> nn.Module:
         "conv_size": config.conv_size,
         "shift_tokens": config.token_shift,
         "gate_values": config.gate_values,
+        "qk_norm": config.qk_norm,
     }
     if name == "linear":
         return LinearAttention(dim, heads, head_dim=config.head_dim, feature_map=config.feature_map, **shared)
-    return TaylorAttention(dim, heads, head_dim=config.taylor_head_dim, order=config.taylor_order, **shared)
+    return TaylorAttention(
+        dim,
+        heads,
+        head_dim=config.taylor_head_dim,
+        order=config.taylor_order,
+        alpha=config.taylor_alpha,
+        constant_term=config.taylor_constant_term,
+        **shared,
+    )
 
 
 class FeedForward(nn.Module):
@@ -122,6 +133,11 @@ class CumulantPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
         super()._init_weights(module)
         if isinstance(module, ShortConvolution):
             init.copy_(module.weight, module.initial_weight(module.weight))
+        elif isinstance(module, HedgehogFeatureMap):
+            init.copy_(module.weight, torch.eye(module.head_dim).expand_as(module.weight))
+        elif isinstance(module, RebasedFeatureMap):
+            init.ones_(module.gamma)
+            init.zeros_(module.beta)
 
 
 class CumulantModel(CumulantPreTrainedModel):

@@ -10,12 +10,13 @@ PRESETS: dict[str, dict[str, Any]] = {
     "softmax": {"mixers": ["softmax"]},
     "linear": {"mixers": ["linear"], "conv_size": 4},
     "taylor": {"mixers": ["taylor"], "conv_size": 4},
+    "higher_order": {"mixers": ["taylor"], "conv_size": 4, "qk_norm": True, "taylor_constant_term": False},
     "based": {"mixers": ["short_convolution", "taylor", "sliding_window"]},
 }
 
 
 def from_preset(name: str, **overrides: Any) -> CumulantConfig:
-    """The configuration of a preset: "softmax", "linear", "taylor" or "based", with any field overridden.
+    """The configuration of a preset ("softmax", "linear", "taylor", "higher_order", "based"), any field overridden.
 
     >>> from_preset("based", hidden_size=512, num_hidden_layers=12)
     """

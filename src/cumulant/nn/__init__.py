@@ -6,8 +6,18 @@
 ``x [B, T, D]``; ``key_mask [B, T]`` bool, True where there is a token: masked positions count for nothing, wherever
 they stand, and come out as zeros; ``cu_seqlens [N + 1]`` offsets of sequences packed end to end in one row (B = 1). A
 state continues the sequence: whole = any split = one token at a time.
+
+`LinearAttention` and `TaylorAttention` with ``is_causal=False`` attend in both directions, and across::
+
+    y = mixer(x, context=context, context_mask=context_mask)
+    state = mixer.encode_context(context)      # once
+    y = mixer(x, state=state)                  # with many x
+
+`ChannelFirst` carries any of them to images and video.
 """
 
+from .channel_first import ChannelFirst
+from .feature_maps import HedgehogFeatureMap, RebasedFeatureMap
 from .kernel_attention import KernelAttentionState
 from .linear import LinearAttention
 from .rotary import RotaryEmbedding
@@ -18,11 +28,14 @@ from .taylor import TaylorAttention
 from .token_shift import token_shift
 
 __all__ = [
+    "ChannelFirst",
     "ConvolutionState",
     "GatedShortConvolution",
+    "HedgehogFeatureMap",
     "KernelAttentionState",
     "KeyValueState",
     "LinearAttention",
+    "RebasedFeatureMap",
     "RotaryEmbedding",
     "ShortConvolution",
     "SlidingWindowAttention",

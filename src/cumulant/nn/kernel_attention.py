@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from ..ops.checks import check_key_mask
 from ..ops.state import LinearState, State, register
-from .padding import Rows, check_input, clear_slack, compact, offsets, positions, restore
+from .padding import Rows, check_input, check_state, clear_slack, compact, offsets, positions, restore
 from .rotary import RotaryEmbedding
 from .short_convolution import ShortConvolution
 from .token_shift import token_shift
@@ -30,11 +33,19 @@ class KernelAttentionState(State):
 register(KernelAttentionState)
 
 
+class _Local(NamedTuple):
+    """How local mixing reads the rows: padding ``[B]`` at their ends, index ``[T]`` in packed sequences."""
+
+    padding: Tensor | None
+    offset: Tensor | None
+
+
 class KernelAttention(nn.Module):
     """Multi-head attention through one of the linear operations. Subclasses say which, in `attend`.
 
-    ``q, k, v = conv(W_q x, W_k x, W_v x)``, q and k rotated, ``out = W_o (gate ⊙ attend(q, k, v))``; x is token-shifted
-    first. Every part but the projections is optional.
+    ``q, k, v = conv(W_q h, W_k h, W_v h)`` with h = norm(shift(x)), q and k normalised, then rotated;
+    ``out = W_o (gate(shift(x)) ⊙ attend(q, k, v))``. In cross attention k and v are ``W_k c, W_v c`` of a context c.
+    Every part but the projections is optional.
     """
 
     def __init__(
@@ -45,12 +56,18 @@ class KernelAttention(nn.Module):
         num_kv_heads: int | None,
         head_dim: int,
         value_dim: int | None,
+        context_dim: int | None,
         is_causal: bool,
         rotary: bool,
         rotary_base: float,
+        prenorm: bool,
+        qk_norm: bool,
         gate_values: bool,
+        combine_heads: bool,
         shift_tokens: bool,
         conv_size: int,
+        bias: bool,
+        dropout: float,
     ):
         super().__init__()
         groups = num_heads if num_kv_heads is None else num_kv_heads
@@ -58,18 +75,27 @@ class KernelAttention(nn.Module):
             raise ValueError(f"num_kv_heads: the {groups} key/value heads must divide the {num_heads} query heads")
         if value_dim is None and dim % num_heads:
             raise ValueError(f"num_heads: {num_heads} must divide dim={dim}, or value_dim must be given")
-        if (shift_tokens or conv_size) and not is_causal:
-            raise ValueError("is_causal: token shift and short convolutions look backwards only; they need is_causal")
+        if conv_size and not is_causal:
+            raise ValueError("conv_size: the short convolution looks backwards only; it needs is_causal=True")
+        if context_dim is not None and is_causal:
+            raise ValueError("context_dim: causal attention takes no context; build with is_causal=False")
+        if context_dim is not None and rotary:
+            raise ValueError(_NO_ROTARY)
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout: expected a probability below 1, got {dropout}")
         self.dim, self.num_heads, self.num_kv_heads, self.head_dim = dim, num_heads, groups, head_dim
         self.value_dim = dim // num_heads if value_dim is None else value_dim
-        self.is_causal, self.shift_tokens = is_causal, shift_tokens
-        self.q_proj = nn.Linear(dim, num_heads * head_dim, bias=False)
-        self.k_proj = nn.Linear(dim, groups * head_dim, bias=False)
-        self.v_proj = nn.Linear(dim, groups * self.value_dim, bias=False)
-        self.out_proj = nn.Linear(num_heads * self.value_dim, dim, bias=False)
+        self.context_dim = dim if context_dim is None else context_dim
+        self.is_causal, self.qk_norm, self.shift_tokens = is_causal, qk_norm, shift_tokens
+        self.norm = nn.RMSNorm(dim, eps=1e-12) if prenorm else None
+        self.q_proj = nn.Linear(dim, num_heads * head_dim, bias=bias)
+        self.k_proj = nn.Linear(self.context_dim, groups * head_dim, bias=bias)
+        self.v_proj = nn.Linear(self.context_dim, groups * self.value_dim, bias=bias)
+        self.out_proj = nn.Linear(num_heads * self.value_dim, dim, bias=bias) if combine_heads else None
         self.gate_proj = nn.Linear(dim, num_heads, bias=False) if gate_values else None
         self.rotary = RotaryEmbedding(head_dim, rotary_base) if rotary else None
         self.conv = ShortConvolution(sum(self._sizes), conv_size) if conv_size else None
+        self.dropout = nn.Dropout(dropout)
 
     @property
     def _sizes(self) -> tuple[int, int, int]:
@@ -92,17 +118,22 @@ class KernelAttention(nn.Module):
         self,
         x: Tensor,
         *,
+        context: Tensor | None = None,
         key_mask: Tensor | None = None,
+        context_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         state: KernelAttentionState | None = None,
         return_state: bool = False,
     ) -> Tensor | tuple[Tensor, KernelAttentionState]:
-        """``x [B, T, D]`` -> ``[B, T, D]``, with `return_state` also the state; see `cumulant.nn` for the protocol."""
+        """``x [B, T, D]`` -> ``[B, T, D]`` (``[B, T, H·V]`` without `combine_heads`); `return_state` adds the state.
+
+        Self attention: see `cumulant.nn` for the protocol. Cross attention (``is_causal=False``): x looks at ``context
+        [B, S, D_c]`` where ``context_mask [B, S]`` is True, and at what `state` holds of an earlier context. A state
+        alone will do: compute it once with `encode_context`, read it with many queries.
+        """
         check_input(x, self.dim, key_mask, cu_seqlens, state is not None or return_state)
-        if not self.is_causal and (state is not None or return_state):
-            raise ValueError(
-                "state: only causal attention carries a state from call to call; build with is_causal=True"
-            )
+        check_state(state, KernelAttentionState, len(x))
+        crossing = self._crosses(x, context, context_mask, cu_seqlens, state, return_state)
         rows: Rows | None = None
         padding, offset = None, None
         if key_mask is not None:
@@ -110,16 +141,90 @@ class KernelAttention(nn.Module):
             padding = x.shape[1] - rows.tokens
         if cu_seqlens is not None:
             x, offset = clear_slack(x, cu_seqlens), offsets(x.shape[1], cu_seqlens)
-        shift, conv = (None, None) if state is None else (state.shift, state.conv)
+        shift = None if state is None else state.shift
         if self.shift_tokens:
             x, shift = token_shift(x, tail=shift, offset=offset, padding=padding)
+        h = x if self.norm is None else self.norm(x)
+        conv = None
+        if crossing:
+            attended = self._attend_context(h, context, context_mask, state, return_state)
+        else:
+            local = _Local(padding, offset)
+            attended, conv = self._attend_self(h, rows, local, cu_seqlens, state, return_state)
+        out = attended[0] if isinstance(attended, tuple) else attended
+        if self.gate_proj is not None:
+            out = out * self.gate_proj(x).sigmoid().mT[..., None]
+        y = out.transpose(1, 2).flatten(2)
+        y = restore(self.dropout(y if self.out_proj is None else self.out_proj(y)), rows)
+        return (y, KernelAttentionState(attended[1], shift, conv)) if isinstance(attended, tuple) else y
+
+    def encode_context(
+        self, context: Tensor, *, context_mask: Tensor | None = None, state: KernelAttentionState | None = None
+    ) -> KernelAttentionState:
+        """What cross attention keeps of ``context [B, S, D_c]``, added to `state`; ``self(x, state=...)`` reads it.
+
+        Its size does not depend on S, nor does the cost of reading it.
+        """
+        x = context.new_zeros(len(context), 0, self.dim)
+        return self(x, context=context, context_mask=context_mask, state=state, return_state=True)[1]  # type: ignore[no-any-return]
+
+    def _crosses(
+        self,
+        x: Tensor,
+        context: Tensor | None,
+        context_mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        state: KernelAttentionState | None,
+        return_state: bool,
+    ) -> bool:
+        """Whether this call is cross attention; refuses what cannot be."""
+        if self.is_causal:
+            if context is not None or context_mask is not None:
+                raise ValueError(
+                    "context: causal attention is over x itself; build with is_causal=False for cross attention"
+                )
+            return False
+        if context is None:
+            if context_mask is not None:
+                raise ValueError("context_mask: given without a context; the mask of x is key_mask")
+            if state is None and return_state:
+                raise ValueError(
+                    "return_state: only causal attention carries a state from call to call (is_causal=True); "
+                    "for cross attention pass the context"
+                )
+            if state is None and self.context_dim != self.dim:
+                raise ValueError(f"context: needed, as keys and values are projected from {self.context_dim} channels")
+            if state is None:
+                return False
+        if self.rotary is not None:
+            raise ValueError(_NO_ROTARY)
+        if cu_seqlens is not None:
+            raise ValueError("cu_seqlens: packed sequences have no context; pass a padded batch with key_mask")
+        if context is not None:
+            if context.dim() != 3 or context.shape[0] != len(x) or context.shape[2] != self.context_dim:
+                raise ValueError(
+                    f"context: expected [B, S, D] = [{len(x)}, S, {self.context_dim}], got {list(context.shape)}"
+                )
+            check_key_mask(context_mask, len(x), context.shape[1], x.device, name="context_mask")
+        return True
+
+    def _attend_self(
+        self,
+        x: Tensor,
+        rows: Rows | None,
+        local: _Local,
+        cu_seqlens: Tensor | None,
+        state: KernelAttentionState | None,
+        return_state: bool,
+    ) -> tuple[Tensor | tuple[Tensor, LinearState], Tensor | None]:
+        """Heads' outputs (and sums), and the convolution's new tail."""
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        tail = None if state is None else state.conv
         if self.conv is not None:
-            mixed, conv = self.conv(torch.cat((q, k, v), -1), tail=conv, offset=offset, padding=padding)
+            mixed, tail = self.conv(torch.cat((q, k, v), -1), tail=tail, offset=local.offset, padding=local.padding)
             q, k, v = mixed.split(self._sizes, -1)
-        q = q.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
-        k = k.unflatten(-1, (self.num_kv_heads, self.head_dim)).transpose(1, 2)
-        v = v.unflatten(-1, (self.num_kv_heads, self.value_dim)).transpose(1, 2)
+        q, k, v = self._heads(q, self.num_heads), self._heads(k, self.num_kv_heads), self._heads(v, self.num_kv_heads)
+        q, k = self._normed(q), self._normed(k)
         if self.rotary is not None:
             start = None if state is None else state.position
             position = positions(x.shape[1], start, cu_seqlens, x.device)
@@ -133,8 +238,41 @@ class KernelAttention(nn.Module):
             state=None if state is None else state.sums,
             return_state=return_state,
         )
-        out = attended[0] if isinstance(attended, tuple) else attended
-        if self.gate_proj is not None:
-            out = out * self.gate_proj(x).sigmoid().mT[..., None]
-        y = restore(self.out_proj(out.transpose(1, 2).flatten(2)), rows)
-        return (y, KernelAttentionState(attended[1], shift, conv)) if isinstance(attended, tuple) else y
+        return attended, tail
+
+    def _attend_context(
+        self,
+        x: Tensor,
+        context: Tensor | None,
+        context_mask: Tensor | None,
+        state: KernelAttentionState | None,
+        return_state: bool,
+    ) -> Tensor | tuple[Tensor, LinearState]:
+        q = self._normed(self._heads(self.q_proj(x), self.num_heads))
+        if context is None:
+            context = x.new_zeros(len(x), 0, self.context_dim)
+        if context_mask is not None:
+            context = context.masked_fill(~context_mask[..., None], 0)  # junk there must reach no gradient
+        k = self._normed(self._heads(self.k_proj(context), self.num_kv_heads))
+        v = self._heads(self.v_proj(context), self.num_kv_heads)
+        return self.attend(
+            q,
+            k,
+            v,
+            key_mask=context_mask,
+            cu_seqlens=None,
+            state=None if state is None else state.sums,
+            return_state=return_state,
+        )
+
+    @staticmethod
+    def _heads(x: Tensor, heads: int) -> Tensor:
+        """``[B, T, H·K]`` -> ``[B, H, T, K]``."""
+        split: Tensor = x.unflatten(-1, (heads, -1))
+        return split.transpose(1, 2)
+
+    def _normed(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, x.shape[-1:]) if self.qk_norm else x
+
+
+_NO_ROTARY = "rotary: queries and context have no common positions; build with rotary=False for cross attention"

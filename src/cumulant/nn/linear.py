@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from ..ops.feature_maps import FeatureMap, check_feature_map
 from ..ops.linear import linear_attention
 from ..ops.state import LinearState
+from .feature_maps import HedgehogFeatureMap, RebasedFeatureMap
 from .kernel_attention import KernelAttention
+
+LEARNED = {"hedgehog": HedgehogFeatureMap, "rebased": RebasedFeatureMap}
 
 
 class LinearAttention(KernelAttention):
@@ -19,15 +24,23 @@ class LinearAttention(KernelAttention):
         num_kv_heads: key/value heads G, dividing H (1: multi-query); by default H.
         head_dim: query/key dim K of a head, by default ``dim / num_heads``.
         value_dim: value dim V of a head, by default ``dim / num_heads``.
-        feature_map: ``"elu"``, ``"relu"``, ``"softmax"``, ``"identity"``, a callable or a module (then trained along).
+        context_dim: channels of the context in cross attention, by default `dim`.
+        feature_map: ``"elu"``, ``"relu"``, ``"softmax"``, ``"identity"``; a learned one, ``"hedgehog"`` or
+            ``"rebased"``; a callable or a module (then trained along); or a pair of these, for queries and for keys.
         normalize: divide by the sum of weights.
         scale: factor of the query before its feature map, by default 1.
-        is_causal: token t sees tokens up to t.
-        rotary: rotate queries and keys by their position, before the feature map, so that weights stay positive.
+        is_causal: token t sees tokens up to t. False: every token sees all, or those of a context.
+        rotary: rotate queries and keys by their position, before the feature map, so that weights stay positive (self
+            attention only).
         rotary_base: see `RotaryEmbedding`.
+        prenorm: RMSNorm of x (not of a context) before the projections.
+        qk_norm: LayerNorm without parameters on each head's queries and keys.
         gate_values: multiply each head's output by ``sigmoid(w_h · x_t)``.
+        combine_heads: project the heads' outputs to D; False leaves them side by side, ``[B, T, H·V]``.
         shift_tokens: take half of the input channels from the token before.
         conv_size: taps of a causal depthwise convolution over q, k and v; 0 for none.
+        bias: biases in the projections of q, k, v and the output.
+        dropout: dropout of the output.
         impl: as in `cumulant.linear_attention`.
     """
 
@@ -39,15 +52,21 @@ class LinearAttention(KernelAttention):
         num_kv_heads: int | None = None,
         head_dim: int | None = None,
         value_dim: int | None = None,
-        feature_map: FeatureMap | nn.Module = "elu",
+        context_dim: int | None = None,
+        feature_map: FeatureMap | nn.Module | tuple[nn.Module, nn.Module] = "elu",
         normalize: bool = True,
         scale: float | None = None,
         is_causal: bool = True,
         rotary: bool = False,
         rotary_base: float = 10000.0,
+        prenorm: bool = False,
+        qk_norm: bool = False,
         gate_values: bool = False,
+        combine_heads: bool = True,
         shift_tokens: bool = False,
         conv_size: int = 0,
+        bias: bool = False,
+        dropout: float = 0.0,
         impl: str = "auto",
     ):
         super().__init__(
@@ -56,15 +75,29 @@ class LinearAttention(KernelAttention):
             num_kv_heads=num_kv_heads,
             head_dim=dim // num_heads if head_dim is None else head_dim,
             value_dim=value_dim,
+            context_dim=context_dim,
             is_causal=is_causal,
             rotary=rotary,
             rotary_base=rotary_base,
+            prenorm=prenorm,
+            qk_norm=qk_norm,
             gate_values=gate_values,
+            combine_heads=combine_heads,
             shift_tokens=shift_tokens,
             conv_size=conv_size,
+            bias=bias,
+            dropout=dropout,
         )
+        if isinstance(feature_map, str) and feature_map in LEARNED:
+            learned = LEARNED[feature_map]
+            feature_map = learned(num_heads, self.head_dim), learned(self.num_kv_heads, self.head_dim)
         check_feature_map(feature_map)
-        self.feature_map, self.normalize, self.scale, self.impl = feature_map, normalize, scale, impl
+        # a pair under two names, so that modules in it are registered
+        pair = feature_map if isinstance(feature_map, tuple) else (None, None)
+        self.query_map: Any = pair[0]
+        self.key_map: Any = pair[1]
+        self.feature_map: Any = None if isinstance(feature_map, tuple) else feature_map
+        self.normalize, self.scale, self.impl = normalize, scale, impl
 
     def attend(
         self,
@@ -81,7 +114,7 @@ class LinearAttention(KernelAttention):
             query,
             key,
             value,
-            self.feature_map,
+            (self.query_map, self.key_map) if self.feature_map is None else self.feature_map,
             is_causal=self.is_causal,
             scale=self.scale,
             normalize=self.normalize,

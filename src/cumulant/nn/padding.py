@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..ops.checks import check_key_mask
+from ..ops.state import State
 
 
 class Rows(NamedTuple):
@@ -37,6 +38,17 @@ def check_input(x: Tensor, dim: int, key_mask: Tensor | None, cu_seqlens: Tensor
             "cu_seqlens: cannot be combined with key_mask, state or return_state in a module; "
             "leave masked tokens out of the packed row, or pass a padded batch"
         )
+
+
+def check_state(state: State | None, kind: type[State], rows: int) -> None:
+    """The state is of this mixer's kind and has as many rows as the batch."""
+    if state is None:
+        return
+    if not isinstance(state, kind):
+        raise TypeError(f"state: expected a {kind.__name__} from return_state=True, got {type(state).__name__}")
+    found = len(state.position)  # type: ignore[attr-defined]
+    if found != rows:
+        raise ValueError(f"state: expected {rows} rows, as x has, got {found}; choose rows with state.select(index)")
 
 
 def compact(x: Tensor, key_mask: Tensor) -> tuple[Tensor, Rows]:

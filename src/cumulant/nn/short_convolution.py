@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.state import State, register
-from .padding import check_input, clear_slack, compact, last_tokens, offsets, restore
+from .padding import check_input, check_state, clear_slack, compact, last_tokens, offsets, restore
 
 
 class ShortConvolution(nn.Module):
@@ -94,6 +94,7 @@ class GatedShortConvolution(nn.Module):
     ) -> Tensor | tuple[Tensor, ConvolutionState]:
         """``x [B, T, D]``, ``key_mask [B, T]`` True = a token; see `cumulant.nn` for the mixer protocol."""
         check_input(x, self.dim, key_mask, cu_seqlens, state is not None or return_state)
+        check_state(state, ConvolutionState, len(x))
         rows, padding, offset = None, None, None
         if key_mask is not None:
             x, rows = compact(x, key_mask)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops.state import State, register
-from .padding import check_input, clear_slack, offsets
+from .padding import check_input, check_state, clear_slack, offsets
 from .rotary import RotaryEmbedding
 
 
@@ -88,6 +88,7 @@ class SoftmaxAttention(nn.Module):
     ) -> Tensor | tuple[Tensor, KeyValueState]:
         """``x [B, T, D]`` -> ``[B, T, D]``, with `return_state` also the state; see `cumulant.nn` for the protocol."""
         check_input(x, self.dim, key_mask, cu_seqlens, state is not None or return_state)
+        check_state(state, KeyValueState, len(x))
         if not self.is_causal and (state is not None or return_state):
             raise ValueError(
                 "state: only causal attention carries a state from call to call; build with is_causal=True"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..ops.state import LinearState
-from ..ops.taylor import feature_count, taylor_attention
+from ..ops.taylor import MAX_ORDER, feature_count, taylor_attention
 from .kernel_attention import KernelAttention
 
 
@@ -13,21 +13,31 @@ class TaylorAttention(KernelAttention):
     """Multi-head Taylor attention (`cumulant.taylor_attention`): softmax attention with the exponential expanded to
     `order`, in linear time, with a state of ``G · F · (V + 1)`` numbers.
 
+    ``qk_norm=True, constant_term=False`` is Mercat's higher order linear transformer (arXiv 2010.14816): normalised
+    queries and keys bound the scores by ``sqrt(K) / alpha``, where the expansion is close to the exponential.
+
     Args:
         dim: model dim D.
         num_heads: query heads H.
         num_kv_heads: key/value heads G, dividing H (1: multi-query); by default H.
         head_dim: query/key dim K of a head. Features grow as K²/2 at order 2: 16 gives 153.
         value_dim: value dim V of a head, by default ``dim / num_heads``.
-        order: degree of the expansion; even orders have positive weights.
-        scale: factor of q·k, by default ``1 / sqrt(K)``.
-        constant_term: keep the term of degree 0.
-        is_causal: token t sees tokens up to t.
-        rotary: rotate queries and keys by their position.
+        context_dim: channels of the context in cross attention, by default `dim`.
+        order: degree of the expansion; even orders have positive weights. 1 to 4, any with ``impl="reference"``.
+        scale: factor of q·k, by default ``1 / (alpha · sqrt(K))``.
+        alpha: see `scale`; by default 3 with `qk_norm`, else 1.
+        constant_term: keep the term of degree 0. Without it weights can be negative and denominators vanish.
+        is_causal: token t sees tokens up to t. False: every token sees all, or those of a context.
+        rotary: rotate queries and keys by their position (self attention only).
         rotary_base: see `RotaryEmbedding`.
+        prenorm: RMSNorm of x (not of a context) before the projections.
+        qk_norm: LayerNorm without parameters on each head's queries and keys.
         gate_values: multiply each head's output by ``sigmoid(w_h · x_t)``.
+        combine_heads: project the heads' outputs to D; False leaves them side by side, ``[B, T, H·V]``.
         shift_tokens: take half of the input channels from the token before.
         conv_size: taps of a causal depthwise convolution over q, k and v; 0 for none.
+        bias: biases in the projections of q, k, v and the output.
+        dropout: dropout of the output.
         impl: as in `cumulant.taylor_attention`.
     """
 
@@ -39,15 +49,22 @@ class TaylorAttention(KernelAttention):
         num_kv_heads: int | None = None,
         head_dim: int = 16,
         value_dim: int | None = None,
+        context_dim: int | None = None,
         order: int = 2,
         scale: float | None = None,
+        alpha: float | None = None,
         constant_term: bool = True,
         is_causal: bool = True,
         rotary: bool = False,
         rotary_base: float = 10000.0,
+        prenorm: bool = False,
+        qk_norm: bool = False,
         gate_values: bool = False,
+        combine_heads: bool = True,
         shift_tokens: bool = False,
         conv_size: int = 0,
+        bias: bool = False,
+        dropout: float = 0.0,
         impl: str = "auto",
     ):
         super().__init__(
@@ -56,15 +73,33 @@ class TaylorAttention(KernelAttention):
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
             value_dim=value_dim,
+            context_dim=context_dim,
             is_causal=is_causal,
             rotary=rotary,
             rotary_base=rotary_base,
+            prenorm=prenorm,
+            qk_norm=qk_norm,
             gate_values=gate_values,
+            combine_heads=combine_heads,
             shift_tokens=shift_tokens,
             conv_size=conv_size,
+            bias=bias,
+            dropout=dropout,
         )
         feature_count(head_dim, order)  # refuses an order below 1
-        self.order, self.scale, self.constant_term, self.impl = order, scale, constant_term, impl
+        if order > MAX_ORDER and impl != "reference":
+            raise ValueError(f"order: expected 1 to {MAX_ORDER}, got {order}; impl='reference' takes any order")
+        if alpha is not None and scale is not None:
+            raise ValueError("alpha: given beside scale; leave one out, as scale = 1 / (alpha · sqrt(K))")
+        if alpha is None:
+            alpha = 3.0 if qk_norm else 1.0
+        if alpha <= 0:
+            raise ValueError(f"alpha: expected a positive number, got {alpha}")
+        self.order, self.constant_term, self.impl = order, constant_term, impl
+        self.scale = 1 / (alpha * head_dim**0.5) if scale is None else scale
+
+    def extra_repr(self) -> str:
+        return f"order={self.order}, scale={self.scale:.4g}, is_causal={self.is_causal}"
 
     def attend(
         self,

@@ -73,16 +73,16 @@ def check_attention(
     return Sizes(B, H, G, T, S, K, V)
 
 
-def check_key_mask(key_mask: Tensor | None, B: int, S: int, device: torch.device) -> None:
+def check_key_mask(key_mask: Tensor | None, B: int, S: int, device: torch.device, *, name: str = "key_mask") -> None:
     if key_mask is None:
         return
     if not isinstance(key_mask, Tensor) or key_mask.dtype != torch.bool:
         got = key_mask.dtype if isinstance(key_mask, Tensor) else type(key_mask).__name__
-        raise TypeError(f"key_mask: expected a boolean tensor [B, S], True = attend, got {got}; try key_mask.bool()")
+        raise TypeError(f"{name}: expected a boolean tensor [B, S], True = attend, got {got}; try {name}.bool()")
     if key_mask.shape != (B, S):
-        raise ValueError(f"key_mask: expected [B, S] = [{B}, {S}], got {_show(key_mask)}")
+        raise ValueError(f"{name}: expected [B, S] = [{B}, {S}], got {_show(key_mask)}")
     if key_mask.device != device:
-        raise ValueError(f"key_mask: expected on {device} like query, got {key_mask.device}")
+        raise ValueError(f"{name}: expected on {device} like query, got {key_mask.device}")
 
 
 def _check_cu_seqlens(cu_seqlens: Tensor, B: int, T: int, S: int, device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""Feature maps of kernelised linear attention, by name, or any callable.
+"""Feature maps of kernelised linear attention, by name, any callable, or a pair of them for queries and keys.
 
 A map sends ``[..., K]`` to ``[..., F]``. Names:
 
@@ -16,7 +16,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-FeatureMap = str | Callable[[Tensor], Tensor]
+Map = Callable[[Tensor], Tensor]
+FeatureMap = str | Map | tuple[Map, Map]
 ELEMENTWISE = ("elu", "relu", "identity")
 NAMES = (*ELEMENTWISE, "softmax")
 
@@ -32,12 +33,25 @@ def check_feature_map(feature_map: FeatureMap) -> None:
         if feature_map not in NAMES:
             choices = ", ".join(repr(name) for name in NAMES)
             raise ValueError(f"feature_map: expected one of {choices} or a callable, got {feature_map!r}")
+    elif isinstance(feature_map, tuple):
+        if len(feature_map) != 2 or not all(callable(m) for m in feature_map):
+            raise TypeError("feature_map: expected a pair of callables, for queries and for keys, got another tuple")
     elif not callable(feature_map):
         raise TypeError(f"feature_map: expected a name or a callable, got {type(feature_map).__name__}")
 
 
-def apply_callable(feature_map: Callable[[Tensor], Tensor], name: str, x: Tensor) -> Tensor:
-    """``feature_map(x)``, with its result's shape checked."""
+def apply_maps(feature_map: Map | tuple[Map, Map], query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    """Features of queries and keys by one callable or a pair, with their shapes checked."""
+    query_map, key_map = feature_map if isinstance(feature_map, tuple) else (feature_map, feature_map)
+    q, k = _apply(query_map, "query", query), _apply(key_map, "key", key)
+    if q.shape[-1] != k.shape[-1]:
+        raise ValueError(
+            f"feature_map: expected as many features for queries as for keys, got {q.shape[-1]} and {k.shape[-1]}"
+        )
+    return q, k
+
+
+def _apply(feature_map: Map, name: str, x: Tensor) -> Tensor:
     features = feature_map(x)
     if not isinstance(features, Tensor) or features.shape[:-1] != x.shape[:-1]:
         got = list(features.shape) if isinstance(features, Tensor) else type(features).__name__

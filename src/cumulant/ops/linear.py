@@ -11,7 +11,7 @@ from . import cumulative
 from .checks import Sizes, check_attention, check_linear_state
 from .cumulative import Kernel, attend
 from .dispatch import Choice, reasons, resolve
-from .feature_maps import ELEMENTWISE, FeatureMap, apply_callable, check_feature_map, softmax_features
+from .feature_maps import ELEMENTWISE, FeatureMap, apply_maps, check_feature_map, softmax_features
 from .state import LinearState
 
 
@@ -40,7 +40,7 @@ def linear_attention(
         key: ``[B, G, S, K]``; the G key/value heads divide H, query head h uses key head ``h // (H / G)``.
         value: ``[B, G, S, V]``.
         feature_map: ``"elu"`` (elu + 1), ``"relu"``, ``"softmax"`` (Shen et al.), ``"identity"``, or any callable or
-            module ``[..., K] -> [..., F]``, applied in the inputs' dtype.
+            module ``[..., K] -> [..., F]``, applied in the inputs' dtype; or a pair, for queries and for keys.
         is_causal: query i sees keys up to i (and all of `state`); needs S = T.
         scale: factor of the query before its feature map, by default 1.
         normalize: divide by the sum of weights.
@@ -70,8 +70,8 @@ def linear_attention(
     else:
         q, k = _clear(q if scale is None else q * scale, k, key_mask, cu_seqlens)
         kernel = replace(kernel, scale=1.0)
-        if callable(feature_map):
-            q, k = apply_callable(feature_map, "query", q), apply_callable(feature_map, "key", k)
+        if not isinstance(feature_map, str):
+            q, k = apply_maps(feature_map, q, k)
         _check_state(sizes, k.shape[-1], normalize, query, cu_seqlens, state)
         if feature_map == "softmax" and normalize:
             kernel = replace(kernel, normalize=False)
@@ -137,7 +137,7 @@ def _explain(
 ) -> Choice:
     sizes = check_attention(query, key, value, is_causal=is_causal, key_mask=key_mask, cu_seqlens=cu_seqlens)
     check_feature_map(feature_map)
-    features = sizes.K if isinstance(feature_map, str) else apply_callable(feature_map, "key", key).shape[-1]
+    features = sizes.K if isinstance(feature_map, str) else apply_maps(feature_map, query, key)[1].shape[-1]
     _check_state(sizes, features, normalize, query, cu_seqlens, state)
     return reasons(
         impl,

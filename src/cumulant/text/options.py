@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-PRESETS = ("softmax", "linear", "taylor", "based")  # of cumulant.models, which takes seconds to import
+PRESETS = ("softmax", "linear", "taylor", "higher_order", "based")  # of cumulant.models, which takes seconds to import
 
 
 def option(default: Any, text: str) -> Any:
