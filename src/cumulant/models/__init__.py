@@ -1,14 +1,27 @@
-"""Hugging Face models. Importing this package registers them with `AutoConfig` and `AutoModelForCausalLM`."""
+"""Models. `TaylorViT` needs only torch. The language model is a Hugging Face model: importing this package registers it
+with `AutoConfig` and `AutoModelForCausalLM`."""
 
-from transformers import AutoConfig, AutoModelForCausalLM
+from importlib.util import find_spec
 
-from .cache import ModelState, cache_bytes, export_state, import_state
-from .config import CumulantConfig
-from .language_model import CumulantForCausalLM, CumulantModel
-from .presets import PRESETS, from_preset
+from .vit import TaylorViT
 
-AutoConfig.register("cumulant", CumulantConfig, exist_ok=True)
-AutoModelForCausalLM.register(CumulantConfig, CumulantForCausalLM, exist_ok=True)
+if find_spec("transformers") is not None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from .cache import ModelState, cache_bytes, export_state, import_state
+    from .config import CumulantConfig
+    from .language_model import CumulantForCausalLM, CumulantModel
+    from .presets import PRESETS, from_preset
+
+    AutoConfig.register("cumulant", CumulantConfig, exist_ok=True)
+    AutoModelForCausalLM.register(CumulantConfig, CumulantForCausalLM, exist_ok=True)
+else:
+
+    def __getattr__(name: str) -> object:
+        if name in __all__:
+            raise ModuleNotFoundError(f"cumulant.models.{name} needs transformers: pip install 'cumulant[text]'")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = [
     "PRESETS",
@@ -16,6 +29,7 @@ __all__ = [
     "CumulantForCausalLM",
     "CumulantModel",
     "ModelState",
+    "TaylorViT",
     "cache_bytes",
     "export_state",
     "from_preset",

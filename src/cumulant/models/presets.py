@@ -10,7 +10,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "softmax": {"mixers": ["softmax"]},
     "linear": {"mixers": ["linear"], "conv_size": 4},
     "taylor": {"mixers": ["taylor"], "conv_size": 4},
-    "higher_order": {"mixers": ["taylor"], "conv_size": 4, "qk_norm": True, "taylor_constant_term": False},
+    "higher_order": {"mixers": ["taylor"], "conv_size": 4, "qk_norm": True},
     "based": {"mixers": ["short_convolution", "taylor", "sliding_window"]},
 }
 

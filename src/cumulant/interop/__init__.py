@@ -1,0 +1,6 @@
+"""Weights from other packages: the same numbers from our modules. `docs/migrating.md` has an example of each."""
+
+from .fast_transformers import from_fast_transformers
+from .taylor_series import from_taylor_series
+
+__all__ = ["from_fast_transformers", "from_taylor_series"]
