@@ -83,6 +83,7 @@ class TaylorViT(nn.Module):
         num_heads: attention heads H.
         head_dim: dim of queries, keys and values of a head.
         channels: channels of the images.
+        patch_norm: LayerNorm of a patch's numbers, which hides its brightness; leave it out for patches of a few pixels.
         ff_mult: hidden dim of the feed-forward in multiples of D.
         kernel_size: of the feed-forward's depthwise convolution; 1: it mixes no positions.
         dropout: of attention outputs and in the feed-forward.
@@ -101,6 +102,7 @@ class TaylorViT(nn.Module):
         num_heads: int = 8,
         head_dim: int = 8,
         channels: int = 3,
+        patch_norm: bool = True,
         ff_mult: float = 4,
         kernel_size: int = 3,
         dropout: float = 0.0,
@@ -116,7 +118,10 @@ class TaylorViT(nn.Module):
         self.patch_size = (patch_size, patch_size) if isinstance(patch_size, int) else tuple(patch_size)
         self.channels = channels
         size = self.patch_size[0] * self.patch_size[1] * channels
-        self.embed = nn.Sequential(nn.LayerNorm(size), nn.Linear(size, dim), nn.LayerNorm(dim))
+        if patch_norm and size == 1:
+            raise ValueError("patch_norm: normalising a patch of one number leaves nothing of it; use patch_norm=False")
+        norm = nn.LayerNorm(size) if patch_norm else nn.Identity()
+        self.embed = nn.Sequential(norm, nn.Linear(size, dim), nn.LayerNorm(dim))
         self.dropout = nn.Dropout(embedding_dropout)
         attention: dict[str, Callable[[], nn.Module | None]] = {
             "taylor": lambda: TaylorAttention(
