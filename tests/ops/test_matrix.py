@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor
 
 import cumulant as cm
 from cumulant.kernels import reference
+from cumulant.kernels.chunked.features import Expansion
 from cumulant.ops import cumulative
 
 from .cases import (
@@ -111,6 +113,25 @@ def test_double_backward_is_refused_in_one_piece(case: Case):
     (grad,) = torch.autograd.grad(out.sum(), q, create_graph=True)
     with pytest.raises(RuntimeError, match="chunked_attention_backward.default but no autograd formula"):
         torch.autograd.grad(grad.square().sum(), q)
+
+
+@pytest.mark.parametrize("order", [3, 4])
+def test_wide_heads_at_high_orders(order: int):
+    """135,751 features at order 4: output and gradients across chunks, against the polynomial of the scores; in one chunk
+    no feature is formed."""
+    K, x = 40, inputs(1, 2, 40, 40, 2, G=1)
+    q, k, v = (0.3 * x[0]).requires_grad_(), (0.3 * x[1]).requires_grad_(), x[2].requires_grad_()
+    scores = (q @ k.mT) / K**0.5
+    weights = sum(scores**p / math.factorial(p) for p in range(order + 1)).tril()
+    exact = weights / weights.sum(-1, keepdim=True) @ v
+    out = cm.taylor_attention(q, k, v, order, is_causal=True)
+    assert_close(out, exact, 100)
+    for actual, expected in zip(gradients(out, (q, k, v)), gradients(exact, (q, k, v))):
+        assert_close(actual, expected, 1000)
+    Expansion.get.cache_clear()
+    short = cm.taylor_attention(q[:, :, :CHUNK], k[:, :, :CHUNK], v[:, :, :CHUNK], order, is_causal=True)
+    assert_close(short, exact[:, :, :CHUNK], 100)
+    assert "tables" not in vars(Expansion.get(K, order, True, torch.float64, q.device))
 
 
 # ---- the law: whole = any split = one token at a time ----

@@ -83,7 +83,7 @@ class TaylorViT(nn.Module):
         num_heads: attention heads H.
         head_dim: dim of queries, keys and values of a head.
         channels: channels of the images.
-        patch_norm: LayerNorm of a patch's numbers, which hides its brightness; leave it out for patches of a few pixels.
+        patch_norm: LayerNorm of a patch's numbers, which hides its brightness; leave out for patches of few pixels.
         ff_mult: hidden dim of the feed-forward in multiples of D.
         kernel_size: of the feed-forward's depthwise convolution; 1: it mixes no positions.
         dropout: of attention outputs and in the feed-forward.

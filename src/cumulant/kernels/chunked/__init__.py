@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .features import size_of
 from .layout import Dense, Packed
 from .passes import Spec, Tokens, backward, compute_dtype, forward
 
@@ -21,16 +22,6 @@ def _tokens(
     queries = Packed(cu_seqlens, T, spec.chunk) if cu_seqlens is not None else Dense(query.shape[0], T, spec.chunk)
     keys = queries if S == T else Dense(key.shape[0], S, spec.chunk)
     return Tokens(query, key, value, key_mask, queries, keys, spec, compute_dtype(query.dtype))
-
-
-def _feature_size(dim: int, order: int, constant_term: bool) -> int:
-    """C(dim + order, order) Taylor features, one fewer without the constant; `dim` for the identity."""
-    if order == 0:
-        return dim
-    size = 1
-    for p in range(1, order + 1):
-        size = size * (dim + p) // p
-    return size if constant_term else size - 1
 
 
 @torch.library.custom_op("cumulant::chunked_attention", mutates_args=())
@@ -52,13 +43,14 @@ def chunked_attention(
     chunk: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Output ``[B,H,T,V]``, its denominators ``[B,H,T]``, and the state: numerator ``[N,G,F,V]``, denominator
-    ``[N,G,F]``. Denominators are empty when not normalised."""
+    ``[N,G,F]``. Denominators are empty when not normalised, the state where neither the caller nor the backward pass of
+    attention in both directions wants it."""
     spec = Spec(order, constant_term, activation, scale, normalize, is_causal, chunk)
     with torch.autocast(query.device.type, enabled=False):
         t = _tokens(query, key, value, key_mask, cu_seqlens, spec)
         out, den, S, Z = forward(t, numerator, denominator, want_state)
-    empty = query.new_empty(0, dtype=compute_dtype(query.dtype))
-    return out, empty if den is None else den, S, empty.clone() if Z is None else Z
+    den, S, Z = (query.new_empty(0, dtype=compute_dtype(query.dtype)) if x is None else x for x in (den, S, Z))
+    return out, den, S, Z
 
 
 @chunked_attention.register_fake
@@ -82,12 +74,13 @@ def _(
     B, H, T, K = query.shape
     G, V = key.shape[1], value.shape[3]
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    F, dtype = _feature_size(K, order, constant_term), compute_dtype(query.dtype)
+    F, dtype = size_of(K, order, constant_term), compute_dtype(query.dtype)
+    stateful = want_state or not is_causal
     return (
         query.new_empty(B, H, T, V),
         query.new_empty((B, H, T) if normalize else (0,), dtype=dtype),
-        query.new_empty(N, G, F, V, dtype=dtype),
-        query.new_empty((N, G, F) if normalize else (0,), dtype=dtype),
+        query.new_empty((N, G, F, V) if stateful else (0,), dtype=dtype),
+        query.new_empty((N, G, F) if stateful and normalize else (0,), dtype=dtype),
     )
 
 
@@ -130,15 +123,15 @@ def chunked_attention_backward(
             (final_numerator, final_denominator if normalize else None),
             want_state,
         )
-    dZ = final_denominator.clone() if grads.Z is None else grads.Z
-    return grads.query, grads.key, grads.value, grads.S, dZ
+    dS, dZ = (query.new_empty(0) if x is None else x for x in (grads.S, grads.Z))
+    return grads.query, grads.key, grads.value, dS, dZ
 
 
 @chunked_attention_backward.register_fake
-def _(dout, dnumerator, ddenominator, query, key, value, *rest):  # type: ignore[no-untyped-def]
-    final_numerator, final_denominator = rest[6], rest[7]
+def _(dout, dnumerator, ddenominator, query, key, value, key_mask, cu_seqlens, numerator, denominator, *rest):  # type: ignore[no-untyped-def]
     # fresh tensors are contiguous, whatever the inputs' strides
-    return tuple(x.new_empty(x.shape) for x in (query, key, value, final_numerator, final_denominator))
+    inputs = (query, key, value, numerator, denominator)
+    return tuple(query.new_empty(0) if x is None else x.new_empty(x.shape) for x in inputs)
 
 
 def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]

@@ -8,8 +8,9 @@ a monomial copies whole rows. A map has two stages: an elementwise `activation` 
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import combinations_with_replacement
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +29,13 @@ def activate_vjp(activated: Tensor, grad: Tensor, activation: str) -> Tensor:
     return grad * (activated > 0) if activation == "relu" else grad
 
 
+def size_of(dim: int, order: int, constant_term: bool) -> int:
+    """C(dim + order, order) Taylor features, one fewer without the constant; `dim` for the identity (order 0)."""
+    if order == 0:
+        return dim
+    return math.comb(dim + order, order) - (not constant_term)
+
+
 @lru_cache(maxsize=64)
 def _monomials(dim: int, degree: int) -> tuple[list[int], list[int], list[float]]:
     """Monomials of a degree over `dim` variables, lexicographic: index of the monomial without its last factor (among
@@ -41,8 +49,32 @@ def _monomials(dim: int, degree: int) -> tuple[list[int], list[int], list[float]
     return parents, lasts, weights
 
 
-def _one_hot(index: list[int], size: int, like: Tensor) -> Tensor:
-    return torch.nn.functional.one_hot(torch.tensor(index, device=like.device), size).to(like.dtype).mT.contiguous()
+class _Sum:
+    """Adds rows of ``[..., n, C]`` into ``[..., size, C]`` by an index: a product with a 0/1 matrix, which is faster
+    than scattering, where that matrix is small."""
+
+    LARGEST = 4_000_000
+
+    def __init__(self, index: Tensor, size: int, dtype: torch.dtype):
+        self.index, self.size = index, size
+        self.matrix = None
+        if size * len(index) <= self.LARGEST:
+            self.matrix = torch.nn.functional.one_hot(index, size).to(dtype).mT.contiguous()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.matrix is not None:
+            return self.matrix @ x
+        return x.new_zeros(*x.shape[:-2], self.size, x.shape[-1]).index_add_(-2, self.index, x)
+
+
+class _Degree(NamedTuple):
+    """The monomials of one degree: see `_monomials`."""
+
+    parents: Tensor
+    lasts: Tensor
+    weights: Tensor
+    to_parent: _Sum
+    to_last: _Sum
 
 
 class Expansion:
@@ -50,29 +82,30 @@ class Expansion:
 
     def __init__(self, dim: int, order: int, constant_term: bool, dtype: torch.dtype, device: torch.device):
         self.dim, self.order, self.constant_term = dim, order, constant_term
-        self.tables = []
-        like = torch.empty(0, dtype=dtype, device=device)
-        for degree in range(2, order + 1):
-            parents, lasts, weights = _monomials(dim, degree)
-            count = len(_monomials(dim, degree - 1)[0])
-            self.tables.append(
-                (
-                    torch.tensor(parents, device=like.device),
-                    torch.tensor(lasts, device=like.device),
-                    torch.tensor(weights, dtype=like.dtype, device=like.device)[:, None],
-                    _one_hot(parents, count, like),
-                    _one_hot(lasts, dim, like),
-                )
-            )
-        sizes = [dim] if order == 0 else [int(constant_term), dim, *(len(table[0]) for table in self.tables)]
-        self.sizes, self.size = sizes, sum(sizes)
+        self.dtype, self.device = dtype, device
+        degrees = [math.comb(dim + p - 1, p) for p in range(2, order + 1)]
+        self.sizes = [dim] if order == 0 else [int(constant_term), dim, *degrees]
+        self.size = size_of(dim, order, constant_term)
+
+    @cached_property
+    def tables(self) -> list[_Degree]:
+        """Built when features are first formed: short sequences never do."""
+        tables = []
+        with torch.inference_mode(False):
+            for degree in range(2, self.order + 1):
+                parents, lasts, weights = _monomials(self.dim, degree)
+                parent, last = (torch.tensor(x, device=self.device) for x in (parents, lasts))
+                weight = torch.tensor(weights, dtype=self.dtype, device=self.device)[:, None]
+                below = math.comb(self.dim + degree - 2, degree - 1)
+                sums = _Sum(parent, below, self.dtype), _Sum(last, self.dim, self.dtype)
+                tables.append(_Degree(parent, last, weight, *sums))
+        return tables
 
     @staticmethod
     @lru_cache(maxsize=64)
     def get(dim: int, order: int, constant_term: bool, dtype: torch.dtype, device: torch.device) -> Expansion:
         """The expansion with its index tables, built once."""
-        with torch.inference_mode(False):
-            return Expansion(dim, order, constant_term, dtype, device)
+        return Expansion(dim, order, constant_term, dtype, device)
 
     def polynomial(self, scores: Tensor) -> Tensor:
         """Σ_p scores^p / p!, by Horner's rule; without the constant never adding the 1 that would swallow digits."""
@@ -120,7 +153,7 @@ class Expansion:
             parents, lasts, weights, to_parent, to_last = self.tables[i]
             part, lower = parts[2 + i], levels[i]
             local = part * weights if carried is None else (part * weights).add_(carried)
-            result += to_last @ (lower.index_select(-2, parents) * local)
-            carried = to_parent @ local.mul_(x.index_select(-2, lasts))
+            result += to_last(lower.index_select(-2, parents) * local)
+            carried = to_parent(local.mul_(x.index_select(-2, lasts)))
         result += parts[1]
         return result if carried is None else result.add_(carried)

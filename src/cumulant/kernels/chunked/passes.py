@@ -102,12 +102,14 @@ def _accumulate(S: Tensor, Z: Tensor | None, n: int, phi: Tensor, v: Tensor) -> 
 
 
 def _initial(
-    t: Tokens, features: Expansion, S0: Tensor | None, Z0: Tensor | None, layout: Dense | Packed
+    t: Tokens, features: Expansion, S0: Tensor | None, Z0: Tensor | None, want_state: bool
 ) -> tuple[Tensor, Tensor | None]:
-    S = sort_rows(S0, layout)
-    Z = sort_rows(Z0, layout)
+    """The sums before the first token; empty where nothing will read them, in one causal chunk without a state."""
+    S, Z = sort_rows(S0, t.keys), sort_rows(Z0, t.keys)
     if S is None:
-        S = t.value.new_zeros(layout.batch, t.groups, features.size, t.value.shape[-1], dtype=t.dtype)
+        read = want_state or not t.spec.is_causal or len(t.keys.chunks) > 1
+        shape = (t.keys.batch, t.groups, features.size, t.value.shape[-1]) if read else (0, 0, 0, 0)
+        S = t.value.new_zeros(shape, dtype=t.dtype)
     if Z is None and t.spec.normalize:
         Z = S.new_zeros(S.shape[:3])
     return S, Z
@@ -120,13 +122,14 @@ def _read(phi: Tensor, S: Tensor, Z: Tensor | None) -> tuple[Tensor, Tensor | No
 
 def forward(
     t: Tokens, S0: Tensor | None, Z0: Tensor | None, want_state: bool
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-    """Output ``[B,H,T,V]``, denominators ``[B,H,T]`` (None if not normalised) and the state after the last token."""
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Output ``[B,H,T,V]``, denominators ``[B,H,T]`` (None if not normalised) and the state after the last token (None
+    where it is not wanted: causal attention without `want_state`)."""
     features = t.expansion()
     _B, H, T, V = *t.query.shape[:3], t.value.shape[-1]
     if T == 1 and S0 is not None and want_state and t.spec.is_causal and t.queries.order is None:
         return _step(t, features, S0, Z0)
-    S, Z = _initial(t, features, S0, Z0, t.keys)
+    S, Z = _initial(t, features, S0, Z0, want_state)
     out = t.queries.new(H, T, V, t.query, t.query.dtype)
     den = t.queries.new(H, T, 1, t.query, t.dtype) if t.spec.normalize else None
     local = t.spec.is_causal or _one_block(t, S0, want_state)
@@ -154,6 +157,8 @@ def forward(
         t.queries.store(out, c, y)
     if den is not None:
         den = t.queries.finish(den).squeeze(-1)
+    if t.spec.is_causal and not want_state:
+        return t.queries.finish(out), den, None, None
     return t.queries.finish(out), den, unsort_rows(S, t.keys), None if Z is None else unsort_rows(Z, t.keys)
 
 
@@ -190,7 +195,7 @@ class Grads(NamedTuple):
     query: Tensor
     key: Tensor
     value: Tensor
-    S: Tensor
+    S: Tensor | None  # of the state that came in
     Z: Tensor | None
 
 
@@ -211,18 +216,15 @@ def backward(
     dq = t.queries.new(H, T, K, t.query, t.dtype)
     dk = t.keys.new(G, keys, K, t.key, t.dtype)
     dv = t.keys.new(G, keys, t.value.shape[3], t.value, t.dtype)
-    dS = sort_rows(dS_final, t.keys)
-    dZ = sort_rows(dZ_final, t.keys)
-    if dS is None:
-        dS = torch.zeros_like(state[0])
-    if dZ is None and state[1] is not None:
-        dZ = torch.zeros_like(state[1])
     upstream = _Upstream(t, dout, out, den)
     local = t.spec.is_causal or _one_block(t, S0, want_state)
     if local:
-        S, Z = _initial(t, features, S0, Z0, t.keys)
+        S, Z = _initial(t, features, S0, Z0, want_state)
     else:
         S, Z = (s if s is None else sort_rows(s, t.keys) for s in state)  # type: ignore[assignment]
+    dS, dZ = sort_rows(dS_final, t.keys), sort_rows(dZ_final, t.keys)
+    dS = torch.zeros_like(S) if dS is None else dS
+    dZ = torch.zeros_like(Z) if dZ is None and Z is not None else dZ
 
     for i, c in enumerate(t.queries.chunks):
         n, q = c.rows, t.q(c)
@@ -254,8 +256,8 @@ def backward(
         finish_q(dq).to(t.query.dtype),
         finish_k(dk).to(t.key.dtype),
         finish_k(dv).to(t.value.dtype),
-        unsort_rows(dS, t.keys),
-        None if dZ is None else unsort_rows(dZ, t.keys),
+        None if S0 is None else unsort_rows(dS, t.keys),
+        None if Z0 is None or dZ is None else unsort_rows(dZ, t.keys),
     )
 
 
