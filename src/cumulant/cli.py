@@ -1,4 +1,4 @@
-"""The command line: `cumulant train`, `evaluate`, `generate`, `info`."""
+"""The command line: `cumulant train`, `evaluate`, `generate`, `bench`, `info`."""
 
 from __future__ import annotations
 
@@ -22,6 +22,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Linear-time language models: train, evaluate and generate.",
 )
+bench = typer.Typer(
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    no_args_is_help=True,
+    help="Measurements that anyone can repeat.",
+)
+app.add_typer(bench, name="bench")
 console = Console()
 notes = Console(stderr=True)
 
@@ -166,6 +174,26 @@ def generate(
             highlight=False,
             soft_wrap=True,
         )
+
+
+@bench.command()
+def approximation(
+    output: Annotated[str, typer.Option(help="folder for the table, the plots and the JSON")] = "runs/approximation",
+    model: Annotated[
+        list[str] | None, typer.Option(help="a training run whose heads are measured as well; give it several times")
+    ] = None,
+    quick: Annotated[bool, typer.Option(help="random queries and keys only: no model is trained")] = False,
+    seed: Annotated[int, typer.Option(help="seed of queries, keys and values")] = 0,
+) -> None:
+    """How far Taylor attention is from softmax attention, by order, size of scores, head dim, alpha, and when trained.
+
+    Without --model a small softmax and a small Taylor model are trained on Python's standard library first (about three
+    minutes on two cores).
+    """
+    from .bench.approximation import run
+
+    quiet()
+    run(output, model or [], quick=quick, seed=seed, console=console)
 
 
 @app.command()

@@ -246,7 +246,7 @@ def test_configuration_errors():
         CumulantConfig(num_hidden_layers=0)
     with pytest.raises(ValueError, match="dropout: expected a probability below 1, got 1.5"):
         CumulantConfig(dropout=1.5)
-    with pytest.raises(ValueError, match="preset: expected one of softmax, linear, taylor, based, got 'gpt'"):
+    with pytest.raises(ValueError, match="preset: expected one of softmax, linear, taylor, higher_order, based, got 'gpt'"):
         from_preset("gpt")
     with pytest.raises(ValueError, match="hiden_size: not a field of CumulantConfig"):
         from_preset("taylor", hiden_size=3)

@@ -117,8 +117,8 @@ def test_double_backward_is_refused_in_one_piece(case: Case):
 
 @pytest.mark.parametrize("order", [3, 4])
 def test_wide_heads_at_high_orders(order: int):
-    """135,751 features at order 4: output and gradients across chunks, against the polynomial of the scores; in one chunk
-    no feature is formed."""
+    """135,751 features at order 4: output and gradients across chunks against the polynomial of the scores; in one
+    chunk no feature is formed."""
     K, x = 40, inputs(1, 2, 40, 40, 2, G=1)
     q, k, v = (0.3 * x[0]).requires_grad_(), (0.3 * x[1]).requires_grad_(), x[2].requires_grad_()
     scores = (q @ k.mT) / K**0.5

@@ -1,0 +1,238 @@
+"""`cumulant bench approximation`: how far Taylor attention is from softmax attention, by order, size of the scores,
+head dim, alpha, and in trained models.
+
+The error of a case is ``||taylor - softmax|| / ||softmax||`` over all outputs, causal, with values drawn independently
+of the keys. "Order 0", plain averaging of the values seen, is the mark that any approximation must beat. The size of
+the scores is their root mean square over the pairs of query and key that see each other: the expansion is around 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..nn import SoftmaxAttention, TaylorAttention
+from ..ops.taylor import taylor_attention
+
+ORDERS = (0, 1, 2, 3, 4)
+SIZES = (0.125, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)
+DIMS = (4, 8, 16, 32, 64)
+ALPHAS = (0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+TRAINED = ("softmax", "taylor")  # presets of the models that it trains
+LENGTH = 128  # tokens: one chunk, so that any order is computed without features
+
+
+@dataclass(frozen=True)
+class Case:
+    """One measurement. `kind`: "random" (Gaussian q and k), "normalised" (the same after LayerNorm, scores divided by
+    ``alpha · sqrt(K)``) or "trained". `size`: root mean square of the scores. `error`: see this module's docstring."""
+
+    kind: str
+    order: int
+    head_dim: int
+    size: float
+    error: float
+    alpha: float | None = None
+    where: str | None = None
+
+
+def exact(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True)
+
+
+def approximate(query: Tensor, key: Tensor, value: Tensor, order: int) -> Tensor:
+    """Causal Taylor attention; order 0 is the mean of the values so far."""
+    if order == 0:
+        count = torch.arange(1, value.shape[2] + 1, dtype=value.dtype, device=value.device)
+        return value.cumsum(2) / count[:, None]
+    out = taylor_attention(query, key, value, order, is_causal=True)
+    assert isinstance(out, Tensor)
+    return out
+
+
+def measure(
+    query: Tensor, key: Tensor, value: Tensor, kind: str, *, alpha: float | None = None, where: str | None = None
+) -> list[Case]:
+    """A case for each order; scores are q·k / sqrt(K)."""
+    dim = query.shape[-1]
+    expected = exact(query, key, value)
+    scores = (query @ key.mT / math.sqrt(dim))[..., torch.ones(LENGTH, LENGTH).tril().bool()]
+    size = float(scores.square().mean().sqrt())
+    cases = []
+    for order in ORDERS:
+        error = float((approximate(query, key, value, order) - expected).norm() / expected.norm())
+        cases.append(Case(kind, order, dim, size, error, alpha, where))
+    return cases
+
+
+def random_cases(seed: int) -> list[Case]:
+    """Gaussian queries and keys whose scores have every size, then of every head dim, then normalised."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(dim: int, batch: int = 16) -> Tensor:
+        return torch.randn(batch, 1, LENGTH, dim, generator=generator, dtype=torch.float64)
+
+    cases = []
+    for dim in DIMS:
+        q, k, v = draw(dim), draw(dim), draw(64)
+        for size in SIZES:
+            cases += measure(q * size, k, v, "random")
+        q, k = F.layer_norm(q, (dim,)), F.layer_norm(k, (dim,))
+        for alpha in ALPHAS:
+            cases += measure(q / alpha, k, v, "normalised", alpha=alpha)
+    return cases
+
+
+@contextmanager
+def recorded(model: torch.nn.Module) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+    """Queries and keys of each softmax and Taylor mixer in a call of `model`, such that scores are q·k / sqrt(K)."""
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    changed = []
+
+    def watch(name: str, mixer: SoftmaxAttention | TaylorAttention) -> None:
+        attend: Callable[..., object] = mixer.attend
+
+        def watched(query: Tensor, key: Tensor, *rest: object, **options: object) -> object:
+            scale = mixer.scale * math.sqrt(query.shape[-1]) if isinstance(mixer, TaylorAttention) else 1.0
+            repeat = query.shape[1] // key.shape[1]
+            found[name] = query.detach() * scale, key.detach().repeat_interleave(repeat, 1)
+            return attend(query, key, *rest, **options)
+
+        mixer.attend = watched  # type: ignore[method-assign, assignment]
+        changed.append(mixer)
+
+    for name, module in model.named_modules():
+        if type(module) in (SoftmaxAttention, TaylorAttention):
+            watch(name, module)
+    try:
+        yield found
+    finally:
+        for mixer in changed:
+            del mixer.attend
+
+
+def trained_cases(folder: str, seed: int, windows: int = 16) -> list[Case]:
+    """Every head of the softmax and Taylor mixers of a trained model, on its held-out text."""
+    from ..text.checkpoint import load_checkpoint
+    from ..text.tokens import read_tokens
+
+    model, _ = load_checkpoint(folder, "cpu")
+    if not (Path(folder) / "tokens" / "tokens.json").is_file():
+        raise ValueError(f"model: {folder} keeps no held-out text; give the folder of a training run")
+    ids = torch.from_numpy(read_tokens(Path(folder) / "tokens")[1].ids[: windows * LENGTH].astype("int64"))
+    if len(ids) < LENGTH:
+        raise ValueError(f"model: the held-out text of {folder} has {len(ids)} tokens, {LENGTH} are needed")
+    with torch.inference_mode(), recorded(model) as found:
+        model(ids[: len(ids) // LENGTH * LENGTH].view(-1, LENGTH), use_cache=False)
+    if not found:
+        raise ValueError(f"model: {folder} has no softmax or Taylor mixer; train one with --preset softmax or taylor")
+    generator = torch.Generator().manual_seed(seed)
+    cases = []
+    for layer, (queries, keys) in found.items():
+        for head in range(queries.shape[1]):
+            q, k = (x[:, head : head + 1].double() for x in (queries, keys))
+            v = torch.randn(*q.shape[:3], 64, generator=generator, dtype=torch.float64)
+            where = f"{model.config.preset or 'model'}, layer {layer.split('.')[2]} head {head}"
+            cases += measure(q, k, v, "trained", where=where)
+    return cases
+
+
+def save(cases: list[Case], path: Path) -> None:
+    """The measurements with what they were made with, as JSON."""
+    import platform
+
+    from .. import __version__
+    from ..text.runs import write_json
+
+    versions = {"cumulant": __version__, "torch": torch.__version__, "python": platform.python_version()}
+    write_json(path, {"versions": versions, "length": LENGTH, "cases": [asdict(c) for c in cases]})
+
+
+def summary(cases: list[Case]) -> list[tuple[str, list[float]]]:
+    """Rows of the table: a setting, and its error at each order."""
+
+    def row(chosen: list[Case]) -> list[float]:
+        return [_median([c.error for c in chosen if c.order == order]) for order in ORDERS]
+
+    random = [c for c in cases if c.kind == "random" and c.head_dim == 16]
+    rows = []
+    for i, size in enumerate(SIZES):  # the cases lie in the order of SIZES
+        rows.append((f"random, scores of size {size:g}", row(random[len(ORDERS) * i : len(ORDERS) * (i + 1)])))
+    for dim in (16, 64):
+        for alpha in (1.0, 3.0):
+            chosen = [c for c in cases if c.kind == "normalised" and c.head_dim == dim and c.alpha == alpha]
+            rows.append((f"LayerNorm, K = {dim}, α = {alpha:g}", row(chosen)))
+    trained = [c for c in cases if c.kind == "trained"]
+    for name in dict.fromkeys((c.where or "").split(" head ")[0] for c in trained):
+        chosen = [c for c in trained if (c.where or "").startswith(f"{name} head")]
+        size = _median([c.size for c in chosen])
+        rows.append((f"trained {name}, scores of size {size:.2g}", row(chosen)))
+    return rows
+
+
+def _median(values: list[float]) -> float:
+    return sorted(values)[len(values) // 2] if values else math.nan
+
+
+def markdown(rows: list[tuple[str, list[float]]]) -> str:
+    lines = ["| queries and keys | averaging | order 1 | order 2 | order 3 | order 4 |", "|---|---|---|---|---|---|"]
+    lines += [f"| {name} | {' | '.join(percent(e) for e in errors)} |" for name, errors in rows]
+    return "\n".join(lines) + "\n"
+
+
+def percent(error: float) -> str:
+    """Three digits, or what an unbounded error comes to."""
+    return f"{100 * error:.3g}%" if error < 10 else "> 1000%"
+
+
+def train_small(folder: Path, preset: str, say: object) -> str:
+    """The folder of a small model trained on Python's standard library, trained now if it is not there yet."""
+    from ..text.options import TrainingOptions
+    from ..text.train import train
+
+    options = TrainingOptions(
+        output=str(folder / preset), preset=preset, width=128, depth=3, context=128, batch=16, steps=500
+    )
+    if not (folder / preset / "config.json").is_file():
+        train(options, say=say)  # type: ignore[arg-type]
+    return options.output
+
+
+def run(output: str, models: list[str], *, quick: bool, seed: int, console: Console) -> list[Case]:
+    """Measure and write everything to `output`; prints the answer, then the table."""
+    from .plots import draw_error, draw_exponential
+
+    folder = Path(output)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not models and not quick:
+        models = [train_small(folder, preset, lambda line: console.print(line, style="dim")) for preset in TRAINED]
+    cases = random_cases(seed)
+    for model in models:
+        cases += trained_cases(model, seed)
+    rows = summary(cases)
+    save(cases, folder / "approximation.json")
+    (folder / "table.md").write_text(markdown(rows), encoding="utf-8")
+    pictures = [*draw_exponential(folder), *draw_error(cases, folder)]
+    at_one = dict(rows)["random, scores of size 1"]
+    at_two = dict(rows)["random, scores of size 2"]
+    console.print(
+        f"Taylor attention of order 2 is {percent(at_one[2])} from softmax attention at scores of size 1 and "
+        f"{percent(at_two[2])} at 2; order 4 is {percent(at_one[4])} and {percent(at_two[4])}.",
+        highlight=False,
+    )
+    table = Table("queries and keys", *("averaging" if o == 0 else f"order {o}" for o in ORDERS))
+    for name, errors in rows:
+        table.add_row(name, *(percent(e) for e in errors))
+    console.print(table)
+    written = ", ".join(p.name for p in pictures)
+    console.print(f"{folder}: approximation.json, table.md, {written}", highlight=False, soft_wrap=True)
+    return cases

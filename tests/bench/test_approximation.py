@@ -1,0 +1,135 @@
+"""The approximation bench: what it measures is what it says, and what it writes can be read."""
+
+import json
+import math
+import sys
+
+import pytest
+import torch
+
+from cumulant.bench import approximation as bench
+from cumulant.models import CumulantForCausalLM, from_preset
+from cumulant.text.options import TrainingOptions
+from cumulant.text.train import train
+
+SMALL = {"vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def draw(*shape, seed=0):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def test_a_case_is_its_formula():
+    """By loops: the weights of one query, their average of the values, and the distance over all outputs."""
+    q, k, v = (draw(1, 1, bench.LENGTH, n, seed=n) for n in (6, 6, 4))
+    k = 0.5 * draw(1, 1, bench.LENGTH, 6, seed=1)
+    found = bench.measure(q, k, v, "random")
+    squares, seen = 0.0, 0
+    outs = {"exact": [], **{order: [] for order in bench.ORDERS}}
+    for t in range(bench.LENGTH):
+        x = (k[0, 0, : t + 1] @ q[0, 0, t]) / math.sqrt(6)
+        squares, seen = squares + float(x.square().sum()), seen + t + 1
+        for name, out in outs.items():
+            w = x.exp() if name == "exact" else sum(x**p / math.factorial(p) for p in range(name + 1))
+            out.append(w @ v[0, 0, : t + 1] / w.sum())
+    outs = {name: torch.stack(out) for name, out in outs.items()}
+    for case in found:
+        expected = float((outs[case.order] - outs["exact"]).norm() / outs["exact"].norm())
+        assert math.isclose(case.error, expected, rel_tol=1e-6)
+        assert math.isclose(case.size, math.sqrt(squares / seen), rel_tol=1e-9)
+
+
+def test_orders_converge_where_scores_are_small():
+    q, k, v = (draw(2, 1, bench.LENGTH, 8, seed=s) for s in range(3))
+    errors = [c.error for c in bench.measure(0.1 * q, k, v, "random")]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[4] < 1e-4 < errors[2] < 0.02 < errors[0]
+
+
+@pytest.mark.parametrize("preset", ["softmax", "taylor", "higher_order"])
+def test_recorded_queries_and_keys_are_the_model_s(preset):
+    """With the values, they give what the mixer's own attention gives, scale included; and nothing is left behind."""
+    torch.manual_seed(0)
+    model = CumulantForCausalLM(from_preset(preset, num_key_value_heads=2, **SMALL)).eval()
+    ids = torch.randint(0, 40, (2, bench.LENGTH))
+    mixer = model.model.layers[1].mixer
+    values, outs = [], []
+    own = mixer.attend
+
+    def spy(query, key, value, *rest, **options):
+        values.append(value)
+        outs.append(own(query, key, value, *rest, **options))
+        return outs[-1]
+
+    mixer.attend = spy
+    with torch.inference_mode(), bench.recorded(model) as found:
+        model(ids, use_cache=False)
+    assert list(found) == ["model.layers.0.mixer", "model.layers.1.mixer"]
+    q, k = found["model.layers.1.mixer"]
+    v = values[0].repeat_interleave(2, 1)
+    expected = bench.exact(q, k, v) if preset == "softmax" else bench.approximate(q, k, v, 2)
+    assert torch.allclose(outs[0], expected, atol=1e-5)
+    assert "attend" not in vars(model.model.layers[0].mixer)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "text.txt").write_text("the cat sat on the mat. " * 400)
+    options = TrainingOptions(
+        output=str(folder / "model"), data=str(folder / "text.txt"), preset="softmax", width=16, depth=2, heads=2,
+        context=32, batch=2, steps=2,
+    )  # fmt: skip
+    train(options, say=lambda line: None)
+    return folder / "model"
+
+
+@pytest.fixture
+def cli(monkeypatch, capsys):
+    from cumulant import cli
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["cumulant", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        return stop.value.code, *capsys.readouterr()
+
+    return call
+
+
+def test_the_command_writes_table_pictures_and_numbers(cli, run, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "DIMS", (16, 64))
+    code, out, _ = cli("bench", "approximation", "--output", tmp_path / "out", "--model", run)
+    assert code == 0
+    assert "order 2 is" in out
+    kept = json.loads((tmp_path / "out" / "approximation.json").read_text())
+    assert {c["kind"] for c in kept["cases"]} == {"random", "normalised", "trained"}
+    assert len([c for c in kept["cases"] if c["kind"] == "trained"]) == 2 * 2 * 5  # layers, heads, orders
+    assert kept["versions"]["torch"] == torch.__version__
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert table.count("| trained softmax, layer") == 2
+    for name in ("error.png", "error.svg", "exponential.png", "exponential.svg"):
+        assert (tmp_path / "out" / name).stat().st_size > 5000
+    again = cli("bench", "approximation", "--output", tmp_path / "again", "--model", run)
+    assert again[0] == 0
+    assert json.loads((tmp_path / "again" / "approximation.json").read_text()) == kept
+
+
+def test_mistakes(cli, run, tmp_path, monkeypatch):
+    model = CumulantForCausalLM(from_preset("linear", **SMALL))
+    code, _, err = cli("bench", "approximation", "--output", tmp_path, "--model", tmp_path / "nowhere")
+    assert code == 2
+    assert "checkpoint: no model at" in err
+    (run / "tokens").rename(run / "kept")
+    code, _, err = cli("bench", "approximation", "--output", tmp_path, "--model", run)
+    (run / "kept").rename(run / "tokens")
+    assert code == 2
+    assert "keeps no held-out text; give the folder of a training run" in err
+    with torch.inference_mode(), bench.recorded(model) as found:
+        model(torch.zeros(1, 4, dtype=torch.int64), use_cache=False)
+    assert not found
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    code, _, err = cli("bench", "approximation", "--quick", "--output", tmp_path)
+    assert code == 2
+    assert err.strip() == "cumulant: plots need matplotlib: pip install 'cumulant[text]'"
+    assert cli("bench", "approximately")[0] == 2
