@@ -79,7 +79,10 @@ def test_info():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["train", "--preset", "gpt"], "preset: expected one of softmax, linear, taylor, based, got 'gpt'"),
+        (
+            ["train", "--preset", "gpt"],
+            "preset: expected one of softmax, linear, taylor, higher_order, based, got 'gpt'",
+        ),
         (["train", "--data", "/no/such/file"], "data: no such file or folder: /no/such/file"),
         (["train", "--tokenizer", "/no/such"], "tokenizer: no tokenizer.json at /no/such"),
         (["train", "--steps", "many"], "Invalid value for '--steps'"),

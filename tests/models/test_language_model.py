@@ -34,6 +34,9 @@ def model(request):
             mixers=["linear", "taylor", "softmax", "sliding_window", "short_convolution"],
             num_hidden_layers=5,
             num_key_value_heads=2,
+            feature_map="hedgehog",
+            qk_norm=True,
+            taylor_alpha=2.0,
             token_shift=True,
             gate_values=True,
             feed_forward="gelu",
@@ -246,7 +249,9 @@ def test_configuration_errors():
         CumulantConfig(num_hidden_layers=0)
     with pytest.raises(ValueError, match="dropout: expected a probability below 1, got 1.5"):
         CumulantConfig(dropout=1.5)
-    with pytest.raises(ValueError, match="preset: expected one of softmax, linear, taylor, higher_order, based, got 'gpt'"):
+    with pytest.raises(
+        ValueError, match="preset: expected one of softmax, linear, taylor, higher_order, based, got 'gpt'"
+    ):
         from_preset("gpt")
     with pytest.raises(ValueError, match="hiden_size: not a field of CumulantConfig"):
         from_preset("taylor", hiden_size=3)

@@ -1,0 +1,51 @@
+"""The Python in the documentation runs as it stands, page by page; links between pages lead somewhere."""
+
+import re
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+BLOCK = re.compile(r"(?:<!-- needs (\w+) -->\n)?```python\n(.*?)```", re.DOTALL)
+
+
+def stand_in(scope):
+    """What the block that needs fast_transformers leaves behind, from the package's formula."""
+    from .interop.test_fast_transformers import AttentionLayer, CausalLinearAttention
+
+    x = scope["x"]
+    scope["layer"] = AttentionLayer(CausalLinearAttention(), dim=64, heads=4, keys=16, values=16)
+    scope["expected"] = scope["layer"](x, x, torch.ones(2, 100, dtype=torch.bool))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("page", [p for p in PAGES if "```python" in p.read_text()], ids=lambda p: p.stem)
+def test_code_runs(page):
+    scope, text = {}, page.read_text()
+    for block in BLOCK.finditer(text):
+        needed, code = block.groups()
+        if needed and find_spec(needed) is None:
+            stand_in(scope)
+        else:
+            above = "\n" * text.count("\n", 0, block.start(2))  # so that errors name the page's line
+            exec(compile(above + code, str(page), "exec"), scope)
+    assert len(scope) > 2
+
+
+def anchors(page):
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md", ROOT / "DESIGN.md"], ids=lambda p: p.stem)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+        if "://" in target:
+            continue
+        path, _, anchor = target.partition("#")
+        found = (page.parent / path).resolve() if path else page
+        assert found.exists(), f"{page.name}: {target}"
+        assert not anchor or anchor in anchors(found), f"{page.name}: {target}"
