@@ -1,7 +1,11 @@
 """What every mixer module holds: the law, masks, packing, gradients, and the protocol."""
 
+import math
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from cumulant import nn
 from cumulant.nn.kernel_attention import KernelAttention
@@ -183,6 +187,51 @@ def test_short_inputs(mixer, length):
     )
 
 
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+@pytest.mark.parametrize("kind", ["taylor", "linear"])
+def test_any_options_masks_and_splits(kind, data):
+    """Drawn groups, dims, options, masks and splits: in pieces as row by row, unpadded and whole."""
+    B, G, R, K, V = (data.draw(st.integers(1, 3)) for _ in range(5))
+    T = data.draw(st.integers(0, 20))
+    torch.manual_seed(data.draw(st.integers(0, 9)))
+    options = {"num_kv_heads": G, "value_dim": V, "conv_size": data.draw(st.integers(0, 3))}
+    flags = ("rotary", "prenorm", "qk_norm", "gate_values", "combine_heads", "shift_tokens", "bias")
+    options |= {name: data.draw(st.booleans(), label=name) for name in flags}
+    options["head_dim"] = 2 * K if options["rotary"] else K
+    if kind == "taylor":
+        mixer = nn.TaylorAttention(D, G * R, order=data.draw(st.sampled_from([2, 4])), **options).double()
+    else:
+        maps = st.sampled_from(["elu", "relu", "softmax", "hedgehog", "rebased"])
+        mixer = nn.LinearAttention(D, G * R, feature_map=data.draw(maps), **options).double()
+    x = torch.randn(B, T, D, dtype=torch.float64)
+    mask = torch.tensor(data.draw(st.lists(st.booleans(), min_size=B * T, max_size=B * T)), dtype=torch.bool)
+    mask = mask.view(B, T)
+    state, outs, at = None, [], 0
+    for end in [*sorted(data.draw(st.lists(st.integers(0, T), max_size=3))), T]:
+        y, state = mixer(x[:, at:end], key_mask=mask[:, at:end], state=state, return_state=True)
+        outs.append(y)
+        at = end
+    y = torch.cat(outs, 1)
+    assert not y[~mask].any()
+    for b in range(B):
+        alone = mixer(x[b][mask[b]][None])[0]
+        assert torch.allclose(y[b][mask[b]], alone, rtol=1e-7, atol=1e-8)
+    both = mixer_in_both_directions(mixer)
+    y = both(x, key_mask=mask) if both else y
+    for b in range(B if both else 0):
+        alone = both(x[b][mask[b]][None])[0]
+        assert torch.allclose(y[b][mask[b]], alone, rtol=1e-7, atol=1e-8)
+
+
+def mixer_in_both_directions(mixer):
+    """The same mixer, seeing later tokens too; None where a convolution forbids it."""
+    if mixer.conv is not None:
+        return None
+    mixer.is_causal = False
+    return mixer
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_autocast_and_low_precision(mixer, dtype):
     """Close to float64, outputs and gradients finite; also for a module cast to bfloat16."""
@@ -253,6 +302,33 @@ def test_bidirectional(kind):
     assert not torch.allclose(mixer(changed)[:, 0], mixer(x)[:, 0])  # first tokens see the last
     with pytest.raises(ValueError, match="only causal attention carries a state"):
         mixer(x, return_state=True)
+
+
+@pytest.mark.parametrize("order", [1, 3, 6])
+def test_any_order_by_the_reference(order):
+    """A module whose order only the reference takes, against the polynomial of the scores."""
+    torch.manual_seed(0)
+    mixer = nn.TaylorAttention(D, 2, head_dim=3, order=order, impl="reference").double()
+    x = 0.1 * torch.randn(1, 9, D, dtype=torch.float64)
+    q, k = (p(x).unflatten(-1, (2, 3)).transpose(1, 2) for p in (mixer.q_proj, mixer.k_proj))
+    v = mixer.v_proj(x).unflatten(-1, (2, 12)).transpose(1, 2)
+    scores = q @ k.mT / 3**0.5
+    weights = sum(scores**p / math.factorial(p) for p in range(order + 1)).tril()
+    out = (weights / weights.sum(-1, keepdim=True) @ v).transpose(1, 2).flatten(2)
+    assert torch.allclose(mixer(x), mixer.out_proj(out), atol=1e-12)
+
+
+def test_mercats_layer_is_its_formula():
+    """LayerNorm of q and k, scores over alpha sqrt(K), no constant term."""
+    torch.manual_seed(0)
+    mixer = nn.TaylorAttention(D, 2, head_dim=5, qk_norm=True, constant_term=False, bias=True).double()
+    x = torch.randn(1, 9, D, dtype=torch.float64)
+    q, k = (p(x).unflatten(-1, (2, 5)).transpose(1, 2) for p in (mixer.q_proj, mixer.k_proj))
+    q, k = ((y - y.mean(-1, keepdim=True)) / (y.var(-1, correction=0, keepdim=True) + 1e-5).sqrt() for y in (q, k))
+    scores = q @ k.mT / (3 * 5**0.5)
+    weights = (scores + scores**2 / 2).tril()
+    out = weights / weights.sum(-1, keepdim=True) @ mixer.v_proj(x).unflatten(-1, (2, 12)).transpose(1, 2)
+    assert torch.allclose(mixer(x), mixer.out_proj(out.transpose(1, 2).flatten(2)), atol=1e-10)
 
 
 def test_construction_errors():

@@ -91,3 +91,24 @@ def test_fixed_states_do_not_grow():
             _, state = mixer(torch.randn(1, 50, 16), state=state, return_state=True)
             sizes.add(state.nbytes)
         assert len(sizes) == 1
+
+
+def test_hedgehog_and_rebased_are_their_formulas():
+    """Positive features of 2K; and features whose inner product is (y_q·y_k)² / K."""
+    torch.manual_seed(0)
+    x, z = torch.randn(2, 3, 7, 5, dtype=torch.float64), torch.randn(2, 3, 7, 5, dtype=torch.float64)
+    hedgehog = nn.HedgehogFeatureMap(3, 5).double()
+    assert torch.allclose(hedgehog(x), torch.cat((x.softmax(-1), (-x).softmax(-1)), -1))  # W starts as the identity
+    hedgehog.weight.data.normal_()
+    y = torch.stack([x[:, h] @ hedgehog.weight[h] for h in range(3)], 1)
+    assert torch.allclose(hedgehog(x), torch.cat((y.softmax(-1), (-y).softmax(-1)), -1))
+    rebased = nn.RebasedFeatureMap(3, 5).double()
+    rebased.gamma.data.normal_()
+    rebased.beta.data.normal_()
+    assert rebased(x).shape[-1] == 15
+    q, k = (F.layer_norm(s, (5,)) * rebased.gamma + rebased.beta for s in (x, z))
+    assert torch.allclose(rebased(x) @ rebased(z).mT, (q @ k.mT) ** 2 / 5)
+    for module in (hedgehog, rebased):
+        module.reset_parameters()
+    assert torch.allclose(hedgehog(x), torch.cat((x.softmax(-1), (-x).softmax(-1)), -1))
+    assert torch.equal(rebased.gamma, torch.ones(3, 1, 5))

@@ -103,6 +103,19 @@ def test_order_above_the_chunked_ones():
     assert cm.taylor_attention(*inputs(T=4), 5, impl="reference").shape == (2, 4, 4, 3)
 
 
+def test_pairs_of_feature_maps():
+    q, k, v = inputs()
+    with pytest.raises(TypeError, match=r"feature_map: expected a pair of callables, for queries and for keys"):
+        cm.linear_attention(q, k, v, (torch.exp,))
+    with pytest.raises(TypeError, match=r"feature_map: expected a pair of callables, for queries and for keys"):
+        cm.linear_attention(q, k, v, ("elu", "elu"))
+    wide = lambda x: torch.cat((x, x), -1)  # noqa: E731
+    with pytest.raises(
+        ValueError, match=r"feature_map: expected as many features for queries as for keys, got 10 and 5"
+    ):
+        cm.linear_attention(q, k, v, (wide, torch.exp))
+
+
 def test_feature_map():
     q, k, v = inputs()
     with pytest.raises(

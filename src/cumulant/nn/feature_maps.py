@@ -64,6 +64,6 @@ class RebasedFeatureMap(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = F.layer_norm(x, x.shape[-1:]) * self.gamma + self.beta
         i, j = torch.triu_indices(self.head_dim, self.head_dim, device=x.device)
-        weight = torch.where(i == j, 1.0, 2**0.5).to(y.dtype) * self.head_dim**-0.5
-        features: Tensor = y[..., i] * y[..., j] * weight
+        multiplicity = 2.0 - (i == j).to(y.dtype)
+        features: Tensor = y[..., i] * y[..., j] * (multiplicity / self.head_dim).sqrt()
         return features
