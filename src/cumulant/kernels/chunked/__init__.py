@@ -145,6 +145,8 @@ def _differentiate(ctx, dout, _ddenominators, dS, dZ):  # type: ignore[no-untype
     query, key, value, key_mask, cu_seqlens, S0, Z0, out, den, S, Z = ctx.saved_tensors
     if dout is None:
         dout = torch.zeros_like(out)
+    if S.numel() == 0:  # a state that nobody wanted, whatever gradient came for it
+        dS = dZ = None
     dq, dk, dv, dS0, dZ0 = chunked_attention_backward(
         dout, dS, dZ, query, key, value, key_mask, cu_seqlens, S0, Z0, out, den, S, Z, *ctx.options
     )

@@ -1,0 +1,155 @@
+"""Self attention in both directions: against its formula, masked, packed, in low precision and compiled."""
+
+import pytest
+import torch
+
+from cumulant import nn
+
+D = 24
+EVERYTHING = {
+    "num_kv_heads": 2,
+    "value_dim": 5,
+    "rotary": True,
+    "prenorm": True,
+    "qk_norm": True,
+    "gate_values": True,
+    "shift_tokens": True,
+    "bias": True,
+    "is_causal": False,
+}
+MIXERS = {
+    "taylor": lambda: nn.TaylorAttention(D, 4, head_dim=6, is_causal=False),
+    "taylor-everything": lambda: nn.TaylorAttention(D, 4, head_dim=6, order=4, **EVERYTHING),
+    "linear": lambda: nn.LinearAttention(D, 4, is_causal=False),
+    "linear-everything": lambda: nn.LinearAttention(D, 4, head_dim=6, **EVERYTHING),
+    "linear-softmax": lambda: nn.LinearAttention(D, 4, feature_map="softmax", is_causal=False),
+    "linear-hedgehog": lambda: nn.LinearAttention(D, 4, num_kv_heads=2, feature_map="hedgehog", is_causal=False),
+    "linear-rebased": lambda: nn.LinearAttention(D, 4, feature_map="rebased", is_causal=False, combine_heads=False),
+    "softmax": lambda: nn.SoftmaxAttention(D, 4, num_kv_heads=2, rotary=True, is_causal=False),
+}
+
+
+@pytest.fixture(params=MIXERS)
+def mixer(request):
+    torch.manual_seed(1)
+    return MIXERS[request.param]().double()
+
+
+def draw(*shape):
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def alone(mixer, rows):
+    """Output and gradients of each row by itself; parameter gradients summed."""
+    outs, inputs, total = [], [], [torch.zeros_like(p) for p in mixer.parameters()]
+    for row in rows:
+        x = row[None].detach().requires_grad_()
+        y = mixer(x)
+        dx, *found = torch.autograd.grad(y.sin().sum(), (x, *mixer.parameters()))
+        outs.append(y[0].detach())
+        inputs.append(dx[0])
+        total = [a + g for a, g in zip(total, found)]
+    return outs, inputs, total
+
+
+def agree(actual, exact, tolerance=1e-9):
+    for a, b in zip(actual, exact, strict=True):
+        assert torch.allclose(a, b, rtol=1e-8, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", ["taylor", "linear"])
+@pytest.mark.parametrize("length", [11, 300], ids=["one block", "several chunks"])
+def test_it_is_its_formula(name, length):
+    torch.manual_seed(0)
+    mixer = MIXERS[name]().double()
+    x = draw(2, length, D)
+    q, k, v = (p(x).unflatten(-1, (4, 6)).transpose(1, 2) for p in (mixer.q_proj, mixer.k_proj, mixer.v_proj))
+    if name == "taylor":
+        s = q @ k.mT / 6**0.5
+        w = 1 + s + s**2 / 2
+    else:
+        w = (torch.nn.functional.elu(q) + 1) @ (torch.nn.functional.elu(k) + 1).mT
+    out = (w / w.sum(-1, keepdim=True) @ v).transpose(1, 2).flatten(2)
+    assert torch.allclose(mixer(x), mixer.out_proj(out), atol=1e-12)
+
+
+def test_first_tokens_see_the_last(mixer):
+    x = draw(1, 11, D)
+    changed = x.clone()
+    changed[:, -1] = 3
+    assert not torch.allclose(mixer(changed)[:, 0], mixer(x)[:, 0])
+
+
+@pytest.mark.parametrize("junk", [float("nan"), 50.0])
+@pytest.mark.parametrize("length", [15, 150])
+def test_masked_tokens_do_not_exist(mixer, junk, length):
+    x = draw(3, length, D)
+    mask = torch.rand(3, length) > 0.4
+    mask[0, : length // 2], mask[:, -1] = False, True
+    x[~mask] = junk
+    x.requires_grad_()
+    y = mixer(x, key_mask=mask)
+    assert not y[~mask].any()
+    dx, *found = torch.autograd.grad(y.sin().sum(), (x, *mixer.parameters()))
+    assert not dx[~mask].any()
+    outs, inputs, total = alone(mixer, [x[b][mask[b]] for b in range(3)])
+    agree([y[b][mask[b]] for b in range(3)], outs)
+    agree([dx[b][mask[b]] for b in range(3)], inputs)
+    agree(found, total, 1e-8)
+
+
+def test_packed_is_separate(mixer):
+    """With an empty sequence, one longer than a chunk, and NaN behind the last."""
+    bounds = [0, 6, 6, 150, 152]
+    x = draw(1, 155, D)
+    x[:, 152:] = float("nan")
+    x.requires_grad_()
+    y = mixer(x, cu_seqlens=torch.tensor(bounds))
+    dx, *found = torch.autograd.grad(y[:, :152].sin().sum(), (x, *mixer.parameters()))
+    spans = [(a, b) for a, b in zip(bounds, bounds[1:]) if b > a]
+    outs, inputs, total = alone(mixer, [x[0, a:b] for a, b in spans])
+    agree([y[0, a:b] for a, b in spans], outs)
+    agree([dx[0, a:b] for a, b in spans], inputs)
+    agree(found, total, 1e-8)
+
+
+@pytest.mark.parametrize("length", [0, 1])
+def test_short_inputs(mixer, length):
+    assert mixer(draw(2, length, D)).shape == (2, length, D)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_autocast_and_low_precision(mixer, dtype):
+    x = draw(2, 19, D)
+    exact = mixer(x).detach()
+    if dtype == torch.float32:
+        module = mixer.float()
+        with torch.autocast("cpu", torch.bfloat16):
+            y = module(x.float())
+    else:
+        module = mixer.to(dtype)
+        y = module(x.to(dtype))
+    assert float((y.detach().double() - exact).norm() / exact.norm()) < 0.05
+    y.float().sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in module.parameters())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_compile(mixer):
+    torch._dynamo.reset()
+    mixer = mixer.float()
+    x = torch.randn(2, 150, D)
+    results = []
+    for f in (mixer, torch.compile(mixer, fullgraph=True, backend="aot_eager")):
+        y = f(x)
+        results.append([y, *torch.autograd.grad(y.sum(), tuple(mixer.parameters()))])
+    for actual, exact in zip(*results):
+        assert torch.allclose(actual, exact, atol=1e-4, rtol=1e-4)
+
+
+def test_errors(mixer):
+    x = draw(2, 5, D)
+    with pytest.raises(ValueError, match=r"key_mask: expected \[B, S\] = \[2, 5\], got \[2, 4\]"):
+        mixer(x, key_mask=torch.ones(2, 4).bool())
+    with pytest.raises(ValueError, match=r"only causal attention carries a state"):
+        mixer(x, return_state=True)
