@@ -133,3 +133,15 @@ def test_mistakes(cli, run, tmp_path, monkeypatch):
     assert code == 2
     assert err.strip() == "cumulant: plots need matplotlib: pip install 'cumulant[text]'"
     assert cli("bench", "approximately")[0] == 2
+
+
+@pytest.mark.slow
+def test_it_trains_what_it_needs(cli, tmp_path):
+    """Without --model: two small models first, kept for the next time."""
+    code, out, _ = cli("bench", "approximation", "--output", tmp_path)
+    assert code == 0
+    table = (tmp_path / "table.md").read_text()
+    assert table.count("| trained softmax, layer") == table.count("| trained taylor, layer") == 3
+    again = cli("bench", "approximation", "--output", tmp_path)
+    assert again[0] == 0
+    assert "step" not in again[1]

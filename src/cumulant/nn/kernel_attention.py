@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from ..ops.checks import check_key_mask
 from ..ops.state import LinearState, State, register
-from .padding import Rows, check_input, check_state, clear_slack, compact, offsets, positions, restore
+from .padding import Rows, check_input, check_state, clear_slack, compact, hide, offsets, positions, restore
 from .rotary import RotaryEmbedding
 from .short_convolution import ShortConvolution
 from .token_shift import token_shift
@@ -137,7 +137,8 @@ class KernelAttention(nn.Module):
         rows: Rows | None = None
         padding, offset = None, None
         if key_mask is not None:
-            x, rows = compact(x, key_mask)
+            in_order = self.shift_tokens or self.conv is not None or self.rotary is not None
+            x, rows = (compact if in_order else hide)(x, key_mask)
             padding = x.shape[1] - rows.tokens
         if cu_seqlens is not None:
             x, offset = clear_slack(x, cu_seqlens), offsets(x.shape[1], cu_seqlens)

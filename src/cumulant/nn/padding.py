@@ -2,7 +2,8 @@
 
 A module moves the tokens that count to the front of each row (`compact`), works on rows padded on the right, where a
 causal mixer's outputs cannot see the padding, and puts its outputs back (`restore`). Left padding, right padding and
-holes then give the same outputs, gradients and states as no padding at all.
+holes then give the same outputs, gradients and states as no padding at all. Where neither neighbours nor positions
+matter, tokens stay where they are (`hide`) and the operation's own mask does the rest.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from ..ops.state import State
 
 
 class Rows(NamedTuple):
-    """Compacted rows: which slots hold a token ``[B, T]``, how many do ``[B]``, and where each position went."""
+    """Which slots hold a token ``[B, T]``, how many do ``[B]``, and where each position went (None: nowhere)."""
 
     mask: Tensor
     tokens: Tensor
-    inverse: Tensor
+    inverse: Tensor | None
 
 
 def check_input(x: Tensor, dim: int, key_mask: Tensor | None, cu_seqlens: Tensor | None, has_state: bool) -> None:
@@ -60,11 +61,18 @@ def compact(x: Tensor, key_mask: Tensor) -> tuple[Tensor, Rows]:
     return x, Rows(mask, count, torch.argsort(order, dim=1))
 
 
+def hide(x: Tensor, key_mask: Tensor) -> tuple[Tensor, Rows]:
+    """Zeros for masked tokens, all others in place: ``[B, T, D]``."""
+    return x.masked_fill(~key_mask[..., None], 0), Rows(key_mask, key_mask.sum(1), None)
+
+
 def restore(y: Tensor, rows: Rows | None) -> Tensor:
     """Outputs back where their tokens stood; zeros at masked positions."""
     if rows is None:
         return y
     y = y.masked_fill(~rows.mask[..., None], 0)
+    if rows.inverse is None:
+        return y
     return y.gather(1, rows.inverse[..., None].expand_as(y))
 
 
