@@ -9,6 +9,7 @@ network's accuracy on the test images, as they are and moved, and one JSON line.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import time
 
@@ -59,6 +60,14 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
         return float((model(images).argmax(-1) == labels).float().mean())
 
 
+def without_attention(model: TaylorViT) -> TaylorViT:
+    """The trained network with its attention switched off."""
+    model = copy.deepcopy(model)
+    for layer in model.layers:
+        layer.attention = None
+    return model
+
+
 def fit(name: str, epochs: int, seed: int, batch: int = 64, peak: float = 3e-3) -> dict[str, float]:
     """Train one network; its accuracies on the test images, parameters and seconds."""
     torch.manual_seed(seed)
@@ -91,6 +100,7 @@ def fit(name: str, epochs: int, seed: int, batch: int = 64, peak: float = 3e-3) 
     return {
         "accuracy": accuracy(model, test_images, test_labels),
         "moved": sum(accuracy(model, moved(test_images, move), test_labels) for move in range(9)) / 9,
+        "without attention": accuracy(without_attention(model), test_images, test_labels),
         "parameters": sum(p.numel() for p in model.parameters()),
         "seconds": time.perf_counter() - start,
     }
@@ -108,6 +118,7 @@ def main() -> None:
         found = results[name]
         print(
             f"{name:<17} {100 * found['accuracy']:5.1f}% of 360 test images, {100 * found['moved']:5.1f}% moved"
+            f"{100 * found['without attention']:6.1f}% with attention switched off"
             f"   {found['parameters']:,} parameters, {found['seconds']:.0f} s",
             flush=True,
         )

@@ -187,7 +187,7 @@ def approximation(
 ) -> None:
     """How far Taylor attention is from softmax attention, by order, size of scores, head dim, alpha, and when trained.
 
-    Without --model a small softmax and a small Taylor model are trained on Python's standard library first (about three
+    Without --model a small softmax and a small Taylor model are trained on Python's standard library first (about two
     minutes on two cores).
     """
     from .bench.approximation import run

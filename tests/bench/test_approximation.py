@@ -107,7 +107,7 @@ def test_the_command_writes_table_pictures_and_numbers(cli, run, tmp_path, monke
     assert len([c for c in kept["cases"] if c["kind"] == "trained"]) == 2 * 2 * 5  # layers, heads, orders
     assert kept["versions"]["torch"] == torch.__version__
     table = (tmp_path / "out" / "table.md").read_text()
-    assert table.count("| trained softmax, layer") == 2
+    assert table.count("| softmax, layer") == 2
     for name in ("error.png", "error.svg", "exponential.png", "exponential.svg"):
         assert (tmp_path / "out" / name).stat().st_size > 5000
     again = cli("bench", "approximation", "--output", tmp_path / "again", "--model", run)
@@ -135,13 +135,33 @@ def test_mistakes(cli, run, tmp_path, monkeypatch):
     assert cli("bench", "approximately")[0] == 2
 
 
+def test_it_trains_only_what_is_its_own(cli, run, tmp_path, monkeypatch):
+    """A missing plotting library is told before anything is trained; another model in its place is left alone."""
+    trained = []
+    monkeypatch.setattr("cumulant.text.train.train", lambda options, say: trained.append(options.resume))
+    with monkeypatch.context() as missing:
+        missing.setitem(sys.modules, "matplotlib", None)
+        assert "plots need matplotlib" in cli("bench", "approximation", "--output", tmp_path)[2]
+    assert not trained
+    (tmp_path / "softmax").mkdir()
+    (tmp_path / "softmax" / "options.json").write_text((run / "options.json").read_text())
+    code, _, err = cli("bench", "approximation", "--output", tmp_path)
+    assert code == 2
+    assert "softmax holds another model; name another folder, or measure it with --model" in err
+    options = {**json.loads((run / "options.json").read_text()), "output": str(tmp_path / "softmax"), "data": None}
+    options |= {"width": 128, "depth": 3, "heads": 4, "context": 128, "batch": 16, "steps": 500}
+    (tmp_path / "softmax" / "options.json").write_text(json.dumps(options))
+    bench.train_small(tmp_path, "softmax", print)  # cut short before: goes on
+    bench.train_small(tmp_path, "taylor", print)
+    assert trained == [True, False]
+
+
 @pytest.mark.slow
 def test_it_trains_what_it_needs(cli, tmp_path):
     """Without --model: two small models first, kept for the next time."""
-    code, out, _ = cli("bench", "approximation", "--output", tmp_path)
-    assert code == 0
+    assert cli("bench", "approximation", "--output", tmp_path)[0] == 0
     table = (tmp_path / "table.md").read_text()
-    assert table.count("| trained softmax, layer") == table.count("| trained taylor, layer") == 3
+    assert table.count("| softmax, layer") == table.count("| taylor, layer") == 3
     again = cli("bench", "approximation", "--output", tmp_path)
     assert again[0] == 0
     assert "step" not in again[1]

@@ -122,19 +122,47 @@ def test_a_recurrence_is_the_causal_layer():
     close(y, original(x, x, everything())[:, 7:])
 
 
+class PerHead(torch.nn.Module):
+    """Weights of its own for each head: theirs see [N, L, H, E]."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(4, 8, dtype=torch.float64))
+
+    def forward(self, x):
+        return F.softplus(x * self.weight)
+
+
 def test_feature_maps():
-    """A module's own weights are shared; elu + 1 is told by what it does, whatever holds it."""
+    """In their layout, copied; elu + 1 is told by what it does, whatever holds it."""
+    torch.manual_seed(0)
+    original = AttentionLayer(CausalLinearAttention(PerHead())).double()
+    ours = from_fast_transformers(original)
+    x = torch.randn(2, 11, 32, dtype=torch.float64)
+    expected = original(x, x, everything())
+    close(ours(x), expected)
+    close(ours(x[:, :4]), expected[:, :4])  # as many tokens as heads: no mistaking the one for the other
+    original.inner_attention.feature_map.weight.data.zero_()
+    close(ours(x), expected)
+    plain = AttentionLayer(LinearAttention(lambda x: x.exp())).double()
+    close(from_fast_transformers(plain)(x), plain(x, x, everything()))
+    elu = AttentionLayer(LinearAttention(lambda x: F.elu(x) + 1))
+    assert from_fast_transformers(elu).feature_map == "elu"
+
+
+def test_feature_maps_of_state_dicts():
+    """A map's weights go into the map that is given; without one they are an error, never dropped."""
     torch.manual_seed(0)
     learned = torch.nn.Sequential(torch.nn.Linear(8, 5), torch.nn.Softplus())
     original = AttentionLayer(CausalLinearAttention(learned)).double()
-    ours = from_fast_transformers(original)
     x = torch.randn(2, 11, 32, dtype=torch.float64)
+    fresh = torch.nn.Sequential(torch.nn.Linear(8, 5), torch.nn.Softplus()).double()
+    known = {"heads": 4, "attention": "causal-linear"}
+    ours = from_fast_transformers(original.state_dict(), feature_map=fresh, **known)
     close(ours(x), original(x, x, everything()))
-    assert any(p is learned[0].weight for p in ours.parameters())
-    elu = AttentionLayer(LinearAttention(lambda x: F.elu(x) + 1))
-    assert from_fast_transformers(elu).feature_map == "elu"
-    weights = {name: w for name, w in original.state_dict().items() if "inner" not in name}
-    close(from_fast_transformers(weights, heads=4, attention="causal-linear", feature_map=learned)(x), ours(x))
+    assert any(p is fresh[0].weight for p in ours.parameters())
+    with pytest.raises(ValueError, match="feature_map: the state dict holds weights of one .0.bias.; give the module"):
+        from_fast_transformers(original.state_dict(), **known)
 
 
 def test_the_published_second_order_is_not_the_quadratic_form():
@@ -173,6 +201,9 @@ def test_the_package(kind, random):
     x = torch.randn(2, 11, 32)
     visible = masking.TriangularCausalMask(11) if causal else masking.FullMask(11)
     lengths = masking.LengthMask(torch.tensor([7, 11]), max_len=11)
+    if random:
+        with pytest.raises(ValueError, match="source: its random features were never drawn; call the layer once"):
+            from_fast_transformers(original)
     original(x, x, x, visible, lengths, lengths)  # draws the random features
     original.eval()
     ours = from_fast_transformers(original)
@@ -216,8 +247,12 @@ def test_the_package_as_a_recurrence():
 
 def test_errors():
     original = AttentionLayer(LinearAttention())
-    with pytest.raises(ValueError, match="heads, attention, feature_map: read off the layer"):
-        from_fast_transformers(original, heads=4)
+    for option in ({"heads": 4}, {"alpha": 2.0}, {"feature_map": "elu"}):
+        with pytest.raises(ValueError, match="heads, attention, feature_map, alpha: read off the layer"):
+            from_fast_transformers(original, **option)
+    original.inner_attention.eps = 0.01
+    with pytest.raises(ValueError, match="source: its epsilon of 0.01 in denominators shapes its outputs"):
+        from_fast_transformers(original)
     with pytest.raises(ValueError, match="heads: the weights do not tell the number of heads"):
         from_fast_transformers(original.state_dict(), attention="linear")
     with pytest.raises(ValueError, match="heads: 5 must divide the 32 query and 24 value channels"):

@@ -4,6 +4,7 @@ Its causal form multiplies through a compiled package. Where that is not install
 stands in as its formula, so that its own code runs, cache included.
 """
 
+import copy
 import itertools
 import sys
 from importlib.machinery import ModuleSpec
@@ -137,8 +138,10 @@ def test_state_dicts(options):
     original = theirs(**options)
     x = torch.randn(2, 13, 32)
     heads = None if options["gate_value_heads"] or options["one_headed_kv"] else 4  # some weights tell
-    ours = from_taylor_series(original.state_dict(), heads=heads, shift_tokens=options["shift_tokens"])
-    close(ours(x), original(x))
+    known = {"heads": heads, "shift_tokens": options["shift_tokens"]}
+    close(from_taylor_series(original.state_dict(), causal=False, **known)(x), original(x))
+    causal = from_taylor_series(original.state_dict(), causal=True, **known)
+    close(causal(x)[:, :5], causal(x[:, :5]))
 
 
 def test_gradients_are_the_same():
@@ -160,7 +163,8 @@ def test_channel_first(shape):
     assert isinstance(ours, nn.ChannelFirst)
     x = torch.randn(shape)
     close(ours(x), original(x))
-    close(from_taylor_series(original.state_dict(), heads=2)(x), original(x))
+    again = from_taylor_series(original.state_dict(), heads=2, causal=False, shift_tokens=False)
+    close(again(x), original(x))
 
 
 def test_vit():
@@ -172,6 +176,12 @@ def test_vit():
     images = torch.randn(2, 3, 24, 24)
     close(ours(images), original(images))
     close(from_taylor_series(original.state_dict(), heads=4, patch_size=4)(images), original(images))
+    odd = package.vit.ViT(image_size=8, patch_size=4, num_classes=7, dim=28, depth=1, heads=4, ff_mult=61 / 28 + 1e-9)
+    close(from_taylor_series(odd.eval())(images[..., :8, :8]), odd(images[..., :8, :8]))
+    odd.transformer.layers.append(copy.deepcopy(odd.transformer.layers[0]))
+    odd.transformer.layers[1][1] = package.TaylorSeriesLinearAttn(28, dim_head=4, heads=8)
+    with pytest.raises(ValueError, match="source: the layers of the ViT differ"):
+        from_taylor_series(odd)
 
 
 def test_dropout_dtype_and_mode_come_along():
@@ -182,24 +192,40 @@ def test_dropout_dtype_and_mode_come_along():
     assert ours.q_proj.weight.dtype == torch.bfloat16
     original.to_q[0].weight.data.zero_()
     assert ours.q_proj.weight.any()  # a copy
+    mixed = theirs(prenorm=True).bfloat16()
+    mixed.norm.float()
+    ours = from_taylor_series(mixed)
+    assert ours.norm.weight.dtype == torch.float32
+    assert ours.q_proj.weight.dtype == torch.bfloat16
+    assert all(p.requires_grad for p in ours.parameters())
 
 
 def test_errors():
     original = theirs()
     with pytest.raises(ValueError, match="heads: read off the module; give it only with a state dict"):
         from_taylor_series(original, heads=4)
+    known = {"causal": False, "shift_tokens": False}
+    for missing in known:
+        with pytest.raises(ValueError, match=f"{missing}: the weights do not tell it; give {missing}=True or False"):
+            from_taylor_series(original.state_dict(), heads=4, **{**known, missing: None})
     with pytest.raises(ValueError, match="heads: the weights do not tell the number of heads"):
-        from_taylor_series(original.state_dict())
-    with pytest.raises(ValueError, match="heads: 5 must divide the 32 channels of the queries"):
-        from_taylor_series(original.state_dict(), heads=5)
+        from_taylor_series(original.state_dict(), **known)
+    with pytest.raises(ValueError, match="heads: 5 do not fit the 32 channels of queries and 32 of keys"):
+        from_taylor_series(original.state_dict(), heads=5, **known)
+    with pytest.raises(ValueError, match="heads: 1 do not fit the 32 channels of queries and 8 of keys"):
+        from_taylor_series(theirs(one_headed_kv=True).state_dict(), heads=1, **known)
+    block = torch.nn.Module()
+    block.attn = original
+    with pytest.raises(TypeError, match="source: expected a module of taylor-series-linear-attention, got Module"):
+        from_taylor_series(block)
     with pytest.raises(ValueError, match=r"source: 'to_q.0.weight' is missing, .* found weight"):
-        from_taylor_series({"weight": torch.zeros(2)}, heads=1)
+        from_taylor_series({"weight": torch.zeros(2)}, heads=1, **known)
     with pytest.raises(ValueError, match="source: 'extra' has no place in TaylorAttention"):
-        from_taylor_series({**original.state_dict(), "extra": torch.zeros(2)}, heads=4)
+        from_taylor_series({**original.state_dict(), "extra": torch.zeros(2)}, heads=4, **known)
     with pytest.raises(
         ValueError, match=r"source: the weight for out_proj.weight has shape \[3, 3\], expected \[32, 32\]"
     ):
-        from_taylor_series({**original.state_dict(), "to_out.0.weight": torch.zeros(3, 3)}, heads=4)
+        from_taylor_series({**original.state_dict(), "to_out.0.weight": torch.zeros(3, 3)}, heads=4, **known)
     with pytest.raises(TypeError, match="source: expected a module of taylor-series-linear-attention, got Linear"):
         from_taylor_series(torch.nn.Linear(2, 2))
     with pytest.raises(TypeError, match="or its state dict, got str"):
@@ -207,7 +233,7 @@ def test_errors():
     rotary = theirs(rotary_emb=True).state_dict()
     rotary["rotary_emb.freqs"] = rotary["rotary_emb.freqs"] * 2
     with pytest.raises(ValueError, match="source: its rotary frequencies are not those of base 10,000"):
-        from_taylor_series(rotary, heads=4)
+        from_taylor_series(rotary, heads=4, **known)
     vit = package.vit.ViT(image_size=8, patch_size=4, num_classes=7, dim=32, depth=1, heads=4).state_dict()
     with pytest.raises(ValueError, match="patch_size: the weights do not tell it"):
         from_taylor_series(vit, heads=4)

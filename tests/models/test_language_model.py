@@ -247,6 +247,13 @@ def test_configuration_errors():
         CumulantConfig(num_key_value_heads=3)
     with pytest.raises(ValueError, match="num_hidden_layers: expected at least 1, got 0"):
         CumulantConfig(num_hidden_layers=0)
+    for bad in (0, -1.0, float("inf")):
+        with pytest.raises(ValueError, match=f"taylor_alpha: expected a positive number, got {bad}"):
+            CumulantConfig(taylor_alpha=bad)
+    with pytest.raises(ValueError, match="taylor_order: expected an integer of at least 1, got 2.5"):
+        CumulantConfig(taylor_order=2.5)
+    with pytest.raises(ValueError, match="feature_map: expected one of elu, relu, .*, hedgehog, rebased, got 'gelu'"):
+        CumulantConfig(feature_map="gelu")
     with pytest.raises(ValueError, match="dropout: expected a probability below 1, got 1.5"):
         CumulantConfig(dropout=1.5)
     with pytest.raises(

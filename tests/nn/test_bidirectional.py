@@ -129,7 +129,7 @@ def test_autocast_and_low_precision(mixer, dtype):
     else:
         module = mixer.to(dtype)
         y = module(x.to(dtype))
-    assert float((y.detach().double() - exact).norm() / exact.norm()) < 0.05
+    assert float((y.detach().double() - exact).norm() / exact.norm()) < 0.015
     y.float().sum().backward()
     assert all(torch.isfinite(p.grad).all() for p in module.parameters())
 
@@ -145,6 +145,16 @@ def test_compile(mixer):
         results.append([y, *torch.autograd.grad(y.sum(), tuple(mixer.parameters()))])
     for actual, exact in zip(*results):
         assert torch.allclose(actual, exact, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_export(mixer):
+    """One program for any batch and length."""
+    mixer = mixer.float().eval()
+    B, T = torch.export.Dim("B", min=2, max=64), torch.export.Dim("T", min=2, max=4096)
+    program = torch.export.export(mixer, (torch.randn(2, 20, D),), dynamic_shapes={"x": {0: B, 1: T}})
+    x = torch.randn(3, 150, D)
+    assert torch.allclose(program.module()(x), mixer(x), atol=1e-5)
 
 
 def test_errors(mixer):

@@ -246,7 +246,7 @@ def test_autocast_and_low_precision(mixer, dtype):
         y = module(inputs)
     errors = (y.detach().double() - exact).norm(dim=-1) / exact.norm(dim=-1)
     if getattr(mixer, "constant_term", True):
-        assert float((y.detach().double() - exact).norm() / exact.norm()) < 0.05
+        assert float((y.detach().double() - exact).norm() / exact.norm()) < 0.015
     else:  # a few denominators pass close to zero and magnify any rounding
         assert float(errors.median()) < 0.05
     y.float().sum().backward()
@@ -265,6 +265,18 @@ def test_compile(mixer):
     assert torch.allclose(
         compiled(x, state=state, return_state=True)[0], mixer(x, state=state, return_state=True)[0], atol=1e-5
     )
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_export(mixer):
+    """One program for any batch and length."""
+    if isinstance(mixer, nn.SlidingWindowAttention):
+        pytest.skip("its blocks depend on the length")
+    mixer = mixer.float().eval()
+    B, T = torch.export.Dim("B", min=2, max=64), torch.export.Dim("T", min=2, max=4096)
+    program = torch.export.export(mixer, (torch.randn(2, 20, D),), dynamic_shapes={"x": {0: B, 1: T}})
+    x = torch.randn(3, 150, D)
+    assert torch.allclose(program.module()(x), mixer(x), atol=1e-4, rtol=1e-4)
 
 
 def test_errors(mixer):
@@ -340,7 +352,7 @@ def test_construction_errors():
         nn.TaylorAttention(D, 5)
     with pytest.raises(ValueError, match="num_heads: 5 must divide dim=24, or head_dim must be given"):
         nn.SoftmaxAttention(D, 5)
-    with pytest.raises(ValueError, match="order: expected at least 1, got 0"):
+    with pytest.raises(ValueError, match="order: expected an integer of at least 1, got 0"):
         nn.TaylorAttention(D, 4, order=0)
     with pytest.raises(ValueError, match="feature_map: expected one of"):
         nn.LinearAttention(D, 4, feature_map="gelu")
@@ -348,13 +360,15 @@ def test_construction_errors():
         nn.TaylorAttention(D, 4, head_dim=5, rotary=True)
     with pytest.raises(ValueError, match="conv_size: the short convolution looks backwards only; it needs is_causal"):
         nn.LinearAttention(D, 4, is_causal=False, conv_size=3)
-    for bad in (0, -1.5):
+    for bad in (0, -1.5, math.nan):
         with pytest.raises(ValueError, match=f"alpha: expected a positive number, got {bad}"):
             nn.TaylorAttention(D, 4, qk_norm=True, alpha=bad)
     with pytest.raises(ValueError, match="alpha: given beside scale; leave one out"):
         nn.TaylorAttention(D, 4, alpha=2, scale=0.5)
-    with pytest.raises(ValueError, match="order: expected 1 to 4, got 5; impl='reference' takes any order"):
-        nn.TaylorAttention(D, 4, order=5)
+    with pytest.raises(ValueError, match="head_dim: expected at least 1, got 0"):
+        nn.TaylorAttention(D, 4, head_dim=0)
+    with pytest.raises(ValueError, match="num_kv_heads: the 0 key/value heads must divide the 0 query heads"):
+        nn.LinearAttention(D, 0)
     with pytest.raises(ValueError, match="dropout: expected a probability below 1, got 1"):
         nn.TaylorAttention(D, 4, dropout=1.0)
     with pytest.raises(TypeError, match="feature_map: expected a pair of callables, for queries and for keys"):
@@ -369,6 +383,7 @@ def test_every_mixer_is_in_the_matrix():
     kinds = {type(make()) for make in MIXERS.values()}
     exported = {getattr(nn, name) for name in nn.__all__}
     mixers = {k for k in exported if isinstance(k, type) and issubclass(k, torch.nn.Module)}
-    parts = {nn.ChannelFirst, nn.HedgehogFeatureMap, nn.RebasedFeatureMap, nn.RotaryEmbedding, nn.ShortConvolution}
+    parts = {nn.ChannelFirst, nn.RotaryEmbedding, nn.ShortConvolution}
+    parts |= {nn.LearnedFeatureMap, nn.HedgehogFeatureMap, nn.RebasedFeatureMap}
     assert mixers - kinds == parts
     assert issubclass(nn.TaylorAttention, KernelAttention)

@@ -56,6 +56,7 @@ CASES = [
     Case("taylor-2-no-constant", cm.taylor_attention, {"constant_term": False}, signed=True),
     Case("taylor-3", cm.taylor_attention, {"order": 3}, signed=True),
     Case("taylor-4", cm.taylor_attention, {"order": 4}),
+    Case("taylor-6", cm.taylor_attention, {"order": 6, "scale": 0.3}),
     Case("linear-elu", cm.linear_attention, {"scale": 0.6}),
     Case("linear-relu", cm.linear_attention, {"feature_map": "relu"}),
     Case("linear-identity", cm.linear_attention, {"feature_map": "identity", "normalize": False}),

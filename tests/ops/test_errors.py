@@ -91,20 +91,18 @@ def test_states_of_another_variant():
         cm.linear_attention(q, k, v, is_causal=True, state=bare)
 
 
-@pytest.mark.parametrize("order", [0, -1, 1.5, "2"])
+@pytest.mark.parametrize("order", [0, -1, 1.5, "2", True])
 def test_order(order):
     with pytest.raises(ValueError, match=r"order: expected an integer of at least 1, got "):
         cm.taylor_attention(*inputs(), order)
-
-
-def test_order_above_the_chunked_ones():
-    with pytest.raises(ValueError, match=r"order: expected 1 to 4, got 5; impl='reference' takes any order"):
-        cm.taylor_attention(*inputs(T=4), 5)
-    assert cm.taylor_attention(*inputs(T=4), 5, impl="reference").shape == (2, 4, 4, 3)
+    with pytest.raises(ValueError, match=r"order: expected an integer of at least 1, got "):
+        cm.feature_count(16, order)
 
 
 def test_pairs_of_feature_maps():
     q, k, v = inputs()
+    with pytest.raises(ValueError, match=r"got 'hedgehog'; learned maps by name are cumulant.nn.LinearAttention's"):
+        cm.linear_attention(q, k, v, "hedgehog")
     with pytest.raises(TypeError, match=r"feature_map: expected a pair of callables, for queries and for keys"):
         cm.linear_attention(q, k, v, (torch.exp,))
     with pytest.raises(TypeError, match=r"feature_map: expected a pair of callables, for queries and for keys"):
@@ -133,8 +131,10 @@ def test_feature_map():
 def test_feature_count():
     assert [cm.feature_count(16, p) for p in (1, 2, 3)] == [17, 153, 969]
     assert cm.feature_count(16, 2, constant_term=False) == 152
-    with pytest.raises(ValueError, match="order: expected at least 1, got 0"):
+    with pytest.raises(ValueError, match="order: expected an integer of at least 1, got 0"):
         cm.feature_count(16, 0)
+    with pytest.raises(ValueError, match="dim: expected at least 1, got -3"):
+        cm.feature_count(-3, 2)
 
 
 def test_explain():

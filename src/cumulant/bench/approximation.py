@@ -8,10 +8,11 @@ the scores is their root mean square over the pairs of query and key that see ea
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -166,16 +167,16 @@ def summary(cases: list[Case]) -> list[tuple[str, list[float]]]:
     random = [c for c in cases if c.kind == "random" and c.head_dim == 16]
     rows = []
     for i, size in enumerate(SIZES):  # the cases lie in the order of SIZES
-        rows.append((f"random, scores of size {size:g}", row(random[len(ORDERS) * i : len(ORDERS) * (i + 1)])))
+        rows.append((f"random, size {size:g}", row(random[len(ORDERS) * i : len(ORDERS) * (i + 1)])))
     for dim in (16, 64):
         for alpha in (1.0, 3.0):
             chosen = [c for c in cases if c.kind == "normalised" and c.head_dim == dim and c.alpha == alpha]
-            rows.append((f"LayerNorm, K = {dim}, α = {alpha:g}", row(chosen)))
+            rows.append((f"LayerNorm, K={dim}, α={alpha:g}", row(chosen)))
     trained = [c for c in cases if c.kind == "trained"]
     for name in dict.fromkeys((c.where or "").split(" head ")[0] for c in trained):
         chosen = [c for c in trained if (c.where or "").startswith(f"{name} head")]
         size = _median([c.size for c in chosen])
-        rows.append((f"trained {name}, scores of size {size:.2g}", row(chosen)))
+        rows.append((f"{name}, size {size:.2g}", row(chosen)))
     return rows
 
 
@@ -184,7 +185,7 @@ def _median(values: list[float]) -> float:
 
 
 def markdown(rows: list[tuple[str, list[float]]]) -> str:
-    lines = ["| queries and keys | averaging | order 1 | order 2 | order 3 | order 4 |", "|---|---|---|---|---|---|"]
+    lines = ["| q and k | averaging | order 1 | order 2 | order 3 | order 4 |", "|---|---|---|---|---|---|"]
     lines += [f"| {name} | {' | '.join(percent(e) for e in errors)} |" for name, errors in rows]
     return "\n".join(lines) + "\n"
 
@@ -194,23 +195,29 @@ def percent(error: float) -> str:
     return f"{100 * error:.3g}%" if error < 10 else "> 1000%"
 
 
-def train_small(folder: Path, preset: str, say: object) -> str:
-    """The folder of a small model trained on Python's standard library, trained now if it is not there yet."""
+def train_small(folder: Path, preset: str, say: Callable[[str], None]) -> str:
+    """The folder of a small model trained on Python's standard library: now, or to its end if that is not reached."""
     from ..text.options import TrainingOptions
+    from ..text.runs import STARTED
     from ..text.train import train
 
-    options = TrainingOptions(
-        output=str(folder / preset), preset=preset, width=128, depth=3, context=128, batch=16, steps=500
-    )
-    if not (folder / preset / "config.json").is_file():
-        train(options, say=say)  # type: ignore[arg-type]
-    return options.output
+    output = folder / preset
+    options = TrainingOptions(str(output), preset=preset, width=128, depth=3, context=128, batch=16, steps=500)
+    if (output / STARTED).is_file():
+        started = json.loads((output / STARTED).read_text())
+        if any(started.get(name) != value for name, value in asdict(options).items() if name != "output"):
+            raise ValueError(f"output: {output} holds another model; name another folder, or measure it with --model")
+        options = replace(options, resume=True)
+    if not (output / "config.json").is_file():
+        train(options, say=say)
+    return str(output)
 
 
 def run(output: str, models: list[str], *, quick: bool, seed: int, console: Console) -> list[Case]:
     """Measure and write everything to `output`; prints the answer, then the table."""
-    from .plots import draw_error, draw_exponential
+    from .plots import draw_error, draw_exponential, pyplot
 
+    pyplot()  # refuses at once, not after training
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
     if not models and not quick:
@@ -222,14 +229,14 @@ def run(output: str, models: list[str], *, quick: bool, seed: int, console: Cons
     save(cases, folder / "approximation.json")
     (folder / "table.md").write_text(markdown(rows), encoding="utf-8")
     pictures = [*draw_exponential(folder), *draw_error(cases, folder)]
-    at_one = dict(rows)["random, scores of size 1"]
-    at_two = dict(rows)["random, scores of size 2"]
+    at_one = dict(rows)["random, size 1"]
+    at_two = dict(rows)["random, size 2"]
     console.print(
         f"Taylor attention of order 2 is {percent(at_one[2])} from softmax attention at scores of size 1 and "
         f"{percent(at_two[2])} at 2; order 4 is {percent(at_one[4])} and {percent(at_two[4])}.",
         highlight=False,
     )
-    table = Table("queries and keys", *("averaging" if o == 0 else f"order {o}" for o in ORDERS))
+    table = Table("q and k, size of scores", *("averaging" if o == 0 else f"order {o}" for o in ORDERS))
     for name, errors in rows:
         table.add_row(name, *(percent(e) for e in errors))
     console.print(table)

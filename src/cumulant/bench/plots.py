@@ -15,7 +15,8 @@ COLOURS = {0: "#999999", 1: "#E69F00", 2: "#0072B2", 3: "#CC79A7", 4: "#009E73"}
 MARKERS = {0: "", 1: "o", 2: "s", 3: "^", 4: "D"}
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
+    """matplotlib, drawing to files; a clear error where it is not installed."""
     try:
         import matplotlib
     except ModuleNotFoundError as error:
@@ -30,7 +31,7 @@ def _save(figure: Any, folder: Path, name: str) -> list[Path]:
     paths = [folder / f"{name}.png", folder / f"{name}.svg"]
     for path in paths:
         figure.savefig(path, dpi=150, bbox_inches="tight", metadata={"Date": None} if path.suffix == ".svg" else None)
-    _pyplot().close(figure)
+    pyplot().close(figure)
     return paths
 
 
@@ -40,7 +41,7 @@ def _name(order: int) -> str:
 
 def draw_exponential(folder: Path) -> list[Path]:
     """The exponential and its expansions, and their relative distance (Mercat 2020, figure 1)."""
-    plt = _pyplot()
+    plt = pyplot()
     x = np.linspace(-4, 4, 801)
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     left.plot(x, np.exp(x), color="black", linewidth=2, label="exp(x)")
@@ -58,11 +59,11 @@ def draw_exponential(folder: Path) -> list[Path]:
 
 def draw_error(cases: list[Case], folder: Path) -> list[Path]:
     """Error against softmax attention by size of the scores, head dim, alpha, and in trained heads."""
-    plt = _pyplot()
+    plt = pyplot()
     trained = [c for c in cases if c.kind == "trained"]
     panels = 4 if trained else 3
     shape = {"nrows": 2, "ncols": 2, "figsize": (11, 8.5)} if trained else {"ncols": 3, "figsize": (14, 4.2)}
-    figure, axes = plt.subplots(**shape, sharey=True, layout="constrained")
+    figure, axes = plt.subplots(**shape, layout="constrained")
     by_size, by_dim, by_alpha, *rest = axes.flat[:panels]
     random = [c for c in cases if c.kind == "random"]
     for order in ORDERS:
@@ -80,7 +81,7 @@ def draw_error(cases: list[Case], folder: Path) -> list[Path]:
     for panel in rest:
         _draw_heads(panel, trained)
     for panel in axes.flat[:panels]:
-        panel.set(yscale="log", ylim=(1e-5, 10))
+        panel.set(yscale="log", ylim=(0.1, 10) if panel in rest else (1e-6, 10))
         panel.grid(alpha=0.3)
     for panel, ticks in (
         (by_size, (0.125, 0.25, 0.5, 1, 2, 4)),

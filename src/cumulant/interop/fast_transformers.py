@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -34,29 +35,31 @@ def from_fast_transformers(
     heads: int | None = None,
     attention: str | None = None,
     feature_map: FeatureMap | None = None,
-    alpha: float = 3.0,
+    alpha: float | None = None,
 ) -> KernelAttention:
     """Our module with the weights of an `AttentionLayer` or a `RecurrentAttentionLayer` (self or cross attention): a
     `LinearAttention`, or a `TaylorAttention` for the higher order layer.
 
     Outputs agree to rounding, but for the original's epsilon of 1e-6 in denominators, which we leave out; those of the
-    higher order layer agree with its paper, not with its code (`docs/migrating.md`). Weights are copied; a feature map
-    of the layer's own is shared, and random features stay as last drawn.
+    higher order layer agree with its paper, not with its code (`docs/migrating.md`). Everything is copied; random
+    features stay as the layer drew them last.
 
     Args:
-        source: the layer, or its state dict.
-        heads: number of heads; for a state dict only, as a layer knows.
-        attention: "linear", "causal-linear" or "linear-softmax" (the higher order layer); for a state dict only. A
-            recurrent layer is "causal-linear".
-        feature_map: for a state dict of linear attention, by default elu + 1.
-        alpha: of the higher order layer; for a state dict only.
+        source: the layer (of an encoder: ``encoder.layers[i].attention``), or its state dict. The options below are for
+            a state dict only: a layer knows them.
+        heads: number of heads.
+        attention: "linear", "causal-linear" (also of a recurrent layer) or "linear-softmax" (the higher order layer).
+        feature_map: of linear attention, by default elu + 1. A module takes the feature map's weights from the dict.
+        alpha: of the higher order layer, by default 3.
 
     Raises:
         ValueError: a weight is missing, left over or of another shape, or an option is that the weights do not tell.
     """
     if isinstance(source, nn.Module):
-        if heads is not None or attention is not None or feature_map is not None:
-            raise ValueError("heads, attention, feature_map: read off the layer; give them only with a state dict")
+        if any(option is not None for option in (heads, attention, feature_map, alpha)):
+            raise ValueError(
+                "heads, attention, feature_map, alpha: read off the layer; give them only with a state dict"
+            )
         heads, attention, feature_map, alpha = _options(source)
     if heads is None:
         raise ValueError("heads: the weights do not tell the number of heads; give heads=...")
@@ -67,8 +70,7 @@ def from_fast_transformers(
     for theirs, ours in (("query", "q"), ("key", "k"), ("value", "v"), ("out", "out")):
         for part in ("weight", "bias"):
             loaded[f"{ours}_proj.{part}"] = weights.take(f"{theirs}_projection.{part}")
-    for name in [n for n in weights.left if n.startswith("inner_attention.")]:
-        weights.take(name)  # the feature map's own
+    _load_map(feature_map, weights.below("inner_attention.feature_map."), copied=isinstance(source, nn.Module))
     queries, dim = loaded["q_proj.weight"].shape
     values = len(loaded["v_proj.weight"])
     if queries % heads or values % heads:
@@ -81,26 +83,38 @@ def from_fast_transformers(
     }
     module: KernelAttention
     if attention == "linear-softmax":
-        module = TaylorAttention(dim, heads, qk_norm=True, alpha=alpha, constant_term=False, **options)
+        module = TaylorAttention(dim, heads, qk_norm=True, alpha=alpha or 3.0, constant_term=False, **options)
     else:
         module = LinearAttention(dim, heads, feature_map=feature_map or "elu", **options)
     weights.load(module, loaded, source)
     return module
 
 
-class _Part(nn.Module):
-    """One side of a feature map of theirs, whose queries and keys may differ."""
+def _load_map(feature_map: FeatureMap | None, weights: dict[str, Tensor], *, copied: bool) -> None:
+    """A feature map's own weights, into the module that was given for it; a layer's map was copied with them."""
+    if not weights or copied:
+        return
+    if not isinstance(feature_map, nn.Module):
+        raise ValueError(
+            f"feature_map: the state dict holds weights of one ({sorted(weights)[0]}); give the module that they are of"
+        )
+    feature_map.load_state_dict(weights)
 
-    def __init__(self, feature_map: nn.Module, side: str):
+
+class _Theirs(nn.Module):
+    """A feature map of theirs, which sees ``[N, L, H, E]`` and may treat queries and keys apart."""
+
+    def __init__(self, feature_map: Callable[[Tensor], Tensor], side: str):
         super().__init__()
         self.feature_map, self.side = feature_map, side
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = getattr(self.feature_map, f"forward_{self.side}")(x)
+        apply = getattr(self.feature_map, f"forward_{self.side}", self.feature_map)
+        y: Tensor = apply(x.transpose(1, 2)).transpose(1, 2)
         return y
 
 
-def _options(source: Any) -> tuple[int, str, FeatureMap | None, float]:
+def _options(source: Any) -> tuple[int, str, FeatureMap | None, float | None]:
     """Heads, kind of attention, feature map (None: elu + 1) and alpha of a layer."""
     inner = getattr(source, "inner_attention", None)
     names = [kind.__name__ for kind in type(inner).__mro__]
@@ -108,23 +122,23 @@ def _options(source: Any) -> tuple[int, str, FeatureMap | None, float]:
     if kind is None or not hasattr(source, "n_heads"):
         got = type(source).__name__ + (f" of {type(inner).__name__}" if inner is not None else "")
         raise TypeError(f"source: expected a layer of {PACKAGE} around one of {', '.join(CLASSES)}, got {got}")
-    theirs: Any = getattr(inner, "feature_map", None)
-    feature_map: FeatureMap | None = None
-    if theirs is not None and hasattr(theirs, "forward_queries"):
-        feature_map = _Part(theirs, "queries"), _Part(theirs, "keys")
-    elif theirs is not None:
-        feature_map = theirs
-    if feature_map is not None and _is_elu(feature_map, source):
-        feature_map = None
-    return source.n_heads, kind, feature_map, float(getattr(inner, "alpha", 3.0))
+    eps = getattr(inner, "eps", 0.0)
+    if eps > 1e-5:
+        raise ValueError(f"source: its epsilon of {eps:g} in denominators shapes its outputs; ours have none")
+    theirs: Any = copy.deepcopy(getattr(inner, "feature_map", None))
+    if theirs is None or _is_elu(theirs, source):
+        return source.n_heads, kind, None, getattr(inner, "alpha", None)
+    omega = getattr(theirs, "omega", None)
+    if isinstance(omega, Tensor) and not omega.any():
+        raise ValueError("source: its random features were never drawn; call the layer once")
+    return source.n_heads, kind, (_Theirs(theirs, "queries"), _Theirs(theirs, "keys")), None
 
 
 def _is_elu(feature_map: Any, source: Any) -> bool:
-    """Whether it is elu + 1, by what it does."""
+    """Whether it is elu + 1 on queries and on keys, by what it does."""
     weight = source.query_projection.weight
-    x = torch.linspace(-4, 4, len(weight) // source.n_heads, device=weight.device, dtype=weight.dtype)
-    maps = feature_map if isinstance(feature_map, tuple) else (feature_map,)
-    with torch.no_grad():
-        found = [m(x[None, None, None]) for m in maps]
+    x = torch.linspace(-4, 4, len(weight), device=weight.device, dtype=weight.dtype).view(1, 1, source.n_heads, -1)
     expected = torch.nn.functional.elu(x) + 1
-    return all(y.shape[-1:] == x.shape and torch.equal(y.flatten(), expected) for y in found)
+    with torch.no_grad():
+        found = [getattr(feature_map, f"forward_{side}", feature_map)(x) for side in ("queries", "keys")]
+    return all(y.shape == x.shape and torch.equal(y, expected) for y in found)

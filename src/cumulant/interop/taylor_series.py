@@ -18,8 +18,8 @@ def from_taylor_series(
     source: nn.Module | Mapping[str, Tensor],
     *,
     heads: int | None = None,
-    causal: bool = False,
-    shift_tokens: bool = False,
+    causal: bool | None = None,
+    shift_tokens: bool | None = None,
     patch_size: int | tuple[int, int] | None = None,
 ) -> nn.Module:
     """Our module with the weights of a `TaylorSeriesLinearAttn`, `ChannelFirstTaylorSeriesLinearAttn` or `ViT`: a
@@ -29,41 +29,44 @@ def from_taylor_series(
     counterpart: our features are always the symmetric ones, with the same inner products.
 
     Args:
-        source: the module, or its state dict.
-        heads: number of query heads. For a state dict only, as a module knows; unless the weights tell it (value gates
-            or one key/value head).
-        causal: the original was built with ``causal=True``; for a state dict only.
-        shift_tokens: the original was built with ``shift_tokens=True``; for a state dict only.
-        patch_size: of a `ViT`; for a state dict only.
+        source: the module, or its state dict (with names that begin with "attn.": a channel-first module's). The
+            options below are for a state dict only: a module knows them.
+        heads: number of query heads; may be left out where value gates or one key/value head tell it.
+        causal: whether the original was built with ``causal=True``; must be given for attention.
+        shift_tokens: whether it was built with ``shift_tokens=True``; must be given for attention.
+        patch_size: of a `ViT`; must be given for one.
 
     Raises:
         ValueError: a weight is missing, left over or of another shape, or an option is that the weights do not tell.
     """
-    given = {"heads": heads, "causal": causal, "shift_tokens": shift_tokens, "patch_size": patch_size}
+    given: dict[str, Any] = {"heads": heads, "causal": causal, "shift_tokens": shift_tokens, "patch_size": patch_size}
     if isinstance(source, nn.Module):
-        extra = [name for name, value in given.items() if value]
+        extra = [name for name, value in given.items() if value is not None]
         if extra:
             raise ValueError(f"{extra[0]}: read off the module; give it only with a state dict")
         given = _options(source)
     weights = Weights(source, PACKAGE)
     if "to_patch_embedding.1.weight" in weights:
         return _vit(weights, source, given)
-    first = "attn.to_q.0.weight" in weights
-    weights.drop_prefix("attn.")
-    module, loaded = _attention(weights, "", given)
+    for name in ("causal", "shift_tokens"):
+        if given[name] is None:
+            raise ValueError(f"{name}: the weights do not tell it; give {name}=True or False")
+    prefix = "attn." if "attn.to_q.0.weight" in weights else ""
+    module, loaded = _attention(weights, prefix, given)
     weights.load(module, loaded, source)
-    return ChannelFirst(module) if first else module
+    return ChannelFirst(module) if prefix else module
 
 
 def _options(source: Any) -> dict[str, Any]:
     """What the weights do not tell, read off a module."""
     if hasattr(source, "to_patch_embedding"):
-        axes = source.to_patch_embedding[0].axes_lengths
-        patch = dict(axes)
-        layers = source.transformer.layers
-        first = _options(layers[0][1]) if len(layers) else {}
+        patch = dict(source.to_patch_embedding[0].axes_lengths)
+        layers = [_options(layer[1]) for layer in source.transformer.layers]
+        first = layers[0] if layers else {}
+        if any(layer != first for layer in layers) or first.get("causal") or first.get("shift_tokens"):
+            raise ValueError("source: the layers of the ViT differ, or look at one side; TaylorViT's do not")
         return {**first, "patch_size": (patch["p1"], patch["p2"]), "embedding_dropout": source.dropout.p}
-    attention = getattr(source, "attn", source)
+    attention = source.attn if type(source).__name__ == "ChannelFirstTaylorSeriesLinearAttn" else source
     if not hasattr(attention, "to_kv"):
         raise TypeError(f"source: expected a module of {PACKAGE}, got {type(source).__name__}")
     combined = isinstance(attention.to_out, nn.Sequential)
@@ -95,8 +98,8 @@ def _attention(weights: Weights, prefix: str, options: dict[str, Any]) -> tuple[
         heads = len(query) // len(key)
     if not heads:
         raise ValueError("heads: the weights do not tell the number of heads; give heads=...")
-    if len(query) % heads:
-        raise ValueError(f"heads: {heads} must divide the {len(query)} channels of the queries")
+    if len(query) % heads or len(key) % (len(query) // heads) or heads % (len(key) * heads // len(query)):
+        raise ValueError(f"heads: {heads} do not fit the {len(query)} channels of queries and {len(key)} of keys")
     head_dim = len(query) // heads
     module = TaylorAttention(
         query.shape[1],
@@ -112,6 +115,8 @@ def _attention(weights: Weights, prefix: str, options: dict[str, Any]) -> tuple[
         shift_tokens=bool(options.get("shift_tokens")),
         dropout=options.get("dropout", 0.0),
     )
+    if module.norm is not None:
+        module.norm.eps = 1e-12  # theirs divides by the norm itself
     if rotary is not None:
         expected = 10000.0 ** (-torch.arange(0, head_dim, 2, device=rotary.device) / head_dim)
         if rotary.shape != expected.shape or not torch.allclose(rotary.float(), expected, rtol=1e-3):

@@ -20,34 +20,32 @@ class Weights:
     def __contains__(self, name: str) -> bool:
         return name in self.left
 
-    def drop_prefix(self, prefix: str) -> None:
-        """Names without `prefix`, where all have it."""
-        if self.left and all(name.startswith(prefix) for name in self.left):
-            self.left = {name[len(prefix) :]: x for name, x in self.left.items()}
-
     def take(self, name: str) -> Tensor:
         if name not in self.left:
             found = ", ".join(sorted(self.left)[:6]) or "nothing"
             raise ValueError(f"source: {name!r} is missing, so these are not weights of {self.package}; found {found}")
         return self.left.pop(name)
 
+    def below(self, prefix: str) -> dict[str, Tensor]:
+        """All that is left under `prefix`, without it."""
+        names = [name for name in self.left if name.startswith(prefix)]
+        return {name[len(prefix) :]: self.left.pop(name) for name in names}
+
     def load(self, module: nn.Module, weights: Mapping[str, Tensor], source: object) -> None:
-        """Give `weights` to `module`, with their dtype and device; refuses leftovers and shapes that do not fit."""
+        """Give copies of `weights`, their dtypes and devices kept, to `module`; refuses leftovers and wrong shapes."""
         if self.left:
             raise ValueError(f"source: {sorted(self.left)[0]!r} has no place in {type(module).__name__}")
-        like = next(iter(weights.values()))
-        module.to(device=like.device, dtype=like.dtype)
         expected = module.state_dict()
-        for name, x in weights.items():
-            if name in expected and expected[name].shape != x.shape:
-                raise ValueError(
-                    f"source: the weight for {name} has shape {list(x.shape)}, expected {list(expected[name].shape)}; "
-                    "check the number of heads"
-                )
         # a feature map given beside the weights keeps its own
         own = ("feature_map.", "query_map.", "key_map.")
-        assert set(weights) <= set(expected)
-        assert all(name in weights or name.startswith(own) for name in expected)
-        module.load_state_dict(weights, strict=False)
+        for name in [*weights, *(n for n in expected if not n.startswith(own))]:
+            if name not in weights or name not in expected:
+                raise ValueError(f"source: {type(module).__name__} and these weights differ in {name}")
+            if expected[name].shape != weights[name].shape:
+                raise ValueError(
+                    f"source: the weight for {name} has shape {list(weights[name].shape)}, "
+                    f"expected {list(expected[name].shape)}; check the number of heads"
+                )
+        module.load_state_dict({name: x.clone() for name, x in weights.items()}, strict=False, assign=True)
         if isinstance(source, nn.Module):
             module.train(source.training)

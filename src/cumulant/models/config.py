@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from transformers import PreTrainedConfig
+
+from ..ops.feature_maps import LEARNED, NAMES
 
 MIXERS = ("softmax", "sliding_window", "linear", "taylor", "short_convolution")
 FEED_FORWARDS = ("swiglu", "gelu")
@@ -114,6 +117,12 @@ class CumulantConfig(PreTrainedConfig):  # type: ignore[misc]
                 f"num_key_value_heads: {self.num_key_value_heads} must divide num_attention_heads="
                 f"{self.num_attention_heads}"
             )
+        if self.feature_map not in (*NAMES, *LEARNED):
+            raise ValueError(f"feature_map: expected one of {', '.join((*NAMES, *LEARNED))}, got {self.feature_map!r}")
+        if not isinstance(self.taylor_order, int) or self.taylor_order < 1:
+            raise ValueError(f"taylor_order: expected an integer of at least 1, got {self.taylor_order!r}")
+        if self.taylor_alpha is not None and not 0 < self.taylor_alpha < math.inf:
+            raise ValueError(f"taylor_alpha: expected a positive number, got {self.taylor_alpha}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout: expected a probability below 1, got {self.dropout}")
 

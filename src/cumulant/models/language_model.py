@@ -16,9 +16,8 @@ from transformers.utils.generic import can_return_tuple
 
 from ..nn import (
     GatedShortConvolution,
-    HedgehogFeatureMap,
+    LearnedFeatureMap,
     LinearAttention,
-    RebasedFeatureMap,
     ShortConvolution,
     SlidingWindowAttention,
     SoftmaxAttention,
@@ -133,11 +132,9 @@ class CumulantPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
         super()._init_weights(module)
         if isinstance(module, ShortConvolution):
             init.copy_(module.weight, module.initial_weight(module.weight))
-        elif isinstance(module, HedgehogFeatureMap):
-            init.copy_(module.weight, torch.eye(module.head_dim).expand_as(module.weight))
-        elif isinstance(module, RebasedFeatureMap):
-            init.ones_(module.gamma)
-            init.zeros_(module.beta)
+        elif isinstance(module, LearnedFeatureMap):
+            for name, value in module.initial().items():
+                init.copy_(getattr(module, name), value)
 
 
 class CumulantModel(CumulantPreTrainedModel):

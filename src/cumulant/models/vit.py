@@ -116,6 +116,8 @@ class TaylorViT(nn.Module):
         if dim < 8 or dim % 4:
             raise ValueError(f"dim: expected a multiple of 4, at least 8, got {dim}")
         self.patch_size = (patch_size, patch_size) if isinstance(patch_size, int) else tuple(patch_size)
+        if len(self.patch_size) != 2 or min(self.patch_size) < 1:
+            raise ValueError(f"patch_size: expected a positive number or a pair of them, got {patch_size}")
         self.channels = channels
         size = self.patch_size[0] * self.patch_size[1] * channels
         if patch_norm and size == 1:
@@ -130,10 +132,12 @@ class TaylorViT(nn.Module):
             "linear": lambda: LinearAttention(
                 dim, num_heads, head_dim=head_dim, value_dim=head_dim, is_causal=False, dropout=dropout
             ),
-            "softmax": lambda: SoftmaxAttention(dim, num_heads, head_dim=head_dim, is_causal=False),
+            "softmax": lambda: nn.Sequential(
+                SoftmaxAttention(dim, num_heads, head_dim=head_dim, is_causal=False), nn.Dropout(dropout)
+            ),
             "none": lambda: None,
         }
-        hidden = int(dim * ff_mult)
+        hidden = round(dim * ff_mult)
         self.layers = nn.ModuleList(
             Block(dim, attention[mixer](), ConvFeedForward(dim, hidden, kernel_size=kernel_size, dropout=dropout))
             for _ in range(depth)
@@ -144,7 +148,13 @@ class TaylorViT(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """``images [B, channels, H, W]`` -> logits ``[B, num_classes]``."""
         ph, pw = self.patch_size
-        if images.dim() != 4 or images.shape[1] != self.channels or images.shape[2] % ph or images.shape[3] % pw:
+        if (
+            images.dim() != 4
+            or images.shape[1] != self.channels
+            or images.shape[2] % ph
+            or images.shape[3] % pw
+            or not all(images.shape[2:])
+        ):
             raise ValueError(
                 f"images: expected [B, {self.channels}, H, W] with H a multiple of {ph} and W of {pw}, "
                 f"got {list(images.shape)}"

@@ -11,7 +11,30 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-class HedgehogFeatureMap(nn.Module):
+class LearnedFeatureMap(nn.Module):
+    """A map with weights of its own for each of `num_heads` heads of dim K."""
+
+    def __init__(self, num_heads: int, head_dim: int):
+        super().__init__()
+        self.num_heads, self.head_dim = num_heads, head_dim
+        for name, value in self.initial().items():
+            setattr(self, name, nn.Parameter(value))
+
+    def initial(self) -> dict[str, Tensor]:
+        """Where each weight starts."""
+        raise NotImplementedError
+
+    def check(self, x: Tensor) -> None:
+        if x.dim() != 4 or x.shape[1] != self.num_heads or x.shape[3] != self.head_dim:
+            raise ValueError(
+                f"feature_map: expected [B, H, T, K] with H={self.num_heads}, K={self.head_dim}, got {list(x.shape)}"
+            )
+
+    def extra_repr(self) -> str:
+        return f"num_heads={self.num_heads}, head_dim={self.head_dim}"
+
+
+class HedgehogFeatureMap(LearnedFeatureMap):
     """``φ(x) = [softmax(W x), softmax(-W x)]``, F = 2K: positive, and spiky where softmax is (Zhang et al. 2024, "The
     Hedgehog & the Porcupine", arXiv 2402.04347, section 4.2). W starts as the identity.
 
@@ -20,25 +43,18 @@ class HedgehogFeatureMap(nn.Module):
         head_dim: K.
     """
 
-    def __init__(self, num_heads: int, head_dim: int):
-        super().__init__()
-        self.num_heads, self.head_dim = num_heads, head_dim
-        self.weight = nn.Parameter(torch.empty(num_heads, head_dim, head_dim))
-        self.reset_parameters()
+    weight: Tensor
 
-    def reset_parameters(self) -> None:
-        with torch.no_grad():
-            self.weight.copy_(torch.eye(self.head_dim))
-
-    def extra_repr(self) -> str:
-        return f"num_heads={self.num_heads}, head_dim={self.head_dim}"
+    def initial(self) -> dict[str, Tensor]:
+        return {"weight": torch.eye(self.head_dim).repeat(self.num_heads, 1, 1)}
 
     def forward(self, x: Tensor) -> Tensor:
+        self.check(x)
         y = x @ self.weight
         return torch.cat((y.softmax(-1), (-y).softmax(-1)), -1)
 
 
-class RebasedFeatureMap(nn.Module):
+class RebasedFeatureMap(LearnedFeatureMap):
     """Monomials of degree 2 of ``y = γ ⊙ LayerNorm(x) + β``, so that ``φ(q)·φ(k) = (y_q·y_k)² / K``, F = K (K + 1) / 2:
     ReBased's learnable quadratic kernel (Aksenov et al. 2024, arXiv 2402.10644). γ starts at 1, β at 0.
 
@@ -47,21 +63,15 @@ class RebasedFeatureMap(nn.Module):
         head_dim: K.
     """
 
-    def __init__(self, num_heads: int, head_dim: int):
-        super().__init__()
-        self.num_heads, self.head_dim = num_heads, head_dim
-        self.gamma = nn.Parameter(torch.ones(num_heads, 1, head_dim))
-        self.beta = nn.Parameter(torch.zeros(num_heads, 1, head_dim))
+    gamma: Tensor
+    beta: Tensor
 
-    def reset_parameters(self) -> None:
-        with torch.no_grad():
-            self.gamma.fill_(1)
-            self.beta.zero_()
-
-    def extra_repr(self) -> str:
-        return f"num_heads={self.num_heads}, head_dim={self.head_dim}"
+    def initial(self) -> dict[str, Tensor]:
+        shape = (self.num_heads, 1, self.head_dim)
+        return {"gamma": torch.ones(shape), "beta": torch.zeros(shape)}
 
     def forward(self, x: Tensor) -> Tensor:
+        self.check(x)
         y = F.layer_norm(x, x.shape[-1:]) * self.gamma + self.beta
         i, j = torch.triu_indices(self.head_dim, self.head_dim, device=x.device)
         multiplicity = 2.0 - (i == j).to(y.dtype)

@@ -73,6 +73,8 @@ class KernelAttention(nn.Module):
         groups = num_heads if num_kv_heads is None else num_kv_heads
         if groups < 1 or num_heads < 1 or num_heads % groups:
             raise ValueError(f"num_kv_heads: the {groups} key/value heads must divide the {num_heads} query heads")
+        if head_dim < 1:
+            raise ValueError(f"head_dim: expected at least 1, got {head_dim}")
         if value_dim is None and dim % num_heads:
             raise ValueError(f"num_heads: {num_heads} must divide dim={dim}, or value_dim must be given")
         if conv_size and not is_causal:
@@ -87,7 +89,7 @@ class KernelAttention(nn.Module):
         self.value_dim = dim // num_heads if value_dim is None else value_dim
         self.context_dim = dim if context_dim is None else context_dim
         self.is_causal, self.qk_norm, self.shift_tokens = is_causal, qk_norm, shift_tokens
-        self.norm = nn.RMSNorm(dim, eps=1e-12) if prenorm else None
+        self.norm = nn.RMSNorm(dim, eps=1e-6) if prenorm else None
         self.q_proj = nn.Linear(dim, num_heads * head_dim, bias=bias)
         self.k_proj = nn.Linear(self.context_dim, groups * head_dim, bias=bias)
         self.v_proj = nn.Linear(self.context_dim, groups * self.value_dim, bias=bias)
@@ -128,11 +130,11 @@ class KernelAttention(nn.Module):
         """``x [B, T, D]`` -> ``[B, T, D]`` (``[B, T, H·V]`` without `combine_heads`); `return_state` adds the state.
 
         Self attention: see `cumulant.nn` for the protocol. Cross attention (``is_causal=False``): x looks at ``context
-        [B, S, D_c]`` where ``context_mask [B, S]`` is True, and at what `state` holds of an earlier context. A state
+        [B, S, D_c]`` where ``context_mask [B, S]`` is True, and at what `state` has summed, of whatever it was. A state
         alone will do: compute it once with `encode_context`, read it with many queries.
         """
         check_input(x, self.dim, key_mask, cu_seqlens, state is not None or return_state)
-        check_state(state, KernelAttentionState, len(x))
+        check_state(state, KernelAttentionState, x.shape[0])
         crossing = self._crosses(x, context, context_mask, cu_seqlens, state, return_state)
         rows: Rows | None = None
         padding, offset = None, None
@@ -166,7 +168,7 @@ class KernelAttention(nn.Module):
 
         Its size does not depend on S, nor does the cost of reading it.
         """
-        x = context.new_zeros(len(context), 0, self.dim)
+        x = context.new_zeros(context.shape[0], 0, self.dim)
         return self(x, context=context, context_mask=context_mask, state=state, return_state=True)[1]  # type: ignore[no-any-return]
 
     def _crosses(
@@ -202,11 +204,14 @@ class KernelAttention(nn.Module):
         if cu_seqlens is not None:
             raise ValueError("cu_seqlens: packed sequences have no context; pass a padded batch with key_mask")
         if context is not None:
-            if context.dim() != 3 or context.shape[0] != len(x) or context.shape[2] != self.context_dim:
+            if not isinstance(context, Tensor) or context.dtype != x.dtype or context.device != x.device:
+                got = f"{context.dtype} on {context.device}" if isinstance(context, Tensor) else type(context).__name__
+                raise TypeError(f"context: expected a tensor like x, {x.dtype} on {x.device}, got {got}")
+            if context.dim() != 3 or context.shape[0] != x.shape[0] or context.shape[2] != self.context_dim:
                 raise ValueError(
-                    f"context: expected [B, S, D] = [{len(x)}, S, {self.context_dim}], got {list(context.shape)}"
+                    f"context: expected [B, S, D] = [{x.shape[0]}, S, {self.context_dim}], got {list(context.shape)}"
                 )
-            check_key_mask(context_mask, len(x), context.shape[1], x.device, name="context_mask")
+            check_key_mask(context_mask, x.shape[0], context.shape[1], x.device, name="context_mask")
         return True
 
     def _attend_self(
@@ -251,7 +256,7 @@ class KernelAttention(nn.Module):
     ) -> Tensor | tuple[Tensor, LinearState]:
         q = self._normed(self._heads(self.q_proj(x), self.num_heads))
         if context is None:
-            context = x.new_zeros(len(x), 0, self.context_dim)
+            context = x.new_zeros(x.shape[0], 0, self.context_dim)
         if context_mask is not None:
             context = context.masked_fill(~context_mask[..., None], 0)  # junk there must reach no gradient
         k = self._normed(self._heads(self.k_proj(context), self.num_kv_heads))

@@ -25,8 +25,9 @@ class LinearAttention(KernelAttention):
         head_dim: query/key dim K of a head, by default ``dim / num_heads``.
         value_dim: value dim V of a head, by default ``dim / num_heads``.
         context_dim: channels of the context in cross attention, by default `dim`.
-        feature_map: ``"elu"``, ``"relu"``, ``"softmax"``, ``"identity"``; a learned one, ``"hedgehog"`` or
-            ``"rebased"``; a callable or a module (then trained along); or a pair of these, for queries and for keys.
+        feature_map: ``"elu"``, ``"relu"``, ``"softmax"`` (causal or with a state: keys within -87 to 88),
+            ``"identity"``; a learned one, ``"hedgehog"`` or ``"rebased"``; a callable or a module (then trained along);
+            or a pair of these, for queries and for keys.
         normalize: divide by the sum of weights.
         scale: factor of the query before its feature map, by default 1.
         is_causal: token t sees tokens up to t. False: every token sees all, or those of a context.
@@ -73,7 +74,7 @@ class LinearAttention(KernelAttention):
             dim,
             num_heads,
             num_kv_heads=num_kv_heads,
-            head_dim=dim // num_heads if head_dim is None else head_dim,
+            head_dim=dim // max(num_heads, 1) if head_dim is None else head_dim,
             value_dim=value_dim,
             context_dim=context_dim,
             is_causal=is_causal,

@@ -47,7 +47,7 @@ def check_state(state: State | None, kind: type[State], rows: int) -> None:
         return
     if not isinstance(state, kind):
         raise TypeError(f"state: expected a {kind.__name__} from return_state=True, got {type(state).__name__}")
-    found = len(state.position)  # type: ignore[attr-defined]
+    found = state.position.shape[0]  # type: ignore[attr-defined]
     if found != rows:
         raise ValueError(f"state: expected {rows} rows, as x has, got {found}; choose rows with state.select(index)")
 

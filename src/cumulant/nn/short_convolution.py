@@ -94,7 +94,7 @@ class GatedShortConvolution(nn.Module):
     ) -> Tensor | tuple[Tensor, ConvolutionState]:
         """``x [B, T, D]``, ``key_mask [B, T]`` True = a token; see `cumulant.nn` for the mixer protocol."""
         check_input(x, self.dim, key_mask, cu_seqlens, state is not None or return_state)
-        check_state(state, ConvolutionState, len(x))
+        check_state(state, ConvolutionState, x.shape[0])
         rows, padding, offset = None, None, None
         if key_mask is not None:
             x, rows = compact(x, key_mask)

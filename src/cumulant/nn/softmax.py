@@ -88,7 +88,7 @@ class SoftmaxAttention(nn.Module):
     ) -> Tensor | tuple[Tensor, KeyValueState]:
         """``x [B, T, D]`` -> ``[B, T, D]``, with `return_state` also the state; see `cumulant.nn` for the protocol."""
         check_input(x, self.dim, key_mask, cu_seqlens, state is not None or return_state)
-        check_state(state, KeyValueState, len(x))
+        check_state(state, KeyValueState, x.shape[0])
         if not self.is_causal and (state is not None or return_state):
             raise ValueError(
                 "state: only causal attention carries a state from call to call; build with is_causal=True"
@@ -141,7 +141,7 @@ class SoftmaxAttention(nn.Module):
         """q ``[B,H,T,K]`` on k, v ``[B,G,past + T,K]``."""
         T, S = q.shape[2], k.shape[2]
         if mask is None and (past == 0 or T == 1 or not self.is_causal):
-            causal = self.is_causal and T > 1
+            causal = bool(self.is_causal and T > 1)
             return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
         visible = torch.ones(T, S, dtype=torch.bool, device=q.device)
         if self.is_causal:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
 from ..ops.state import LinearState
-from ..ops.taylor import MAX_ORDER, feature_count, taylor_attention
+from ..ops.taylor import check_order, taylor_attention
 from .kernel_attention import KernelAttention
 
 
@@ -23,7 +25,7 @@ class TaylorAttention(KernelAttention):
         head_dim: query/key dim K of a head. Features grow as K²/2 at order 2: 16 gives 153.
         value_dim: value dim V of a head, by default ``dim / num_heads``.
         context_dim: channels of the context in cross attention, by default `dim`.
-        order: degree of the expansion; even orders have positive weights. 1 to 4, any with ``impl="reference"``.
+        order: degree of the expansion; even orders have positive weights.
         scale: factor of q·k, by default ``1 / (alpha · sqrt(K))``.
         alpha: see `scale`; by default 3 with `qk_norm`, else 1.
         constant_term: keep the term of degree 0. Without it weights can be negative and denominators vanish.
@@ -86,14 +88,12 @@ class TaylorAttention(KernelAttention):
             bias=bias,
             dropout=dropout,
         )
-        feature_count(head_dim, order)  # refuses an order below 1
-        if order > MAX_ORDER and impl != "reference":
-            raise ValueError(f"order: expected 1 to {MAX_ORDER}, got {order}; impl='reference' takes any order")
+        check_order(order)
         if alpha is not None and scale is not None:
             raise ValueError("alpha: given beside scale; leave one out, as scale = 1 / (alpha · sqrt(K))")
         if alpha is None:
             alpha = 3.0 if qk_norm else 1.0
-        if alpha <= 0:
+        if not 0 < alpha < math.inf:
             raise ValueError(f"alpha: expected a positive number, got {alpha}")
         self.order, self.constant_term, self.impl = order, constant_term, impl
         self.scale = 1 / (alpha * head_dim**0.5) if scale is None else scale

@@ -20,6 +20,7 @@ Map = Callable[[Tensor], Tensor]
 FeatureMap = str | Map | tuple[Map, Map]
 ELEMENTWISE = ("elu", "relu", "identity")
 NAMES = (*ELEMENTWISE, "softmax")
+LEARNED = ("hedgehog", "rebased")  # of cumulant.nn
 
 
 def elementwise(name: str, x: Tensor) -> Tensor:
@@ -32,7 +33,8 @@ def check_feature_map(feature_map: FeatureMap) -> None:
     if isinstance(feature_map, str):
         if feature_map not in NAMES:
             choices = ", ".join(repr(name) for name in NAMES)
-            raise ValueError(f"feature_map: expected one of {choices} or a callable, got {feature_map!r}")
+            hint = "; learned maps by name are cumulant.nn.LinearAttention's" if feature_map in LEARNED else ""
+            raise ValueError(f"feature_map: expected one of {choices} or a callable, got {feature_map!r}{hint}")
     elif isinstance(feature_map, tuple):
         if len(feature_map) != 2 or not all(callable(m) for m in feature_map):
             raise TypeError("feature_map: expected a pair of callables, for queries and for keys, got another tuple")

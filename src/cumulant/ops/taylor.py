@@ -10,8 +10,6 @@ from .cumulative import Kernel, attend
 from .dispatch import Choice, reasons, resolve
 from .state import LinearState
 
-MAX_ORDER = 4  # of the chunked implementation
-
 
 def feature_count(dim: int, order: int, *, constant_term: bool = True) -> int:
     """Number of Taylor features F of a `dim`-dimensional vector up to degree `order`: C(dim + order, order), one fewer
@@ -20,12 +18,18 @@ def feature_count(dim: int, order: int, *, constant_term: bool = True) -> int:
     >>> feature_count(16, 2)
     153
     """
-    if order < 1:
-        raise ValueError(f"order: expected at least 1, got {order}")
+    check_order(order)
+    if dim < 1:
+        raise ValueError(f"dim: expected at least 1, got {dim}")
     size = 1
-    for p in range(1, order + 1):
+    for p in range(1, order + 1):  # math.comb does not trace
         size = size * (dim + p) // p
     return size if constant_term else size - 1
+
+
+def check_order(order: object) -> None:
+    if not isinstance(order, int) or isinstance(order, bool) or order < 1:
+        raise ValueError(f"order: expected an integer of at least 1, got {order!r}")
 
 
 def taylor_attention(
@@ -55,7 +59,7 @@ def taylor_attention(
         query: ``[B, H, T, K]``; fp16, bf16, fp32 or fp64. Sums are taken in fp32 (fp64 for fp64).
         key: ``[B, G, S, K]``; the G key/value heads divide H, query head h uses key head ``h // (H / G)``.
         value: ``[B, G, S, V]``.
-        order: degree of the polynomial: 1 to 4, any with ``impl="reference"``.
+        order: degree of the polynomial, at least 1. Features grow as ``K^order / order!``: see `feature_count`.
         is_causal: query i sees keys up to i (and all of `state`); needs S = T.
         scale: factor of q·k, by default ``1 / sqrt(K)``.
         constant_term: False drops the term of degree 0 (Mercat's "subtract one").
@@ -104,10 +108,7 @@ def _check(
     impl: str,
 ) -> tuple[Sizes, Kernel]:
     sizes = check_attention(query, key, value, is_causal=is_causal, key_mask=key_mask, cu_seqlens=cu_seqlens)
-    if not isinstance(order, int) or order < 1:
-        raise ValueError(f"order: expected an integer of at least 1, got {order!r}")
-    if order > MAX_ORDER and impl != "reference":
-        raise ValueError(f"order: expected 1 to {MAX_ORDER}, got {order}; impl='reference' takes any order")
+    check_order(order)
     features = feature_count(sizes.K, order, constant_term=constant_term)
     rows = sizes.B if cu_seqlens is None else len(cu_seqlens) - 1
     check_linear_state(state, rows, sizes, features, True, query)

@@ -43,8 +43,7 @@ def chunked_attention(
     chunk: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Output ``[B,H,T,V]``, its denominators ``[B,H,T]``, and the state: numerator ``[N,G,F,V]``, denominator
-    ``[N,G,F]``. Denominators are empty when not normalised, the state where neither the caller nor the backward pass of
-    attention in both directions wants it."""
+    ``[N,G,F]``. Denominators are empty when not normalised, the state when not wanted."""
     spec = Spec(order, constant_term, activation, scale, normalize, is_causal, chunk)
     with torch.autocast(query.device.type, enabled=False):
         t = _tokens(query, key, value, key_mask, cu_seqlens, spec)
@@ -75,12 +74,11 @@ def _(
     G, V = key.shape[1], value.shape[3]
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     F, dtype = size_of(K, order, constant_term), compute_dtype(query.dtype)
-    stateful = want_state or not is_causal
     return (
         query.new_empty(B, H, T, V),
         query.new_empty((B, H, T) if normalize else (0,), dtype=dtype),
-        query.new_empty((N, G, F, V) if stateful else (0,), dtype=dtype),
-        query.new_empty((N, G, F) if stateful and normalize else (0,), dtype=dtype),
+        query.new_empty((N, G, F, V) if want_state else (0,), dtype=dtype),
+        query.new_empty((N, G, F) if want_state and normalize else (0,), dtype=dtype),
     )
 
 

@@ -33,7 +33,10 @@ def size_of(dim: int, order: int, constant_term: bool) -> int:
     """C(dim + order, order) Taylor features, one fewer without the constant; `dim` for the identity (order 0)."""
     if order == 0:
         return dim
-    return math.comb(dim + order, order) - (not constant_term)
+    size = 1
+    for p in range(1, order + 1):  # math.comb does not trace
+        size = size * (dim + p) // p
+    return size if constant_term else size - 1
 
 
 @lru_cache(maxsize=64)

@@ -102,16 +102,24 @@ def _accumulate(S: Tensor, Z: Tensor | None, n: int, phi: Tensor, v: Tensor) -> 
 
 
 def _initial(
-    t: Tokens, features: Expansion, S0: Tensor | None, Z0: Tensor | None, want_state: bool
+    t: Tokens, features: Expansion, S0: Tensor | None, Z0: Tensor | None, needed: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """The sums before the first token; empty where nothing will read them, in one causal chunk without a state."""
+    """The sums before the first token; empty unless `needed`."""
     S, Z = sort_rows(S0, t.keys), sort_rows(Z0, t.keys)
     if S is None:
-        read = want_state or not t.spec.is_causal or len(t.keys.chunks) > 1
-        shape = (t.keys.batch, t.groups, features.size, t.value.shape[-1]) if read else (0, 0, 0, 0)
+        shape = (t.keys.batch, t.groups, features.size, t.value.shape[-1]) if needed else (0, 0, 0, 0)
         S = t.value.new_zeros(shape, dtype=t.dtype)
     if Z is None and t.spec.normalize:
         Z = S.new_zeros(S.shape[:3])
+    return S, Z
+
+
+def _context(t: Tokens, features: Expansion, S0: Tensor | None, Z0: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The sums over all keys, for attention in both directions."""
+    S, Z = _initial(t, features, S0, Z0, needed=True)
+    for c in t.keys.chunks:
+        k, v, mask = t.kv(c)
+        _accumulate(S, Z, c.rows, _expand(features, k, mask), v)
     return S, Z
 
 
@@ -123,20 +131,19 @@ def _read(phi: Tensor, S: Tensor, Z: Tensor | None) -> tuple[Tensor, Tensor | No
 def forward(
     t: Tokens, S0: Tensor | None, Z0: Tensor | None, want_state: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Output ``[B,H,T,V]``, denominators ``[B,H,T]`` (None if not normalised) and the state after the last token (None
-    where it is not wanted: causal attention without `want_state`)."""
+    """Output ``[B,H,T,V]``, denominators ``[B,H,T]`` (None if not normalised) and, if wanted, the state after the last
+    token."""
     features = t.expansion()
     _B, H, T, V = *t.query.shape[:3], t.value.shape[-1]
     if T == 1 and S0 is not None and want_state and t.spec.is_causal and t.queries.order is None:
         return _step(t, features, S0, Z0)
-    S, Z = _initial(t, features, S0, Z0, want_state)
     out = t.queries.new(H, T, V, t.query, t.query.dtype)
     den = t.queries.new(H, T, 1, t.query, t.dtype) if t.spec.normalize else None
     local = t.spec.is_causal or _one_block(t, S0, want_state)
-    if not local:
-        for c in t.keys.chunks:
-            k, v, mask = t.kv(c)
-            _accumulate(S, Z, c.rows, _expand(features, k, mask), v)
+    if local:
+        S, Z = _initial(t, features, S0, Z0, needed=want_state or len(t.keys.chunks) > 1)
+    else:
+        S, Z = _context(t, features, S0, Z0)
     for i, c in enumerate(t.queries.chunks):
         q, n = t.q(c), c.rows
         z: Tensor | None
@@ -157,7 +164,7 @@ def forward(
         t.queries.store(out, c, y)
     if den is not None:
         den = t.queries.finish(den).squeeze(-1)
-    if t.spec.is_causal and not want_state:
+    if not want_state:
         return t.queries.finish(out), den, None, None
     return t.queries.finish(out), den, unsort_rows(S, t.keys), None if Z is None else unsort_rows(Z, t.keys)
 
@@ -219,9 +226,11 @@ def backward(
     upstream = _Upstream(t, dout, out, den)
     local = t.spec.is_causal or _one_block(t, S0, want_state)
     if local:
-        S, Z = _initial(t, features, S0, Z0, want_state)
-    else:
+        S, Z = _initial(t, features, S0, Z0, needed=want_state or len(t.keys.chunks) > 1)
+    elif want_state:
         S, Z = (s if s is None else sort_rows(s, t.keys) for s in state)  # type: ignore[assignment]
+    else:
+        S, Z = _context(t, features, S0, Z0)
     dS, dZ = sort_rows(dS_final, t.keys), sort_rows(dZ_final, t.keys)
     dS = torch.zeros_like(S) if dS is None else dS
     dZ = torch.zeros_like(Z) if dZ is None and Z is not None else dZ
