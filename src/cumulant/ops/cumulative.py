@@ -46,6 +46,9 @@ def attend(
     else:
         from ..kernels.chunked import chunked_attention
 
+        # In both directions the sums over many keys are kept for the backward pass, which else would sum them again, as
+        # it does in compiled graphs, made for any length.
+        long = cu_seqlens is None and not torch.compiler.is_compiling() and max(query.shape[2], key.shape[2]) > CHUNK
         out, _, S, z = chunked_attention(
             query,
             key,
@@ -54,7 +57,7 @@ def attend(
             cu_seqlens,
             numerator,
             denominator,
-            return_state,
+            return_state or (long and not kernel.is_causal),
             kernel.order,
             kernel.constant_term,
             kernel.activation,

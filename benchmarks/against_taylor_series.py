@@ -3,7 +3,7 @@
 Each row is one process for each library, in turn: the median of its calls, and the most memory that the calls took
 beyond inputs and weights. dim 512, 16 heads of 16, fp32.
 
-    python benchmarks/taylor_series.py
+    python benchmarks/against_taylor_series.py
 """
 
 from __future__ import annotations
