@@ -250,6 +250,13 @@ def test_errors():
     for option in ({"heads": 4}, {"alpha": 2.0}, {"feature_map": "elu"}):
         with pytest.raises(ValueError, match="heads, attention, feature_map, alpha: read off the layer"):
             from_fast_transformers(original, **option)
+    known = {"heads": 4, "attention": "linear-softmax"}
+    with pytest.raises(ValueError, match="alpha: expected a positive number, got 0"):
+        from_fast_transformers(original.state_dict(), alpha=0, **known)
+    with pytest.raises(ValueError, match="feature_map: attention 'linear-softmax' has none; leave it out"):
+        from_fast_transformers(original.state_dict(), feature_map="elu", **known)
+    with pytest.raises(ValueError, match="alpha: attention 'linear' has none; leave it out"):
+        from_fast_transformers(original.state_dict(), heads=4, attention="linear", alpha=2)
     original.inner_attention.eps = 0.01
     with pytest.raises(ValueError, match="source: its epsilon of 0.01 in denominators shapes its outputs"):
         from_fast_transformers(original)

@@ -65,6 +65,10 @@ def from_fast_transformers(
         raise ValueError("heads: the weights do not tell the number of heads; give heads=...")
     if attention not in CAUSAL:
         raise ValueError(f"attention: expected one of {', '.join(CAUSAL)}, got {attention!r}")
+    higher_order = attention == "linear-softmax"
+    for name, given, fits in (("alpha", alpha, higher_order), ("feature_map", feature_map, not higher_order)):
+        if given is not None and not fits:
+            raise ValueError(f"{name}: attention {attention!r} has none; leave it out")
     weights = Weights(source, PACKAGE)
     loaded = {}
     for theirs, ours in (("query", "q"), ("key", "k"), ("value", "v"), ("out", "out")):
@@ -82,8 +86,8 @@ def from_fast_transformers(
         "bias": True,
     }
     module: KernelAttention
-    if attention == "linear-softmax":
-        module = TaylorAttention(dim, heads, qk_norm=True, alpha=alpha or 3.0, constant_term=False, **options)
+    if higher_order:
+        module = TaylorAttention(dim, heads, qk_norm=True, alpha=alpha, constant_term=False, **options)
     else:
         module = LinearAttention(dim, heads, feature_map=feature_map or "elu", **options)
     weights.load(module, loaded, source)
@@ -125,9 +129,11 @@ def _options(source: Any) -> tuple[int, str, FeatureMap | None, float | None]:
     eps = getattr(inner, "eps", 0.0)
     if eps > 1e-5:
         raise ValueError(f"source: its epsilon of {eps:g} in denominators shapes its outputs; ours have none")
+    if kind == "linear-softmax":
+        return source.n_heads, kind, None, getattr(inner, "alpha", None)
     theirs: Any = copy.deepcopy(getattr(inner, "feature_map", None))
     if theirs is None or _is_elu(theirs, source):
-        return source.n_heads, kind, None, getattr(inner, "alpha", None)
+        return source.n_heads, kind, None, None
     omega = getattr(theirs, "omega", None)
     if isinstance(omega, Tensor) and not omega.any():
         raise ValueError("source: its random features were never drawn; call the layer once")

@@ -168,6 +168,9 @@ class KernelAttention(nn.Module):
 
         Its size does not depend on S, nor does the cost of reading it.
         """
+        if not isinstance(context, Tensor) or context.dim() != 3:
+            got = list(context.shape) if isinstance(context, Tensor) else type(context).__name__
+            raise ValueError(f"context: expected [B, S, D] with D={self.context_dim}, got {got}")
         x = context.new_zeros(context.shape[0], 0, self.dim)
         return self(x, context=context, context_mask=context_mask, state=state, return_state=True)[1]  # type: ignore[no-any-return]
 
