@@ -26,8 +26,7 @@ bench = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    no_args_is_help=True,
-    help="Measurements that anyone can repeat.",
+    invoke_without_command=True,
 )
 app.add_typer(bench, name="bench")
 console = Console()
@@ -174,6 +173,13 @@ def generate(
             highlight=False,
             soft_wrap=True,
         )
+
+
+@bench.callback()
+def _bench(context: typer.Context) -> None:
+    """Measurements that anyone can repeat."""
+    if context.invoked_subcommand is None:
+        print(context.get_help())
 
 
 @bench.command()

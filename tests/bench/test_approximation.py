@@ -133,6 +133,9 @@ def test_mistakes(cli, run, tmp_path, monkeypatch):
     assert code == 2
     assert err.strip() == "cumulant: plots need matplotlib: pip install 'cumulant[text]'"
     assert cli("bench", "approximately")[0] == 2
+    code, out, _ = cli("bench")
+    assert code == 0
+    assert "approximation" in out.splitlines()[-1]
 
 
 def test_it_trains_only_what_is_its_own(cli, run, tmp_path, monkeypatch):
