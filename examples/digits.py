@@ -117,8 +117,8 @@ def main() -> None:
         results[name] = fit(name, options.epochs, options.seed)
         found = results[name]
         print(
-            f"{name:<17} {100 * found['accuracy']:5.1f}% of 360 test images, {100 * found['moved']:5.1f}% moved"
-            f"{100 * found['without attention']:6.1f}% with attention switched off"
+            f"{name:<17} {100 * found['accuracy']:5.1f}% of 360 test images, {100 * found['moved']:5.1f}% moved, "
+            f"{100 * found['without attention']:5.1f}% with attention switched off"
             f"   {found['parameters']:,} parameters, {found['seconds']:.0f} s",
             flush=True,
         )

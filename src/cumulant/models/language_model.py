@@ -16,13 +16,13 @@ from transformers.utils.generic import can_return_tuple
 
 from ..nn import (
     GatedShortConvolution,
-    LearnedFeatureMap,
     LinearAttention,
     ShortConvolution,
     SlidingWindowAttention,
     SoftmaxAttention,
     TaylorAttention,
 )
+from ..nn.feature_maps import LearnedFeatureMap
 from .cache import read_state, write_state
 from .config import CumulantConfig
 

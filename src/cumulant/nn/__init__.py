@@ -17,7 +17,7 @@ state continues the sequence: whole = any split = one token at a time.
 """
 
 from .channel_first import ChannelFirst
-from .feature_maps import HedgehogFeatureMap, LearnedFeatureMap, RebasedFeatureMap
+from .feature_maps import HedgehogFeatureMap, RebasedFeatureMap
 from .kernel_attention import KernelAttentionState
 from .linear import LinearAttention
 from .rotary import RotaryEmbedding
@@ -34,7 +34,6 @@ __all__ = [
     "HedgehogFeatureMap",
     "KernelAttentionState",
     "KeyValueState",
-    "LearnedFeatureMap",
     "LinearAttention",
     "RebasedFeatureMap",
     "RotaryEmbedding",
