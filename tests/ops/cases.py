@@ -34,6 +34,10 @@ class Case:
     op: Callable[..., Any]
     options: dict[str, Any] = field(default_factory=dict)
     signed: bool = False  # weights of both signs: draw positive q and k, lest denominators vanish
+    cross: bool = True  # more or fewer keys than queries, and a context's state
+    masked_queries: bool = True  # what is masked still asks; else it does not exist
+    packed_states: bool = True
+    biased: bool = False
 
     def inputs(self, *args: Any, requires_grad: bool = False, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = inputs(*args, **kwargs)
@@ -42,7 +46,37 @@ class Case:
         return tuple(x.requires_grad_(requires_grad) for x in (q, k, v))  # type: ignore[return-value]
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, **kwargs: Any) -> Any:
+        if self.op is cm.mixed_chunk_attention:  # linear queries and keys that are functions of the quadratic ones
+            return self.op(q, k, *linear_part(q, k), v, **self.bias(q, 8), **self.options, **kwargs)
+        if self.op is cm.gated_attention:
+            past = 0 if kwargs.get("state") is None else kwargs["state"].key.shape[2]
+            bias = self.bias(q, q.shape[2] + past)
+            if bias and past:
+                bias["bias"] = bias["bias"][:, past:]
+            return self.op(q, k, v, **bias, **self.options, **kwargs)
         return self.op(q, k, v, **self.options, **kwargs)
+
+    def run(self, q: Tensor, k: Tensor, v: Tensor, is_causal: bool, **kwargs: Any) -> tuple[Tensor, cm.State | None]:
+        """Output and state; None for a state where there is none."""
+        if kwargs.get("cu_seqlens") is not None and not self.packed_states:
+            kwargs.pop("state", None)
+            return self(q, k, v, is_causal=is_causal, **kwargs), None
+        if is_causal or self.op in (cm.linear_attention, cm.taylor_attention):
+            return self(q, k, v, is_causal=is_causal, return_state=True, **kwargs)
+        kwargs.pop("state", None)
+        return self(q, k, v, is_causal=is_causal, **kwargs), None
+
+    def bias(self, q: Tensor, size: int) -> dict[str, Tensor]:
+        """A bias by distance, different for each head, if this variant has one."""
+        if not self.biased:
+            return {}
+        distance = torch.arange(size) - torch.arange(size)[:, None]
+        by_head = torch.arange(1, q.shape[1] + 1)[:, None, None] * torch.cos(distance * 1.3)
+        return {"bias": 0.2 * by_head.to(q.dtype)}
+
+
+def linear_part(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    return q.flip(-1) * 0.7 + 0.1, k * 1.1 - 0.2
 
 
 def squared(x: Tensor) -> Tensor:
@@ -63,10 +97,33 @@ CASES = [
     Case("linear-softmax", cm.linear_attention, {"feature_map": "softmax"}),
     Case("linear-softmax-raw", cm.linear_attention, {"feature_map": "softmax", "normalize": False}),
     Case("linear-callable", cm.linear_attention, {"feature_map": squared}),
+    *(
+        Case(f"gated-{name}", cm.gated_attention, options, cross=cross, packed_states=False, biased=biased)
+        for name, options, cross, biased in (
+            ("relu2", {}, True, False),
+            ("laplace", {"activation": "laplace"}, True, False),
+            ("fixed", {"length_scale": 7.0}, True, False),
+            ("bias", {"activation": "laplace"}, False, True),
+        )
+    ),
+    *(
+        Case(f"mixed-{name}", cm.mixed_chunk_attention, options, cross=False, masked_queries=False, biased=biased)
+        for name, options, biased in (
+            ("relu2", {"group_size": 8}, False),
+            ("laplace", {"group_size": 5, "activation": "laplace"}, False),
+            ("bias", {"group_size": 8, "activation": "laplace"}, True),
+            ("unreduced", {"group_size": 8, "reduce_group_non_causal_attn": False}, True),
+            ("one", {"group_size": 1}, False),
+            ("wide", {"group_size": 64}, False),
+        )
+    ),
     Case("linear-pair", cm.linear_attention, {"feature_map": (torch.exp, torch.nn.functional.softplus)}),
 ]
 # Sums that do not cancel, for tests of accuracy and of long runs.
 POSITIVE = [c for c in CASES if c.name in ("taylor-2", "taylor-2-scaled", "linear-elu", "linear-softmax")]
+CROSS = [c for c in CASES if c.cross]
+# The bias of gated attention belongs to slots, masked or not.
+BY_TOKEN = [c for c in CASES if not (c.op is cm.gated_attention and c.biased)]
 
 
 def oracle(
@@ -89,8 +146,53 @@ def oracle(
                 seen = torch.ones(len(keys), dtype=torch.bool) if key_mask is None else key_mask[b].clone()
                 if is_causal:
                     seen[i + 1 :] = False
-                if seen.any():
+                if case.op is cm.mixed_chunk_attention:
+                    out[b, h, i] = _mixed(case, q[b, h], keys, values, h, i, seen, is_causal)
+                elif case.op is cm.gated_attention:
+                    bias = case.bias(q, k.shape[2]).get("bias")
+                    row = None if bias is None else bias[h, i, seen]
+                    out[b, h, i] = _gated(case, q[b, h, i], keys[seen], values[seen], row)
+                elif seen.any():
                     out[b, h, i] = _attend(case, q[b, h, i], keys[seen], values[seen])
+    return out
+
+
+def _weight(case: Case, x: Tensor) -> Tensor:
+    if case.options.get("activation", "relu2") == "relu2":
+        return torch.where(x > 0, x * x, 0)
+    return torch.erfc((math.sqrt(0.5) - x) * math.sqrt(2 * math.pi)) / 2
+
+
+def _gated(case: Case, q: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
+    scores = keys @ q / case.options.get("length_scale", max(len(keys), 1))
+    return _weight(case, scores if bias is None else scores + bias) @ values
+
+
+def _mixed(
+    case: Case,
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    h: int,
+    i: int,
+    seen: Tensor,
+    is_causal: bool,
+) -> Tensor:
+    """Query i by the formula, token by token: masked ones do not count."""
+    tokens = seen.nonzero()[:, 0].tolist()
+    out = torch.zeros_like(values[0])
+    if i not in tokens:
+        return out
+    g, bias, at = case.options["group_size"], case.bias(q.expand(1, h + 1, *q.shape), 8).get("bias"), tokens.index(i)
+    lin_query, lin_key = linear_part(q, keys)
+    for place, j in enumerate(tokens):
+        if place // g == at // g:
+            x = q[i] @ keys[j] / g + (0 if bias is None else bias[h, at % g, place % g])
+            out = out + _weight(case, x) * values[j]
+        if is_causal and place // g < at // g:
+            out = out + (lin_query[i] @ lin_key[j]) * values[j] / g
+        if not is_causal and (case.options.get("reduce_group_non_causal_attn", True) or place // g == at // g):
+            out = out + (lin_query[i] @ lin_key[j]) * values[j] / len(tokens)
     return out
 
 
@@ -162,5 +264,10 @@ def assert_close(actual: Tensor, exact: Tensor, factor: float = 1.0) -> None:
     assert found <= bound, f"error {found:.2e} above {bound:.0e} for {actual.dtype}"
 
 
-def tensors_of(state: cm.LinearState) -> list[Tensor]:
-    return list(state.tensors().values())
+def tensors_of(state: cm.State | None) -> list[Tensor]:
+    return [] if state is None else list(state.tensors().values())
+
+
+def sums_of(state: cm.State | None) -> list[Tensor]:
+    """All that a gradient can flow through."""
+    return [x for x in tensors_of(state) if x.is_floating_point()]

@@ -136,3 +136,102 @@ def _divide(numerator: Tensor, denominator: Tensor) -> Tensor:
     """Plain division; zero where the denominator is zero (nothing to attend to)."""
     empty = denominator == 0
     return torch.where(empty[..., None], 0, numerator / torch.where(empty, 1, denominator)[..., None])
+
+
+def gated_weight(name: str) -> Callable[[Tensor], Tensor]:
+    """relu², or the Laplace function ½ (1 + erf((x - √½) / (σ √2))), σ² = 1 / (4π)."""
+    if name == "relu2":
+        return lambda x: x.relu() ** 2
+    sigma = math.sqrt(1 / (4 * math.pi))
+    return lambda x: (1 + torch.erf((x - math.sqrt(0.5)) / (sigma * math.sqrt(2)))) / 2
+
+
+def gated_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    activation: str,
+    scale: Tensor,
+    bias: Tensor | None,
+    is_causal: bool,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """f(scale · q kᵀ + bias) v; scale ``[B or 1, T or 1]``, bias broadcast to ``[B, H, T, S]``."""
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    groups = query.shape[1] // key.shape[1]
+    q, k, v = query.to(dtype), key.to(dtype), value.to(dtype)
+    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    scores = (q * scale[:, None, :, None]) @ k.mT
+    weights = gated_weight(activation)(scores if bias is None else scores + bias.to(dtype))
+    if is_causal:
+        weights = weights.tril(k.shape[2] - q.shape[2])
+    return (torch.nn.functional.dropout(weights, dropout_p) @ v).to(query.dtype)
+
+
+MixedSums = tuple[
+    Tensor, Tensor, Tensor, Tensor
+]  # sums [B,G,K,V]; of the open group quad_key, lin_key, value [B,G,g,·]
+
+
+def mixed_chunk_attention(
+    quad_query: Tensor,
+    quad_key: Tensor,
+    lin_query: Tensor,
+    lin_key: Tensor,
+    value: Tensor,
+    *,
+    activation: str,
+    group_size: int,
+    is_causal: bool,
+    reduce_groups: bool,
+    bias: Tensor | None,
+    key_mask: Tensor | None = None,
+    state: MixedSums | None = None,
+    position: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> tuple[Tensor, MixedSums]:
+    """T x T weights: the quadratic ones where query and key share a group, the linear ones where the key's is earlier
+    (causal) or everywhere. Groups count tokens from `position` ``[B]`` on; masked ones do not exist."""
+    (B, _, T, _), groups, g = quad_query.shape, quad_query.shape[1] // quad_key.shape[1], group_size
+    dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
+    seen = value.new_ones(B, T, dtype=torch.bool) if key_mask is None else key_mask
+    start = seen.new_zeros(B, dtype=torch.int64) if position is None else position
+    place = start[:, None] + seen.cumsum(1) - 1
+    keys = [x.to(dtype).masked_fill(~seen[:, None, :, None], 0) for x in (quad_key, lin_key, value)]
+    queries = [x.to(dtype).masked_fill(~seen[:, None, :, None], 0) for x in (quad_query, lin_query)]
+    key_place, exists = place, seen
+    if state is not None:  # the open group's tokens come first
+        slot = torch.arange(g, device=value.device).expand(B, g)
+        keys = [torch.cat((x, y), 2) for x, y in zip(state[1:], keys, strict=True)]
+        key_place = torch.cat(((start - start % g)[:, None] + slot, place), 1)
+        exists = torch.cat((slot < (start % g)[:, None], seen), 1)
+    group, key_group = place.div(g, rounding_mode="floor"), key_place.div(g, rounding_mode="floor")
+    inside = (group[:, :, None] == key_group[:, None]) & exists[:, None] & seen[:, :, None]  # [B, T, S]
+    k, lk, v = (x.repeat_interleave(groups, 1) for x in keys)
+    scores = queries[0] @ k.mT / g
+    if bias is not None:
+        rows, columns = (place % g)[:, :, None], (key_place % g)[:, None]
+        scores = scores + bias.to(dtype)[:, rows, columns].transpose(0, 1)
+    weights = gated_weight(activation)(scores)
+    if is_causal:
+        inside = inside & (key_place[:, None] <= place[:, :, None])
+    weights = torch.nn.functional.dropout(weights.where(inside[:, None], 0), dropout_p)
+    linear = queries[1] @ lk.mT
+    if is_causal:
+        across, divisor = (key_group[:, None] < group[:, :, None]) & exists[:, None] & seen[:, :, None], float(g)
+    else:
+        across = inside if not reduce_groups else exists[:, None] & seen[:, :, None]
+        divisor = seen.sum(1).clamp(min=1)[:, None, None, None]  # type: ignore[assignment]
+    weights = weights + (linear / divisor).where(across[:, None], 0)
+    out = weights @ v
+    total = start + seen.sum(1)
+    closed = (key_group < total.div(g, rounding_mode="floor")[:, None]) & exists
+    sums = (keys[1] * closed[:, None, :, None]).mT @ keys[2]
+    if state is not None:
+        out = out + queries[1] @ state[0].repeat_interleave(groups, 1) / g
+        sums = sums + state[0]
+    still = exists & ~closed  # one-hot rows carry each such token to its slot
+    slots = ((key_place % g)[:, None] == torch.arange(g, device=value.device)[:, None]) & still[:, None]
+    rest = [slots[:, None].to(dtype) @ x for x in keys]
+    return out.to(value.dtype), (sums, rest[0], rest[1], rest[2])

@@ -16,6 +16,7 @@ state continues the sequence: whole = any split = one token at a time.
 `ChannelFirst` carries any of them to images and video.
 """
 
+from ..ops.state import KeyValueState
 from .channel_first import ChannelFirst
 from .feature_maps import HedgehogFeatureMap, RebasedFeatureMap
 from .kernel_attention import KernelAttentionState
@@ -23,7 +24,7 @@ from .linear import LinearAttention
 from .rotary import RotaryEmbedding
 from .short_convolution import ConvolutionState, GatedShortConvolution, ShortConvolution
 from .sliding_window import SlidingWindowAttention
-from .softmax import KeyValueState, SoftmaxAttention
+from .softmax import SoftmaxAttention
 from .taylor import TaylorAttention
 from .token_shift import token_shift
 

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..ops.state import KeyValueState
 from .padding import compact, restore
-from .softmax import KeyValueState, SoftmaxAttention, attend_visible
+from .softmax import SoftmaxAttention, attend_visible
 
 
 class SlidingWindowAttention(SoftmaxAttention):

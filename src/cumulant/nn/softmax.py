@@ -3,32 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..ops.state import State, register
+from ..ops.state import KeyValueState
 from .padding import check_input, check_state, clear_slack, offsets
 from .rotary import RotaryEmbedding
-
-
-@dataclass(frozen=True)
-class KeyValueState(State):
-    """Keys and values seen so far (rotated already).
-
-    key, value: ``[B, G, S, K]``, ``[B, G, S, V]``. mask: ``[B, S]`` bool, or None where every slot holds a token.
-    position: ``[B]`` int64, tokens seen (masked ones don't count).
-    """
-
-    key: Tensor
-    value: Tensor
-    mask: Tensor | None
-    position: Tensor
-
-
-register(KeyValueState)
 
 
 def attend_visible(query: Tensor, key: Tensor, value: Tensor, visible: Tensor) -> Tensor:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .state import LinearState
+from .state import LinearState, State
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -37,9 +38,11 @@ def check_attention(
     is_causal: bool,
     key_mask: Tensor | None,
     cu_seqlens: Tensor | None,
+    names: tuple[str, str] = ("query", "key"),
 ) -> Sizes:
-    """Shapes, dtypes and devices of query, key, value and masks."""
-    layout = (("query", query, "[B, H, T, K]"), ("key", key, "[B, G, S, K]"), ("value", value, "[B, G, S, V]"))
+    """Shapes, dtypes and devices of query, key, value and masks; `names` of the first two in messages."""
+    first, second = names
+    layout = ((first, query, "[B, H, T, K]"), (second, key, "[B, G, S, K]"), ("value", value, "[B, G, S, V]"))
     for name, x, letters in layout:
         if not isinstance(x, Tensor):
             raise TypeError(f"{name}: expected a tensor {letters}, got {type(x).__name__}")
@@ -49,19 +52,19 @@ def check_attention(
             raise TypeError(f"{name}: expected fp16, bf16, fp32 or fp64, got {x.dtype}")
         if x.dtype != query.dtype or x.device != query.device:
             raise TypeError(
-                f"{name}: expected query's dtype and device, {query.dtype} on {query.device}, "
-                f"got {x.dtype} on {x.device}; convert with {name}.to(query)"
+                f"{name}: expected {first}'s dtype and device, {query.dtype} on {query.device}, "
+                f"got {x.dtype} on {x.device}; convert with {name}.to({first})"
             )
     B, H, T, K = query.shape
     G, S, V = key.shape[1], key.shape[2], value.shape[3]
     if key.shape[0] != B or key.shape[3] != K:
-        raise ValueError(f"key: expected [B, G, S, K] with B={B}, K={K} as in query, got {_show(key)}")
+        raise ValueError(f"{second}: expected [B, G, S, K] with B={B}, K={K} as in {first}, got {_show(key)}")
     if value.shape[:3] != key.shape[:3]:
-        raise ValueError(f"value: expected [B, G, S, V] = [{B}, {G}, {S}, V] as in key, got {_show(value)}")
+        raise ValueError(f"value: expected [B, G, S, V] = [{B}, {G}, {S}, V] as in {second}, got {_show(value)}")
     if G == 0 or H % G:
-        raise ValueError(f"key: the {G} key/value heads (G) must divide the {H} query heads (H)")
+        raise ValueError(f"{second}: the {G} key/value heads (G) must divide the {H} query heads (H)")
     if K == 0:
-        raise ValueError(f"query: expected [B, H, T, K] with K >= 1, got {_show(query)}")
+        raise ValueError(f"{first}: expected [B, H, T, K] with K >= 1, got {_show(query)}")
     if is_causal and T != S:
         raise ValueError(
             f"key: causal attention needs as many keys as queries (S = T), got T={T}, S={S}; "
@@ -126,3 +129,50 @@ def check_linear_state(state: LinearState | None, N: int, sizes: Sizes, F: int, 
             f"state: expected {dtype} on {query.device}, got {state.numerator.dtype} on {state.numerator.device}; "
             "move it with state.to(device)"
         )
+
+
+ACTIVATIONS = ("relu2", "laplace")
+
+
+def check_activation(activation: str) -> None:
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation: expected one of {', '.join(map(repr, ACTIVATIONS))}, got {activation!r}")
+
+
+def check_dropout(dropout_p: float) -> None:
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p: expected a probability below 1, got {dropout_p}")
+
+
+def check_bias(bias: Tensor | None, shapes: tuple[tuple[int, ...], ...], letters: str, query: Tensor) -> None:
+    """A bias on scores: floating, where query is, of one of `shapes`."""
+    if bias is None:
+        return
+    if not isinstance(bias, Tensor) or not bias.is_floating_point() or bias.device != query.device:
+        got = f"{bias.dtype} on {bias.device}" if isinstance(bias, Tensor) else type(bias).__name__
+        raise TypeError(f"bias: expected a floating tensor {letters} on {query.device}, got {got}")
+    if tuple(bias.shape) not in shapes:
+        expected = " or ".join(str(list(shape)) for shape in dict.fromkeys(shapes))
+        raise ValueError(f"bias: expected {letters} = {expected}, got {_show(bias)}")
+
+
+def check_parts(
+    state: State | None, kind: type[State], expected: Mapping[str, tuple[int, ...]], dtype: torch.dtype, query: Tensor
+) -> None:
+    """A state of `kind` whose parts have the expected shapes, of `dtype` on query's device."""
+    if state is None:
+        return
+    if not isinstance(state, kind):
+        raise TypeError(f"state: expected a {kind.__name__} from return_state=True, got {type(state).__name__}")
+    for name, shape in expected.items():
+        part = getattr(state, name)
+        if tuple(part.shape) != shape:
+            raise ValueError(
+                f"state: expected {name} {list(shape)}, got {_show(part)}; the state comes from another batch, "
+                "head layout or group size"
+            )
+        if part.dtype != dtype or part.device != query.device:
+            raise TypeError(
+                f"state: expected {dtype} on {query.device}, got {part.dtype} on {part.device}; "
+                "move it with state.to(device)"
+            )

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..kernels import reference
-from .state import LinearState
+from .dispatch import Choice, reasons
+from .state import LinearState, MixedChunkState
 
 CHUNK = 128
 
@@ -67,7 +68,14 @@ def attend(
             CHUNK,
         )
         sums = S, z if kernel.normalize else None
-    return out, LinearState(*sums, _position(key, key_mask, cu_seqlens, state))
+    return out, LinearState(*sums, count_tokens(key, key_mask, cu_seqlens, state))
+
+
+def plan(impl: str, *, T: int, S: int, is_causal: bool, stateful: bool, features: int) -> Choice:
+    """What would run. `stateful`: a state goes in or out."""
+    if CHUNK >= T and T == S and (is_causal or not stateful):
+        return reasons(impl, f"one block of {T} tokens, the quadratic form")
+    return reasons(impl, f"chunks of {CHUNK} tokens, {features} features")
 
 
 def _reference(
@@ -106,7 +114,9 @@ def _reference(
     return out.to(query.dtype), sums
 
 
-def _position(key: Tensor, key_mask: Tensor | None, cu_seqlens: Tensor | None, state: LinearState | None) -> Tensor:
+def count_tokens(
+    key: Tensor, key_mask: Tensor | None, cu_seqlens: Tensor | None, state: LinearState | MixedChunkState | None
+) -> Tensor:
     """Keys seen so far, one count a sequence: what is masked does not count."""
     if cu_seqlens is not None:
         if key_mask is None:

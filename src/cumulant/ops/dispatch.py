@@ -32,15 +32,12 @@ def resolve(impl: str) -> str:
     raise ValueError(f"impl: expected 'auto', 'reference', 'torch', 'native' or 'triton', got {impl!r}")
 
 
-def reasons(impl: str, *, T: int, S: int, is_causal: bool, stateful: bool, features: int, chunk: int) -> Choice:
-    """`resolve`, and why. `stateful`: a state goes in or out; `features`: F; `chunk`: C of the chunked form."""
+def reasons(impl: str, work: str) -> Choice:
+    """`resolve`, and why; `work`: what the fast implementations do."""
     chosen = resolve(impl)
     if chosen == "reference":
         return Choice(chosen, "asked for: the quadratic form, T x S weights")
-    asked = "asked for" if impl == "torch" else "the fastest available here"
-    if chunk >= T and T == S and (is_causal or not stateful):
-        return Choice(chosen, f"{asked}: one block of {T} tokens, the quadratic form")
-    return Choice(chosen, f"{asked}: chunks of {chunk} tokens, {features} features")
+    return Choice(chosen, f"{'asked for' if impl == 'torch' else 'the fastest available here'}: {work}")
 
 
 def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Choice:

@@ -7,10 +7,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from . import cumulative
 from .checks import Sizes, check_attention, check_linear_state
-from .cumulative import Kernel, attend
-from .dispatch import Choice, reasons, resolve
+from .cumulative import Kernel, attend, plan
+from .dispatch import Choice, resolve
 from .feature_maps import ELEMENTWISE, FeatureMap, apply_maps, check_feature_map, softmax_features
 from .state import LinearState
 
@@ -139,14 +138,13 @@ def _explain(
     check_feature_map(feature_map)
     features = sizes.K if isinstance(feature_map, str) else apply_maps(feature_map, query, key)[1].shape[-1]
     _check_state(sizes, features, normalize, query, cu_seqlens, state)
-    return reasons(
+    return plan(
         impl,
         T=sizes.T,
         S=sizes.S,
         is_causal=is_causal,
         stateful=state is not None or return_state,
         features=features,
-        chunk=cumulative.CHUNK,
     )
 
 

@@ -92,12 +92,43 @@ class LinearState(State):
     position: Tensor
 
 
+@dataclass(frozen=True)
+class KeyValueState(State):
+    """Keys and values seen so far: the state of attention that is quadratic, which grows.
+
+    key, value: ``[B, G, S, K]``, ``[B, G, S, V]``. mask: ``[B, S]`` bool, or None where every slot holds a token.
+    position: ``[B]`` int64, tokens seen (masked ones don't count).
+    """
+
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    position: Tensor
+
+
+@dataclass(frozen=True)
+class MixedChunkState(State):
+    """The past of causal mixed chunk attention, in fp32 (fp64 for fp64): sums over whole groups, and the open group.
+
+    numerator: ``[B, G, K, V]``, Σ_j lin_key_j value_jᵀ over all tokens of whole groups.
+    quad_key, lin_key, value: ``[B, G, g, ·]``, the tokens after the last whole group, zeros behind them.
+    position: ``[B]`` int64, tokens seen (masked ones don't count); the first ``position % g`` slots are filled.
+    """
+
+    numerator: Tensor
+    quad_key: Tensor
+    lin_key: Tensor
+    value: Tensor
+    position: Tensor
+
+
 def register(kind: type[State]) -> None:
     """Make a state class a pytree node, for torch.compile and torch.export."""
     torch.utils._pytree.register_dataclass(kind)
 
 
-register(LinearState)
+for _kind_of_state in (LinearState, KeyValueState, MixedChunkState):
+    register(_kind_of_state)
 
 
 def _describe(part: Any) -> Any:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from . import cumulative
 from .checks import Sizes, check_attention, check_linear_state
-from .cumulative import Kernel, attend
-from .dispatch import Choice, reasons, resolve
+from .cumulative import Kernel, attend, plan
+from .dispatch import Choice, resolve
 from .state import LinearState
 
 
@@ -134,14 +133,13 @@ def _explain(
 ) -> Choice:
     sizes, _ = _check(query, key, value, order, is_causal, scale, constant_term, key_mask, cu_seqlens, state, impl)
     features = feature_count(sizes.K, order, constant_term=constant_term)
-    return reasons(
+    return plan(
         impl,
         T=sizes.T,
         S=sizes.S,
         is_causal=is_causal,
         stateful=state is not None or return_state,
         features=features,
-        chunk=cumulative.CHUNK,
     )
 
 

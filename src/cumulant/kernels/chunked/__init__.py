@@ -19,7 +19,7 @@ def _tokens(
 ) -> Tokens:
     T, S = query.shape[2], key.shape[2]
     queries: Dense | Packed
-    queries = Packed(cu_seqlens, T, spec.chunk) if cu_seqlens is not None else Dense(query.shape[0], T, spec.chunk)
+    queries = Dense(query.shape[0], T, spec.chunk) if cu_seqlens is None else Packed.offsets(cu_seqlens, T, spec.chunk)
     keys = queries if S == T else Dense(key.shape[0], S, spec.chunk)
     return Tokens(query, key, value, key_mask, queries, keys, spec, compute_dtype(query.dtype))
 

@@ -7,7 +7,6 @@ the tokens themselves, not that of padding to the longest sequence.
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 
 import torch
@@ -53,28 +52,42 @@ class Dense:
 
 
 class Packed:
-    """``[1, H, T, D]`` holding sequences end to end, read by gathers. Rows past the last sequence come out as zeros."""
+    """``[1, H, size, D]`` holding sequences of the given lengths, read by gathers.
 
-    def __init__(self, cu_seqlens: Tensor, length: int, chunk: int):
-        bounds = cu_seqlens.tolist()
-        lengths = torch.tensor([b - a for a, b in itertools.pairwise(bounds)], dtype=torch.long)
-        self.batch = len(lengths)
-        order = torch.argsort(lengths, descending=True, stable=True)
-        device = cu_seqlens.device
-        self.order, self.inverse = order.to(device), torch.argsort(order).to(device)
-        lengths, firsts = lengths[order], torch.tensor(bounds[:-1], dtype=torch.long)[order]
+    The tokens of all sequences, one sequence after another, stand at `order`, by default in place. What no sequence
+    holds comes out as zeros; an index of `size` or above is a slot without a token.
+    """
+
+    def __init__(self, lengths: Tensor, size: int, chunk: int, device: torch.device, order: Tensor | None = None):
+        self.batch, self.size = len(lengths), size
+        firsts = lengths.cumsum(0) - lengths
+        by_length = torch.argsort(lengths, descending=True, stable=True)
+        self.order, self.inverse = by_length.to(device), torch.argsort(by_length).to(device)
+        self.lengths, firsts = lengths[by_length], firsts[by_length]
         offset = torch.arange(chunk)
         self.chunks = []
-        for start in range(0, int(lengths[0]) if self.batch else 0, chunk):
-            rows = int((lengths > start).sum())
-            size = min(chunk, int(lengths[0]) - start)
-            valid = start + offset[:size] < lengths[:rows, None]
-            index = (firsts[:rows, None] + start + offset[:size]).where(valid, torch.tensor(length))
-            self.chunks.append(Chunk(start, size, rows, index.to(device), valid.to(device)))
+        longest = int(self.lengths[0]) if self.batch else 0
+        for start in range(0, longest, chunk):
+            rows = int((self.lengths > start).sum())
+            length = min(chunk, longest - start)
+            valid = start + offset[:length] < self.lengths[:rows, None]
+            index = firsts[:rows, None] + start + offset[:length]
+            if order is not None:
+                index = order[index.clamp(max=len(order) - 1)]
+                valid &= index < size
+            index = index.where(valid, torch.tensor(size))
+            self.chunks.append(Chunk(start, length, rows, index.to(device), valid.to(device)))
+
+    @classmethod
+    def offsets(cls, cu_seqlens: Tensor, size: int, chunk: int) -> Packed:
+        """Sequences end to end from the first token on."""
+        return cls(cu_seqlens.cpu().long().diff(), size, chunk, cu_seqlens.device)
 
     def load(self, x: Tensor, c: Chunk, groups: int, dtype: torch.dtype) -> Tensor:
         assert c.index is not None
         assert c.valid is not None
+        if x.shape[2] == 0:  # an open group alone, that asks nothing more
+            return x.new_zeros(c.rows, groups, x.shape[1] // groups * c.length, x.shape[-1], dtype=dtype)
         found = x[0].index_select(1, c.index.clamp(max=x.shape[2] - 1).flatten())
         tokens: Tensor = found.to(dtype).unflatten(1, c.index.shape).transpose(0, 1)  # [n, H, C, D]
         tokens = tokens.masked_fill(~c.valid[:, None, :, None], 0)

@@ -1,0 +1,52 @@
+"""Weights of gated attention inside a block: ``f(score + bias)``, what cannot be seen set to zero, dropout."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+_MEAN, _WIDTH = math.sqrt(0.5), math.sqrt(1 / (2 * math.pi))  # Laplace: ½ (1 + erf((x - mean) / width))
+
+
+def activate(name: str, x: Tensor) -> Tensor:
+    """f(x), in x's memory."""
+    if name == "relu2":
+        return x.relu_().square_()
+    return x.sub_(_MEAN).div_(_WIDTH).erf_().add_(1).mul_(0.5)
+
+
+def activate_with_slope(name: str, x: Tensor) -> tuple[Tensor, Tensor]:
+    """f(x) and f'(x); x is overwritten."""
+    if name == "relu2":
+        half = x.relu_()
+        return half.square(), half.mul_(2)
+    slope = (x - _MEAN).square_().mul_(-2 * math.pi).exp_().mul_(math.sqrt(2))
+    return activate(name, x), slope
+
+
+def hide_later(weights: Tensor, length: int, past: int = 0) -> Tensor:
+    """Zero, in place, where query i would see beyond key ``past + i``; weights ``[..., R * length, S]``."""
+    weights.unflatten(-2, (-1, length)).tril_(past)
+    return weights
+
+
+def dropped(weights: Tensor, p: float, seed: Tensor | None, block: int) -> Tensor | None:
+    """Factors 0 or 1 / (1 - p), the same each time for one seed and block; None without dropout."""
+    if p == 0.0 or seed is None:
+        return None
+    generator = torch.Generator(weights.device).manual_seed(int(seed) + block)
+    kept: Tensor = torch.rand(weights.shape, generator=generator, device=weights.device) >= p
+    return kept.to(weights.dtype).div_(1 - p)
+
+
+def bias_rows(bias: Tensor | None, groups: int, heads: int, rows: slice, columns: int) -> Tensor | None:
+    """``bias [..., 1 or H, T, S]`` at some queries and the first keys, fit for weights ``[..., G, R * rows, S]``."""
+    if bias is None:
+        return None
+    part = bias[..., rows, :columns]
+    if heads == 1:
+        return part
+    part = part.expand(*part.shape[:-3], heads, *part.shape[-2:])
+    return part.unflatten(-3, (groups, -1)).flatten(-3, -2)

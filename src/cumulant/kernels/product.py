@@ -1,0 +1,84 @@
+"""Matrix products, shared by the implementations: oneDNN's for large fp32 matrices on the CPU, torch's for all others.
+
+PyTorch multiplies fp32 matrices with MKL, which on processors of another maker leaves their widest vectors unused; the
+oneDNN that comes with it does not. Same precision, and gradients of any order.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LARGE = 1 << 20  # multiplications below which a call of oneDNN costs more than it saves
+ROWS = 8
+
+# torch's name for oneDNN's product; None where this build of torch has none
+_onednn = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+
+
+def _suits(a: Tensor, rows: int, inner: int, columns: int) -> bool:
+    return (
+        _onednn is not None
+        and a.dtype == torch.float32
+        and a.device.type == "cpu"
+        and rows >= ROWS
+        and rows * inner * columns >= LARGE
+        and not torch.compiler.is_compiling()
+    )
+
+
+def _dense(x: Tensor) -> Tensor:
+    """Rows or columns one after another: oneDNN is slow on any other matrix."""
+    return x if x.is_contiguous() or x.mT.is_contiguous() else x.contiguous()
+
+
+def _product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``a bᵀ`` for ``a [M, K]``, ``b [N, K]``, not differentiable."""
+    assert _onednn is not None
+    a, b = _dense(a), _dense(b)
+    if bias is None and a.shape[0] > b.shape[0] and not a.is_contiguous() and not b.is_contiguous():
+        turned: Tensor = _onednn(b, a, None, "none", [], "")  # up to twice as fast this way round
+        return turned.T
+    out: Tensor = _onednn(a, b, bias, "none", [], "")
+    return out
+
+
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b`` for ``[..., M, K]`` and ``[..., K, N]`` with equal batch dims, not differentiable."""
+    batch = a.shape[:-2]
+    if batch != b.shape[:-2] or not _suits(a, a.shape[-2], a.shape[-1], b.shape[-1]):
+        return a @ b
+    if batch.numel() == 1:
+        return _product(a.reshape(a.shape[-2:]), b.reshape(b.shape[-2:]).T).view(*batch, a.shape[-2], b.shape[-1])
+    pairs = zip(a.flatten(0, -3), b.flatten(0, -3).mT, strict=True)
+    return torch.stack([_product(x, y) for x, y in pairs]).view(*batch, a.shape[-2], b.shape[-1])
+
+
+class _Linear(torch.autograd.Function):
+    """x wᵀ + bias of matrices; its gradients are products of the same kind."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _product(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        wanted = ctx.needs_input_grad
+        return (
+            linear(grad, weight.T, None) if wanted[0] else None,
+            linear(grad.T, x.T, None) if wanted[1] else None,
+            grad.sum(0) if wanted[2] else None,
+        )
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``x [..., K]``, ``weight [N, K]``, ``bias [N]`` -> ``[..., N]``, as `torch.nn.functional.linear`."""
+    plain = torch.is_autocast_enabled(x.device.type) or weight.dtype != x.dtype or weight.device != x.device
+    if plain or not _suits(x, x[..., 0].numel(), x.shape[-1], weight.shape[0]):
+        return torch.nn.functional.linear(x, weight, bias)
+    out: Tensor = _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias)  # type: ignore[no-untyped-call]
+    return out.view(*x.shape[:-1], weight.shape[0])

@@ -1,0 +1,231 @@
+"""Gated attention: the quadratic kernel attention of the gated attention unit."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..kernels import reference
+from .checks import Sizes, check_activation, check_attention, check_bias, check_dropout, check_parts
+from .dispatch import Choice, reasons, resolve
+from .state import KeyValueState
+
+BLOCK = 128  # queries whose weights exist at a time
+
+
+def gated_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    activation: str = "relu2",
+    is_causal: bool = False,
+    length_scale: float | None = None,
+    bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    key_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    state: KeyValueState | None = None,
+    return_state: bool = False,
+    impl: str = "auto",
+) -> Tensor | tuple[Tensor, KeyValueState]:
+    """Attention with weights ``f(q·k / n + b)`` that are not normalised: O(T · S) time, O(T + S) memory.
+
+    ``out_i = Σ_j f(q_i·k_j / n_i + b_ij) v_j``, over j ≤ i if `is_causal`, else over all j, with f = relu² or the
+    Laplace function ``½ (1 + erf((x - √½) / (σ √2)))``, σ² = 1 / (4π).
+
+    Args:
+        query: ``[B, H, T, K]``; fp16, bf16, fp32 or fp64. Sums are taken in fp32 (fp64 for fp64).
+        key: ``[B, G, S, K]``; the G key/value heads divide H, query head h uses key head ``h // (H / G)``.
+        value: ``[B, G, S, V]``.
+        activation: f: "relu2" or "laplace".
+        is_causal: query i sees keys up to i (and all of `state`); needs S = T.
+        length_scale: n, one number for all queries. By default the number of keys that query i may see: i + 1 if
+            `is_causal`, all unmasked keys otherwise. Either way an output never changes when tokens follow; the
+            published unit divides by the length of the whole sequence, which is ``length_scale=S``.
+        bias: b, added to the scaled scores: ``[T, S]``, ``[H, T, S]`` or ``[B, 1 or H, T, S]``, by slots, masked ones
+            included; with a state, S counts its keys too.
+        dropout_p: probability of dropping a weight; the others are divided by ``1 - dropout_p``.
+        key_mask: ``[B, S]`` bool, True = attend. Masked keys count for nothing, whatever they hold.
+        cu_seqlens: ``[N + 1]`` int32/int64, offsets of N sequences packed end to end along T (then B = 1); they do not
+            see each other. Row and column of `bias` then count from each sequence's start. Not with a state.
+        state: earlier keys and values, from `return_state`; it grows with every token.
+        return_state: return ``(out, state)``, causal only.
+        impl: "auto", "torch", "reference"; see `cumulant.explain`.
+
+    Returns:
+        ``[B, H, T, V]`` in query's dtype; a query with nothing to attend to gets zeros.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what came.
+
+    Sources: Hua et al. 2022, "Transformer Quality in Linear Time", section 2; Ma et al. 2022, "Mega", equation 16 (the
+    Laplace function).
+    """
+    sizes = _check(
+        query,
+        key,
+        value,
+        activation,
+        is_causal,
+        length_scale,
+        bias,
+        dropout_p,
+        key_mask,
+        cu_seqlens,
+        state,
+        return_state,
+    )
+    chosen = resolve(impl)
+    mask = key_mask
+    if key_mask is not None:
+        hidden = ~key_mask[:, None, :, None]
+        key, value = key.masked_fill(hidden, 0), value.masked_fill(hidden, 0)
+    if cu_seqlens is not None:
+        slack = (torch.arange(sizes.S, device=key.device) >= cu_seqlens[-1])[:, None]
+        query, key, value = (x.masked_fill(slack, 0) for x in (query, key, value))
+    if state is not None:
+        if key_mask is not None or state.mask is not None:
+            mask = torch.cat((_filled(state.mask, state.key), _filled(key_mask, key)), 1)
+        key, value = torch.cat((state.key, key), 2), torch.cat((state.value, value), 2)
+    scale = _scale(length_scale, query, key.shape[2], is_causal, mask, cu_seqlens)
+    bias = None if bias is None else bias[(None,) * (4 - bias.dim())]
+    if chosen == "reference":
+        out = _reference(query, key, value, activation, scale, bias, is_causal, dropout_p, cu_seqlens)
+    else:
+        from ..kernels.chunked.gated import gated_attention as chunked
+
+        seed = torch.randint(2**62, (1,)) if dropout_p else None
+        out = chunked(query, key, value, scale, bias, cu_seqlens, seed, activation, is_causal, dropout_p, BLOCK)
+    if not return_state:
+        return out
+    count = torch.full((sizes.B,), sizes.S, device=key.device) if key_mask is None else key_mask.sum(1)
+    return out, KeyValueState(key, value, mask, count if state is None else count + state.position)
+
+
+def _filled(mask: Tensor | None, key: Tensor) -> Tensor:
+    return key.new_ones(key.shape[0], key.shape[2], dtype=torch.bool) if mask is None else mask
+
+
+def _scale(
+    length_scale: float | None,
+    query: Tensor,
+    keys: int,
+    is_causal: bool,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> Tensor:
+    """1 / n of every query: ``[B or 1, T or 1]``."""
+    dtype, T = torch.promote_types(query.dtype, torch.float32), query.shape[2]
+    if length_scale is not None:
+        return torch.full((1, 1), 1 / length_scale, dtype=dtype, device=query.device)
+    seen = torch.ones(1, keys, dtype=torch.int64, device=query.device) if mask is None else mask.long()
+    running = seen.cumsum(1)
+    if cu_seqlens is not None:
+        bounds, index = cu_seqlens.long(), torch.arange(T, device=query.device)
+        owner = (torch.searchsorted(bounds, index, right=True) - 1).clamp(max=bounds.shape[0] - 2)
+        before = F.pad(running, (1, 0))
+        count = (running if is_causal else before[:, bounds[owner + 1]]) - before[:, bounds[owner]]
+    else:
+        count = running[:, keys - T :] if is_causal else seen.sum(1, keepdim=True)
+    return 1 / count.clamp(min=1).to(dtype)
+
+
+def _reference(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    activation: str,
+    scale: Tensor,
+    bias: Tensor | None,
+    is_causal: bool,
+    dropout_p: float,
+    cu_seqlens: Tensor | None,
+) -> Tensor:
+    T, options = query.shape[2], {"activation": activation, "is_causal": is_causal, "dropout_p": dropout_p}
+    with torch.autocast(query.device.type, enabled=False):
+        if cu_seqlens is None:
+            return reference.gated_attention(query, key, value, scale=scale, bias=bias, **options)  # type: ignore[arg-type]
+        outs, bounds = [], cu_seqlens.tolist()
+        for a, b in pairwise(bounds):
+            part = [x[:, :, a:b] for x in (query, key, value)]
+            own = None if bias is None else bias[..., : b - a, : b - a]
+            rows = scale if scale.shape[1] == 1 else scale[:, a:b]
+            outs.append(reference.gated_attention(*part, scale=rows, bias=own, **options))  # type: ignore[arg-type]
+        outs.append(query.new_zeros(1, query.shape[1], T - bounds[-1], value.shape[3]))
+        return torch.cat(outs, 2)
+
+
+def _check(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    activation: str,
+    is_causal: bool,
+    length_scale: float | None,
+    bias: Tensor | None,
+    dropout_p: float,
+    key_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    state: KeyValueState | None,
+    return_state: bool,
+) -> Sizes:
+    sizes = check_attention(query, key, value, is_causal=is_causal, key_mask=key_mask, cu_seqlens=cu_seqlens)
+    check_activation(activation)
+    check_dropout(dropout_p)
+    if length_scale is not None and not (length_scale > 0 and math.isfinite(length_scale)):
+        raise ValueError(f"length_scale: expected a positive number, got {length_scale}")
+    if state is not None or return_state:
+        if not is_causal:
+            raise ValueError("state: only causal gated attention carries a state; pass is_causal=True")
+        if cu_seqlens is not None:
+            raise ValueError("cu_seqlens: a state of gated attention grows with each sequence; pass a padded batch")
+    past = 0 if not isinstance(state, KeyValueState) else state.key.shape[2]
+    B, G = sizes.B, sizes.G
+    expected = {"key": (B, G, past, sizes.K), "value": (B, G, past, sizes.V)}
+    check_parts(state, KeyValueState, expected, query.dtype, query)
+    T, S = sizes.T, past + sizes.S
+    if bias is not None:
+        shapes = ((T, S), (1, T, S), (sizes.H, T, S), *((b, h, T, S) for b in (1, B) for h in (1, sizes.H)))
+        check_bias(bias, shapes, "[T, S], [H, T, S] or [B, H, T, S]", query)
+    return sizes
+
+
+def _explain(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    activation: str,
+    is_causal: bool,
+    length_scale: float | None,
+    bias: Tensor | None,
+    dropout_p: float,
+    key_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    state: KeyValueState | None,
+    return_state: bool,
+    impl: str,
+) -> Choice:
+    _check(
+        query,
+        key,
+        value,
+        activation,
+        is_causal,
+        length_scale,
+        bias,
+        dropout_p,
+        key_mask,
+        cu_seqlens,
+        state,
+        return_state,
+    )
+    return reasons(impl, f"{BLOCK} queries at a time on all their keys")
+
+
+gated_attention.plan = _explain  # type: ignore[attr-defined]
