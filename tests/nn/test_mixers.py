@@ -35,6 +35,33 @@ MIXERS = {
     "linear-module": lambda: nn.LinearAttention(
         D, 4, feature_map=torch.nn.Sequential(torch.nn.Linear(6, 6), torch.nn.Softplus())
     ),
+    "gau": lambda: spread(nn.GatedAttentionUnit(D, query_key_dim=6)),
+    "gau-everything": lambda: spread(
+        nn.GatedAttentionUnit(
+            D, query_key_dim=6, activation="laplace", length_scale=9, scale_bias=True, norm="rmsnorm", rotary_dim=4
+        )
+    ),
+    "gau-bare": lambda: spread(
+        nn.GatedAttentionUnit(D, query_key_dim=6, scale_bias=True, norm=None, residual=False, expansion_factor=0.5)
+    ),
+    "flash": lambda: spread(nn.MixedChunkAttention(D, group_size=4, query_key_dim=6)),
+    "flash-everything": lambda: spread(
+        nn.MixedChunkAttention(
+            D,
+            group_size=5,
+            query_key_dim=6,
+            expansion_factor=1.5,
+            activation="laplace",
+            norm="layernorm",
+            shift_tokens=True,
+            rotary_dim=4,
+        )
+    ),
+    "flash-bare": lambda: spread(
+        nn.MixedChunkAttention(
+            D, group_size=7, query_key_dim=5, norm=None, residual=False, relative_bias=False, rotary_dim=0
+        )
+    ),
     "softmax": lambda: nn.SoftmaxAttention(D, 4, num_kv_heads=2, rotary=True),
     "window": lambda: nn.SlidingWindowAttention(D, 4, num_kv_heads=2, rotary=True, window=5),
     "window-1": lambda: nn.SlidingWindowAttention(D, 4, window=1),
@@ -48,6 +75,16 @@ def perturbed(mixer):
         for part in (mixer.query_map, mixer.key_map):
             for p in part.parameters():
                 p.add_(0.3 * torch.randn_like(p))
+    return mixer
+
+
+def spread(mixer):
+    """Queries and keys far enough from zero to matter: they start 0.02 wide."""
+    with torch.no_grad():
+        mixer.offset_scale.gamma.normal_(std=2)
+        mixer.offset_scale.beta.normal_()
+        if mixer.relative_bias is not None:
+            mixer.relative_bias.embedding.weight.normal_(std=0.3)
     return mixer
 
 
@@ -376,6 +413,7 @@ def test_every_mixer_is_in_the_matrix():
     exported = {getattr(nn, name) for name in nn.__all__}
     mixers = {k for k in exported if isinstance(k, type) and issubclass(k, torch.nn.Module)}
     parts = {nn.ChannelFirst, nn.RotaryEmbedding, nn.ShortConvolution}
-    parts |= {nn.HedgehogFeatureMap, nn.RebasedFeatureMap}
+    parts |= {nn.HedgehogFeatureMap, nn.RebasedFeatureMap, nn.OffsetScale, nn.Projection, nn.ScaleNorm}
+    parts |= {nn.ScaledSinusoidalEmbedding, nn.T5RelativePositionBias}
     assert mixers - kinds == parts
     assert issubclass(nn.TaylorAttention, KernelAttention)

@@ -20,12 +20,12 @@ _onednn = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends
 
 def _suits(a: Tensor, rows: int, inner: int, columns: int) -> bool:
     return (
-        _onednn is not None
+        not torch.compiler.is_compiling()  # first, as comparing sizes would fix them in a graph
+        and _onednn is not None
         and a.dtype == torch.float32
         and a.device.type == "cpu"
         and rows >= ROWS
         and rows * inner * columns >= LARGE
-        and not torch.compiler.is_compiling()
     )
 
 

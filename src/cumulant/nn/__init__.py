@@ -19,10 +19,17 @@ state continues the sequence: whole = any split = one token at a time.
 from ..ops.state import KeyValueState
 from .channel_first import ChannelFirst
 from .feature_maps import HedgehogFeatureMap, RebasedFeatureMap
+from .gated_attention import GatedAttentionUnit
 from .kernel_attention import KernelAttentionState
 from .linear import LinearAttention
+from .mixed_chunk import MixedChunkAttention, MixedChunkAttentionState
+from .norms import ScaleNorm
+from .offset_scale import OffsetScale
+from .projection import Projection
+from .relative_bias import T5RelativePositionBias
 from .rotary import RotaryEmbedding
 from .short_convolution import ConvolutionState, GatedShortConvolution, ShortConvolution
+from .sinusoidal import ScaledSinusoidalEmbedding
 from .sliding_window import SlidingWindowAttention
 from .softmax import SoftmaxAttention
 from .taylor import TaylorAttention
@@ -31,16 +38,24 @@ from .token_shift import token_shift
 __all__ = [
     "ChannelFirst",
     "ConvolutionState",
+    "GatedAttentionUnit",
     "GatedShortConvolution",
     "HedgehogFeatureMap",
     "KernelAttentionState",
     "KeyValueState",
     "LinearAttention",
+    "MixedChunkAttention",
+    "MixedChunkAttentionState",
+    "OffsetScale",
+    "Projection",
     "RebasedFeatureMap",
     "RotaryEmbedding",
+    "ScaleNorm",
+    "ScaledSinusoidalEmbedding",
     "ShortConvolution",
     "SlidingWindowAttention",
     "SoftmaxAttention",
+    "T5RelativePositionBias",
     "TaylorAttention",
     "token_shift",
 ]

@@ -9,7 +9,12 @@ from .padding import last_tokens
 
 
 def token_shift(
-    x: Tensor, *, tail: Tensor | None = None, offset: Tensor | None = None, padding: Tensor | None = None
+    x: Tensor,
+    *,
+    tail: Tensor | None = None,
+    offset: Tensor | None = None,
+    padding: Tensor | None = None,
+    first_half: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Second half of the channels from the previous token: ``[B, T, D]`` -> the same, and the new tail ``[B, 1, D/2]``.
 
@@ -18,11 +23,15 @@ def token_shift(
         tail: shifted channels of the token before ``x``; zeros if None.
         offset: ``[T]`` index of each token in its packed sequence; first tokens see zeros.
         padding: ``[B]`` rows at the end of each row that are padding, left out of the tail.
+        first_half: the first half of the channels instead.
     """
     keep, shifted = x.split((x.shape[-1] + 1) // 2, -1)
+    if first_half:
+        keep, shifted = shifted, keep
     tail = shifted.new_zeros(shifted.shape[0], 1, shifted.shape[2]) if tail is None else tail.to(shifted.dtype)
     buffer = torch.cat((tail, shifted), 1)
     previous = buffer[:, :-1]
     if offset is not None:
         previous = previous.masked_fill((offset == 0)[:, None], 0)
-    return torch.cat((keep, previous), -1), last_tokens(buffer, padding, 1)
+    parts = (previous, keep) if first_half else (keep, previous)
+    return torch.cat(parts, -1), last_tokens(buffer, padding, 1)

@@ -24,7 +24,7 @@ def gated_attention(
     *,
     activation: str = "relu2",
     is_causal: bool = False,
-    length_scale: float | None = None,
+    length_scale: float | Tensor | None = None,
     bias: Tensor | None = None,
     dropout_p: float = 0.0,
     key_mask: Tensor | None = None,
@@ -44,9 +44,9 @@ def gated_attention(
         value: ``[B, G, S, V]``.
         activation: f: "relu2" or "laplace".
         is_causal: query i sees keys up to i (and all of `state`); needs S = T.
-        length_scale: n, one number for all queries. By default the number of keys that query i may see: i + 1 if
-            `is_causal`, all unmasked keys otherwise. Either way an output never changes when tokens follow; the
-            published unit divides by the length of the whole sequence, which is ``length_scale=S``.
+        length_scale: n, one number for all queries or a tensor ``[B or 1, T or 1]``. By default the number of keys that
+            query i may see: i + 1 if `is_causal`, so that no output depends on how many tokens follow, else all that
+            are not masked. The published unit divides by the whole sequence's length also when causal.
         bias: b, added to the scaled scores: ``[T, S]``, ``[H, T, S]`` or ``[B, 1 or H, T, S]``, by slots, masked ones
             included; with a state, S counts its keys too.
         dropout_p: probability of dropping a weight; the others are divided by ``1 - dropout_p``.
@@ -103,6 +103,8 @@ def gated_attention(
         out = chunked(query, key, value, scale, bias, cu_seqlens, seed, activation, is_causal, dropout_p, BLOCK)
     if not return_state:
         return out
+    if state is None:  # a view would keep more alive than the state says
+        key, value = key.clone(), value.clone()
     count = torch.full((sizes.B,), sizes.S, device=key.device) if key_mask is None else key_mask.sum(1)
     return out, KeyValueState(key, value, mask, count if state is None else count + state.position)
 
@@ -112,7 +114,7 @@ def _filled(mask: Tensor | None, key: Tensor) -> Tensor:
 
 
 def _scale(
-    length_scale: float | None,
+    length_scale: float | Tensor | None,
     query: Tensor,
     keys: int,
     is_causal: bool,
@@ -121,6 +123,8 @@ def _scale(
 ) -> Tensor:
     """1 / n of every query: ``[B or 1, T or 1]``."""
     dtype, T = torch.promote_types(query.dtype, torch.float32), query.shape[2]
+    if isinstance(length_scale, Tensor):
+        return 1 / length_scale.to(dtype)
     if length_scale is not None:
         return torch.full((1, 1), 1 / length_scale, dtype=dtype, device=query.device)
     seen = torch.ones(1, keys, dtype=torch.int64, device=query.device) if mask is None else mask.long()
@@ -166,7 +170,7 @@ def _check(
     value: Tensor,
     activation: str,
     is_causal: bool,
-    length_scale: float | None,
+    length_scale: float | Tensor | None,
     bias: Tensor | None,
     dropout_p: float,
     key_mask: Tensor | None,
@@ -177,7 +181,16 @@ def _check(
     sizes = check_attention(query, key, value, is_causal=is_causal, key_mask=key_mask, cu_seqlens=cu_seqlens)
     check_activation(activation)
     check_dropout(dropout_p)
-    if length_scale is not None and not (length_scale > 0 and math.isfinite(length_scale)):
+    if isinstance(length_scale, Tensor) and not torch.compiler.is_compiling():  # would fix the length of a graph
+        fits = (
+            length_scale.dim() == 2 and length_scale.shape[0] in (1, sizes.B) and length_scale.shape[1] in (1, sizes.T)
+        )
+        if not fits:
+            raise ValueError(
+                f"length_scale: expected a number or [B or 1, T or 1] with B={sizes.B}, T={sizes.T}, "
+                f"got {list(length_scale.shape)}"
+            )
+    elif isinstance(length_scale, (int, float)) and not (length_scale > 0 and math.isfinite(length_scale)):
         raise ValueError(f"length_scale: expected a positive number, got {length_scale}")
     if state is not None or return_state:
         if not is_causal:
@@ -202,7 +215,7 @@ def _explain(
     *,
     activation: str,
     is_causal: bool,
-    length_scale: float | None,
+    length_scale: float | Tensor | None,
     bias: Tensor | None,
     dropout_p: float,
     key_mask: Tensor | None,

@@ -98,8 +98,9 @@ def mixed_chunk_attention(
         out, *parts = chunked(*inputs, bias, key_mask, cu_seqlens, *past, seed, *options)
     if not return_state:
         return out
-    numerator, *still_open = parts
-    return out, MixedChunkState(numerator, *still_open, count_tokens(value, key_mask, cu_seqlens, state))
+    numerator, open_quad_key, open_lin_key, open_value = parts
+    position = count_tokens(value, key_mask, cu_seqlens, state)
+    return out, MixedChunkState(numerator, open_quad_key, open_lin_key, open_value, position)
 
 
 def _parts(state: MixedChunkState) -> tuple[Tensor, ...]:

@@ -276,7 +276,7 @@ def mixed_chunk_attention_backward(
     empty = [value.new_empty(0) for _ in range(5)]
     dbias = empty[0] if bias is None or grads.bias is None else grads.bias.to(bias.dtype)
     state = empty[1:] if past is None else [grads.S, *still_open]
-    return (*(x.to(like.dtype) for x, like in zip(found, inputs, strict=True)), dbias, *state)  # type: ignore[return-value]
+    return (*(x.to(like.dtype) for x, like in zip(found, inputs, strict=True)), dbias, *state)
 
 
 @mixed_chunk_attention_backward.register_fake

@@ -37,8 +37,9 @@ def dropped(weights: Tensor, p: float, seed: Tensor | None, block: int) -> Tenso
     if p == 0.0 or seed is None:
         return None
     generator = torch.Generator(weights.device).manual_seed(int(seed) + block)
-    kept: Tensor = torch.rand(weights.shape, generator=generator, device=weights.device) >= p
-    return kept.to(weights.dtype).div_(1 - p)
+    drawn = torch.rand(weights.shape, generator=generator, device=weights.device)
+    factors: Tensor = torch.where(drawn >= p, 1 / (1 - p), 0.0).to(weights.dtype)
+    return factors
 
 
 def bias_rows(bias: Tensor | None, groups: int, heads: int, rows: slice, columns: int) -> Tensor | None:

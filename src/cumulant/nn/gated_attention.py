@@ -1,0 +1,182 @@
+"""The gated attention unit: one head of quadratic attention, gated."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.gated import gated_attention
+from ..ops.state import KeyValueState
+from .gated_unit import GatedUnit, Prepared
+from .padding import check_input, check_state, positions
+
+
+class GatedAttentionUnit(GatedUnit):
+    """GAU (Hua et al. 2022, section 2): ``y = W_o (silu(W_g h) ⊙ f(q kᵀ / n + b) silu(W_v h)) + x`` with h = norm(x)
+    and q, k two scaled and offset copies of ``silu(W_z h)``. Quadratic, with a state that grows.
+
+    Args:
+        dim: model dim D.
+        query_key_dim: K.
+        expansion_factor: value dim over D.
+        is_causal: token t sees tokens up to t.
+        activation: "relu2" or "laplace".
+        length_scale: n: a number; None for the number of tokens that a query sees; or "total" for that of the whole
+            sequence, as in FLASH-pytorch. With "total" a causal unit's outputs change as the sequence grows, so it has
+            no state and cannot generate.
+        scale_bias: divide the bias by n as well, as in FLASH-pytorch.
+        norm: "layernorm", "rmsnorm", "scalenorm" or None.
+        residual: add x.
+        relative_bias: T5's bias b, times sqrt(D).
+        rotary_dim: rotate so many dimensions of q and k; 0 for none.
+        dropout: of attention weights.
+        out_dropout: of the output, before x is added.
+        count_padding: masked tokens keep their places and count in n, as in FLASH-pytorch; only their keys are hidden,
+            and their outputs are left as they come.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        query_key_dim: int = 128,
+        expansion_factor: float = 2.0,
+        is_causal: bool = True,
+        activation: str = "relu2",
+        length_scale: float | str | None = None,
+        scale_bias: bool = False,
+        norm: str | None = "layernorm",
+        residual: bool = True,
+        relative_bias: bool = True,
+        rotary_dim: int = 0,
+        dropout: float = 0.0,
+        out_dropout: float = 0.0,
+        count_padding: bool = False,
+    ):
+        super().__init__(
+            dim,
+            uses=2,
+            query_key_dim=query_key_dim,
+            expansion_factor=expansion_factor,
+            is_causal=is_causal,
+            activation=activation,
+            norm=norm,
+            relative_bias=relative_bias,
+            relative_bias_scale=dim**0.5,
+            rotary_dim=rotary_dim,
+            residual=residual,
+            dropout=dropout,
+            count_padding=count_padding,
+        )
+        number = isinstance(length_scale, (int, float)) and length_scale > 0
+        if not (length_scale is None or length_scale == "total" or number):
+            raise ValueError(f"length_scale: expected a positive number, 'total' or None, got {length_scale!r}")
+        self.length_scale, self.scale_bias = length_scale, scale_bias
+        self.out_dropout = nn.Dropout(out_dropout)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, length_scale={self.length_scale!r}"
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        key_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        state: KeyValueState | None = None,
+        return_state: bool = False,
+        bias: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, KeyValueState]:
+        """``x [B, T, D]`` -> ``[B, T, D]``, with `return_state` also the state; see `cumulant.nn` for the protocol.
+
+        ``bias [T, S]`` or ``[B, 1, T, S]`` is added to the unit's own, by places in the sequence; S counts the state's
+        tokens too.
+        """
+        check_input(x, self.dim, key_mask, cu_seqlens, state is not None or return_state)
+        check_state(state, KeyValueState, x.shape[0])
+        if state is not None or return_state:
+            self._check_stateful()
+        inner = self._prepare(x, key_mask, cu_seqlens)
+        h = inner.x if self.norm is None else self.norm(inner.x)
+        start = None if state is None else state.position
+        query, key = self._copies(h, start, cu_seqlens)
+        mask = key_mask if inner.rows is None else inner.rows.mask
+        divisor = self._divisor(inner, start, cu_seqlens)
+        attended = gated_attention(
+            query,
+            key,
+            self._value(h),
+            activation=self.activation,
+            is_causal=self.is_causal,
+            length_scale=divisor,
+            bias=self._bias(h.shape[1], bias, state, mask, divisor, cu_seqlens),
+            dropout_p=self._dropout_p,
+            key_mask=mask,
+            cu_seqlens=cu_seqlens,
+            state=state,
+            return_state=return_state,
+        )
+        if isinstance(attended, tuple):
+            return self._finish(attended[0], h, inner), attended[1]
+        return self._finish(attended, h, inner)
+
+    def _check_stateful(self) -> None:
+        if not self.is_causal:
+            raise ValueError(
+                "state: only causal attention carries a state from call to call; build with is_causal=True"
+            )
+        if self.length_scale == "total":
+            raise ValueError(
+                "state: length_scale='total' divides scores by the length of the whole sequence, which is not known "
+                "while it grows; build with length_scale=<the length the unit was trained at>, or length_scale=None"
+            )
+
+    def _divisor(self, inner: Prepared, start: Tensor | None, cu_seqlens: Tensor | None) -> float | Tensor | None:
+        """n: a number, or of every query ``[B or 1, T or 1]``; None to leave it to the operation."""
+        T, rows = inner.x.shape[1], inner.rows
+        if isinstance(self.length_scale, (int, float)):
+            return float(self.length_scale)
+        if self.length_scale is None and not self.scale_bias:
+            return None
+        if self.length_scale is None and self.is_causal:
+            place = positions(T, start, cu_seqlens, inner.x.device)
+            return (place if place.dim() == 2 else place[None]) + 1
+        if rows is not None:
+            return rows.tokens[:, None].clamp(min=1)
+        if cu_seqlens is not None and inner.offset is not None:
+            index = torch.arange(T, device=inner.x.device) - inner.offset  # where each token's sequence begins
+            ends = torch.cat((cu_seqlens[1:], cu_seqlens.new_full((1,), T)))
+            after = torch.searchsorted(cu_seqlens[1:].contiguous(), index, right=True)
+            return (ends[after] - index).clamp(min=1)[None]
+        return float(max(T, 1))
+
+    def _bias(
+        self,
+        T: int,
+        bias: Tensor | None,
+        state: KeyValueState | None,
+        mask: Tensor | None,
+        divisor: float | Tensor | None,
+        cu_seqlens: Tensor | None,
+    ) -> Tensor | None:
+        """The unit's bias and the one given, ``[1, T, S]`` or ``[B, 1, T, S]``."""
+        if self.relative_bias is not None:
+            past = 0 if state is None else state.key.shape[2]
+            if state is not None and (state.mask is not None or mask is not None):
+                places = torch.arange(past, device=state.key.device).expand(state.key.shape[0], -1)
+                places = places if state.mask is None else state.mask.cumsum(1) - 1
+                new = state.position[:, None] + torch.arange(T, device=places.device)
+                own = self.relative_bias.at(new, torch.cat((places, new), 1))
+            else:
+                own = self.relative_bias(T, past + T)
+            bias = own if bias is None else own + bias
+        if bias is None or not self.scale_bias or divisor is None:
+            return bias
+        if cu_seqlens is not None and isinstance(divisor, Tensor):
+            if self.length_scale == "total" or not self.is_causal:
+                raise ValueError(
+                    "cu_seqlens: with scale_bias each packed sequence needs a bias of its own; pass a padded batch, or "
+                    "build with length_scale=<a number>"
+                )
+            divisor = torch.arange(1, T + 1, device=bias.device)[None]  # by places in a sequence, as the bias
+        return bias / (divisor if isinstance(divisor, float) else divisor[:, None, :, None])

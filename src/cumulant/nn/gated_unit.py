@@ -1,0 +1,110 @@
+"""What `GatedAttentionUnit` and `MixedChunkAttention` share: norm, projections, positions, gate and residual."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..ops.checks import check_activation
+from .norms import make_norm
+from .offset_scale import OffsetScale
+from .padding import Rows, clear_slack, compact, offsets, positions, restore
+from .projection import Projection
+from .relative_bias import T5RelativePositionBias
+from .rotary import RotaryEmbedding
+
+
+class Prepared(NamedTuple):
+    """x with its tokens in order, where they stood, and how local mixing reads them."""
+
+    x: Tensor
+    rows: Rows | None
+    padding: Tensor | None
+    offset: Tensor | None
+
+
+class GatedUnit(nn.Module):
+    """``out = W_o (silu(W_g h) ⊙ attend(...)) (+ x)`` with h = norm(x), values ``silu(W_v h)`` of ``expansion · D``
+    channels, and queries and keys that are scaled and offset copies of one ``silu(W_z h)`` of K channels.
+
+    Subclasses say how many copies there are, and attend with them.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        uses: int,
+        query_key_dim: int,
+        expansion_factor: float,
+        is_causal: bool,
+        activation: str,
+        norm: str | None,
+        relative_bias: bool,
+        relative_bias_scale: float,
+        rotary_dim: int,
+        residual: bool,
+        dropout: float,
+        count_padding: bool,
+    ):
+        super().__init__()
+        hidden = int(expansion_factor * dim)
+        if dim < 1 or query_key_dim < 1 or hidden < 1:
+            raise ValueError(
+                f"dim: expected dim, query_key_dim and expansion_factor * dim of at least 1, got {dim}, "
+                f"{query_key_dim} and {hidden}"
+            )
+        if rotary_dim > query_key_dim:
+            raise ValueError(f"rotary_dim: expected at most query_key_dim={query_key_dim}, got {rotary_dim}")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout: expected a probability below 1, got {dropout}")
+        check_activation(activation)
+        self.dim, self.query_key_dim, self.hidden_dim = dim, query_key_dim, hidden
+        self.is_causal, self.activation, self.residual = is_causal, activation, residual
+        self.dropout, self.count_padding = dropout, count_padding
+        self.norm = make_norm(norm, dim)
+        self.value_proj = Projection(dim, hidden)
+        self.gate_proj = Projection(dim, hidden)
+        self.qk_proj = Projection(dim, query_key_dim)
+        self.offset_scale = OffsetScale(query_key_dim, uses)
+        self.out_proj = Projection(hidden, dim)
+        self.rotary = RotaryEmbedding(rotary_dim) if rotary_dim else None
+        self.relative_bias = (
+            T5RelativePositionBias(is_causal=is_causal, scale=relative_bias_scale) if relative_bias else None
+        )
+
+    def extra_repr(self) -> str:
+        return f"is_causal={self.is_causal}, activation={self.activation!r}, residual={self.residual}"
+
+    def _prepare(self, x: Tensor, key_mask: Tensor | None, cu_seqlens: Tensor | None) -> Prepared:
+        if key_mask is not None and not self.count_padding:
+            x, rows = compact(x, key_mask)
+            return Prepared(x, rows, x.shape[1] - rows.tokens, None)
+        if cu_seqlens is not None:
+            return Prepared(clear_slack(x, cu_seqlens), None, None, offsets(x.shape[1], cu_seqlens))
+        return Prepared(x, None, None, None)
+
+    def _copies(self, h: Tensor, start: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, ...]:
+        """Queries and keys ``[B, 1, T, K]``, one for each use, rotated."""
+        z = self.offset_scale(F.silu(self.qk_proj(h)))
+        if self.rotary is not None:
+            d, position = self.rotary.dim, positions(h.shape[1], start, cu_seqlens, h.device)
+            turned = self.rotary(z[..., :d], position)
+            z = torch.cat((turned, z[..., d:]), -1) if d < z.shape[-1] else turned
+        copies: tuple[Tensor, ...] = z.split(1, 1)
+        return copies
+
+    def _value(self, h: Tensor) -> Tensor:
+        """``[B, 1, T, E]``."""
+        return F.silu(self.value_proj(h))[:, None]
+
+    def _finish(self, attended: Tensor, h: Tensor, inner: Prepared) -> Tensor:
+        y: Tensor = self.out_proj(F.silu(self.gate_proj(h)) * attended[:, 0])
+        return restore(y + inner.x if self.residual else y, inner.rows)
+
+    @property
+    def _dropout_p(self) -> float:
+        return self.dropout if self.training else 0.0

@@ -1,0 +1,46 @@
+"""Normalisation layers, by name."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+NORMS = ("layernorm", "rmsnorm", "scalenorm")
+
+
+class ScaleNorm(nn.Module):
+    """``y = g x / max(|x| / sqrt(D), eps)``: one learned number for all channels.
+
+    Source: Nguyen and Salazar 2019, "Transformers without Tears", with the sqrt(D) of Hua et al. 2022 taken out of g.
+
+    Args:
+        dim: channels D.
+        eps: least root mean square that is divided by.
+    """
+
+    def __init__(self, dim: int, eps: float = 1e-5):
+        super().__init__()
+        self.dim, self.eps = dim, eps
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def extra_repr(self) -> str:
+        return f"{self.dim}, eps={self.eps}"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., D]`` -> ``[..., D]``."""
+        size = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+        factor = self.weight / (size * self.dim**-0.5).clamp(min=self.eps)
+        y: Tensor = x * factor.to(x.dtype)
+        return y
+
+
+def make_norm(name: str | None, dim: int, eps: float | None = None) -> nn.Module | None:
+    """A norm by name, with its own usual epsilon unless one is given; None for None."""
+    if name is None:
+        return None
+    if name not in NORMS:
+        raise ValueError(f"norm: expected one of {', '.join(map(repr, NORMS))} or None, got {name!r}")
+    if name == "rmsnorm":
+        return nn.RMSNorm(dim, eps=1e-6 if eps is None else eps)
+    kind = nn.LayerNorm if name == "layernorm" else ScaleNorm
+    return kind(dim, eps=1e-5 if eps is None else eps)

@@ -1,0 +1,27 @@
+"""Several uses of one projection."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class OffsetScale(nn.Module):
+    """``x ⊙ gamma_h + beta_h`` for each of H uses: queries and keys from one projection (Hua et al. 2022, section 2).
+
+    Args:
+        dim: channels K.
+        uses: H.
+    """
+
+    def __init__(self, dim: int, uses: int):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.empty(uses, dim))
+        self.beta = nn.Parameter(torch.empty(uses, dim))
+        nn.init.normal_(self.gamma, std=0.02)
+        nn.init.zeros_(self.beta)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, T, K]`` -> ``[B, H, T, K]``."""
+        gamma, beta = self.gamma.to(x.dtype)[:, None], self.beta.to(x.dtype)[:, None]
+        return torch.addcmul(beta, x[:, None], gamma)

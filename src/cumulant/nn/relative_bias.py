@@ -1,0 +1,84 @@
+"""T5's relative position bias."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+class T5RelativePositionBias(nn.Module):
+    """A learned number for each bucket of distances, added to attention scores.
+
+    The first half of the buckets holds one distance each, the second half ranges that grow logarithmically up to
+    `max_distance`; all farther ones share the last. Without `is_causal` half of the buckets are for later keys.
+
+    Source: Raffel et al. 2020, "Exploring the Limits of Transfer Learning", section 2.1.
+
+    Args:
+        num_heads: biases for so many heads.
+        is_causal: keys never come later than queries.
+        num_buckets: numbers a head.
+        max_distance: distance from which on all are alike.
+        scale: factor of the learned numbers.
+    """
+
+    def __init__(
+        self,
+        num_heads: int = 1,
+        *,
+        is_causal: bool = False,
+        num_buckets: int = 32,
+        max_distance: int = 128,
+        scale: float = 1.0,
+    ):
+        super().__init__()
+        exact = (num_buckets if is_causal else num_buckets // 2) // 2
+        if exact < 1 or max_distance <= exact:
+            raise ValueError(
+                f"num_buckets: expected at least {2 if is_causal else 4}, half as many (a quarter, if not causal) as "
+                f"max_distance allows, got {num_buckets} with max_distance={max_distance}"
+            )
+        self.is_causal, self.num_buckets, self.max_distance, self.scale = is_causal, num_buckets, max_distance, scale
+        self.embedding = nn.Embedding(num_buckets, num_heads)
+        nn.init.normal_(self.embedding.weight, std=0.02)
+
+    def extra_repr(self) -> str:
+        return f"is_causal={self.is_causal}, max_distance={self.max_distance}, scale={self.scale:.4g}"
+
+    def buckets(self, distance: Tensor) -> Tensor:
+        """Bucket of each ``distance``, place of the key minus place of the query (int64)."""
+        buckets, back = self.num_buckets, -distance
+        later = torch.zeros_like(back)
+        if self.is_causal:
+            back = back.clamp(min=0)
+        else:
+            buckets //= 2
+            later = (back < 0).long() * buckets
+            back = back.abs()
+        exact = buckets // 2
+        ratio = torch.log(back.clamp(min=1).float() / exact) / math.log(self.max_distance / exact)
+        far = (exact + (ratio * (buckets - exact)).long()).clamp(max=buckets - 1)
+        return later + torch.where(back < exact, back, far)
+
+    def forward(self, queries: int, keys: int | None = None) -> Tensor:
+        """Bias ``[H, T, S]`` of the last T = `queries` of S = `keys` places (by default as many) on all of them."""
+        keys = queries if keys is None else keys
+        if queries == 0 or keys == 0:
+            return self.embedding.weight.new_zeros(self.embedding.embedding_dim, queries, keys)
+        distance = torch.arange(queries + keys - 1, device=self.embedding.weight.device) - (keys - 1)
+        values = self.embedding(self.buckets(distance)).mT * self.scale
+        bias: Tensor
+        if torch.compiler.is_compiling():  # unfold would fix the length of a graph
+            first = torch.arange(queries - 1, -1, -1, device=values.device)
+            bias = values[:, first[:, None] + torch.arange(keys, device=values.device)]
+        else:
+            bias = values.unfold(1, keys, 1).flip(1)  # row i reads from place T - 1 - i on
+        return bias
+
+    def at(self, query_position: Tensor, key_position: Tensor) -> Tensor:
+        """Bias ``[B, H, T, S]`` at ``query_position [B, T]`` and ``key_position [B, S]``, in any order."""
+        distance = key_position[:, None] - query_position[:, :, None]
+        bias: Tensor = self.embedding(self.buckets(distance)).movedim(-1, 1) * self.scale
+        return bias

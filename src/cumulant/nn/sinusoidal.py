@@ -1,0 +1,37 @@
+"""Absolute positions as sines and cosines."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .rotary import RotaryEmbedding
+
+
+class ScaledSinusoidalEmbedding(nn.Module):
+    """``g [sin(t w), cos(t w)]`` with ``w_i = base^(-2i/dim)`` and one learned number g.
+
+    g starts at 1 / sqrt(dim). Angles are exact far beyond a million tokens (see `RotaryEmbedding`).
+
+    Source: Hua et al. 2022, "Transformer Quality in Linear Time", appendix B.
+
+    Args:
+        dim: channels D, even.
+        base: the slowest channel turns once in about ``2π · base`` tokens.
+    """
+
+    def __init__(self, dim: int, base: float = 10000.0):
+        super().__init__()
+        if dim < 2 or dim % 2:
+            raise ValueError(f"dim: sinusoidal positions need an even number of channels, got {dim}")
+        self.dim = dim
+        self.angles = RotaryEmbedding(dim, base)
+        self.scale = nn.Parameter(self.initial_scale())
+
+    def initial_scale(self) -> Tensor:
+        return torch.tensor([self.dim**-0.5])
+
+    def forward(self, position: Tensor) -> Tensor:
+        """``position [T]`` or ``[B, T]`` (integers) -> ``[..., T, D]`` in the scale's dtype."""
+        cos, sin = self.angles.angles(position)
+        return torch.cat((sin, cos), -1).to(self.scale.dtype) * self.scale
