@@ -81,7 +81,7 @@ def test_info():
     [
         (
             ["train", "--preset", "gpt"],
-            "preset: expected one of softmax, linear, taylor, higher_order, based, got 'gpt'",
+            "preset: expected one of softmax, linear, taylor, higher_order, based, flash, got 'gpt'",
         ),
         (["train", "--data", "/no/such/file"], "data: no such file or folder: /no/such/file"),
         (["train", "--tokenizer", "/no/such"], "tokenizer: no tokenizer.json at /no/such"),

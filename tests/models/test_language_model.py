@@ -239,7 +239,7 @@ def test_overfits_a_sentence(preset):
 def test_configuration_errors():
     with pytest.raises(ValueError, match=r"mixers: expected a list of softmax, .*taylor.*, got \['mamba'\]"):
         CumulantConfig(mixers=["taylor", "mamba"])
-    with pytest.raises(ValueError, match="feed_forward: expected one of swiglu, gelu, got 'relu'"):
+    with pytest.raises(ValueError, match="feed_forward: expected one of swiglu, gelu, none, got 'relu'"):
         CumulantConfig(feed_forward="relu")
     with pytest.raises(ValueError, match="num_attention_heads: 3 must divide hidden_size=256"):
         CumulantConfig(num_attention_heads=3)
@@ -257,7 +257,7 @@ def test_configuration_errors():
     with pytest.raises(ValueError, match="dropout: expected a probability below 1, got 1.5"):
         CumulantConfig(dropout=1.5)
     with pytest.raises(
-        ValueError, match="preset: expected one of softmax, linear, taylor, higher_order, based, got 'gpt'"
+        ValueError, match="preset: expected one of softmax, linear, taylor, higher_order, based, flash, got 'gpt'"
     ):
         from_preset("gpt")
     with pytest.raises(ValueError, match="hiden_size: not a field of CumulantConfig"):

@@ -1,20 +1,22 @@
 """Models. `TaylorViT` needs only torch. The language model is a Hugging Face model: importing this package registers it
-with `AutoConfig` and `AutoModelForCausalLM`."""
+with `AutoConfig`, `AutoModelForCausalLM` and `AutoModelForMaskedLM`."""
 
 from importlib.util import find_spec
 
 from .vit import TaylorViT
 
 if find_spec("transformers") is not None:
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
     from .cache import ModelState, cache_bytes, export_state, import_state
     from .config import CumulantConfig
     from .language_model import CumulantForCausalLM, CumulantModel
+    from .masked_lm import CumulantForMaskedLM
     from .presets import PRESETS, from_preset
 
     AutoConfig.register("cumulant", CumulantConfig, exist_ok=True)
     AutoModelForCausalLM.register(CumulantConfig, CumulantForCausalLM, exist_ok=True)
+    AutoModelForMaskedLM.register(CumulantConfig, CumulantForMaskedLM, exist_ok=True)
 else:
 
     def __getattr__(name: str) -> object:
@@ -27,6 +29,7 @@ __all__ = [
     "PRESETS",
     "CumulantConfig",
     "CumulantForCausalLM",
+    "CumulantForMaskedLM",
     "CumulantModel",
     "ModelState",
     "TaylorViT",

@@ -7,10 +7,14 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from ..nn.norms import NORMS
+from ..ops.checks import ACTIVATIONS
 from ..ops.feature_maps import LEARNED, NAMES
 
-MIXERS = ("softmax", "sliding_window", "linear", "taylor", "short_convolution")
-FEED_FORWARDS = ("swiglu", "gelu")
+MIXERS = ("softmax", "sliding_window", "linear", "taylor", "short_convolution", "flash", "gau")
+FEED_FORWARDS = ("swiglu", "gelu", "none")
+POSITIONS = ("none", "scaled_sinusoidal")
+LOOK_BACK = ("sliding_window", "short_convolution")  # mixers with no form in both directions
 
 
 class CumulantConfig(PreTrainedConfig):  # type: ignore[misc]
@@ -21,7 +25,8 @@ class CumulantConfig(PreTrainedConfig):  # type: ignore[misc]
         hidden_size: model dim D.
         num_hidden_layers: depth.
         mixers: pattern of token mixers, repeated over the depth: "softmax", "sliding_window", "linear", "taylor",
-            "short_convolution".
+            "short_convolution", "flash" (mixed chunk attention), "gau" (gated attention unit).
+        is_causal: False for an encoder, `CumulantForMaskedLM`: every token sees all.
         num_attention_heads: query heads H of every attention mixer.
         num_key_value_heads: key/value heads G, dividing H; by default H.
         head_dim: head dim of softmax, sliding-window and linear mixers, and value dim of all; by default D / H.
@@ -34,13 +39,25 @@ class CumulantConfig(PreTrainedConfig):  # type: ignore[misc]
         sliding_window: tokens seen by sliding-window mixers, the token itself included.
         conv_size: taps of the short convolution over q, k, v in linear and Taylor mixers (0: none), and of
             short-convolution mixers (where 0 means 4).
-        token_shift: shift half of the channels by a token in linear and Taylor mixers.
+        token_shift: shift half of the channels by a token in linear, Taylor and FLASH mixers.
         gate_values: sigmoid gate a head in linear and Taylor mixers.
-        rotary: rotate queries and keys by position in all attention mixers.
+        rotary: rotate queries and keys by position in all attention mixers ("flash": at most 32 dims of them).
         rotary_base: see `cumulant.nn.RotaryEmbedding`.
-        feed_forward: "swiglu" or "gelu".
+        group_size: tokens in a group of FLASH mixers.
+        query_key_dim: query/key dim of FLASH and GAU mixers.
+        expansion_factor: their value dim over D.
+        gated_activation: their kernel, "relu2" or "laplace".
+        gated_dropout: dropout of their quadratic weights.
+        length_scale: divisor of GAU's scores; by default the number of tokens seen.
+        reduce_group_non_causal_attn: see `cumulant.nn.MixedChunkAttention`.
+        count_padding: as FLASH-pytorch does with masked tokens in FLASH and GAU mixers.
+        feed_forward: "swiglu", "gelu" or "none".
         intermediate_size: hidden dim of the feed-forward; by default about 8/3 D (swiglu) or 4 D (gelu).
-        norm_eps: epsilon of the RMSNorms.
+        position_embedding: absolute positions added to the embedding: "none" or "scaled_sinusoidal".
+        norm: norm before each mixer and feed-forward: "rmsnorm", "layernorm" or "scalenorm".
+        final_norm: norm before the logits; by default as `norm`.
+        norm_eps: epsilon of the norms.
+        logits_bias: a bias on the logits.
         dropout: dropout of the mixers' and feed-forwards' outputs.
         initializer_range: deviation of the initial weights; projections into the residual stream get it divided by
             sqrt(2 · depth).
@@ -70,6 +87,19 @@ class CumulantConfig(PreTrainedConfig):  # type: ignore[misc]
     gate_values: bool = False
     rotary: bool = True
     rotary_base: float = 10000.0
+    is_causal: bool = True
+    group_size: int = 256
+    query_key_dim: int = 128
+    expansion_factor: float = 2.0
+    gated_activation: str = "relu2"
+    gated_dropout: float = 0.0
+    length_scale: float | None = None
+    reduce_group_non_causal_attn: bool = True
+    count_padding: bool = False
+    position_embedding: str = "none"
+    norm: str = "rmsnorm"
+    final_norm: str | None = None
+    logits_bias: bool = False
     feed_forward: str = "swiglu"
     intermediate_size: int | None = None
     norm_eps: float = 1e-6
@@ -90,6 +120,8 @@ class CumulantConfig(PreTrainedConfig):  # type: ignore[misc]
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None and self.hidden_size % self.num_attention_heads == 0:
             self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.final_norm is None:
+            self.final_norm = self.norm
         if self.intermediate_size is None:
             width = 4 * self.hidden_size if self.feed_forward == "gelu" else 8 * self.hidden_size // 3
             self.intermediate_size = -(-width // 32) * 32
@@ -102,9 +134,19 @@ class CumulantConfig(PreTrainedConfig):  # type: ignore[misc]
         unknown = [name for name in self.mixers or () if name not in MIXERS]
         if unknown or not self.mixers:
             raise ValueError(f"mixers: expected a list of {', '.join(MIXERS)}, got {unknown or self.mixers}")
-        if self.feed_forward not in FEED_FORWARDS:
-            raise ValueError(f"feed_forward: expected one of {', '.join(FEED_FORWARDS)}, got {self.feed_forward!r}")
-        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "sliding_window"):
+        choices = {
+            "feed_forward": FEED_FORWARDS,
+            "position_embedding": POSITIONS,
+            "norm": NORMS,
+            "final_norm": NORMS,
+            "gated_activation": ACTIVATIONS,
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        self._validate_encoder()
+        sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "sliding_window")
+        for name in (*sizes, "group_size", "query_key_dim"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
         if self.head_dim is None:
@@ -123,8 +165,16 @@ class CumulantConfig(PreTrainedConfig):  # type: ignore[misc]
             raise ValueError(f"taylor_order: expected an integer of at least 1, got {self.taylor_order!r}")
         if self.taylor_alpha is not None and not 0 < self.taylor_alpha < math.inf:
             raise ValueError(f"taylor_alpha: expected a positive number, got {self.taylor_alpha}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout: expected a probability below 1, got {self.dropout}")
+        for name in ("dropout", "gated_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected a probability below 1, got {getattr(self, name)}")
+
+    def _validate_encoder(self) -> None:
+        back = [name for name in self.mixers or () if name in LOOK_BACK]
+        if self.is_causal or not (back or self.conv_size):
+            return
+        what = f"mixers: {back[0]}" if back else f"conv_size: {self.conv_size}"
+        raise ValueError(f"{what} looks backwards only; an encoder (is_causal=False) needs others")
 
     def mixer(self, layer: int) -> str:
         """The mixer of a layer: the pattern repeats over the depth."""
@@ -134,5 +184,5 @@ class CumulantConfig(PreTrainedConfig):  # type: ignore[misc]
     @property
     def layer_types(self) -> list[str]:
         """Kinds of cache layer, by which `transformers.DynamicCache(config=...)` builds the cache."""
-        kinds = {"softmax": "full_attention", "sliding_window": "sliding_attention"}
+        kinds = {"softmax": "full_attention", "gau": "full_attention", "sliding_window": "sliding_attention"}
         return [kinds.get(self.mixer(i), "cumulant_state") for i in range(self.num_hidden_layers)]

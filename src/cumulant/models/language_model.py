@@ -14,51 +14,13 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
-from ..nn import (
-    GatedShortConvolution,
-    LinearAttention,
-    ShortConvolution,
-    SlidingWindowAttention,
-    SoftmaxAttention,
-    TaylorAttention,
-)
+from ..nn import OffsetScale, Projection, ScaledSinusoidalEmbedding, ScaleNorm, ShortConvolution
 from ..nn.feature_maps import LearnedFeatureMap
+from ..nn.norms import make_norm
+from ..nn.padding import offsets
 from .cache import read_state, write_state
 from .config import CumulantConfig
-
-
-def build_mixer(config: CumulantConfig, layer: int) -> nn.Module:
-    """The token mixer of a layer."""
-    name, dim, heads = config.mixer(layer), config.hidden_size, config.num_attention_heads
-    if name == "short_convolution":
-        return GatedShortConvolution(dim, size=config.conv_size or 4)
-    shared: dict[str, Any] = {
-        "num_kv_heads": config.num_key_value_heads,
-        "rotary": config.rotary,
-        "rotary_base": config.rotary_base,
-    }
-    if name == "softmax":
-        return SoftmaxAttention(dim, heads, head_dim=config.head_dim, **shared)
-    if name == "sliding_window":
-        return SlidingWindowAttention(dim, heads, head_dim=config.head_dim, window=config.sliding_window, **shared)
-    shared |= {
-        "value_dim": config.head_dim,
-        "conv_size": config.conv_size,
-        "shift_tokens": config.token_shift,
-        "gate_values": config.gate_values,
-        "qk_norm": config.qk_norm,
-    }
-    if name == "linear":
-        return LinearAttention(dim, heads, head_dim=config.head_dim, feature_map=config.feature_map, **shared)
-    return TaylorAttention(
-        dim,
-        heads,
-        head_dim=config.taylor_head_dim,
-        order=config.taylor_order,
-        alpha=config.taylor_alpha,
-        constant_term=config.taylor_constant_term,
-        **shared,
-    )
+from .mixers import build_mixer
 
 
 class FeedForward(nn.Module):
@@ -68,9 +30,9 @@ class FeedForward(nn.Module):
         super().__init__()
         dim, hidden = config.hidden_size, config.intermediate_size
         assert hidden is not None
-        self.gate_proj = nn.Linear(dim, hidden, bias=False) if config.feed_forward == "swiglu" else None
-        self.up_proj = nn.Linear(dim, hidden, bias=False)
-        self.out_proj = nn.Linear(hidden, dim, bias=False)
+        self.gate_proj = Projection(dim, hidden, bias=False) if config.feed_forward == "swiglu" else None
+        self.up_proj = Projection(dim, hidden, bias=False)
+        self.out_proj = Projection(hidden, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         up = self.up_proj(x)
@@ -80,18 +42,20 @@ class FeedForward(nn.Module):
 
 
 class CumulantBlock(GradientCheckpointingLayer):  # type: ignore[misc]
-    """``x + mixer(norm(x))``, then ``x + feed_forward(norm(x))``."""
+    """``x + mixer(norm(x))``, then ``x + feed_forward(norm(x))`` if there is one."""
 
     def __init__(self, config: CumulantConfig, layer: int):
         super().__init__()
         self.layer = layer
-        self.mixer_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.mixer_norm = make_norm(config.norm, config.hidden_size, config.norm_eps)
         self.mixer = build_mixer(config, layer)
-        self.feed_forward_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
-        self.feed_forward = FeedForward(config)
         self.dropout = nn.Dropout(config.dropout)
-        for branch in (self.mixer, self.feed_forward):
-            branch.out_proj.writes_residual = True  # type: ignore[union-attr]
+        self.mixer.out_proj.writes_residual = True  # type: ignore[union-attr]
+        self.feed_forward: FeedForward | None = None
+        if config.feed_forward != "none":
+            self.feed_forward_norm = make_norm(config.norm, config.hidden_size, config.norm_eps)
+            self.feed_forward = FeedForward(config)
+            self.feed_forward.out_proj.writes_residual = True  # type: ignore[assignment]
 
     def forward(
         self,
@@ -110,7 +74,8 @@ class CumulantBlock(GradientCheckpointingLayer):  # type: ignore[misc]
             h, state = self.mixer(h, key_mask=key_mask, state=state, return_state=True)
             write_state(past_key_values, self.layer, state, length)
         x = x + self.dropout(h)
-        x = x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
+        if self.feed_forward is not None:
+            x = x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
         return x
 
 
@@ -128,6 +93,8 @@ class CumulantPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
         if getattr(module, "writes_residual", False):
             std = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
             init.normal_(module.weight, std=std)
+            if module.bias is not None:
+                init.zeros_(module.bias)
             return
         super()._init_weights(module)
         if isinstance(module, ShortConvolution):
@@ -135,6 +102,13 @@ class CumulantPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
         elif isinstance(module, LearnedFeatureMap):
             for name, value in module.initial().items():
                 init.copy_(getattr(module, name), value)
+        elif isinstance(module, OffsetScale):
+            init.normal_(module.gamma, std=0.02)
+            init.zeros_(module.beta)
+        elif isinstance(module, ScaleNorm):
+            init.ones_(module.weight)
+        elif isinstance(module, ScaledSinusoidalEmbedding):
+            init.copy_(module.scale, module.initial_scale())
 
 
 class CumulantModel(CumulantPreTrainedModel):
@@ -144,7 +118,10 @@ class CumulantModel(CumulantPreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(CumulantBlock(config, i) for i in range(config.num_hidden_layers))
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.norm = make_norm(config.final_norm or config.norm, config.hidden_size, config.norm_eps)
+        self.position: ScaledSinusoidalEmbedding | None = None
+        if config.position_embedding == "scaled_sinusoidal":
+            self.position = ScaledSinusoidalEmbedding(config.hidden_size)
         self.dropout = nn.Dropout(config.dropout)
         self.post_init()
 
@@ -164,12 +141,17 @@ class CumulantModel(CumulantPreTrainedModel):
             raise ValueError("input_ids: pass either input_ids [B, T] or inputs_embeds [B, T, D]")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
+        if not self.config.is_causal:
+            use_cache = False
         if cu_seqlens is not None or (self.training and self.layers[0].gradient_checkpointing):
             use_cache = False
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         key_mask, past_mask = _split_mask(attention_mask, x, past)
+        if self.position is not None:
+            place = _places(x, past, key_mask, past_mask, cu_seqlens, self.config.count_padding)
+            x = x + self.position(place).to(x.dtype)
         x = self.dropout(x)
         hidden = []
         for block in self.layers:
@@ -211,6 +193,24 @@ def _split_mask(attention_mask: Tensor | None, x: Tensor, past: int) -> tuple[Te
     return key_mask, past_mask if past_mask.shape[1] else None
 
 
+def _places(
+    x: Tensor,
+    past: int,
+    key_mask: Tensor | None,
+    past_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    count_padding: bool,
+) -> Tensor:
+    """Place of each new token in its text, ``[T]`` or ``[B, T]``: padding takes none, unless it counts."""
+    T = x.shape[1]
+    if cu_seqlens is not None:
+        return offsets(T, cu_seqlens)
+    place = torch.arange(T, device=x.device) if key_mask is None or count_padding else key_mask.cumsum(1) - 1
+    if past_mask is None or count_padding:
+        return place + past
+    return place + past_mask.sum(1, keepdim=True)
+
+
 class CumulantForCausalLM(CumulantPreTrainedModel, GenerationMixin):  # type: ignore[misc]
     """The language model; `generate`, `save_pretrained`, `Trainer`, `AutoModelForCausalLM` work as with any other."""
 
@@ -218,8 +218,10 @@ class CumulantForCausalLM(CumulantPreTrainedModel, GenerationMixin):  # type: ig
 
     def __init__(self, config: CumulantConfig):
         super().__init__(config)
+        if not config.is_causal:
+            raise ValueError("is_causal: a causal language model cannot see later tokens; use CumulantForMaskedLM")
         self.model = CumulantModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Projection(config.hidden_size, config.vocab_size, bias=config.logits_bias)
         if config.tie_word_embeddings:
             self._keys_to_ignore_on_save = ["lm_head.weight"]
         self.post_init()

@@ -12,11 +12,20 @@ PRESETS: dict[str, dict[str, Any]] = {
     "taylor": {"mixers": ["taylor"], "conv_size": 4},
     "higher_order": {"mixers": ["taylor"], "conv_size": 4, "qk_norm": True},
     "based": {"mixers": ["short_convolution", "taylor", "sliding_window"]},
+    "flash": {
+        "mixers": ["flash"],
+        "feed_forward": "none",
+        "norm": "scalenorm",
+        "final_norm": "layernorm",
+        "norm_eps": 1e-5,
+        "position_embedding": "scaled_sinusoidal",
+        "token_shift": True,
+    },
 }
 
 
 def from_preset(name: str, **overrides: Any) -> CumulantConfig:
-    """The configuration of a preset ("softmax", "linear", "taylor", "higher_order", "based"), any field overridden.
+    """The configuration of a preset, one of `PRESETS`, any field overridden.
 
     >>> from_preset("based", hidden_size=512, num_hidden_layers=12)
     """

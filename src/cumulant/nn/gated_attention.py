@@ -89,19 +89,18 @@ class GatedAttentionUnit(GatedUnit):
     ) -> Tensor | tuple[Tensor, KeyValueState]:
         """``x [B, T, D]`` -> ``[B, T, D]``, with `return_state` also the state; see `cumulant.nn` for the protocol.
 
-        ``bias [T, S]`` or ``[B, 1, T, S]`` is added to the unit's own, by places in the sequence; S counts the state's
-        tokens too.
+        ``bias [T, S]`` or ``[B, 1, T, S]`` is added to the unit's own, by slots of x; S counts the state's too.
         """
         check_input(x, self.dim, key_mask, cu_seqlens, state is not None or return_state)
         check_state(state, KeyValueState, x.shape[0])
         if state is not None or return_state:
             self._check_stateful()
-        inner = self._prepare(x, key_mask, cu_seqlens)
+        inner = self._prepare(x, key_mask, cu_seqlens, in_order=False)
         h = inner.x if self.norm is None else self.norm(inner.x)
-        start = None if state is None else state.position
-        query, key = self._copies(h, start, cu_seqlens)
-        mask = key_mask if inner.rows is None else inner.rows.mask
-        divisor = self._divisor(inner, start, cu_seqlens)
+        position = self._position(inner, state, cu_seqlens)
+        query, key = self._copies(h, position)
+        divisor = self._divisor(inner, position, cu_seqlens)
+        masked = inner.rows is not None or (state is not None and state.mask is not None)
         attended = gated_attention(
             query,
             key,
@@ -109,9 +108,9 @@ class GatedAttentionUnit(GatedUnit):
             activation=self.activation,
             is_causal=self.is_causal,
             length_scale=divisor,
-            bias=self._bias(h.shape[1], bias, state, mask, divisor, cu_seqlens),
+            bias=self._bias(bias, position, masked, state, divisor, cu_seqlens),
             dropout_p=self._dropout_p,
-            key_mask=mask,
+            key_mask=key_mask,
             cu_seqlens=cu_seqlens,
             state=state,
             return_state=return_state,
@@ -131,42 +130,47 @@ class GatedAttentionUnit(GatedUnit):
                 "while it grows; build with length_scale=<the length the unit was trained at>, or length_scale=None"
             )
 
-    def _divisor(self, inner: Prepared, start: Tensor | None, cu_seqlens: Tensor | None) -> float | Tensor | None:
+    @staticmethod
+    def _position(inner: Prepared, state: KeyValueState | None, cu_seqlens: Tensor | None) -> Tensor:
+        """Place of each token in its sequence, ``[T]`` or ``[B, T]``."""
+        start = None if state is None else state.position
+        if inner.rows is None:
+            return positions(inner.x.shape[1], start, cu_seqlens, inner.x.device)
+        place = (inner.rows.mask.cumsum(1) - 1).clamp(min=0)
+        return place if start is None else place + start[:, None]
+
+    def _divisor(self, inner: Prepared, position: Tensor, cu_seqlens: Tensor | None) -> float | Tensor | None:
         """n: a number, or of every query ``[B or 1, T or 1]``; None to leave it to the operation."""
-        T, rows = inner.x.shape[1], inner.rows
+        T = inner.x.shape[1]
         if isinstance(self.length_scale, (int, float)):
             return float(self.length_scale)
         if self.length_scale is None and not self.scale_bias:
             return None
         if self.length_scale is None and self.is_causal:
-            place = positions(T, start, cu_seqlens, inner.x.device)
-            return (place if place.dim() == 2 else place[None]) + 1
-        if rows is not None:
-            return rows.tokens[:, None].clamp(min=1)
-        if cu_seqlens is not None and inner.offset is not None:
-            index = torch.arange(T, device=inner.x.device) - inner.offset  # where each token's sequence begins
+            return (position if position.dim() == 2 else position[None]) + 1
+        if inner.rows is not None:
+            return inner.rows.tokens[:, None].clamp(min=1)
+        if cu_seqlens is not None:
+            first = torch.arange(T, device=position.device) - position  # where each token's sequence begins
             ends = torch.cat((cu_seqlens[1:], cu_seqlens.new_full((1,), T)))
-            after = torch.searchsorted(cu_seqlens[1:].contiguous(), index, right=True)
-            return (ends[after] - index).clamp(min=1)[None]
+            after = torch.searchsorted(cu_seqlens[1:].contiguous(), first, right=True)
+            return (ends[after] - first).clamp(min=1)[None]
         return float(max(T, 1))
 
     def _bias(
         self,
-        T: int,
         bias: Tensor | None,
+        position: Tensor,
+        masked: bool,
         state: KeyValueState | None,
-        mask: Tensor | None,
         divisor: float | Tensor | None,
         cu_seqlens: Tensor | None,
     ) -> Tensor | None:
         """The unit's bias and the one given, ``[1, T, S]`` or ``[B, 1, T, S]``."""
+        T, past = position.shape[-1], 0 if state is None else state.key.shape[2]
         if self.relative_bias is not None:
-            past = 0 if state is None else state.key.shape[2]
-            if state is not None and (state.mask is not None or mask is not None):
-                places = torch.arange(past, device=state.key.device).expand(state.key.shape[0], -1)
-                places = places if state.mask is None else state.mask.cumsum(1) - 1
-                new = state.position[:, None] + torch.arange(T, device=places.device)
-                own = self.relative_bias.at(new, torch.cat((places, new), 1))
+            if masked:
+                own = self.relative_bias.at(position, _key_places(position, state))
             else:
                 own = self.relative_bias(T, past + T)
             bias = own if bias is None else own + bias
@@ -180,3 +184,13 @@ class GatedAttentionUnit(GatedUnit):
                 )
             divisor = torch.arange(1, T + 1, device=bias.device)[None]  # by places in a sequence, as the bias
         return bias / (divisor if isinstance(divisor, float) else divisor[:, None, :, None])
+
+
+def _key_places(position: Tensor, state: KeyValueState | None) -> Tensor:
+    """Place in its sequence of each key, the state's first: ``[B, S]``."""
+    if state is None:
+        return position
+    past = torch.arange(state.key.shape[2], device=position.device).expand(position.shape[0], -1)
+    if state.mask is not None:
+        past = state.mask.cumsum(1) - 1
+    return torch.cat((past, position), 1)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from ..ops.checks import check_activation
 from .norms import make_norm
 from .offset_scale import OffsetScale
-from .padding import Rows, clear_slack, compact, offsets, positions, restore
+from .padding import Rows, clear_slack, compact, hide, offsets, restore
 from .projection import Projection
 from .relative_bias import T5RelativePositionBias
 from .rotary import RotaryEmbedding
@@ -65,7 +65,7 @@ class GatedUnit(nn.Module):
         self.dim, self.query_key_dim, self.hidden_dim = dim, query_key_dim, hidden
         self.is_causal, self.activation, self.residual = is_causal, activation, residual
         self.dropout, self.count_padding = dropout, count_padding
-        self.norm = make_norm(norm, dim)
+        self.norm = None if norm is None else make_norm(norm, dim)
         self.value_proj = Projection(dim, hidden)
         self.gate_proj = Projection(dim, hidden)
         self.qk_proj = Projection(dim, query_key_dim)
@@ -79,19 +79,20 @@ class GatedUnit(nn.Module):
     def extra_repr(self) -> str:
         return f"is_causal={self.is_causal}, activation={self.activation!r}, residual={self.residual}"
 
-    def _prepare(self, x: Tensor, key_mask: Tensor | None, cu_seqlens: Tensor | None) -> Prepared:
+    def _prepare(self, x: Tensor, key_mask: Tensor | None, cu_seqlens: Tensor | None, *, in_order: bool) -> Prepared:
+        """Masked tokens hidden, or with `in_order` moved out of the way."""
         if key_mask is not None and not self.count_padding:
-            x, rows = compact(x, key_mask)
+            x, rows = (compact if in_order else hide)(x, key_mask)
             return Prepared(x, rows, x.shape[1] - rows.tokens, None)
         if cu_seqlens is not None:
             return Prepared(clear_slack(x, cu_seqlens), None, None, offsets(x.shape[1], cu_seqlens))
         return Prepared(x, None, None, None)
 
-    def _copies(self, h: Tensor, start: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, ...]:
-        """Queries and keys ``[B, 1, T, K]``, one for each use, rotated."""
+    def _copies(self, h: Tensor, position: Tensor) -> tuple[Tensor, ...]:
+        """Queries and keys ``[B, 1, T, K]``, one for each use, rotated to ``position [T]`` or ``[B, T]``."""
         z = self.offset_scale(F.silu(self.qk_proj(h)))
         if self.rotary is not None:
-            d, position = self.rotary.dim, positions(h.shape[1], start, cu_seqlens, h.device)
+            d = self.rotary.dim
             turned = self.rotary(z[..., :d], position)
             z = torch.cat((turned, z[..., d:]), -1) if d < z.shape[-1] else turned
         copies: tuple[Tensor, ...] = z.split(1, 1)

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from ..ops.checks import check_key_mask
 from ..ops.state import LinearState, State, register
 from .padding import Rows, check_input, check_state, clear_slack, compact, hide, offsets, positions, restore
+from .projection import Projection
 from .rotary import RotaryEmbedding
 from .short_convolution import ShortConvolution
 from .token_shift import token_shift
@@ -90,11 +91,11 @@ class KernelAttention(nn.Module):
         self.context_dim = dim if context_dim is None else context_dim
         self.is_causal, self.qk_norm, self.shift_tokens = is_causal, qk_norm, shift_tokens
         self.norm = nn.RMSNorm(dim, eps=1e-6) if prenorm else None
-        self.q_proj = nn.Linear(dim, num_heads * head_dim, bias=bias)
-        self.k_proj = nn.Linear(self.context_dim, groups * head_dim, bias=bias)
-        self.v_proj = nn.Linear(self.context_dim, groups * self.value_dim, bias=bias)
-        self.out_proj = nn.Linear(num_heads * self.value_dim, dim, bias=bias) if combine_heads else None
-        self.gate_proj = nn.Linear(dim, num_heads, bias=False) if gate_values else None
+        self.q_proj = Projection(dim, num_heads * head_dim, bias=bias)
+        self.k_proj = Projection(self.context_dim, groups * head_dim, bias=bias)
+        self.v_proj = Projection(self.context_dim, groups * self.value_dim, bias=bias)
+        self.out_proj = Projection(num_heads * self.value_dim, dim, bias=bias) if combine_heads else None
+        self.gate_proj = Projection(dim, num_heads, bias=False) if gate_values else None
         self.rotary = RotaryEmbedding(head_dim, rotary_base) if rotary else None
         self.conv = ShortConvolution(sum(self._sizes), conv_size) if conv_size else None
         self.dropout = nn.Dropout(dropout)

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..ops.mixed_chunk import mixed_chunk_attention
 from ..ops.state import MixedChunkState, State, register
 from .gated_unit import GatedUnit
-from .padding import check_input, check_state
+from .padding import check_input, check_state, positions
 from .token_shift import token_shift
 
 
@@ -109,14 +109,13 @@ class MixedChunkAttention(GatedUnit):
             raise ValueError(
                 "state: only causal attention carries a state from call to call; build with is_causal=True"
             )
-        inner = self._prepare(x, key_mask, cu_seqlens)
+        inner = self._prepare(x, key_mask, cu_seqlens, in_order=True)
         h = inner.x if self.norm is None else self.norm(inner.x)
         shift = None if state is None else state.shift
         if self.shift_tokens:
             h, shift = token_shift(h, tail=shift, offset=inner.offset, padding=inner.padding, first_half=True)
-        quad_query, lin_query, quad_key, lin_key = self._copies(
-            h, None if state is None else state.position, cu_seqlens
-        )
+        position = positions(h.shape[1], None if state is None else state.position, cu_seqlens, h.device)
+        quad_query, lin_query, quad_key, lin_key = self._copies(h, position)
         value, mask = self._value(h), None if inner.rows is None else inner.rows.mask
         if self.count_padding and key_mask is not None:
             hidden = ~key_mask[:, None, :, None]

@@ -34,12 +34,10 @@ class ScaleNorm(nn.Module):
         return y
 
 
-def make_norm(name: str | None, dim: int, eps: float | None = None) -> nn.Module | None:
-    """A norm by name, with its own usual epsilon unless one is given; None for None."""
-    if name is None:
-        return None
+def make_norm(name: str, dim: int, eps: float | None = None) -> nn.Module:
+    """A norm by name, with its own usual epsilon unless one is given."""
     if name not in NORMS:
-        raise ValueError(f"norm: expected one of {', '.join(map(repr, NORMS))} or None, got {name!r}")
+        raise ValueError(f"norm: expected one of {', '.join(map(repr, NORMS))}, got {name!r}")
     if name == "rmsnorm":
         return nn.RMSNorm(dim, eps=1e-6 if eps is None else eps)
     kind = nn.LayerNorm if name == "layernorm" else ScaleNorm

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..ops.state import State, register
 from .padding import check_input, check_state, clear_slack, compact, last_tokens, offsets, restore
+from .projection import Projection
 
 
 class ShortConvolution(nn.Module):
@@ -79,9 +80,9 @@ class GatedShortConvolution(nn.Module):
     def __init__(self, dim: int, *, size: int = 4):
         super().__init__()
         self.dim = dim
-        self.in_proj = nn.Linear(dim, 2 * dim, bias=False)
+        self.in_proj = Projection(dim, 2 * dim, bias=False)
         self.conv = ShortConvolution(dim, size)
-        self.out_proj = nn.Linear(dim, dim, bias=False)
+        self.out_proj = Projection(dim, dim, bias=False)
 
     def forward(
         self,

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from ..ops.state import KeyValueState
 from .padding import check_input, check_state, clear_slack, offsets
+from .projection import Projection
 from .rotary import RotaryEmbedding
 
 
@@ -53,10 +54,10 @@ class SoftmaxAttention(nn.Module):
         self.dim, self.num_heads, self.num_kv_heads = dim, num_heads, groups
         self.head_dim = dim // num_heads if head_dim is None else head_dim
         self.is_causal = is_causal
-        self.q_proj = nn.Linear(dim, num_heads * self.head_dim, bias=False)
-        self.k_proj = nn.Linear(dim, groups * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(dim, groups * self.head_dim, bias=False)
-        self.out_proj = nn.Linear(num_heads * self.head_dim, dim, bias=False)
+        self.q_proj = Projection(dim, num_heads * self.head_dim, bias=False)
+        self.k_proj = Projection(dim, groups * self.head_dim, bias=False)
+        self.v_proj = Projection(dim, groups * self.head_dim, bias=False)
+        self.out_proj = Projection(num_heads * self.head_dim, dim, bias=False)
         self.rotary = RotaryEmbedding(self.head_dim, rotary_base) if rotary else None
 
     def forward(

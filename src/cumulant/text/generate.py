@@ -137,7 +137,7 @@ def fill_cache(model: CumulantForCausalLM, context: int) -> DynamicCache:
     """A batch-1 cache as after `context` tokens, with random numbers for keys and values: for timing, without a softmax
     model's quadratic prompt. Mixers of fixed state read random tokens."""
     cache = DynamicCache(config=model.config)
-    if set(model.config.layer_types) == {"full_attention"}:
+    if set(model.config.mixers or ()) == {"softmax"}:
         config: Any = model.config
         shape = (1, config.num_key_value_heads, context, config.head_dim)
         for layer in range(model.config.num_hidden_layers):

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass, field
 from typing import Any
 
-PRESETS = ("softmax", "linear", "taylor", "higher_order", "based")  # of cumulant.models, which takes seconds to import
+PRESETS = (
+    "softmax",
+    "linear",
+    "taylor",
+    "higher_order",
+    "based",
+    "flash",
+)  # of cumulant.models, which takes seconds to import
 
 
 def option(default: Any, text: str) -> Any:
@@ -27,6 +35,9 @@ class TrainingOptions:
     tokenizer: str | None = option(None, "a tokenizer.json or a folder with one; default: bytes")
     train_bpe: int | None = option(None, "train a byte-level BPE of so many tokens on the text")
     preset: str = option("taylor", f"model: {', '.join(PRESETS)}")
+    model_option: list[str] | None = option(
+        None, "field=value of the model's configuration, for example group_size=128; give it several times"
+    )
     width: int = option(256, "model dim")
     depth: int = option(4, "layers")
     heads: int = option(4, "attention heads")
@@ -78,6 +89,20 @@ class TrainingOptions:
         if self.tokenizer is not None and self.train_bpe is not None:
             raise ValueError("train_bpe: pass either a tokenizer or the size of one to train, not both")
         check_device(self.device)
+        self.overrides()
+
+    def overrides(self) -> dict[str, Any]:
+        """The fields and values of `model_option`; values as JSON, else as they stand."""
+        found: dict[str, Any] = {}
+        for item in self.model_option or ():
+            name, equals, text = item.partition("=")
+            if not (name and equals):
+                raise ValueError(f"model_option: expected field=value, got {item!r}")
+            try:
+                found[name] = json.loads(text)
+            except json.JSONDecodeError:
+                found[name] = text
+        return found
 
 
 def check_device(device: str) -> None:

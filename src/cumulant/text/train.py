@@ -174,18 +174,18 @@ def _tokenizer(options: TrainingOptions, corpus: Corpus, say: Callable[[str], No
 
 
 def _configuration(options: TrainingOptions, tokenizer: PreTrainedTokenizerFast) -> CumulantConfig:
-    return from_preset(
-        options.preset,
-        vocab_size=len(tokenizer),
-        hidden_size=options.width,
-        num_hidden_layers=options.depth,
-        num_attention_heads=options.heads,
-        intermediate_size=options.intermediate,
-        dropout=options.dropout,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.eos_token_id,
-    )
+    fields = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": options.width,
+        "num_hidden_layers": options.depth,
+        "num_attention_heads": options.heads,
+        "intermediate_size": options.intermediate,
+        "dropout": options.dropout,
+        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.eos_token_id,
+    }
+    return from_preset(options.preset, **{**fields, **options.overrides()})
 
 
 def _arguments(options: TrainingOptions) -> TrainingArguments:

@@ -49,5 +49,5 @@ def bias_rows(bias: Tensor | None, groups: int, heads: int, rows: slice, columns
     part = bias[..., rows, :columns]
     if heads == 1:
         return part
-    part = part.expand(*part.shape[:-3], heads, *part.shape[-2:])
-    return part.unflatten(-3, (groups, -1)).flatten(-3, -2)
+    by_head: Tensor = part.expand(*part.shape[:-3], heads, *part.shape[-2:]).unflatten(-3, (groups, -1))
+    return by_head.flatten(-3, -2)
