@@ -35,7 +35,7 @@ class TrainingOptions:
     tokenizer: str | None = option(None, "a tokenizer.json or a folder with one; default: bytes")
     train_bpe: int | None = option(None, "train a byte-level BPE of so many tokens on the text")
     preset: str = option("taylor", f"model: {', '.join(PRESETS)}")
-    model_option: list[str] | None = option(
+    model_option: list[str] | None = option(  # noqa: RUF009
         None, "field=value of the model's configuration, for example group_size=128; give it several times"
     )
     width: int = option(256, "model dim")
