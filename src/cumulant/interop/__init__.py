@@ -1,6 +1,7 @@
 """Weights from other packages: the same numbers from our modules. `docs/migrating.md` has an example of each."""
 
 from .fast_transformers import from_fast_transformers
+from .flash_pytorch import from_flash_pytorch
 from .taylor_series import from_taylor_series
 
-__all__ = ["from_fast_transformers", "from_taylor_series"]
+__all__ = ["from_fast_transformers", "from_flash_pytorch", "from_taylor_series"]

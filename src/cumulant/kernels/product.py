@@ -48,7 +48,7 @@ def _product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b`` for ``[..., M, K]`` and ``[..., K, N]`` with equal batch dims, not differentiable."""
     batch = a.shape[:-2]
-    if batch != b.shape[:-2] or not _suits(a, a.shape[-2], a.shape[-1], b.shape[-1]):
+    if batch != b.shape[:-2] or batch.numel() == 0 or not _suits(a, a.shape[-2], a.shape[-1], b.shape[-1]):
         return a @ b
     if batch.numel() == 1:
         return _product(a.reshape(a.shape[-2:]), b.reshape(b.shape[-2:]).T).view(*batch, a.shape[-2], b.shape[-1])
