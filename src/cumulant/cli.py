@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .text.options import TrainingOptions
+from .text.recipes import RECIPES, from_recipe
 
 app = typer.Typer(
     add_completion=False,
@@ -52,11 +53,13 @@ def quiet() -> None:
 
 
 def _from_fields(kind: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command the fields of a dataclass as its options."""
+    """Give a command the fields of a dataclass as its options, after its own."""
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        hints = get_type_hints(kind)
-        parameters = [
+        hints, own = get_type_hints(kind), get_type_hints(command, include_extras=True)
+        declared = inspect.signature(command).parameters.values()
+        parameters = [p.replace(annotation=own[p.name]) for p in declared if p.kind is not p.VAR_KEYWORD]
+        parameters += [
             inspect.Parameter(
                 f.name,
                 inspect.Parameter.KEYWORD_ONLY,
@@ -74,13 +77,24 @@ def _from_fields(kind: type) -> Callable[[Callable[..., None]], Callable[..., No
 
 @app.command()
 @_from_fields(TrainingOptions)
-def train(**options: Any) -> None:
+def train(
+    call: typer.Context,
+    recipe: Annotated[
+        str | None, typer.Option(help=f"options by name, any of them overridden: {', '.join(RECIPES)}")
+    ] = None,
+    **options: Any,
+) -> None:
     """Train a language model on a text.
 
     Without --data it learns Python from the standard library. Watch the losses with: tensorboard --logdir OUTPUT.
     Several processes: torchrun --nproc_per_node N -m cumulant train ...
     """
-    checked = TrainingOptions(**options)
+    if recipe is None:
+        checked = TrainingOptions(**options)
+    else:
+        sources = {name: call.get_parameter_source(name) for name in options}
+        given = {name for name, source in sources.items() if source is not None and source.name != "DEFAULT"}
+        checked = from_recipe(recipe, **{name: value for name, value in options.items() if name in given})
     from .text.train import train as run
 
     quiet()

@@ -11,6 +11,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from .enwik8 import ENWIK8, load_enwik8
+
 STDLIB = "stdlib"
 _SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib2to3"}
 
@@ -40,10 +42,10 @@ def load_corpus(data: str | None = None, *, heldout: float = 0.05, text_column: 
 
     Args:
         data: a file, a folder (all text files below it), a glob, the id of a Hugging Face dataset (``owner/name``;
-            ``hf:ID`` or ``hf:ID:CONFIG`` for any, also a local one), or None or "stdlib" for the source of Python's
-            standard library without its tests.
+            ``hf:ID`` or ``hf:ID:CONFIG`` for any, also a local one), "enwik8" (downloaded once), or None or "stdlib"
+            for the source of Python's standard library without its tests.
         heldout: share held out. Several documents are split by a hash of their names (or by a dataset's own validation
-            or test split); a single document loses its tail, cut at a line.
+            or test split); a single document loses its tail, cut at a line; enwik8 keeps its usual split.
         text_column: column of a dataset that holds the text.
 
     Raises:
@@ -51,6 +53,9 @@ def load_corpus(data: str | None = None, *, heldout: float = 0.05, text_column: 
     """
     if not 0 < heldout < 1:
         raise ValueError(f"heldout: expected a share between 0 and 1, got {heldout}")
+    if data == ENWIK8 and not Path(data).exists():
+        train_text, held_text = load_enwik8()
+        return _corpus(ENWIK8, [train_text], [held_text], 0)
     if data is not None and _is_dataset(data):
         return _from_dataset(data, heldout, text_column)
     named, skipped = (stdlib_documents(), 0) if data in (None, STDLIB) else _from_files(str(data))
@@ -60,6 +65,8 @@ def load_corpus(data: str | None = None, *, heldout: float = 0.05, text_column: 
 
 def load_documents(data: str, *, text_column: str = "text") -> list[bytes]:
     """All documents of `data`, as in `load_corpus`, unsplit."""
+    if data == ENWIK8 and not Path(data).exists():
+        return list(load_enwik8())
     if _is_dataset(data):
         corpus = _from_dataset(data, 0.05, text_column)
         return [*corpus.train, *corpus.heldout]

@@ -28,7 +28,7 @@ class TrainingOptions:
 
     output: str = option("runs/model", "folder for checkpoints, logs and the final model")
     data: str | None = option(
-        None, "file, folder, glob, or id of a Hugging Face dataset; default: Python's standard library"
+        None, "file, folder, glob, enwik8, or id of a Hugging Face dataset; default: Python's standard library"
     )
     heldout: float = option(0.05, "share of the text held out for evaluation")
     text_column: str = option("text", "column of a dataset that holds the text")
