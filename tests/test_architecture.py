@@ -46,9 +46,9 @@ def test_import_rules(part):
         for module in imports(path):
             names = module.split(".")
             target = names[1] if len(names) > 1 else ""
-            if part == "kernels":  # implementations know only themselves
+            if part == "kernels":  # implementations know only themselves, and how matrices are multiplied
                 own = path.relative_to(ROOT / "kernels").parts[0]
-                inside = names[1:2] == ["kernels"] and names[2:3] == [own.removesuffix(".py")]
+                inside = names[1:2] == ["kernels"] and names[2:3] in ([own.removesuffix(".py")], ["product"])
                 assert inside, f"{path.relative_to(ROOT)} imports {module}"
             else:
                 assert target in ALLOWED[part] | {"__version__"}, f"{path.relative_to(ROOT)} imports {module}"
@@ -57,13 +57,17 @@ def test_import_rules(part):
 def test_public_names():
     assert sorted(cm.__all__) == cm.__all__
     assert set(cm.__all__) == {
+        "KeyValueState",
         "LinearState",
+        "MixedChunkState",
         "State",
         "__version__",
         "explain",
         "feature_count",
+        "gated_attention",
         "linear_attention",
         "load_state",
+        "mixed_chunk_attention",
         "save_state",
         "taylor_attention",
     }
@@ -73,12 +77,19 @@ def test_public_names():
 def test_signatures():
     """One order and one set of names over all operations."""
     common = ["key_mask", "cu_seqlens", "state", "return_state", "impl"]
-    for op, own in ((cm.linear_attention, ["feature_map"]), (cm.taylor_attention, ["order"])):
+    qkv, scaled = ["query", "key", "value"], ["is_causal", "scale"]
+    five = ["quad_query", "quad_key", "lin_query", "lin_key", "value"]
+    for op, own, first in (
+        (cm.linear_attention, [*qkv, "feature_map"], scaled),
+        (cm.taylor_attention, [*qkv, "order"], scaled),
+        (cm.gated_attention, qkv, ["activation", "is_causal", "length_scale", "bias"]),
+        (cm.mixed_chunk_attention, five, ["group_size", "is_causal", "activation", "bias"]),
+    ):
         parameters = inspect.signature(op).parameters
         positional = [n for n, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
-        assert positional == ["query", "key", "value", *own]
+        assert positional == own
         keywords = [n for n, p in parameters.items() if p.kind is p.KEYWORD_ONLY]
-        assert keywords[:2] == ["is_causal", "scale"]
+        assert keywords[: len(first)] == first
         assert keywords[-5:] == common
         assert parameters["is_causal"].default is False
         assert parameters["impl"].default == "auto"

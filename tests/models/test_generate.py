@@ -9,8 +9,10 @@ from cumulant.models import PRESETS
 from .test_language_model import build, tokens
 
 
-@pytest.fixture(params=PRESETS)
+@pytest.fixture(params=[*PRESETS, "gau"])
 def model(request):
+    if request.param == "gau":
+        return build("flash", mixers=["gau", "flash"]).float()
     return build(request.param).float()
 
 

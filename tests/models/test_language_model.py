@@ -22,12 +22,24 @@ from cumulant.models import (
 def build(preset, **overrides):
     set_seed(0)
     options = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 50}
-    options |= {"sliding_window": 6, "initializer_range": 0.3, "pad_token_id": 0} | overrides
+    options |= {"sliding_window": 6, "group_size": 5, "query_key_dim": 12}
+    options |= {"initializer_range": 0.3, "pad_token_id": 0} | overrides
     return CumulantForCausalLM(from_preset(preset, **options)).double().eval()
 
 
-@pytest.fixture(params=[*PRESETS, "everything"])
+@pytest.fixture(params=[*PRESETS, "everything", "gated"])
 def model(request):
+    if request.param == "gated":
+        return build(
+            "flash",
+            mixers=["gau", "flash", "taylor"],
+            gated_activation="laplace",
+            norm="layernorm",
+            token_shift=False,
+            feed_forward="swiglu",
+            logits_bias=True,
+            tie_word_embeddings=False,
+        )
     if request.param == "everything":
         return build(
             "linear",
@@ -210,7 +222,7 @@ def test_fixed_states_do_not_grow_with_context():
 @pytest.mark.parametrize("preset", PRESETS)
 def test_initialisation_trains_at_depth(preset):
     """24 layers: logits start near zero, hidden states keep their size, gradients reach every layer alike."""
-    model = build(preset, num_hidden_layers=24, initializer_range=0.02, hidden_size=64).float()
+    model = build(preset, num_hidden_layers=24, initializer_range=0.02, hidden_size=64, group_size=256).float()
     ids = tokens(2, 32)
     outputs = model(ids, labels=ids, output_hidden_states=True)
     assert outputs.loss.item() == pytest.approx(math.log(50), rel=0.02)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from cumulant import nn
 from cumulant.nn.kernel_attention import KernelAttention
 
-from .common import lowered
+from .common import lowered, spread
 
 D = 24
 MIXERS = {
@@ -75,16 +75,6 @@ def perturbed(mixer):
         for part in (mixer.query_map, mixer.key_map):
             for p in part.parameters():
                 p.add_(0.3 * torch.randn_like(p))
-    return mixer
-
-
-def spread(mixer):
-    """Queries and keys far enough from zero to matter: they start 0.02 wide."""
-    with torch.no_grad():
-        mixer.offset_scale.gamma.normal_(std=2)
-        mixer.offset_scale.beta.normal_()
-        if mixer.relative_bias is not None:
-            mixer.relative_bias.embedding.weight.normal_(std=0.3)
     return mixer
 
 

@@ -8,17 +8,21 @@ import torch
 
 import cumulant as cm
 from cumulant.kernels import chunked
-from cumulant.ops import cumulative
+from cumulant.kernels.chunked.gated import gated_attention as gated_kernel
+from cumulant.kernels.chunked.mixed_chunk import mixed_chunk_attention as mixed_chunk
+from cumulant.ops import cumulative, gated
 
-from .cases import CASES, CHUNK, assert_close
+from .cases import CASES, CHUNK, assert_close, linear_part, sums_of
 
-COMPILED = [c for c in CASES if c.name in ("taylor-2", "linear-elu", "linear-softmax", "linear-callable")]
+NAMES = ("taylor-2", "linear-elu", "linear-softmax", "linear-callable", "gated-laplace", "mixed-relu2", "mixed-bias")
+COMPILED = [c for c in CASES if c.name in NAMES]
 by_case = pytest.mark.parametrize("case", COMPILED, ids=lambda c: c.name)
 
 
 @pytest.fixture(autouse=True)
 def _short_chunks(monkeypatch):
     monkeypatch.setattr(cumulative, "CHUNK", CHUNK)
+    monkeypatch.setattr(gated, "BLOCK", CHUNK)
     torch._dynamo.reset()
 
 
@@ -30,7 +34,7 @@ def test_compile_fullgraph(case):
     def run(q, k, v, mask):
         out, state = case(q, k, v, is_causal=True, key_mask=mask, return_state=True)
         again, _ = case(q, k, v, is_causal=True, state=state, return_state=True)
-        return out, again, state.numerator
+        return out, again, *sums_of(state)
 
     compiled = torch.compile(run, fullgraph=True, dynamic=True, backend="aot_eager")
     for length in (5, 37, 50):
@@ -71,7 +75,8 @@ def test_export(case):
     out, state = program.module()(*longer)
     expected, end = case(*longer, is_causal=True, return_state=True)
     assert_close(out, expected, 10)
-    assert_close(state.numerator, end.numerator, 10)
+    for actual, exact in zip(sums_of(state), sums_of(end)):
+        assert_close(actual, exact, 10)
 
 
 @pytest.mark.parametrize("is_causal", [True, False])
@@ -89,6 +94,40 @@ def test_opcheck(is_causal, normalize, length, states):
     wanted = states in ("in and out", "out")
     arguments = (q, k, v, mask, bounds, S, Z, wanted, 0, True, "elu", 0.5, normalize, is_causal, CHUNK)
     torch.library.opcheck(chunked.chunked_attention, arguments)
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("length", [1, 7, 20], ids=["a token", "one group", "several groups"])
+@pytest.mark.parametrize("states", ["in and out", "out", "none", "packed"])
+def test_opcheck_mixed_chunks(is_causal, length, states):
+    if states in ("in and out", "out") and not is_causal:
+        pytest.skip("no state")
+    q, k, v = CASES[1].inputs(1, T=length, requires_grad=True)
+    lin_q, lin_k = (x.detach().requires_grad_() for x in linear_part(q, k))
+    bias = torch.randn(4, 8, 8, dtype=torch.float64, requires_grad=True)
+    mask = torch.rand(1, length) > 0.3 if states == "out" else None
+    bounds = torch.tensor([0, length // 2, length]) if states == "packed" else None
+    past = [None] * 5
+    if states == "in and out":
+        _, start = cm.mixed_chunk_attention(
+            *(x.detach()[:, :, :1].repeat(1, 1, 11, 1) for x in (q, k, lin_q, lin_k, v)),
+            group_size=8,
+            is_causal=True,
+            return_state=True,
+        )
+        past = [x.requires_grad_() if x.is_floating_point() else x for x in start.tensors().values()]
+    options = (states in ("in and out", "out"), 8, "laplace", is_causal, True, 0.0)
+    torch.library.opcheck(mixed_chunk, (q, k, lin_q, lin_k, v, bias, mask, bounds, *past, None, *options))
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("packed", [True, False])
+def test_opcheck_gated(is_causal, packed):
+    q, k, v = CASES[1].inputs(1, T=20, requires_grad=True)
+    bias = torch.randn(1, 4, 20, 20, dtype=torch.float64, requires_grad=True)
+    bounds = torch.tensor([0, 3, 20]) if packed else None
+    scale = torch.rand(1, 20, dtype=torch.float64)
+    torch.library.opcheck(gated_kernel, (q, k, v, scale, bias, bounds, None, "laplace", is_causal, 0.0, 8))
 
 
 @pytest.mark.parametrize("is_causal", [True, False])
@@ -110,19 +149,68 @@ def test_nothing_but_inputs_outputs_and_denominators_is_kept(is_causal, length):
     assert sum(kept.values()) <= allowed + 64
 
 
-def test_memory_is_linear_in_the_length():
-    """A process that runs 65,536 tokens forward and backward stays far below the features' or the weights' size."""
-    script = """
+def kept(run, *inputs):
+    """Bytes kept for the backward pass."""
+    found = {}
+
+    def note(x):
+        found[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        out = run(*inputs)
+    del out
+    return sum(found.values())
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_gated_attention_keeps_only_its_inputs(is_causal):
+    """No weights [T, g] or [T, S], no sums [T / g, K, V]."""
+    q, k, v = CASES[1].inputs(1, 2, 1000, 16, 16, G=2, dtype=torch.float32, requires_grad=True)
+    lin_q, lin_k = (x.detach().requires_grad_() for x in linear_part(q, k))
+    five = (q, k, lin_q, lin_k, v)
+    used = kept(lambda *x: cm.mixed_chunk_attention(*x, group_size=32, is_causal=is_causal), *five)
+    assert used <= sum(x.numel() for x in five) * 4 + 64
+    used = kept(lambda *x: cm.gated_attention(*x, is_causal=is_causal), q, k, v)
+    assert used <= sum(x.numel() for x in (q, k, v)) * 4 + 1000 * 4 + 64
+
+
+MEMORY = """
 import resource, torch, cumulant as cm
 def run(T):
-    x = [torch.randn(1, 4, T, d, requires_grad=True) for d in (16, 16, 64)]
-    cm.taylor_attention(*x, is_causal=True).sum().backward()
+    x = [torch.randn(1, 4, T, d, requires_grad=True) for d in DIMS]
+    CALL.sum().backward()
 run(256)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-run(65536)
+run(LENGTH)
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 """
-    used = float(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout)
+
+
+def peak_mib(dims, call, length):
+    """Most memory of forward and backward on `length` tokens, in a process of its own."""
+    script = MEMORY.replace("DIMS", str(dims)).replace("CALL", call).replace("LENGTH", str(length))
+    return float(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout)
+
+
+def test_memory_is_linear_in_the_length():
+    """A process that runs 65,536 tokens forward and backward stays far below the features' or the weights' size."""
+    used = peak_mib([16, 16, 64], "cm.taylor_attention(*x, is_causal=True)", 65536)
     inputs_and_gradients = 2 * 4 * 65536 * (16 + 16 + 64) * 4 / 2**20
     outputs = 2 * 4 * 65536 * 65 * 4 / 2**20
     assert used < 1.5 * (inputs_and_gradients + outputs)  # the features of q and k would be 1.7 times as much again
+
+
+@pytest.mark.parametrize("options", ["is_causal=True", "is_causal=False", "reduce_group_non_causal_attn=False"])
+def test_memory_of_mixed_chunks_is_linear_in_the_length(options):
+    """The weights of all groups would be 256 MiB, the sums of all groups 128 MiB, kept or not."""
+    dims = [32] * 4 + [64]
+    used = peak_mib(dims, f"cm.mixed_chunk_attention(*x, group_size=256, {options})", 65536)
+    tensors = 4 * 65536 * (2 * sum(dims) + 2 * 64) * 4 / 2**20
+    assert used < 1.2 * tensors
+
+
+def test_memory_of_gated_attention_is_linear_in_the_length():
+    """Weights of all queries would be 1 GiB, in each of the four tensors that the passes hold of a block."""
+    used = peak_mib([16, 16, 16], "cm.gated_attention(*x, is_causal=True)", 8192)
+    assert used < 256

@@ -14,7 +14,7 @@ from torch import Tensor
 import cumulant as cm
 from cumulant.kernels import reference
 from cumulant.kernels.chunked.features import Expansion
-from cumulant.ops import cumulative
+from cumulant.ops import cumulative, gated
 
 from .cases import (
     BY_TOKEN,
@@ -43,6 +43,7 @@ by_causal = pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "
 @pytest.fixture(autouse=True)
 def _short_chunks(monkeypatch):
     monkeypatch.setattr(cumulative, "CHUNK", CHUNK)
+    monkeypatch.setattr(gated, "BLOCK", CHUNK)
 
 
 def gradients(out: Any, wrt: tuple[Tensor, ...]) -> list[Tensor]:

@@ -201,3 +201,6 @@ def _explain(
     if sizes.T == 1 and state is not None and return_state:
         return reasons(impl, f"one token onto a state, {group_size} slots of the open group")
     return reasons(impl, f"groups of {group_size} tokens, one after another")
+
+
+mixed_chunk_attention.plan = _explain  # type: ignore[attr-defined]

@@ -183,8 +183,9 @@ def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
 
 
 def _differentiate(ctx, dout):  # type: ignore[no-untyped-def]
-    *grads, dbias = gated_attention_backward(dout, *ctx.saved_tensors, *ctx.options)
-    return *grads, None, dbias if ctx.saved_tensors[4] is not None else None, *[None] * 6
+    tensors = ctx.saved_tensors  # once: checkpointing hands them out a single time
+    *grads, dbias = gated_attention_backward(dout, *tensors, *ctx.options)
+    return *grads, None, dbias if tensors[4] is not None else None, *[None] * 6
 
 
 gated_attention.register_autograd(_differentiate, setup_context=_save)
