@@ -83,6 +83,13 @@ def test_info():
             ["train", "--preset", "gpt"],
             "preset: expected one of softmax, linear, taylor, higher_order, based, flash, got 'gpt'",
         ),
+        (["train", "--recipe", "gpt"], "recipe: expected one of flash-enwik8, got 'gpt'"),
+        (["train", "--model-option", "group_size"], "model_option: expected field=value, got 'group_size'"),
+        (["train", "--model-option", "groupsize=3"], "groupsize: not a field of CumulantConfig"),
+        (
+            ["train", "--preset", "flash", "--model-option", "group_size=0"],
+            "group_size: expected at least 1, got 0",
+        ),
         (["train", "--data", "/no/such/file"], "data: no such file or folder: /no/such/file"),
         (["train", "--tokenizer", "/no/such"], "tokenizer: no tokenizer.json at /no/such"),
         (["train", "--steps", "many"], "Invalid value for '--steps'"),
@@ -108,9 +115,26 @@ def test_mistakes_are_one_line_and_exit_code_2(arguments, message, tmp_path):
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
+def test_a_recipe_is_options_by_name(tmp_path):
+    """What is given on the command line wins, also where it is an option's own default; the rest is the recipe's."""
+    text = tmp_path / "text.txt"
+    text.write_text("the cat sat on the mat; " * 400)
+    options = ["--data", text, "--output", tmp_path / "run", "--width", 16, "--depth", 4, "--steps", 2, "--context", 64]
+    done = cumulant("train", "--recipe", "flash-enwik8", *options, "--accumulate", 1, "--model-option", "group_size=32")
+    assert done.returncode == 0, done.stderr
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["mixers"] == ["flash"]
+    assert (config["hidden_size"], config["num_hidden_layers"], config["group_size"]) == (16, 4, 32)
+    assert (config["gated_activation"], config["token_shift"], config["preset"]) == ("laplace", True, "flash")
+    noted = json.loads((tmp_path / "run" / "options.json").read_text())
+    assert (noted["clip"], noted["learning_rate"], noted["batch"], noted["accumulate"]) == (0.5, 2e-4, 4, 1)
+    written = cumulant("generate", tmp_path / "run", "--prompt", "the", "--max-new-tokens", 5, "--stats")
+    assert written.returncode == 0, written.stderr
+
+
 def test_help():
     done = cumulant("train", "--help")
     assert done.returncode == 0
-    for option in ("--data", "--preset", "--context", "--resume", "--packed", "--train-bpe"):
+    for option in ("--data", "--preset", "--context", "--resume", "--packed", "--train-bpe", "--recipe"):
         assert option in done.stdout
     assert cumulant("--help").returncode == 0

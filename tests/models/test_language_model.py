@@ -207,7 +207,7 @@ def test_cache_is_reset_reordered_and_selected():
 
 def test_fixed_states_do_not_grow_with_context():
     sizes = {}
-    for preset in ("taylor", "linear", "softmax", "based"):
+    for preset in ("taylor", "linear", "softmax", "based", "flash"):
         model, sizes[preset] = build(preset), []
         for length in (50, 100):
             cache = DynamicCache(config=model.config)
@@ -216,7 +216,24 @@ def test_fixed_states_do_not_grow_with_context():
     assert sizes["taylor"][0] == sizes["taylor"][1]
     assert sizes["linear"][0] == sizes["linear"][1]
     assert sizes["based"][0] == sizes["based"][1]
+    assert sizes["flash"][0] == sizes["flash"][1]
     assert sizes["softmax"][1] == pytest.approx(2 * sizes["softmax"][0], rel=0.01)
+
+
+def test_a_flash_step_costs_the_same_at_any_context():
+    """Counted, not timed: every operation of one step, with its shapes, after 60 and after 3,000 tokens, which stand at
+    the same place of a group."""
+    model, counts = build("flash", group_size=20).float(), []
+    for length in (60, 3000):
+        cache = DynamicCache(config=model.config)
+        with torch.no_grad():
+            model(tokens(1, length), past_key_values=cache)
+        with torch.no_grad(), torch.profiler.profile(record_shapes=True) as profile:
+            model(tokens(1, 1), past_key_values=cache)
+        events = profile.key_averages(group_by_input_shape=True)
+        counts.append({(event.key, str(event.input_shapes)): event.count for event in events})
+    assert counts[0] == counts[1]
+    assert any("20, 12" in shapes for _, shapes in counts[0])  # the open group is read
 
 
 @pytest.mark.parametrize("preset", PRESETS)
