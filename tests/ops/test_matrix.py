@@ -21,6 +21,8 @@ from .cases import (
     CASES,
     CHUNK,
     CROSS,
+    FIXED,
+    GATED,
     IMPLEMENTATIONS,
     POSITIVE,
     TOLERANCE,
@@ -36,6 +38,7 @@ from .cases import (
 by_impl = pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 by_case = pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 by_token = pytest.mark.parametrize("case", BY_TOKEN, ids=lambda c: c.name)
+by_accurate = pytest.mark.parametrize("case", [*POSITIVE, *GATED], ids=lambda c: c.name)
 by_positive = pytest.mark.parametrize("case", POSITIVE, ids=lambda c: c.name)
 by_causal = pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "bidirectional"])
 
@@ -463,19 +466,20 @@ def test_any_shape_mask_and_split(case: Case, data: st.DataObject):
 
 
 @by_impl
-@by_positive
+@by_accurate
 @by_causal
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 def test_dtypes(case: Case, impl: str, dtype: torch.dtype, is_causal: bool):
     """Output, state and gradients against float64 on the same rounded inputs."""
     low = case.inputs(T=100, K=16, V=16, dtype=dtype, requires_grad=True)
     exact = tuple(x.detach().double().requires_grad_() for x in low)
-    out, state = case(*low, is_causal=is_causal, return_state=True, impl=impl)
-    expected, end = case(*exact, is_causal=is_causal, return_state=True, impl="reference")
+    out, state = case.run(*low, is_causal, impl=impl)
+    expected, end = case.run(*exact, is_causal, impl="reference")
     assert out.dtype == dtype
     assert_close(out, expected)
-    for a, b in zip(tensors_of(state)[:-1], tensors_of(end)[:-1]):
-        assert a.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    for a, b in zip(sums_of(state), sums_of(end)):
+        assert a.dtype == (dtype if isinstance(state, cm.KeyValueState) else wide)
         assert_close(a, b, 10)
     weight = torch.randn_like(expected)
     grads = torch.autograd.grad((out.double() * weight).sum(), low)
@@ -495,7 +499,7 @@ def test_tolerances_are_tight(dtype: torch.dtype):
     assert TOLERANCE[dtype] / 20 < worst < TOLERANCE[dtype]
 
 
-@by_positive
+@pytest.mark.parametrize("case", [*POSITIVE, *FIXED], ids=lambda c: c.name)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_long_decoding_keeps_its_accuracy(case: Case, dtype: torch.dtype):
     """8,200 single steps in low precision against float64 at the end: a 16-bit sum of keys would have frozen at 512."""
@@ -510,7 +514,7 @@ def test_long_decoding_keeps_its_accuracy(case: Case, dtype: torch.dtype):
     assert_close(out, exact[:, :, -1:], 3)
 
 
-@by_positive
+@by_accurate
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @by_impl
 def test_autocast_does_not_lower_the_sums(case: Case, impl: str, dtype: torch.dtype):
@@ -519,7 +523,8 @@ def test_autocast_does_not_lower_the_sums(case: Case, impl: str, dtype: torch.dt
     with torch.autocast("cpu", torch.bfloat16):
         out, state = case(*low, is_causal=True, return_state=True, impl=impl)
     assert out.dtype == dtype
-    assert all(x.dtype == torch.float32 for x in sums_of(state))
+    kept = dtype if isinstance(state, cm.KeyValueState) else torch.float32
+    assert all(x.dtype == kept for x in sums_of(state))
     assert_close(out, plain)
     for a, b in zip(gradients(out, low), gradients(plain, low)):
         assert_close(a, b, 10)

@@ -143,7 +143,7 @@ def gated_weight(name: str) -> Callable[[Tensor], Tensor]:
     if name == "relu2":
         return lambda x: x.relu() ** 2
     sigma = math.sqrt(1 / (4 * math.pi))
-    return lambda x: (1 + torch.erf((x - math.sqrt(0.5)) / (sigma * math.sqrt(2)))) / 2
+    return lambda x: torch.erfc((math.sqrt(0.5) - x) / (sigma * math.sqrt(2))) / 2  # 1 + erf(-y) = erfc(y)
 
 
 def gated_attention(

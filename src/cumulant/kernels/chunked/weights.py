@@ -7,14 +7,14 @@ import math
 import torch
 from torch import Tensor
 
-_MEAN, _WIDTH = math.sqrt(0.5), math.sqrt(1 / (2 * math.pi))  # Laplace: ½ (1 + erf((x - mean) / width))
+_MEAN, _WIDTH = math.sqrt(0.5), math.sqrt(1 / (2 * math.pi))  # Laplace: ½ erfc((mean - x) / width)
 
 
 def activate(name: str, x: Tensor) -> Tensor:
     """f(x), in x's memory."""
     if name == "relu2":
         return x.relu_().square_()
-    return x.sub_(_MEAN).div_(_WIDTH).erf_().add_(1).mul_(0.5)
+    return x.sub_(_MEAN).div_(-_WIDTH).erfc_().mul_(0.5)  # 1 + erf would cancel where scores are small
 
 
 def activate_with_slope(name: str, x: Tensor) -> tuple[Tensor, Tensor]:
