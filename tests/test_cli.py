@@ -86,6 +86,9 @@ def test_info():
         (["train", "--recipe", "gpt"], "recipe: expected one of flash-enwik8, got 'gpt'"),
         (["train", "--model-option", "group_size"], "model_option: expected field=value, got 'group_size'"),
         (["train", "--model-option", "groupsize=3"], "groupsize: not a field of CumulantConfig"),
+        (["train", "--preset", "flash", "--width", "33"], "dim: sinusoidal positions need an even number of channels"),
+        (["train", "--model-option", "is_causal=false"], "conv_size: 4 looks backwards only"),
+        (["train", "--model-option", "rotary=maybe"], "rotary: expected bool, got 'maybe'"),
         (
             ["train", "--preset", "flash", "--model-option", "group_size=0"],
             "group_size: expected at least 1, got 0",
@@ -113,6 +116,7 @@ def test_mistakes_are_one_line_and_exit_code_2(arguments, message, tmp_path):
     assert lines[0].startswith("cumulant: ")
     assert message in lines[0]
     assert not (tmp_path / "out" / "model.safetensors").exists()
+    assert not (tmp_path / "out" / "options.json").exists()  # the corrected command may use the same folder
 
 
 def test_a_recipe_is_options_by_name(tmp_path):

@@ -237,6 +237,19 @@ def test_training_mode_and_dropout_carry_over():
     unit = from_flash_pytorch(flash_pytorch.GAU(dim=D, query_key_dim=6, dropout=0.3).eval())
     assert not unit.training
     assert unit.dropout == unit.out_dropout.p == 0.3
+    x = torch.randn(1, 9, D)
+    assert torch.equal(unit(x), unit(x))
+    assert not torch.allclose(unit.train()(x), unit(x))
+
+
+def test_low_precision_and_other_norms_carry_over():
+    theirs = perturbed(flash_pytorch.FLASHTransformer(num_tokens=50, dim=64, depth=1, group_size=G)).bfloat16()
+    ours, ids = from_flash_pytorch(theirs), torch.randint(50, (1, 20))
+    assert ours.dtype == torch.bfloat16
+    expected = theirs(ids).detach().float()
+    assert float((ours(ids).logits.detach().float() - expected).norm() / expected.norm()) < 0.05
+    theirs = perturbed(flash_pytorch.FLASH(dim=D, group_size=G, query_key_dim=6, norm_klass=torch.nn.RMSNorm))
+    compare(theirs, from_flash_pytorch(theirs), 1e-3 * torch.randn(2, 20, D))
 
 
 def test_errors():
@@ -258,6 +271,14 @@ def test_errors():
     broken = {name: x for name, x in layer.state_dict().items() if name != "to_out.bias"}
     with pytest.raises(ValueError, match="source: 'to_out.bias' is missing, so these are not weights of FLASH-pytorch"):
         from_flash_pytorch(broken, causal=True, group_size=G)
+    with pytest.raises(ValueError, match="add_residual: these are weights of a FLASH layer, which has no such option"):
+        from_flash_pytorch(layer.state_dict(), causal=True, group_size=G, add_residual=False)
+    unit = flash_pytorch.GAU(dim=D, query_key_dim=6)
+    with pytest.raises(ValueError, match="shift_tokens: these are weights of a GAU, which has no such option"):
+        from_flash_pytorch(unit.state_dict(), causal=False, shift_tokens=True)
+    odd = flash_pytorch.FLASHTransformer(num_tokens=50, dim=D, depth=1, query_key_dim=7)
+    with pytest.raises(ValueError, match="source: rotation over an odd query_key_dim, .*, has no counterpart"):
+        from_flash_pytorch(odd)
     extra = {**layer.state_dict(), "more": torch.zeros(1)}
     with pytest.raises(ValueError, match="source: 'more' has no place in MixedChunkAttention"):
         from_flash_pytorch(extra, causal=True, group_size=G)

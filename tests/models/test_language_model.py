@@ -220,6 +220,27 @@ def test_fixed_states_do_not_grow_with_context():
     assert sizes["softmax"][1] == pytest.approx(2 * sizes["softmax"][0], rel=0.01)
 
 
+@pytest.mark.parametrize("mixer", ["flash", "gau", "softmax"])
+def test_rotary_base_reaches_the_mixers(mixer):
+    ids = tokens(1, 20)
+    slow, fast = (build("flash", mixers=[mixer], rotary_base=base) for base in (10000.0, 10.0))
+    fast.load_state_dict(slow.state_dict())
+    assert not torch.allclose(slow(ids).logits, fast(ids).logits, atol=1e-4)
+
+
+@pytest.mark.parametrize("mixer", ["flash", "gau"])
+def test_counted_padding_onto_a_cache(mixer):
+    """count_padding: pieces are the whole also where padding counts."""
+    model = build("flash", mixers=[mixer], count_padding=True)
+    ids, mask = tokens(2, 20), torch.ones(2, 20)
+    mask[0, :7], mask[1, 3:5] = 0, 0
+    whole, cache, outs, seen = model(ids, attention_mask=mask).logits, DynamicCache(config=model.config), [], 0
+    for piece in ids.split([9, 1, 1, 9], 1):
+        seen += piece.shape[1]
+        outs.append(model(piece, attention_mask=mask[:, :seen], past_key_values=cache).logits)
+    assert torch.allclose(torch.cat(outs, 1)[mask.bool()], whole[mask.bool()], atol=1e-9)
+
+
 def test_a_flash_step_costs_the_same_at_any_context():
     """Counted, not timed: every operation of one step, with its shapes, after 60 and after 3,000 tokens, which stand at
     the same place of a group."""
@@ -239,8 +260,8 @@ def test_a_flash_step_costs_the_same_at_any_context():
 @pytest.mark.parametrize("preset", PRESETS)
 def test_initialisation_trains_at_depth(preset):
     """24 layers: logits start near zero, hidden states keep their size, gradients reach every layer alike."""
-    model = build(preset, num_hidden_layers=24, initializer_range=0.02, hidden_size=64, group_size=256).float()
-    ids = tokens(2, 32)
+    model = build(preset, num_hidden_layers=24, initializer_range=0.02, hidden_size=64, group_size=24).float()
+    ids = tokens(2, 60)
     outputs = model(ids, labels=ids, output_hidden_states=True)
     assert outputs.loss.item() == pytest.approx(math.log(50), rel=0.02)
     first, last = (outputs.hidden_states[i].norm() for i in (0, -2))
@@ -279,8 +300,22 @@ def test_configuration_errors():
     for bad in (0, -1.0, float("inf")):
         with pytest.raises(ValueError, match=f"taylor_alpha: expected a positive number, got {bad}"):
             CumulantConfig(taylor_alpha=bad)
-    with pytest.raises(ValueError, match="taylor_order: expected an integer of at least 1, got 2.5"):
+    with pytest.raises(ValueError, match="taylor_order: expected int, got 2.5"):
         CumulantConfig(taylor_order=2.5)
+    with pytest.raises(ValueError, match="taylor_order: expected at least 1, got 0"):
+        CumulantConfig(taylor_order=0)
+    with pytest.raises(ValueError, match="rotary: expected bool, got 'False'"):
+        from_preset("flash", rotary="False")
+    with pytest.raises(ValueError, match="group_size: expected int, got 64.0"):
+        from_preset("flash", group_size=64.0)
+    with pytest.raises(ValueError, match="norm: expected one of layernorm, rmsnorm, scalenorm, got 'batchnorm'"):
+        from_preset("flash", norm="batchnorm")
+    for name in ("group_size", "query_key_dim"):
+        with pytest.raises(ValueError, match=f"{name}: expected at least 1, got 0"):
+            from_preset("flash", **{name: 0})
+    with pytest.raises(ValueError, match="length_scale: expected a positive number, got -1"):
+        from_preset("flash", mixers=["gau"], length_scale=-1)
+    assert from_preset("flash", hidden_size=30).hidden_size == 30  # no heads to divide it
     with pytest.raises(ValueError, match="feature_map: expected one of elu, relu, .*, hedgehog, rebased, got 'gelu'"):
         CumulantConfig(feature_map="gelu")
     with pytest.raises(ValueError, match="dropout: expected a probability below 1, got 1.5"):

@@ -125,7 +125,11 @@ def test_scale_norm_is_its_formula():
     assert not norm(torch.zeros(1, 6, dtype=torch.float64)).any()
     tiny = torch.full((1, 6), 1e-9, dtype=torch.float64)
     assert torch.allclose(norm(tiny), 1.7 * tiny / 1e-5)
-    assert norm.half()(x.half() * 300).isfinite().all()  # squares beyond fp16
+    half = norm.half()
+    assert half((x * 300).half()).isfinite().all()  # squares beyond fp16
+    assert not half(torch.zeros(1, 6).half()).any()  # 1 / eps beyond fp16
+    small = torch.full((1, 6), 1e-5).half()
+    assert torch.allclose(half(small), torch.full((1, 6), 1.7).half(), rtol=0.05)
 
 
 def test_scaled_sinusoidal_is_its_formula():
@@ -243,12 +247,14 @@ def test_gau_is_its_formula(is_causal):
     assert torch.allclose(mixer(x), out, atol=1e-12)
 
 
+@pytest.mark.parametrize("part", ["weights", "output"])
 @pytest.mark.parametrize("kind", [nn.MixedChunkAttention, nn.GatedAttentionUnit])
-def test_dropout_of_weights(kind):
+def test_dropout(kind, part):
     """In training only; repeats with the seed; right in the mean; its gradient is that of what was drawn."""
     torch.manual_seed(0)
     options = {"group_size": 4} if kind is nn.MixedChunkAttention else {}
-    mixer = spread(kind(10, query_key_dim=6, activation="laplace", dropout=0.4, residual=False, **options)).double()
+    dropout = {"dropout": 0.4, "residual": False} if part == "weights" else {"out_dropout": 0.4}
+    mixer = spread(kind(10, query_key_dim=6, activation="laplace", **dropout, **options)).double()
     x = torch.randn(1, 11, 10, dtype=torch.float64, requires_grad=True)
     exact = mixer.eval()(x).detach()
     assert torch.equal(exact, mixer(x))
@@ -277,10 +283,13 @@ def test_a_flash_state_is_bounded():
 
 def test_gated_units_refuse_what_cannot_be():
     for kind in (nn.MixedChunkAttention, nn.GatedAttentionUnit):
-        with pytest.raises(ValueError, match="rotary_dim: expected at most query_key_dim=6, got 8"):
-            kind(10, query_key_dim=6, rotary_dim=8)
-        with pytest.raises(ValueError, match="dim: rotary embedding needs an even number of dimensions, got 5"):
-            kind(10, query_key_dim=6, rotary_dim=5)
+        for bad in (8, 5, -2):
+            with pytest.raises(
+                ValueError, match=f"rotary_dim: expected an even number from 0 to query_key_dim=6, got {bad}"
+            ):
+                kind(10, query_key_dim=6, rotary_dim=bad)
+        with pytest.raises(ValueError, match="out_dropout: expected a probability below 1, got 1.5"):
+            kind(10, out_dropout=1.5)
         with pytest.raises(ValueError, match="activation: expected one of 'relu2', 'laplace', got 'gelu'"):
             kind(10, activation="gelu")
         with pytest.raises(
@@ -296,9 +305,16 @@ def test_gated_units_refuse_what_cannot_be():
         both = kind(10, query_key_dim=6, is_causal=False)
         with pytest.raises(ValueError, match="state: only causal attention carries a state"):
             both(torch.randn(1, 5, 10), return_state=True)
-    with pytest.raises(ValueError, match="group_size: expected at least 1 token, got 0"):
-        nn.MixedChunkAttention(10, group_size=0)
-    for bad in (0, -2.0, "mean"):
+    for bad in (0, 2.5):
+        with pytest.raises(ValueError, match=f"group_size: expected an integer of at least 1 token, got {bad}"):
+            nn.MixedChunkAttention(10, group_size=bad)
+    assert nn.MixedChunkAttention(10, query_key_dim=5).rotary.dim == 4
+    unit, x = nn.GatedAttentionUnit(10, query_key_dim=6), torch.randn(2, 5, 10)
+    with pytest.raises(ValueError, match=r"bias: expected \[T, S\] or \[B, 1, T, S\] = \[5, 5\] or .* got \[3, 3\]"):
+        unit(x, bias=torch.zeros(3, 3))
+    with pytest.raises(TypeError, match=r"bias: expected a floating tensor .* got list"):
+        unit(x, bias=[0.0])
+    for bad in (0, -2.0, math.inf, "mean"):
         with pytest.raises(ValueError, match=r"length_scale: expected a positive number, 'total' or None, got "):
             nn.GatedAttentionUnit(10, length_scale=bad)
     total = nn.GatedAttentionUnit(10, query_key_dim=6, length_scale="total")
@@ -327,3 +343,56 @@ def test_total_length_counts_tokens(is_causal, scale_bias):
         packed = mixer(x[:1], cu_seqlens=torch.tensor([0, 2, 7]))
         assert torch.allclose(packed[:, 2:7], mixer(x[:1, 2:7]))
     assert not torch.allclose(mixer(x)[:, :5], mixer(x[:, :5]))
+
+
+@pytest.mark.parametrize("kind", [nn.MixedChunkAttention, nn.GatedAttentionUnit])
+def test_fp16_with_padding(kind):
+    """Rows of padding, slack after packed sequences: outputs and gradients finite, tokens as without."""
+    torch.manual_seed(0)
+    mixer = spread(kind(16, query_key_dim=6, norm="scalenorm")).half()
+    x, mask = torch.randn(2, 9, 16).half(), torch.ones(2, 9, dtype=torch.bool)
+    mask[0, :5] = False
+    y = mixer(x, key_mask=mask)
+    assert torch.allclose(y[0, 5:], mixer(x[:1, 5:])[0], atol=2e-3)
+    packed = mixer(x[:1], cu_seqlens=torch.tensor([0, 3, 7]))
+    assert not packed[:, 7:].any()
+    (y.float().square().sum() + packed.float().square().sum()).backward()
+    for p in mixer.parameters():
+        assert p.grad.isfinite().all()
+
+
+def test_gau_counts_padding_if_asked():
+    """count_padding: n and places by slots, with a state too."""
+    torch.manual_seed(0)
+    x, mask = torch.randn(2, 9, 10, dtype=torch.float64), torch.ones(2, 9, dtype=torch.bool)
+    mask[0, :4], mask[1, 2:5] = False, False
+    for options in ({}, {"scale_bias": True}, {"length_scale": 7}):
+        mixer = spread(nn.GatedAttentionUnit(10, query_key_dim=6, count_padding=True, rotary_dim=4, **options)).double()
+        y, state = mixer(x, key_mask=mask, return_state=True)
+        first, middle = mixer(x[:, :3], key_mask=mask[:, :3], return_state=True)
+        rest, end = mixer(x[:, 3:], key_mask=mask[:, 3:], state=middle, return_state=True)
+        assert torch.allclose(torch.cat((first, rest), 1), y)
+        assert state.position.tolist() == end.position.tolist() == [9, 9]
+        hidden = nn.GatedAttentionUnit(10, query_key_dim=6, rotary_dim=4, **options).double()
+        hidden.load_state_dict(mixer.state_dict())
+        assert not torch.allclose(hidden(x, key_mask=mask)[mask], y[mask]) or options == {"length_scale": 7}
+
+
+def test_a_padded_gau_forms_no_bias_a_row():
+    """Without a state, tokens are moved out of the way of padding, and one bias [T, T] serves all rows."""
+    mixer = nn.GatedAttentionUnit(16, query_key_dim=6)
+    mask = torch.ones(8, 200, dtype=torch.bool)
+    mask[0, :5] = False
+    with torch.profiler.profile(record_shapes=True, profile_memory=True) as profile:
+        mixer(torch.randn(8, 200, 16), key_mask=mask)
+        mixer(torch.randn(1, 2000, 16), cu_seqlens=torch.arange(0, 2001, 100))
+    largest = max(event.self_cpu_memory_usage for event in profile.events())
+    assert largest < 8 * 200 * 200 * 4  # neither B T T nor, packed, T T
+
+
+def test_a_gau_state_crosses_autocast():
+    mixer = nn.GatedAttentionUnit(16, query_key_dim=6)
+    x = torch.randn(1, 12, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        _, state = mixer(x[:, :8], return_state=True)
+    assert torch.allclose(mixer(x[:, 8:], state=state), mixer(x)[:, 8:], atol=0.02)

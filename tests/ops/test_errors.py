@@ -168,8 +168,10 @@ def wide(*shape, dtype=torch.float64):
     [
         ({"query": wide(2, 4, 5)}, ValueError, r"query: expected \[B, H, T, K\], got \[2, 4, 5\]"),
         ({"activation": "relu"}, ValueError, r"activation: expected one of 'relu2', 'laplace', got 'relu'"),
-        ({"length_scale": 0}, ValueError, r"length_scale: expected a positive number, got 0"),
-        ({"length_scale": -3.0}, ValueError, r"length_scale: expected a positive number, got -3.0"),
+        ({"length_scale": 0}, ValueError, r"length_scale: expected a positive number or a tensor, got 0"),
+        ({"length_scale": -3.0}, ValueError, r"length_scale: expected a positive number or a tensor, got -3.0"),
+        ({"length_scale": "total"}, ValueError, r"length_scale: expected a positive number or a tensor, got 'total'"),
+        ({"length_scale": torch.ones(1, 1, requires_grad=True)}, ValueError, r"length_scale: no gradient reaches it; to learn a scale"),
         ({"length_scale": wide(2, 5)}, ValueError, r"length_scale: expected a number or \[B or 1, T or 1\] with B=2, T=37, got \[2, 5\]"),
         ({"bias": wide(37)}, ValueError, r"bias: expected \[T, S\], \[H, T, S\] or \[B, H, T, S\] = \[37, 37\] or .* got \[37\]"),
         ({"bias": wide(3, 37, 37)}, ValueError, r"bias: expected .* = .*\[4, 37, 37\].* got \[3, 37, 37\]"),
@@ -256,3 +258,19 @@ def test_explain_gated_operations():
     one = five(1) | {"group_size": 8, "is_causal": True, "return_state": True}
     _, state = cm.mixed_chunk_attention(**one)
     assert "one token onto a state" in cm.explain(cm.mixed_chunk_attention, **one, state=state).reason
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_group_bias_is_checked_in_compiled_graphs_too():
+    run = torch.compile(lambda bias: cm.mixed_chunk_attention(**five(), group_size=8, bias=bias), backend="eager")
+    with pytest.raises(Exception, match=r"bias: expected \[g, g\] or \[H, g, g\] = \[8, 8\]"):
+        run(wide(16, 16))
+
+
+def test_a_packed_bias_covers_the_longest_sequence():
+    q, k, v = inputs(1)
+    bounds, bias = torch.tensor([0, 10, 37]), torch.randn(37, 37, dtype=torch.float64)
+    whole = cm.gated_attention(q, k, v, bias=bias, cu_seqlens=bounds)
+    assert torch.equal(whole, cm.gated_attention(q, k, v, bias=bias[:27, :27], cu_seqlens=bounds))
+    with pytest.raises(ValueError, match=r"bias: expected .* = \[27, 27\] or .* got \[26, 26\]"):
+        cm.gated_attention(q, k, v, bias=bias[:26, :26], cu_seqlens=bounds)

@@ -207,6 +207,10 @@ def test_states_are_values(case: Case, impl: str):
             assert torch.equal(a, b)
         for a in tensors_of(after):
             assert all(a.data_ptr() != b.data_ptr() for b in tensors_of(state))
+    mask = torch.rand(2, 37) > 0.4
+    _, masked = case(q, k, v, is_causal=True, key_mask=mask, return_state=True, impl=impl)
+    for x in (q, k, v, mask):
+        assert all(a.data_ptr() != x.data_ptr() for a in (*tensors_of(masked), *tensors_of(state)))
 
 
 @by_impl

@@ -102,3 +102,46 @@ def test_attention_through_onednn(always, case, is_causal):
     for actual, wanted in zip(grads, torch.autograd.grad((expected * weight).sum(), exact)):
         assert_close(actual, wanted, 3)
     assert always
+
+
+@needs_onednn
+def test_only_what_gradients_need_is_kept(always):
+    """A frozen weight keeps no input, a plain input no weight."""
+    x, w = torch.randn(100, 6), torch.randn(8, 6)
+
+    def kept(x, w):
+        found = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: found.append(t.numel()) or t, lambda t: t):
+            project(x, w)
+        return found
+
+    assert kept(x.clone().requires_grad_(), w) == [48]
+    assert kept(x, w.clone().requires_grad_()) == [600]
+    assert always
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda f, x, w: torch.func.grad(lambda y: f(y, w).sum())(x),
+        lambda f, x, w: torch.func.vmap(lambda y: f(y[None], w))(x),
+        lambda f, x, w: torch.func.jvp(lambda y: f(y, w), (x,), (x,))[1],
+        lambda f, x, w: torch.jit.trace(lambda y: f(y, w), (x,))(x),
+    ],
+    ids=["grad", "vmap", "jvp", "trace"],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_transforms_and_traces(always, change):
+    x, w = torch.randn(9, 6), torch.randn(8, 6)
+    assert torch.allclose(change(project, x, w), change(F.linear, x, w), atol=1e-5)
+
+
+def test_mistakes_are_torchs(always):
+    with pytest.raises(RuntimeError, match="mat1 and mat2 shapes cannot be multiplied"):
+        project(torch.randn(9, 5), torch.randn(8, 6))
+    assert project(torch.zeros(3, 0), torch.zeros(4, 0)).shape == (3, 4)
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        project(torch.randn(9, 6), torch.randn(8, 6))
+    assert counter.get_total_flops() == 2 * 9 * 6 * 8

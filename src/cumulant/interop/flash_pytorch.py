@@ -61,6 +61,12 @@ def from_flash_pytorch(
     for name in ("causal",) if unit else ("causal", "group_size"):
         if given[name] is None:
             raise ValueError(f"{name}: the weights do not tell it; give {name}=...")
+    foreign = ("group_size", "shift_tokens", "reduce_group_non_causal_attn") if unit else ("add_residual",)
+    for name in foreign:
+        if not isinstance(source, nn.Module) and given[name] is not None:
+            raise ValueError(
+                f"{name}: these are weights of a {'GAU' if unit else 'FLASH layer'}, which has no such option"
+            )
     if length_scale is not None and (compatible or not (unit and given["causal"])):
         raise ValueError("length_scale: only for a causal GAU, and not with compatible=True")
     if unit:
@@ -115,6 +121,10 @@ def _layer(weights: Weights, prefix: str, *, uses: str, out: str) -> tuple[dict[
         loaded |= {f"norm.{name}": x for name, x in weights.below(f"{prefix}norm.").items()}
     frequencies = weights.take(f"{prefix}rotary_pos_emb.freqs") if f"{prefix}rotary_pos_emb.freqs" in weights else None
     if frequencies is not None:
+        if len(loaded["qk_proj.weight"]) % 2 and len(loaded["qk_proj.weight"]) < 32:
+            raise ValueError(
+                "source: rotation over an odd query_key_dim, which turns by other angles, has no counterpart"
+            )
         check_frequencies(frequencies)
     hidden, dim = value.shape
     return loaded, {
@@ -129,7 +139,8 @@ def _layer(weights: Weights, prefix: str, *, uses: str, out: str) -> tuple[dict[
 def check_frequencies(frequencies: Tensor) -> None:
     dim = 2 * len(frequencies)
     expected = 10000.0 ** (-torch.arange(0, dim, 2, device=frequencies.device) / dim)
-    if not torch.allclose(frequencies.float(), expected, rtol=1e-3):
+    rtol = max(1e-3, 2 * torch.finfo(frequencies.dtype).eps)
+    if not torch.allclose(frequencies.float(), expected, rtol=rtol, atol=0):
         raise ValueError("source: its rotary frequencies are not those of base 10,000")
 
 
@@ -148,9 +159,8 @@ def _layer_options(given: dict[str, Any], compatible: bool) -> dict[str, Any]:
 
 def _take_epsilon(norm: Any, source: Any) -> None:
     """The epsilon of a module's own norm; a state dict's has its usual one."""
-    found = getattr(getattr(source, "norm", None), "eps", None)
-    if found is not None:
-        norm.eps = found
+    if hasattr(getattr(source, "norm", None), "eps"):
+        norm.eps = source.norm.eps
 
 
 def _unit(

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 LARGE = 1 << 20  # multiplications below which a call of oneDNN costs more than it saves
 ROWS = 8
@@ -57,28 +58,43 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
 
 
 class _Linear(torch.autograd.Function):
-    """x wᵀ + bias of matrices; its gradients are products of the same kind."""
+    """x wᵀ + bias of matrices; its gradients are products of the same kind. Only what they need is kept."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight if ctx.needs_input_grad[0] else None)
         return _product(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        wanted = ctx.needs_input_grad
         return (
-            linear(grad, weight.T, None) if wanted[0] else None,
-            linear(grad.T, x.T, None) if wanted[1] else None,
-            grad.sum(0) if wanted[2] else None,
+            None if weight is None else linear(grad, weight.T, None),
+            None if x is None else linear(grad.T, x.T, None),
+            grad.sum(0) if ctx.needs_input_grad[2] else None,
         )
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``x [..., K]``, ``weight [N, K]``, ``bias [N]`` -> ``[..., N]``, as `torch.nn.functional.linear`."""
-    plain = torch.is_autocast_enabled(x.device.type) or weight.dtype != x.dtype or weight.device != x.device
-    if plain or not _suits(x, x[..., 0].numel(), x.shape[-1], weight.shape[0]):
+    if not _plain(x, weight, bias) or not _suits(x, x.numel() // max(x.shape[-1], 1), *weight.shape[::-1]):
         return torch.nn.functional.linear(x, weight, bias)
     out: Tensor = _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias)  # type: ignore[no-untyped-call]
     return out.view(*x.shape[:-1], weight.shape[0])
+
+
+def _plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Ordinary tensors that fit each other, in an ordinary call: nothing traces, transforms or counts it."""
+    ordinary = (Tensor, torch.nn.Parameter)
+    if torch.compiler.is_compiling() or type(x) not in ordinary or type(weight) not in ordinary or x.dim() == 0:
+        return False
+    if (
+        torch._C._get_tracing_state() is not None
+        or is_in_torch_dispatch_mode()
+        or torch._C._are_functorch_transforms_active()
+    ):
+        return False
+    fits = x.shape[-1:] == weight.shape[1:] and weight.dtype == x.dtype and weight.device == x.device
+    if bias is not None:
+        fits = fits and type(bias) in ordinary and bias.shape == weight.shape[:1] and bias.dtype == x.dtype
+    return fits and weight.dim() == 2 and not torch.is_autocast_enabled(x.device.type)

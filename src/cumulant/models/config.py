@@ -131,6 +131,7 @@ class CumulantConfig(PreTrainedConfig):  # type: ignore[misc]
     def validate(self) -> None:
         """Raise a ValueError naming the field that cannot be. In place of the base class's checks, which know only
         transformers' own layer types."""
+        self._validate_types()
         unknown = [name for name in self.mixers or () if name not in MIXERS]
         if unknown or not self.mixers:
             raise ValueError(f"mixers: expected a list of {', '.join(MIXERS)}, got {unknown or self.mixers}")
@@ -149,7 +150,7 @@ class CumulantConfig(PreTrainedConfig):  # type: ignore[misc]
         for name in (*sizes, "group_size", "query_key_dim"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        if self.head_dim is None:
+        if self.head_dim is None and not set(self.mixers) <= {"flash", "gau"}:
             raise ValueError(
                 f"num_attention_heads: {self.num_attention_heads} must divide hidden_size={self.hidden_size}, "
                 "or head_dim must be given"
@@ -161,13 +162,31 @@ class CumulantConfig(PreTrainedConfig):  # type: ignore[misc]
             )
         if self.feature_map not in (*NAMES, *LEARNED):
             raise ValueError(f"feature_map: expected one of {', '.join((*NAMES, *LEARNED))}, got {self.feature_map!r}")
-        if not isinstance(self.taylor_order, int) or self.taylor_order < 1:
-            raise ValueError(f"taylor_order: expected an integer of at least 1, got {self.taylor_order!r}")
+        self._validate_numbers()
+
+    def _validate_numbers(self) -> None:
+        if self.length_scale is not None and not 0 < self.length_scale < math.inf:
+            raise ValueError(f"length_scale: expected a positive number, got {self.length_scale}")
+        if self.taylor_order < 1:
+            raise ValueError(f"taylor_order: expected at least 1, got {self.taylor_order}")
         if self.taylor_alpha is not None and not 0 < self.taylor_alpha < math.inf:
             raise ValueError(f"taylor_alpha: expected a positive number, got {self.taylor_alpha}")
         for name in ("dropout", "gated_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected a probability below 1, got {getattr(self, name)}")
+
+    def _validate_types(self) -> None:
+        """Every field of the type that it is declared with."""
+        kinds = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,), "None": (type(None),)}
+        for name, declared in type(self).__annotations__.items():
+            value = getattr(self, name, None)
+            if name not in CumulantConfig.__dataclass_fields__ or name.endswith("_token_id"):
+                continue
+            for part in str(declared).split(" | "):
+                if isinstance(value, kinds.get(part, (list,))) and (part == "bool") == isinstance(value, bool):
+                    break
+            else:
+                raise ValueError(f"{name}: expected {declared}, got {value!r}")
 
     def _validate_encoder(self) -> None:
         back = [name for name in self.mixers or () if name in LOOK_BACK]

@@ -66,7 +66,8 @@ def _gated_unit(config: CumulantConfig, name: str) -> nn.Module:
         "count_padding": config.count_padding,
         "norm": None,
         "residual": False,
-        "rotary_dim": min(32, config.query_key_dim) if config.rotary else 0,
+        "rotary_dim": min(32, config.query_key_dim) // 2 * 2 if config.rotary else 0,
+        "rotary_base": config.rotary_base,
     }
     if name == "gau":
         return GatedAttentionUnit(config.hidden_size, length_scale=config.length_scale, **shared)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+import math
+from dataclasses import replace
 
+import torch
+from torch import Tensor
+
+from ..ops.checks import check_bias
 from ..ops.gated import gated_attention
 from ..ops.state import KeyValueState
 from .gated_unit import GatedUnit, Prepared
@@ -28,7 +32,8 @@ class GatedAttentionUnit(GatedUnit):
         norm: "layernorm", "rmsnorm", "scalenorm" or None.
         residual: add x.
         relative_bias: T5's bias b, times sqrt(D).
-        rotary_dim: rotate so many dimensions of q and k; 0 for none.
+        rotary_dim: rotate so many dimensions of q and k, an even number; 0 for none.
+        rotary_base: see `RotaryEmbedding`.
         dropout: of attention weights.
         out_dropout: of the output, before x is added.
         count_padding: masked tokens keep their places and count in n, as in FLASH-pytorch; only their keys are hidden,
@@ -49,6 +54,7 @@ class GatedAttentionUnit(GatedUnit):
         residual: bool = True,
         relative_bias: bool = True,
         rotary_dim: int = 0,
+        rotary_base: float = 10000.0,
         dropout: float = 0.0,
         out_dropout: float = 0.0,
         count_padding: bool = False,
@@ -64,15 +70,16 @@ class GatedAttentionUnit(GatedUnit):
             relative_bias=relative_bias,
             relative_bias_scale=dim**0.5,
             rotary_dim=rotary_dim,
+            rotary_base=rotary_base,
             residual=residual,
             dropout=dropout,
+            out_dropout=out_dropout,
             count_padding=count_padding,
         )
-        number = isinstance(length_scale, (int, float)) and length_scale > 0
+        number = isinstance(length_scale, (int, float)) and 0 < length_scale < math.inf
         if not (length_scale is None or length_scale == "total" or number):
             raise ValueError(f"length_scale: expected a positive number, 'total' or None, got {length_scale!r}")
         self.length_scale, self.scale_bias = length_scale, scale_bias
-        self.out_dropout = nn.Dropout(out_dropout)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, length_scale={self.length_scale!r}"
@@ -95,12 +102,16 @@ class GatedAttentionUnit(GatedUnit):
         check_state(state, KeyValueState, x.shape[0])
         if state is not None or return_state:
             self._check_stateful()
-        inner = self._prepare(x, key_mask, cu_seqlens, in_order=False)
+        # A state keeps tokens in their slots; without one, moved out of the way they share one bias.
+        stateless = state is None and not return_state and bias is None
+        inner = self._prepare(x, key_mask, cu_seqlens, in_order=stateless)
+        mask = key_mask if inner.rows is None else inner.rows.mask
         h = inner.x if self.norm is None else self.norm(inner.x)
         position = self._position(inner, state, cu_seqlens)
         query, key = self._copies(h, position)
         divisor = self._divisor(inner, position, cu_seqlens)
-        masked = inner.rows is not None or (state is not None and state.mask is not None)
+        scattered = not self.count_padding and not stateless
+        scattered &= inner.rows is not None or (state is not None and state.mask is not None)
         attended = gated_attention(
             query,
             key,
@@ -108,15 +119,18 @@ class GatedAttentionUnit(GatedUnit):
             activation=self.activation,
             is_causal=self.is_causal,
             length_scale=divisor,
-            bias=self._bias(bias, position, masked, state, divisor, cu_seqlens),
+            bias=self._bias(x, bias, position, scattered, state, divisor, cu_seqlens),
             dropout_p=self._dropout_p,
-            key_mask=key_mask,
+            key_mask=mask,
             cu_seqlens=cu_seqlens,
             state=state,
             return_state=return_state,
         )
         if isinstance(attended, tuple):
-            return self._finish(attended[0], h, inner), attended[1]
+            end = attended[1]
+            if self.count_padding:
+                end = replace(end, position=torch.full_like(end.position, end.key.shape[2]))
+            return self._finish(attended[0], h, inner), end
         return self._finish(attended, h, inner)
 
     def _check_stateful(self) -> None:
@@ -130,10 +144,11 @@ class GatedAttentionUnit(GatedUnit):
                 "while it grows; build with length_scale=<the length the unit was trained at>, or length_scale=None"
             )
 
-    @staticmethod
-    def _position(inner: Prepared, state: KeyValueState | None, cu_seqlens: Tensor | None) -> Tensor:
+    def _position(self, inner: Prepared, state: KeyValueState | None, cu_seqlens: Tensor | None) -> Tensor:
         """Place of each token in its sequence, ``[T]`` or ``[B, T]``."""
         start = None if state is None else state.position
+        if self.count_padding and state is not None:
+            return torch.arange(inner.x.shape[1], device=inner.x.device) + state.key.shape[2]
         if inner.rows is None:
             return positions(inner.x.shape[1], start, cu_seqlens, inner.x.device)
         place = (inner.rows.mask.cumsum(1) - 1).clamp(min=0)
@@ -144,7 +159,7 @@ class GatedAttentionUnit(GatedUnit):
         T = inner.x.shape[1]
         if isinstance(self.length_scale, (int, float)):
             return float(self.length_scale)
-        if self.length_scale is None and not self.scale_bias:
+        if self.length_scale is None and not self.scale_bias and not self.count_padding:
             return None
         if self.length_scale is None and self.is_causal:
             return (position if position.dim() == 2 else position[None]) + 1
@@ -159,20 +174,26 @@ class GatedAttentionUnit(GatedUnit):
 
     def _bias(
         self,
+        x: Tensor,
         bias: Tensor | None,
         position: Tensor,
-        masked: bool,
+        scattered: bool,
         state: KeyValueState | None,
         divisor: float | Tensor | None,
         cu_seqlens: Tensor | None,
     ) -> Tensor | None:
         """The unit's bias and the one given, ``[1, T, S]`` or ``[B, 1, T, S]``."""
         T, past = position.shape[-1], 0 if state is None else state.key.shape[2]
+        S = past + T
+        check_bias(bias, ((T, S), (1, T, S), (1, 1, T, S), (x.shape[0], 1, T, S)), "[T, S] or [B, 1, T, S]", x)
         if self.relative_bias is not None:
-            if masked:
+            if scattered:
                 own = self.relative_bias.at(position, _key_places(position, state))
+            elif cu_seqlens is not None and bias is None and not torch.compiler.is_compiling():
+                T = S = int(cu_seqlens.diff().max())  # one for all sequences, as long as the longest
+                own = self.relative_bias(T)
             else:
-                own = self.relative_bias(T, past + T)
+                own = self.relative_bias(T, S)
             bias = own if bias is None else own + bias
         if bias is None or not self.scale_bias or divisor is None:
             return bias

@@ -24,6 +24,7 @@ class Prepared(NamedTuple):
     rows: Rows | None
     padding: Tensor | None
     offset: Tensor | None
+    cu_seqlens: Tensor | None
 
 
 class GatedUnit(nn.Module):
@@ -46,8 +47,10 @@ class GatedUnit(nn.Module):
         relative_bias: bool,
         relative_bias_scale: float,
         rotary_dim: int,
+        rotary_base: float,
         residual: bool,
         dropout: float,
+        out_dropout: float,
         count_padding: bool,
     ):
         super().__init__()
@@ -57,10 +60,13 @@ class GatedUnit(nn.Module):
                 f"dim: expected dim, query_key_dim and expansion_factor * dim of at least 1, got {dim}, "
                 f"{query_key_dim} and {hidden}"
             )
-        if rotary_dim > query_key_dim:
-            raise ValueError(f"rotary_dim: expected at most query_key_dim={query_key_dim}, got {rotary_dim}")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout: expected a probability below 1, got {dropout}")
+        if not 0 <= rotary_dim <= query_key_dim or rotary_dim % 2:
+            raise ValueError(
+                f"rotary_dim: expected an even number from 0 to query_key_dim={query_key_dim}, got {rotary_dim}"
+            )
+        for name, p in (("dropout", dropout), ("out_dropout", out_dropout)):
+            if not 0 <= p < 1:
+                raise ValueError(f"{name}: expected a probability below 1, got {p}")
         check_activation(activation)
         self.dim, self.query_key_dim, self.hidden_dim = dim, query_key_dim, hidden
         self.is_causal, self.activation, self.residual = is_causal, activation, residual
@@ -71,7 +77,8 @@ class GatedUnit(nn.Module):
         self.qk_proj = Projection(dim, query_key_dim)
         self.offset_scale = OffsetScale(query_key_dim, uses)
         self.out_proj = Projection(hidden, dim)
-        self.rotary = RotaryEmbedding(rotary_dim) if rotary_dim else None
+        self.out_dropout = nn.Dropout(out_dropout)
+        self.rotary = RotaryEmbedding(rotary_dim, rotary_base) if rotary_dim else None
         self.relative_bias = (
             T5RelativePositionBias(is_causal=is_causal, scale=relative_bias_scale) if relative_bias else None
         )
@@ -83,10 +90,10 @@ class GatedUnit(nn.Module):
         """Masked tokens hidden, or with `in_order` moved out of the way."""
         if key_mask is not None and not self.count_padding:
             x, rows = (compact if in_order else hide)(x, key_mask)
-            return Prepared(x, rows, x.shape[1] - rows.tokens, None)
+            return Prepared(x, rows, x.shape[1] - rows.tokens, None, None)
         if cu_seqlens is not None:
-            return Prepared(clear_slack(x, cu_seqlens), None, None, offsets(x.shape[1], cu_seqlens))
-        return Prepared(x, None, None, None)
+            return Prepared(clear_slack(x, cu_seqlens), None, None, offsets(x.shape[1], cu_seqlens), cu_seqlens)
+        return Prepared(x, None, None, None, None)
 
     def _copies(self, h: Tensor, position: Tensor) -> tuple[Tensor, ...]:
         """Queries and keys ``[B, 1, T, K]``, one for each use, rotated to ``position [T]`` or ``[B, T]``."""
@@ -103,7 +110,9 @@ class GatedUnit(nn.Module):
         return F.silu(self.value_proj(h))[:, None]
 
     def _finish(self, attended: Tensor, h: Tensor, inner: Prepared) -> Tensor:
-        y: Tensor = self.out_proj(F.silu(self.gate_proj(h)) * attended[:, 0])
+        y: Tensor = self.out_dropout(self.out_proj(F.silu(self.gate_proj(h)) * attended[:, 0]))
+        if inner.cu_seqlens is not None:
+            y = clear_slack(y, inner.cu_seqlens)
         return restore(y + inner.x if self.residual else y, inner.rows)
 
     @property

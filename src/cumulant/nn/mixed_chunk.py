@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ..ops.checks import check_group_size
 from ..ops.mixed_chunk import mixed_chunk_attention
 from ..ops.state import MixedChunkState, State, register
 from .gated_unit import GatedUnit
@@ -45,8 +46,11 @@ class MixedChunkAttention(GatedUnit):
         residual: add x.
         shift_tokens: the first half of the channels of norm(x) comes from the token before.
         relative_bias: T5's bias on quadratic scores, times sqrt(K).
-        rotary_dim: rotate so many dimensions of queries and keys; by default 32, or K if that is less; 0 for none.
+        rotary_dim: rotate so many dimensions of queries and keys, an even number; by default 32, or what K has of them;
+            0 for none.
+        rotary_base: see `RotaryEmbedding`.
         dropout: of quadratic weights.
+        out_dropout: of the output, before x is added.
         reduce_group_non_causal_attn: False, when not causal: the linear sum, too, stays inside the group.
         count_padding: masked tokens keep their places in groups and neighbourhoods and count in the divisor, as in
             FLASH-pytorch; only their keys are hidden, and their outputs are left as they come.
@@ -66,7 +70,9 @@ class MixedChunkAttention(GatedUnit):
         shift_tokens: bool = False,
         relative_bias: bool = True,
         rotary_dim: int | None = None,
+        rotary_base: float = 10000.0,
         dropout: float = 0.0,
+        out_dropout: float = 0.0,
         reduce_group_non_causal_attn: bool = True,
         count_padding: bool = False,
     ):
@@ -80,13 +86,14 @@ class MixedChunkAttention(GatedUnit):
             norm=norm,
             relative_bias=relative_bias,
             relative_bias_scale=query_key_dim**0.5,
-            rotary_dim=min(32, query_key_dim) if rotary_dim is None else rotary_dim,
+            rotary_dim=min(32, query_key_dim) // 2 * 2 if rotary_dim is None else rotary_dim,
+            rotary_base=rotary_base,
             residual=residual,
             dropout=dropout,
+            out_dropout=out_dropout,
             count_padding=count_padding,
         )
-        if group_size < 1:
-            raise ValueError(f"group_size: expected at least 1 token, got {group_size}")
+        check_group_size(group_size)
         self.group_size, self.shift_tokens = group_size, shift_tokens
         self.reduce_group_non_causal_attn = reduce_group_non_causal_attn
 

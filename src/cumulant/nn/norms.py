@@ -28,10 +28,10 @@ class ScaleNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., D]`` -> ``[..., D]``."""
-        size = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
-        factor = self.weight / (size * self.dim**-0.5).clamp(min=self.eps)
-        y: Tensor = x * factor.to(x.dtype)
-        return y
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))  # 1 / eps is beyond fp16
+        size = torch.linalg.vector_norm(wide, dim=-1, keepdim=True) * self.dim**-0.5
+        y: Tensor = wide * (self.weight / size.clamp(min=self.eps))
+        return y.to(x.dtype)
 
 
 def make_norm(name: str, dim: int, eps: float | None = None) -> nn.Module:

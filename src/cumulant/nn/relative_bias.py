@@ -37,8 +37,8 @@ class T5RelativePositionBias(nn.Module):
         exact = (num_buckets if is_causal else num_buckets // 2) // 2
         if exact < 1 or max_distance <= exact:
             raise ValueError(
-                f"num_buckets: expected at least {2 if is_causal else 4}, half as many (a quarter, if not causal) as "
-                f"max_distance allows, got {num_buckets} with max_distance={max_distance}"
+                f"num_buckets: expected at least {2 if is_causal else 4}, and max_distance above the {exact} distances "
+                f"that have a bucket each, got {num_buckets} and max_distance={max_distance}"
             )
         self.is_causal, self.num_buckets, self.max_distance, self.scale = is_causal, num_buckets, max_distance, scale
         self.embedding = nn.Embedding(num_buckets, num_heads)

@@ -139,27 +139,39 @@ def check_activation(activation: str) -> None:
         raise ValueError(f"activation: expected one of {', '.join(map(repr, ACTIVATIONS))}, got {activation!r}")
 
 
+def check_group_size(group_size: int) -> None:
+    if not isinstance(group_size, int) or isinstance(group_size, bool) or group_size < 1:
+        raise ValueError(f"group_size: expected an integer of at least 1 token, got {group_size!r}")
+
+
 def check_dropout(dropout_p: float) -> None:
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p: expected a probability below 1, got {dropout_p}")
 
 
-def check_bias(bias: Tensor | None, shapes: tuple[tuple[int, ...], ...], letters: str, query: Tensor) -> None:
-    """A bias on scores: floating, where query is, of one of `shapes`."""
+def check_bias(
+    bias: Tensor | None, shapes: tuple[tuple[int, ...], ...], letters: str, query: Tensor, *, static: bool = False
+) -> None:
+    """A bias on scores: floating, where query is, of one of `shapes`. Those that are not `static` are left alone while
+    compiling: comparing them would fix the length of the graph."""
     if bias is None:
         return
     if not isinstance(bias, Tensor) or not bias.is_floating_point() or bias.device != query.device:
         got = f"{bias.dtype} on {bias.device}" if isinstance(bias, Tensor) else type(bias).__name__
         raise TypeError(f"bias: expected a floating tensor {letters} on {query.device}, got {got}")
-    if not torch.compiler.is_compiling() and tuple(bias.shape) not in shapes:  # would fix the length of a graph
+    if (static or not torch.compiler.is_compiling()) and tuple(bias.shape) not in shapes:
         expected = " or ".join(str(list(shape)) for shape in dict.fromkeys(shapes))
         raise ValueError(f"bias: expected {letters} = {expected}, got {_show(bias)}")
 
 
 def check_parts(
-    state: State | None, kind: type[State], expected: Mapping[str, tuple[int, ...]], dtype: torch.dtype, query: Tensor
+    state: State | None,
+    kind: type[State],
+    expected: Mapping[str, tuple[int, ...]],
+    dtype: torch.dtype | None,
+    query: Tensor,
 ) -> None:
-    """A state of `kind` whose parts have the expected shapes, of `dtype` on query's device."""
+    """A state of `kind` whose parts have the expected shapes, of `dtype` (None: any) on query's device."""
     if state is None:
         return
     if not isinstance(state, kind):
@@ -171,8 +183,8 @@ def check_parts(
                 f"state: expected {name} {list(shape)}, got {_show(part)}; the state comes from another batch, "
                 "head layout or group size"
             )
-        if part.dtype != dtype or part.device != query.device:
+        if (dtype is not None and part.dtype != dtype) or part.device != query.device:
             raise TypeError(
-                f"state: expected {dtype} on {query.device}, got {part.dtype} on {part.device}; "
+                f"state: expected {dtype or part.dtype} on {query.device}, got {part.dtype} on {part.device}; "
                 "move it with state.to(device)"
             )

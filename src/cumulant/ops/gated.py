@@ -52,7 +52,8 @@ def gated_attention(
         dropout_p: probability of dropping a weight; the others are divided by ``1 - dropout_p``.
         key_mask: ``[B, S]`` bool, True = attend. Masked keys count for nothing, whatever they hold.
         cu_seqlens: ``[N + 1]`` int32/int64, offsets of N sequences packed end to end along T (then B = 1); they do not
-            see each other. Row and column of `bias` then count from each sequence's start. Not with a state.
+            see each other. Row and column of `bias` then count from each sequence's start, and there must be as many as
+            the longest has tokens. Not with a state.
         state: earlier keys and values, from `return_state`; it grows with every token.
         return_state: return ``(out, state)``, causal only.
         impl: "auto", "torch", "reference"; see `cumulant.explain`.
@@ -81,18 +82,12 @@ def gated_attention(
         return_state,
     )
     chosen = resolve(impl)
-    mask = key_mask
-    if key_mask is not None:
-        hidden = ~key_mask[:, None, :, None]
-        key, value = key.masked_fill(hidden, 0), value.masked_fill(hidden, 0)
     if cu_seqlens is not None:
         slack = (torch.arange(sizes.S, device=key.device) >= cu_seqlens[-1])[:, None]
         query, key, value = (x.masked_fill(slack, 0) for x in (query, key, value))
-    if state is not None:
-        if key_mask is not None or state.mask is not None:
-            mask = torch.cat((_filled(state.mask, state.key), _filled(key_mask, key)), 1)
-        key, value = torch.cat((state.key, key), 2), torch.cat((state.value, value), 2)
-    scale = _scale(length_scale, query, key.shape[2], is_causal, mask, cu_seqlens)
+    seen = _extended(key, value, key_mask, state, own=return_state)
+    key, value = seen.key, seen.value
+    scale = _scale(length_scale, query, key.shape[2], is_causal, seen.mask, cu_seqlens)
     bias = None if bias is None else bias[(None,) * (4 - bias.dim())]
     if chosen == "reference":
         out = _reference(query, key, value, activation, scale, bias, is_causal, dropout_p, cu_seqlens)
@@ -101,12 +96,28 @@ def gated_attention(
 
         seed = torch.randint(2**62, (1,)) if dropout_p else None
         out = chunked(query, key, value, scale, bias, cu_seqlens, seed, activation, is_causal, dropout_p, BLOCK)
-    if not return_state:
-        return out
-    if state is None:  # a view would keep more alive than the state says
+    return (out, seen) if return_state else out
+
+
+def _extended(
+    key: Tensor, value: Tensor, key_mask: Tensor | None, state: KeyValueState | None, *, own: bool
+) -> KeyValueState:
+    """All keys and values, the state's first, zeros for masked ones; with `own` in memory of their own."""
+    mask, count = key_mask, torch.full((key.shape[0],), key.shape[2], device=key.device)
+    if key_mask is not None:
+        hidden, count = ~key_mask[:, None, :, None], key_mask.sum(1)
+        key, value = key.masked_fill(hidden, 0), value.masked_fill(hidden, 0)
+    if state is not None:
+        if key_mask is not None or state.mask is not None:
+            mask = torch.cat((_filled(state.mask, state.key), _filled(key_mask, key)), 1)
+        key = torch.cat((state.key.to(key.dtype), key), 2)
+        value = torch.cat((state.value.to(value.dtype), value), 2)
+        count = count + state.position
+    elif own and key_mask is None:
         key, value = key.clone(), value.clone()
-    count = torch.full((sizes.B,), sizes.S, device=key.device) if key_mask is None else key_mask.sum(1)
-    return out, KeyValueState(key, value, mask, count if state is None else count + state.position)
+    elif own and key_mask is not None:
+        mask = key_mask.clone()
+    return KeyValueState(key, value, mask, count)
 
 
 def _filled(mask: Tensor | None, key: Tensor) -> Tensor:
@@ -181,6 +192,8 @@ def _check(
     sizes = check_attention(query, key, value, is_causal=is_causal, key_mask=key_mask, cu_seqlens=cu_seqlens)
     check_activation(activation)
     check_dropout(dropout_p)
+    if isinstance(length_scale, Tensor) and length_scale.requires_grad:
+        raise ValueError("length_scale: no gradient reaches it; to learn a scale, multiply the query by it")
     if isinstance(length_scale, Tensor) and not torch.compiler.is_compiling():  # would fix the length of a graph
         fits = (
             length_scale.dim() == 2 and length_scale.shape[0] in (1, sizes.B) and length_scale.shape[1] in (1, sizes.T)
@@ -190,8 +203,9 @@ def _check(
                 f"length_scale: expected a number or [B or 1, T or 1] with B={sizes.B}, T={sizes.T}, "
                 f"got {list(length_scale.shape)}"
             )
-    elif isinstance(length_scale, (int, float)) and not (length_scale > 0 and math.isfinite(length_scale)):
-        raise ValueError(f"length_scale: expected a positive number, got {length_scale}")
+    number = isinstance(length_scale, (int, float)) and not isinstance(length_scale, bool)
+    if not isinstance(length_scale, Tensor | None) and not (number and 0 < length_scale < math.inf):
+        raise ValueError(f"length_scale: expected a positive number or a tensor, got {length_scale!r}")
     if state is not None or return_state:
         if not is_causal:
             raise ValueError("state: only causal gated attention carries a state; pass is_causal=True")
@@ -200,8 +214,10 @@ def _check(
     past = 0 if not isinstance(state, KeyValueState) else state.key.shape[2]
     B, G = sizes.B, sizes.G
     expected = {"key": (B, G, past, sizes.K), "value": (B, G, past, sizes.V)}
-    check_parts(state, KeyValueState, expected, query.dtype, query)
+    check_parts(state, KeyValueState, expected, None, query)
     T, S = sizes.T, past + sizes.S
+    if bias is not None and cu_seqlens is not None and not torch.compiler.is_compiling():
+        T = S = max(int(cu_seqlens.diff().max()), min(bias.shape[-2:], default=0) if isinstance(bias, Tensor) else 0)
     if bias is not None:
         shapes = ((T, S), (1, T, S), (sizes.H, T, S), *((b, h, T, S) for b in (1, B) for h in (1, sizes.H)))
         check_bias(bias, shapes, "[T, S], [H, T, S] or [B, H, T, S]", query)

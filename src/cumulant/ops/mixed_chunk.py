@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import reference
-from .checks import Sizes, check_activation, check_attention, check_bias, check_dropout, check_parts
+from .checks import Sizes, check_activation, check_attention, check_bias, check_dropout, check_group_size, check_parts
 from .cumulative import count_tokens
 from .dispatch import Choice, reasons, resolve
 from .state import MixedChunkState
@@ -156,12 +156,11 @@ def _check(
             f"lin_query: expected [B, H, T, K] = [{sizes.B}, {sizes.H}, {sizes.T}, K] as quad_query, in "
             f"{quad_query.dtype}, got {list(lin_query.shape)} in {lin_query.dtype}"
         )
-    if not isinstance(group_size, int) or group_size < 1:
-        raise ValueError(f"group_size: expected an integer of at least 1 token, got {group_size!r}")
+    check_group_size(group_size)
     check_activation(activation)
     check_dropout(dropout_p)
     g = group_size
-    check_bias(bias, ((g, g), (1, g, g), (sizes.H, g, g)), "[g, g] or [H, g, g]", value)
+    check_bias(bias, ((g, g), (1, g, g), (sizes.H, g, g)), "[g, g] or [H, g, g]", value, static=True)
     if (state is not None or return_state) and not is_causal:
         raise ValueError("state: only causal mixed chunk attention carries a state; pass is_causal=True")
     rows = sizes.B if cu_seqlens is None else cu_seqlens.shape[0] - 1

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import socket
 import zipfile
+import zlib
 from pathlib import Path
 
 ENWIK8 = "enwik8"
@@ -32,7 +34,7 @@ def load_enwik8() -> tuple[bytes, bytes]:
     try:
         with zipfile.ZipFile(path) as archive:
             text = archive.read("enwik8")
-    except (zipfile.BadZipFile, KeyError, EOFError) as error:
+    except (zipfile.BadZipFile, zlib.error, KeyError, EOFError) as error:
         raise ValueError(f"data: {path} is damaged ({error}); remove it, and it is fetched again") from error
     if hashlib.sha256(text).hexdigest() != SHA256:
         raise ValueError(f"data: the text in {path} is not enwik8; remove it, and it is fetched again")
@@ -44,6 +46,8 @@ def _download(path: Path) -> None:
     from torch.hub import download_url_to_file
 
     path.parent.mkdir(parents=True, exist_ok=True)
+    patience = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(60)  # seconds without a byte
     try:
         download_url_to_file(URL, str(path), hash_prefix=ZIP_SHA256, progress=False)
     except OSError as error:
@@ -53,6 +57,8 @@ def _download(path: Path) -> None:
         ) from error
     except RuntimeError as error:  # its word for a wrong checksum
         raise ValueError(f"data: what came from {URL} is not enwik8: its SHA-256 differs; nothing was kept") from error
+    finally:
+        socket.setdefaulttimeout(patience)
 
 
 def _character(text: bytes, at: int) -> int:

@@ -99,7 +99,7 @@ class TrainingOptions:
             if not (name and equals):
                 raise ValueError(f"model_option: expected field=value, got {item!r}")
             try:
-                found[name] = json.loads(text)
+                found[name] = json.loads({"True": "true", "False": "false", "None": "null"}.get(text, text))
             except json.JSONDecodeError:
                 found[name] = text
         return found

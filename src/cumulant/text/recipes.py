@@ -8,13 +8,20 @@ from .options import TrainingOptions
 
 RECIPES: dict[str, dict[str, Any]] = {
     # FLASH-pytorch's train.py: 8 layers of 512, sequences of 1024 bytes, 16 a step, 100,000 steps at 2e-4. Ours warms
-    # up and follows a cosine, and scores the whole held-out text instead of one batch.
+    # up and follows a cosine, with Adam's second beta at 0.95, starts positions smaller (1/sqrt(D), as the paper), and
+    # scores the whole held-out text instead of one batch.
     "flash-enwik8": {
         "data": "enwik8",
         "preset": "flash",
         "width": 512,
         "depth": 8,
-        "model_option": ["group_size=256", "gated_activation=laplace", "token_shift=true"],
+        "model_option": [
+            "group_size=256",
+            "gated_activation=laplace",
+            "token_shift=true",
+            "tie_word_embeddings=false",
+            "logits_bias=true",
+        ],
         "context": 1024,
         "batch": 4,
         "accumulate": 4,

@@ -157,7 +157,8 @@ def _prepare_text(
                 check_tokens(output / "tokens", corpus)
             else:
                 tokenizer = _tokenizer(options, corpus, say)
-                _configuration(options, tokenizer)
+                with torch.device("meta"):  # whatever cannot be built is refused before anything is written
+                    CumulantForCausalLM(_configuration(options, tokenizer))
                 write_tokens(output / "tokens", corpus, tokenizer, context=options.context)
                 tokenizer.save_pretrained(output)
                 note_options(options)
