@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-LARGE = 1 << 20  # multiplications below which a call of oneDNN costs more than it saves
-ROWS = 8
+LARGE = 1 << 20  # multiplications below which a call of oneDNN costs more than it saves,
+MATRIX = 1 << 18  # unless so large a matrix has to be read
 
 # torch's name for oneDNN's product; None where this build of torch has none
 _onednn = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
@@ -25,8 +25,8 @@ def _suits(a: Tensor, rows: int, inner: int, columns: int) -> bool:
         and _onednn is not None
         and a.dtype == torch.float32
         and a.device.type == "cpu"
-        and rows >= ROWS
-        and rows * inner * columns >= LARGE
+        and rows * inner * columns > 0
+        and (rows * inner * columns >= LARGE or inner * columns >= MATRIX)
     )
 
 

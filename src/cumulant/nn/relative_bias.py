@@ -42,6 +42,7 @@ class T5RelativePositionBias(nn.Module):
             )
         self.is_causal, self.num_buckets, self.max_distance, self.scale = is_causal, num_buckets, max_distance, scale
         self.embedding = nn.Embedding(num_buckets, num_heads)
+        self._last: tuple[tuple[int, int, torch.device], Tensor] | None = None
         nn.init.normal_(self.embedding.weight, std=0.02)
 
     def extra_repr(self) -> str:
@@ -67,8 +68,7 @@ class T5RelativePositionBias(nn.Module):
         keys = queries if keys is None else keys
         if queries == 0 or keys == 0:
             return self.embedding.weight.new_zeros(self.embedding.embedding_dim, queries, keys)
-        distance = torch.arange(queries + keys - 1, device=self.embedding.weight.device) - (keys - 1)
-        values = self.embedding(self.buckets(distance)).mT * self.scale
+        values = self.embedding(self._buckets(queries, keys)).mT * self.scale
         bias: Tensor
         if torch.compiler.is_compiling():  # unfold would fix the length of a graph
             first = torch.arange(queries - 1, -1, -1, device=values.device)
@@ -76,6 +76,18 @@ class T5RelativePositionBias(nn.Module):
         else:
             bias = values.unfold(1, keys, 1).flip(1)  # row i reads from place T - 1 - i on
         return bias
+
+    def _buckets(self, queries: int, keys: int) -> Tensor:
+        """Buckets of all distances between the places, from the least on; those of the last call are kept, as steps ask
+        for the same again and again."""
+        device = self.embedding.weight.device
+        if self._last is None or self._last[0] != (queries, keys, device) or torch.compiler.is_compiling():
+            distance = torch.arange(queries + keys - 1, device=device) - (keys - 1)
+            found = self.buckets(distance)
+            if torch.compiler.is_compiling():
+                return found
+            self._last = (queries, keys, device), found
+        return self._last[1]
 
     def at(self, query_position: Tensor, key_position: Tensor) -> Tensor:
         """Bias ``[B, H, T, S]`` at ``query_position [B, T]`` and ``key_position [B, S]``, in any order."""
