@@ -211,20 +211,27 @@ def _places(
     return place + past_mask.sum(1, keepdim=True)
 
 
-class CumulantForCausalLM(CumulantPreTrainedModel, GenerationMixin):  # type: ignore[misc]
-    """The language model; `generate`, `save_pretrained`, `Trainer`, `AutoModelForCausalLM` work as with any other."""
+class CumulantWithLogits(CumulantPreTrainedModel):
+    """The stack and its logits; embedding and logits share their matrix unless the configuration says otherwise."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 (the base class's convention)
 
     def __init__(self, config: CumulantConfig):
         super().__init__(config)
-        if not config.is_causal:
-            raise ValueError("is_causal: a causal language model cannot see later tokens; use CumulantForMaskedLM")
         self.model = CumulantModel(config)
         self.lm_head = Projection(config.hidden_size, config.vocab_size, bias=config.logits_bias)
         if config.tie_word_embeddings:
             self._keys_to_ignore_on_save = ["lm_head.weight"]
         self.post_init()
+
+
+class CumulantForCausalLM(CumulantWithLogits, GenerationMixin):  # type: ignore[misc]
+    """The language model; `generate`, `save_pretrained`, `Trainer`, `AutoModelForCausalLM` work as with any other."""
+
+    def __init__(self, config: CumulantConfig):
+        if not config.is_causal:
+            raise ValueError("is_causal: a causal language model cannot see later tokens; use CumulantForMaskedLM")
+        super().__init__(config)
 
     @staticmethod
     def create_masks_for_generate(attention_mask: Tensor | None = None, **_: Any) -> Tensor | None:

@@ -6,29 +6,21 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import MaskedLMOutput
 from transformers.utils.generic import can_return_tuple
 
-from ..nn import Projection
 from .config import CumulantConfig
-from .language_model import CumulantModel, CumulantPreTrainedModel
+from .language_model import CumulantWithLogits
 
 
-class CumulantForMaskedLM(CumulantPreTrainedModel):
+class CumulantForMaskedLM(CumulantWithLogits):
     """Masked language model of mixers that see both ways; `Trainer`, `save_pretrained`, `AutoModelForMaskedLM` work as
     with any other.
 
     >>> model = CumulantForMaskedLM(from_preset("flash", is_causal=False, vocab_size=30000))
     """
 
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 (the base class's convention)
-
     def __init__(self, config: CumulantConfig):
-        super().__init__(config)
         if config.is_causal:
             raise ValueError("is_causal: an encoder sees later tokens; give the configuration is_causal=False")
-        self.model = CumulantModel(config)
-        self.lm_head = Projection(config.hidden_size, config.vocab_size, bias=config.logits_bias)
-        if config.tie_word_embeddings:
-            self._keys_to_ignore_on_save = ["lm_head.weight"]
-        self.post_init()
+        super().__init__(config)
 
     @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
