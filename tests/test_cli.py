@@ -86,7 +86,7 @@ def test_info():
         (["train", "--recipe", "gpt"], "recipe: expected one of flash-enwik8, got 'gpt'"),
         (["train", "--model-option", "group_size"], "model_option: expected field=value, got 'group_size'"),
         (["train", "--model-option", "groupsize=3"], "groupsize: not a field of CumulantConfig"),
-        (["train", "--preset", "flash", "--width", "33"], "dim: sinusoidal positions need an even number of channels"),
+        (["train", "--preset", "flash", "--width", "33"], "hidden_size: sinusoidal positions need an even number"),
         (["train", "--model-option", "is_causal=false"], "conv_size: 4 looks backwards only"),
         (["train", "--model-option", "rotary=maybe"], "rotary: expected bool, got 'maybe'"),
         (

@@ -165,6 +165,10 @@ class CumulantConfig(PreTrainedConfig):  # type: ignore[misc]
         self._validate_numbers()
 
     def _validate_numbers(self) -> None:
+        if self.position_embedding != "none" and self.hidden_size % 2:
+            raise ValueError(
+                f"hidden_size: sinusoidal positions need an even number of channels, got {self.hidden_size}"
+            )
         if self.length_scale is not None and not 0 < self.length_scale < math.inf:
             raise ValueError(f"length_scale: expected a positive number, got {self.length_scale}")
         if self.taylor_order < 1:
