@@ -37,7 +37,7 @@ test: $(INSTALLED)  ## all tests but the slow ones (a few minutes)
 test-all: $(INSTALLED)  ## all tests
 	@$(BIN)/python -m pytest -n 2
 
-demo: $(INSTALLED)  ## train a small model on Python's own source, sample from it, measure it (about four minutes)
+demo: $(INSTALLED)  ## train a small model on Python's own source, sample from it, measure it (about two minutes)
 	@$(BIN)/python examples/demo.py
 
 clean:  ## remove .venv and everything made by running

@@ -1,4 +1,4 @@
-"""Four minutes from nothing to a small language model of Python: train, score, sample, measure.
+"""Two minutes from nothing to a small language model of Python: train, score, sample, measure.
 
 Trains a Taylor-attention model on the source of Python's standard library, and says what to type next.
 """
