@@ -50,8 +50,8 @@ def gated_attention(
         bias: b, added to the scaled scores: ``[T, S]``, ``[H, T, S]`` or ``[B, 1 or H, T, S]``, by slots, masked ones
             included; with a state, S counts its keys too.
         dropout_p: probability of dropping a weight; the others are divided by ``1 - dropout_p``.
-        key_mask: ``[B, S]`` bool, True = attend. Masked keys count for nothing, whatever they hold; all queries ask, and
-            must be finite.
+        key_mask: ``[B, S]`` bool, True = attend. Masked keys count for nothing, whatever they hold; queries must
+            be finite.
         cu_seqlens: ``[N + 1]`` int32/int64, offsets of N sequences packed end to end along T (then B = 1); they do not
             see each other. Row and column of `bias` then count from each sequence's start, and there must be as many as
             the longest has tokens. Not with a state.
