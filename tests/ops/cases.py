@@ -164,7 +164,8 @@ def oracle(
 def _weight(case: Case, x: Tensor) -> Tensor:
     if case.options.get("activation", "relu2") == "relu2":
         return torch.where(x > 0, x * x, 0)
-    return torch.special.ndtr((x - math.sqrt(0.5)) * math.sqrt(4 * math.pi))
+    y = (math.sqrt(0.5) - x) * math.sqrt(2 * math.pi)  # torch.special.ndtr is zero where this is still 1e-17
+    return torch.tensor([math.erfc(z) / 2 for z in y.flatten().tolist()], dtype=torch.float64).view(x.shape)
 
 
 def _gated(case: Case, q: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
