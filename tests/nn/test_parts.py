@@ -396,3 +396,14 @@ def test_a_gau_state_crosses_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         _, state = mixer(x[:, :8], return_state=True)
     assert torch.allclose(mixer(x[:, 8:], state=state), mixer(x)[:, 8:], atol=0.02)
+
+
+def test_t5_bias_trains_after_inference():
+    """What inference leaves behind does not reach a backward pass."""
+    bias = nn.T5RelativePositionBias()
+    with torch.inference_mode():
+        expected = bias(6).clone()
+    trained = bias(6)
+    assert torch.equal(trained.detach(), expected)
+    trained.sum().backward()
+    assert bias.embedding.weight.grad.any()

@@ -81,13 +81,13 @@ class T5RelativePositionBias(nn.Module):
         """Buckets of all distances between the places, from the least on; those of the last call are kept, as steps ask
         for the same again and again."""
         device = self.embedding.weight.device
-        if self._last is None or self._last[0] != (queries, keys, device) or torch.compiler.is_compiling():
-            distance = torch.arange(queries + keys - 1, device=device) - (keys - 1)
-            found = self.buckets(distance)
-            if torch.compiler.is_compiling():
-                return found
+        if self._last is not None and self._last[0] == (queries, keys, device) and not torch.compiler.is_compiling():
+            return self._last[1]
+        with torch.inference_mode(False):  # a tensor of inference's could not be used in training later
+            found = self.buckets(torch.arange(queries + keys - 1, device=device) - (keys - 1))
+        if type(found) is Tensor and not torch.compiler.is_compiling():
             self._last = (queries, keys, device), found
-        return self._last[1]
+        return found
 
     def at(self, query_position: Tensor, key_position: Tensor) -> Tensor:
         """Bias ``[B, H, T, S]`` at ``query_position [B, T]`` and ``key_position [B, S]``, in any order."""
