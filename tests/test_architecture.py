@@ -57,11 +57,13 @@ def test_import_rules(part):
 def test_public_names():
     assert sorted(cm.__all__) == cm.__all__
     assert set(cm.__all__) == {
+        "ElitaState",
         "KeyValueState",
         "LinearState",
         "MixedChunkState",
         "State",
         "__version__",
+        "elita_attention",
         "explain",
         "feature_count",
         "gated_attention",
@@ -83,6 +85,7 @@ def test_signatures():
         (cm.linear_attention, [*qkv, "feature_map"], scaled),
         (cm.taylor_attention, [*qkv, "order"], scaled),
         (cm.gated_attention, qkv, ["activation", "is_causal", "length_scale", "bias"]),
+        (cm.elita_attention, ["key_logit", "query_logit", "self_logit", "value"], []),
         (cm.mixed_chunk_attention, five, ["group_size", "is_causal", "activation", "bias"]),
     ):
         parameters = inspect.signature(op).parameters
@@ -91,7 +94,7 @@ def test_signatures():
         keywords = [n for n, p in parameters.items() if p.kind is p.KEYWORD_ONLY]
         assert keywords[: len(first)] == first
         assert keywords[-5:] == common
-        assert parameters["is_causal"].default is False
+        assert op is cm.elita_attention or parameters["is_causal"].default is False
         assert parameters["impl"].default == "auto"
         assert list(inspect.signature(op.plan).parameters) == list(parameters)
 

@@ -38,6 +38,7 @@ class Case:
     masked_queries: bool = True  # what is masked still asks; else it does not exist
     packed_states: bool = True
     biased: bool = False
+    bidirectional: bool = True
 
     def inputs(self, *args: Any, requires_grad: bool = False, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = inputs(*args, **kwargs)
@@ -48,6 +49,9 @@ class Case:
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, **kwargs: Any) -> Any:
         if self.op is cm.mixed_chunk_attention:  # linear queries and keys that are functions of the quadratic ones
             return self.op(q, k, *linear_part(q, k), v, **self.bias(q, 8), **self.options, **kwargs)
+        if self.op is cm.elita_attention:
+            assert kwargs.pop("is_causal")
+            return self.op(*elita_logits(self, q, k), v, **kwargs)
         if self.op is cm.gated_attention:
             past = 0 if kwargs.get("state") is None else kwargs["state"].key.shape[2]
             bias = self.bias(q, q.shape[2] + past)
@@ -78,6 +82,12 @@ class Case:
 def linear_part(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     """Exact in every dtype."""
     return q.flip(-1) * 0.5, k.roll(1, -1) * -2
+
+
+def elita_logits(case: Case, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Those of key, query and token itself, exact in every dtype."""
+    own = q[..., -1] * 2
+    return k[..., 0] * 2, q[..., 0], own if case.options["own"] else own.masked_fill(own > 0, -math.inf)
 
 
 def squared(x: Tensor) -> Tensor:
@@ -118,10 +128,14 @@ CASES = [
             ("wide", {"group_size": 64}, False),
         )
     ),
+    *(
+        Case(f"elita-{name}", cm.elita_attention, {"own": own}, cross=False, bidirectional=False)
+        for name, own in (("own", True), ("partly-own", False))
+    ),
     Case("linear-pair", cm.linear_attention, {"feature_map": (torch.exp, torch.nn.functional.softplus)}),
 ]
 # Sums that do not cancel, for tests of accuracy and of long runs.
-POSITIVE = [c for c in CASES if c.name in ("taylor-2", "taylor-2-scaled", "linear-elu", "linear-softmax")]
+POSITIVE = [c for c in CASES if c.name in ("taylor-2", "taylor-2-scaled", "linear-elu", "linear-softmax", "elita-own")]
 # And those without a quotient, whose errors are those of their products.
 GATED = [c for c in CASES if c.name in ("gated-laplace", "gated-fixed", "mixed-relu2", "mixed-bias")]
 FIXED = [c for c in CASES if c.name in ("mixed-relu2", "mixed-laplace")]  # states of fixed size among them
@@ -152,6 +166,8 @@ def oracle(
                     seen[i + 1 :] = False
                 if case.op is cm.mixed_chunk_attention:
                     out[b, h, i] = _mixed(case, q[b, h], keys, values, h, i, seen, is_causal)
+                elif case.op is cm.elita_attention:
+                    out[b, h, i] = _elita(case, q[b, h, i], keys, values, i, seen)
                 elif case.op is cm.gated_attention:
                     bias = case.bias(q, k.shape[2]).get("bias")
                     row = None if bias is None else bias[h, i, seen]
@@ -159,6 +175,18 @@ def oracle(
                 elif seen.any():
                     out[b, h, i] = _attend(case, q[b, h, i], keys[seen], values[seen])
     return out
+
+
+def _elita(case: Case, q: Tensor, keys: Tensor, values: Tensor, i: int, seen: Tensor) -> Tensor:
+    """The softmax of row i over the keys up to i, and over the token itself once more."""
+    c, r, s = elita_logits(case, q[None], keys)
+    logits, chosen = (c + r)[seen], values[seen]
+    if seen[i]:
+        logits, chosen = torch.cat((logits, s)), torch.cat((chosen, values[i : i + 1]))
+    if len(logits) == 0:
+        return torch.zeros_like(values[0])
+    weights = (logits - logits.max()).exp()
+    return weights @ chosen / weights.sum()
 
 
 def _weight(case: Case, x: Tensor) -> Tensor:
@@ -253,9 +281,11 @@ def error(actual: Tensor, exact: Tensor) -> float:
         raise AssertionError(f"shapes differ: {list(actual.shape)} and {list(exact.shape)}")
     if actual.numel() == 0:
         return 0.0
+    actual, exact = actual.detach(), exact.detach()
+    infinite = actual.isinf() & (actual == exact)  # a sum over nothing, as a logarithm
+    actual, exact = actual.masked_fill(infinite, 0), exact.masked_fill(infinite, 0)
     if not torch.isfinite(actual).all():
         return math.inf
-    actual, exact = actual.detach(), exact.detach()
     return float((actual.double() - exact.double()).norm() / exact.double().norm().clamp(min=1e-30))
 
 

@@ -8,13 +8,23 @@ import torch
 
 import cumulant as cm
 from cumulant.kernels import chunked
+from cumulant.kernels.chunked.elita import elita_attention as elita_kernel
 from cumulant.kernels.chunked.gated import gated_attention as gated_kernel
 from cumulant.kernels.chunked.mixed_chunk import mixed_chunk_attention as mixed_chunk
-from cumulant.ops import cumulative, gated
+from cumulant.ops import cumulative, elita, gated
 
-from .cases import CASES, CHUNK, assert_close, linear_part, sums_of
+from .cases import CASES, CHUNK, assert_close, elita_logits, linear_part, sums_of
 
-NAMES = ("taylor-2", "linear-elu", "linear-softmax", "linear-callable", "gated-laplace", "mixed-relu2", "mixed-bias")
+NAMES = (
+    "taylor-2",
+    "linear-elu",
+    "linear-softmax",
+    "linear-callable",
+    "gated-laplace",
+    "mixed-relu2",
+    "mixed-bias",
+    "elita-own",
+)
 COMPILED = [c for c in CASES if c.name in NAMES]
 by_case = pytest.mark.parametrize("case", COMPILED, ids=lambda c: c.name)
 
@@ -23,6 +33,7 @@ by_case = pytest.mark.parametrize("case", COMPILED, ids=lambda c: c.name)
 def _short_chunks(monkeypatch):
     monkeypatch.setattr(cumulative, "CHUNK", CHUNK)
     monkeypatch.setattr(gated, "BLOCK", CHUNK)
+    monkeypatch.setattr(elita, "CHUNK", 4)
     torch._dynamo.reset()
 
 
@@ -130,6 +141,18 @@ def test_opcheck_gated(is_causal, packed):
     torch.library.opcheck(gated_kernel, (q, k, v, scale, bias, bounds, None, "laplace", is_causal, 0.0, 8))
 
 
+@pytest.mark.parametrize("length", [0, 1, 7, 37])
+@pytest.mark.parametrize("states", ["in", "none", "packed"])
+def test_opcheck_elita(length, states):
+    case = next(c for c in CASES if c.name == "elita-own")
+    q, k, v = case.inputs(1, T=length, requires_grad=True)
+    logits = [x.detach().requires_grad_() for x in elita_logits(case, q, k)]
+    first = torch.rand(length) > 0.7 if states == "packed" else None
+    m = torch.randn(1, 2, dtype=torch.float64, requires_grad=True) if states == "in" else None
+    u = torch.randn(1, 2, 3, dtype=torch.float64, requires_grad=True) if states == "in" else None
+    torch.library.opcheck(elita_kernel, (*logits, v, first, m, u, 4))
+
+
 @pytest.mark.parametrize("is_causal", [True, False])
 @pytest.mark.parametrize("length", [10, 1000])
 def test_nothing_but_inputs_outputs_and_denominators_is_kept(is_causal, length):
@@ -214,3 +237,18 @@ def test_memory_of_gated_attention_is_linear_in_the_length():
     """Weights of all queries would be 1 GiB, in each of the four tensors that the passes hold of a block."""
     used = peak_mib([16, 16, 16], "cm.gated_attention(*x, is_causal=True)", 8192)
     assert used < 256
+
+
+def test_elita_keeps_two_numbers_a_token():
+    """Beside values and outputs, for the backward pass."""
+    logits = [torch.randn(1, 2, 1000, requires_grad=True) for _ in range(3)]
+    value = torch.randn(1, 2, 1000, 16, requires_grad=True)
+    used = kept(lambda *x: cm.elita_attention(*x), *logits, value)
+    assert used <= (2 * value.numel() + 2 * 2 * 1000) * 4 + 2 * 16 * 4 + 64
+
+
+def test_memory_of_elita_is_linear_in_the_length():
+    """Values, outputs and their gradients; a 65,536th of the softmax weights."""
+    call = "cm.elita_attention(*(y[..., 0] for y in x[:3]), x[3])"
+    used = peak_mib([1, 1, 1, 64], call, 65536)
+    assert used < 1.6 * 4 * 65536 * 4 * 64 * 4 / 2**20

@@ -14,7 +14,7 @@ from torch import Tensor
 import cumulant as cm
 from cumulant.kernels import reference
 from cumulant.kernels.chunked.features import Expansion
-from cumulant.ops import cumulative, gated
+from cumulant.ops import cumulative, elita, gated
 
 from .cases import (
     BY_TOKEN,
@@ -38,20 +38,30 @@ from .cases import (
 by_impl = pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 by_case = pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 by_token = pytest.mark.parametrize("case", BY_TOKEN, ids=lambda c: c.name)
-by_accurate = pytest.mark.parametrize("case", [*POSITIVE, *GATED], ids=lambda c: c.name)
 by_positive = pytest.mark.parametrize("case", POSITIVE, ids=lambda c: c.name)
-by_causal = pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "bidirectional"])
+
+
+def forms(cases: list[Case]) -> Any:
+    """Each case, causal and, where it has that form, in both directions."""
+    found = [(c, is_causal) for c in cases for is_causal in (True, False) if is_causal or c.bidirectional]
+    names = [f"{c.name}-{'causal' if is_causal else 'bidirectional'}" for c, is_causal in found]
+    return pytest.mark.parametrize(("case", "is_causal"), found, ids=names)
+
+
+by_form = forms(CASES)
 
 
 @pytest.fixture(autouse=True)
 def _short_chunks(monkeypatch):
     monkeypatch.setattr(cumulative, "CHUNK", CHUNK)
     monkeypatch.setattr(gated, "BLOCK", CHUNK)
+    monkeypatch.setattr(elita, "CHUNK", 4)  # chunks of chunks as well
 
 
 def gradients(out: Any, wrt: tuple[Tensor, ...]) -> list[Tensor]:
     """Gradients of a fixed nonlinear function of outputs (and states)."""
     leaves = [out] if isinstance(out, Tensor) else [out[0], *sums_of(out[1])]
+    leaves = [x.masked_fill(x.isinf(), 0) for x in leaves]  # logarithms of sums over nothing
     loss = sum((x.double().sin() * torch.linspace(0.5, 1.5, x.numel()).view(x.shape)).sum() for x in leaves)
     found = torch.autograd.grad(loss, wrt, allow_unused=True, retain_graph=True)
     return [torch.zeros_like(x) if g is None else g for g, x in zip(found, wrt)]
@@ -61,8 +71,7 @@ def gradients(out: Any, wrt: tuple[Tensor, ...]) -> list[Tensor]:
 
 
 @by_impl
-@by_case
-@by_causal
+@by_form
 @pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
 def test_equals_the_formula(case: Case, impl: str, is_causal: bool, masked: bool):
     q, k, v = case.inputs()
@@ -71,8 +80,7 @@ def test_equals_the_formula(case: Case, impl: str, is_causal: bool, masked: bool
     assert_close(out, oracle(case, q, k, v, is_causal=is_causal, key_mask=mask), 100)
 
 
-@by_case
-@by_causal
+@by_form
 @pytest.mark.parametrize("length", [7, 37])
 def test_gradients_equal_the_reference(case: Case, is_causal: bool, length: int):
     """The reference differentiates itself; its own gradients are held to finite differences below."""
@@ -91,8 +99,7 @@ def test_gradients_equal_the_reference(case: Case, is_causal: bool, length: int)
 
 
 @by_impl
-@pytest.mark.parametrize("case", [c for c in CASES if c.name != "linear-relu"], ids=lambda c: c.name)
-@by_causal
+@forms([c for c in CASES if c.name != "linear-relu"])
 def test_gradcheck(case: Case, impl: str, is_causal: bool, monkeypatch):
     """Finite differences, through inputs, states in and states out."""
     monkeypatch.setattr(cumulative, "CHUNK", 3)
@@ -233,8 +240,7 @@ def test_states_can_be_selected(case: Case, impl: str):
 
 
 @by_impl
-@by_token
-@by_causal
+@forms(BY_TOKEN)
 @pytest.mark.parametrize("junk", [float("nan"), 1e4], ids=["nan", "large"])
 @pytest.mark.parametrize("where", ["left", "right", "holes", "row"])
 def test_padding_does_not_exist(case: Case, impl: str, is_causal: bool, junk: float, where: str):
@@ -302,8 +308,7 @@ def test_gradients_of_padded_rows_are_those_of_the_row_alone(case: Case, impl: s
 
 
 @by_impl
-@by_case
-@by_causal
+@by_form
 @pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
 def test_packed_is_separate(case: Case, impl: str, is_causal: bool, masked: bool):
     """Also with states in and out, an empty sequence, and NaN in the slack after the last one."""
@@ -343,8 +348,7 @@ def test_packed_is_separate(case: Case, impl: str, is_causal: bool, masked: bool
 
 
 @by_impl
-@by_case
-@by_causal
+@by_form
 @pytest.mark.parametrize("length", [0, 1, 15, 16, 17, 33])
 def test_ragged_lengths(case: Case, impl: str, is_causal: bool, length: int):
     q, k, v = case.inputs(T=length)
@@ -369,9 +373,8 @@ def test_cross_attention(case: Case, impl: str, T: int, S: int):
 
 
 @by_impl
-@by_case
+@by_form
 @pytest.mark.parametrize(("H", "G"), [(1, 1), (6, 6), (6, 2), (6, 1)])
-@by_causal
 def test_grouped_heads(case: Case, impl: str, H: int, G: int, is_causal: bool):
     q, k, v = case.inputs(H=H, G=G, requires_grad=True)
     out = case(q, k, v, is_causal=is_causal, impl=impl)
@@ -432,8 +435,7 @@ def test_empty_batch(case: Case, impl: str):
 
 
 @by_impl
-@by_case
-@by_causal
+@by_form
 def test_strides_do_not_matter(case: Case, impl: str, is_causal: bool):
     q, k, v = case.inputs()
     strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
@@ -469,9 +471,17 @@ def test_any_shape_mask_and_split(case: Case, data: st.DataObject):
 # ---- numbers ----
 
 
+def kept_in(state: cm.State, part: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """Keys and values stay as they are, sums are kept in fp32 at least, logarithms of sums in fp64."""
+    if isinstance(state, cm.KeyValueState):
+        return dtype
+    if isinstance(state, cm.ElitaState) and part is state.log_weight:
+        return torch.float64
+    return torch.promote_types(dtype, torch.float32)
+
+
 @by_impl
-@by_accurate
-@by_causal
+@forms([*POSITIVE, *GATED])
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 def test_dtypes(case: Case, impl: str, dtype: torch.dtype, is_causal: bool):
     """Output, state and gradients against float64 on the same rounded inputs."""
@@ -483,8 +493,8 @@ def test_dtypes(case: Case, impl: str, dtype: torch.dtype, is_causal: bool):
     assert_close(out, expected)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     for a, b in zip(sums_of(state), sums_of(end)):
-        assert a.dtype == (dtype if isinstance(state, cm.KeyValueState) else wide)
-        assert_close(a, b, 10)
+        assert a.dtype == kept_in(state, a, dtype)
+        assert_close(a.to(min(a.dtype, wide, key=lambda x: x.itemsize)), b, 10)
     weight = torch.randn_like(expected)
     grads = torch.autograd.grad((out.double() * weight).sum(), low)
     for a, b in zip(grads, torch.autograd.grad((expected * weight).sum(), exact)):
@@ -518,7 +528,7 @@ def test_long_decoding_keeps_its_accuracy(case: Case, dtype: torch.dtype):
     assert_close(out, exact[:, :, -1:], 3)
 
 
-@by_accurate
+@pytest.mark.parametrize("case", [*POSITIVE, *GATED], ids=lambda c: c.name)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @by_impl
 def test_autocast_does_not_lower_the_sums(case: Case, impl: str, dtype: torch.dtype):
@@ -527,8 +537,7 @@ def test_autocast_does_not_lower_the_sums(case: Case, impl: str, dtype: torch.dt
     with torch.autocast("cpu", torch.bfloat16):
         out, state = case(*low, is_causal=True, return_state=True, impl=impl)
     assert out.dtype == dtype
-    kept = dtype if isinstance(state, cm.KeyValueState) else torch.float32
-    assert all(x.dtype == kept for x in sums_of(state))
+    assert all(x.dtype == kept_in(state, x, dtype) for x in sums_of(state))
     assert_close(out, plain)
     for a, b in zip(gradients(out, low), gradients(plain, low)):
         assert_close(a, b, 10)
@@ -563,7 +572,7 @@ def test_every_row_is_written(case: Case):
             q, k, v = case.inputs(T=length, requires_grad=True)
             packed = case.inputs(1, T=length, requires_grad=True)
             cu_seqlens = torch.tensor([0, 2, length - 1])
-            for is_causal in (True, False):
+            for is_causal in (True, False)[: 1 + case.bidirectional]:
                 out = case.run(q, k, v, is_causal, impl="torch")
                 rows = case(*packed, is_causal=is_causal, cu_seqlens=cu_seqlens, impl="torch")
                 found = [out[0], *tensors_of(out[1]), *gradients(out, (q, k, v)), rows, *gradients(rows, packed)]
@@ -599,6 +608,60 @@ def test_shen_far_from_zero(impl: str):
     for shift in (-200.0, 200.0):
         mask = torch.rand(2, 37) > 0.3
         assert_close(case(q, k + shift, v, key_mask=mask, impl=impl), oracle(case, q, k + shift, v, key_mask=mask), 5)
+
+
+@by_impl
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(("size", "shift"), [(1e4, 0.0), (1.0, 1e4), (1.0, -1e4), (30.0, 9e3)])
+def test_elita_is_exact_for_logits_of_any_size(impl: str, dtype: torch.dtype, size: float, shift: float):
+    """Outputs, states and gradients against the oracle on the same rounded logits, whole and token by token, at the
+    same tolerances as for small logits. In fp32 numbers near 1e4 stand 1e-3 apart: a running log-sum kept in fp32 would
+    be wrong by as much."""
+    q, k, v = inputs(T=60, dtype=torch.float64)
+    raw = k[..., 0] * size + shift, q[..., 0] * size - shift / 2, q[..., 1] * size + shift / 2
+    leaves = tuple(x.to(dtype).requires_grad_() for x in (*raw, v))
+    exact = tuple(x.detach().double().requires_grad_() for x in leaves)
+
+    def run(x: tuple[Tensor, ...], impl: str, lengths: list[int]) -> list[Tensor]:
+        state, outs = None, []
+        for part in zip(*(y.split(lengths, 2) for y in x)):
+            out, state = cm.elita_attention(*part, state=state, return_state=True, impl=impl)
+            outs.append(out)
+        out = torch.cat(outs, 2)
+        grads = torch.autograd.grad((out.double() * weight).sum() + state.mean.double().sin().sum(), x)
+        return [out, state.log_weight, state.mean, *grads]
+
+    weight = torch.linspace(-1, 1, 60, dtype=torch.float64)[:, None]
+    c, r, s = (x.detach() for x in exact[:3])
+    rows = torch.cat(((c.repeat_interleave(2, 1)[:, :, None] + r[..., None]).tril(), s[..., None]), -1)
+    rows = rows.masked_fill(torch.ones(60, 61, dtype=torch.bool).triu(1) & (torch.arange(61) < 60), -math.inf)
+    values = exact[3].detach().repeat_interleave(2, 1)
+    weights = rows.softmax(-1)
+    formula = weights[..., :60] @ values + weights[..., 60:] * values
+    expected = run(exact, "reference", [60])
+    rounding = 60 * 1e4 * torch.finfo(torch.float64).eps  # of sums of logits in fp64, token after token
+    assert error(expected[0], formula) < rounding
+    # gradients of saturated logits are differences of nearly equal numbers: held to the size of the upstream's
+    bound = max(2 * TOLERANCE[dtype], rounding)
+    for lengths in ([60], [1] * 60, [25, 35]):
+        for actual, wanted in zip(run(leaves, impl, lengths), expected):
+            assert actual.isfinite().all()
+            difference = float((actual.detach().double() - wanted.detach()).abs().max())
+            assert difference <= bound * max(float(wanted.detach().abs().max()), 1.0)
+
+
+@by_impl
+def test_elita_reads_values_of_a_lower_dtype_than_its_logits(impl: str):
+    """bf16 values, as under autocast, with logits in fp32: as if the values were fp32."""
+    q, k, v = inputs(dtype=torch.bfloat16)
+    logits = [x.float() * 1.234 for x in (k[..., 0], q[..., 0], q[..., 1])]
+    out, state = cm.elita_attention(*logits, v, return_state=True, impl=impl)
+    expected, end = cm.elita_attention(*logits, v.float(), return_state=True, impl=impl)
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, expected.bfloat16())
+    assert torch.equal(state.mean, end.mean)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(cm.elita_attention(*logits, v, impl=impl), out)
 
 
 def test_denominator_is_at_least_half_the_keys():

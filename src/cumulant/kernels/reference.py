@@ -235,3 +235,39 @@ def mixed_chunk_attention(
     slots = ((key_place % g)[:, None] == torch.arange(g, device=value.device)[:, None]) & still[:, None]
     rest = [slots[:, None].to(dtype) @ x for x in keys]
     return out.to(value.dtype), (sums, rest[0], rest[1], rest[2])
+
+
+def elita_attention(
+    key_logit: Tensor,
+    query_logit: Tensor,
+    self_logit: Tensor,
+    value: Tensor,
+    *,
+    key_mask: Tensor | None = None,
+    state: Sums | None = None,
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """The softmax of each row, in fp64: over r_i + m₀ of the state, r_i + c_j of the keys up to i, and s_i of the token
+    itself, with values u₀, v_j and v_i."""
+    (B, G, T, _), groups = value.shape, query_logit.shape[1] // value.shape[1]
+    seen = value.new_ones(B, T, dtype=torch.bool) if key_mask is None else key_mask
+    c, r, s = (x.double() for x in (key_logit, query_logit, self_logit))
+    c, s = (x.masked_fill(~seen[:, None], -math.inf) for x in (c, s))
+    r, v = r.masked_fill(~seen[:, None], 0), value.double().masked_fill(~seen[:, None, :, None], 0)
+    if state is None:
+        past = c.new_full((B, G), -math.inf), v.new_zeros(B, G, v.shape[-1])
+    else:
+        past = state[0], state[1].double()  # type: ignore[union-attr]
+    keys, values = torch.cat((past[0][..., None], c), -1), torch.cat((past[1][:, :, None], v), 2)
+    each = keys.repeat_interleave(groups, 1)[:, :, None] + r[..., None]  # [B, H, T, 1 + T]
+    each = each.masked_fill(each.new_ones(T, T + 1, dtype=torch.bool).triu(2), -math.inf)
+    weights = _softmax(torch.cat((each, s[..., None]), -1))
+    out = weights[..., :-1] @ values.repeat_interleave(groups, 1)
+    out = out + weights[..., -1:] * v.repeat_interleave(groups, 1)
+    mean = (_softmax(keys)[:, :, None] @ values)[:, :, 0]
+    return out.to(value.dtype), (keys.logsumexp(-1), mean.to(torch.promote_types(value.dtype, torch.float32)))
+
+
+def _softmax(logits: Tensor) -> Tensor:
+    """Over the last dim; zeros for a row of nothing but -inf, and gradients too."""
+    empty = (logits == -math.inf).all(-1, keepdim=True)
+    return logits.masked_fill(empty, 0).softmax(-1).masked_fill(empty, 0)

@@ -72,7 +72,7 @@ def check_attention(
         )
     check_key_mask(key_mask, B, S, query.device)
     if cu_seqlens is not None:
-        _check_cu_seqlens(cu_seqlens, B, T, S, query.device)
+        check_cu_seqlens(cu_seqlens, B, T, S, query.device)
     return Sizes(B, H, G, T, S, K, V)
 
 
@@ -88,7 +88,7 @@ def check_key_mask(key_mask: Tensor | None, B: int, S: int, device: torch.device
         raise ValueError(f"{name}: expected on {device} like query, got {key_mask.device}")
 
 
-def _check_cu_seqlens(cu_seqlens: Tensor, B: int, T: int, S: int, device: torch.device) -> None:
+def check_cu_seqlens(cu_seqlens: Tensor, B: int, T: int, S: int, device: torch.device) -> None:
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
         got = cu_seqlens.dtype if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
         raise TypeError(f"cu_seqlens: expected an int32 or int64 tensor [N + 1], got {got}")

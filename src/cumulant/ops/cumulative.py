@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..kernels import reference
 from .dispatch import Choice, reasons
-from .state import LinearState, MixedChunkState
+from .state import ElitaState, LinearState, MixedChunkState
 
 CHUNK = 128
 
@@ -115,7 +115,10 @@ def _reference(
 
 
 def count_tokens(
-    key: Tensor, key_mask: Tensor | None, cu_seqlens: Tensor | None, state: LinearState | MixedChunkState | None
+    key: Tensor,
+    key_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    state: LinearState | MixedChunkState | ElitaState | None,
 ) -> Tensor:
     """Keys seen so far, one count a sequence: what is masked does not count."""
     if cu_seqlens is not None:

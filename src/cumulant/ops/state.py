@@ -122,12 +122,27 @@ class MixedChunkState(State):
     position: Tensor
 
 
+@dataclass(frozen=True)
+class ElitaState(State):
+    """The past of ELiTA's attention: H · (V + 1) numbers, whatever its length.
+
+    log_weight: ``[B, G]``, m = log Σ_j exp(c_j), in fp64, as fp32 would keep it to 1e-3 where logits are 1e4; -inf
+        before the first key.
+    mean: ``[B, G, V]``, u = Σ_j exp(c_j - m) v_j, in fp32 (fp64 for fp64 values).
+    position: ``[B]`` int64, the number of keys (masked keys don't count).
+    """
+
+    log_weight: Tensor
+    mean: Tensor
+    position: Tensor
+
+
 def register(kind: type[State]) -> None:
     """Make a state class a pytree node, for torch.compile and torch.export."""
     torch.utils._pytree.register_dataclass(kind)
 
 
-for _kind_of_state in (LinearState, KeyValueState, MixedChunkState):
+for _kind_of_state in (LinearState, KeyValueState, MixedChunkState, ElitaState):
     register(_kind_of_state)
 
 

@@ -1,0 +1,252 @@
+"""ELiTA's attention: a softmax over scalar logits of keys and queries, with one more for the token itself."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from ..kernels import reference
+from .checks import FLOATS, check_cu_seqlens, check_key_mask, check_parts
+from .cumulative import count_tokens
+from .dispatch import Choice, reasons, resolve
+from .state import ElitaState
+
+CHUNK = 8
+
+
+def elita_attention(
+    key_logit: Tensor,
+    query_logit: Tensor,
+    self_logit: Tensor,
+    value: Tensor,
+    *,
+    key_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    state: ElitaState | None = None,
+    return_state: bool = False,
+    impl: str = "auto",
+) -> Tensor | tuple[Tensor, ElitaState]:
+    """Causal attention whose logits are sums of a key's and a query's number, in O(T) time and memory.
+
+    With key, query and self logits c, r and s, row i is the softmax over ``s_i`` (value v_i) and all ``r_i + c_j``,
+    j ≤ i (values v_j)::
+
+        out_i = (e^{s_i} v_i + e^{r_i} Σ_{j≤i} e^{c_j} v_j) / (e^{s_i} + e^{r_i} Σ_{j≤i} e^{c_j})
+
+    computed as ``out_i = g_i v_i + (1 - g_i) u_i``, ``g_i = σ(s_i - r_i - m_i)``, with the running log-sum
+    ``m_i = log Σ_{j≤i} e^{c_j}`` and mean ``u_i = Σ_{j≤i} e^{c_j - m_i} v_j``: exact for logits of any size, as
+    differences of logits are taken in fp64 and nothing larger than 1 is exponentiated.
+
+    Args:
+        key_logit: c, ``[B, G, T]``; fp16, bf16, fp32 or fp64, as the two others; -inf for a key of no weight.
+        query_logit: r, ``[B, H, T]``; the G key/value heads divide H, head h reads keys and values ``h // (H / G)``.
+        self_logit: s, ``[B, H, T]``; -inf to leave the term out.
+        value: ``[B, G, T, V]``, of any floating dtype. Sums are taken in fp32 (fp64 for fp64).
+        key_mask: ``[B, T]`` bool, True = attend. Masked tokens count for nothing, not even for themselves.
+        cu_seqlens: ``[N + 1]`` int32/int64, offsets of N sequences packed end to end along T (then B = 1); they do not
+            see each other. Rows after the last offset come out as zeros. States have N rows.
+        state: m and u of earlier tokens, from `return_state`.
+        return_state: return ``(out, state)``.
+        impl: "auto", "torch", "reference"; see `cumulant.explain`.
+
+    Returns:
+        ``[B, H, T, V]`` in value's dtype; zeros where a token has nothing to attend to.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what came. Logits that are NaN or +inf are
+            refused on the CPU; on other devices, where the check would wait for the device, NaN comes out.
+
+    Source: Sharma 2023, "Efficient Linear-Time Attention Transformers" (ELiTA), its Attention2, without the clipping
+    of logits.
+    """
+    _check(key_logit, query_logit, self_logit, value, key_mask, cu_seqlens, state)
+    inputs = (key_logit, query_logit, self_logit, value)
+    if resolve(impl) == "reference":
+        out, sums = _reference(inputs, key_mask, cu_seqlens, state)
+    elif cu_seqlens is not None and (state is not None or return_state):
+        out, sums = _packed_with_states(inputs, key_mask, cu_seqlens, state)
+    else:
+        sums = (None, None) if state is None else (state.log_weight, state.mean)
+        out, sums = _run(_prepared(inputs, key_mask, cu_seqlens), _first(value.shape[2], cu_seqlens), *sums)
+    if not return_state:
+        return out
+    return out, ElitaState(*sums, count_tokens(value, key_mask, cu_seqlens, state))
+
+
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
+Sums = tuple[Tensor, Tensor]
+
+
+def _run(inputs: Inputs, first: Tensor | None, log_weight: Tensor | None, mean: Tensor | None) -> tuple[Tensor, Sums]:
+    from ..kernels.chunked.elita import elita_attention as kernel
+
+    out, _, _, *sums = kernel(*inputs, first, log_weight, mean, CHUNK)
+    return out, (sums[0], sums[1])
+
+
+def _prepared(inputs: Inputs, key_mask: Tensor | None, cu_seqlens: Tensor | None) -> Inputs:
+    """Logits in fp32 at least; what is masked, or behind the last sequence, without weight, whatever it holds."""
+    c, r, s, v = inputs
+    dtype = torch.promote_types(torch.promote_types(c.dtype, v.dtype), torch.float32)
+    c, r, s = c.to(dtype), r.to(dtype), s.to(dtype)
+    hidden = None if key_mask is None else ~key_mask
+    if cu_seqlens is not None:
+        slack = torch.arange(v.shape[2], device=v.device) >= cu_seqlens[-1]
+        hidden = slack[None] if hidden is None else hidden | slack
+    if hidden is None:
+        return c, r, s, v
+    heads = hidden[:, None]
+    return (
+        c.masked_fill(heads, -torch.inf),
+        r.masked_fill(heads, 0),
+        s.masked_fill(heads, -torch.inf),
+        v.masked_fill(heads[..., None], 0),
+    )
+
+
+def _first(length: int, cu_seqlens: Tensor | None) -> Tensor | None:
+    """True where a sequence begins, or what is behind the last one: ``[T]``."""
+    if cu_seqlens is None:
+        return None
+    first = torch.zeros(length + 1, dtype=torch.bool, device=cu_seqlens.device)
+    return first.index_fill(0, cu_seqlens.long(), True)[:length]
+
+
+def _packed_with_states(
+    inputs: Inputs, key_mask: Tensor | None, cu_seqlens: Tensor, state: ElitaState | None
+) -> tuple[Tensor, Sums]:
+    """Each sequence between two more places: one that holds its state, and one that reads the mean at its end."""
+    c, r, s, v = _prepared(inputs, key_mask, cu_seqlens)
+    G, T, N = c.shape[1], c.shape[2], cu_seqlens.shape[0] - 1
+    bounds, index = cu_seqlens.long(), torch.arange(T, device=v.device)
+    number = torch.searchsorted(bounds[1:], index, right=True)  # of each token's sequence, N behind the last
+    place = torch.where(number < N, index + 2 * number + 1, index + 2 * N)
+    starts = bounds[:-1] + 2 * torch.arange(N, device=v.device)
+    ends = bounds[1:] + 2 * torch.arange(N, device=v.device) + 1
+    size = T + 2 * N
+
+    def spread(x: Tensor, empty: float, at_start: Tensor | None = None) -> Tensor:
+        wide = x.new_full((1, x.shape[1], size, *x.shape[3:]), empty).index_copy(2, place, x)
+        return wide if at_start is None else wide.index_copy(2, starts, at_start.transpose(0, 1)[None])
+
+    v = v.to(torch.promote_types(v.dtype, torch.float32))
+    c = spread(c.double(), -torch.inf, None if state is None else state.log_weight)
+    values = spread(v, 0.0, None if state is None else state.mean)
+    r, s = spread(r.double(), 0.0), spread(s.double(), -torch.inf)
+    first = torch.zeros(size, dtype=torch.bool, device=v.device).index_fill(0, starts, True)
+    first = first | (torch.arange(size, device=v.device) == bounds[-1] + 2 * N)
+    out, _ = _run((c, r, s, values), first, None, None)
+    mean = out[0, :: out.shape[1] // G].index_select(1, ends).transpose(0, 1)
+    return out.index_select(2, place).to(inputs[3].dtype), (_log_sums(c[0], first, N), mean)
+
+
+def _log_sums(c: Tensor, first: Tensor, N: int) -> Tensor:
+    """log Σ exp(c) over each of N segments of ``c [G, T]`` that begin where `first` is True: ``[N, G]``."""
+    segment = (first.cumsum(0) - 1).expand_as(c)
+    low = torch.finfo(c.dtype).min
+    top = c.new_full((c.shape[0], N + 1), low).scatter_reduce(1, segment, c.detach(), "amax")
+    total = torch.zeros_like(top).scatter_add(1, segment, (c - top.gather(1, segment)).exp())
+    empty = total == 0
+    return (top + total.masked_fill(empty, 1).log()).masked_fill(empty, -torch.inf)[:, :N].T.contiguous()
+
+
+def _reference(
+    inputs: Inputs, key_mask: Tensor | None, cu_seqlens: Tensor | None, state: ElitaState | None
+) -> tuple[Tensor, Sums]:
+    """The whole batch, or each packed sequence by itself."""
+    with torch.autocast(inputs[3].device.type, enabled=False):
+        if cu_seqlens is None:
+            past = None if state is None else (state.log_weight, state.mean)
+            return reference.elita_attention(*inputs, key_mask=key_mask, state=past)
+        outs, ends, bounds = [], [], cu_seqlens.tolist()
+        for i, (a, b) in enumerate(pairwise(bounds)):
+            row = None if state is None else (state.log_weight[i : i + 1], state.mean[i : i + 1])
+            mask = None if key_mask is None else key_mask[:, a:b]
+            c, r, s, v = (x[:, :, a:b] for x in inputs)
+            out, sums = reference.elita_attention(c, r, s, v, key_mask=mask, state=row)
+            outs.append(out)
+            ends.append(sums)
+    value = inputs[3]
+    outs.append(value.new_zeros(1, inputs[1].shape[1], value.shape[2] - bounds[-1], value.shape[3]))
+    log_weights, means = zip(*ends, strict=True)
+    return torch.cat(outs, 2), (torch.cat(log_weights), torch.cat(means))
+
+
+def _check(
+    key_logit: Tensor,
+    query_logit: Tensor,
+    self_logit: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    state: ElitaState | None,
+) -> None:
+    logits = (("key_logit", key_logit), ("query_logit", query_logit), ("self_logit", self_logit))
+    for name, x, letters, dims in (*((n, x, "[B, H, T]", 3) for n, x in logits), ("value", value, "[B, G, T, V]", 4)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name}: expected a tensor {letters}, got {type(x).__name__}")
+        if x.dim() != dims:
+            raise ValueError(f"{name}: expected {letters}, got {list(x.shape)}")
+        if x.dtype not in FLOATS:
+            raise TypeError(f"{name}: expected fp16, bf16, fp32 or fp64, got {x.dtype}")
+        if x.device != value.device:
+            raise TypeError(f"{name}: expected on {value.device} like value, got {x.device}")
+    B, G, T, V = value.shape
+    H = query_logit.shape[1]
+    if key_logit.shape != (B, G, T):
+        raise ValueError(f"key_logit: expected [B, G, T] = [{B}, {G}, {T}] as in value, got {list(key_logit.shape)}")
+    for name, x in logits[1:]:
+        if x.shape != (B, H, T):
+            raise ValueError(f"{name}: expected [B, H, T] = [{B}, {H}, {T}], T as in value, got {list(x.shape)}")
+        if x.dtype != key_logit.dtype:
+            raise TypeError(f"{name}: expected key_logit's dtype, {key_logit.dtype}, got {x.dtype}")
+    if G == 0 or H % G:
+        raise ValueError(f"key_logit: the {G} key/value heads (G) must divide the {H} query heads (H)")
+    check_key_mask(key_mask, B, T, value.device)
+    if cu_seqlens is not None:
+        check_cu_seqlens(cu_seqlens, B, T, T, value.device)
+    rows = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    check_parts(state, ElitaState, {"log_weight": (rows, G)}, torch.float64, value)
+    check_parts(state, ElitaState, {"mean": (rows, G, V)}, torch.promote_types(value.dtype, torch.float32), value)
+    if value.device.type == "cpu" and not torch.compiler.is_compiling():
+        _check_finite(logits, key_mask, cu_seqlens)
+
+
+def _check_finite(logits: tuple[tuple[str, Tensor], ...], key_mask: Tensor | None, cu_seqlens: Tensor | None) -> None:
+    """No NaN and no +inf among the logits of tokens that count; -inf only where it means no weight."""
+    for name, x in logits:
+        x = x.detach()
+        if cu_seqlens is not None:
+            x = x[..., : int(cu_seqlens[-1])]
+        good = x < torch.inf
+        if name == "query_logit":
+            good &= x > -torch.inf
+        if key_mask is not None:
+            good |= ~key_mask[:, None, : x.shape[-1]]
+        if not good.all():
+            found = x.where(~good, 0).sum().item()
+            kinds = "below +inf, -inf for no weight" if name != "query_logit" else "finite"
+            raise ValueError(f"{name}: expected logits {kinds}, got {found}; an earlier layer may have overflowed")
+
+
+def _explain(
+    key_logit: Tensor,
+    query_logit: Tensor,
+    self_logit: Tensor,
+    value: Tensor,
+    *,
+    key_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    state: ElitaState | None,
+    return_state: bool,
+    impl: str,
+) -> Choice:
+    _check(key_logit, query_logit, self_logit, value, key_mask, cu_seqlens, state)
+    if value.shape[2] == 1 and state is not None:
+        return reasons(impl, "one token onto a state")
+    return reasons(impl, f"chunks of {CHUNK} tokens, side by side")
+
+
+elita_attention.plan = _explain  # type: ignore[attr-defined]
