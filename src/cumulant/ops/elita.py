@@ -68,8 +68,7 @@ def elita_attention(
     elif cu_seqlens is not None and (state is not None or return_state):
         out, sums = _packed_with_states(inputs, key_mask, cu_seqlens, state)
     else:
-        sums = (None, None) if state is None else (state.log_weight, state.mean)
-        out, sums = _run(_prepared(inputs, key_mask, cu_seqlens), _first(value.shape[2], cu_seqlens), *sums)
+        out, sums = _run(_prepared(inputs, key_mask, cu_seqlens), _first(value.shape[2], cu_seqlens), state)
     if not return_state:
         return out
     return out, ElitaState(*sums, count_tokens(value, key_mask, cu_seqlens, state))
@@ -79,11 +78,12 @@ Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
 Sums = tuple[Tensor, Tensor]
 
 
-def _run(inputs: Inputs, first: Tensor | None, log_weight: Tensor | None, mean: Tensor | None) -> tuple[Tensor, Sums]:
+def _run(inputs: Inputs, first: Tensor | None, state: ElitaState | None) -> tuple[Tensor, Sums]:
     from ..kernels.chunked.elita import elita_attention as kernel
 
-    out, _, _, *sums = kernel(*inputs, first, log_weight, mean, CHUNK)
-    return out, (sums[0], sums[1])
+    past = (None, None) if state is None else (state.log_weight, state.mean)
+    out, _, _, log_weight, mean = kernel(*inputs, first, *past, CHUNK)
+    return out, (log_weight, mean)
 
 
 def _prepared(inputs: Inputs, key_mask: Tensor | None, cu_seqlens: Tensor | None) -> Inputs:
@@ -137,7 +137,7 @@ def _packed_with_states(
     r, s = spread(r.double(), 0.0), spread(s.double(), -torch.inf)
     first = torch.zeros(size, dtype=torch.bool, device=v.device).index_fill(0, starts, True)
     first = first | (torch.arange(size, device=v.device) == bounds[-1] + 2 * N)
-    out, _ = _run((c, r, s, values), first, None, None)
+    out, _ = _run((c, r, s, values), first, None)
     mean = out[0, :: out.shape[1] // G].index_select(1, ends).transpose(0, 1)
     return out.index_select(2, place).to(inputs[3].dtype), (_log_sums(c[0], first, N), mean)
 
@@ -216,10 +216,8 @@ def _check(
 
 def _check_finite(logits: tuple[tuple[str, Tensor], ...], key_mask: Tensor | None, cu_seqlens: Tensor | None) -> None:
     """No NaN and no +inf among the logits of tokens that count; -inf only where it means no weight."""
-    for name, x in logits:
-        x = x.detach()
-        if cu_seqlens is not None:
-            x = x[..., : int(cu_seqlens[-1])]
+    for name, logit in logits:
+        x = logit.detach()[..., : logit.shape[-1] if cu_seqlens is None else int(cu_seqlens[-1])]
         good = x < torch.inf
         if name == "query_logit":
             good &= x > -torch.inf

@@ -1,7 +1,7 @@
 """ELiTA's attention as a recurrence, exact for logits of any size.
 
-With ``m_t = log Σ_{j≤t} exp(c_j)``, the running mean ``u_t = Σ_{j≤t} exp(c_j - m_t) v_j`` moves to each value by a gate,
-``u_t = u_{t-1} + a_t (v_t - u_{t-1})``, ``a_t = exp(c_t - m_t)``, and ``out_t = u_t + g_t (v_t - u_t)`` with
+With ``m_t = log Σ_{j≤t} exp(c_j)``, the running mean ``u_t = Σ_{j≤t} exp(c_j - m_t) v_j`` moves towards each value by a
+gate, ``u_t = u_{t-1} + a_t (v_t - u_{t-1})``, ``a_t = exp(c_t - m_t)``, and ``out_t = u_t + g_t (v_t - u_t)`` with
 ``g_t = σ(s_t - r_t - m_t)``. Logits enter only through a and g, two numbers a token, which are all that the backward
 pass keeps beside inputs and outputs:
 
@@ -114,7 +114,7 @@ def _backward(
     chunk: int,
 ) -> tuple[Tensor, ...]:
     """Gradients of c ``[B,G,T]``, s ``[B,G,R,T]``, v ``[B,G,T,V]``, and of the state, whether there is one or not."""
-    (B, G, T, V), R, dtype = v.shape, g.shape[2], a.dtype
+    (B, G, T), R, dtype = a.shape, g.shape[2], a.dtype
     dy, y = dout.unflatten(1, (G, R)), out.unflatten(1, (G, R))
     dv, keep = _new_heads(v, G), 1 - g
     dc, ds, own = torch.empty_like(a), torch.empty_like(g), torch.empty_like(g)
