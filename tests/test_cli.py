@@ -81,7 +81,7 @@ def test_info():
     [
         (
             ["train", "--preset", "gpt"],
-            "preset: expected one of softmax, linear, taylor, higher_order, based, flash, got 'gpt'",
+            "preset: expected one of softmax, linear, taylor, higher_order, based, flash, elita, got 'gpt'",
         ),
         (["train", "--recipe", "gpt"], "recipe: expected one of flash-enwik8, got 'gpt'"),
         (["train", "--model-option", "group_size"], "model_option: expected field=value, got 'group_size'"),

@@ -6,11 +6,13 @@ from transformers import DynamicCache, TextStreamer
 
 from cumulant.models import PRESETS
 
-from .test_language_model import build, tokens
+from .test_language_model import WRAPPED, build, tokens
 
 
-@pytest.fixture(params=[*PRESETS, "gau"])
+@pytest.fixture(params=[*PRESETS, "gau", "wrapped"])
 def model(request):
+    if request.param == "wrapped":
+        return build("taylor", **WRAPPED).float()
     if request.param == "gau":
         return build("flash", mixers=["gau", "flash"]).float()
     return build(request.param).float()

@@ -23,12 +23,29 @@ def build(preset, **overrides):
     set_seed(0)
     options = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 50}
     options |= {"sliding_window": 6, "group_size": 5, "query_key_dim": 12}
-    options |= {"initializer_range": 0.3, "pad_token_id": 0} | overrides
-    return CumulantForCausalLM(from_preset(preset, **options)).double().eval()
+    options |= {"horizon": 15, "initializer_range": 0.3, "pad_token_id": 0} | overrides
+    model = CumulantForCausalLM(from_preset(preset, **options)).double().eval()
+    with torch.no_grad():  # what starts at or near zero
+        for name, p in model.named_parameters():
+            if "mixer.position" in name or "wrap_bias" in name or "logit_ffn" in name:
+                p.normal_(std=0.3)
+    return model
 
 
-@pytest.fixture(params=[*PRESETS, "everything", "gated"])
+WRAPPED = {
+    "mixers": ["elita", "softmax", "sliding_window", "flash", "gau", "linear", "short_convolution"],
+    "num_hidden_layers": 7,
+    "wraps": 3,
+    "logit_ffn": 20,
+    "norm": "rmsnorm",
+    "norm_affine": False,
+}
+
+
+@pytest.fixture(params=[*PRESETS, "everything", "gated", "wrapped"])
 def model(request):
+    if request.param == "wrapped":
+        return build("taylor", **WRAPPED)
     if request.param == "gated":
         return build(
             "flash",
@@ -148,7 +165,7 @@ def test_loss_is_the_mean_cross_entropy(model):
 def test_hidden_states_and_tuples(model):
     ids = tokens(2, 7)
     outputs = model(ids, output_hidden_states=True, use_cache=False)
-    assert len(outputs.hidden_states) == model.config.num_hidden_layers + 1
+    assert len(outputs.hidden_states) == len(model.config.layer_types) + 1
     assert outputs.past_key_values is None
     embedded = model(inputs_embeds=model.get_input_embeddings()(ids))
     assert torch.equal(embedded.logits, outputs.logits)
@@ -289,7 +306,7 @@ def test_overfits_a_sentence(preset):
 def test_configuration_errors():
     with pytest.raises(ValueError, match=r"mixers: expected a list of softmax, .*taylor.*, got \['mamba'\]"):
         CumulantConfig(mixers=["taylor", "mamba"])
-    with pytest.raises(ValueError, match="feed_forward: expected one of swiglu, gelu, none, got 'relu'"):
+    with pytest.raises(ValueError, match="feed_forward: expected one of swiglu, gelu, elita, none, got 'relu'"):
         CumulantConfig(feed_forward="relu")
     with pytest.raises(ValueError, match="num_attention_heads: 3 must divide hidden_size=256"):
         CumulantConfig(num_attention_heads=3)
@@ -321,7 +338,8 @@ def test_configuration_errors():
     with pytest.raises(ValueError, match="dropout: expected a probability below 1, got 1.5"):
         CumulantConfig(dropout=1.5)
     with pytest.raises(
-        ValueError, match="preset: expected one of softmax, linear, taylor, higher_order, based, flash, got 'gpt'"
+        ValueError,
+        match="preset: expected one of softmax, linear, taylor, higher_order, based, flash, elita, got 'gpt'",
     ):
         from_preset("gpt")
     with pytest.raises(ValueError, match="hiden_size: not a field of CumulantConfig"):

@@ -62,6 +62,10 @@ MIXERS = {
             D, group_size=7, query_key_dim=5, norm=None, residual=False, relative_bias=False, rotary_dim=0
         )
     ),
+    "elita": lambda: placed(nn.ElitaAttention(D, 4, features=3, horizon=10)),
+    "elita-published": lambda: placed(
+        nn.ElitaAttention(D, 3, head_dim=5, horizon=30, time=2.5, query_logit=False, clip=1.5)
+    ),
     "softmax": lambda: nn.SoftmaxAttention(D, 4, num_kv_heads=2, rotary=True),
     "window": lambda: nn.SlidingWindowAttention(D, 4, num_kv_heads=2, rotary=True, window=5),
     "window-1": lambda: nn.SlidingWindowAttention(D, 4, window=1),
@@ -75,6 +79,15 @@ def perturbed(mixer):
         for part in (mixer.query_map, mixer.key_map):
             for p in part.parameters():
                 p.add_(0.3 * torch.randn_like(p))
+    return mixer
+
+
+def placed(mixer):
+    """Logits of content and of position that matter: both start near zero."""
+    with torch.no_grad():
+        mixer.logit_proj.weight.normal_(std=0.3)
+        for p in mixer.position.parameters():
+            p.normal_(std=2)
     return mixer
 
 
@@ -404,6 +417,6 @@ def test_every_mixer_is_in_the_matrix():
     mixers = {k for k in exported if isinstance(k, type) and issubclass(k, torch.nn.Module)}
     parts = {nn.ChannelFirst, nn.RotaryEmbedding, nn.ShortConvolution}
     parts |= {nn.HedgehogFeatureMap, nn.RebasedFeatureMap, nn.OffsetScale, nn.Projection, nn.ScaleNorm}
-    parts |= {nn.ScaledSinusoidalEmbedding, nn.T5RelativePositionBias}
+    parts |= {nn.ScaledSinusoidalEmbedding, nn.T5RelativePositionBias, nn.ElitaFeedForward, nn.SinusoidalLogits}
     assert mixers - kinds == parts
     assert issubclass(nn.TaylorAttention, KernelAttention)

@@ -275,7 +275,9 @@ def test_bad_options(tmp_path, text):
             )
         assert not (tmp_path / "x").exists()  # nothing half-written
 
-    refuses("preset: expected one of softmax, linear, taylor, higher_order, based, flash, got 'gpt'", preset="gpt")
+    refuses(
+        "preset: expected one of softmax, linear, taylor, higher_order, based, flash, elita, got 'gpt'", preset="gpt"
+    )
     refuses("steps: expected at least 1, got 0", steps=0)
     refuses("warmup: expected a share of the steps below 1, got 1", warmup=1)
     refuses("learning_rate: expected a positive number, got -1", learning_rate=-1)

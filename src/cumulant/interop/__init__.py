@@ -1,7 +1,8 @@
 """Weights from other packages: the same numbers from our modules. `docs/migrating.md` has an example of each."""
 
+from .elita import from_elita
 from .fast_transformers import from_fast_transformers
 from .flash_pytorch import from_flash_pytorch
 from .taylor_series import from_taylor_series
 
-__all__ = ["from_fast_transformers", "from_flash_pytorch", "from_taylor_series"]
+__all__ = ["from_elita", "from_fast_transformers", "from_flash_pytorch", "from_taylor_series"]

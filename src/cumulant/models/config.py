@@ -11,10 +11,10 @@ from ..nn.norms import NORMS
 from ..ops.checks import ACTIVATIONS
 from ..ops.feature_maps import LEARNED, NAMES
 
-MIXERS = ("softmax", "sliding_window", "linear", "taylor", "short_convolution", "flash", "gau")
-FEED_FORWARDS = ("swiglu", "gelu", "none")
+MIXERS = ("softmax", "sliding_window", "linear", "taylor", "short_convolution", "flash", "gau", "elita")
+FEED_FORWARDS = ("swiglu", "gelu", "elita", "none")
 POSITIONS = ("none", "scaled_sinusoidal")
-LOOK_BACK = ("sliding_window", "short_convolution")  # mixers with no form in both directions
+LOOK_BACK = ("sliding_window", "short_convolution", "elita")  # mixers with no form in both directions
 
 
 class CumulantConfig(PreTrainedConfig):  # type: ignore[misc]
@@ -25,7 +25,7 @@ class CumulantConfig(PreTrainedConfig):  # type: ignore[misc]
         hidden_size: model dim D.
         num_hidden_layers: depth.
         mixers: pattern of token mixers, repeated over the depth: "softmax", "sliding_window", "linear", "taylor",
-            "short_convolution", "flash" (mixed chunk attention), "gau" (gated attention unit).
+            "short_convolution", "flash" (mixed chunk attention), "gau" (gated attention unit), "elita".
         is_causal: False for an encoder, `CumulantForMaskedLM`: every token sees all.
         num_attention_heads: query heads H of every attention mixer.
         num_key_value_heads: key/value heads G, dividing H; by default H.
@@ -51,11 +51,19 @@ class CumulantConfig(PreTrainedConfig):  # type: ignore[misc]
         length_scale: divisor of GAU's scores; by default the number of tokens seen.
         reduce_group_non_causal_attn: see `cumulant.nn.MixedChunkAttention`.
         count_padding: as FLASH-pytorch does with masked tokens in FLASH and GAU mixers.
-        feed_forward: "swiglu", "gelu" or "none".
-        intermediate_size: hidden dim of the feed-forward; by default about 8/3 D (swiglu) or 4 D (gelu).
+        position_features: sines in each position logit of ELiTA mixers.
+        horizon: length over which their positions run from 0 to `horizon_time`; see `cumulant.nn.SinusoidalLogits`.
+        horizon_time: position logits' time at the horizon.
+        query_logit: a logit of each query's content in ELiTA mixers (k₃).
+        feed_forward: "swiglu", "gelu", "elita" (bilinear) or "none".
+        intermediate_size: hidden dim of the feed-forward; by default about 8/3 D (swiglu), 4 D (gelu) or D (elita).
+        feed_forward_factor: channels of the second projection of ELiTA's feed-forward.
+        wraps: run the stack so many times over, with tied weights and a learned bias before each time.
+        logit_ffn: width of a feed-forward over the logits, added to them; None: none.
         position_embedding: absolute positions added to the embedding: "none" or "scaled_sinusoidal".
         norm: norm before each mixer and feed-forward: "rmsnorm", "layernorm" or "scalenorm".
         final_norm: norm before the logits; by default as `norm`.
+        norm_affine: learned scales (and offsets) in the norms before mixers, feed-forwards and logits.
         norm_eps: epsilon of the norms.
         logits_bias: a bias on the logits.
         dropout: dropout of the mixers' and feed-forwards' outputs.
@@ -100,8 +108,16 @@ class CumulantConfig(PreTrainedConfig):  # type: ignore[misc]
     norm: str = "rmsnorm"
     final_norm: str | None = None
     logits_bias: bool = False
+    position_features: int = 16
+    horizon: int = 1024
+    horizon_time: float = 1.0
+    query_logit: bool = True
     feed_forward: str = "swiglu"
     intermediate_size: int | None = None
+    feed_forward_factor: int = 8
+    wraps: int = 1
+    logit_ffn: int | None = None
+    norm_affine: bool = True
     norm_eps: float = 1e-6
     dropout: float = 0.0
     initializer_range: float = 0.02
@@ -123,8 +139,9 @@ class CumulantConfig(PreTrainedConfig):  # type: ignore[misc]
         if self.final_norm is None:
             self.final_norm = self.norm
         if self.intermediate_size is None:
-            width = 4 * self.hidden_size if self.feed_forward == "gelu" else 8 * self.hidden_size // 3
-            self.intermediate_size = -(-width // 32) * 32
+            widths = {"gelu": 4 * self.hidden_size, "elita": self.hidden_size}
+            width = widths.get(self.feed_forward, 8 * self.hidden_size // 3)
+            self.intermediate_size = width if self.feed_forward == "elita" else -(-width // 32) * 32
         self.validate()
         super().__post_init__(**kwargs)
 
@@ -147,7 +164,8 @@ class CumulantConfig(PreTrainedConfig):  # type: ignore[misc]
                 raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         self._validate_encoder()
         sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "sliding_window")
-        for name in (*sizes, "group_size", "query_key_dim"):
+        counts = ("group_size", "query_key_dim", "position_features", "horizon", "feed_forward_factor", "wraps")
+        for name in (*sizes, *counts):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
         if self.head_dim is None and not set(self.mixers) <= {"flash", "gau"}:
@@ -171,6 +189,10 @@ class CumulantConfig(PreTrainedConfig):  # type: ignore[misc]
             )
         if self.length_scale is not None and not 0 < self.length_scale < math.inf:
             raise ValueError(f"length_scale: expected a positive number, got {self.length_scale}")
+        if self.logit_ffn is not None and self.logit_ffn < 1:
+            raise ValueError(f"logit_ffn: expected a width of at least 1, or None for none, got {self.logit_ffn}")
+        if not self.norm_affine and "scalenorm" in (self.norm, self.final_norm):
+            raise ValueError("norm_affine: a scalenorm is its learned scale; choose layernorm or rmsnorm")
         if self.taylor_order < 1:
             raise ValueError(f"taylor_order: expected at least 1, got {self.taylor_order}")
         if self.taylor_alpha is not None and not 0 < self.taylor_alpha < math.inf:
@@ -206,6 +228,13 @@ class CumulantConfig(PreTrainedConfig):  # type: ignore[misc]
 
     @property
     def layer_types(self) -> list[str]:
-        """Kinds of cache layer, by which `transformers.DynamicCache(config=...)` builds the cache."""
+        """Kinds of cache layer, by which `transformers.DynamicCache(config=...)` builds the cache: each layer has one
+        for each time that the stack is run."""
         kinds = {"softmax": "full_attention", "gau": "full_attention", "sliding_window": "sliding_attention"}
-        return [kinds.get(self.mixer(i), "cumulant_state") for i in range(self.num_hidden_layers)]
+        once = [kinds.get(self.mixer(i), "cumulant_state") for i in range(self.num_hidden_layers)]
+        return once * self.wraps
+
+    @property
+    def per_layer_config(self) -> list[CumulantConfig]:
+        """This configuration for each entry of `layer_types`; transformers' own stops after `num_hidden_layers`."""
+        return [self] * len(self.layer_types)

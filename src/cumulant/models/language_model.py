@@ -14,31 +14,22 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
-from ..nn import OffsetScale, Projection, ScaledSinusoidalEmbedding, ScaleNorm, ShortConvolution
+from ..nn import (
+    ElitaFeedForward,
+    OffsetScale,
+    Projection,
+    ScaledSinusoidalEmbedding,
+    ScaleNorm,
+    ShortConvolution,
+    SinusoidalLogits,
+)
 from ..nn.feature_maps import LearnedFeatureMap
 from ..nn.norms import make_norm
 from ..nn.padding import offsets
 from .cache import read_state, write_state
 from .config import CumulantConfig
+from .feed_forward import LogitFeedForward, build_feed_forward
 from .mixers import build_mixer
-
-
-class FeedForward(nn.Module):
-    """SwiGLU, ``W_down(silu(W_gate x) ⊙ W_up x)``, or GELU, ``W_down gelu(W_up x)``."""
-
-    def __init__(self, config: CumulantConfig):
-        super().__init__()
-        dim, hidden = config.hidden_size, config.intermediate_size
-        assert hidden is not None
-        self.gate_proj = Projection(dim, hidden, bias=False) if config.feed_forward == "swiglu" else None
-        self.up_proj = Projection(dim, hidden, bias=False)
-        self.out_proj = Projection(hidden, dim, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        up = self.up_proj(x)
-        hidden = nn.functional.gelu(up) if self.gate_proj is None else nn.functional.silu(self.gate_proj(x)) * up
-        out: Tensor = self.out_proj(hidden)
-        return out
 
 
 class CumulantBlock(GradientCheckpointingLayer):  # type: ignore[misc]
@@ -46,15 +37,15 @@ class CumulantBlock(GradientCheckpointingLayer):  # type: ignore[misc]
 
     def __init__(self, config: CumulantConfig, layer: int):
         super().__init__()
-        self.layer = layer
-        self.mixer_norm = make_norm(config.norm, config.hidden_size, config.norm_eps)
+        self.mixer_norm = make_norm(config.norm, config.hidden_size, config.norm_eps, affine=config.norm_affine)
         self.mixer = build_mixer(config, layer)
         self.dropout = nn.Dropout(config.dropout)
         self.mixer.out_proj.writes_residual = True  # type: ignore[union-attr]
-        self.feed_forward: FeedForward | None = None
-        if config.feed_forward != "none":
-            self.feed_forward_norm = make_norm(config.norm, config.hidden_size, config.norm_eps)
-            self.feed_forward = FeedForward(config)
+        self.feed_forward = build_feed_forward(config)
+        if self.feed_forward is not None:
+            self.feed_forward_norm = make_norm(
+                config.norm, config.hidden_size, config.norm_eps, affine=config.norm_affine
+            )
             self.feed_forward.out_proj.writes_residual = True  # type: ignore[assignment]
 
     def forward(
@@ -65,14 +56,16 @@ class CumulantBlock(GradientCheckpointingLayer):  # type: ignore[misc]
         past_key_values: Cache | None = None,
         past_mask: Tensor | None = None,
         length: int = 0,
+        slot: int = 0,
     ) -> Tensor:
+        """`slot`: the mixer's entry of the cache."""
         h = self.mixer_norm(x)
         if past_key_values is None:
             h = self.mixer(h, key_mask=key_mask, cu_seqlens=cu_seqlens)
         else:
-            state = read_state(past_key_values, self.layer, past_mask)
+            state = read_state(past_key_values, slot, past_mask)
             h, state = self.mixer(h, key_mask=key_mask, state=state, return_state=True)
-            write_state(past_key_values, self.layer, state, length)
+            write_state(past_key_values, slot, state, length)
         x = x + self.dropout(h)
         if self.feed_forward is not None:
             x = x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
@@ -91,15 +84,17 @@ class CumulantPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
     def _init_weights(self, module: nn.Module) -> None:
         """Normal weights; those of projections into the residual stream smaller, as depth adds them up."""
         if getattr(module, "writes_residual", False):
-            std = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
+            std = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers * self.config.wraps)
             init.normal_(module.weight, std=std)
             if module.bias is not None:
                 init.zeros_(module.bias)
             return
         super()._init_weights(module)
-        if isinstance(module, ShortConvolution):
+        if getattr(module, "starts_at_zero", False):
+            init.zeros_(module.weight)
+        elif isinstance(module, ShortConvolution):
             init.copy_(module.weight, module.initial_weight(module.weight))
-        elif isinstance(module, LearnedFeatureMap):
+        elif isinstance(module, (LearnedFeatureMap, SinusoidalLogits)):
             for name, value in module.initial().items():
                 init.copy_(getattr(module, name), value)
         elif isinstance(module, OffsetScale):
@@ -118,7 +113,12 @@ class CumulantModel(CumulantPreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(CumulantBlock(config, i) for i in range(config.num_hidden_layers))
-        self.norm = make_norm(config.final_norm or config.norm, config.hidden_size, config.norm_eps)
+        self.norm = make_norm(
+            config.final_norm or config.norm, config.hidden_size, config.norm_eps, affine=config.norm_affine
+        )
+        self.wrap_bias: nn.Parameter | None = None
+        if config.wraps > 1:
+            self.wrap_bias = nn.Parameter(torch.zeros(config.wraps, config.hidden_size))
         self.position: ScaledSinusoidalEmbedding | None = None
         if config.position_embedding == "scaled_sinusoidal":
             self.position = ScaledSinusoidalEmbedding(config.hidden_size)
@@ -154,17 +154,21 @@ class CumulantModel(CumulantPreTrainedModel):
             x = x + self.position(place).to(x.dtype)
         x = self.dropout(x)
         hidden = []
-        for block in self.layers:
-            if output_hidden_states:
-                hidden.append(x)
-            x = block(
-                x,
-                key_mask=key_mask,
-                cu_seqlens=cu_seqlens,
-                past_key_values=past_key_values,
-                past_mask=past_mask,
-                length=past + x.shape[1],
-            )
+        for wrap in range(self.config.wraps):
+            if self.wrap_bias is not None:
+                x = x + self.wrap_bias[wrap].to(x.dtype)
+            for layer, block in enumerate(self.layers):
+                if output_hidden_states:
+                    hidden.append(x)
+                x = block(
+                    x,
+                    key_mask=key_mask,
+                    cu_seqlens=cu_seqlens,
+                    past_key_values=past_key_values,
+                    past_mask=past_mask,
+                    length=past + x.shape[1],
+                    slot=wrap * len(self.layers) + layer,
+                )
         x = self.norm(x)
         hidden.append(x)
         return BaseModelOutputWithPast(
@@ -222,7 +226,13 @@ class CumulantWithLogits(CumulantPreTrainedModel):
         self.lm_head = Projection(config.hidden_size, config.vocab_size, bias=config.logits_bias)
         if config.tie_word_embeddings:
             self._keys_to_ignore_on_save = ["lm_head.weight"]
+        self.logit_ffn = None if config.logit_ffn is None else LogitFeedForward(config.vocab_size, config.logit_ffn)
         self.post_init()
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """``[..., D]`` -> ``[..., vocab_size]``."""
+        logits: Tensor = self.lm_head(hidden)
+        return logits if self.logit_ffn is None else self.logit_ffn(logits)
 
 
 class CumulantForCausalLM(CumulantWithLogits, GenerationMixin):  # type: ignore[misc]
@@ -264,7 +274,7 @@ class CumulantForCausalLM(CumulantWithLogits, GenerationMixin):  # type: ignore[
             inputs_embeds: ``[B, T, D]`` in place of `input_ids`.
             labels: ``[B, T]``, as `input_ids`; -100 is left out. Shifted here.
             use_cache: return the cache; by default when not training.
-            output_hidden_states: return the residual stream after the embedding and after each block.
+            output_hidden_states: return the residual stream after the embedding and after each block, each time it is run.
             cu_seqlens: ``[N + 1]`` offsets of documents packed end to end in one row (B = 1); none sees another.
             logits_to_keep: compute only the last so many logits; 0 for all.
             num_items_in_batch: divisor of the summed loss, for gradient accumulation.
@@ -280,7 +290,7 @@ class CumulantForCausalLM(CumulantWithLogits, GenerationMixin):  # type: ignore[
             cu_seqlens=cu_seqlens,
         )
         hidden = outputs.last_hidden_state
-        logits = self.lm_head(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
+        logits = self.logits(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
         loss = None
         if labels is not None or shift_labels is not None:
             loss = self.loss_function(

@@ -51,7 +51,7 @@ class CumulantForMaskedLM(CumulantWithLogits):
             output_hidden_states=output_hidden_states,
             cu_seqlens=cu_seqlens,
         )
-        logits: Tensor = self.lm_head(outputs.last_hidden_state)
+        logits = self.logits(outputs.last_hidden_state)
         loss = None
         if labels is not None:
             total = nn.functional.cross_entropy(

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from ..nn import (
+    ElitaAttention,
     GatedAttentionUnit,
     GatedShortConvolution,
     LinearAttention,
@@ -25,6 +26,16 @@ def build_mixer(config: CumulantConfig, layer: int) -> nn.Module:
         return GatedShortConvolution(dim, size=config.conv_size or 4)
     if name in ("flash", "gau"):
         return _gated_unit(config, name)
+    if name == "elita":
+        return ElitaAttention(
+            dim,
+            heads,
+            head_dim=config.head_dim,
+            features=config.position_features,
+            horizon=config.horizon,
+            time=config.horizon_time,
+            query_logit=config.query_logit,
+        )
     shared: dict[str, Any] = {
         "num_kv_heads": config.num_key_value_heads,
         "rotary": config.rotary,

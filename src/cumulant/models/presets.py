@@ -21,6 +21,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "position_embedding": "scaled_sinusoidal",
         "token_shift": True,
     },
+    "elita": {"mixers": ["elita"], "feed_forward": "elita", "norm": "layernorm", "norm_affine": False},
 }
 
 

@@ -16,8 +16,10 @@ state continues the sequence: whole = any split = one token at a time.
 `ChannelFirst` carries any of them to images and video.
 """
 
-from ..ops.state import KeyValueState
+from ..ops.state import ElitaState, KeyValueState
 from .channel_first import ChannelFirst
+from .elita import ElitaAttention
+from .elita_feed_forward import ElitaFeedForward
 from .feature_maps import HedgehogFeatureMap, RebasedFeatureMap
 from .gated_attention import GatedAttentionUnit
 from .kernel_attention import KernelAttentionState
@@ -25,6 +27,7 @@ from .linear import LinearAttention
 from .mixed_chunk import MixedChunkAttention, MixedChunkAttentionState
 from .norms import ScaleNorm
 from .offset_scale import OffsetScale
+from .position_logits import SinusoidalLogits
 from .projection import Projection
 from .relative_bias import T5RelativePositionBias
 from .rotary import RotaryEmbedding
@@ -38,6 +41,9 @@ from .token_shift import token_shift
 __all__ = [
     "ChannelFirst",
     "ConvolutionState",
+    "ElitaAttention",
+    "ElitaFeedForward",
+    "ElitaState",
     "GatedAttentionUnit",
     "GatedShortConvolution",
     "HedgehogFeatureMap",
@@ -53,6 +59,7 @@ __all__ = [
     "ScaleNorm",
     "ScaledSinusoidalEmbedding",
     "ShortConvolution",
+    "SinusoidalLogits",
     "SlidingWindowAttention",
     "SoftmaxAttention",
     "T5RelativePositionBias",

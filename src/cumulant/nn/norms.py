@@ -34,11 +34,15 @@ class ScaleNorm(nn.Module):
         return y.to(x.dtype)
 
 
-def make_norm(name: str, dim: int, eps: float | None = None) -> nn.Module:
-    """A norm by name, with its own usual epsilon unless one is given."""
+def make_norm(name: str, dim: int, eps: float | None = None, *, affine: bool = True) -> nn.Module:
+    """A norm by name, with its own usual epsilon unless one is given; without `affine`, nothing in it is learned."""
     if name not in NORMS:
         raise ValueError(f"norm: expected one of {', '.join(map(repr, NORMS))}, got {name!r}")
     if name == "rmsnorm":
-        return nn.RMSNorm(dim, eps=1e-6 if eps is None else eps)
-    kind = nn.LayerNorm if name == "layernorm" else ScaleNorm
-    return kind(dim, eps=1e-5 if eps is None else eps)
+        return nn.RMSNorm(dim, eps=1e-6 if eps is None else eps, elementwise_affine=affine)
+    eps = 1e-5 if eps is None else eps
+    if name == "layernorm":
+        return nn.LayerNorm(dim, eps=eps, elementwise_affine=affine)
+    if not affine:
+        raise ValueError("affine: a scalenorm is its learned scale; choose layernorm or rmsnorm")
+    return ScaleNorm(dim, eps=eps)

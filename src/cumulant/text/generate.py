@@ -140,7 +140,7 @@ def fill_cache(model: CumulantForCausalLM, context: int) -> DynamicCache:
     if set(model.config.mixers or ()) == {"softmax"}:
         config: Any = model.config
         shape = (1, config.num_key_value_heads, context, config.head_dim)
-        for layer in range(model.config.num_hidden_layers):
+        for layer in range(len(model.config.layer_types)):
             cache.update(torch.randn(shape, device=model.device), torch.randn(shape, device=model.device), layer)
         return cache
     prefill(model, torch.randint(model.config.vocab_size, (1, context), device=model.device), cache)

@@ -14,6 +14,7 @@ PRESETS = (
     "higher_order",
     "based",
     "flash",
+    "elita",
 )  # of cumulant.models, which takes seconds to import
 
 

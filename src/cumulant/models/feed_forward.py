@@ -1,0 +1,57 @@
+"""Feed-forwards of the language model: in each block, and over the logits."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ..nn import ElitaFeedForward, Projection
+from .config import CumulantConfig
+
+
+class FeedForward(nn.Module):
+    """SwiGLU, ``W_down(silu(W_gate x) ⊙ W_up x)``, or GELU, ``W_down gelu(W_up x)``."""
+
+    def __init__(self, config: CumulantConfig):
+        super().__init__()
+        dim, hidden = config.hidden_size, config.intermediate_size
+        assert hidden is not None
+        self.gate_proj = Projection(dim, hidden, bias=False) if config.feed_forward == "swiglu" else None
+        self.up_proj = Projection(dim, hidden, bias=False)
+        self.out_proj = Projection(hidden, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        up = self.up_proj(x)
+        hidden = nn.functional.gelu(up) if self.gate_proj is None else nn.functional.silu(self.gate_proj(x)) * up
+        out: Tensor = self.out_proj(hidden)
+        return out
+
+
+class LogitFeedForward(nn.Module):
+    """``logits + W_down silu(W_up logits)``: a table of corrections, looked up by what the model is about to say.
+
+    Starts as the identity. Source: Sharma 2023, ELiTA, "other methods".
+
+    Args:
+        vocab_size: logits.
+        hidden: width.
+    """
+
+    def __init__(self, vocab_size: int, hidden: int):
+        super().__init__()
+        self.up_proj = Projection(vocab_size, hidden)
+        self.out_proj = Projection(hidden, vocab_size)
+        self.out_proj.starts_at_zero = True  # type: ignore[assignment]
+
+    def forward(self, logits: Tensor) -> Tensor:
+        """``[..., vocab_size]`` -> ``[..., vocab_size]``."""
+        out: Tensor = logits + self.out_proj(nn.functional.silu(self.up_proj(logits)))
+        return out
+
+
+def build_feed_forward(config: CumulantConfig) -> FeedForward | ElitaFeedForward | None:
+    """The feed-forward of a block; None where there is none."""
+    if config.feed_forward == "none":
+        return None
+    if config.feed_forward == "elita":
+        return ElitaFeedForward(config.hidden_size, config.intermediate_size, factor=config.feed_forward_factor)
+    return FeedForward(config)

@@ -1,0 +1,45 @@
+"""ELiTA's feed-forward: bilinear in two projections of its input."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..ops.bilinear import bilinear
+from .projection import Projection
+
+
+class ElitaFeedForward(nn.Module):
+    """``y_k = Σ_{i,j} W₃[i, j, k] σ(W₁ x + b₁)_i σ(W₂ x + b₂)_j + b₃_k`` with swish σ and j over few channels.
+
+    A hidden layer of ``hidden · factor`` channels, addressed by row and column. Its activations are formed for a block
+    of tokens at a time and never kept.
+
+    Source: Sharma 2023, ELiTA, Feed-Forward2.
+
+    Args:
+        dim: model dim D.
+        hidden: channels of the first projection, i; by default D.
+        factor: channels of the second, j.
+        bias: b₁, b₂ and b₃.
+    """
+
+    def __init__(self, dim: int, hidden: int | None = None, *, factor: int = 8, bias: bool = True):
+        super().__init__()
+        hidden = dim if hidden is None else hidden
+        if dim < 1 or hidden < 1 or factor < 1:
+            raise ValueError(f"dim: expected dim, hidden and factor of at least 1, got {dim}, {hidden} and {factor}")
+        self.dim, self.hidden, self.factor = dim, hidden, factor
+        self.hidden_proj = Projection(dim, hidden, bias=bias)
+        self.factor_proj = Projection(dim, factor, bias=bias)
+        self.out_proj = Projection(hidden * factor, dim, bias=bias)  # column j * hidden + i
+        if bias:
+            for layer in (self.hidden_proj, self.factor_proj, self.out_proj):
+                nn.init.zeros_(layer.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., D]`` -> ``[..., D]``."""
+        if x.shape[-1] != self.dim:
+            raise ValueError(f"x: expected [..., D] with D={self.dim}, got {list(x.shape)}")
+        hidden, factor = F.silu(self.hidden_proj(x)), F.silu(self.factor_proj(x))
+        return bilinear(hidden, factor, self.out_proj.weight, self.out_proj.bias)

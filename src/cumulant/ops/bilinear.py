@@ -1,0 +1,29 @@
+"""Linear maps of outer products of two vectors, without the outer products."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..kernels.bilinear import bilinear as kernel
+
+
+def bilinear(a: Tensor, b: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``y_k = Σ_{f,i} weight[k, f·A + i] b_f a_i + bias_k``.
+
+    Args:
+        a: ``[..., A]``.
+        b: ``[..., F]``.
+        weight: ``[D, F·A]``.
+        bias: ``[D]``.
+
+    Returns:
+        ``[..., D]``, in a's dtype. Outer products ``[..., F·A]`` exist for a block of tokens at a time, and none is
+        kept for the backward pass.
+    """
+    if torch.is_autocast_enabled(a.device.type):
+        dtype = torch.get_autocast_dtype(a.device.type)
+        a, b = a.to(dtype), b.to(dtype)
+    out: Tensor = kernel(a.flatten(0, -2), b.flatten(0, -2).to(a.dtype), weight.to(a.dtype))
+    out = out.unflatten(0, a.shape[:-1])
+    return out if bias is None else out + bias.to(out.dtype)
