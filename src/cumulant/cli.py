@@ -1,4 +1,4 @@
-"""The command line: `cumulant train`, `evaluate`, `generate`, `bench`, `info`."""
+"""The command line: `cumulant train`, `evaluate`, `generate`, `compare`, `bench`, `info`."""
 
 from __future__ import annotations
 
@@ -187,6 +187,41 @@ def generate(
             highlight=False,
             soft_wrap=True,
         )
+
+
+@app.command()
+def compare(
+    data: Annotated[str, typer.Option(help="file, folder, glob or dataset to train on, as for train")],
+    recipe: Annotated[str, typer.Option(help="what is compared: elita-wikitext")] = "elita-wikitext",
+    output: Annotated[
+        str, typer.Option(help="folder for the table, the curves, the JSON and all runs")
+    ] = "runs/compare",
+    mechanism: Annotated[
+        list[str] | None, typer.Option(help="only this one and the baseline; give it several times")
+    ] = None,
+    seeds: Annotated[int | None, typer.Option(help="seeds of weights and order; default: the recipe's")] = None,
+    epochs: Annotated[float | None, typer.Option(help="passes over the text; default: the recipe's")] = None,
+    heldout: Annotated[float, typer.Option(help="share of the text held out for evaluation")] = 0.05,
+    device: Device = "auto",
+) -> None:
+    """Train mechanisms on one text under one budget and set them side by side.
+
+    The same command again goes on where it stopped.
+    """
+    from .bench.compare import compare as run
+
+    quiet()
+    run(
+        recipe,
+        data,
+        output,
+        mechanisms=mechanism or [],
+        seeds=seeds,
+        epochs=epochs,
+        heldout=heldout,
+        device=device,
+        console=console,
+    )
 
 
 @bench.callback()

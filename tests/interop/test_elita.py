@@ -15,7 +15,7 @@ H, D, V, M, A, F = 3, 12, 5, 4, 7, 8
 
 def attention_weights(k3=True, size=1.0, seed=0):
     draw = np.random.default_rng(seed)
-    shapes = {"k1": (H, D), "k2": (H, D), "k3": (H, D)} | {name: (H, M, 1) for name in ("a1", "a2", "b1", "b2", "c")}
+    shapes = dict.fromkeys(("k1", "k2", "k3"), (H, D)) | dict.fromkeys(("a1", "a2", "b1", "b2", "c"), (H, M, 1))
     shapes |= {"value_weight": (H, D, V), "output_weight": (H, D, V)}
     if not k3:
         del shapes["k3"]

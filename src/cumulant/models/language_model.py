@@ -15,7 +15,6 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils.generic import can_return_tuple
 
 from ..nn import (
-    ElitaFeedForward,
     OffsetScale,
     Projection,
     ScaledSinusoidalEmbedding,
@@ -274,7 +273,7 @@ class CumulantForCausalLM(CumulantWithLogits, GenerationMixin):  # type: ignore[
             inputs_embeds: ``[B, T, D]`` in place of `input_ids`.
             labels: ``[B, T]``, as `input_ids`; -100 is left out. Shifted here.
             use_cache: return the cache; by default when not training.
-            output_hidden_states: return the residual stream after the embedding and after each block, each time it is run.
+            output_hidden_states: return the residual stream after the embedding and after each run of a block.
             cu_seqlens: ``[N + 1]`` offsets of documents packed end to end in one row (B = 1); none sees another.
             logits_to_keep: compute only the last so many logits; 0 for all.
             num_items_in_batch: divisor of the summed loss, for gradient accumulation.

@@ -24,18 +24,8 @@ def build_mixer(config: CumulantConfig, layer: int) -> nn.Module:
     name, dim, heads = config.mixer(layer), config.hidden_size, config.num_attention_heads
     if name == "short_convolution":
         return GatedShortConvolution(dim, size=config.conv_size or 4)
-    if name in ("flash", "gau"):
-        return _gated_unit(config, name)
-    if name == "elita":
-        return ElitaAttention(
-            dim,
-            heads,
-            head_dim=config.head_dim,
-            features=config.position_features,
-            horizon=config.horizon,
-            time=config.horizon_time,
-            query_logit=config.query_logit,
-        )
+    if name in ("flash", "gau", "elita"):
+        return _elita(config) if name == "elita" else _gated_unit(config, name)
     shared: dict[str, Any] = {
         "num_kv_heads": config.num_key_value_heads,
         "rotary": config.rotary,
@@ -63,6 +53,18 @@ def build_mixer(config: CumulantConfig, layer: int) -> nn.Module:
         alpha=config.taylor_alpha,
         constant_term=config.taylor_constant_term,
         **shared,
+    )
+
+
+def _elita(config: CumulantConfig) -> nn.Module:
+    return ElitaAttention(
+        config.hidden_size,
+        config.num_attention_heads,
+        head_dim=config.head_dim,
+        features=config.position_features,
+        horizon=config.horizon,
+        time=config.horizon_time,
+        query_logit=config.query_logit,
     )
 
 

@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerFast
 
-from ..models import CumulantForCausalLM
+from ..models import CumulantConfig, CumulantForCausalLM
 from .options import check_device
 from .runs import whole_checkpoints
 from .tokenizer import load_tokenizer
@@ -21,20 +21,8 @@ def load_checkpoint(path: str, device: str = "auto") -> tuple[CumulantForCausalL
         ValueError: no checkpoint there, weights of another shape, or a tokenizer of another size.
     """
     check_device(device)
-    folder = Path(path)
-    if not (folder / "config.json").is_file():
-        whole = whole_checkpoints(folder) if folder.is_dir() else []
-        if not whole:
-            raise ValueError(f"checkpoint: no model at {path}; train one with: cumulant train --output {path}")
-        folder = whole[-1]
-    try:
-        model, info = CumulantForCausalLM.from_pretrained(folder, output_loading_info=True)
-    except (RuntimeError, OSError, KeyError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"checkpoint: the weights in {folder} do not fit its config.json: {reason}") from error
-    wrong = [*info["missing_keys"], *info["mismatched_keys"], *info["unexpected_keys"]]
-    if wrong:
-        raise ValueError(f"checkpoint: the weights in {folder} do not fit its config.json: {wrong[0]}")
+    folder = checkpoint_folder(path)
+    model = load_weights(folder)
     tokenizer = load_tokenizer(folder)
     if len(tokenizer) != model.config.vocab_size:
         raise ValueError(
@@ -44,3 +32,32 @@ def load_checkpoint(path: str, device: str = "auto") -> tuple[CumulantForCausalL
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return model.to(device).eval(), tokenizer
+
+
+def checkpoint_folder(path: str) -> Path:
+    """The folder that holds the model of a run: its own, or that of its last whole checkpoint."""
+    folder = Path(path)
+    if (folder / "config.json").is_file():
+        return folder
+    whole = whole_checkpoints(folder) if folder.is_dir() else []
+    if not whole:
+        raise ValueError(f"checkpoint: no model at {path}; train one with: cumulant train --output {path}")
+    return whole[-1]
+
+
+def load_weights(
+    folder: Path, config: CumulantConfig | None = None, *, new: tuple[str, ...] = ()
+) -> CumulantForCausalLM:
+    """The model in `folder`, under its own configuration or another; only weights whose names begin with one of `new`
+    may be missing there: they keep their initial values."""
+    model: CumulantForCausalLM
+    try:
+        model, info = CumulantForCausalLM.from_pretrained(folder, config=config, output_loading_info=True)
+    except (RuntimeError, OSError, KeyError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"checkpoint: the weights in {folder} do not fit its config.json: {reason}") from error
+    missing = [name for name in info["missing_keys"] if not name.startswith(new)] if new else info["missing_keys"]
+    wrong = [*missing, *info["mismatched_keys"], *info["unexpected_keys"]]
+    if wrong:
+        raise ValueError(f"checkpoint: the weights in {folder} do not fit its config.json: {wrong[0]}")
+    return model

@@ -18,6 +18,9 @@ PRESETS = (
 )  # of cumulant.models, which takes seconds to import
 
 
+SCHEDULES = ("cosine", "capped_inverse_sqrt")
+
+
 def option(default: Any, text: str) -> Any:
     """A field with the help that the command line shows."""
     return field(default=default, metadata={"help": text})
@@ -39,6 +42,9 @@ class TrainingOptions:
     model_option: list[str] | None = option(  # noqa: RUF009
         None, "field=value of the model's configuration, for example group_size=128; give it several times"
     )
+    init_from: str | None = option(None, "folder of a trained model to start from, with its tokenizer and its sizes")
+    freeze_backbone: bool = option(False, "train only the feed-forward over the logits")
+    logit_ffn: int | None = option(None, "width of a feed-forward over the logits; default: none")
     width: int = option(256, "model dim")
     depth: int = option(4, "layers")
     heads: int = option(4, "attention heads")
@@ -46,10 +52,15 @@ class TrainingOptions:
     context: int = option(256, "tokens in a window")
     batch: int = option(16, "windows a step and process")
     accumulate: int = option(1, "batches a step")
+    disjoint: bool = option(False, "windows side by side, each once in every pass over the text, in shuffled order")
     packed: bool = option(False, "pack documents into windows, none seeing another, instead of windows anywhere")
     steps: int = option(1000, "optimizer steps")
-    learning_rate: float = option(2e-3, "peak learning rate; cosine to zero")
-    warmup: float = option(0.1, "share of the steps with rising learning rate")
+    learning_rate: float = option(2e-3, "peak learning rate")
+    schedule: str = option(
+        "cosine", "of the learning rate: cosine to zero, or capped_inverse_sqrt: times min(1, 10 / sqrt(step))"
+    )
+    warmup: float = option(0.1, "share of the steps with rising learning rate; cosine only")
+    adam_beta2: float = option(0.95, "AdamW's second beta")
     weight_decay: float = option(0.1, "AdamW's weight decay")
     clip: float = option(1.0, "largest gradient norm")
     dropout: float = option(0.0, "dropout of mixers and feed-forwards")
@@ -73,24 +84,41 @@ class TrainingOptions:
         for name in ("evaluate_every", "save_every"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: expected 0 or more steps, got {getattr(self, name)}")
-        if self.intermediate is not None and self.intermediate < 1:
-            raise ValueError(f"intermediate: expected at least 1, got {self.intermediate}")
+        for name in ("intermediate", "logit_ffn"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
         for name in ("weight_decay", "clip"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")
+        self._check_combinations()
         if self.save_every and self.evaluate_every and self.save_every % self.evaluate_every:
             raise ValueError(
                 f"save_every: expected a multiple of evaluate_every={self.evaluate_every}, so that the best model is "
                 f"kept, got {self.save_every}"
             )
+        self._check_optimizer()
+        check_device(self.device)
+        self.overrides()
+
+    def _check_optimizer(self) -> None:
         if not 0 <= self.warmup < 1:
             raise ValueError(f"warmup: expected a share of the steps below 1, got {self.warmup}")
         if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
             raise ValueError(f"learning_rate: expected a positive number, got {self.learning_rate}")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"schedule: expected one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
+        if not 0 < self.adam_beta2 < 1:
+            raise ValueError(f"adam_beta2: expected a number between 0 and 1, got {self.adam_beta2}")
+
+    def _check_combinations(self) -> None:
         if self.tokenizer is not None and self.train_bpe is not None:
             raise ValueError("train_bpe: pass either a tokenizer or the size of one to train, not both")
-        check_device(self.device)
-        self.overrides()
+        if self.init_from is not None and (self.tokenizer is not None or self.train_bpe is not None):
+            raise ValueError("init_from: the model there comes with its tokenizer; pass no other")
+        if self.freeze_backbone and (self.init_from is None or self.logit_ffn is None):
+            raise ValueError("freeze_backbone: needs a trained model, --init-from, and something to train, --logit-ffn")
+        if self.disjoint and self.packed:
+            raise ValueError("disjoint: pass either disjoint windows or packed documents, not both")
 
     def overrides(self) -> dict[str, Any]:
         """The fields and values of `model_option`; values as JSON, else as they stand."""

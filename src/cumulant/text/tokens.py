@@ -120,6 +120,27 @@ class RandomWindows(Dataset[dict[str, Tensor]]):
         return {"input_ids": ids[:-1], "labels": ids[1:]}
 
 
+class DisjointWindows(Dataset[dict[str, Tensor]]):
+    """Windows side by side, in an order drawn anew from (seed, pass) for every pass over the text."""
+
+    def __init__(self, tokens: TokenFile, length: int, count: int, seed: int):
+        RandomWindows(tokens, length, count, seed)  # the same demand on the text
+        self.tokens, self.length, self.count, self.seed = tokens, length, count, seed
+        self.each = (len(tokens.ids) - 1) // length
+        self.order: tuple[int, Ids] = (-1, np.empty(0, dtype=np.int64))
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        number, place = divmod(index, self.each)
+        if self.order[0] != number:
+            self.order = number, np.random.default_rng((self.seed, number)).permutation(self.each)
+        start = int(self.order[1][place]) * self.length
+        ids = torch.from_numpy(self.tokens.ids[start : start + self.length + 1].astype(np.int64))
+        return {"input_ids": ids[:-1], "labels": ids[1:]}
+
+
 class PackedDocuments(Dataset[dict[str, Tensor]]):
     """Window i holds documents end to end, drawn from (seed, i) in proportion to their length; none sees another. What
     does not fit is cut: a long document to a random part of it, the last one to the room that is left."""

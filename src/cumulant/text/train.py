@@ -15,12 +15,23 @@ from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, Trai
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ..models import CumulantConfig, CumulantForCausalLM, from_preset
+from .checkpoint import checkpoint_folder
 from .corpus import Corpus, load_corpus
 from .evaluate import Score, windowed
 from .options import TrainingOptions
 from .runs import WHOLE, check_unused, note_options, resumed, write_json
 from .tokenizer import byte_tokenizer, load_tokenizer, train_bpe
-from .tokens import PackedDocuments, RandomWindows, TokenFile, check_tokens, collate, read_tokens, write_tokens
+from .tokens import (
+    DisjointWindows,
+    PackedDocuments,
+    RandomWindows,
+    TokenFile,
+    check_tokens,
+    collate,
+    read_tokens,
+    write_tokens,
+)
+from .warm_start import freeze_backbone, inherited_configuration, inherited_model
 
 
 @dataclass(frozen=True)
@@ -37,9 +48,22 @@ class TrainingResult:
 class LanguageModelTrainer(Trainer):  # type: ignore[misc]
     """Hugging Face's Trainer, evaluating in bits per byte over the whole held-out text."""
 
-    def __init__(self, *, heldout: TokenFile, context: int, **kwargs: Any):
+    def __init__(self, *, heldout: TokenFile, context: int, schedule: str, **kwargs: Any):
         super().__init__(eval_dataset=heldout, **kwargs)
-        self.heldout, self.context = heldout, context
+        self.heldout, self.context, self.schedule = heldout, context, schedule
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        if self.schedule == "capped_inverse_sqrt":
+            optimizer = self.optimizer if optimizer is None else optimizer
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+                optimizer, lambda done: min(1.0, 10 / math.sqrt(done + 1))
+            )
+        else:
+            super().create_scheduler(num_training_steps, optimizer)
+        scheduler: torch.optim.lr_scheduler.LRScheduler = self.lr_scheduler
+        return scheduler
 
     def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:
         model = self.accelerator.unwrap_model(self.model)
@@ -117,10 +141,12 @@ def train(options: TrainingOptions, *, say: Callable[[str], None] = print) -> Tr
     arguments = _arguments(options)
     tokenizer, tokens, heldout = _prepare_text(options, arguments, say)
     set_seed(options.seed)
-    model = CumulantForCausalLM(_configuration(options, tokenizer))
-    parameters = model.num_parameters()
-    say(f"model: {options.preset}, {parameters:,} parameters, {options.depth} layers of {options.width}")
-    window = PackedDocuments if options.packed else RandomWindows
+    model = _model(options, tokenizer, start)
+    parameters, trained = model.num_parameters(), model.num_parameters(only_trainable=True)
+    some = "" if trained == parameters else f", {trained:,} of them trained"
+    layers = f"{model.config.num_hidden_layers} layers of {model.config.hidden_size}"
+    say(f"model: {model.config.preset}, {parameters:,} parameters{some}, {layers}")
+    window = PackedDocuments if options.packed else DisjointWindows if options.disjoint else RandomWindows
     windows = options.steps * options.batch * options.accumulate * arguments.world_size
     trainer = LanguageModelTrainer(
         model=model,
@@ -131,6 +157,7 @@ def train(options: TrainingOptions, *, say: Callable[[str], None] = print) -> Tr
         callbacks=[MarkWhole()],
         heldout=heldout,
         context=options.context,
+        schedule=options.schedule,
     )
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
@@ -157,15 +184,31 @@ def _prepare_text(
                 check_tokens(output / "tokens", corpus)
             else:
                 tokenizer = _tokenizer(options, corpus, say)
-                with torch.device("meta"):  # whatever cannot be built is refused before anything is written
-                    CumulantForCausalLM(_configuration(options, tokenizer))
+                # whatever cannot be built is refused before anything is written
+                config = _configuration(options, tokenizer)
+                if options.init_from is not None:
+                    inherited_model(options, config)
+                with torch.device("meta"):
+                    CumulantForCausalLM(config)
                 write_tokens(output / "tokens", corpus, tokenizer, context=options.context)
                 tokenizer.save_pretrained(output)
                 note_options(options)
     return load_tokenizer(output), *read_tokens(output / "tokens")
 
 
+def _model(options: TrainingOptions, tokenizer: PreTrainedTokenizerFast, start: Path | None) -> CumulantForCausalLM:
+    """New, or the trained one to start from; a run that goes on finds its weights in its checkpoint."""
+    config = _configuration(options, tokenizer, start)
+    fresh = options.init_from is None or start is not None
+    model = CumulantForCausalLM(config) if fresh else inherited_model(options, config)
+    if options.freeze_backbone:
+        freeze_backbone(model)
+    return model
+
+
 def _tokenizer(options: TrainingOptions, corpus: Corpus, say: Callable[[str], None]) -> PreTrainedTokenizerFast:
+    if options.init_from is not None:
+        return load_tokenizer(checkpoint_folder(options.init_from))
     if options.tokenizer is not None:
         return load_tokenizer(options.tokenizer)
     if options.train_bpe is not None:
@@ -174,7 +217,12 @@ def _tokenizer(options: TrainingOptions, corpus: Corpus, say: Callable[[str], No
     return byte_tokenizer()
 
 
-def _configuration(options: TrainingOptions, tokenizer: PreTrainedTokenizerFast) -> CumulantConfig:
+def _configuration(
+    options: TrainingOptions, tokenizer: PreTrainedTokenizerFast, start: Path | None = None
+) -> CumulantConfig:
+    """That of the checkpoint `start`, of the model to start from, or one from the preset and the options."""
+    if options.init_from is not None:
+        return inherited_configuration(options, start or checkpoint_folder(options.init_from))
     fields = {
         "vocab_size": len(tokenizer),
         "hidden_size": options.width,
@@ -182,6 +230,8 @@ def _configuration(options: TrainingOptions, tokenizer: PreTrainedTokenizerFast)
         "num_attention_heads": options.heads,
         "intermediate_size": options.intermediate,
         "dropout": options.dropout,
+        "horizon": options.context,
+        "logit_ffn": options.logit_ffn,
         "eos_token_id": tokenizer.eos_token_id,
         "bos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.eos_token_id,
@@ -206,7 +256,7 @@ def _arguments(options: TrainingOptions) -> TrainingArguments:
         lr_scheduler_type="cosine",
         warmup_steps=max(1, round(options.warmup * options.steps)),
         weight_decay=options.weight_decay,
-        adam_beta2=0.95,
+        adam_beta2=options.adam_beta2,
         max_grad_norm=options.clip,
         bf16=options.bf16,
         use_cpu=options.device == "cpu" or not torch.cuda.is_available(),
@@ -260,9 +310,12 @@ def _finish(
         summary = {
             "bits_per_byte": score.bits_per_byte,
             "heldout_bytes": score.text_bytes,
+            "tokens": score.tokens,
             "context": options.context,
             "parameters": parameters,
-            "preset": options.preset,
+            "preset": trainer.model.config.preset,
+            "nats_per_token": score.loss,
+            "heldout_losses": [(entry["step"], entry["eval_loss"]) for entry in evaluations],
             "losses": losses,
             "tokens_per_second": rate,
         }

@@ -1,0 +1,55 @@
+"""Starting a run from a trained model."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+
+from torch import nn
+
+from ..models import CumulantConfig, CumulantForCausalLM
+from .checkpoint import checkpoint_folder, load_weights
+from .options import TrainingOptions
+
+# options that the trained model has settled
+SETTLED = {
+    "preset": "preset",
+    "width": "hidden_size",
+    "depth": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "intermediate": "intermediate_size",
+}
+
+
+def inherited_configuration(options: TrainingOptions, folder: Path) -> CumulantConfig:
+    """The trained model's configuration, with this run's dropout, feed-forward over the logits and model options."""
+    config = CumulantConfig.from_pretrained(folder)
+    defaults = {f.name: f.default for f in fields(TrainingOptions)}
+    for name, field in SETTLED.items():
+        given, there = getattr(options, name), getattr(config, field)
+        if given not in (defaults[name], there):
+            raise ValueError(f"{name}: the model in {folder} has {there!r}, and a trained model keeps its own")
+    changes = {"dropout": options.dropout, **options.overrides()}
+    if options.logit_ffn is not None:
+        changes["logit_ffn"] = options.logit_ffn
+    unknown = [name for name in changes if name not in CumulantConfig.__dataclass_fields__]
+    if unknown:
+        raise ValueError(f"{unknown[0]}: not a field of CumulantConfig")
+    return CumulantConfig(**{**config.to_dict(), **changes})
+
+
+def inherited_model(options: TrainingOptions, config: CumulantConfig) -> CumulantForCausalLM:
+    """The trained model under `config`: only a feed-forward over the logits may be new in it."""
+    assert options.init_from is not None
+    return load_weights(checkpoint_folder(options.init_from), config, new=("logit_ffn.",))
+
+
+def freeze_backbone(model: CumulantForCausalLM) -> None:
+    """No gradients but those of the feed-forward over the logits."""
+    for part in (model.model, model.lm_head):
+        freeze(part)
+
+
+def freeze(module: nn.Module) -> None:
+    for p in module.parameters():
+        p.requires_grad_(False)
