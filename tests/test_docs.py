@@ -23,7 +23,8 @@ def stand_in(scope):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("page", [p for p in PAGES if "```python" in p.read_text()], ids=lambda p: p.stem)
-def test_code_runs(page):
+def test_code_runs(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     scope, text = {}, page.read_text()
     for block in BLOCK.finditer(text):
         needed, code = block.groups()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+# isort: split
 from geometry import geodesic
 
 
@@ -81,7 +82,7 @@ class GeodesicLanguageModel(nn.Module):
 
     def forward(self, ids: Tensor, velocity: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Logits ``[B, T, V]`` of the tokens after ``ids [B, T]``, and the velocity ``[B, D]`` to go on with."""
-        vocab_size, dim = self.embedding.shape
+        dim = self.embedding.shape[1]
         if ids.ndim != 2 or not ids.shape[1]:
             raise ValueError(f"ids: expected [B, T] with T at least 1, got {list(ids.shape)}")
         if velocity is None:

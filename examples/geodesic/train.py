@@ -1,7 +1,7 @@
 """Trains the geodesic language model on the bytes of a text, beside the same model moving in straight lines.
 
-The last tenth of the text is held out. Prints bits per byte for each, seconds a step and peak memory; for geodesics also
-how true the integration is and how curved the motion. Then one JSON line. A minute or two on one core:
+The last tenth of the text is held out. Prints each model's bits per byte, seconds a step and peak memory; for geodesics
+also how curved the motion is and how true the integration; then one JSON line. A minute or two on one core:
 
     OMP_NUM_THREADS=1 python examples/geodesic/train.py
 """
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+# isort: split
 from geometry import energy
 from model import GeodesicLanguageModel
 

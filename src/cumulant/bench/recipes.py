@@ -60,7 +60,7 @@ class Comparison:
 RECIPES = {
     # ELiTA's README, 2023: fewer than 300K parameters, sequences of 256, 128 a step, Adam with min(1e-3, 1e-2 /
     # sqrt(step)) and betas 0.9 and 0.99, one epoch of WikiText, against a transformer with rotary positions and SwiGLU.
-    # Sizes, vocabulary and seeds are not stated there: these are ours.
+    # Sizes, vocabulary, initial weights and seeds are not stated there: these are ours.
     "elita-wikitext": Comparison(
         mechanisms=(
             Mechanism("softmax", "softmax"),
@@ -84,6 +84,7 @@ RECIPES = {
         adam_beta2=0.99,
         weight_decay=0.0,
         seeds=3,
+        shared={"initializer_range": 0.08},
     ),
 }
 
