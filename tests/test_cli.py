@@ -101,11 +101,21 @@ def test_info():
         (["generate", "/no/such/run", "--prompt", "x"], "checkpoint: no model at /no/such/run"),
         (["generate", "/no/such/run", "--temperature", "-1"], "temperature: expected 0 (greedy) or more, got -1.0"),
         (["evaluate", "/no/such/run"], "checkpoint: no model at /no/such/run"),
+        (["train", "--preset", "elita", "--model-option", "wraps=0"], "wraps: expected at least 1, got 0"),
+        (["train", "--freeze-backbone"], "freeze_backbone: needs a trained model, --init-from, and something to train"),
+        (["train", "--init-from", "/no/such/run"], "checkpoint: no model at /no/such/run"),
+        (["compare"], "Missing option '--data'"),
+        (["compare", "--data", "/no/such/file"], "data: no such file or folder: /no/such/file"),
+        (["compare", "--data", "x", "--recipe", "gpt"], "recipe: expected one of elita-wikitext, got 'gpt'"),
+        (
+            ["compare", "--data", "x", "--mechanism", "gpt"],
+            "mechanism: expected one of softmax, elita, elita without Q,",
+        ),
         (["fly"], "No such command 'fly'"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(arguments, message, tmp_path):
-    if arguments[0] == "train":
+    if arguments[0] in ("train", "compare"):
         arguments = [*arguments, "--output", tmp_path / "out"]
         if "cuda" in arguments and torch.cuda.is_available():
             pytest.skip("there is a CUDA device")

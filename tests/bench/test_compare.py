@@ -5,6 +5,7 @@ import math
 import shutil
 import statistics
 from dataclasses import replace
+from typing import get_type_hints
 
 import pytest
 import torch
@@ -201,3 +202,10 @@ def test_mistakes(done, text, tmp_path):
 def test_only_the_mechanisms_named_and_the_baseline():
     names = [m.name for m in TINY.chosen(["elita, 2 wraps"]).mechanisms]
     assert names == ["softmax", "elita, 2 wraps"]
+
+
+def test_the_command_line_names_every_recipe():
+    from cumulant import cli
+
+    (option,) = get_type_hints(cli.compare, include_extras=True)["recipe"].__metadata__
+    assert all(name in option.help for name in RECIPES if name != "tiny")

@@ -303,6 +303,44 @@ def test_overfits_a_sentence(preset):
     assert loss.item() < 0.1
 
 
+@pytest.mark.parametrize("preset", ["elita", "taylor"])
+def test_wraps_run_the_same_stack_again(preset):
+    """A stack of two layers, three times, is a stack of six whose layers repeat, with a bias before each time."""
+    wrapped = build(preset, num_hidden_layers=2, wraps=3)
+    long = build(preset, num_hidden_layers=6)
+    assert wrapped.num_parameters() == build(preset, num_hidden_layers=2).num_parameters() + 3 * 32
+    long.model.embed_tokens.load_state_dict(wrapped.model.embed_tokens.state_dict())
+    long.model.norm.load_state_dict(wrapped.model.norm.state_dict())
+    for i, block in enumerate(long.model.layers):
+        block.load_state_dict(wrapped.model.layers[i % 2].state_dict())
+        if i % 2 == 0:
+            bias = wrapped.model.wrap_bias[i // 2].detach()
+            block.register_forward_pre_hook(lambda _, args, bias=bias: (args[0] + bias, *args[1:]))
+    ids = tokens(2, 11)
+    assert torch.allclose(wrapped(ids).logits, long(ids).logits, atol=1e-10)
+    wrapped(ids, labels=ids).loss.backward()
+    assert wrapped.model.wrap_bias.grad.abs().sum(1).min() > 0
+    assert len(wrapped.generate(ids[:1, :3], max_new_tokens=4, do_sample=False, pad_token_id=0)[0]) == 7
+
+
+def test_the_elita_preset_is_the_published_trunk():
+    """x + attention(norm(x)), then x + feed_forward(norm(x)), norms without anything learned, tied embeddings."""
+    model = build("elita")
+    names = {name.split(".", 3)[-1].rpartition(".")[0] for name, _ in model.named_parameters() if "layers.0" in name}
+    parts = {"logit_proj", "position", "v_proj", "out_proj"}
+    assert names == {f"mixer.{p}" for p in parts} | {
+        f"feed_forward.{p}" for p in ("hidden_proj", "factor_proj", "out_proj")
+    }
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    ids = tokens(1, 9)
+    x = model.model.embed_tokens(ids)
+    plain = lambda z: torch.nn.functional.layer_norm(z, z.shape[-1:], eps=model.config.norm_eps)  # noqa: E731
+    for block in model.model.layers:
+        x = x + block.mixer(plain(x))
+        x = x + block.feed_forward(plain(x))
+    assert torch.allclose(model(ids).logits, plain(x) @ model.lm_head.weight.T, atol=1e-10)
+
+
 def test_configuration_errors():
     with pytest.raises(ValueError, match=r"mixers: expected a list of softmax, .*taylor.*, got \['mamba'\]"):
         CumulantConfig(mixers=["taylor", "mamba"])
@@ -330,6 +368,17 @@ def test_configuration_errors():
     for name in ("group_size", "query_key_dim"):
         with pytest.raises(ValueError, match=f"{name}: expected at least 1, got 0"):
             from_preset("flash", **{name: 0})
+    for name in ("wraps", "horizon", "position_features", "feed_forward_factor"):
+        with pytest.raises(ValueError, match=f"{name}: expected at least 1, got 0"):
+            from_preset("elita", **{name: 0})
+    with pytest.raises(ValueError, match="wraps: expected int, got 2.5"):
+        from_preset("elita", wraps=2.5)
+    with pytest.raises(ValueError, match="logit_ffn: expected a width of at least 1, or None for none, got 0"):
+        from_preset("elita", logit_ffn=0)
+    with pytest.raises(ValueError, match="norm_affine: a scalenorm is its learned scale; choose layernorm or rmsnorm"):
+        from_preset("flash", norm_affine=False)
+    with pytest.raises(ValueError, match="mixers: elita looks backwards only; an encoder"):
+        from_preset("elita", is_causal=False)
     with pytest.raises(ValueError, match="length_scale: expected a positive number, got -1"):
         from_preset("flash", mixers=["gau"], length_scale=-1)
     assert from_preset("flash", hidden_size=30).hidden_size == 30  # no heads to divide it
