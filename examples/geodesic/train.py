@@ -50,6 +50,12 @@ def data(text: bytes, options: argparse.Namespace) -> tuple[Tensor, Tensor]:
     return train[: len(train) // options.batch * options.batch].view(options.batch, -1), rows
 
 
+def peak_mib() -> float:
+    """The process's largest memory so far."""
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # ru_maxrss is in bytes on macOS, in KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
 def bits_per_byte(model: GeodesicLanguageModel, rows: Tensor, window: int = 64) -> float:
     """Of all bytes of ``rows [N, L]`` but the first of each, the velocity carried along."""
     nats, velocity = 0.0, None
@@ -67,6 +73,7 @@ def motion(model: GeodesicLanguageModel, rows: Tensor) -> tuple[float, float]:
     By how much the energy ``vᵀ g v``, which a geodesic conserves, differs at the end from the start; and how far from
     ``e + v``, the end of the straight line, the end point lies, in units of the line's length ``|v|``.
     """
+    assert model.metric is not None
     drifts, departures = [], []
     with torch.no_grad():
         w = model.embedding.new_zeros(len(rows), model.embedding.shape[1])
@@ -112,14 +119,13 @@ def fit(name: str, train: Tensor, rows: Tensor, options: argparse.Namespace) -> 
         schedule.step()
         losses.append(float(loss.detach()) / math.log(2))
     seconds = time.perf_counter() - start
-    unit = 2**20 if sys.platform == "darwin" else 2**10  # ru_maxrss is in bytes on macOS, in KiB elsewhere
     found = {
         "bits per byte": bits_per_byte(model, rows),
         "first loss, bits": losses[0],
         "last loss, bits": losses[-1],
         "parameters": sum(p.numel() for p in model.parameters()),
         "seconds a step": seconds / options.steps,
-        "peak MiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit,
+        "peak MiB": peak_mib(),
     }
     if model.metric is not None:
         found["energy drift"], found["departure"] = motion(model, rows[:, :64])

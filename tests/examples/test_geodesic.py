@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 FOLDER = Path(__file__).parents[2] / "examples" / "geodesic"
 sys.path.insert(0, str(FOLDER))
-geometry, model, train = (importlib.import_module(name) for name in ("geometry", "model", "train"))
+geometry, model, train, cost = (importlib.import_module(name) for name in ("geometry", "model", "train", "cost"))
 sys.path.remove(str(FOLDER))
 
 SMALL = {"vocab_size": 11, "dim": 6, "rank": 2, "hidden": 8, "steps": 2}
@@ -130,14 +130,14 @@ def test_energy_is_conserved_and_time_reverses(chart):
     x, v = start(chart, 2)
     before = geometry.energy(metric, x, v)
     assert torch.allclose(before, torch.einsum("ni,nij,nj->n", v, metric(x), v))
-    x1, v1 = geometry.geodesic(metric, x, v, 100)
+    x1, v1 = geometry.geodesic(metric, x, v, 60)
     assert torch.allclose(geometry.energy(metric, x1, v1), before, rtol=1e-7)
     assert not torch.allclose(geometry.energy(metric, x1, v), before, rtol=1e-3)  # it would not be without turning
-    x2, v2 = geometry.geodesic(metric, x1, -v1, 100)
+    x2, v2 = geometry.geodesic(metric, x1, -v1, 60)
     assert torch.allclose(x2, x, atol=1e-7)
     assert torch.allclose(v2, -v, atol=1e-7)
     # the same way at half the speed
-    assert torch.allclose(geometry.geodesic(metric, x, v / 2, 100, 2.0)[0], x1, atol=1e-12)
+    assert torch.allclose(geometry.geodesic(metric, x, v / 2, 60, 2.0)[0], x1, atol=1e-12)
 
 
 def test_christoffel_symbols_of_the_sphere():
@@ -192,6 +192,16 @@ def test_the_acceleration_never_holds_the_symbols():
     with Largest() as largest:
         geometry.christoffel(metric, x)
     assert largest.numbers >= 10 * 12**3
+
+
+def test_both_ways_are_measured():
+    metric, (x, v) = learned(), torch.randn(2, 3, 5)
+    ways = [way(metric, x, v) for way in cost.WAYS.values()]
+    assert torch.allclose(*ways, atol=1e-11)
+    for way in cost.WAYS:
+        seconds, grown = cost.measure(2, way, points=2, rank=1, hidden=2)
+        assert 0 < seconds < 1
+        assert 0 <= grown < 100
 
 
 def test_without_curvature_lines_are_straight():
@@ -341,7 +351,7 @@ def text(tmp_path):
     return path
 
 
-TINY = [f"--{n}={v}" for n, v in {"dim": 8, "rank": 2, "hidden": 8, "batch": 8, "context": 8, "heldout": 640}.items()]
+TINY = [f"--{n}={v}" for n, v in {"dim": 8, "rank": 2, "hidden": 8, "batch": 8, "context": 4, "heldout": 640}.items()]
 TINY.append("--learning-rate=0.03")
 
 

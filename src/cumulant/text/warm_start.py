@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import fields
 from pathlib import Path
 
-from torch import nn
-
 from ..models import CumulantConfig, CumulantForCausalLM
 from .checkpoint import checkpoint_folder, load_weights
 from .options import TrainingOptions
@@ -47,9 +45,4 @@ def inherited_model(options: TrainingOptions, config: CumulantConfig) -> Cumulan
 def freeze_backbone(model: CumulantForCausalLM) -> None:
     """No gradients but those of the feed-forward over the logits."""
     for part in (model.model, model.lm_head):
-        freeze(part)
-
-
-def freeze(module: nn.Module) -> None:
-    for p in module.parameters():
-        p.requires_grad_(False)
+        part.requires_grad_(False)
