@@ -181,7 +181,9 @@ def test_a_missing_array_of_the_feed_forward_is_named(name):
         ({"a1": np.zeros((H, M))}, r"weights: a1: expected floats \[H, M, 1\] = \[3, M, 1\], got .* \[3, 4\]"),
         ({"c": np.zeros((H, M + 1, 1))}, r"weights: c: expected floats \[H, M, 1\] = \[3, 4, 1\], got .* \[3, 5, 1\]"),
         ({"output_weight": np.zeros((H, V, D))}, r"weights: output_weight: expected floats \[H, D, V\] = \[3, 12, 5\], got .* \[3, 5, 12\]"),
-        ({"k1": np.zeros((H, D), dtype=np.int64)}, r"weights: k1: expected floats .* got torch.int64"),
+        (dict.fromkeys(("k1",), np.zeros((H, D), dtype=np.int64)), r"weights: k1: expected floats .* got torch.int64"),
+        ({"c": np.zeros((H, M, 1), dtype=np.float32)}, r"weights: c: expected torch.float64 as the others, got torch.float32"),
+        ({"c": np.array("text")}, r"weights: c: not an array of numbers: "),
         ({"w9": np.zeros(3)}, r"weights: 'w9' has no place in ELiTA's Attention2"),
     ],
 )  # fmt: skip
@@ -210,6 +212,11 @@ def test_other_mistakes(tmp_path):
     assert zipfile.is_zipfile(tmp_path / "objects.npz")
     with pytest.raises(ValueError, match=r"weights: .*objects.npz is not an .npz archive of arrays"):
         from_elita(tmp_path / "objects.npz")
+    (tmp_path / "empty.npz").touch()
+    with pytest.raises(ValueError, match=r"weights: .*empty.npz is not an .npz archive of arrays"):
+        from_elita(tmp_path / "empty.npz")
+    with pytest.raises(ValueError, match=r"weights: 'k1' of ELiTA's Attention2 is missing; found k2"):
+        from_elita({"k2": np.zeros((H, D))}, compatible=True)
     np.save(tmp_path / "one.npy", np.zeros(3))
     with pytest.raises(ValueError, match=r"weights: .*one.npy is not an .npz archive of arrays"):
         from_elita(tmp_path / "one.npy")

@@ -371,6 +371,8 @@ def test_configuration_errors():
     for name in ("wraps", "horizon", "position_features", "feed_forward_factor"):
         with pytest.raises(ValueError, match=f"{name}: expected at least 1, got 0"):
             from_preset("elita", **{name: 0})
+    with pytest.raises(ValueError, match="horizon_time: expected a finite number, got nan"):
+        from_preset("elita", horizon_time=float("nan"))
     with pytest.raises(ValueError, match="wraps: expected int, got 2.5"):
         from_preset("elita", wraps=2.5)
     with pytest.raises(ValueError, match="logit_ffn: expected a width of at least 1, or None for none, got 0"):

@@ -102,7 +102,7 @@ def test_state_size():
     for T in (1, 1000):
         _, state = module(torch.randn(1, T, 64), return_state=True)
         assert sum(x.numel() for x in (state.log_weight, state.mean)) == 4 * (16 + 1)
-        assert state.nbytes == 4 * (16 * 4 + 8) + 8
+        assert state.nbytes == 4 * (16 + 1) * 8 + 8
 
 
 def test_feed_forward_is_its_formula():
@@ -122,7 +122,7 @@ def test_feed_forward_is_its_formula():
     assert torch.allclose(module(x), expected + module.out_proj.bias, atol=1e-12)
 
 
-@pytest.mark.parametrize("shape", [(6,), (2, 3), (0,), (2, 0, 4)], ids=str)
+@pytest.mark.parametrize("shape", [(), (6,), (2, 3), (0,), (2, 0, 4)], ids=str)
 def test_bilinear_gradients(shape, monkeypatch):
     """Finite differences, over several blocks of tokens, and none."""
     monkeypatch.setattr(kernel, "BLOCK", 25)
@@ -136,7 +136,7 @@ def test_bilinear_gradients(shape, monkeypatch):
     grads = torch.autograd.grad(out.sin().sum(), leaves)
     assert_agree(grads, torch.autograd.grad(expected.sin().sum(), leaves))
     assert torch.autograd.gradcheck(bilinear, leaves)
-    flat = [x.detach().flatten(0, -2).requires_grad_() for x in (a, b)]
+    flat = [x.detach().reshape(-1, x.shape[-1]).requires_grad_() for x in (a, b)]
     torch.library.opcheck(kernel.bilinear, (*flat, w))
 
 
@@ -191,6 +191,7 @@ def test_the_feed_forward_compiles_and_exports():
         (lambda: nn.ElitaAttention(D, H, horizon=-5.0), "horizon: expected a number of positions above 0, got -5.0"),
         (lambda: nn.ElitaAttention(D, H, horizon=math.inf), "horizon: expected .* got inf"),
         (lambda: nn.SinusoidalLogits(H, horizon=True), "horizon: expected .* got True"),
+        (lambda: nn.SinusoidalLogits(H, time=math.nan), "time: expected a finite number, got nan"),
         (lambda: nn.SinusoidalLogits(H, 0), "features: expected at least 1 head and 1 sine, got 3 and 0"),
         (lambda: nn.ElitaAttention(D, 5), "num_heads: 5 must divide dim=12, or head_dim must be given"),
         (lambda: nn.ElitaAttention(D, H, head_dim=0), "head_dim: expected at least 1, got 0"),

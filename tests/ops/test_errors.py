@@ -324,8 +324,9 @@ def test_elita_states_of_another_call():
         cm.elita_attention(**{name: x[:1] for name, x in elita().items()}, state=state)
     with pytest.raises(ValueError, match=r"state: expected mean \[2, 2, 1\], got \[2, 2, 3\]"):
         cm.elita_attention(**elita() | {"value": elita()["value"][..., :1]}, state=state)
-    with pytest.raises(TypeError, match=r"state: expected torch.float32 on cpu, got torch.float64 on cpu"):
-        cm.elita_attention(**{name: x.float() for name, x in elita().items()}, state=state)
+    low = cm.ElitaState(state.log_weight, state.mean.float(), state.position)
+    with pytest.raises(TypeError, match=r"state: expected torch.float64 on cpu, got torch.float32 on cpu"):
+        cm.elita_attention(**elita(), state=low)
 
 
 def test_what_is_masked_may_be_nan():

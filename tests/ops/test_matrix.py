@@ -472,10 +472,10 @@ def test_any_shape_mask_and_split(case: Case, data: st.DataObject):
 
 
 def kept_in(state: cm.State, part: Tensor, dtype: torch.dtype) -> torch.dtype:
-    """Keys and values stay as they are, sums are kept in fp32 at least, logarithms of sums in fp64."""
+    """Keys and values stay as they are, sums are kept in fp32 at least, ELiTA's means and logarithms in fp64."""
     if isinstance(state, cm.KeyValueState):
         return dtype
-    if isinstance(state, cm.ElitaState) and part is state.log_weight:
+    if isinstance(state, cm.ElitaState):
         return torch.float64
     return torch.promote_types(dtype, torch.float32)
 
@@ -649,6 +649,41 @@ def test_elita_is_exact_for_logits_of_any_size(impl: str, dtype: torch.dtype, si
             assert actual.isfinite().all()
             difference = float((actual.detach().double() - wanted.detach()).abs().max())
             assert difference <= max(TOLERANCE[dtype], rounding) * size
+
+
+@by_impl
+@pytest.mark.parametrize("first", [0.0, 12.0, 16.0])
+def test_elita_steps_do_not_stall(impl: str, first: float):
+    """One token at a time, fp32, where a first key outweighs thousands of others: each moves the mean by less than the
+    last digit of an fp32 number, all of them together by a lot."""
+    T = 5000 if impl == "torch" else 200
+    c = torch.zeros(1, 1, T)
+    c[..., 0] = first
+    r, s = torch.zeros_like(c), torch.full_like(c, -math.inf)
+    v = torch.full((1, 1, T, 1), 10.0)
+    v[:, :, 0] = 5.0
+    weights = torch.tensor([first, math.log(T - 1)], dtype=torch.float64).softmax(0)
+    exact = float(weights @ torch.tensor([5.0, 10.0], dtype=torch.float64))
+    for lengths in ([T], [1] * T, [100] * (T // 100)):
+        state, out = None, torch.empty(0)
+        with torch.inference_mode():
+            for part in zip(*(x.split(lengths, 2) for x in (c, r, s, v))):
+                out, state = cm.elita_attention(*part, state=state, return_state=True, impl=impl)
+        assert abs(float(out[0, 0, -1]) - exact) < 1e-6 * exact
+        assert abs(float(state.mean) - exact) < 1e-6 * exact
+
+
+@by_impl
+def test_an_elita_state_of_nothing_has_gradients_of_zero(impl: str):
+    """Keys without weight, and a call onto what they left."""
+    c, r, s = (torch.full((1, 1, 3), x, dtype=torch.float64, requires_grad=True) for x in (-math.inf, 0.0, 0.0))
+    v = torch.randn(1, 1, 3, 2, dtype=torch.float64, requires_grad=True)
+    _, state = cm.elita_attention(c, r, s, v, return_state=True, impl=impl)
+    later = torch.zeros(1, 1, 3, dtype=torch.float64, requires_grad=True)
+    out, end = cm.elita_attention(later, r, s, v, state=state, return_state=True, impl=impl)
+    grads = torch.autograd.grad(out.sum() + end.mean.sum() + end.log_weight.sum(), (c, later, v))
+    assert not grads[0].any()
+    assert all(g.isfinite().all() for g in grads)
 
 
 @by_impl

@@ -30,8 +30,8 @@ Run = dict[str, Any]  # a run's result.json, with its mechanism and seed
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one training step: seconds (median) and bytes kept for the backward pass; of decoding: bytes of state after
-    `context` tokens."""
+    """Of one training step on the CPU: seconds (median) and bytes kept for the backward pass; of decoding: bytes of
+    state after `context` tokens."""
 
     seconds: float
     kept_bytes: int
@@ -59,7 +59,11 @@ def compare(
     if recipe not in RECIPES:
         raise ValueError(f"recipe: expected one of {', '.join(RECIPES)}, got {recipe!r}")
     chosen = RECIPES[recipe].chosen(mechanisms)
-    chosen = replace(chosen, seeds=seeds or chosen.seeds, epochs=epochs or chosen.epochs)
+    chosen = replace(
+        chosen,
+        seeds=chosen.seeds if seeds is None else seeds,
+        epochs=chosen.epochs if epochs is None else epochs,
+    )
     if chosen.seeds < 1 or not 0 < chosen.epochs < math.inf:
         raise ValueError(f"seeds: expected at least 1 seed and epochs above 0, got {seeds} and {epochs}")
     pyplot()  # refuses at once, not after training
@@ -161,10 +165,12 @@ def _train(
     )
     if (output / STARTED).is_file():
         started = json.loads((output / STARTED).read_text())
-        other = [n for n, v in asdict(options).items() if n not in ("output", "device") and started.get(n) != v]
+        # which text and which tokenizer, `_prepare` has made sure of, wherever they lie now
+        places = ("output", "device", "data", "tokenizer")
+        other = [n for n, v in asdict(options).items() if n not in places and started.get(n) != v]
         if other:
             raise ValueError(f"output: {output} was run with another {other[0]}; name another folder")
-        options = replace(options, resume=True)
+        options = replace(options, data=started["data"], tokenizer=started["tokenizer"], resume=True)
     if not (output / "result.json").is_file():
         say(f"{mechanism.name}, seed {seed}")
         train(options, say=lambda line: say(f"  {line}"))
@@ -173,8 +179,8 @@ def _train(
 
 
 def measure(configs: dict[str, CumulantConfig], recipe: Comparison, rounds: int = 5) -> dict[str, Cost]:
-    """A training step of every mechanism, one after another, `rounds` times over: medians, so that what else runs on
-    the machine meets all alike."""
+    """A training step of every mechanism on the CPU, one after another, `rounds` times over: medians, so that what else
+    runs on the machine meets all alike."""
     set_seed(0)
     ids = torch.randint(recipe.vocabulary, (recipe.batch, recipe.context + 1))
     models = {name: CumulantForCausalLM(config).train() for name, config in configs.items()}
@@ -215,7 +221,7 @@ def _state_bytes(model: CumulantForCausalLM, context: int) -> int:
     return cache_bytes(cache)
 
 
-HEADINGS = ("mechanism", "nats per token", "less baseline", "s/step", "kept, MiB", "state, kB")
+HEADINGS = ("mechanism", "nats per token", "less baseline", "CPU s/step", "kept, MiB", "state, kB")
 
 
 def summary(runs: list[Run], costs: dict[str, Cost], baseline: str) -> list[tuple[str, ...]]:

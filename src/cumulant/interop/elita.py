@@ -51,7 +51,7 @@ def from_elita(
         ValueError: an array is missing, misshapen or too many, or `horizon` is that the weights do not tell.
     """
     found = _arrays(weights, prefix)
-    if "value_weight" in found or "k1" in found:
+    if not found.keys() & {"w1", "w2", "w3"}:
         if compatible == (horizon is not None):
             raise ValueError(
                 "horizon: the weights do not tell it; give horizon=(training length - 1), or compatible=True"
@@ -80,10 +80,20 @@ def _arrays(weights: Mapping[str, Any] | str | os.PathLike[str], prefix: str) ->
             raise ValueError(
                 f"weights: more than one {short!r}, in {name!r} the second; choose a layer with prefix=..."
             )
-        found[short] = torch.as_tensor(x).detach()
+        found[short] = _tensor(short, x)
     if not found:
         raise ValueError(f"weights: no arrays{f' whose names begin with {prefix!r}' if prefix else ''}")
     return found
+
+
+def _tensor(name: str, x: Any) -> Tensor:
+    """In memory of its own: what comes may be read-only."""
+    import numpy as np
+
+    try:
+        return x.detach().clone() if isinstance(x, Tensor) else torch.from_numpy(np.array(x))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"weights: {name}: not an array of numbers: {error}") from error
 
 
 def _archive(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -94,7 +104,7 @@ def _archive(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         with np.load(path) as archive:
             return {name: archive[name] for name in archive.files}
-    except (ValueError, zipfile.BadZipFile, AttributeError, TypeError) as error:
+    except (ValueError, zipfile.BadZipFile, AttributeError, TypeError, EOFError) as error:
         raise ValueError(f"weights: {os.fspath(path)} is not an .npz archive of arrays: {error}") from error
 
 
@@ -107,6 +117,10 @@ def _checked(found: dict[str, Tensor], expected: dict[str, str], layer: str) -> 
         x, dims = found[name], letters.split()
         known = [sizes.get(d, d) for d in dims]
         wrong = x.dim() != len(dims) or any(isinstance(k, int) and k != n for k, n in zip(known, x.shape, strict=True))
+        if x.dtype != found[next(iter(expected))].dtype:
+            raise ValueError(
+                f"weights: {name}: expected {found[next(iter(expected))].dtype} as the others, got {x.dtype}"
+            )
         if wrong or not x.is_floating_point():
             shape = f"[{', '.join(dims)}] = [{', '.join(map(str, known))}]"
             raise ValueError(f"weights: {name}: expected floats {shape}, got {x.dtype} {list(x.shape)}")

@@ -244,7 +244,7 @@ def elita_attention(
     value: Tensor,
     *,
     key_mask: Tensor | None = None,
-    state: Sums | None = None,
+    state: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """The softmax of each row, in fp64: over r_i + m₀ of the state, r_i + c_j of the keys up to i, and s_i of the token
     itself, with values u₀, v_j and v_i."""
@@ -253,10 +253,8 @@ def elita_attention(
     c, r, s = (x.double() for x in (key_logit, query_logit, self_logit))
     c, s = (x.masked_fill(~seen[:, None], -math.inf) for x in (c, s))
     r, v = r.masked_fill(~seen[:, None], 0), value.double().masked_fill(~seen[:, None, :, None], 0)
-    if state is None:
-        past = c.new_full((B, G), -math.inf), v.new_zeros(B, G, v.shape[-1])
-    else:
-        past = state[0], state[1].double()  # type: ignore[union-attr]
+    nothing = c.new_full((B, G), -math.inf), v.new_zeros(B, G, v.shape[-1])
+    past = nothing if state is None else state
     keys, values = torch.cat((past[0][..., None], c), -1), torch.cat((past[1][:, :, None], v), 2)
     each = keys.repeat_interleave(groups, 1)[:, :, None] + r[..., None]  # [B, H, T, 1 + T]
     each = each.masked_fill(each.new_ones(T, T + 1, dtype=torch.bool).triu(2), -math.inf)
@@ -264,10 +262,16 @@ def elita_attention(
     out = weights[..., :-1] @ values.repeat_interleave(groups, 1)
     out = out + weights[..., -1:] * v.repeat_interleave(groups, 1)
     mean = (_softmax(keys)[:, :, None] @ values)[:, :, 0]
-    return out.to(value.dtype), (keys.logsumexp(-1), mean.to(torch.promote_types(value.dtype, torch.float32)))
+    return out.to(value.dtype), (_logsumexp(keys), mean)
 
 
 def _softmax(logits: Tensor) -> Tensor:
     """Over the last dim; zeros for a row of nothing but -inf, and gradients too."""
     empty = (logits == -math.inf).all(-1, keepdim=True)
     return logits.masked_fill(empty, 0).softmax(-1).masked_fill(empty, 0)
+
+
+def _logsumexp(logits: Tensor) -> Tensor:
+    """Over the last dim; -inf for a row of nothing but -inf, with gradients of zero."""
+    empty = (logits == -math.inf).all(-1, keepdim=True)
+    return logits.masked_fill(empty, 0).logsumexp(-1).masked_fill(empty[..., 0], -math.inf)

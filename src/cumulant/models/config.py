@@ -189,6 +189,8 @@ class CumulantConfig(PreTrainedConfig):  # type: ignore[misc]
             )
         if self.length_scale is not None and not 0 < self.length_scale < math.inf:
             raise ValueError(f"length_scale: expected a positive number, got {self.length_scale}")
+        if not math.isfinite(self.horizon_time):
+            raise ValueError(f"horizon_time: expected a finite number, got {self.horizon_time}")
         if self.logit_ffn is not None and self.logit_ffn < 1:
             raise ValueError(f"logit_ffn: expected a width of at least 1, or None for none, got {self.logit_ffn}")
         if not self.norm_affine and "scalenorm" in (self.norm, self.final_norm):

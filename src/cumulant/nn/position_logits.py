@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -38,6 +40,8 @@ class SinusoidalLogits(nn.Module):
         if num_heads < 1 or features < 1:
             raise ValueError(f"features: expected at least 1 head and 1 sine, got {num_heads} and {features}")
         check_horizon(horizon)
+        if isinstance(time, bool) or not isinstance(time, int | float) or not math.isfinite(time):
+            raise ValueError(f"time: expected a finite number, got {time!r}")
         self.num_heads, self.features, self.horizon, self.time = num_heads, features, horizon, time
         for name, value in self.initial().items():
             setattr(self, name, nn.Parameter(value))

@@ -24,6 +24,6 @@ def bilinear(a: Tensor, b: Tensor, weight: Tensor, bias: Tensor | None = None) -
     if torch.is_autocast_enabled(a.device.type):
         dtype = torch.get_autocast_dtype(a.device.type)
         a, b = a.to(dtype), b.to(dtype)
-    out: Tensor = kernel(a.flatten(0, -2), b.flatten(0, -2).to(a.dtype), weight.to(a.dtype))
-    out = out.unflatten(0, a.shape[:-1])
+    rows = a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1]).to(a.dtype)
+    out: Tensor = kernel(*rows, weight.to(a.dtype)).view(*a.shape[:-1], weight.shape[0])
     return out if bias is None else out + bias.to(out.dtype)

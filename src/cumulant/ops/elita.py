@@ -43,7 +43,8 @@ def elita_attention(
         key_logit: c, ``[B, G, T]``; fp16, bf16, fp32 or fp64, as the two others; -inf for a key of no weight.
         query_logit: r, ``[B, H, T]``; the G key/value heads divide H, head h reads keys and values ``h // (H / G)``.
         self_logit: s, ``[B, H, T]``; -inf to leave the term out.
-        value: ``[B, G, T, V]``, of any floating dtype. Sums are taken in fp32 (fp64 for fp64).
+        value: ``[B, G, T, V]``, of any floating dtype. Sums are taken in fp32 (fp64 for fp64), and carried from call to
+            call in fp64.
         key_mask: ``[B, T]`` bool, True = attend. Masked tokens count for nothing, not even for themselves.
         cu_seqlens: ``[N + 1]`` int32/int64, offsets of N sequences packed end to end along T (then B = 1); they do not
             see each other. Rows after the last offset come out as zeros. States have N rows.
@@ -131,7 +132,7 @@ def _packed_with_states(
         wide = x.new_full((1, x.shape[1], size, *x.shape[3:]), empty).index_copy(2, place, x)
         return wide if at_start is None else wide.index_copy(2, starts, at_start.transpose(0, 1)[None])
 
-    v = v.to(torch.promote_types(v.dtype, torch.float32))
+    v = v.double()  # as states are
     c = spread(c.double(), -torch.inf, None if state is None else state.log_weight)
     values = spread(v, 0.0, None if state is None else state.mean)
     r, s = spread(r.double(), 0.0), spread(s.double(), -torch.inf)
@@ -208,8 +209,7 @@ def _check(
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, B, T, T, value.device)
     rows = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    check_parts(state, ElitaState, {"log_weight": (rows, G)}, torch.float64, value)
-    check_parts(state, ElitaState, {"mean": (rows, G, V)}, torch.promote_types(value.dtype, torch.float32), value)
+    check_parts(state, ElitaState, {"log_weight": (rows, G), "mean": (rows, G, V)}, torch.float64, value)
     if value.device.type == "cpu" and not torch.compiler.is_compiling():
         _check_finite(logits, key_mask, cu_seqlens)
 
@@ -224,7 +224,7 @@ def _check_finite(logits: tuple[tuple[str, Tensor], ...], key_mask: Tensor | Non
         if key_mask is not None:
             good |= ~key_mask[:, None, : x.shape[-1]]
         if not good.all():
-            found = x.where(~good, 0).sum().item()
+            found = x[~good.expand_as(x)][0].item()
             kinds = "below +inf, -inf for no weight" if name != "query_logit" else "finite"
             raise ValueError(f"{name}: expected logits {kinds}, got {found}; an earlier layer may have overflowed")
 

@@ -126,10 +126,12 @@ class MixedChunkState(State):
 class ElitaState(State):
     """The past of ELiTA's attention: H · (V + 1) numbers, whatever its length.
 
-    log_weight: ``[B, G]``, m = log Σ_j exp(c_j), in fp64, as fp32 would keep it to 1e-3 where logits are 1e4; -inf
-        before the first key.
-    mean: ``[B, G, V]``, u = Σ_j exp(c_j - m) v_j, in fp32 (fp64 for fp64 values).
+    log_weight: ``[B, G]``, m = log Σ_j exp(c_j); -inf before the first key.
+    mean: ``[B, G, V]``, u = Σ_j exp(c_j - m) v_j.
     position: ``[B]`` int64, the number of keys (masked keys don't count).
+
+    Both in fp64: fp32 would keep m to 1e-3 where logits are 1e4, and u would stop moving, one token at a time, once a
+    token's weight is below its last digit.
     """
 
     log_weight: Tensor

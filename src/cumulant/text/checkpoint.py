@@ -52,12 +52,15 @@ def load_weights(
     may be missing there: they keep their initial values."""
     model: CumulantForCausalLM
     try:
-        model, info = CumulantForCausalLM.from_pretrained(folder, config=config, output_loading_info=True)
+        model, info = CumulantForCausalLM.from_pretrained(
+            folder, config=config, output_loading_info=True, ignore_mismatched_sizes=True
+        )
     except (RuntimeError, OSError, KeyError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"checkpoint: the weights in {folder} do not fit its config.json: {reason}") from error
     missing = [name for name in info["missing_keys"] if not name.startswith(new)] if new else info["missing_keys"]
-    wrong = [*missing, *info["mismatched_keys"], *info["unexpected_keys"]]
+    wrong = [*missing, *(entry[0] for entry in info["mismatched_keys"]), *info["unexpected_keys"]]
     if wrong:
-        raise ValueError(f"checkpoint: the weights in {folder} do not fit its config.json: {wrong[0]}")
+        what = "its config.json" if config is None else "this run's options"
+        raise ValueError(f"checkpoint: the weights in {folder} do not fit {what}: {wrong[0]}")
     return model

@@ -20,7 +20,7 @@ from torch import Tensor
 from .passes import compute_dtype
 from .recurrence import carried, scan, segment_maximum, steps
 
-Past = tuple[Tensor, Tensor] | None  # m [B,G] in fp64, u [B,G,V]
+Past = tuple[Tensor, Tensor] | None  # m [B,G], u [B,G,V], in fp64
 
 
 def _gates(
@@ -55,7 +55,7 @@ def _forward(
     (B, G, T, V), R, dtype = v.shape, r.shape[2], compute_dtype(v.dtype)
     out = _new_heads(v, G * R)
     y = out.unflatten(1, (G, R))
-    u0 = v.new_zeros(B, G, V, dtype=dtype) if past is None else past[1]
+    u0 = v.new_zeros(B, G, V, dtype=torch.float64) if past is None else past[1]
     if T == 0 or B == 0:
         m = c.new_full((B, G), -torch.inf, dtype=torch.float64) if past is None else past[0].clone()
         return out, v.new_empty(B, G, T, dtype=dtype), v.new_empty(B, G, R, T, dtype=dtype), m, u0.clone()
@@ -69,7 +69,7 @@ def _forward(
         x, weight = v[:, :, at].to(dtype), a[:, :, at, None]
         h.lerp_(x, weight) if first is None else h.mul_(each[:, :, at, None]).addcmul_(x, weight)
 
-    u, end = carried(advance, decay, u0, chunk)
+    u, end = carried(advance, decay, u0, chunk, dtype=dtype)
     for at, n in steps(T, chunk):
         advance(u[:, :, :n], at)
         y[:, :, :, at] = torch.lerp(u[:, :, None, :n], v[:, :, None, at].to(dtype), g[:, :, :, at, None])
@@ -79,14 +79,15 @@ def _forward(
 def _step(
     c: Tensor, r: Tensor, s: Tensor, v: Tensor, past: tuple[Tensor, Tensor], out: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`_forward` of one token onto a state, without chunks."""
-    x, (m0, u0) = v.to(compute_dtype(v.dtype)), past
+    """`_forward` of one token onto a state, without chunks. In fp64: in fp32 a mean would stop moving once its steps
+    are smaller than its last digit."""
+    x, dtype, (m0, u0) = v.double(), compute_dtype(v.dtype), past
     m = torch.logaddexp(m0[..., None], c.double())
-    a = (c - m).exp().masked_fill(c == -torch.inf, 0).to(x.dtype)
-    g = torch.sigmoid(s.double() - r.double() - m[:, :, None]).masked_fill(s == -torch.inf, 0).to(x.dtype)
+    a = (c - m).exp().masked_fill(c == -torch.inf, 0)
+    g = torch.sigmoid(s.double() - r.double() - m[:, :, None]).masked_fill(s == -torch.inf, 0)
     u = torch.lerp(u0[:, :, None], x, a[..., None])
     out.copy_(torch.lerp(u[:, :, None], x[:, :, None], g[..., None]).flatten(1, 2))
-    return out, a, g, m[..., 0], u[:, :, 0]
+    return out, a.to(dtype), g.to(dtype), m[..., 0], u[:, :, 0]
 
 
 def _decay(a: Tensor, first: Tensor | None) -> Tensor:
@@ -119,7 +120,7 @@ def _backward(
     dv, keep = _new_heads(v, G), 1 - g
     dc, ds, own = torch.empty_like(a), torch.empty_like(g), torch.empty_like(g)
     du = torch.zeros_like(end) if du is None else du
-    dq = (du * end).sum(-1) if dm is None else (du * end).sum(-1) - dm.to(dtype)
+    dq = (du * end).sum(-1) if dm is None else (du * end).sum(-1) - dm
     if T == 0 or B == 0:
         return dc, ds, dv, torch.zeros_like(dq) if dm is None else dm.clone(), du.clone()
     for at, _ in steps(T, chunk):
@@ -127,7 +128,7 @@ def _backward(
     decay = _decay(a, first)
     after = torch.cat((decay[:, :, 1:], torch.ones_like(decay[:, :, :1])), -1)
     each = after.to(dtype)
-    q = scan(after, (keep * own).sum(2), dq, chunk, reverse=True)
+    q = scan(after, (keep * own).sum(2), dq.to(dtype), chunk, reverse=True)
 
     def advance(h: Tensor, at: slice) -> None:
         h.mul_(each[:, :, at, None])
@@ -136,7 +137,7 @@ def _backward(
         else:
             h.add_((dy[:, :, :, at] * keep[:, :, :, at, None]).sum(2))
 
-    Q, dpast = carried(advance, after, du, chunk, reverse=True)
+    Q, dpast = carried(advance, after, du, chunk, reverse=True, dtype=dtype)
     for at, n in steps(T, chunk, reverse=True):
         h = Q[:, :, :n]
         advance(h, at)
@@ -146,7 +147,7 @@ def _backward(
         dv[:, :, at] = torch.addcmul((upstream * gate[..., None]).sum(2), h, a[:, :, at, None])
     if past is None:
         return dc, ds, dv, dq, dpast
-    reached = (past[0] != -torch.inf) * decay[:, :, 0].to(dtype)
+    reached = (past[0] != -torch.inf) * decay[:, :, 0]
     return dc, ds, dv, reached * ((dpast * past[1]).sum(-1) - q[:, :, 0]), reached[..., None] * dpast
 
 
@@ -161,8 +162,8 @@ def elita_attention(
     mean: Tensor | None,
     chunk: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Output ``[B,H,T,V]``, the gates a ``[B,G,T]`` and g ``[B,G,R,T]``, and the state after all tokens: m ``[B,G]`` in
-    fp64, u ``[B,G,V]``.
+    """Output ``[B,H,T,V]``, the gates a ``[B,G,T]`` and g ``[B,G,R,T]``, and the state after all tokens: m ``[B,G]``
+    and u ``[B,G,V]``, in fp64.
 
     key_logit ``[B,G,T]``, query_logit and self_logit ``[B,H,T]`` of one dtype, fp32 or fp64, -inf where a key or a
     token itself has no weight; first ``[T]``: True where a sequence begins that sees nothing before it.
@@ -190,7 +191,7 @@ def _(
         value.new_empty((B, G, T), dtype=dtype),
         value.new_empty((B, G, H // G, T), dtype=dtype),
         value.new_empty((B, G), dtype=torch.float64),
-        value.new_empty((B, G, V), dtype=dtype),
+        value.new_empty((B, G, V), dtype=torch.float64),
     )
 
 
@@ -216,7 +217,7 @@ def elita_attention_backward(
         found = _backward(value, first, past, out, a, g, final_mean, dout, dlog_weight, dmean, chunk)
     dc, ds, dv, dm, du = found
     ds = ds.flatten(1, 2).to(dtype)
-    return dc.to(dtype), -ds, ds, dv, dm.to(torch.float64), du
+    return dc.to(dtype), -ds, ds, dv, dm, du
 
 
 @elita_attention_backward.register_fake

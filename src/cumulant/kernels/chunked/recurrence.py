@@ -21,8 +21,10 @@ def steps(length: int, chunk: int, reverse: bool = False) -> list[tuple[slice, i
     return found[::-1] if reverse else found
 
 
-def carried(advance: Advance, decay: Tensor, start: Tensor, chunk: int, reverse: bool = False) -> tuple[Tensor, Tensor]:
-    """h before each chunk ``[B, G, P, V]``, and after all tokens ``[B, G, V]``.
+def carried(
+    advance: Advance, decay: Tensor, start: Tensor, chunk: int, reverse: bool = False, *, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """h before each chunk ``[B, G, P, V]`` in `dtype`, and after all tokens ``[B, G, V]`` in start's.
 
     decay: d, ``[B, G, T]`` with T >= 1, by which `advance` multiplies h; in fp64, as products of many factors near 1
     would not be 1e-5 exact in fp32. start: h before the first token. `reverse`: tokens run from the last to the first,
@@ -30,20 +32,21 @@ def carried(advance: Advance, decay: Tensor, start: Tensor, chunk: int, reverse:
     """
     walk = steps(decay.shape[2], chunk, reverse)
     chunks = -(-decay.shape[2] // chunk)
-    own = start.new_zeros(*start.shape[:2], chunks, start.shape[2])  # h from zero over each chunk
+    own = start.new_zeros(*start.shape[:2], chunks, start.shape[2], dtype=dtype)  # h from zero over each chunk
     product = decay.new_ones(*start.shape[:2], chunks)
     for at, n in walk:
         advance(own[:, :, :n], at)
         product[:, :, :n].mul_(decay[:, :, at])
     if chunks == 1:
-        return start[:, :, None].clone(), torch.addcmul(own[:, :, 0], start, product.to(own.dtype))
+        before = start[:, :, None].to(dtype, copy=True)
+        return before, torch.addcmul(own[:, :, 0].to(start.dtype), start, product.to(start.dtype))
 
-    over = product.to(own.dtype)
+    over = product.to(dtype)
 
     def chunkwise(h: Tensor, at: slice) -> None:
         h.mul_(over[:, :, at, None]).add_(own[:, :, at])
 
-    h, end = carried(chunkwise, product, start, chunk, reverse)
+    h, end = carried(chunkwise, product, start, chunk, reverse, dtype=dtype)
     before = torch.empty_like(own)
     for at, n in steps(chunks, chunk, reverse):
         before[:, :, at] = h[:, :, :n]
@@ -59,7 +62,7 @@ def scan(decay: Tensor, x: Tensor, start: Tensor, chunk: int, reverse: bool = Fa
         h.mul_(each[:, :, at, None]).add_(x[:, :, at, None])
 
     out = torch.empty_like(x)
-    h, _ = carried(advance, decay, start[:, :, None], chunk, reverse)
+    h, _ = carried(advance, decay, start[:, :, None], chunk, reverse, dtype=x.dtype)
     for at, n in steps(x.shape[2], chunk, reverse):
         advance(h[:, :, :n], at)
         out[:, :, at] = h[:, :, :n, 0]
