@@ -129,7 +129,7 @@ def test_figures_are_the_runs(done, text):
     assert {p.name for p in done.iterdir()} >= {"curves.png", "curves.svg", "tokenizer.json", "text.json"}
 
 
-def test_one_epoch_reads_every_window_once_in_one_order_for_all(done):
+def test_an_epoch_is_the_text_s_windows_and_mechanisms_differ_in_nothing_else(done):
     record = json.loads((done / "compare.json").read_text())
     tokens = json.loads((done / "text.json").read_text())["tokens"]
     assert record["steps"] == (tokens - 1) // 32 // 4
@@ -145,7 +145,6 @@ def test_state_and_kept_bytes(done):
     assert costs["elita, 2 wraps"]["state_bytes"] == 2 * costs["elita"]["state_bytes"]
     assert costs["softmax"]["state_bytes"] == layers * (2 * 32 * 32 * 4 + 8)
     assert 1.5 < costs["elita, 2 wraps"]["kept_bytes"] / costs["elita"]["kept_bytes"] < 2
-    assert all(cost["seconds"] > 0 for cost in costs.values())
 
 
 def test_the_same_command_again_trains_nothing(done, text, monkeypatch):

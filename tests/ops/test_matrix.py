@@ -652,10 +652,10 @@ def test_elita_is_exact_for_logits_of_any_size(impl: str, dtype: torch.dtype, si
 
 
 @by_impl
-@pytest.mark.parametrize("first", [0.0, 12.0, 16.0])
+@pytest.mark.parametrize("first", [0.0, 12.0, 16.0, 18.0])
 def test_elita_steps_do_not_stall(impl: str, first: float):
-    """One token at a time, fp32, where a first key outweighs thousands of others: each moves the mean by less than the
-    last digit of an fp32 number, all of them together by a lot."""
+    """A token, two or a few at a time, fp32, where a first key outweighs thousands of others: each moves mean and
+    log-sum by less than the last digit of an fp32 number, all of them together by a lot."""
     T = 5000 if impl == "torch" else 200
     c = torch.zeros(1, 1, T)
     c[..., 0] = first
@@ -664,13 +664,16 @@ def test_elita_steps_do_not_stall(impl: str, first: float):
     v[:, :, 0] = 5.0
     weights = torch.tensor([first, math.log(T - 1)], dtype=torch.float64).softmax(0)
     exact = float(weights @ torch.tensor([5.0, 10.0], dtype=torch.float64))
-    for lengths in ([T], [1] * T, [100] * (T // 100)):
+    total = math.log(math.exp(first) + T - 1)
+    for size in (T, 1, 2, 10, 100):
+        lengths = [size] * (T // size)
         state, out = None, torch.empty(0)
         with torch.inference_mode():
             for part in zip(*(x.split(lengths, 2) for x in (c, r, s, v))):
                 out, state = cm.elita_attention(*part, state=state, return_state=True, impl=impl)
         assert abs(float(out[0, 0, -1]) - exact) < 1e-6 * exact
         assert abs(float(state.mean) - exact) < 1e-6 * exact
+        assert abs(float(state.log_weight) - total) < 1e-9
 
 
 @by_impl

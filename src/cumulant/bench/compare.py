@@ -104,7 +104,8 @@ def _prepare(recipe: Comparison, folder: Path, data: str, heldout: float, say: C
             raise ValueError(f"output: {folder} holds a comparison on another text; name another folder")
         tokens = int(started["tokens"])
     else:
-        if folder.exists() and any(folder.iterdir()):
+        begun = {"tokenizer.json", "tokenizer_config.json"}  # all there is if the first start was cut short
+        if folder.exists() and {path.name for path in folder.iterdir()} - begun:
             raise ValueError(f"output: {folder} holds something else; name another folder")
         tokenizer = train_bpe(corpus.train, recipe.vocabulary)
         tokens = len(tokenize(corpus.train, tokenizer).ids)

@@ -29,23 +29,23 @@ def _gates(
     """a ``[B,G,T]``, g ``[B,G,R,T]``, and the last m ``[B,G]`` in fp64.
 
     Sums are of ``exp(c_j - M_t)`` with the running maximum M: differences of logits are taken before anything is
-    rounded, so that large logits lose nothing.
+    rounded, so that large logits lose nothing. In fp64, so that light keys behind a heavy one are not lost, a few at a
+    time, to rounding.
     """
     top = segment_maximum(c, first)
     if past is not None:
         top = torch.maximum(top, past[0][..., None])
     top = top.clamp(min=torch.finfo(top.dtype).min)  # where nothing was seen: exp(-inf - top) is zero
     before = torch.cat((top[..., :1] if past is None else past[0][..., None].to(top.dtype), top[..., :-1]), -1)
-    decay = (before - top).exp()  # mostly 1
+    decay = (before - top).double().exp()
     if first is not None:
         decay = decay.masked_fill(first, 0)
-    new = (c - top).to(dtype).exp()
+    new = (c - top).double().exp()
     total = scan(decay, new, torch.full_like(new[..., 0], 0.0 if past is None else 1.0), chunk)
-    wide = top.double()
-    m = wide + total.log()
+    m = top + total.log()
     g = torch.sigmoid((s.double() - r.double() - m[:, :, None]).to(dtype)).masked_fill(s == -torch.inf, 0)
     a = new / total.clamp(min=0.5)  # sums are at least 1, but zero where nothing was seen
-    return a, g, wide[..., -1] + total[..., -1].double().log()
+    return a.to(dtype), g, m[..., -1].clone()
 
 
 def _forward(
