@@ -197,6 +197,15 @@ def test_mistakes(done, text, tmp_path):
         configuration(replace(TINY, parameters=1000), TINY.mechanisms[1], 300)
 
 
+def test_a_start_that_was_cut_short_is_begun_again(text, tmp_path):
+    """The tokenizer was written, the note on the text was not."""
+    lines = []
+    steps = bench._prepare(TINY, tmp_path / "out", str(text), 0.1, lines.append)
+    (tmp_path / "out" / "text.json").unlink()
+    assert bench._prepare(TINY, tmp_path / "out", str(text), 0.1, lines.append) == steps
+    assert lines[0] == lines[1]
+
+
 def test_only_the_mechanisms_named_and_the_baseline():
     names = [m.name for m in TINY.chosen(["elita, 2 wraps"]).mechanisms]
     assert names == ["softmax", "elita, 2 wraps"]
