@@ -11,7 +11,7 @@ help:  ## this list
 
 install: $(INSTALLED)  ## make .venv with the library and all it needs
 
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml constraints.txt setup.py $(wildcard src/cumulant/kernels/native/*.?pp)
 	@echo "== installing into .venv (a few minutes the first time)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[text,dev]'

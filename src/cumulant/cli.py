@@ -260,6 +260,7 @@ def info() -> None:
     import transformers
 
     from . import __version__
+    from .kernels.native.library import instructions, missing
 
     table = Table(show_header=False)
     table.add_row("cumulant", __version__)
@@ -270,7 +271,11 @@ def info() -> None:
     table.add_row("CUDA device", cuda)
     table.add_row("impl reference", "works: quadratic, for checking")
     table.add_row("impl torch", "works: chunk-parallel PyTorch, any device")
-    table.add_row("impl native, triton", "not part of this version")
+    obstacle = missing()
+    table.add_row(
+        "impl native", f"does not work here: {obstacle}" if obstacle else f"works: C++ on the CPU, {instructions()}"
+    )
+    table.add_row("impl triton", "not part of this version")
     console.print(table)
 
 

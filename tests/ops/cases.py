@@ -12,7 +12,7 @@ from torch import Tensor
 
 import cumulant as cm
 
-IMPLEMENTATIONS = ("reference", "torch")
+IMPLEMENTATIONS = ("reference", "torch", "native")
 CHUNK = 16  # the tests' chunk, so that short sequences span several
 
 # Bound on ||out - exact|| / ||exact||, where exact is the float64 formula on the same (rounded) inputs: a few times the
@@ -39,6 +39,11 @@ class Case:
     packed_states: bool = True
     biased: bool = False
     bidirectional: bool = True
+
+    @property
+    def implementations(self) -> tuple[str, ...]:
+        native = self.op in (cm.linear_attention, cm.taylor_attention)
+        return IMPLEMENTATIONS if native else IMPLEMENTATIONS[:2]
 
     def inputs(self, *args: Any, requires_grad: bool = False, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = inputs(*args, **kwargs)

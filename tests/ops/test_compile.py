@@ -11,6 +11,7 @@ from cumulant.kernels import chunked
 from cumulant.kernels.chunked.elita import elita_attention as elita_kernel
 from cumulant.kernels.chunked.gated import gated_attention as gated_kernel
 from cumulant.kernels.chunked.mixed_chunk import mixed_chunk_attention as mixed_chunk
+from cumulant.kernels.native import native_attention
 from cumulant.ops import cumulative, elita, gated
 
 from .cases import CASES, CHUNK, assert_close, elita_logits, linear_part, sums_of
@@ -27,24 +28,28 @@ NAMES = (
 )
 COMPILED = [c for c in CASES if c.name in NAMES]
 by_case = pytest.mark.parametrize("case", COMPILED, ids=lambda c: c.name)
+by_impl = pytest.mark.parametrize("impl", ["torch", "native"])
 
 
 @pytest.fixture(autouse=True)
 def _short_chunks(monkeypatch):
     monkeypatch.setattr(cumulative, "CHUNK", CHUNK)
+    monkeypatch.setattr(cumulative, "NATIVE_CHUNK", CHUNK)
+    monkeypatch.setattr(cumulative, "SPAN", CHUNK)
     monkeypatch.setattr(gated, "BLOCK", CHUNK)
     monkeypatch.setattr(elita, "CHUNK", 4)
     torch._dynamo.reset()
 
 
+@by_impl
 @by_case
 @pytest.mark.filterwarnings("ignore")
-def test_compile_fullgraph(case):
+def test_compile_fullgraph(case, impl):
     """One graph, outputs, states and gradients as in eager, for several lengths."""
 
     def run(q, k, v, mask):
-        out, state = case(q, k, v, is_causal=True, key_mask=mask, return_state=True)
-        again, _ = case(q, k, v, is_causal=True, state=state, return_state=True)
+        out, state = case(q, k, v, is_causal=True, key_mask=mask, return_state=True, impl=impl)
+        again, _ = case(q, k, v, is_causal=True, state=state, return_state=True, impl=impl)
         return out, again, *sums_of(state)
 
     compiled = torch.compile(run, fullgraph=True, dynamic=True, backend="aot_eager")
@@ -59,24 +64,29 @@ def test_compile_fullgraph(case):
             assert_close(actual, exact, 100)
 
 
-def test_lengths_do_not_recompile():
+@by_impl
+def test_lengths_do_not_recompile(impl):
     """The operators are one node for any length."""
     compiled = torch.compile(
-        lambda q, k, v: cm.taylor_attention(q, k, v, is_causal=True), fullgraph=True, dynamic=True, backend="eager"
+        lambda q, k, v: cm.taylor_attention(q, k, v, is_causal=True, impl=impl),
+        fullgraph=True,
+        dynamic=True,
+        backend="eager",
     )
     case = CASES[1]
     compiled(*case.inputs(T=30))
     with torch._dynamo.config.patch(error_on_recompile=True):
         for length in (31, 40, 64):
             q, k, v = case.inputs(T=length)
-            assert_close(compiled(q, k, v), cm.taylor_attention(q, k, v, is_causal=True), 10)
+            assert_close(compiled(q, k, v), cm.taylor_attention(q, k, v, is_causal=True, impl=impl), 10)
 
 
+@by_impl
 @by_case
-def test_export(case):
+def test_export(case, impl):
     class Mixer(torch.nn.Module):
         def forward(self, q, k, v):
-            out, state = case(q, k, v, is_causal=True, return_state=True)
+            out, state = case(q, k, v, is_causal=True, return_state=True, impl=impl)
             return out, state
 
     q, k, v = case.inputs(T=37)
@@ -94,7 +104,8 @@ def test_export(case):
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("length", [7, 20], ids=["one chunk", "two chunks"])
 @pytest.mark.parametrize("states", ["in and out", "out", "none", "packed"])
-def test_opcheck(is_causal, normalize, length, states):
+@pytest.mark.parametrize("op", [chunked.chunked_attention, native_attention], ids=["torch", "native"])
+def test_opcheck(is_causal, normalize, length, states, op):
     """Schema, fake kernels, autograd registration and AOT dispatch agree with the implementation, also in which states
     are empty."""
     q, k, v = CASES[1].inputs(1, T=length, requires_grad=True)
@@ -104,7 +115,7 @@ def test_opcheck(is_causal, normalize, length, states):
     bounds = torch.tensor([0, 3, length]) if states == "packed" else None
     wanted = states in ("in and out", "out")
     arguments = (q, k, v, mask, bounds, S, Z, wanted, 0, True, "elu", 0.5, normalize, is_causal, CHUNK)
-    torch.library.opcheck(chunked.chunked_attention, arguments)
+    torch.library.opcheck(op, arguments if op is chunked.chunked_attention else (*arguments, CHUNK))
 
 
 @pytest.mark.parametrize("is_causal", [True, False])
@@ -155,7 +166,8 @@ def test_opcheck_elita(length, states):
 
 @pytest.mark.parametrize("is_causal", [True, False])
 @pytest.mark.parametrize("length", [10, 1000])
-def test_nothing_but_inputs_outputs_and_denominators_is_kept(is_causal, length):
+@by_impl
+def test_nothing_but_inputs_outputs_and_denominators_is_kept(is_causal, length, impl):
     """No features [T, F], no weights [T, S]: only what came in, what went out, one number a row, and the sums [F, V] of
     a long context."""
     q, k, v = CASES[1].inputs(1, 2, length, 16, 16, G=2, dtype=torch.float32, requires_grad=True)
@@ -166,8 +178,8 @@ def test_nothing_but_inputs_outputs_and_denominators_is_kept(is_causal, length):
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
-        out = cm.taylor_attention(q, k, v, is_causal=is_causal)
-    sums = 0 if is_causal or length <= CHUNK else 2 * 153 * 17 * 4
+        out = cm.taylor_attention(q, k, v, is_causal=is_causal, impl=impl)
+    sums = 0 if is_causal or (length <= CHUNK and impl == "torch") else 2 * 153 * 17 * 4
     allowed = sum(x.numel() for x in (q, k, v, out)) * 4 + 2 * length * 4 + sums
     assert sum(kept.values()) <= allowed + 64
 

@@ -9,10 +9,13 @@ import torch
 from torch import Tensor
 
 from ..kernels import reference
-from .dispatch import Choice, reasons
+from .dispatch import Choice, native_obstacle, reasons, resolve
 from .state import ElitaState, LinearState, MixedChunkState
 
 CHUNK = 128
+NATIVE_CHUNK = 64
+SPAN = 512  # the fewest tokens that a thread of the native kernels takes when one sequence is shared out
+MAX_NATIVE_ORDER = 8
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,28 @@ def attend(
     denominator = None if state is None or not kernel.normalize else state.denominator
     if impl == "reference":
         out, sums = _reference(kernel, query, key, value, key_mask, cu_seqlens, numerator, denominator)
+    elif impl == "native":
+        from ..kernels.native import native_attention
+
+        out, _, S, z = native_attention(
+            query,
+            key,
+            value,
+            key_mask,
+            cu_seqlens,
+            numerator,
+            denominator,
+            return_state,
+            kernel.order,
+            kernel.constant_term,
+            kernel.activation,
+            kernel.scale,
+            kernel.normalize,
+            kernel.is_causal,
+            NATIVE_CHUNK,
+            SPAN,
+        )
+        sums = S, z if kernel.normalize else None
     else:
         from ..kernels.chunked import chunked_attention
 
@@ -71,11 +96,21 @@ def attend(
     return out, LinearState(*sums, count_tokens(key, key_mask, cu_seqlens, state))
 
 
-def plan(impl: str, *, T: int, S: int, is_causal: bool, stateful: bool, features: int) -> Choice:
+def choose(impl: str, query: Tensor, order: int) -> tuple[str, str]:
+    """The implementation to run, and why that is not the native one (empty if it could be)."""
+    obstacle = native_obstacle(query)
+    if not obstacle and order > MAX_NATIVE_ORDER:
+        obstacle = f"its kernels go up to order {MAX_NATIVE_ORDER}, and this is order {order}"
+    return resolve(impl, obstacle), obstacle
+
+
+def plan(impl: str, query: Tensor, order: int, *, S: int, is_causal: bool, stateful: bool, features: int) -> Choice:
     """What would run. `stateful`: a state goes in or out."""
-    if CHUNK >= T and T == S and (is_causal or not stateful):
-        return reasons(impl, f"one block of {T} tokens, the quadratic form")
-    return reasons(impl, f"chunks of {CHUNK} tokens, {features} features")
+    (chosen, obstacle), T = choose(impl, query, order), query.shape[2]
+    chunk = NATIVE_CHUNK if chosen == "native" else CHUNK
+    one = chunk >= T and (is_causal if chosen == "native" else T == S and (is_causal or not stateful))
+    work = f"one block of {T} tokens, the quadratic form" if one else f"chunks of {chunk} tokens, {features} features"
+    return reasons(impl, work, obstacle)
 
 
 def _reference(

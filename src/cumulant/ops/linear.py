@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from .checks import Sizes, check_attention, check_linear_state
-from .cumulative import Kernel, attend, plan
-from .dispatch import Choice, resolve
+from .cumulative import Kernel, attend, choose, plan
+from .dispatch import Choice
 from .feature_maps import ELEMENTWISE, FeatureMap, apply_maps, check_feature_map, softmax_features
 from .state import LinearState
 
@@ -48,7 +48,7 @@ def linear_attention(
             see each other. Rows after the last offset come out as zeros. States have N rows.
         state: sums over earlier keys, from `return_state`.
         return_state: return ``(out, state)``; not causal, the state is the whole context's, for later queries.
-        impl: "auto", "torch", "reference"; see `cumulant.explain`.
+        impl: "auto", "native", "torch", "reference"; see `cumulant.explain`.
 
     Returns:
         ``[B, H, T, V]`` in query's dtype; a query with nothing to attend to, or with all features zero, gets zeros.
@@ -88,7 +88,7 @@ def linear_attention(
             wide = torch.promote_types(dtype, torch.float32)
             q, k = q.to(wide).softmax(-1), k.to(wide).exp()
     out, total = attend(
-        resolve(impl),
+        choose(impl, query, 0)[0],
         kernel,
         q,
         k,
@@ -140,7 +140,8 @@ def _explain(
     _check_state(sizes, features, normalize, query, cu_seqlens, state)
     return plan(
         impl,
-        T=sizes.T,
+        query,
+        0,
         S=sizes.S,
         is_causal=is_causal,
         stateful=state is not None or return_state,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from .checks import Sizes, check_attention, check_linear_state
-from .cumulative import Kernel, attend, plan
-from .dispatch import Choice, resolve
+from .cumulative import Kernel, attend, choose, plan
+from .dispatch import Choice
 from .state import LinearState
 
 
@@ -67,7 +67,7 @@ def taylor_attention(
             see each other. Rows after the last offset come out as zeros. States have N rows.
         state: sums over earlier keys, from `return_state`.
         return_state: return ``(out, state)``; not causal, the state is the whole context's, for later queries.
-        impl: "auto", "torch", "reference"; see `cumulant.explain`.
+        impl: "auto", "native", "torch", "reference"; see `cumulant.explain`.
 
     Returns:
         ``[B, H, T, V]`` in query's dtype; a query with nothing to attend to gets zeros.
@@ -78,9 +78,9 @@ def taylor_attention(
     Sources: Arora et al. 2023, "Zoology" (Based); Mercat 2020, "Higher Order Linear Transformer"; Keles et al. 2022,
     arXiv 2209.04881.
     """
-    _, kernel = _check(query, key, value, order, is_causal, scale, constant_term, key_mask, cu_seqlens, state, impl)
+    _, kernel = _check(query, key, value, order, is_causal, scale, constant_term, key_mask, cu_seqlens, state)
     out, state = attend(
-        resolve(impl),
+        choose(impl, query, order)[0],
         kernel,
         query,
         key,
@@ -104,14 +104,12 @@ def _check(
     key_mask: Tensor | None,
     cu_seqlens: Tensor | None,
     state: LinearState | None,
-    impl: str,
 ) -> tuple[Sizes, Kernel]:
     sizes = check_attention(query, key, value, is_causal=is_causal, key_mask=key_mask, cu_seqlens=cu_seqlens)
     check_order(order)
     features = feature_count(sizes.K, order, constant_term=constant_term)
     rows = sizes.B if cu_seqlens is None else len(cu_seqlens) - 1
     check_linear_state(state, rows, sizes, features, True, query)
-    resolve(impl)
     scale = sizes.K**-0.5 if scale is None else float(scale)
     return sizes, Kernel(order, constant_term, "identity", scale, True, is_causal)
 
@@ -131,11 +129,12 @@ def _explain(
     return_state: bool,
     impl: str,
 ) -> Choice:
-    sizes, _ = _check(query, key, value, order, is_causal, scale, constant_term, key_mask, cu_seqlens, state, impl)
+    sizes, _ = _check(query, key, value, order, is_causal, scale, constant_term, key_mask, cu_seqlens, state)
     features = feature_count(sizes.K, order, constant_term=constant_term)
     return plan(
         impl,
-        T=sizes.T,
+        query,
+        order,
         S=sizes.S,
         is_causal=is_causal,
         stateful=state is not None or return_state,

@@ -1,0 +1,78 @@
+"""Builds the native CPU kernels where there is a C++ compiler; without one the installation goes on without them.
+
+They are one plain shared library, without Python's or torch's headers, compiled once for each instruction set. It
+chooses among them when it runs, so a wheel serves every machine of its platform and every Python. CXX names the
+compiler, and CXXFLAGS adds flags.
+"""
+
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
+
+SOURCES = Path("src/cumulant/kernels/native")
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+INSTRUCTIONS = {
+    "baseline": [],
+    **({"avx2": AVX2, "avx512": [*AVX2, *(f"-mavx512{x}" for x in ("f", "vl", "bw", "dq"))]} if X86 else {}),
+}
+FLAGS = ["-std=c++17", "-O3", "-fPIC", "-pthread", "-ffp-contract=fast", "-Wall", "-Wextra"]
+
+
+def compiler():
+    wanted = os.environ.get("CXX")
+    for name in shlex.split(wanted)[:1] if wanted else ("c++", "g++", "clang++"):
+        if shutil.which(name):
+            return shlex.split(wanted) if wanted else [name]
+    raise CompileError(f"no C++ compiler found ({wanted or 'c++, g++, clang++'}): the native CPU kernels are left out")
+
+
+class BuildKernels(build_ext):
+    def get_ext_filename(self, fullname):
+        return f"{fullname.replace('.', os.sep)}.so"
+
+    def build_extension(self, ext):
+        output, objects = Path(self.get_ext_fullpath(ext.name)), []
+        temporary = Path(self.build_temp)
+        for folder in (output.parent, temporary):
+            folder.mkdir(parents=True, exist_ok=True)
+        flags = [*FLAGS, *(["-DCUMULANT_X86"] if X86 else []), *shlex.split(os.environ.get("CXXFLAGS", ""))]
+        units = [(f"kernels-{isa}", "kernels.cpp", [f"-DCUMULANT_ISA={isa}", *f]) for isa, f in INSTRUCTIONS.items()]
+        for name, source, extra in [*units, ("library", "library.cpp", [])]:
+            objects.append(temporary / f"{name}.o")
+            self.execute([*compiler(), *flags, *extra, "-c", SOURCES / source, "-o", objects[-1]])
+        self.execute([*compiler(), *flags, "-shared", *objects, "-o", output])
+
+    def execute(self, command):
+        command = [str(part) for part in command]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        if result.stderr:
+            self.warn(result.stderr)
+        if result.returncode:
+            raise CompileError(f"{shlex.join(command)}: exit status {result.returncode}")
+
+
+class Wheel(bdist_wheel):
+    def get_tag(self):
+        return "py3", "none", super().get_tag()[2]
+
+
+setup(
+    ext_modules=[
+        Extension(
+            "cumulant.kernels.native._kernels",
+            [str(path) for path in sorted(SOURCES.glob("*.cpp"))],
+            depends=[str(path) for path in sorted(SOURCES.glob("*.hpp"))],
+            optional=True,
+        )
+    ],
+    cmdclass={"build_ext": BuildKernels, "bdist_wheel": Wheel},
+)

@@ -1,0 +1,59 @@
+// What crosses the C boundary: plain structs, mirrored field by field in `library.py`. Strides are in elements.
+#pragma once
+
+#include <stdint.h>
+
+namespace cumulant {
+
+enum Type { F32, F64, BF16, F16 };
+enum Activation { IDENTITY, ELU, RELU };
+
+// [B, heads, T, D]; the elements of a row lie one after another. Absent: data is null.
+struct Array {
+  void* data;
+  int64_t batch, head, row;
+};
+
+// One call of linear or Taylor attention, forwards or backwards. Reals that are not inputs or outputs of the layer (sums,
+// denominators) are float, or double where the inputs are.
+struct Attention {
+  int64_t B, N, H, G, T, S, K, V, F;  // N sequences: B, or those packed into one row
+  int64_t chunk;                      // tokens a chunk, at most CHUNK
+  int64_t span;                       // the fewest tokens that a thread may take when a sequence is shared out
+  int32_t type, order, constant_term, activation, normalize, is_causal, threads, isa;
+  double scale;
+  Array query, key, value, out;
+  const uint8_t* key_mask;      // [B, S]
+  const int64_t* offsets;       // [N + 1] where packed
+  void *numerator, *denominator;              // [N, G, F, V], [N, G, F]: the state that came in
+  void *final_numerator, *final_denominator;  // and goes out
+  void* denominators;                         // [B, H, T]
+  // backwards
+  Array dout, dquery, dkey, dvalue;
+  void *dfinal_numerator, *dfinal_denominator, *dnumerator, *ddenominator;
+};
+
+constexpr int CHUNK = 64;      // rows of scratch matrices are this long
+constexpr int MAX_ORDER = 8;
+
+// Part of a sequence of one key/value head, as one thread walks it.
+struct Segment {
+  int64_t batch, first, group;  // row of the batch, place of the sequence's first token in it, key/value head
+  int64_t row;                  // of the states: sequence * G + group
+  int64_t begin, end;           // tokens of the sequence
+  int64_t from, to;             // columns of the values
+  // Sums [F, V] and [F] before these tokens (backwards in time: after them), zero where null; and where to leave them.
+  const void *start, *start_denominator;
+  void *stop, *stop_denominator;
+};
+
+// The kernels of one instruction set for one type of reals. `scratch` tells how many reals of scratch, aligned to 64 bytes,
+// the others need. `forward` and `query_backward` run along a sequence, `key_backward` against it; not causal, their sums
+// stay as they are.
+struct Kernels {
+  typedef void Kernel(const Attention&, const Segment&, void* scratch);
+  int64_t (*scratch)(const Attention&);
+  Kernel *forward, *sum_keys, *sum_queries, *query_backward, *key_backward, *step;
+};
+
+}  // namespace cumulant

@@ -1,0 +1,142 @@
+// Gradients: the queries' forwards in time, where S grows again; the keys' and values' backwards, where dS does.
+//
+// With dy = dout / z and dz = -(dout . out) / z: d phi(q) = S dy + Z dz, and dS = sum phi(q) dy, dZ = sum phi(q) dz over
+// the queries that see a key; d phi(k) = dS v + dZ, dv = phi(k) dS. Inside a chunk the weights w = p(q . k) are formed again:
+// dw = dy v + dz, d(q . k) = dw p'(q . k). The two passes share nothing, so that they can run beside each other.
+#pragma once
+
+#include "attention.hpp"
+
+namespace cumulant {
+namespace CUMULANT_ISA {
+
+// dq [K, n] from the chunk's own keys.
+template <class R> void query_inside(Pass<R>& p, int n) {
+  constexpr int W = LANES<R>;
+  auto& w = p.w;
+  p.template triangle<BY_COLUMN>(Pass<R>::UPPER, n, p.K, {w.k, CHUNK}, {w.q, CHUNK}, w.scores);
+  p.template triangle<BY_ROW>(Pass<R>::UPPER, n, p.V, {w.v, w.stride}, {w.dy_turned, CHUNK}, w.dscores);
+  for (int j = 0; j < n; j++) {  // a key's part in all queries
+    R *row = w.dscores + j * CHUNK, *scores = w.scores + j * CHUNK;
+    const int first = j / W * W;
+    zero(row, first);
+    const Vec<R> counted = p.lanes_from(j - first);
+    for (int i = first; i < n; i += W) {
+      Vec<R> x = (load(row + i) + load(w.dz + i)) * slope<R>(load(scores + i), p.a.order);
+      if (i == first) x = counted != R(0) ? x : Vec<R>{};
+      if (p.mask && !p.mask[j]) x = Vec<R>{};
+      store(row + i, x);
+    }
+  }
+  product<BY_ROW, R>(p.ahead, p.K, n, n, {w.k, CHUNK}, {w.dscores, CHUNK}, {w.dq, CHUNK}, false);
+}
+
+template <class R> void query_backward(const Attention& a, const Segment& s, void* scratch) {
+  Pass<R> p(a, s, scratch);
+  auto& w = p.w;
+  bool past = s.start || s.start_denominator;
+  p.load_sums(s.start, s.start_denominator);
+  for (int64_t at = s.begin; at < s.end; at += a.chunk) {
+    const int n = p.count(at);
+    if (a.is_causal) {
+      p.read_key(at, n);
+      p.read_value(at, n);
+    }
+    for (int r = 0; r < p.R_heads; r++) {
+      p.read_query(r, at, n);
+      p.read_upstream(r, at, n);
+      zero(w.dy + n * w.stride, int64_t(padded<R>(n) - n) * w.stride);
+      transpose(n, p.V, w.dy, w.stride, w.dy_turned, CHUNK);
+      if (a.is_causal)
+        query_inside(p, n);
+      else
+        zero(w.dq, p.K * CHUNK);
+      if (past) p.sums_backward(w.q, n, w.dy_turned, w.dz, w.dq);
+      activate_backward(w.q, w.dq, p.K, n, a.activation);
+      p.rescale(w.dq, n);
+      write_turned(p.rows_of(a.dquery, p.head(r), at, n, false), p.K, w.dq, w.rows);
+    }
+    if (a.is_causal && at + n < s.end) {
+      p.add_sums(w.k, w.constant, n, w.v, nullptr);
+      past = true;
+    }
+  }
+}
+
+// Adds to dk [K, n] and dv [n, V] what comes from the chunk's own queries of one head.
+template <class R> void key_inside(Pass<R>& p, int n) {
+  constexpr int W = LANES<R>;
+  auto& w = p.w;
+  p.template triangle<BY_COLUMN>(Pass<R>::LOWER, n, p.K, {w.q, CHUNK}, {w.k, CHUNK}, w.scores);
+  p.template triangle<BY_ROW>(Pass<R>::LOWER, n, p.V, {w.dy, w.stride}, {w.v_turned, CHUNK}, w.dscores);
+  for (int i = 0; i < n; i++) {  // a query's weights of all keys
+    R *scores = w.scores + i * CHUNK, *row = w.dscores + i * CHUNK;
+    const int last = i / W * W;
+    const Vec<R> hidden = p.lanes_from(i - last + 1);
+    for (int j = 0; j <= last; j += W) {
+      const Vec<R> x = load(scores + j);
+      const Vec<R> counted = j == last ? (hidden != R(0) ? Vec<R>{} : load(w.constant + j)) : load(w.constant + j);
+      const Vec<R> weight = polynomial<R>(x, p.a.order, p.a.constant_term);
+      const Vec<R> grad = (load(row + j) + w.dz[i]) * slope<R>(x, p.a.order);
+      store(scores + j, counted != R(0) ? weight : Vec<R>{});
+      store(row + j, counted != R(0) ? grad : Vec<R>{});
+    }
+    zero(scores + last + W, padded<R>(n) - last - W);
+    zero(row + last + W, padded<R>(n) - last - W);
+  }
+  product<BY_COLUMN, R>(p.ahead, n, p.V, n, {w.scores, CHUNK}, {w.dy, w.stride}, {w.dv, w.stride}, true, FROM);
+  product<BY_ROW, R>(p.ahead, p.K, n, n, {w.q, CHUNK}, {w.dscores, CHUNK}, {w.dk, CHUNK});
+}
+
+template <class R> void key_backward(const Attention& a, const Segment& s, void* scratch) {
+  Pass<R> p(a, s, scratch);
+  auto& w = p.w;
+  p.load_sums(s.start, s.start_denominator);
+  const bool leaves = s.stop || s.stop_denominator;
+  bool ahead = s.start || s.start_denominator;  // anything in the sums?
+  const int64_t chunks = (s.end - s.begin + a.chunk - 1) / a.chunk;
+  for (int64_t c = chunks - 1; c >= 0; c--) {
+    const int64_t at = s.begin + c * a.chunk;
+    const int n = p.count(at);
+    p.read_key(at, n);
+    p.read_value(at, n);
+    zero(w.v + n * w.stride, int64_t(padded<R>(n) - n) * w.stride);
+    transpose(n, p.V, w.v, w.stride, w.v_turned, CHUNK);
+    zero(w.dk, p.K * CHUNK);
+    zero(w.dv, n * w.stride);
+    if (ahead) {
+      p.read_sums(w.k, w.constant, n, w.dv, nullptr);
+      p.sums_backward(w.k, n, w.v_turned, nullptr, w.dk);
+    }
+    for (int r = 0; a.is_causal && r < p.R_heads; r++) {
+      p.read_query(r, at, n);
+      p.read_upstream(r, at, n);
+      key_inside(p, n);
+      if (c > 0 || leaves) p.add_sums(w.q, w.ones, n, w.dy, w.dz);
+    }
+    ahead = ahead || a.is_causal;
+    activate_backward(w.k, w.dk, p.K, n, a.activation);
+    p.clear_masked(w.dk, n);
+    write_turned(p.rows_of(a.dkey, s.group, at, n, false), p.K, w.dk, w.rows);
+    write(p.rows_of(a.dvalue, s.group, at, n, false), 0, p.V, w.dv, w.stride);
+  }
+  if (leaves) p.leave_sums(s.stop, s.stop_denominator);
+}
+
+// What the segment's queries add to the gradient of the sums.
+template <class R> void sum_queries(const Attention& a, const Segment& s, void* scratch) {
+  Pass<R> p(a, s, scratch);
+  p.load_sums(s.start, s.start_denominator);
+  for (int64_t at = s.begin; at < s.end; at += a.chunk) {
+    const int n = p.count(at);
+    for (int r = 0; r < p.R_heads; r++) {
+      p.read_query(r, at, n);
+      p.read_upstream(r, at, n);
+      p.add_sums(p.w.q, p.w.ones, n, p.w.dy, p.w.dz);
+    }
+  }
+  p.leave_sums(s.stop, s.stop_denominator);
+}
+
+}  // namespace CUMULANT_ISA
+}  // namespace cumulant

@@ -1,0 +1,131 @@
+// Outputs, the keys' sums, and one token's step.
+#pragma once
+
+#include "attention.hpp"
+
+namespace cumulant {
+namespace CUMULANT_ISA {
+
+// Numerators and denominators of a chunk's queries over its own keys, by the quadratic form: out [n, V], z.
+template <class R> void attend_inside(Pass<R>& p, int n) {
+  constexpr int W = LANES<R>;
+  auto& w = p.w;
+  p.template triangle<BY_COLUMN>(Pass<R>::UPPER, n, p.K, {w.k, CHUNK}, {w.q, CHUNK}, w.scores);
+  zero(w.z, CHUNK);
+  for (int j = 0; j < n; j++) {  // a key's weights for all queries
+    R* row = w.scores + j * CHUNK;
+    const int first = j / W * W;
+    zero(row, first);
+    const Vec<R> counted = p.lanes_from(j - first);
+    for (int i = first; i < n; i += W) {
+      Vec<R> x = polynomial<R>(load(row + i), p.a.order, p.a.constant_term);
+      if (i == first) x = counted != R(0) ? x : Vec<R>{};
+      if (p.mask && !p.mask[j]) x = Vec<R>{};
+      store(row + i, x);
+      store(w.z + i, load(w.z + i) + x);
+    }
+  }
+  product<BY_COLUMN, R>(p.ahead, n, p.columns, n, {w.scores, CHUNK}, {w.v, w.stride}, {w.out, w.stride}, false, UP_TO);
+}
+
+template <class R> void forward(const Attention& a, const Segment& s, void* scratch) {
+  Pass<R> p(a, s, scratch);
+  auto& w = p.w;
+  const bool leaves = s.stop || s.stop_denominator;
+  bool past = s.start || s.start_denominator;  // anything in the sums?
+  if (past || leaves || s.end - s.begin > a.chunk) p.load_sums(s.start, s.start_denominator);
+  for (int64_t at = s.begin; at < s.end; at += a.chunk) {
+    const int n = p.count(at);
+    p.begin(at, a.chunk);
+    if (a.is_causal) {
+      p.read_key(at, n);
+      p.read_value(at, n);
+    }
+    for (int r = 0; r < p.R_heads; r++) {
+      p.read_query(r, at, n);
+      if (a.is_causal) {
+        attend_inside(p, n);
+      } else {
+        zero(w.out, n * w.stride);
+        zero(w.z, CHUNK);
+      }
+      if (past) p.read_sums(w.q, w.ones, n, w.out, a.normalize ? w.z : nullptr);
+      if (a.normalize)
+        for (int i = 0; i < n; i++) p.divide(w.out + i * w.stride, p.columns, w.z[i]);
+      write(p.rows_of(a.out, p.head(r), at, n, false), s.from, p.columns, w.out, w.stride);
+      if (a.normalize && s.from == 0)
+        memcpy((R*)a.denominators + (s.batch * a.H + p.head(r)) * a.T + s.first + at, w.z, sizeof(R) * size_t(n));
+    }
+    if (a.is_causal && (leaves || at + n < s.end)) {
+      p.add_sums(w.k, w.constant, n, w.v, nullptr);
+      past = true;
+    }
+  }
+  if (leaves) p.leave_sums(s.stop, s.stop_denominator);
+}
+
+// What the segment's keys and values add to the sums.
+template <class R> void sum_keys(const Attention& a, const Segment& s, void* scratch) {
+  Pass<R> p(a, s, scratch);
+  p.load_sums(s.start, s.start_denominator);
+  for (int64_t at = s.begin; at < s.end; at += a.chunk) {
+    const int n = p.count(at);
+    p.read_key(at, n);
+    p.read_value(at, n);
+    p.add_sums(p.w.k, p.w.constant, n, p.w.v, nullptr);
+  }
+  p.leave_sums(s.stop, s.stop_denominator);
+}
+
+// One token: S' = S + phi(k) v, out = phi(q) S' / z', in one pass over the state.
+template <class R> void step(const Attention& a, const Segment& s, void* scratch) {
+  constexpr int W = LANES<R>, N = PANEL;
+  Pass<R> p(a, s, scratch);
+  auto& w = p.w;
+  const int V = p.V, whole = V / W * W;
+  p.read_key(0, 1);
+  p.read_value(0, 1);
+  const R *S = (const R*)s.start, *Z = (const R*)s.start_denominator;
+  R *next = (R*)s.stop, *next_Z = (R*)s.stop_denominator;
+  p.slabs(w.k, w.constant, 1, [&](int f, int rows, const R* phi) {
+    for (int j = 0; j < rows; j++) w.Z[f + j] = phi[j * CHUNK];
+  });
+  for (int r = 0; r < p.R_heads; r++) {
+    p.read_query(r, 0, 1);
+    zero(w.out, w.stride);
+    R z = 0;
+    p.slabs(w.q, w.ones, 1, [&](int f, int rows, const R* phi) {
+      for (int j = 0; r == 0 && a.normalize && j < rows; j++) next_Z[f + j] = Z[f + j] + w.Z[f + j];
+      for (int j = 0; a.normalize && j < rows; j++) z += phi[j * CHUNK] * next_Z[f + j];
+      for (int d = 0; d < whole; d += N * W) {
+        const int vectors = smaller(N, (whole - d) / W);
+        Vec<R> out[N], v[N];
+        for (int i = 0; i < vectors; i++) out[i] = load(w.out + d + i * W), v[i] = load(w.v + d + i * W);
+        for (int j = 0; j < rows; j++) {
+          const int64_t at = int64_t(f + j) * V + d;
+          const R by_key = w.Z[f + j], by_query = phi[j * CHUNK];
+          for (int i = 0; i < vectors; i++) {
+            Vec<R> x = r ? load(next + at + i * W) : load(S + at + i * W) + by_key * v[i];
+            if (r == 0) store(next + at + i * W, x);
+            out[i] += by_query * x;
+          }
+        }
+        for (int i = 0; i < vectors; i++) store(w.out + d + i * W, out[i]);
+      }
+      for (int j = 0; j < rows; j++)
+        for (int d = whole; d < V; d++) {
+          const int64_t at = int64_t(f + j) * V + d;
+          if (r == 0) next[at] = S[at] + w.Z[f + j] * w.v[d];
+          w.out[d] += phi[j * CHUNK] * next[at];
+        }
+    });
+    if (a.normalize) {
+      p.divide(w.out, V, z);
+      ((R*)a.denominators)[s.batch * a.H + p.head(r)] = z;
+    }
+    write(p.rows_of(a.out, p.head(r), 0, 1, false), 0, V, w.out, w.stride);
+  }
+}
+
+}  // namespace CUMULANT_ISA
+}  // namespace cumulant

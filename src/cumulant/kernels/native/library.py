@@ -1,0 +1,106 @@
+"""The compiled kernels: finding and loading them, and the structs that cross the C boundary (`abi.hpp`)."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+PATH = Path(__file__).with_name("_kernels.so")
+INSTRUCTIONS = ("baseline", "avx2", "avx512")  # in the order of `Isa` in library.cpp
+TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+CHUNK = 64  # tokens that scratch matrices hold
+MAX_ORDER = 8
+_i64, _i32, _pointer = ctypes.c_int64, ctypes.c_int32, ctypes.c_void_p
+
+
+class Array(ctypes.Structure):
+    """``[B, heads, T, D]``, strides in elements; each row's D elements lie one after another."""
+
+    _fields_ = [("data", _pointer), ("batch", _i64), ("head", _i64), ("row", _i64)]
+
+
+class Attention(ctypes.Structure):
+    _fields_ = [
+        *((name, _i64) for name in ("B", "N", "H", "G", "T", "S", "K", "V", "F", "chunk", "span")),
+        *((name, _i32) for name in ("type", "order", "constant_term", "activation")),
+        *((name, _i32) for name in ("normalize", "is_causal", "threads", "isa")),
+        ("scale", ctypes.c_double),
+        *((name, Array) for name in ("query", "key", "value", "out")),
+        *((name, _pointer) for name in ("key_mask", "offsets", "numerator", "denominator")),
+        *((name, _pointer) for name in ("final_numerator", "final_denominator", "denominators")),
+        *((name, Array) for name in ("dout", "dquery", "dkey", "dvalue")),
+        *((name, _pointer) for name in ("dfinal_numerator", "dfinal_denominator", "dnumerator", "ddenominator")),
+    ]
+
+
+def array(x: Tensor) -> Array:
+    batch, head, row, _ = x.stride()
+    return Array(x.data_ptr(), batch, head, row)
+
+
+def pointer(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+@lru_cache(maxsize=1)
+def _load() -> tuple[ctypes.CDLL | None, str]:
+    """The library, or why there is none."""
+    if not PATH.exists():
+        return None, "its kernels were not compiled: no C++ compiler (GCC, Clang) when cumulant was installed"
+    try:
+        library = ctypes.CDLL(os.fspath(PATH))
+    except OSError as error:
+        return None, f"its kernels cannot be loaded: {error}"
+    if library.cumulant_abi() != ctypes.sizeof(Attention):
+        return None, "its kernels were compiled from another version of cumulant: install it again"
+    entry = _openmp()
+    if entry is not None:
+        library.cumulant_use_openmp.argtypes = [_pointer]
+        library.cumulant_use_openmp(entry)
+    return library, ""
+
+
+def _openmp() -> int | None:
+    """The address by which torch's own OpenMP runtime starts threads, if that is one of GNU's kind."""
+    path = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    try:
+        loaded = ctypes.CDLL(os.fspath(path), mode=os.RTLD_NOLOAD | os.RTLD_LAZY)
+        return ctypes.cast(loaded.GOMP_parallel, _pointer).value
+    except (OSError, AttributeError):
+        return None
+
+
+def missing() -> str:
+    """Why the native kernels cannot run here; empty if they can."""
+    return _load()[1]
+
+
+@lru_cache(maxsize=1)
+def instructions() -> str:
+    """The instruction set whose kernels run: the widest this machine has, or what CUMULANT_ISA names."""
+    library = loaded()
+    supported = [name for i, name in enumerate(INSTRUCTIONS) if library.cumulant_supports(i)]
+    wanted = os.environ.get("CUMULANT_ISA") or supported[-1]
+    if wanted not in supported:
+        raise ValueError(f"CUMULANT_ISA: expected one of {', '.join(supported)} on this machine, got {wanted!r}")
+    return wanted
+
+
+def loaded() -> ctypes.CDLL:
+    library, reason = _load()
+    if library is None:
+        raise RuntimeError(f"impl 'native': {reason}")
+    return library
+
+
+def call(function: str, arguments: ctypes.Structure) -> None:
+    status = getattr(loaded(), function)(ctypes.byref(arguments))
+    if status == 1:
+        raise MemoryError("impl 'native': not enough memory for the sums of its threads")
+    if status:
+        raise RuntimeError(f"impl 'native': {function} failed with status {status}")
