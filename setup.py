@@ -24,7 +24,7 @@ INSTRUCTIONS = {
     "baseline": [],
     **({"avx2": AVX2, "avx512": [*AVX2, *(f"-mavx512{x}" for x in ("f", "vl", "bw", "dq"))]} if X86 else {}),
 }
-FLAGS = ["-std=c++17", "-O3", "-fPIC", "-pthread", "-ffp-contract=fast", "-Wall", "-Wextra"]
+FLAGS = ["-std=c++17", "-O3", "-g", "-fPIC", "-pthread", "-ffp-contract=fast", "-Wall", "-Wextra"]
 
 
 def compiler():

@@ -14,6 +14,7 @@ from .state import ElitaState, LinearState, MixedChunkState
 
 CHUNK = 128
 NATIVE_CHUNK = 64
+SHORT_CHUNK = 48  # causal, without Taylor features: less is done inside chunks, beside small sums
 SPAN = 512  # the fewest tokens that a thread of the native kernels takes when one sequence is shared out
 MAX_NATIVE_ORDER = 8
 
@@ -65,7 +66,7 @@ def attend(
             kernel.scale,
             kernel.normalize,
             kernel.is_causal,
-            NATIVE_CHUNK,
+            _native_chunk(kernel.order, kernel.is_causal),
             SPAN,
         )
         sums = S, z if kernel.normalize else None
@@ -104,10 +105,14 @@ def choose(impl: str, query: Tensor, order: int) -> tuple[str, str]:
     return resolve(impl, obstacle), obstacle
 
 
+def _native_chunk(order: int, is_causal: bool) -> int:
+    return min(NATIVE_CHUNK, SHORT_CHUNK) if is_causal and order == 0 else NATIVE_CHUNK
+
+
 def plan(impl: str, query: Tensor, order: int, *, S: int, is_causal: bool, stateful: bool, features: int) -> Choice:
     """What would run. `stateful`: a state goes in or out."""
     (chosen, obstacle), T = choose(impl, query, order), query.shape[2]
-    chunk = NATIVE_CHUNK if chosen == "native" else CHUNK
+    chunk = _native_chunk(order, is_causal) if chosen == "native" else CHUNK
     one = chunk >= T and (is_causal if chosen == "native" else T == S and (is_causal or not stateful))
     work = f"one block of {T} tokens, the quadratic form" if one else f"chunks of {chunk} tokens, {features} features"
     return reasons(impl, work, obstacle)

@@ -53,6 +53,7 @@ struct Segment {
 struct Kernels {
   typedef void Kernel(const Attention&, const Segment&, void* scratch);
   int64_t (*scratch)(const Attention&);
+  int64_t (*multiply)(int64_t rounds);  // independent multiply-adds in registers alone: how many operations
   Kernel *forward, *sum_keys, *sum_queries, *query_backward, *key_backward, *step;
 };
 

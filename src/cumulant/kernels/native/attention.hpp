@@ -9,7 +9,7 @@
 namespace cumulant {
 namespace CUMULANT_ISA {
 
-constexpr int SLAB = 48;
+constexpr int SLAB = 78;
 
 // Matrices of one thread. With a null base it only counts how much they need.
 template <class R> struct Workspace {
@@ -43,25 +43,37 @@ template <class R> struct Pass {
   const Attention& a;
   const Segment& s;
   Workspace<R> w;
-  int K, V, columns, F, R_heads;  // columns: of the values, that this segment is about
+  int K, V, columns, F, R_heads, slab;  // columns: of the values, that this segment is about
   const uint8_t* mask = nullptr;
+  Matrix<const R> v{};  // the chunk's values
   Ahead ahead;
 
   Pass(const Attention& attention, const Segment& segment, void* scratch)
       : a(attention), s(segment), w(attention, (R*)scratch), K(int(a.K)), V(int(a.V)), columns(int(s.to - s.from)),
         F(int(a.F)), R_heads(int(a.H / a.G)) {
+    const int slabs = a.order == 0 ? 1 : (F + SLAB - 1) / SLAB;  // of about the same size, in whole tiles
+    slab = ((F + slabs - 1) / slabs + 5) / 6 * 6;
     for (int i = 0; i < CHUNK; i++) w.ones[i] = 1;
   }
 
-  // Begin with the chunk at `at`: its successor's rows will be fetched. `step`: where that lies, in tokens.
-  void begin(int64_t at, int64_t step) {
+  // What a pass reads of every chunk, and writes: see `begin`.
+  enum Needs { QUERY = 1, KEY = 2, VALUE = 4, UPSTREAM = 8, OUT = 16, DQUERY = 32, DKEY = 64 };
+
+  // Begin with the chunk at `at`: the rows it writes and those its successor, `step` tokens on, reads will be fetched.
+  void begin(int64_t at, int64_t step, int needs) {
     const int64_t next = at + step;
+    const int n = count(at), m = next < s.begin || next >= s.end ? 0 : count(next);
     ahead.clear();
-    for (int r = 0; r < R_heads; r++) expect(a.out, head(r), at, count(at), s.from, columns, true);
-    if (next < s.begin || next >= s.end) return;
-    const int n = count(next);
-    for (int r = 0; r < R_heads; r++) expect(a.query, head(r), next, n, 0, K);
-    if (a.is_causal || step < 0) expect(a.key, s.group, next, n, 0, K), expect(a.value, s.group, next, n, s.from, columns);
+    for (int r = 0; r < R_heads; r++) {
+      if (needs & OUT) expect(a.out, head(r), at, n, s.from, columns, true);
+      if (needs & DQUERY) expect(a.dquery, head(r), at, n, 0, K, true);
+      if (needs & QUERY) expect(a.query, head(r), next, m, 0, K);
+      if (needs & UPSTREAM) expect(a.dout, head(r), next, m, 0, V);
+      if (needs & UPSTREAM && a.normalize) expect(a.out, head(r), next, m, 0, V);
+    }
+    if (needs & DKEY) expect(a.dkey, s.group, at, n, 0, K, true), expect(a.dvalue, s.group, at, n, 0, V, true);
+    if (needs & KEY) expect(a.key, s.group, next, m, 0, K);
+    if (needs & VALUE) expect(a.value, s.group, next, m, s.from, columns);
   }
   void expect(const Array& x, int64_t h, int64_t at, int n, int64_t from, int width, bool written = false) {
     const int size = a.type == F64 ? 8 : a.type == F32 ? 4 : 2;
@@ -83,8 +95,7 @@ template <class R> struct Pass {
 
   void read_query(int r, int64_t at, int n) {
     read_turned(rows_of(a.query, head(r), at, n, false), K, w.rows, w.q);
-    rescale(w.q, n);
-    activate(w.q, K, n, a.activation);
+    activate(w.q, K, n, R(a.scale), a.activation);
   }
 
   // Keys, and `constant`, the feature of degree 0: what is masked, or behind the last token, counts for nothing.
@@ -92,15 +103,10 @@ template <class R> struct Pass {
     mask = a.key_mask ? a.key_mask + s.batch * a.S + s.first + at : nullptr;
     for (int i = 0; i < CHUNK; i++) w.constant[i] = i < n && (!mask || mask[i]) ? R(1) : R(0);
     read_turned(rows_of(a.key, s.group, at, n, true), K, w.rows, w.k);
-    activate(w.k, K, n, a.activation);
-    if (a.activation == ELU) clear_masked(w.k, n);  // of zero it is 1
+    activate(w.k, K, n, R(1), a.activation);
+    if (a.activation == ELU && (mask || n % W)) clear_masked(w.k, n);  // of zero it is 1
   }
 
-  void rescale(R* x, int n) const {
-    if (a.scale == 1.0) return;
-    for (int d = 0; d < K; d++)
-      for (int i = 0; i < n; i += W) store(x + d * CHUNK + i, load(x + d * CHUNK + i) * R(a.scale));
-  }
   void clear_masked(R* x, int n) const {
     for (int d = 0; d < K; d++)
       for (int i = 0; i < n; i += W) {
@@ -109,35 +115,60 @@ template <class R> struct Pass {
       }
   }
 
-  void read_value(int64_t at, int n) { read(rows_of(a.value, s.group, at, n, true), s.from, columns, w.v, w.stride); }
-
-  // Gradients at the numerators, dy = dout / z, and at the denominators, dz = -(dout . out) / z.
-  void read_upstream(int r, int64_t at, int n) {
-    read(rows_of(a.dout, head(r), at, n, false), 0, V, w.dy, w.stride);
-    for (int i = 0; i < CHUNK; i++) w.dz[i] = 0;
-    if (!a.normalize) return;
-    read(rows_of(a.out, head(r), at, n, false), 0, V, w.rows, w.stride);
-    const R* denominators = (const R*)a.denominators + (s.batch * a.H + head(r)) * a.T + s.first + at;
-    for (int i = 0; i < n; i++) {
-      R* row = w.dy + i * w.stride;
-      Vec<R> total{};
-      for (int d = 0; d < V; d += W) total += load(row + d) * load(w.rows + i * w.stride + d);
-      divide(row, V, denominators[i]);
-      R dz = -sum<R>(total);
-      divide_one(dz, denominators[i]);
-      w.dz[i] = dz;
+  // Values [n, columns], where they are if they can be used as they lie.
+  void read_value(int64_t at, int n) {
+    const Rows x = rows_of(a.value, s.group, at, n, true);
+    if (x.plain<R>(columns)) {
+      v = {x.at<R>() + s.from, x.array.row};
+    } else {
+      read(x, s.from, columns, w.v, w.stride);
+      zero(w.v + n * w.stride, int64_t(padded<R>(n) - n) * w.stride);
+      v = {w.v, w.stride};
     }
   }
 
-  static void divide_one(R& x, R z) { x = z == 0 ? R(0) : x / z; }
-  // Zero where the denominator is: nothing to attend to.
-  static void divide(R* row, int n, R z) {
+  // Gradients at the numerators, dy = dout / z, and at the denominators, dz = -(dout . out) / z.
+  void read_upstream(int r, int64_t at, int n) {
+    const Rows upstream = rows_of(a.dout, head(r), at, n, false), x = rows_of(a.out, head(r), at, n, false);
+    for (int i = 0; i < CHUNK; i++) w.dz[i] = 0;
+    Matrix<const R> dout{w.dy, w.stride}, out{w.rows, w.stride};
+    if (a.normalize && upstream.plain<R>(V)) {
+      dout = {upstream.at<R>(), a.dout.row};
+      out = {x.at<R>(), a.out.row};
+    } else {
+      read(upstream, 0, V, w.dy, w.stride);
+      if (a.normalize) read(x, 0, V, w.rows, w.stride);
+      zero(w.dy + n * w.stride, int64_t(padded<R>(n) - n) * w.stride);
+    }
+    if (!a.normalize) return;
+    const R* denominators = (const R*)a.denominators + (s.batch * a.H + head(r)) * a.T + s.first + at;
+    for (int i = 0; i < n; i++) {
+      Vec<R> total{};
+      for (int d = 0; d < V; d += W) total += load(dout.row(i) + d) * load(out.row(i) + d);
+      divide(dout.row(i), V, denominators[i], w.dy + i * w.stride);
+      w.dz[i] = denominators[i] == 0 ? R(0) : -sum<R>(total) / denominators[i];
+    }
+  }
+
+  // to = row / z, zero where z is: nothing to attend to.
+  static void divide(const R* row, int n, R z, R* to) {
     const bool tiny = z < R(1e-30) && z > R(-1e-30);  // its reciprocal may overflow
     const R inverse = z == 0 ? R(0) : R(1) / z;
     for (int d = 0; d < n; d += W) {
       const Vec<R> x = load(row + d);
-      store(row + d, z == 0 ? Vec<R>{} : tiny ? x / z : x * inverse);
+      store(to + d, z == 0 ? Vec<R>{} : tiny ? x / z : x * inverse);
     }
+  }
+
+  // out [n, columns], over z if that is wanted, to the array.
+  void write_out(int r, int64_t at, int n, R* out, const R* z) {
+    const Rows x = rows_of(a.out, head(r), at, n, false);
+    const bool direct = x.plain<R>(columns);
+    for (int i = 0; a.normalize && i < n; i++)
+      divide(out + i * w.stride, columns, z[i], direct ? x.at<R>() + i * x.array.row + s.from : out + i * w.stride);
+    if (!a.normalize || !direct) write(x, s.from, columns, out, w.stride);
+    if (a.normalize && s.from == 0)
+      memcpy((R*)a.denominators + (s.batch * a.H + head(r)) * a.T + s.first + at, z, sizeof(R) * size_t(n));
   }
 
   // ---- sums ----
@@ -165,8 +196,8 @@ template <class R> struct Pass {
   template <class Visit> void slabs(const R* x, const R* constant, int n, Visit visit) {
     if (a.order == 0) return visit(0, F, x);
     Monomials<R> m = monomials(x, constant, n);
-    for (int f = 0; f < F; f += SLAB) {
-      const int rows = smaller(SLAB, F - f);
+    for (int f = 0; f < F; f += slab) {
+      const int rows = smaller(slab, F - f);
       m.form(rows, w.phi);
       visit(f, rows, (const R*)w.phi);
     }
@@ -176,19 +207,14 @@ template <class R> struct Pass {
   void read_sums(const R* x, const R* constant, int n, R* out, R* z) {
     slabs(x, constant, n, [&](int f, int rows, const R* phi) {
       product<BY_COLUMN, R>(ahead, n, columns, rows, {phi, CHUNK}, {w.S + f * w.stride, w.stride}, {out, w.stride});
-      if (!z) return;
-      for (int i = 0; i < n; i += W) {
-        Vec<R> total = load(z + i);
-        for (int j = 0; j < rows; j++) total += w.Z[f + j] * load(phi + j * CHUNK + i);
-        store(z + i, total);
-      }
+      if (z) product<BY_ROW, R>(ahead, 1, n, rows, {w.Z + f, 0}, {phi, CHUNK}, {z, CHUNK});
     });
   }
 
   // S += phi y, Z += phi . weights (null: of 1)
-  void add_sums(const R* x, const R* constant, int n, const R* y, const R* weights) {
+  void add_sums(const R* x, const R* constant, int n, Matrix<const R> y, const R* weights) {
     slabs(x, constant, n, [&](int f, int rows, const R* phi) {
-      product<BY_ROW, R>(ahead, rows, columns, n, {phi, CHUNK}, {y, w.stride}, {w.S + f * w.stride, w.stride});
+      product<BY_ROW, R>(ahead, rows, columns, n, {phi, CHUNK}, y, {w.S + f * w.stride, w.stride});
       if (!a.normalize) return;
       for (int j = 0; j < rows; j++) {
         Vec<R> total{};
@@ -201,7 +227,6 @@ template <class R> struct Pass {
   // Adds to dx what reaches a vector x through its features: d phi = S y^T + Z weights (null: of 1).
   void sums_backward(const R* x, int n, const R* y_turned, const R* weights, R* dx) {
     Monomials<R> m = monomials(x, w.ones, n);
-    const int slab = a.order == 0 ? F : SLAB;
     for (int f = 0; f < F; f += slab) {
       const int rows = smaller(slab, F - f);
       R* dphi = a.order == 0 ? dx : w.dphi;

@@ -15,7 +15,7 @@ template <class R> void query_inside(Pass<R>& p, int n) {
   constexpr int W = LANES<R>;
   auto& w = p.w;
   p.template triangle<BY_COLUMN>(Pass<R>::UPPER, n, p.K, {w.k, CHUNK}, {w.q, CHUNK}, w.scores);
-  p.template triangle<BY_ROW>(Pass<R>::UPPER, n, p.V, {w.v, w.stride}, {w.dy_turned, CHUNK}, w.dscores);
+  p.template triangle<BY_ROW>(Pass<R>::UPPER, n, p.V, p.v, {w.dy_turned, CHUNK}, w.dscores);
   for (int j = 0; j < n; j++) {  // a key's part in all queries
     R *row = w.dscores + j * CHUNK, *scores = w.scores + j * CHUNK;
     const int first = j / W * W;
@@ -38,6 +38,7 @@ template <class R> void query_backward(const Attention& a, const Segment& s, voi
   p.load_sums(s.start, s.start_denominator);
   for (int64_t at = s.begin; at < s.end; at += a.chunk) {
     const int n = p.count(at);
+    p.begin(at, a.chunk, p.QUERY | p.UPSTREAM | p.DQUERY | (a.is_causal ? p.KEY | p.VALUE : 0));
     if (a.is_causal) {
       p.read_key(at, n);
       p.read_value(at, n);
@@ -45,19 +46,17 @@ template <class R> void query_backward(const Attention& a, const Segment& s, voi
     for (int r = 0; r < p.R_heads; r++) {
       p.read_query(r, at, n);
       p.read_upstream(r, at, n);
-      zero(w.dy + n * w.stride, int64_t(padded<R>(n) - n) * w.stride);
       transpose(n, p.V, w.dy, w.stride, w.dy_turned, CHUNK);
       if (a.is_causal)
         query_inside(p, n);
       else
         zero(w.dq, p.K * CHUNK);
       if (past) p.sums_backward(w.q, n, w.dy_turned, w.dz, w.dq);
-      activate_backward(w.q, w.dq, p.K, n, a.activation);
-      p.rescale(w.dq, n);
+      activate_backward(w.q, w.dq, p.K, n, R(a.scale), a.activation);
       write_turned(p.rows_of(a.dquery, p.head(r), at, n, false), p.K, w.dq, w.rows);
     }
     if (a.is_causal && at + n < s.end) {
-      p.add_sums(w.k, w.constant, n, w.v, nullptr);
+      p.add_sums(w.k, w.constant, n, p.v, nullptr);
       past = true;
     }
   }
@@ -98,10 +97,10 @@ template <class R> void key_backward(const Attention& a, const Segment& s, void*
   for (int64_t c = chunks - 1; c >= 0; c--) {
     const int64_t at = s.begin + c * a.chunk;
     const int n = p.count(at);
+    p.begin(at, -a.chunk, p.KEY | p.VALUE | p.DKEY | (a.is_causal ? p.QUERY | p.UPSTREAM : 0));
     p.read_key(at, n);
     p.read_value(at, n);
-    zero(w.v + n * w.stride, int64_t(padded<R>(n) - n) * w.stride);
-    transpose(n, p.V, w.v, w.stride, w.v_turned, CHUNK);
+    transpose(n, p.V, p.v.data, p.v.stride, w.v_turned, CHUNK);
     zero(w.dk, p.K * CHUNK);
     zero(w.dv, n * w.stride);
     if (ahead) {
@@ -112,11 +111,11 @@ template <class R> void key_backward(const Attention& a, const Segment& s, void*
       p.read_query(r, at, n);
       p.read_upstream(r, at, n);
       key_inside(p, n);
-      if (c > 0 || leaves) p.add_sums(w.q, w.ones, n, w.dy, w.dz);
+      if (c > 0 || leaves) p.add_sums(w.q, w.ones, n, {w.dy, w.stride}, w.dz);
     }
     ahead = ahead || a.is_causal;
-    activate_backward(w.k, w.dk, p.K, n, a.activation);
-    p.clear_masked(w.dk, n);
+    activate_backward(w.k, w.dk, p.K, n, R(1), a.activation);
+    if (p.mask) p.clear_masked(w.dk, n);
     write_turned(p.rows_of(a.dkey, s.group, at, n, false), p.K, w.dk, w.rows);
     write(p.rows_of(a.dvalue, s.group, at, n, false), 0, p.V, w.dv, w.stride);
   }
@@ -129,10 +128,11 @@ template <class R> void sum_queries(const Attention& a, const Segment& s, void* 
   p.load_sums(s.start, s.start_denominator);
   for (int64_t at = s.begin; at < s.end; at += a.chunk) {
     const int n = p.count(at);
+    p.begin(at, a.chunk, p.QUERY | p.UPSTREAM);
     for (int r = 0; r < p.R_heads; r++) {
       p.read_query(r, at, n);
       p.read_upstream(r, at, n);
-      p.add_sums(p.w.q, p.w.ones, n, p.w.dy, p.w.dz);
+      p.add_sums(p.w.q, p.w.ones, n, {p.w.dy, p.w.stride}, p.w.dz);
     }
   }
   p.leave_sums(s.stop, s.stop_denominator);

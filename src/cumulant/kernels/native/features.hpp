@@ -11,31 +11,32 @@
 namespace cumulant {
 namespace CUMULANT_ISA {
 
-template <class R> void activate(R* x, int K, int n, int activation) {
+// In place, of x times `scale`.
+template <class R> void activate(R* x, int K, int n, R scale, int activation) {
   constexpr int W = LANES<R>;
-  if (activation == IDENTITY) return;
+  if (activation == IDENTITY && scale == R(1)) return;
   for (int d = 0; d < K; d++)
     for (int i = 0; i < n; i += W) {
-      const Vec<R> y = load(x + d * CHUNK + i);
+      const Vec<R> y = load(x + d * CHUNK + i) * scale;
       if (activation == ELU)
         store(x + d * CHUNK + i, y > R(0) ? y + R(1) : exponential<R>(y));
       else
-        store(x + d * CHUNK + i, y < R(0) ? Vec<R>{} : y);
+        store(x + d * CHUNK + i, activation == RELU ? (y < R(0) ? Vec<R>{} : y) : y);
     }
 }
 
-// Gradient at the input, in place, from the activated value: elu + 1 has slope min(value, 1), relu slope [value > 0].
-template <class R> void activate_backward(const R* activated, R* grad, int K, int n, int activation) {
+// Gradient at the input before `scale`, in place, from the activated value: elu + 1 has slope min(value, 1), relu slope [value > 0].
+template <class R> void activate_backward(const R* activated, R* grad, int K, int n, R scale, int activation) {
   constexpr int W = LANES<R>;
-  if (activation == IDENTITY) return;
+  if (activation == IDENTITY && scale == R(1)) return;
   for (int d = 0; d < K; d++)
     for (int i = 0; i < n; i += W) {
       R* at = grad + d * CHUNK + i;
-      const Vec<R> y = load(activated + d * CHUNK + i), g = load(at);
+      const Vec<R> y = load(activated + d * CHUNK + i), g = load(at) * scale;
       if (activation == ELU)
         store(at, y > R(1) ? g : g * y);
       else
-        store(at, y > R(0) ? g : Vec<R>{});
+        store(at, activation == RELU ? (y > R(0) ? g : Vec<R>{}) : g);
     }
 }
 

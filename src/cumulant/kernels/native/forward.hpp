@@ -25,7 +25,7 @@ template <class R> void attend_inside(Pass<R>& p, int n) {
       store(w.z + i, load(w.z + i) + x);
     }
   }
-  product<BY_COLUMN, R>(p.ahead, n, p.columns, n, {w.scores, CHUNK}, {w.v, w.stride}, {w.out, w.stride}, false, UP_TO);
+  product<BY_COLUMN, R>(p.ahead, n, p.columns, n, {w.scores, CHUNK}, p.v, {w.out, w.stride}, false, UP_TO);
 }
 
 template <class R> void forward(const Attention& a, const Segment& s, void* scratch) {
@@ -36,7 +36,7 @@ template <class R> void forward(const Attention& a, const Segment& s, void* scra
   if (past || leaves || s.end - s.begin > a.chunk) p.load_sums(s.start, s.start_denominator);
   for (int64_t at = s.begin; at < s.end; at += a.chunk) {
     const int n = p.count(at);
-    p.begin(at, a.chunk);
+    p.begin(at, a.chunk, p.OUT | p.QUERY | (a.is_causal ? p.KEY | p.VALUE : 0));
     if (a.is_causal) {
       p.read_key(at, n);
       p.read_value(at, n);
@@ -50,14 +50,10 @@ template <class R> void forward(const Attention& a, const Segment& s, void* scra
         zero(w.z, CHUNK);
       }
       if (past) p.read_sums(w.q, w.ones, n, w.out, a.normalize ? w.z : nullptr);
-      if (a.normalize)
-        for (int i = 0; i < n; i++) p.divide(w.out + i * w.stride, p.columns, w.z[i]);
-      write(p.rows_of(a.out, p.head(r), at, n, false), s.from, p.columns, w.out, w.stride);
-      if (a.normalize && s.from == 0)
-        memcpy((R*)a.denominators + (s.batch * a.H + p.head(r)) * a.T + s.first + at, w.z, sizeof(R) * size_t(n));
+      p.write_out(r, at, n, w.out, w.z);
     }
     if (a.is_causal && (leaves || at + n < s.end)) {
-      p.add_sums(w.k, w.constant, n, w.v, nullptr);
+      p.add_sums(w.k, w.constant, n, p.v, nullptr);
       past = true;
     }
   }
@@ -70,9 +66,10 @@ template <class R> void sum_keys(const Attention& a, const Segment& s, void* scr
   p.load_sums(s.start, s.start_denominator);
   for (int64_t at = s.begin; at < s.end; at += a.chunk) {
     const int n = p.count(at);
+    p.begin(at, a.chunk, p.KEY | p.VALUE);
     p.read_key(at, n);
     p.read_value(at, n);
-    p.add_sums(p.w.k, p.w.constant, n, p.w.v, nullptr);
+    p.add_sums(p.w.k, p.w.constant, n, p.v, nullptr);
   }
   p.leave_sums(s.stop, s.stop_denominator);
 }
@@ -100,7 +97,7 @@ template <class R> void step(const Attention& a, const Segment& s, void* scratch
       for (int d = 0; d < whole; d += N * W) {
         const int vectors = smaller(N, (whole - d) / W);
         Vec<R> out[N], v[N];
-        for (int i = 0; i < vectors; i++) out[i] = load(w.out + d + i * W), v[i] = load(w.v + d + i * W);
+        for (int i = 0; i < vectors; i++) out[i] = load(w.out + d + i * W), v[i] = load(p.v.data + d + i * W);
         for (int j = 0; j < rows; j++) {
           const int64_t at = int64_t(f + j) * V + d;
           const R by_key = w.Z[f + j], by_query = phi[j * CHUNK];
@@ -115,15 +112,11 @@ template <class R> void step(const Attention& a, const Segment& s, void* scratch
       for (int j = 0; j < rows; j++)
         for (int d = whole; d < V; d++) {
           const int64_t at = int64_t(f + j) * V + d;
-          if (r == 0) next[at] = S[at] + w.Z[f + j] * w.v[d];
+          if (r == 0) next[at] = S[at] + w.Z[f + j] * p.v.data[d];
           w.out[d] += phi[j * CHUNK] * next[at];
         }
     });
-    if (a.normalize) {
-      p.divide(w.out, V, z);
-      ((R*)a.denominators)[s.batch * a.H + p.head(r)] = z;
-    }
-    write(p.rows_of(a.out, p.head(r), 0, 1, false), 0, V, w.out, w.stride);
+    p.write_out(r, 0, 1, w.out, &z);
   }
 }
 

@@ -20,7 +20,7 @@ template <class R> struct Matrix {
   INLINE R* row(int64_t i) const { return data + i * stride; }
 };
 
-// Rows that will be read next, fetched into the second cache a few lines at a time while tiles are multiplied.
+// Rows that will be read or written next, fetched into the second cache by and by while tiles are multiplied.
 class Ahead {
   struct Block {
     const char* data;
@@ -28,28 +28,27 @@ class Ahead {
     int rows, bytes;
     bool written;
   };
-  static constexpr int MOST = 8, LINE = 64, AT_ONCE = 20;
+  static constexpr int MOST = 16, LINE = 64, AT_ONCE = 16 * LINE;
   Block blocks[MOST];
-  int count = 0, block = 0, row = 0, byte = 0;
+  int count = 0, at = 0;
 
  public:
-  void clear() { count = block = row = byte = 0; }
+  void clear() { count = at = 0; }
   void add(const void* data, int64_t stride, int rows, int bytes, bool written) {
     if (count < MOST && rows > 0) blocks[count++] = {(const char*)data, stride, rows, bytes, written};
   }
   INLINE void fetch() {
-    for (int i = 0; i < AT_ONCE && block < count; i++) {
-      const Block& b = blocks[block];
-      const char* line = b.data + row * b.stride + byte;
-      if (b.written)
-        __builtin_prefetch(line, 1, 2);
-      else
-        __builtin_prefetch(line, 0, 2);
-      if ((byte += LINE) < b.bytes) continue;
-      byte = 0;
-      if (++row < b.rows) continue;
-      row = 0;
-      block++;
+    for (int left = AT_ONCE; left > 0 && at < count;) {
+      Block& b = blocks[at];
+      for (int i = 0; i < b.bytes; i += LINE) {
+        if (b.written)
+          __builtin_prefetch(b.data + i, 1, 2);
+        else
+          __builtin_prefetch(b.data + i, 0, 2);
+      }
+      left -= b.bytes;
+      b.data += b.stride;
+      if (--b.rows == 0) at++;
     }
   }
 };

@@ -50,11 +50,20 @@ template <class R> INLINE Vec<R> load(const R* p) { return *(const typename Simd
 template <class R> INLINE void store(R* p, Vec<R> x) { *(typename Simd<R>::Unaligned*)p = x; }
 template <class R> INLINE Vec<R> splat(R x) { return x - Vec<R>{}; }
 template <class R> INLINE R sum(Vec<R> x) {
-  R lanes[LANES<R>];
-  store(lanes, x);
-  for (int width = LANES<R> / 2; width; width /= 2)
-    for (int i = 0; i < width; i++) lanes[i] += lanes[i + width];
-  return lanes[0];
+#if CUMULANT_BYTES == 64
+  typedef R Half __attribute__((vector_size(32), may_alias));
+  const Half half = ((const Half*)&x)[0] + ((const Half*)&x)[1];
+#elif CUMULANT_BYTES == 32
+  const Vec<R> half = x;
+#endif
+#if CUMULANT_BYTES > 16
+  typedef R Quarter __attribute__((vector_size(16), may_alias));
+  const Quarter q = ((const Quarter*)&half)[0] + ((const Quarter*)&half)[1];
+#else
+  const Vec<R> q = x;
+#endif
+  if constexpr (sizeof(R) == 4) return (q[0] + q[2]) + (q[1] + q[3]);
+  return q[0] + q[1];
 }
 template <class R> INLINE void zero(R* p, int64_t n) { memset(p, 0, sizeof(R) * size_t(n)); }
 

@@ -81,6 +81,12 @@ struct Rows {
   int64_t offset;  // of the first token
   int count;
   const uint8_t* mask;  // of the tokens, or null
+
+  // Whether `width` numbers of each lie in memory as scratch would hold them: whole vectors of reals, none masked.
+  template <class R> bool plain(int width) const {
+    return type == (sizeof(R) == 4 ? F32 : F64) && !mask && count % LANES<R> == 0 && width % LANES<R> == 0;
+  }
+  template <class R> R* at() const { return (R*)array.data + offset; }
 };
 
 // -> [count, width] from column `from`, zeros where masked and from `width` to the next whole vector.
@@ -142,6 +148,7 @@ void transpose(int rows, int columns, const R* from, int64_t from_stride, R* to,
 
 // -> token-minor [width, CHUNK]. `rows`: room for a chunk of token-major rows.
 template <class R> INLINE void read_turned(Rows x, int width, R* rows, R* to) {
+  if (x.plain<R>(width)) return transpose<R>(x.count, width, x.at<R>(), x.array.row, to, CHUNK);
   const int stride = padded<R>(width);
   read(x, 0, width, rows, stride);
   zero(rows + x.count * stride, int64_t(padded<R>(x.count) - x.count) * stride);
@@ -149,6 +156,7 @@ template <class R> INLINE void read_turned(Rows x, int width, R* rows, R* to) {
 }
 
 template <class R> INLINE void write_turned(Rows x, int width, const R* from, R* rows) {
+  if (x.plain<R>(width)) return transpose<R>(width, x.count, from, CHUNK, x.at<R>(), x.array.row);
   const int stride = padded<R>(width);
   transpose(width, x.count, from, CHUNK, rows, stride);
   write(x, 0, width, rows, stride);
