@@ -24,7 +24,7 @@ INSTRUCTIONS = {
     "baseline": [],
     **({"avx2": AVX2, "avx512": [*AVX2, *(f"-mavx512{x}" for x in ("f", "vl", "bw", "dq"))]} if X86 else {}),
 }
-FLAGS = ["-std=c++17", "-O3", "-g", "-fPIC", "-pthread", "-ffp-contract=fast", "-Wall", "-Wextra"]
+FLAGS = ["-std=c++17", "-O3", "-fPIC", "-pthread", "-ffp-contract=fast", "-Wall", "-Wextra"]
 
 
 def compiler():
@@ -46,7 +46,8 @@ class BuildKernels(build_ext):
             folder.mkdir(parents=True, exist_ok=True)
         flags = [*FLAGS, *(["-DCUMULANT_X86"] if X86 else []), *shlex.split(os.environ.get("CXXFLAGS", ""))]
         units = [(f"kernels-{isa}", "kernels.cpp", [f"-DCUMULANT_ISA={isa}", *f]) for isa, f in INSTRUCTIONS.items()]
-        for name, source, extra in [*units, ("library", "library.cpp", [])]:
+        units += [(path.stem, path.name, []) for path in sorted(SOURCES.glob("*.cpp")) if path.stem != "kernels"]
+        for name, source, extra in units:
             objects.append(temporary / f"{name}.o")
             self.execute([*compiler(), *flags, *extra, "-c", SOURCES / source, "-o", objects[-1]])
         self.execute([*compiler(), *flags, "-shared", *objects, "-o", output])

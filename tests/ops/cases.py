@@ -42,7 +42,7 @@ class Case:
 
     @property
     def implementations(self) -> tuple[str, ...]:
-        native = self.op in (cm.linear_attention, cm.taylor_attention)
+        native = self.op in (cm.linear_attention, cm.taylor_attention, cm.elita_attention)
         return IMPLEMENTATIONS if native else IMPLEMENTATIONS[:2]
 
     def inputs(self, *args: Any, requires_grad: bool = False, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:

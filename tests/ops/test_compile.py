@@ -11,7 +11,7 @@ from cumulant.kernels import chunked
 from cumulant.kernels.chunked.elita import elita_attention as elita_kernel
 from cumulant.kernels.chunked.gated import gated_attention as gated_kernel
 from cumulant.kernels.chunked.mixed_chunk import mixed_chunk_attention as mixed_chunk
-from cumulant.kernels.native import native_attention
+from cumulant.kernels.native.attention import native_attention
 from cumulant.ops import cumulative, elita, gated
 
 from .cases import CASES, CHUNK, assert_close, elita_logits, linear_part, sums_of

@@ -139,14 +139,26 @@ def test_feature_count():
 def test_explain():
     q, k, v = inputs()
     assert str(cm.explain(cm.taylor_attention, q, k, v, is_causal=True)) == (
-        "torch: the fastest available here: one block of 37 tokens, the quadratic form"
+        "native: the fastest available here: one block of 37 tokens, the quadratic form"
     )
+    choice = cm.explain(cm.taylor_attention, q, k, v, 9, is_causal=True)
+    assert (choice.impl, choice.reason[:26]) == ("torch", "the fastest available here")
+    with pytest.raises(
+        ValueError, match="impl: 'native' cannot run this call: its kernels go up to order 8, and this is"
+    ):
+        cm.explain(cm.taylor_attention, q, k, v, 9, impl="native")
+    elsewhere = (x.to("meta") for x in (q, k, v))
+    with pytest.raises(
+        ValueError, match="its kernels are for the CPU, and the inputs are on meta; these work: 'torch'"
+    ):
+        cm.taylor_attention(*elsewhere, impl="native")
     long = inputs(1, 1, 4096, 16, 8, G=1, dtype=torch.float32)
     choice = cm.explain(cm.taylor_attention, *long, is_causal=True, impl="torch")
     assert (choice.impl, choice.reason) == ("torch", "asked for: chunks of 128 tokens, 153 features")
     assert cm.explain(cm.linear_attention, q, k, v, impl="reference").impl == "reference"
     context = (*inputs(T=5)[:1], *inputs(T=7)[1:])
-    assert "chunks of 128 tokens" in cm.explain(cm.taylor_attention, *context).reason
+    assert "chunks of 128 tokens" in cm.explain(cm.taylor_attention, *context, impl="torch").reason
+    assert "chunks of 64 tokens" in cm.explain(cm.taylor_attention, *context, impl="native").reason
     with pytest.raises(TypeError, match="op: expected an operation such as cumulant.taylor_attention, got"):
         cm.explain(torch.softmax, q)
     with pytest.raises(TypeError, match="unexpected keyword|got an unexpected"):
@@ -306,7 +318,7 @@ def with_one(value, at=(1, 0, 3)):
         ({"key_mask": torch.ones(2, 36).bool()}, ValueError, r"key_mask: expected \[B, S\] = \[2, 37\], got \[2, 36\]"),
         ({"cu_seqlens": torch.tensor([0, 37])}, ValueError, r"cu_seqlens: packed sequences need B = 1"),
         ({"state": (1, 2)}, TypeError, r"state: expected a ElitaState from return_state=True, got tuple"),
-        ({"impl": "native"}, ValueError, r"impl: 'native' cannot run this call: this operation has no native kernels; these work: 'torch', 'reference'"),
+        ({"impl": "triton"}, ValueError, r"impl: 'triton' is not part of this version"),
     ],
 )  # fmt: skip
 def test_elita_attention(change, kind, message):
@@ -340,6 +352,7 @@ def test_what_is_masked_may_be_nan():
 
 
 def test_explain_elita():
-    assert cm.explain(cm.elita_attention, **elita()).reason.endswith("chunks of 8 tokens, side by side")
+    assert cm.explain(cm.elita_attention, **elita(), impl="torch").reason.endswith("chunks of 8 tokens, side by side")
+    assert cm.explain(cm.elita_attention, **elita()).reason.endswith("a recurrence, two gates a token")
     _, state = cm.elita_attention(**elita(), return_state=True)
     assert "one token onto a state" in cm.explain(cm.elita_attention, **elita(1), state=state).reason

@@ -35,7 +35,6 @@ from .cases import (
     tensors_of,
 )
 
-ELITA = ("reference", "torch")
 by_impl = pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 by_case = pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 by_token = pytest.mark.parametrize("case", BY_TOKEN, ids=lambda c: c.name)
@@ -58,6 +57,7 @@ def _short_chunks(monkeypatch):
     monkeypatch.setattr(cumulative, "NATIVE_CHUNK", CHUNK)
     monkeypatch.setattr(cumulative, "SPAN", CHUNK)
     monkeypatch.setattr(gated, "BLOCK", CHUNK)
+    monkeypatch.setattr(elita, "SPAN", 1)
     monkeypatch.setattr(elita, "CHUNK", 4)  # chunks of chunks as well
 
 
@@ -615,7 +615,7 @@ def test_shen_far_from_zero(impl: str):
         assert_close(case(q, k + shift, v, key_mask=mask, impl=impl), oracle(case, q, k + shift, v, key_mask=mask), 5)
 
 
-@pytest.mark.parametrize("impl", ELITA)
+@by_impl
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize(("size", "shift"), [(1e4, 0.0), (1.0, 1e4), (1.0, -1e4), (30.0, 9e3)])
 def test_elita_is_exact_for_logits_of_any_size(impl: str, dtype: torch.dtype, size: float, shift: float):
@@ -656,7 +656,7 @@ def test_elita_is_exact_for_logits_of_any_size(impl: str, dtype: torch.dtype, si
             assert difference <= max(TOLERANCE[dtype], rounding) * size
 
 
-@pytest.mark.parametrize("impl", ELITA)
+@by_impl
 @pytest.mark.parametrize("first", [0.0, 12.0, 16.0, 18.0])
 def test_elita_steps_do_not_stall(impl: str, first: float):
     """A token, two or a few at a time, fp32, where a first key outweighs thousands of others: each moves mean and
@@ -681,7 +681,7 @@ def test_elita_steps_do_not_stall(impl: str, first: float):
         assert abs(float(state.log_weight) - total) < 1e-9
 
 
-@pytest.mark.parametrize("impl", ELITA)
+@by_impl
 def test_an_elita_state_of_nothing_has_gradients_of_zero(impl: str):
     """Keys without weight, and a call onto what they left."""
     c, r, s = (torch.full((1, 1, 3), x, dtype=torch.float64, requires_grad=True) for x in (-math.inf, 0.0, 0.0))
@@ -694,7 +694,7 @@ def test_an_elita_state_of_nothing_has_gradients_of_zero(impl: str):
     assert all(g.isfinite().all() for g in grads)
 
 
-@pytest.mark.parametrize("impl", ELITA)
+@by_impl
 def test_elita_reads_values_of_a_lower_dtype_than_its_logits(impl: str):
     """bf16 values, as under autocast, with logits in fp32: as if the values were fp32."""
     q, k, v = inputs(dtype=torch.bfloat16)

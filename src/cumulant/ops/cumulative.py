@@ -49,7 +49,7 @@ def attend(
     if impl == "reference":
         out, sums = _reference(kernel, query, key, value, key_mask, cu_seqlens, numerator, denominator)
     elif impl == "native":
-        from ..kernels.native import native_attention
+        from ..kernels.native.attention import native_attention
 
         out, _, S, z = native_attention(
             query,

@@ -10,10 +10,11 @@ from torch import Tensor
 from ..kernels import reference
 from .checks import FLOATS, check_cu_seqlens, check_key_mask, check_parts
 from .cumulative import count_tokens
-from .dispatch import Choice, reasons, resolve
+from .dispatch import Choice, native_obstacle, reasons, resolve
 from .state import ElitaState
 
 CHUNK = 8
+SPAN = 4096  # the fewest tokens that a thread of the native kernels takes when one sequence is shared out
 
 
 def elita_attention(
@@ -50,7 +51,7 @@ def elita_attention(
             see each other. Rows after the last offset come out as zeros. States have N rows.
         state: m and u of earlier tokens, from `return_state`.
         return_state: return ``(out, state)``.
-        impl: "auto", "torch", "reference"; see `cumulant.explain`.
+        impl: "auto", "native", "torch", "reference"; see `cumulant.explain`.
 
     Returns:
         ``[B, H, T, V]`` in value's dtype; zeros where a token has nothing to attend to.
@@ -64,12 +65,13 @@ def elita_attention(
     """
     _check(key_logit, query_logit, self_logit, value, key_mask, cu_seqlens, state)
     inputs = (key_logit, query_logit, self_logit, value)
-    if resolve(impl) == "reference":
+    chosen = resolve(impl, native_obstacle(value))
+    if chosen == "reference":
         out, sums = _reference(inputs, key_mask, cu_seqlens, state)
     elif cu_seqlens is not None and (state is not None or return_state):
-        out, sums = _packed_with_states(inputs, key_mask, cu_seqlens, state)
+        out, sums = _packed_with_states(chosen, inputs, key_mask, cu_seqlens, state)
     else:
-        out, sums = _run(_prepared(inputs, key_mask, cu_seqlens), _first(value.shape[2], cu_seqlens), state)
+        out, sums = _run(chosen, _prepared(inputs, key_mask, cu_seqlens), _first(value.shape[2], cu_seqlens), state)
     if not return_state:
         return out
     return out, ElitaState(*sums, count_tokens(value, key_mask, cu_seqlens, state))
@@ -79,11 +81,16 @@ Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
 Sums = tuple[Tensor, Tensor]
 
 
-def _run(inputs: Inputs, first: Tensor | None, state: ElitaState | None) -> tuple[Tensor, Sums]:
-    from ..kernels.chunked.elita import elita_attention as kernel
-
+def _run(chosen: str, inputs: Inputs, first: Tensor | None, state: ElitaState | None) -> tuple[Tensor, Sums]:
     past = (None, None) if state is None else (state.log_weight, state.mean)
-    out, _, _, log_weight, mean = kernel(*inputs, first, *past, CHUNK)
+    if chosen == "native":
+        from ..kernels.native.elita import elita_attention as native
+
+        out, _, _, log_weight, mean = native(*inputs, first, *past, SPAN)
+    else:
+        from ..kernels.chunked.elita import elita_attention as chunked
+
+        out, _, _, log_weight, mean = chunked(*inputs, first, *past, CHUNK)
     return out, (log_weight, mean)
 
 
@@ -116,7 +123,7 @@ def _first(length: int, cu_seqlens: Tensor | None) -> Tensor | None:
 
 
 def _packed_with_states(
-    inputs: Inputs, key_mask: Tensor | None, cu_seqlens: Tensor, state: ElitaState | None
+    chosen: str, inputs: Inputs, key_mask: Tensor | None, cu_seqlens: Tensor, state: ElitaState | None
 ) -> tuple[Tensor, Sums]:
     """Each sequence between two more places: one that holds its state, and one that reads the mean at its end."""
     c, r, s, v = _prepared(inputs, key_mask, cu_seqlens)
@@ -138,7 +145,7 @@ def _packed_with_states(
     r, s = spread(r.double(), 0.0), spread(s.double(), -torch.inf)
     first = torch.zeros(size, dtype=torch.bool, device=v.device).index_fill(0, starts, True)
     first = first | (torch.arange(size, device=v.device) == bounds[-1] + 2 * N)
-    out, _ = _run((c, r, s, values), first, None)
+    out, _ = _run(chosen, (c, r, s, values), first, None)
     mean = out[0, :: out.shape[1] // G].index_select(1, ends).transpose(0, 1)
     return out.index_select(2, place).to(inputs[3].dtype), (_log_sums(c[0], first, N), mean)
 
@@ -218,6 +225,8 @@ def _check_finite(logits: tuple[tuple[str, Tensor], ...], key_mask: Tensor | Non
     """No NaN and no +inf among the logits of tokens that count; -inf only where it means no weight."""
     for name, logit in logits:
         x = logit.detach()[..., : logit.shape[-1] if cu_seqlens is None else int(cu_seqlens[-1])]
+        if x.numel() == 0 or (x.amax() < torch.inf and (name != "query_logit" or x.amin() > -torch.inf)):
+            continue  # what is NaN would have come out
         good = x < torch.inf
         if name == "query_logit":
             good &= x > -torch.inf
@@ -242,9 +251,12 @@ def _explain(
     impl: str,
 ) -> Choice:
     _check(key_logit, query_logit, self_logit, value, key_mask, cu_seqlens, state)
+    obstacle = native_obstacle(value)
     if value.shape[2] == 1 and state is not None:
-        return reasons(impl, "one token onto a state")
-    return reasons(impl, f"chunks of {CHUNK} tokens, side by side")
+        return reasons(impl, "one token onto a state", obstacle)
+    if resolve(impl, obstacle) == "native":
+        return reasons(impl, "a recurrence, two gates a token", obstacle)
+    return reasons(impl, f"chunks of {CHUNK} tokens, side by side", obstacle)
 
 
 elita_attention.plan = _explain  # type: ignore[attr-defined]

@@ -33,6 +33,34 @@ struct Attention {
   void *dfinal_numerator, *dfinal_denominator, *dnumerator, *ddenominator;
 };
 
+// One call of ELiTA's attention. Logits are float or double (`logits`), gates float (double where the values are); what the
+// recurrences carry is always double.
+struct Elita {
+  int64_t B, H, G, T, V;
+  int64_t span;
+  int32_t type, logits, gates, threads, isa;
+  Array value, out;
+  const void *key_logit, *query_logit, *self_logit;  // [B, G, T], [B, H, T], [B, H, T]
+  const uint8_t* first;                              // [T]: 1 where a sequence begins
+  void *a, *g;                                       // [B, G, T], [B, H, T]
+  const double *log_weight, *mean;                   // [B, G], [B, G, V]: the state that came in
+  double *final_log_weight, *final_mean;             // and goes out
+  // backwards
+  Array dout, dvalue;
+  void *dkey_logit, *dself_logit;
+  const double *dfinal_log_weight, *dfinal_mean;
+  double *dlog_weight, *dmean;
+};
+
+// Tokens begin .. end - 1 of one row and head; the state before them (backwards: the gradients after them) and after. Both
+// are [2 + V] numbers: m, how many sequences begin here, and u; or q, the product of all decays and Q. `passing`: nothing else is wanted.
+struct ElitaSegment {
+  int64_t batch, group, begin, end;
+  const double* start;
+  double* stop;
+  bool passing;
+};
+
 constexpr int CHUNK = 64;      // rows of scratch matrices are this long
 constexpr int MAX_ORDER = 8;
 
@@ -54,6 +82,9 @@ struct Kernels {
   typedef void Kernel(const Attention&, const Segment&, void* scratch);
   int64_t (*scratch)(const Attention&);
   int64_t (*multiply)(int64_t rounds);  // independent multiply-adds in registers alone: how many operations
+  int64_t (*elita_scratch)(const Elita&);  // bytes
+  void (*elita_forward)(const Elita&, const ElitaSegment&, void* scratch);
+  void (*elita_backward)(const Elita&, const ElitaSegment&, void* scratch);
   Kernel *forward, *sum_keys, *sum_queries, *query_backward, *key_backward, *step;
 };
 

@@ -1,5 +1,6 @@
 // The kernels of one instruction set: compiled once for each, with its flags and its name as CUMULANT_ISA.
 #include "backward.hpp"
+#include "elita.hpp"
 #include "forward.hpp"
 
 namespace cumulant {
@@ -23,7 +24,7 @@ template <class R> int64_t multiply(int64_t rounds) {
 
 #define KERNELS(R)                                                                                          \
   {                                                                                                         \
-    scratch<R>, multiply<R>, forward<R>, sum_keys<R>, sum_queries<R>, query_backward<R>, key_backward<R>, step<R>        \
+    scratch<R>, multiply<R>, elita_scratch, elita_forward, elita_backward, forward<R>, sum_keys<R>, sum_queries<R>, query_backward<R>, key_backward<R>, step<R>        \
   }
 extern const Kernels singles;
 extern const Kernels doubles;

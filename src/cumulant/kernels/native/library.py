@@ -38,6 +38,62 @@ class Attention(ctypes.Structure):
     ]
 
 
+class Elita(ctypes.Structure):
+    _fields_ = [
+        *((name, _i64) for name in ("B", "H", "G", "T", "V", "span")),
+        *((name, _i32) for name in ("type", "logits", "gates", "threads", "isa")),
+        *((name, Array) for name in ("value", "out")),
+        *((name, _pointer) for name in ("key_logit", "query_logit", "self_logit", "first", "a", "g")),
+        *((name, _pointer) for name in ("log_weight", "mean", "final_log_weight", "final_mean")),
+        *((name, Array) for name in ("dout", "dvalue")),
+        *((name, _pointer) for name in ("dkey_logit", "dself_logit", "dfinal_log_weight", "dfinal_mean")),
+        *((name, _pointer) for name in ("dlog_weight", "dmean")),
+    ]
+
+
+def need(condition: bool, name: str, wanted: object, got: object) -> None:
+    """What the C++ takes for granted; the operations have told users before, in their terms."""
+    if not condition:
+        raise ValueError(f"{name}: expected {wanted}, got {got}")
+
+
+def check_inputs(**inputs: tuple[Tensor, tuple[int, ...]]) -> None:
+    """Numbers on the CPU, of these shapes, none of which is too large for 32 bits inside a token."""
+    for name, (x, shape) in inputs.items():
+        need(x.dtype in TYPES, name, "fp16, bf16, fp32 or fp64", x.dtype)
+        need(x.device.type == "cpu", name, "a tensor on the CPU", x.device)
+        need(x.shape == shape, name, list(shape), list(x.shape))
+        numbers = shape[1] * shape[3] if len(shape) == 4 else 0
+        need(numbers < 2**31, name, "fewer than 2**31 numbers a token", list(shape))
+
+
+def real(dtype: torch.dtype) -> torch.dtype:
+    """What sums of such numbers are taken in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class Held:
+    """Tensors as the C++ reads them, kept alive for the call: of one dtype, rows of numbers that lie side by side."""
+
+    def __init__(self, dtype: torch.dtype):
+        self.dtype, self.real = dtype, real(dtype)
+        self._tensors: list[Tensor] = []
+
+    def array(self, x: Tensor) -> Array:
+        x = x.to(self.dtype)
+        x = x if x.stride(-1) == 1 else x.contiguous()
+        self._tensors.append(x)
+        return array(x)
+
+    def pointer(self, x: Tensor | None, dtype: torch.dtype) -> int | None:
+        """Of the tensor, contiguous."""
+        if x is None:
+            return None
+        x = x.to(dtype).contiguous()
+        self._tensors.append(x)
+        return pointer(x)
+
+
 def array(x: Tensor) -> Array:
     batch, head, row, _ = x.stride()
     return Array(x.data_ptr(), batch, head, row)
@@ -56,7 +112,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         library = ctypes.CDLL(os.fspath(PATH))
     except OSError as error:
         return None, f"its kernels cannot be loaded: {error}"
-    if library.cumulant_abi() != ctypes.sizeof(Attention):
+    if library.cumulant_abi() != ctypes.sizeof(Attention) + (ctypes.sizeof(Elita) << 12):
         return None, "its kernels were compiled from another version of cumulant: install it again"
     entry = _openmp()
     if entry is not None:
@@ -91,6 +147,10 @@ def instructions() -> str:
     return wanted
 
 
+def instruction_set() -> int:
+    return INSTRUCTIONS.index(instructions())
+
+
 def loaded() -> ctypes.CDLL:
     library, reason = _load()
     if library is None:
@@ -102,7 +162,7 @@ def multiply_rate(threads: int, dtype: torch.dtype = torch.float32) -> float:
     """Multiplications and additions a second that this machine's vector units reach on so many threads, measured now."""
     rate = loaded().cumulant_multiply_rate
     rate.restype = ctypes.c_double
-    return float(rate(TYPES[dtype], INSTRUCTIONS.index(instructions()), threads))
+    return float(rate(TYPES[dtype], instruction_set(), threads))
 
 
 def call(function: str, arguments: ctypes.Structure) -> None:

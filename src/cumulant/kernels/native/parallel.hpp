@@ -2,9 +2,10 @@
 // address of its entry point, so that the process has one pool and torch's number of threads holds; without one, our own.
 #pragma once
 
+#include "memory.hpp"
+
 #include <atomic>
 #include <cstdint>
-#include <cstdlib>
 #include <thread>
 #include <vector>
 
@@ -15,23 +16,6 @@ inline OpenMP& openmp() {
   static OpenMP entry = nullptr;
   return entry;
 }
-
-// Memory of one thread, kept from call to call.
-struct Scratch {
-  void* data = nullptr;
-  size_t size = 0;
-  void* reserve(size_t bytes) {
-    if (bytes > size) {
-      std::free(data);
-      data = nullptr;
-      size = 0;
-      if (posix_memalign(&data, 64, bytes)) return data = nullptr;
-      size = bytes;
-    }
-    return data;
-  }
-  ~Scratch() { std::free(data); }
-};
 
 // Runs body(task, scratch) for tasks 0 .. count - 1, each on the next free thread. False: no memory for the scratch.
 template <class Body> bool parallel(int threads, int64_t count, size_t scratch, const Body& body) {

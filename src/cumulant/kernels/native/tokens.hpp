@@ -58,8 +58,10 @@ template <class R> INLINE void read_row(const void* from, int64_t offset, int ty
   } else if (type == F16) {
     const uint16_t* p = (const uint16_t*)from + offset;
     for (int i = 0; i < n; i++) to[i] = R(from_f16(p[i]));
-  } else {
+  } else if (type == (sizeof(R) == 4 ? F32 : F64)) {
     copy((const R*)from + offset, to, n);
+  } else {
+    for (int i = 0; i < n; i++) to[i] = R(type == F32 ? ((const float*)from)[offset + i] : ((const double*)from)[offset + i]);
   }
 }
 template <class R> INLINE void write_row(void* to, int64_t offset, int type, int n, const R* from) {
@@ -69,8 +71,12 @@ template <class R> INLINE void write_row(void* to, int64_t offset, int type, int
   } else if (type == F16) {
     uint16_t* p = (uint16_t*)to + offset;
     for (int i = 0; i < n; i++) p[i] = to_f16(float(from[i]));
-  } else {
+  } else if (type == (sizeof(R) == 4 ? F32 : F64)) {
     copy(from, (R*)to + offset, n);
+  } else if (type == F32) {
+    for (int i = 0; i < n; i++) ((float*)to)[offset + i] = float(from[i]);
+  } else {
+    for (int i = 0; i < n; i++) ((double*)to)[offset + i] = double(from[i]);
   }
 }
 
