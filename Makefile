@@ -4,7 +4,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install check format test test-all demo clean
+.PHONY: help install check format test test-all sanitize demo clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -36,6 +36,13 @@ test: $(INSTALLED)  ## all tests but the slow ones (a few minutes)
 
 test-all: $(INSTALLED)  ## all tests
 	@$(BIN)/python -m pytest -n 2
+
+sanitize: $(INSTALLED)  ## the native kernels' tests under the address and undefined-behaviour sanitizers
+	@echo "== compiling with sanitizers (some minutes)"
+	@CXXFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined -g" \
+		$(BIN)/python setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
+	@LD_PRELOAD="$$(c++ -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitize/lib \
+		$(BIN)/python -m pytest -n 2 -m "not slow" -k native tests/ops
 
 demo: $(INSTALLED)  ## train a small model on Python's own source, sample from it, measure it (about two minutes)
 	@$(BIN)/python examples/demo.py

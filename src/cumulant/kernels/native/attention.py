@@ -124,6 +124,9 @@ def native_attention(
     options = (order, constant_term, activation, scale, normalize, is_causal, chunk, span)
     c = _Call(query, key, value, key_mask, cu_seqlens, options)
     a, G, V = c.arguments, key.shape[1], value.shape[3]
+    for name, x, shape in (("numerator", numerator, (c.N, G, c.F, V)), ("denominator", denominator, (c.N, G, c.F))):
+        if x is not None:
+            check_inputs(**{name: (x, shape)})
     want_state = want_state or not is_causal
     out = query.new_empty(*query.shape[:3], V, dtype=c.dtype)
     den = query.new_empty(query.shape[:3] if normalize else (0,), dtype=c.real)

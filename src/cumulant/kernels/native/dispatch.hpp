@@ -4,6 +4,9 @@
 #include "abi.hpp"
 
 #include <exception>
+#ifdef CUMULANT_X86
+#include <cpuid.h>
+#endif
 
 namespace cumulant {
 
@@ -19,12 +22,25 @@ DECLARE(avx512)
 
 enum Isa { BASELINE, AVX2, AVX512 };
 
+#ifdef CUMULANT_X86
+// Whether the processor has all of these features and the system saves their registers (asked here, as not every compiler's
+// runtime library answers __builtin_cpu_supports).
+inline bool supported_x86(int isa) {
+  constexpr unsigned FMA = 1u << 12, OSXSAVE = 1u << 27, AVX = 1u << 28, F16C = 1u << 29, AVX2_BIT = 1u << 5;
+  constexpr unsigned AVX512_BITS = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31;  // F, DQ, BW, VL
+  unsigned a, b, c, d, low, high;
+  const unsigned basic = FMA | OSXSAVE | AVX | F16C, extended = AVX2_BIT | (isa == AVX512 ? AVX512_BITS : 0);
+  if (!__get_cpuid(1, &a, &b, &c, &d) || (c & basic) != basic) return false;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (b & extended) != extended) return false;
+  asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  const unsigned saved = isa == AVX512 ? 0xe6 : 0x6;
+  return (low & saved) == saved;
+}
+#endif
+
 inline bool supported(int isa) {
 #ifdef CUMULANT_X86
-  if (isa == AVX2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  if (isa == AVX512)
-    return supported(AVX2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
-           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
+  if (isa == AVX2 || isa == AVX512) return supported_x86(isa);
 #endif
   return isa == BASELINE;
 }

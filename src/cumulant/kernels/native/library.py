@@ -159,7 +159,7 @@ def loaded() -> ctypes.CDLL:
 
 
 def multiply_rate(threads: int, dtype: torch.dtype = torch.float32) -> float:
-    """Multiplications and additions a second that this machine's vector units reach on so many threads, measured now."""
+    """Multiplications and additions a second that the vector units reach on so many threads, measured now."""
     rate = loaded().cumulant_multiply_rate
     rate.restype = ctypes.c_double
     return float(rate(TYPES[dtype], instruction_set(), threads))

@@ -114,19 +114,27 @@ template <class R> INLINE void write(Rows x, int64_t from, int width, const R* r
 }
 
 // Lanes of a and b by turns: the first half of them, or the second.
+#if defined(__clang__)
+template <int... I> struct Indices {};
+template <int N, int... I> struct UpTo : UpTo<N - 1, N - 1, I...> {};
+template <int... I> struct UpTo<0, I...> {
+  typedef Indices<I...> Type;
+};
+template <class R, bool SECOND, int... I> INLINE Vec<R> interleave(Vec<R> a, Vec<R> b, Indices<I...>) {
+  constexpr int W = LANES<R>;
+  return __builtin_shufflevector(a, b, ((SECOND ? W / 2 : 0) + I / 2 + (I % 2 ? W : 0))...);
+}
+template <class R, bool SECOND> INLINE Vec<R> interleave(Vec<R> a, Vec<R> b) {
+  return interleave<R, SECOND>(a, b, typename UpTo<LANES<R>>::Type{});
+}
+#else
 template <class R, bool SECOND> INLINE Vec<R> interleave(Vec<R> a, Vec<R> b) {
   constexpr int W = LANES<R>;
-  typedef typename Simd<R>::I I;
-  I at;
+  typename Simd<R>::I at;
   for (int i = 0; i < W; i++) at[i] = (SECOND ? W / 2 : 0) + i / 2 + (i % 2 ? W : 0);
-#if defined(__clang__)
-  Vec<R> out;
-  for (int i = 0; i < W; i++) out[i] = at[i] < W ? a[at[i]] : b[at[i] - W];
-  return out;
-#else
   return __builtin_shuffle(a, b, at);
-#endif
 }
+#endif
 
 // A square of LANES x LANES: interleaving rows i and i + LANES / 2, as often as halving takes, transposes it.
 template <class R> INLINE void transpose_square(const R* from, int64_t from_stride, R* to, int64_t to_stride) {

@@ -1,0 +1,366 @@
+"""What is the native kernels' own: instruction sets, threads, the boundary to C++, installation without a compiler.
+
+`make sanitize` runs this file, and the matrix, on kernels compiled with the address and undefined-behaviour sanitizers.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import cumulant as cm
+from cumulant.kernels.native import library
+from cumulant.kernels.native.attention import native_attention
+from cumulant.kernels.native.elita import elita_attention
+from cumulant.ops import cumulative, elita
+
+from .cases import TOLERANCE, assert_close, error, inputs
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def _threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def gradients(outs, leaves):
+    """Of a loss that every output enters, by the means of its rows."""
+    weights = (torch.linspace(0.5, 1.5, x.numel(), dtype=x.dtype).view_as(x) for x in outs)
+    loss = sum((x * weight).mean(-1).sum() for x, weight in zip(outs, weights))
+    return torch.autograd.grad(loss, leaves)
+
+
+def linear(q, k, v, impl, **options):
+    out, state = cm.linear_attention(q, k, v, return_state=True, impl=impl, **options)
+    return out, state.numerator, state.denominator
+
+
+def taylor(q, k, v, impl, **options):
+    out, state = cm.taylor_attention(q, k, v, return_state=True, impl=impl, **options)
+    return out, state.numerator, state.denominator
+
+
+def by_gates(q, k, v, impl, is_causal, **options):
+    logits = 3 * k[..., 0], q[..., 0], q[..., 1]
+    out, state = cm.elita_attention(*logits, v, return_state=True, impl=impl, **options)
+    return out, state.log_weight, state.mean
+
+
+# ---- instruction sets ----
+
+
+@pytest.mark.parametrize("name", library.INSTRUCTIONS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("op", [linear, taylor, by_gates])
+def test_every_instruction_set_equals_float64(name, dtype, op, monkeypatch):
+    """Outputs, sums and gradients, at widths that fill vectors and at widths that do not."""
+    if not library.loaded().cumulant_supports(library.INSTRUCTIONS.index(name)):
+        pytest.skip(f"this machine has no {name}")
+    monkeypatch.setattr(library, "instructions", lambda: name)
+    for K, V, T in ((16, 64, 130), (7, 19, 70), (3, 130, 65)):
+        x = [y.requires_grad_() for y in inputs(1, 4, T, K, V, dtype=dtype)]
+        exact = [y.detach().double().requires_grad_() for y in x]
+        for is_causal in (True, False):
+            outs, expected = op(*x, "native", is_causal=is_causal), op(*exact, "reference", is_causal=is_causal)
+            for actual, wanted in zip(outs, expected):
+                assert error(actual, wanted) < 5 * TOLERANCE[dtype]
+            for actual, wanted in zip(gradients(outs[:1], x), gradients(expected[:1], exact)):
+                assert error(actual, wanted) < 20 * TOLERANCE[dtype]
+
+
+def run(script: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False, env=os.environ | environment
+    )
+
+
+def test_an_environment_variable_forces_an_instruction_set():
+    script = "from cumulant.kernels.native.library import instructions; print(instructions())"
+    assert run(script, CUMULANT_ISA="baseline").stdout.strip() == "baseline"
+    failed = run(script, CUMULANT_ISA="avx1024")
+    assert failed.returncode
+    assert "CUMULANT_ISA: expected one of baseline" in failed.stderr
+    assert "got 'avx1024'" in failed.stderr
+
+
+@pytest.mark.parametrize("name", library.INSTRUCTIONS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounding_to_half_precision_is_torchs(name, dtype, monkeypatch):
+    """Every finite number of the format, the ties between neighbours, what overflows, infinity, NaN."""
+    if not library.loaded().cumulant_supports(library.INSTRUCTIONS.index(name)):
+        pytest.skip(f"this machine has no {name}")
+    monkeypatch.setattr(library, "instructions", lambda: name)
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    value = every.view(1, 1, -1, 1)
+    # each token attends to itself alone: out = v
+    logits = torch.zeros(1, 1, len(every)), torch.zeros(1, 1, len(every)), torch.zeros(1, 1, len(every))
+    alone = torch.ones(len(every), dtype=torch.bool)
+    out = elita_attention(*logits, value, alone, None, None, 512)[0]
+    finite = every.isfinite()
+    assert torch.equal(out[0, 0, finite, 0], every[finite])
+    # numbers between two of the format: the sum of both, halved by attending to both
+    pairs = torch.stack((every[finite][:-1], every[finite][1:]), 1).reshape(1, 1, -1, 1)
+    bounds = torch.arange(0, pairs.shape[2] + 1, 2)
+    key = torch.ones_like(pairs)
+    packed = native_attention(
+        key, key, pairs, None, bounds, None, None, False, 0, True, "identity", 1.0, True, True, 64, 512
+    )[0]
+    middle = (pairs.float()[0, 0, ::2, 0] + pairs.float()[0, 0, 1::2, 0]) * 0.5
+    assert torch.equal(packed[0, 0, 1::2, 0], middle.to(dtype))
+
+
+# ---- threads ----
+
+
+@pytest.mark.usefixtures("_threads")
+@pytest.mark.parametrize("threads", [1, 2, 3, 7])
+@pytest.mark.parametrize("heads", [(1, 1), (3, 3), (4, 1)], ids=str)
+@pytest.mark.parametrize("op", [linear, taylor, by_gates])
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_sharing_out_a_sequence_changes_nothing(threads, heads, op, is_causal, monkeypatch):
+    """However many threads share the columns and the parts of sequences, states going in and out."""
+    monkeypatch.setattr(cumulative, "SPAN", 32)
+    monkeypatch.setattr(elita, "SPAN", 32)
+    torch.set_num_threads(threads)
+    H, G = heads
+    q, k, v = (x.requires_grad_() for x in inputs(1, H, 333, 5, 70, G=G))
+    results = []
+    for impl in ("native", "torch"):
+        outs = op(q, k, v, impl, is_causal=is_causal)
+        results.append([*outs, *gradients(outs, (q, k, v))])
+    for actual, wanted in zip(*results):
+        assert_close(actual, wanted, 100)
+
+
+@pytest.mark.usefixtures("_threads")
+@pytest.mark.parametrize("bounds", [[0, 100, 100, 333], [0, 300]], ids=str)
+@pytest.mark.parametrize("op", [linear, by_gates])
+def test_sharing_out_packed_sequences_changes_nothing(bounds, op, monkeypatch):
+    monkeypatch.setattr(cumulative, "SPAN", 32)
+    monkeypatch.setattr(elita, "SPAN", 32)
+    torch.set_num_threads(5)
+    q, k, v = (x.requires_grad_() for x in inputs(1, 1, 333, 5, 6, G=1))
+    results = []
+    for impl in ("native", "torch"):
+        outs = op(q, k, v, impl, is_causal=True, cu_seqlens=torch.tensor(bounds))
+        results.append([*outs, *gradients(outs, (q, k, v))])
+    for actual, wanted in zip(*results):
+        assert_close(actual, wanted, 100)
+
+
+THREADS = """
+import os, torch, cumulant as cm
+torch.set_num_threads({count})
+def threads(): return len(os.listdir("/proc/self/task"))
+torch.randn(512, 512) @ torch.randn(512, 512)
+torch.randn(1000000).exp()
+before = threads()
+q, k, v = (torch.randn(2, 4, 2048, d, requires_grad=True) for d in (16, 16, 64))
+cm.taylor_attention(q, k, v, is_causal=True, impl="native").sum().backward()
+maps = open("/proc/self/maps").read().split()
+names = ("libgomp", "libomp", "libiomp")
+runtimes = {{os.path.realpath(x) for x in maps if any(n in os.path.basename(x) for n in names)}}
+print(threads() - before, len(runtimes))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("count", [1, 2])
+def test_threads_are_torchs(count):
+    """None is added to those that torch already has, and there is one OpenMP runtime."""
+    done = run(THREADS.format(count=count))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["0", "1"]
+
+
+def test_threads_of_our_own_where_torch_has_none_to_share():
+    """Without the OpenMP runtime's entry point the kernels start threads themselves."""
+    script = """
+import torch, cumulant as cm
+from cumulant.kernels.native import library
+library._openmp = lambda: None
+torch.set_num_threads(3)
+q, k, v = (torch.randn(1, 4, 500, d, dtype=torch.float64) for d in (4, 4, 8))
+out = cm.taylor_attention(q, k, v, is_causal=True, impl="native")
+exact = cm.taylor_attention(q, k, v, is_causal=True, impl="torch")
+print((out - exact).abs().max().item() < 1e-12)
+"""
+    done = run(script)
+    assert done.stdout.strip() == "True", done.stderr
+
+
+# ---- the boundary ----
+
+
+def arguments(**changes):
+    q, k, v = inputs(2, 4, 10, 3, 5, dtype=torch.float32)
+    given = {"query": q, "key": k, "value": v, "key_mask": None, "cu_seqlens": None, "numerator": None}
+    given |= {"denominator": None, "want_state": True, "order": 2, "constant_term": True, "activation": "identity"}
+    given |= {"scale": 1.0, "normalize": True, "is_causal": True, "chunk": 64, "span": 512}
+    return given | changes
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"key": torch.zeros(2, 2, 10, 4)}, r"key: expected \[2, 2, 10, 3\], got \[2, 2, 10, 4\]"),
+        ({"value": torch.zeros(2, 2, 9, 5)}, r"value: expected \[2, 2, 10, 5\], got \[2, 2, 9, 5\]"),
+        ({"value": torch.zeros(2, 2, 10, 5).long()}, r"value: expected fp16, bf16, fp32 or fp64, got torch.int64"),
+        ({"key": torch.zeros(2, 3, 10, 3), "value": torch.zeros(2, 3, 10, 5)}, "key: expected heads that divide"),
+        ({"key": torch.zeros(2, 2, 7, 3), "value": torch.zeros(2, 2, 7, 5)}, "key: expected 10 tokens, as many"),
+        ({"key_mask": torch.ones(2, 9, dtype=torch.bool)}, r"key_mask: expected \[2, 10\], got \[2, 9\]"),
+        ({"cu_seqlens": torch.tensor([0, 10])}, "cu_seqlens: expected offsets that rise from 0 .* and B = 1"),
+        ({"order": 9}, "order: expected at most 8, got 9"),
+        ({"order": -1}, "order: expected at most 8, got -1"),
+        ({"activation": "gelu"}, "activation: expected one of"),
+        ({"chunk": 65}, "chunk: expected 1 to 64, got 65"),
+        ({"chunk": 0}, "chunk: expected 1 to 64, got 0"),
+        ({"span": 0}, "span: expected at least 1, got 0"),
+        ({"numerator": torch.zeros(2, 2, 9, 5)}, r"numerator: expected \[2, 2, 10, 5\], got \[2, 2, 9, 5\]"),
+        ({"denominator": torch.zeros(2, 2, 9)}, r"denominator: expected \[2, 2, 10\], got \[2, 2, 9\]"),
+    ],
+)
+def test_what_does_not_fit_never_reaches_the_kernels(changes, message):
+    with pytest.raises(ValueError, match=message):
+        native_attention(**arguments(**changes))
+
+
+@pytest.mark.parametrize("bounds", [[0, 5, 3, 10], [1, 10], [0, 11], [-1, 10]])
+def test_packed_offsets_that_do_not_fit_never_reach_the_kernels(bounds):
+    x = {name: arguments()[name][:1] for name in ("query", "key", "value")}
+    with pytest.raises(ValueError, match="cu_seqlens: expected offsets that rise from 0 to at most 10"):
+        native_attention(**arguments(**x, cu_seqlens=torch.tensor(bounds)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"key_logit": torch.zeros(2, 2, 9)}, r"key_logit: expected \[2, 2, 10\], got \[2, 2, 9\]"),
+        ({"self_logit": torch.zeros(2, 3, 10)}, r"self_logit: expected \[2, 4, 10\], got \[2, 3, 10\]"),
+        ({"first": torch.zeros(9, dtype=torch.bool)}, r"first: expected \[10\], got \[9\]"),
+        ({"mean": torch.zeros(2, 2, 5)}, "mean: expected a log-sum and a mean, or neither"),
+        ({"log_weight": torch.zeros(2, 2), "mean": torch.zeros(2, 2, 4)}, r"mean: expected \[2, 2, 5\]"),
+        ({"span": 0}, "span: expected at least 1"),
+    ],
+)
+def test_elita_that_does_not_fit_never_reaches_the_kernels(changes, message):
+    given = {"key_logit": torch.zeros(2, 2, 10), "query_logit": torch.zeros(2, 4, 10)}
+    given |= {"self_logit": torch.zeros(2, 4, 10), "value": torch.zeros(2, 2, 10, 5)}
+    given |= {"first": None, "log_weight": None, "mean": None, "span": 512}
+    with pytest.raises(ValueError, match=message):
+        elita_attention(**given | changes)
+
+
+@st.composite
+def calls(draw):
+    """Sizes around those of vectors, tiles, slabs and chunks; any strides; masks, packs, states, halves."""
+    G = draw(st.integers(1, 3))
+    x = {
+        "B": draw(st.integers(0, 3)),
+        "H": G * draw(st.integers(1, 3)),
+        "G": G,
+        "T": draw(st.sampled_from([0, 1, 2, 15, 16, 17, 47, 48, 49, 63, 64, 65, 130])),
+        "K": draw(st.sampled_from([1, 2, 3, 5, 8, 15, 16, 17, 33])),
+        "V": draw(st.sampled_from([1, 2, 7, 8, 15, 16, 17, 31, 33, 64, 65, 129])),
+        "order": draw(st.integers(0, 3)),
+        "dtype": draw(st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16])),
+        "is_causal": draw(st.booleans()),
+        "chunk": draw(st.sampled_from([1, 7, 16, 48, 64])),
+        "span": draw(st.sampled_from([1, 64, 10**9])),
+        "threads": draw(st.integers(1, 4)),
+        "strides": draw(st.sampled_from(["plain", "tokens first", "spread", "expanded"])),
+        "masked": draw(st.booleans()),
+        "seed": draw(st.integers(0, 2**31)),
+    }
+    if x["K"] > 17 and x["order"] > 2:
+        x["order"] = 2
+    x["S"] = x["T"] if x["is_causal"] else draw(st.integers(0, 70))
+    x["packed"] = x["is_causal"] and draw(st.booleans())
+    return x
+
+
+def laid_out(x, strides):
+    if strides == "tokens first":
+        return x.transpose(1, 2).contiguous().transpose(1, 2)
+    if strides == "spread":
+        return torch.stack((x, torch.full_like(x, math.nan)), -1).flatten(-2)[..., ::2]
+    if strides == "expanded" and x.shape[1]:
+        return x[:, :1].expand(x.shape)
+    return x
+
+
+@pytest.mark.usefixtures("_threads")
+@settings(max_examples=150, deadline=None)
+@given(calls())
+def test_fuzz(x):
+    """Whatever the sizes, strides and threads: the float64 formula, outputs and gradients, and no byte out of place."""
+    torch.manual_seed(x["seed"])
+    torch.set_num_threads(x["threads"])
+    B, dtype = (1 if x["packed"] else x["B"]), x["dtype"]
+    shapes = (B, x["H"], x["T"], x["K"]), (B, x["G"], x["S"], x["K"]), (B, x["G"], x["S"], x["V"])
+    q, k, v = (laid_out(torch.rand(shape).to(dtype), x["strides"]).requires_grad_() for shape in shapes)
+    mask = torch.rand(B, x["S"]) > 0.3 if x["masked"] else None
+    cuts = sorted(torch.randint(0, x["T"] + 1, (3,)).tolist())
+    bounds = torch.tensor([0, *cuts]) if x["packed"] else None
+    options = (x["order"], True, "elu" if x["order"] == 0 else "identity", 0.5, True, x["is_causal"])
+    out, _, S, Z = native_attention(q, k, v, mask, bounds, None, None, True, *options, x["chunk"], x["span"])
+    wide = [y.detach().double().requires_grad_() for y in (q, k, v)]
+    rest = {"is_causal": x["is_causal"], "scale": 0.5, "key_mask": mask, "cu_seqlens": bounds, "impl": "torch"}
+    if x["order"]:
+        exact, state = cm.taylor_attention(*wide, x["order"], return_state=True, **rest)
+    else:
+        exact, state = cm.linear_attention(*wide, return_state=True, **rest)
+    for actual, wanted in ((out, exact), (S, state.numerator), (Z, state.denominator)):
+        assert actual.shape == wanted.shape
+        assert error(actual, wanted) < 20 * TOLERANCE[dtype]
+    if out.numel():
+        for actual, wanted in zip(gradients((out,), (q, k, v)), gradients((exact,), wide)):
+            if wanted.numel():  # some cancel: absolute, beside terms of size 1
+                assert (actual.double() - wanted).abs().max() < 20 * TOLERANCE[dtype] * (1 + wanted.abs().max())
+
+
+# ---- installation ----
+
+
+@pytest.mark.slow
+def test_installation_without_a_compiler(tmp_path):
+    """It succeeds; the kernels are missing, with the reason, and everything else works."""
+    project = tmp_path / "project"
+    project.mkdir()
+    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, project)
+    shutil.copytree(ROOT / "src", project / "src", ignore=shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info"))
+    target = tmp_path / "target"
+    command = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "--target", target, project]
+    subprocess.run(
+        [str(x) for x in command], check=True, capture_output=True, env=os.environ | {"CXX": "/nonexistent/c++"}
+    )
+    script = """
+import torch, cumulant as cm
+q, k, v = (torch.randn(1, 2, 30, 4) for _ in range(3))
+print(cm.__file__)
+print(cm.explain(cm.taylor_attention, q, k, v).impl, cm.taylor_attention(q, k, v).shape)
+try:
+    cm.taylor_attention(q, k, v, impl="native")
+except ValueError as e:
+    print(e)
+"""
+    done = run(script, PYTHONPATH=str(target))
+    assert done.returncode == 0, done.stderr
+    where, chosen, message = done.stdout.splitlines()
+    assert where.startswith(str(target))
+    assert chosen == "torch torch.Size([1, 2, 30, 4])"
+    assert "its kernels were not compiled: no C++ compiler (GCC, Clang) when cumulant was installed" in message
+    assert "these work: 'torch', 'reference'" in message
