@@ -41,7 +41,7 @@ sanitize: $(INSTALLED)  ## the native kernels' tests under the address and undef
 	@echo "== compiling with sanitizers (some minutes)"
 	@CXXFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined -g" \
 		$(BIN)/python setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
-	@LD_PRELOAD="$$(c++ -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitize/lib \
+	@LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitize/lib \
 		$(BIN)/python -m pytest -n 2 -m "not slow" -k native tests/ops
 
 demo: $(INSTALLED)  ## train a small model on Python's own source, sample from it, measure it (about two minutes)

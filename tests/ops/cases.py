@@ -42,8 +42,7 @@ class Case:
 
     @property
     def implementations(self) -> tuple[str, ...]:
-        native = self.op in (cm.linear_attention, cm.taylor_attention, cm.elita_attention)
-        return IMPLEMENTATIONS if native else IMPLEMENTATIONS[:2]
+        return IMPLEMENTATIONS[:2] if self.op is cm.gated_attention else IMPLEMENTATIONS
 
     def inputs(self, *args: Any, requires_grad: bool = False, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = inputs(*args, **kwargs)

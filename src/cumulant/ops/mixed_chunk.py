@@ -12,8 +12,10 @@ from torch import Tensor
 from ..kernels import reference
 from .checks import Sizes, check_activation, check_attention, check_bias, check_dropout, check_group_size, check_parts
 from .cumulative import count_tokens
-from .dispatch import Choice, reasons, resolve
+from .dispatch import Choice, native_obstacle, reasons, resolve
 from .state import MixedChunkState
+
+SPAN = 512  # the fewest tokens that a thread of the native kernels takes when one sequence is shared out
 
 
 def mixed_chunk_attention(
@@ -63,7 +65,7 @@ def mixed_chunk_attention(
             with each sequence. Rows after the last offset come out as zeros. States have N rows.
         state: the past, from `return_state`; its size does not depend on how many tokens it has seen.
         return_state: return ``(out, state)``, causal only.
-        impl: "auto", "torch", "reference"; see `cumulant.explain`.
+        impl: "auto", "native", "torch", "reference"; see `cumulant.explain`.
 
     Returns:
         ``[B, H, T, V]`` in value's dtype.
@@ -77,7 +79,8 @@ def mixed_chunk_attention(
     _check(inputs, group_size, is_causal, activation, bias, dropout_p, key_mask, cu_seqlens, state, return_state)
     reduced = reduce_group_non_causal_attn or is_causal
     bias = None if bias is None else bias[(None,) * (3 - bias.dim())]
-    if resolve(impl) == "reference":
+    chosen = resolve(impl, _obstacle(value, dropout_p))
+    if chosen == "reference":
         run = partial(
             reference.mixed_chunk_attention,
             activation=activation,
@@ -89,6 +92,12 @@ def mixed_chunk_attention(
         )
         with torch.autocast(value.device.type, enabled=False):
             out, parts = _reference(run, inputs, key_mask, cu_seqlens, state)
+    elif chosen == "native":
+        from ..kernels.native.mixed_chunk import mixed_chunk_attention as native
+
+        past = (None,) * 5 if state is None else _parts(state)
+        tail = (return_state, group_size, activation, is_causal, reduced, SPAN)
+        out, *parts = native(*inputs, bias, key_mask, cu_seqlens, *past, *tail)
     else:
         from ..kernels.chunked.mixed_chunk import mixed_chunk_attention as chunked
 
@@ -101,6 +110,10 @@ def mixed_chunk_attention(
     numerator, open_quad_key, open_lin_key, open_value = parts
     position = count_tokens(value, key_mask, cu_seqlens, state)
     return out, MixedChunkState(numerator, open_quad_key, open_lin_key, open_value, position)
+
+
+def _obstacle(value: Tensor, dropout_p: float) -> str:
+    return native_obstacle(value) or ("its kernels have no dropout" if dropout_p else "")
 
 
 def _parts(state: MixedChunkState) -> tuple[Tensor, ...]:
@@ -197,9 +210,10 @@ def _explain(
     sizes = _check(
         inputs, group_size, is_causal, activation, bias, dropout_p, key_mask, cu_seqlens, state, return_state
     )
+    obstacle = _obstacle(value, dropout_p)
     if sizes.T == 1 and state is not None and return_state:
-        return reasons(impl, f"one token onto a state, {group_size} slots of the open group")
-    return reasons(impl, f"groups of {group_size} tokens, one after another")
+        return reasons(impl, f"one token onto a state, {group_size} slots of the open group", obstacle)
+    return reasons(impl, f"groups of {group_size} tokens, one after another", obstacle)
 
 
 mixed_chunk_attention.plan = _explain  # type: ignore[attr-defined]

@@ -61,6 +61,33 @@ struct ElitaSegment {
   bool passing;
 };
 
+// One call of mixed chunk attention. A sequence is a list of slots, in groups of `size`: `index` tells which token of the batch
+// (row * T + place) each holds, or, as -1 - slot, which slot of the open group that came in: those are keys alone.
+enum GateActivation { RELU2, LAPLACE };
+struct MixedChunk {
+  int64_t B, N, H, G, T, K, L, V, size;  // K: quadratic queries and keys, L: linear ones
+  int64_t span;
+  int32_t type, activation, is_causal, summed, biases, threads, isa;  // biases: 0, 1 for all heads, or H
+  Array quad_query, quad_key, lin_query, lin_key, value, out;
+  const int64_t *index, *bounds;                                // [slots], [N + 1]
+  const void *open_quad_key, *open_lin_key, *open_value;        // [N, G, size, .] reals
+  const void *bias, *bias_turned;                               // [biases, size, size]: by query and key, by key and query
+  const void* numerator;                                        // [N, G, L, V]: the sums that came in
+  void *final_numerator, *final_quad_key, *final_lin_key, *final_value;  // the state that goes out
+  // backwards
+  Array dout, dquad_query, dquad_key, dlin_query, dlin_key, dvalue;
+  const void *dfinal_numerator, *dfinal_quad_key, *dfinal_lin_key, *dfinal_value;
+  void *dnumerator, *dopen_quad_key, *dopen_lin_key, *dopen_value;
+};
+
+// Whole groups of one sequence and key/value head, and columns of the values; sums before (backwards: after) them and where
+// to leave them; where to add the gradient of the bias, [1 or H / G, size, size] by key and query.
+struct MixedSegment {
+  int64_t row, group, begin, end, from, to;
+  const void* start;
+  void *stop, *dbias;
+};
+
 constexpr int CHUNK = 64;      // rows of scratch matrices are this long
 constexpr int MAX_ORDER = 8;
 
@@ -83,6 +110,9 @@ struct Kernels {
   int64_t (*scratch)(const Attention&);
   int64_t (*multiply)(int64_t rounds);  // independent multiply-adds in registers alone: how many operations
   int64_t (*elita_scratch)(const Elita&);  // bytes
+  typedef void MixedKernel(const MixedChunk&, const MixedSegment&, void* scratch);
+  int64_t (*mixed_scratch)(const MixedChunk&);  // bytes
+  MixedKernel *mixed_forward, *mixed_sum_keys, *mixed_sum_queries, *mixed_query_backward, *mixed_key_backward;
   void (*elita_forward)(const Elita&, const ElitaSegment&, void* scratch);
   void (*elita_backward)(const Elita&, const ElitaSegment&, void* scratch);
   Kernel *forward, *sum_keys, *sum_queries, *query_backward, *key_backward, *step;

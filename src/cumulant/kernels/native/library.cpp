@@ -26,7 +26,9 @@ double multiply_rate(const Kernels& k, int threads) {
 
 extern "C" {
 // Changes with the structs that are handed over.
-int cumulant_abi() { return int(sizeof(cumulant::Attention) + (sizeof(cumulant::Elita) << 12)); }
+int cumulant_abi() {
+  return int(sizeof(cumulant::Attention) + (sizeof(cumulant::Elita) << 10) + (sizeof(cumulant::MixedChunk) << 20));
+}
 int cumulant_supports(int isa) { return cumulant::supported(isa); }
 void cumulant_use_openmp(void* entry) { cumulant::openmp() = reinterpret_cast<cumulant::OpenMP>(entry); }
 double cumulant_multiply_rate(int type, int isa, int threads) {

@@ -51,6 +51,20 @@ class Elita(ctypes.Structure):
     ]
 
 
+class MixedChunk(ctypes.Structure):
+    _fields_ = [
+        *((name, _i64) for name in ("B", "N", "H", "G", "T", "K", "L", "V", "size", "span")),
+        *((name, _i32) for name in ("type", "activation", "is_causal", "summed", "biases", "threads", "isa")),
+        *((name, Array) for name in ("quad_query", "quad_key", "lin_query", "lin_key", "value", "out")),
+        *((name, _pointer) for name in ("index", "bounds", "open_quad_key", "open_lin_key", "open_value")),
+        *((name, _pointer) for name in ("bias", "bias_turned", "numerator")),
+        *((name, _pointer) for name in ("final_numerator", "final_quad_key", "final_lin_key", "final_value")),
+        *((name, Array) for name in ("dout", "dquad_query", "dquad_key", "dlin_query", "dlin_key", "dvalue")),
+        *((name, _pointer) for name in ("dfinal_numerator", "dfinal_quad_key", "dfinal_lin_key", "dfinal_value")),
+        *((name, _pointer) for name in ("dnumerator", "dopen_quad_key", "dopen_lin_key", "dopen_value")),
+    ]
+
+
 def need(condition: bool, name: str, wanted: object, got: object) -> None:
     """What the C++ takes for granted; the operations have told users before, in their terms."""
     if not condition:
@@ -112,7 +126,9 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         library = ctypes.CDLL(os.fspath(PATH))
     except OSError as error:
         return None, f"its kernels cannot be loaded: {error}"
-    if library.cumulant_abi() != ctypes.sizeof(Attention) + (ctypes.sizeof(Elita) << 12):
+    if library.cumulant_abi() != ctypes.sizeof(Attention) + (ctypes.sizeof(Elita) << 10) + (
+        ctypes.sizeof(MixedChunk) << 20
+    ):
         return None, "its kernels were compiled from another version of cumulant: install it again"
     entry = _openmp()
     if entry is not None:
@@ -165,8 +181,8 @@ def multiply_rate(threads: int, dtype: torch.dtype = torch.float32) -> float:
     return float(rate(TYPES[dtype], instruction_set(), threads))
 
 
-def call(function: str, arguments: ctypes.Structure) -> None:
-    status = getattr(loaded(), function)(ctypes.byref(arguments))
+def call(function: str, arguments: ctypes.Structure, *more: int | None) -> None:
+    status = getattr(loaded(), function)(ctypes.byref(arguments), *(_pointer(x) for x in more))
     if status == 1:
         raise MemoryError("impl 'native': not enough memory for the sums of its threads")
     if status:
