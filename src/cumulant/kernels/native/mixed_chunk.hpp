@@ -34,11 +34,11 @@ template <class R> struct MixedScratch {
   R *quad_query, *lin_query, *rows;   // of a block: token-major
   R *quad_turned, *lin_turned, *wide_turned;  // [K | L | V, CHUNK]
   R *dy, *out, *dquad, *dlin;         // [CHUNK, V], [CHUNK, V], [K, CHUNK], [L, CHUNK]
-  R *scores, *weights, *S;
-  int64_t K, L, V;                    // strides of rows
+  R *scores, *weights, *all, *S;      // [CHUNK, CHUNK] twice, [size, CHUNK], [L, V]
+  int64_t K, L, V;  // strides of rows; of values not a power of two, which would press a panel of them into few sets of a cache
 
   MixedScratch(const MixedChunk& m, R* base)
-      : K(padded<R>(int(m.K))), L(padded<R>(int(m.L))), V(padded<R>(int(m.V))) {
+      : K(padded<R>(int(m.K))), L(padded<R>(int(m.L))), V(padded<R>(int(m.V)) + 16) {
     auto take = [&](int64_t n) {
       R* at = base ? base + used : nullptr;
       used += (n + 15) / 16 * 16;
@@ -49,7 +49,7 @@ template <class R> struct MixedScratch {
     quad_query = take(CHUNK * K), lin_query = take(CHUNK * L), rows = take(CHUNK * larger(larger(K, L), V));
     quad_turned = take(CHUNK * K), lin_turned = take(CHUNK * L), wide_turned = take(CHUNK * V);
     dy = take(CHUNK * V), out = take(CHUNK * V), dquad = take(CHUNK * K), dlin = take(CHUNK * L);
-    scores = take(CHUNK * CHUNK), weights = take(CHUNK * CHUNK);
+    scores = take(CHUNK * CHUNK), weights = take(CHUNK * CHUNK), all = take(group * CHUNK);
     S = take(m.L * V);
   }
 };
@@ -118,6 +118,7 @@ template <class R> struct MixedPass {
   Matrix<const R> group_rows(const Array& x, const void* open, int64_t at, int64_t n, int64_t width, int64_t from, int count,
                              R* copies, int64_t stride) const {
     bool plain = m.type == (sizeof(R) == 4 ? F32 : F64) && count % W == 0 && n % W == 0 && index[at] >= 0;
+    plain = plain && (count <= CHUNK || x.row * int64_t(sizeof(R)) % 1024);  // see MixedScratch::V
     plain = plain && index[at + n - 1] - index[at] == n - 1 && index[at] / m.T == index[at + n - 1] / m.T;
     for (int64_t i = 1; plain && i < n; i++) plain = index[at + i] == index[at] + i;
     if (plain) return {(const R*)x.data + offset(x, s.group, index[at]) + from, x.row};
@@ -231,21 +232,23 @@ template <class R> void mixed_forward(const MixedChunk& m, const MixedSegment& s
         const int64_t h = s.group * p.heads + r;
         p.read_queries(h, at + i, n);
         p.turn_queries(n);
-        zero(w.out, n * w.V);
         for (int64_t j = 0; j < (m.is_causal ? i + 1 : size); j += CHUNK) {
           const int keys = p.block(j, size);
-          const bool diagonal = m.is_causal && i == j;
-          product<BY_ROW, R>(p.ahead, keys, n, p.K, p.rows_from(p.quad_key, j), {w.quad_turned, CHUNK}, {w.scores, CHUNK}, false);
-          p.add_bias(m.bias_turned, h, j, i, keys, n, w.scores);
+          R* const scores = w.all + j * CHUNK;
+          product<BY_ROW, R>(p.ahead, keys, n, p.K, p.rows_from(p.quad_key, j), {w.quad_turned, CHUNK}, {scores, CHUNK}, false);
+          p.add_bias(m.bias_turned, h, j, i, keys, n, scores);
           if (!m.summed)
             product<BY_ROW, R>(p.ahead, keys, n, p.L, p.rows_from(p.lin_key, j), {w.lin_turned, CHUNK}, {w.weights, CHUNK}, false);
-          over_block<R>(keys, n, diagonal, false, [&](int at, auto seen) {
-            Vec<R> x = gate<R>(load(w.scores + at), m.activation);
+          over_block<R>(keys, n, m.is_causal && i == j, false, [&](int at, auto seen) {
+            Vec<R> x = gate<R>(load(scores + at), m.activation);
             if (!m.summed) x += load(w.weights + at);
-            store(w.scores + at, seen ? x : Vec<R>{});
+            store(scores + at, seen ? x : Vec<R>{});
           });
-          product<BY_COLUMN, R>(p.ahead, n, p.columns, keys, {w.scores, CHUNK}, p.rows_from(p.value, j), {w.out, w.V}, true, diagonal ? UP_TO : ALL);
         }
+        const int64_t whole = m.is_causal ? i : size;
+        product<BY_COLUMN, R>(p.ahead, n, p.columns, int(whole), {w.all, CHUNK}, p.value, {w.out, w.V}, false);
+        if (m.is_causal)
+          product<BY_COLUMN, R>(p.ahead, n, p.columns, n, {w.all + i * CHUNK, CHUNK}, p.rows_from(p.value, i), {w.out, w.V}, true, UP_TO);
         if (past) product<BY_COLUMN, R>(p.ahead, n, p.columns, p.L, {w.lin_turned, CHUNK}, {w.S, w.V}, {w.out, w.V});
         p.scatter(m.out, nullptr, h, at + i, n, p.V, s.from, p.columns, w.out, w.V);
       }
