@@ -232,7 +232,7 @@ def test_gated_attention_does_not_pack_states():
         ({"cu_seqlens": torch.tensor([0, 37])}, ValueError, r"cu_seqlens: packed sequences need B = 1"),
         ({"return_state": True, "is_causal": False}, ValueError, r"state: only causal mixed chunk attention carries a state; pass is_causal=True"),
         ({"state": (1, 2)}, TypeError, r"state: expected a MixedChunkState from return_state=True, got tuple"),
-        ({"impl": "native"}, ValueError, r"impl: 'native' cannot run this call: this operation has no native kernels; these work: 'torch', 'reference'"),
+        ({"impl": "native", "dropout_p": 0.1}, ValueError, r"impl: 'native' cannot run this call: its kernels have no dropout; these work: 'torch'"),
     ],
 )  # fmt: skip
 def test_mixed_chunk_attention(change, kind, message):

@@ -30,9 +30,15 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def _threads():
+    """Any number of threads, for any work."""
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def _small_grains(monkeypatch):
+    monkeypatch.setattr(library, "GRAIN", 1)
 
 
 def gradients(outs, leaves):

@@ -22,6 +22,7 @@ from .library import (
     need,
     pointer,
     real,
+    threads,
 )
 
 ACTIVATIONS = ("identity", "elu", "relu")
@@ -86,7 +87,7 @@ class _Call(Held):
         a = self.arguments = Attention(
             B, self.N, H, G, T, S, K, V, self.F, chunk, span,
             TYPES[self.dtype], order, constant_term, ACTIVATIONS.index(activation),
-            normalize, is_causal, torch.get_num_threads(), instruction_set(),
+            normalize, is_causal, threads(max(T, S) * B * H * (self.F * V + chunk * (K + V))), instruction_set(),
             scale,
         )  # fmt: skip
         a.query, a.key, a.value = (self.array(x) for x in (query, key, value))

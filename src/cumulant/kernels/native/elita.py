@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .library import TYPES, Elita, Held, array, call, check_inputs, instruction_set, need, pointer, real
+from .library import TYPES, Elita, Held, array, call, check_inputs, instruction_set, need, pointer, real, threads
 
 
 def _new_heads(value: Tensor, heads: int) -> Tensor:
@@ -37,9 +37,10 @@ class _Call(Held):
             check_inputs(log_weight=(log_weight, (B, G)), mean=(mean, (B, G, V)))
         need(span >= 1, "span", "at least 1", span)
         super().__init__(value.dtype)
+        work = B * heads * T * (V + 16) * 8
         a = self.arguments = Elita(
             B, heads, G, T, V, span,
-            TYPES[value.dtype], TYPES[logits], TYPES[self.real], torch.get_num_threads(), instruction_set(),
+            TYPES[value.dtype], TYPES[logits], TYPES[self.real], threads(work), instruction_set(),
         )  # fmt: skip
         a.value = self.array(value)
         a.first = self.pointer(first, torch.bool)

@@ -15,6 +15,7 @@ INSTRUCTIONS = ("baseline", "avx2", "avx512")  # in the order of `Isa` in librar
 TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 CHUNK = 64  # tokens that scratch matrices hold
 MAX_ORDER = 8
+GRAIN = 1_000_000  # multiplications that a further thread must be worth
 _i64, _i32, _pointer = ctypes.c_int64, ctypes.c_int32, ctypes.c_void_p
 
 
@@ -165,6 +166,11 @@ def instructions() -> str:
 
 def instruction_set() -> int:
     return INSTRUCTIONS.index(instructions())
+
+
+def threads(multiplications: int) -> int:
+    """How many of torch's threads so much work occupies."""
+    return max(1, min(torch.get_num_threads(), multiplications // GRAIN))
 
 
 def loaded() -> ctypes.CDLL:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .library import TYPES, Held, MixedChunk, array, call, check_inputs, instruction_set, need, pointer, real
+from .library import TYPES, Held, MixedChunk, array, call, check_inputs, instruction_set, need, pointer, real, threads
 
 ACTIVATIONS = ("relu2", "laplace")
 
@@ -89,10 +89,11 @@ class _Call(Held):
         fill = None if position is None else position.long() % group_size
         need(fill is None or fill.shape == (N,), "position", [N], fill)
         self.shapes = self.state(N, G, group_size, K, L, V)
+        work = B * H * T * (2 * L * V + group_size * (K + V))
         m = self.arguments = MixedChunk(
             B, N, H, G, T, K, L, V, group_size, span,
             TYPES[value.dtype], ACTIVATIONS.index(activation), is_causal, is_causal or reduce_groups,
-            0 if bias is None else bias.shape[0], torch.get_num_threads(), instruction_set(),
+            0 if bias is None else bias.shape[0], threads(work), instruction_set(),
         )  # fmt: skip
         m.quad_query, m.quad_key, m.lin_query, m.lin_key, m.value = (self.array(x) for x in inputs)
         m.index, m.bounds = (self.pointer(x, torch.int64) for x in _slots(B, T, key_mask, cu_seqlens, fill, group_size))
