@@ -92,24 +92,35 @@ def mixed_chunk_attention(
         )
         with torch.autocast(value.device.type, enabled=False):
             out, parts = _reference(run, inputs, key_mask, cu_seqlens, state)
-    elif chosen == "native":
-        from ..kernels.native.mixed_chunk import mixed_chunk_attention as native
-
-        past = (None,) * 5 if state is None else _parts(state)
-        tail = (return_state, group_size, activation, is_causal, reduced, SPAN)
-        out, *parts = native(*inputs, bias, key_mask, cu_seqlens, *past, *tail)
     else:
-        from ..kernels.chunked.mixed_chunk import mixed_chunk_attention as chunked
-
-        past = (None,) * 5 if state is None else _parts(state)
-        seed = torch.randint(2**62, (1,)) if dropout_p else None
-        options = (return_state, group_size, activation, is_causal, reduced, float(dropout_p))
-        out, *parts = chunked(*inputs, bias, key_mask, cu_seqlens, *past, seed, *options)
+        options = (return_state, group_size, activation, is_causal, reduced)
+        out, *parts = _run(chosen, inputs, bias, key_mask, cu_seqlens, state, options, dropout_p)
     if not return_state:
         return out
     numerator, open_quad_key, open_lin_key, open_value = parts
     position = count_tokens(value, key_mask, cu_seqlens, state)
     return out, MixedChunkState(numerator, open_quad_key, open_lin_key, open_value, position)
+
+
+def _run(
+    chosen: str,
+    inputs: tuple[Tensor, ...],
+    bias: Tensor | None,
+    key_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    state: MixedChunkState | None,
+    options: tuple[bool, int, str, bool, bool],
+    dropout_p: float,
+) -> Any:
+    past = (None,) * 5 if state is None else _parts(state)
+    if chosen == "native":
+        from ..kernels.native.mixed_chunk import mixed_chunk_attention as native
+
+        return native(*inputs, bias, key_mask, cu_seqlens, *past, *options, SPAN)
+    from ..kernels.chunked.mixed_chunk import mixed_chunk_attention as chunked
+
+    seed = torch.randint(2**62, (1,)) if dropout_p else None
+    return chunked(*inputs, bias, key_mask, cu_seqlens, *past, seed, *options, float(dropout_p))
 
 
 def _obstacle(value: Tensor, dropout_p: float) -> str:
