@@ -74,6 +74,28 @@ template <class R> void sum_keys(const Attention& a, const Segment& s, void* scr
   p.leave_sums(s.stop, s.stop_denominator);
 }
 
+// N vectors of columns of the rows f .. f + rows - 1 of a state, which the token is added to if that is yet to do.
+template <class R, int N>
+INLINE void step_columns(Pass<R>& p, bool add, int f, int rows, int d, const R* phi, const R* S, R* next) {
+  constexpr int W = LANES<R>;
+  auto& w = p.w;
+  Vec<R> out[N], v[N];
+  for (int i = 0; i < N; i++) out[i] = load(w.out + d + i * W), v[i] = load(p.v.data + d + i * W);
+  for (int j = 0; j < rows; j++) {
+    const int64_t at = int64_t(f + j) * p.V + d;
+    const R by_key = w.Z[f + j], by_query = phi[j * CHUNK];
+    for (int i = 0; i < N; i++) {
+      Vec<R> x = load((add ? S : next) + at + i * W);
+      if (add) {
+        x += by_key * v[i];
+        store(next + at + i * W, x);
+      }
+      out[i] += by_query * x;
+    }
+  }
+  for (int i = 0; i < N; i++) store(w.out + d + i * W, out[i]);
+}
+
 // One token: S' = S + phi(k) v, out = phi(q) S' / z', in one pass over the state.
 template <class R> void step(const Attention& a, const Segment& s, void* scratch) {
   constexpr int W = LANES<R>, N = PANEL;
@@ -94,21 +116,9 @@ template <class R> void step(const Attention& a, const Segment& s, void* scratch
     p.slabs(w.q, w.ones, 1, [&](int f, int rows, const R* phi) {
       for (int j = 0; r == 0 && a.normalize && j < rows; j++) next_Z[f + j] = Z[f + j] + w.Z[f + j];
       for (int j = 0; a.normalize && j < rows; j++) z += phi[j * CHUNK] * next_Z[f + j];
-      for (int d = 0; d < whole; d += N * W) {
-        const int vectors = smaller(N, (whole - d) / W);
-        Vec<R> out[N], v[N];
-        for (int i = 0; i < vectors; i++) out[i] = load(w.out + d + i * W), v[i] = load(p.v.data + d + i * W);
-        for (int j = 0; j < rows; j++) {
-          const int64_t at = int64_t(f + j) * V + d;
-          const R by_key = w.Z[f + j], by_query = phi[j * CHUNK];
-          for (int i = 0; i < vectors; i++) {
-            Vec<R> x = r ? load(next + at + i * W) : load(S + at + i * W) + by_key * v[i];
-            if (r == 0) store(next + at + i * W, x);
-            out[i] += by_query * x;
-          }
-        }
-        for (int i = 0; i < vectors; i++) store(w.out + d + i * W, out[i]);
-      }
+      int d = 0;
+      for (; d + N * W <= whole; d += N * W) step_columns<R, N>(p, r == 0, f, rows, d, phi, S, next);
+      for (; d < whole; d += W) step_columns<R, 1>(p, r == 0, f, rows, d, phi, S, next);
       for (int j = 0; j < rows; j++)
         for (int d = whole; d < V; d++) {
           const int64_t at = int64_t(f + j) * V + d;
