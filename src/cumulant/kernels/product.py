@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 LARGE = 1 << 20  # multiplications below which a call of oneDNN costs more than it saves,
@@ -83,18 +84,22 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return out.view(*x.shape[:-1], weight.shape[0])
 
 
-def _plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Ordinary tensors that fit each other, in an ordinary call: nothing traces, transforms or counts it."""
-    ordinary = (Tensor, torch.nn.Parameter)
-    if torch.compiler.is_compiling() or type(x) not in ordinary or type(weight) not in ordinary or x.dim() == 0:
+def ordinary(*tensors: Tensor | None) -> bool:
+    """Plain tensors in a plain call: nothing traces, transforms or counts it."""
+    if torch.compiler.is_compiling() or any(x is not None and type(x) not in (Tensor, Parameter) for x in tensors):
         return False
-    if (
-        torch._C._get_tracing_state() is not None
-        or is_in_torch_dispatch_mode()
-        or torch._C._are_functorch_transforms_active()
-    ):
+    return (
+        torch._C._get_tracing_state() is None
+        and not is_in_torch_dispatch_mode()
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
+def _plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Ordinary tensors that fit each other."""
+    if not ordinary(x, weight, bias) or x.dim() == 0:
         return False
     fits = x.shape[-1:] == weight.shape[1:] and weight.dtype == x.dtype and weight.device == x.device
     if bias is not None:
-        fits = fits and type(bias) in ordinary and bias.shape == weight.shape[:1] and bias.dtype == x.dtype
+        fits = fits and bias.shape == weight.shape[:1] and bias.dtype == x.dtype
     return fits and weight.dim() == 2 and not torch.is_autocast_enabled(x.device.type)

@@ -49,9 +49,9 @@ def attend(
     if impl == "reference":
         out, sums = _reference(kernel, query, key, value, key_mask, cu_seqlens, numerator, denominator)
     elif impl == "native":
-        from ..kernels.native.attention import native_attention
+        from ..kernels.native.attention import attention
 
-        out, _, S, z = native_attention(
+        out, _, S, z = attention(
             query,
             key,
             value,

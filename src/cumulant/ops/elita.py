@@ -84,7 +84,7 @@ Sums = tuple[Tensor, Tensor]
 def _run(chosen: str, inputs: Inputs, first: Tensor | None, state: ElitaState | None) -> tuple[Tensor, Sums]:
     past = (None, None) if state is None else (state.log_weight, state.mean)
     if chosen == "native":
-        from ..kernels.native.elita import elita_attention as native
+        from ..kernels.native.elita import attention as native
 
         out, _, _, log_weight, mean = native(*inputs, first, *past, SPAN)
     else:

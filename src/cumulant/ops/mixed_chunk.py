@@ -114,7 +114,7 @@ def _run(
 ) -> Any:
     past = (None,) * 5 if state is None else _parts(state)
     if chosen == "native":
-        from ..kernels.native.mixed_chunk import mixed_chunk_attention as native
+        from ..kernels.native.mixed_chunk import attention as native
 
         return native(*inputs, bias, key_mask, cu_seqlens, *past, *options, SPAN)
     from ..kernels.chunked.mixed_chunk import mixed_chunk_attention as chunked

@@ -242,7 +242,7 @@ class Call {
         std::memset(static_cast<char*>(x.data) + size_t(h * x.head + t * x.row) * size, 0, size_t(width) * size);
   }
   void clear_denominators() const {
-    if (!a.offsets) return;
+    if (!a.offsets || a.offsets[a.N] == a.T) return;
     for (int64_t h = 0; h < a.H; h++)
       std::memset(static_cast<char*>(a.denominators) + size_t(h * a.T + a.offsets[a.N]) * real, 0,
                   size_t(a.T - a.offsets[a.N]) * real);

@@ -6,6 +6,8 @@ multiplied at once with the sums, so that memory is read and written once. See d
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -23,6 +25,7 @@ from .library import (
     pointer,
     real,
     threads,
+    unwatched,
 )
 
 ACTIVATIONS = ("identity", "elu", "relu")
@@ -97,8 +100,7 @@ class _Call(Held):
             a.offsets = self.pointer(cu_seqlens.to("cpu"), torch.int64)
 
 
-@torch.library.custom_op("cumulant::native_attention", mutates_args=(), device_types="cpu")
-def native_attention(
+def _forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -140,6 +142,14 @@ def native_attention(
         a.final_numerator, a.final_denominator = pointer(S), pointer(Z) if normalize else None
     call("cumulant_attention_forward", a)
     return out.to(query.dtype), den, S, Z
+
+
+native_attention = torch.library.custom_op("cumulant::native_attention", _forward, mutates_args=(), device_types="cpu")
+
+
+def attention(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`native_attention`, without an operator's cost where nothing watches."""
+    return (_forward if unwatched(*arguments[:7]) else native_attention)(*arguments)
 
 
 @native_attention.register_fake

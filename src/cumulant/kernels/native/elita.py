@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from .library import TYPES, Elita, Held, array, call, check_inputs, instruction_set, need, pointer, real, threads
+from .library import (
+    TYPES,
+    Elita,
+    Held,
+    array,
+    call,
+    check_inputs,
+    instruction_set,
+    need,
+    pointer,
+    real,
+    threads,
+    unwatched,
+)
 
 
 def _new_heads(value: Tensor, heads: int) -> Tensor:
@@ -47,8 +62,7 @@ class _Call(Held):
         a.log_weight, a.mean = (self.pointer(x, torch.float64) for x in (log_weight, mean))
 
 
-@torch.library.custom_op("cumulant::native_elita_attention", mutates_args=(), device_types="cpu")
-def elita_attention(
+def _forward(
     key_logit: Tensor,
     query_logit: Tensor,
     self_logit: Tensor,
@@ -81,6 +95,16 @@ def elita_attention(
     a.final_log_weight, a.final_mean = (pointer(x) for x in final)
     call("cumulant_elita_forward", a)
     return out, key_gate, own_gate, *final
+
+
+elita_attention = torch.library.custom_op(
+    "cumulant::native_elita_attention", _forward, mutates_args=(), device_types="cpu"
+)
+
+
+def attention(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`elita_attention`, without an operator's cost where nothing watches."""
+    return (_forward if unwatched(*arguments[:7]) else elita_attention)(*arguments)
 
 
 @elita_attention.register_fake

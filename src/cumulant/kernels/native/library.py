@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..product import ordinary
+
 PATH = Path(__file__).with_name("_kernels.so")
 INSTRUCTIONS = ("baseline", "avx2", "avx512")  # in the order of `Isa` in library.cpp
 TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -185,6 +187,12 @@ def multiply_rate(threads: int, dtype: torch.dtype = torch.float32) -> float:
     rate = loaded().cumulant_multiply_rate
     rate.restype = ctypes.c_double
     return float(rate(TYPES[dtype], instruction_set(), threads))
+
+
+def unwatched(*tensors: Tensor | None) -> bool:
+    """Whether an operator may be called as the plain function it is: nothing differentiates, traces or counts it."""
+    differentiated = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    return not differentiated and ordinary(*tensors)
 
 
 def call(function: str, arguments: ctypes.Structure, *more: int | None) -> None:

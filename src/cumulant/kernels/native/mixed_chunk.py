@@ -4,10 +4,25 @@ without dropout.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from .library import TYPES, Held, MixedChunk, array, call, check_inputs, instruction_set, need, pointer, real, threads
+from .library import (
+    TYPES,
+    Held,
+    MixedChunk,
+    array,
+    call,
+    check_inputs,
+    instruction_set,
+    need,
+    pointer,
+    real,
+    threads,
+    unwatched,
+)
 
 ACTIVATIONS = ("relu2", "laplace")
 
@@ -112,8 +127,7 @@ def _covered(key_mask: Tensor | None, cu_seqlens: Tensor | None) -> bool:
     return key_mask is None and cu_seqlens is None
 
 
-@torch.library.custom_op("cumulant::native_mixed_chunk_attention", mutates_args=(), device_types="cpu")
-def mixed_chunk_attention(
+def _forward(
     quad_query: Tensor,
     quad_key: Tensor,
     lin_query: Tensor,
@@ -148,6 +162,16 @@ def mixed_chunk_attention(
     call("cumulant_mixed_chunk_forward", m)
     S, rest_quad_key, rest_lin_key, rest_value = final
     return out, S, rest_quad_key, rest_lin_key, rest_value
+
+
+mixed_chunk_attention = torch.library.custom_op(
+    "cumulant::native_mixed_chunk_attention", _forward, mutates_args=(), device_types="cpu"
+)
+
+
+def attention(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`mixed_chunk_attention`, without an operator's cost where nothing watches."""
+    return (_forward if unwatched(*arguments[:13]) else mixed_chunk_attention)(*arguments)
 
 
 @mixed_chunk_attention.register_fake
