@@ -421,7 +421,6 @@ def test_fuzz_groups(x):
 # ---- installation ----
 
 
-@pytest.mark.slow
 def test_installation_without_a_compiler(tmp_path):
     """It succeeds; the kernels are missing, with the reason, and everything else works."""
     project = tmp_path / "project"

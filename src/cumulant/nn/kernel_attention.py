@@ -238,7 +238,7 @@ class KernelAttention(nn.Module):
         if self.rotary is not None:
             start = None if state is None else state.position
             position = positions(x.shape[1], start, cu_seqlens, x.device)
-            q, k = self.rotary(q, position), self.rotary(k, position)
+            q, k = self.rotary.both(q, k, position)
         attended = self.attend(
             q,
             k,

@@ -117,7 +117,7 @@ class SoftmaxAttention(nn.Module):
                 position = torch.arange(T, device=x.device)
             if state is not None:
                 position = position + state.position[:, None]
-            q, k = self.rotary(q, position), self.rotary(k, position)
+            q, k = self.rotary.both(q, k, position)
         return q, k, v, count
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, past: int) -> Tensor:
