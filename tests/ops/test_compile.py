@@ -12,6 +12,8 @@ from cumulant.kernels.chunked.elita import elita_attention as elita_kernel
 from cumulant.kernels.chunked.gated import gated_attention as gated_kernel
 from cumulant.kernels.chunked.mixed_chunk import mixed_chunk_attention as mixed_chunk
 from cumulant.kernels.native.attention import native_attention
+from cumulant.kernels.native.elita import elita_attention as native_elita
+from cumulant.kernels.native.mixed_chunk import mixed_chunk_attention as native_mixed_chunk
 from cumulant.ops import cumulative, elita, gated
 
 from .cases import CASES, CHUNK, assert_close, elita_logits, linear_part, sums_of
@@ -121,7 +123,8 @@ def test_opcheck(is_causal, normalize, length, states, op):
 @pytest.mark.parametrize("is_causal", [True, False])
 @pytest.mark.parametrize("length", [1, 7, 20], ids=["a token", "one group", "several groups"])
 @pytest.mark.parametrize("states", ["in and out", "out", "none", "packed"])
-def test_opcheck_mixed_chunks(is_causal, length, states):
+@by_impl
+def test_opcheck_mixed_chunks(is_causal, length, states, impl):
     if states in ("in and out", "out") and not is_causal:
         pytest.skip("no state")
     q, k, v = CASES[1].inputs(1, T=length, requires_grad=True)
@@ -138,8 +141,12 @@ def test_opcheck_mixed_chunks(is_causal, length, states):
             return_state=True,
         )
         past = [x.requires_grad_() if x.is_floating_point() else x for x in start.tensors().values()]
-    options = (states in ("in and out", "out"), 8, "laplace", is_causal, True, 0.0)
-    torch.library.opcheck(mixed_chunk, (q, k, lin_q, lin_k, v, bias, mask, bounds, *past, None, *options))
+    tensors = (q, k, lin_q, lin_k, v, bias, mask, bounds, *past)
+    options = (states in ("in and out", "out"), 8, "laplace", is_causal, True)
+    if impl == "native":
+        torch.library.opcheck(native_mixed_chunk, (*tensors, *options, 8))
+    else:
+        torch.library.opcheck(mixed_chunk, (*tensors, None, *options, 0.0))
 
 
 @pytest.mark.parametrize("is_causal", [True, False])
@@ -154,14 +161,15 @@ def test_opcheck_gated(is_causal, packed):
 
 @pytest.mark.parametrize("length", [0, 1, 7, 37])
 @pytest.mark.parametrize("states", ["in", "none", "packed"])
-def test_opcheck_elita(length, states):
+@pytest.mark.parametrize("op", [elita_kernel, native_elita], ids=["torch", "native"])
+def test_opcheck_elita(length, states, op):
     case = next(c for c in CASES if c.name == "elita-own")
     q, k, v = case.inputs(1, T=length, requires_grad=True)
     logits = [x.detach().requires_grad_() for x in elita_logits(case, q, k)]
     first = torch.rand(length) > 0.7 if states == "packed" else None
     m = torch.randn(1, 2, dtype=torch.float64, requires_grad=True) if states == "in" else None
     u = torch.randn(1, 2, 3, dtype=torch.float64, requires_grad=True) if states == "in" else None
-    torch.library.opcheck(elita_kernel, (*logits, v, first, m, u, 4))
+    torch.library.opcheck(op, (*logits, v, first, m, u, 4))
 
 
 @pytest.mark.parametrize("is_causal", [True, False])
