@@ -13,6 +13,7 @@ namespace cumulant {
 
 // Memory of one thread, kept from call to call.
 struct Scratch {
+  static constexpr size_t MOST_KEPT = 64 << 20;
   void* data = nullptr;
   size_t size = 0;
   void* reserve(size_t bytes) {
@@ -24,6 +25,13 @@ struct Scratch {
       size = bytes;
     }
     return data;
+  }
+  // Gives back what is too much to keep: features of a high order and their sums.
+  void settle() {
+    if (size <= MOST_KEPT) return;
+    std::free(data);
+    data = nullptr;
+    size = 0;
   }
   ~Scratch() { std::free(data); }
 };

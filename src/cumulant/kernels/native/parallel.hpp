@@ -30,6 +30,7 @@ template <class Body> bool parallel(int threads, int64_t count, size_t scratch, 
       void* const own = memory.reserve(scratch);
       if (!own) failed = true;
       for (int64_t task; own && (task = next.fetch_add(1)) < count;) body(task, own);
+      memory.settle();
     }
   } team{body, count, scratch};
   if (threads > count) threads = int(count);
