@@ -127,6 +127,14 @@ def test_rounding_to_half_precision_is_torchs(name, dtype, monkeypatch):
     assert torch.equal(packed[0, 0, 1::2, 0], middle.to(dtype))
 
 
+def test_many_small_features_do_not_vanish_in_their_sum():
+    """A quarter of a million of them, each some units of the sum's last digit: added one by one they come to 4e-4."""
+    q, k, v = (x.abs() for x in inputs(1, 1, 100, 48, 16, G=1, dtype=torch.float32))
+    out = cm.taylor_attention(q, k, v, 4, is_causal=True, impl="native")
+    exact = cm.taylor_attention(*(x.double() for x in (q, k, v)), 4, is_causal=True, impl="reference")
+    assert error(out, exact) < 10 * TOLERANCE[torch.float32]
+
+
 # ---- threads ----
 
 

@@ -55,14 +55,10 @@ class Ahead {
 
 template <class R, int M, int N, Layout LAYOUT>
 INLINE void tile(int begin, int end, const R* A, int64_t lda, const R* B, int64_t ldb, R* C, int64_t ldc, bool add) {
+  // From zero, also where C is added to: among many small terms a large sum would lose their last digits, all the same way.
   Vec<R> c[M][N];
-  if (add) {
-    for (int m = 0; m < M; m++)
-      for (int n = 0; n < N; n++) c[m][n] = load(C + m * ldc + n * LANES<R>);
-  } else {
-    for (int m = 0; m < M; m++)
-      for (int n = 0; n < N; n++) c[m][n] = Vec<R>{};
-  }
+  for (int m = 0; m < M; m++)
+    for (int n = 0; n < N; n++) c[m][n] = Vec<R>{};
   for (int64_t k = begin; k < end; k++) {
     Vec<R> b[N];
     for (int n = 0; n < N; n++) b[n] = load(B + k * ldb + n * LANES<R>);
@@ -72,7 +68,10 @@ INLINE void tile(int begin, int end, const R* A, int64_t lda, const R* B, int64_
     }
   }
   for (int m = 0; m < M; m++)
-    for (int n = 0; n < N; n++) store(C + m * ldc + n * LANES<R>, c[m][n]);
+    for (int n = 0; n < N; n++) {
+      R* const to = C + m * ldc + n * LANES<R>;
+      store(to, add ? load(to) + c[m][n] : c[m][n]);
+    }
 }
 
 // A panel of N vectors: whole tiles of M rows, then what is left in tiles of fewer.
