@@ -80,7 +80,7 @@ INLINE void step_columns(Pass<R>& p, bool add, int f, int rows, int d, const R* 
   constexpr int W = LANES<R>;
   auto& w = p.w;
   Vec<R> out[N], v[N];
-  for (int i = 0; i < N; i++) out[i] = load(w.out + d + i * W), v[i] = load(p.v.data + d + i * W);
+  for (int i = 0; i < N; i++) out[i] = Vec<R>{}, v[i] = load(p.v.data + d + i * W);
   for (int j = 0; j < rows; j++) {
     const int64_t at = int64_t(f + j) * p.V + d;
     const R by_key = w.Z[f + j], by_query = phi[j * CHUNK];
@@ -93,7 +93,7 @@ INLINE void step_columns(Pass<R>& p, bool add, int f, int rows, int d, const R* 
       out[i] += by_query * x;
     }
   }
-  for (int i = 0; i < N; i++) store(w.out + d + i * W, out[i]);
+  for (int i = 0; i < N; i++) store(w.out + d + i * W, load(w.out + d + i * W) + out[i]);
 }
 
 // One token: S' = S + phi(k) v, out = phi(q) S' / z', in one pass over the state.
@@ -115,7 +115,9 @@ template <class R> void step(const Attention& a, const Segment& s, void* scratch
     R z = 0;
     p.slabs(w.q, w.ones, 1, [&](int f, int rows, const R* phi) {
       for (int j = 0; r == 0 && a.normalize && j < rows; j++) next_Z[f + j] = Z[f + j] + w.Z[f + j];
-      for (int j = 0; a.normalize && j < rows; j++) z += phi[j * CHUNK] * next_Z[f + j];
+      R part = 0;
+      for (int j = 0; a.normalize && j < rows; j++) part += phi[j * CHUNK] * next_Z[f + j];
+      z += part;
       int d = 0;
       for (; d + N * W <= whole; d += N * W) step_columns<R, N>(p, r == 0, f, rows, d, phi, S, next);
       for (; d < whole; d += W) step_columns<R, 1>(p, r == 0, f, rows, d, phi, S, next);
