@@ -243,6 +243,7 @@ def arguments(**changes):
         ({"chunk": 0}, "chunk: expected 1 to 64, got 0"),
         ({"span": 0}, "span: expected at least 1, got 0"),
         ({"numerator": torch.zeros(2, 2, 9, 5)}, r"numerator: expected \[2, 2, 10, 5\], got \[2, 2, 9, 5\]"),
+        ({"numerator": torch.zeros(2, 2, 10, 5)}, "denominator: expected with the numerator, got None"),
         ({"denominator": torch.zeros(2, 2, 9)}, r"denominator: expected \[2, 2, 10\], got \[2, 2, 9\]"),
     ],
 )

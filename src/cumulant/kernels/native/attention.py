@@ -50,7 +50,7 @@ def _check(
     options: tuple[int, bool, str, float, bool, bool, int, int],
 ) -> None:
     """What the C++ takes for granted."""
-    order, _, activation, _, _, is_causal, chunk, span = options
+    order, constant_term, activation, _, _, is_causal, chunk, span = options
     (B, H, T, K), (G, S), V = query.shape, key.shape[1:3], value.shape[-1]
 
     check_inputs(query=(query, (B, H, T, K)), key=(key, (B, G, S, K)), value=(value, (B, G, S, V)))
@@ -60,6 +60,7 @@ def _check(
     if key_mask is not None:
         need(key_mask.shape == (B, S), "key_mask", str([B, S]), list(key_mask.shape))
     need(0 <= order <= MAX_ORDER, "order", f"at most {MAX_ORDER}", order)
+    need(_size(K, order, constant_term) < 2**31, "order", "fewer than 2**31 features", order)
     need(activation in ACTIVATIONS, "activation", f"one of {ACTIVATIONS}", activation)
     need(1 <= chunk <= CHUNK, "chunk", f"1 to {CHUNK}", chunk)
     need(span >= 1, "span", "at least 1", span)
@@ -99,6 +100,13 @@ class _Call(Held):
         if cu_seqlens is not None:
             a.offsets = self.pointer(cu_seqlens.to("cpu"), torch.int64)
 
+    def check_sums(self, G: int, V: int, **sums: Tensor | None) -> None:
+        """Numerators ``[N, G, F, V]`` and denominators ``[N, G, F]``, by the ends of their names."""
+        for name, x in sums.items():
+            if x is not None:
+                shape = (self.N, G, self.F)
+                check_inputs(**{name: (x, (*shape, V) if name.endswith("numerator") else shape)})
+
 
 def _forward(
     query: Tensor,
@@ -127,9 +135,10 @@ def _forward(
     options = (order, constant_term, activation, scale, normalize, is_causal, chunk, span)
     c = _Call(query, key, value, key_mask, cu_seqlens, options)
     a, G, V = c.arguments, key.shape[1], value.shape[3]
-    for name, x, shape in (("numerator", numerator, (c.N, G, c.F, V)), ("denominator", denominator, (c.N, G, c.F))):
-        if x is not None:
-            check_inputs(**{name: (x, shape)})
+    c.check_sums(G, V, numerator=numerator, denominator=denominator)
+    need(
+        not normalize or (numerator is None) == (denominator is None), "denominator", "with the numerator", denominator
+    )
     want_state = want_state or not is_causal
     out = query.new_empty(*query.shape[:3], V, dtype=c.dtype)
     den = query.new_empty(query.shape[:3] if normalize else (0,), dtype=c.real)
@@ -213,6 +222,13 @@ def native_attention_backward(
     a = c.arguments
     dq, dk, dv = (x.new_empty(x.shape, dtype=c.dtype) for x in (query, key, value))
     dS, dZ = (query.new_empty(0 if x is None else x.shape, dtype=c.real) for x in (numerator, denominator))
+    shape, G, V = query.shape[:3], key.shape[1], value.shape[3]
+    check_inputs(dout=(dout, (*shape, V)), out=(out, (*shape, V)))
+    need(not normalize or denominators.shape == shape, "denominators", list(shape), list(denominators.shape))
+    c.check_sums(G, V, numerator=numerator, denominator=denominator)
+    c.check_sums(G, V, dnumerator=dnumerator, ddenominator=ddenominator if normalize else None)
+    if not is_causal:
+        c.check_sums(G, V, final_numerator=final_numerator, final_denominator=final_denominator if normalize else None)
     a.out, a.dout = c.array(out), c.array(dout)
     a.dquery, a.dkey, a.dvalue = array(dq), array(dk), array(dv)
     a.denominators = pointer(denominators)

@@ -147,6 +147,10 @@ def elita_attention_backward(
     """Gradients of the three logits, in `dtype`, of the values and of the state."""
     (B, G, T, V), H = value.shape, out.shape[1]
     check_inputs(dout=(dout, (B, H, T, V)), out=(out, (B, H, T, V)), a=(a, (B, G, T)), g=(g, (B, H, T)))
+    check_inputs(final_mean=(final_mean, (B, G, V)))
+    for name, x, shape in (("dlog_weight", dlog_weight, (B, G)), ("dmean", dmean, (B, G, V))):
+        if x is not None:
+            check_inputs(**{name: (x, shape)})
     c = _Call(value, H, dtype, first, log_weight, mean, span)
     e = c.arguments
     dv, dc, ds = _new_heads(value, G), torch.empty_like(a), torch.empty_like(g)

@@ -219,6 +219,11 @@ def mixed_chunk_attention_backward(
     grads = [new(x.shape, dtype=value.dtype, device=value.device) for x in inputs]
     dbias = value.new_zeros((0,) if bias is None else bias.shape, dtype=c.real)
     state = [value.new_zeros((0,) if x is None else x.shape, dtype=c.real) for x in past[:4]]
+    check_inputs(dout=(dout, (*quad_query.shape[:3], value.shape[3])))
+    names = ("dnumerator", "dopen_quad_key", "dopen_lin_key", "dopen_value")
+    for name, x, shape in zip(names, (dnumerator, dopen_quad_key, dopen_lin_key, dopen_value), c.shapes, strict=True):
+        if x is not None:
+            check_inputs(**{name: (x, shape)})
     m.dout = c.array(dout)
     m.dquad_query, m.dquad_key, m.dlin_query, m.dlin_key, m.dvalue = (array(x) for x in grads)
     upstream = (dnumerator, dopen_quad_key, dopen_lin_key, dopen_value)
