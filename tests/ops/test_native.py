@@ -135,6 +135,24 @@ def test_many_small_features_do_not_vanish_in_their_sum():
     assert error(out, exact) < 10 * TOLERANCE[torch.float32]
 
 
+def test_one_block_forms_no_features_however_many_they_would_be():
+    """K = 128 at order 4: 12 million features, 6 GB of sums."""
+    import resource
+
+    x = [y.requires_grad_() for y in inputs(1, 2, 40, 128, 130, dtype=torch.float32)]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    out = cm.taylor_attention(*x, 4, is_causal=True, impl="native")
+    grads = gradients((out,), x)
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024 < 200
+    exact = [y.detach().double().requires_grad_() for y in x]
+    for actual, wanted in zip(grads, gradients((cm.taylor_attention(*exact, 4, is_causal=True, impl="torch"),), exact)):
+        assert error(actual, wanted) < 20 * TOLERANCE[torch.float32]
+    wide = inputs(1, 1, 4, 500, 2, G=1)
+    assert cm.explain(cm.taylor_attention, *wide, 4).impl == "torch"
+    with pytest.raises(ValueError, match=r"go up to 2\*\*31 features, and these are more: K = 500, order 4"):
+        cm.explain(cm.taylor_attention, *wide, 4, impl="native")
+
+
 # ---- threads ----
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import partial
 
@@ -102,6 +103,8 @@ def choose(impl: str, query: Tensor, order: int) -> tuple[str, str]:
     obstacle = native_obstacle(query)
     if not obstacle and order > MAX_NATIVE_ORDER:
         obstacle = f"its kernels go up to order {MAX_NATIVE_ORDER}, and this is order {order}"
+    elif not obstacle and order > 3 and math.comb(query.shape[-1] + order, order) >= 2**31:
+        obstacle = f"its kernels go up to 2**31 features, and these are more: K = {query.shape[-1]}, order {order}"
     return resolve(impl, obstacle), obstacle
 
 

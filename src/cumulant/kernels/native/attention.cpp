@@ -97,7 +97,8 @@ class Call {
   // Parts that sequences are cut into so that `tasks` times as many occupy the threads.
   int64_t parts(int64_t tasks, int64_t whole) const {
     const int64_t wanted = (a.threads + tasks - 1) / std::max<int64_t>(tasks, 1);
-    return std::max<int64_t>(1, std::min(wanted, whole / std::max<int64_t>(a.span, 1)));
+    const int64_t chunks = (whole + a.chunk - 1) / a.chunk;
+    return std::max<int64_t>(1, std::min({wanted, whole / std::max<int64_t>(a.span, 1), chunks}));
   }
 
   void add(Kernels::Kernel* kernel, Segment s, Sums start, Sums stop) {

@@ -34,7 +34,10 @@ template <class R> struct Workspace {
     phi = take(SLAB * CHUNK), dphi = take(SLAB * CHUNK);
     z = take(CHUNK), dz = take(CHUNK), ones = take(CHUNK), constant = take(CHUNK);
     powers = take(2 * MAX_ORDER * CHUNK);
-    S = take(a.F * V), Z = take(a.F);
+    // One causal chunk without a state is the quadratic form alone: no sums, however many features there would be.
+    const bool sums = !a.is_causal || a.T > a.chunk || a.numerator || a.denominator || a.final_numerator ||
+                      a.final_denominator || a.dfinal_numerator || a.dfinal_denominator;
+    S = take(sums ? a.F * V : 0), Z = take(sums ? a.F : 0);
   }
 };
 

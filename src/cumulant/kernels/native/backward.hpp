@@ -35,7 +35,7 @@ template <class R> void query_backward(const Attention& a, const Segment& s, voi
   Pass<R> p(a, s, scratch);
   auto& w = p.w;
   bool past = s.start || s.start_denominator;
-  p.load_sums(s.start, s.start_denominator);
+  if (past || s.end - s.begin > a.chunk) p.load_sums(s.start, s.start_denominator);
   for (int64_t at = s.begin; at < s.end; at += a.chunk) {
     const int n = p.count(at);
     p.begin(at, a.chunk, p.QUERY | p.UPSTREAM | p.DQUERY | (a.is_causal ? p.KEY | p.VALUE : 0));
@@ -90,8 +90,8 @@ template <class R> void key_inside(Pass<R>& p, int n) {
 template <class R> void key_backward(const Attention& a, const Segment& s, void* scratch) {
   Pass<R> p(a, s, scratch);
   auto& w = p.w;
-  p.load_sums(s.start, s.start_denominator);
   const bool leaves = s.stop || s.stop_denominator;
+  if (s.start || s.start_denominator || leaves || s.end - s.begin > a.chunk) p.load_sums(s.start, s.start_denominator);
   bool ahead = s.start || s.start_denominator;  // anything in the sums?
   const int64_t chunks = (s.end - s.begin + a.chunk - 1) / a.chunk;
   for (int64_t c = chunks - 1; c >= 0; c--) {
