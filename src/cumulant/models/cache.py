@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from transformers.cache_utils import (
     Cache,
     CacheLayerMixin,
@@ -26,7 +25,7 @@ from ..ops.state import State, register
 
 
 class StateLayer(LinearAttentionLayer, CacheLayerMixin):  # type: ignore[misc]
-    """A mixer state of fixed size, its tensors kept as recurrent states, and the number of positions so far."""
+    """A mixer state of fixed size, and the number of positions so far."""
 
     _layer_type = "cumulant_state"
     is_compileable = False  # states are replaced, not written in place
@@ -35,35 +34,23 @@ class StateLayer(LinearAttentionLayer, CacheLayerMixin):  # type: ignore[misc]
 
     def __init__(self, **kwargs: Any):
         LinearAttentionLayer.__init__(self, number_of_states=0)
-        self.structure: TreeSpec | None = None
+        self.state: State | None = None
         self.length = 0
 
     @property
     def is_initialized(self) -> bool:
-        return self.structure is not None
-
-    def read(self) -> State | None:
-        if self.structure is None:
-            return None
-        leaves = [self.recurrent_states[i] for i in range(self.number_of_states)]
-        state: State = tree_unflatten(leaves, self.structure)
-        return state
+        return self.state is not None
 
     def write(self, state: State, length: int) -> None:
-        leaves, self.structure = tree_flatten(state)
-        self.number_of_states, self.length = len(leaves), length
-        self.recurrent_states = dict(enumerate(leaves))
-        self.conv_states = dict.fromkeys(range(len(leaves)))
-        self.is_conv_states_initialized = dict.fromkeys(range(len(leaves)), False)
-        self.is_recurrent_states_initialized = {i: leaf is not None for i, leaf in enumerate(leaves)}
-        self.has_previous_state = dict.fromkeys(range(len(leaves)), True)
-        self.device = next(leaf.device for leaf in leaves if leaf is not None)
+        self.state, self.length = state, length
+        if self.device is None:
+            self.device = next(iter(state.tensors().values())).device
 
     def reset(self) -> None:
         self.__init__()  # type: ignore[misc]
 
     def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError("a fixed-size state holds no keys and values; use read() and write()")
+        raise NotImplementedError("a fixed-size state holds no keys and values; use `state` and `write`")
 
     def get_seq_length(self) -> int:
         return self.length
@@ -74,23 +61,31 @@ class StateLayer(LinearAttentionLayer, CacheLayerMixin):  # type: ignore[misc]
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.length + query_length, 0
 
+    def offload(self) -> None:
+        self._replace(lambda x: x.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        self._replace(lambda x: x.to(self.device, non_blocking=True))
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.batch_select_indices(beam_idx)
+
     def batch_repeat_interleave(self, repeats: int) -> None:
         self._replace(lambda x: x.repeat_interleave(repeats, 0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self._replace(lambda x: x[indices])
+        self._replace(lambda x: x.index_select(0, indices.to(x.device)))
 
     def _replace(self, function: Any) -> None:
-        state = self.read()
-        if state is not None:
-            self.write(state.map(function), self.length)
+        if self.state is not None:
+            self.state = self.state.map(function)
 
 
 def read_state(cache: Cache, layer: int, past_mask: Tensor | None) -> State | None:
     """The state of mixer `layer`; `past_mask` ``[B, S]`` says which cached positions hold tokens (None: all)."""
     entry = cache.layers[layer]
     if isinstance(entry, StateLayer):
-        return entry.read()
+        return entry.state
     if isinstance(entry, LinearAttentionCacheLayerMixin):
         raise TypeError(
             f"past_key_values: layer {layer} is a {type(entry).__name__}; build the cache from the model's config"

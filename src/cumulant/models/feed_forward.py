@@ -5,6 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ..nn import ElitaFeedForward, Projection
+from ..nn.step import Layer
+from ..ops.step import Vector
 from .config import CumulantConfig
 
 
@@ -24,6 +26,16 @@ class FeedForward(nn.Module):
         hidden = nn.functional.gelu(up) if self.gate_proj is None else nn.functional.silu(self.gate_proj(x)) * up
         out: Tensor = self.out_proj(hidden)
         return out
+
+    def lay(self, layer: Layer, x: Vector, onto: Vector | None) -> Vector:
+        """See `cumulant.nn.step`."""
+        layer.take(self, FeedForward)
+        if self.gate_proj is None:
+            hidden = layer.program.activate("gelu", layer.project(self.up_proj, x))
+        else:
+            gate, up = layer.project(self.gate_proj, x), layer.project(self.up_proj, x)
+            hidden = layer.program.activate("swiglu", gate, up)
+        return layer.project(self.out_proj, hidden, onto, add=onto is not None)
 
 
 class LogitFeedForward(nn.Module):

@@ -25,6 +25,8 @@ from ..nn import (
 from ..nn.feature_maps import LearnedFeatureMap
 from ..nn.norms import make_norm
 from ..nn.padding import offsets
+from ..nn.step import Layer, step
+from ..ops.step import Vector
 from .cache import read_state, write_state
 from .config import CumulantConfig
 from .feed_forward import LogitFeedForward, build_feed_forward
@@ -58,16 +60,31 @@ class CumulantBlock(GradientCheckpointingLayer):  # type: ignore[misc]
         slot: int = 0,
     ) -> Tensor:
         """`slot`: the mixer's entry of the cache."""
+        state = None if past_key_values is None else read_state(past_key_values, slot, past_mask)
+        if state is not None and key_mask is None and hasattr(self.mixer, "parts"):
+            stepped = step(self, x, lambda: self.mixer.parts(state), state.position)
+            if stepped is not None:
+                state = self.mixer.assembled(stepped[1], state.position + 1)
+                write_state(past_key_values, slot, state, length)
+                return stepped[0]
         h = self.mixer_norm(x)
         if past_key_values is None:
             h = self.mixer(h, key_mask=key_mask, cu_seqlens=cu_seqlens)
         else:
-            state = read_state(past_key_values, slot, past_mask)
             h, state = self.mixer(h, key_mask=key_mask, state=state, return_state=True)
             write_state(past_key_values, slot, state, length)
         x = x + self.dropout(h)
         if self.feed_forward is not None:
             x = x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
+        return x
+
+    def lay(self, layer: Layer, x: Vector, onto: Vector | None) -> Vector:
+        """See `cumulant.nn.step`."""
+        layer.take(self, CumulantBlock)
+        layer.drop(self.dropout)
+        layer.child(self.mixer, layer.norm(self.mixer_norm, x), x)
+        if self.feed_forward is not None:
+            layer.child(self.feed_forward, layer.norm(self.feed_forward_norm, x), x)
         return x
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,10 +11,12 @@ from torch.nn import functional as F
 
 from ..ops.checks import check_key_mask
 from ..ops.state import LinearState, State, register
+from ..ops.step import Unsuitable, Vector
 from .padding import Rows, check_input, check_state, clear_slack, compact, hide, offsets, positions, restore
 from .projection import Projection
 from .rotary import RotaryEmbedding
 from .short_convolution import ShortConvolution
+from .step import Layer, step
 from .token_shift import token_shift
 
 
@@ -134,6 +136,10 @@ class KernelAttention(nn.Module):
         [B, S, D_c]`` where ``context_mask [B, S]`` is True, and at what `state` has summed, of whatever it was. A state
         alone will do: compute it once with `encode_context`, read it with many queries.
         """
+        if state is not None and return_state and key_mask is None and cu_seqlens is None and context is None:
+            stepped = self._step(x, state)
+            if stepped is not None:
+                return stepped
         check_input(x, self.dim, key_mask, cu_seqlens, state is not None or return_state)
         check_state(state, KernelAttentionState, x.shape[0])
         crossing = self._crosses(x, context, context_mask, cu_seqlens, state, return_state)
@@ -161,6 +167,54 @@ class KernelAttention(nn.Module):
         y = out.transpose(1, 2).flatten(2)
         y = restore(self.dropout(y if self.out_proj is None else self.out_proj(y)), rows)
         return (y, KernelAttentionState(attended[1], shift, conv)) if isinstance(attended, tuple) else y
+
+    def kernel(self) -> dict[str, Any] | None:
+        """What `Program.attend` needs to know of `attend`; None where a program cannot do it."""
+        raise NotImplementedError
+
+    def lay(self, layer: Layer, x: Vector, onto: Vector | None) -> Vector:
+        """See `cumulant.nn.step`."""
+        layer.take(self, type(self))
+        program, kernel = layer.program, self.kernel()
+        if kernel is None or not self.is_causal or self.out_proj is None:
+            raise Unsuitable
+        layer.drop(self.dropout)
+        x = program.shift(x) if self.shift_tokens else x
+        h = x if self.norm is None else layer.norm(self.norm, x)
+        mixed = program.vector(sum(self._sizes))
+        for projection, part in zip((self.q_proj, self.k_proj, self.v_proj), mixed.split(*self._sizes), strict=True):
+            layer.project(projection, h, part)
+        if self.conv is not None:
+            layer.take(self.conv, ShortConvolution)
+            mixed = program.convolve(mixed, self.conv.weight)
+        both, v = mixed.split(sum(self._sizes[:2]), self._sizes[2])
+        if self.qk_norm:
+            both = program.norm(both, "layernorm", 1e-5, heads=self.num_heads + self.num_kv_heads)
+        if self.rotary is not None:
+            layer.take(self.rotary, RotaryEmbedding)
+            program.rotate(both, self.head_dim, self.rotary.base)
+        q, k = both.split(*self._sizes[:2])
+        y = program.attend(q, k, v, self.num_heads, self.num_kv_heads, **kernel)
+        if self.gate_proj is not None:
+            program.gate(y, layer.project(self.gate_proj, x))
+        return layer.project(self.out_proj, y, onto, add=onto is not None)
+
+    def parts(self, state: object) -> list[Tensor | None]:
+        """A state's tensors in the order of `lay`; none of another mixer's state."""
+        if not isinstance(state, KernelAttentionState):
+            return []
+        local = ([state.shift] if self.shift_tokens else []) + ([] if self.conv is None else [state.conv])
+        return [*local, state.sums.numerator, *([] if state.sums.denominator is None else [state.sums.denominator])]
+
+    def assembled(self, parts: list[Tensor], position: Tensor) -> KernelAttentionState:
+        """The state of which these are the parts."""
+        shift = parts.pop(0) if self.shift_tokens else None
+        conv = None if self.conv is None else parts.pop(0)
+        return KernelAttentionState(LinearState(parts[0], parts[1] if len(parts) > 1 else None, position), shift, conv)
+
+    def _step(self, x: Tensor, state: KernelAttentionState) -> tuple[Tensor, KernelAttentionState] | None:
+        stepped = step(self, x, lambda: self.parts(state), state.position)
+        return None if stepped is None else (stepped[0], self.assembled(stepped[1], state.position + 1))
 
     def encode_context(
         self, context: Tensor, *, context_mask: Tensor | None = None, state: KernelAttentionState | None = None

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..ops.feature_maps import FeatureMap, check_feature_map
+from ..ops.feature_maps import ELEMENTWISE, FeatureMap, check_feature_map
 from ..ops.linear import linear_attention
 from ..ops.state import LinearState
 from .feature_maps import HedgehogFeatureMap, RebasedFeatureMap
@@ -125,3 +125,15 @@ class LinearAttention(KernelAttention):
             return_state=return_state,
             impl=self.impl,
         )
+
+    def kernel(self) -> dict[str, Any] | None:
+        elementwise = isinstance(self.feature_map, str) and self.feature_map in ELEMENTWISE
+        if self.impl not in ("auto", "native") or type(self) is not LinearAttention or not elementwise:
+            return None
+        return {
+            "order": 0,
+            "constant_term": True,
+            "activation": self.feature_map,
+            "scale": 1.0 if self.scale is None else self.scale,
+            "normalize": self.normalize,
+        }

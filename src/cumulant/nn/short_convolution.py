@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.state import State, register
+from ..ops.step import Vector
 from .padding import check_input, check_state, clear_slack, compact, last_tokens, offsets, restore
 from .projection import Projection
+from .step import Layer
 
 
 class ShortConvolution(nn.Module):
@@ -109,3 +111,21 @@ class GatedShortConvolution(nn.Module):
             return y
         count = x.new_full((x.shape[0],), x.shape[1], dtype=torch.int64) if rows is None else rows.tokens
         return y, ConvolutionState(tail, count if state is None else count + state.position)
+
+    def lay(self, layer: Layer, x: Vector, onto: Vector | None) -> Vector:
+        """See `cumulant.nn.step`."""
+        layer.take(self, GatedShortConvolution)
+        layer.take(self.conv, ShortConvolution)
+        content, gate = layer.project(self.in_proj, x).split(self.dim, self.dim)
+        mixed = layer.program.activate("product", layer.program.convolve(content, self.conv.weight), gate)
+        return layer.project(self.out_proj, mixed, onto, add=onto is not None)
+
+    @staticmethod
+    def parts(state: object) -> list[Tensor | None]:
+        """A state's tensors in the order of `lay`; none of another mixer's state."""
+        return [state.tail] if isinstance(state, ConvolutionState) else []
+
+    @staticmethod
+    def assembled(parts: list[Tensor], position: Tensor) -> ConvolutionState:
+        """The state of which these are the parts."""
+        return ConvolutionState(parts[0], position)

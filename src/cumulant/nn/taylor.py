@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from torch import Tensor
 
@@ -126,3 +127,14 @@ class TaylorAttention(KernelAttention):
             return_state=return_state,
             impl=self.impl,
         )
+
+    def kernel(self) -> dict[str, Any] | None:
+        if self.impl not in ("auto", "native") or type(self) is not TaylorAttention:
+            return None
+        return {
+            "order": self.order,
+            "constant_term": self.constant_term,
+            "activation": "identity",
+            "scale": self.scale,
+            "normalize": True,
+        }

@@ -88,6 +88,33 @@ struct MixedSegment {
   void *stop, *dbias;
 };
 
+// One token through a whole layer: instructions on vectors of floats, which lie one after another in a row for each sequence of
+// the batch. Vectors are named by where they begin in that row.
+enum Operation { NORM, MATRIX, CONVOLUTION, SHIFT, ROTARY, ATTEND, GATE, ACTIVATE };
+enum NormKind { RMS, LAYER, SCALE };
+enum ActivationKind { SWIGLU, GELU, PRODUCT };
+struct Instruction {
+  int32_t operation, kind;
+  int64_t source, second, third, target;  // vectors: read, read, read, written (or read and written)
+  int64_t n, k;                           // NORM, ROTARY, GATE: n heads of k numbers; MATRIX [n, k]; CONVOLUTION: n taps, k channels
+  const float *weight, *bias;             // may be null
+  double scalar;                          // epsilon; the rotary base
+  int64_t state;                          // the first of its states, [B, ...] each
+  int64_t add;                            // MATRIX: to what is there
+  const Attention* attention;             // ATTEND, but for its arrays
+};
+struct Program {
+  int64_t B, width, count;  // rows, numbers in each, instructions
+  int64_t inputs, output, outputs;
+  int32_t threads, isa;
+  const Instruction* instructions;
+  const int64_t* position;  // [B]
+  const float* input;       // [B, inputs], put at the row's start
+  float* out;               // [B, outputs], from `output` on
+  const void* const* before;
+  void* const* after;
+};
+
 constexpr int CHUNK = 64;      // rows of scratch matrices are this long
 constexpr int MAX_ORDER = 8;
 
@@ -115,6 +142,8 @@ struct Kernels {
   MixedKernel *mixed_forward, *mixed_sum_keys, *mixed_sum_queries, *mixed_query_backward, *mixed_key_backward;
   void (*elita_forward)(const Elita&, const ElitaSegment&, void* scratch);
   void (*elita_backward)(const Elita&, const ElitaSegment&, void* scratch);
+  // Outputs begin .. end - 1 of one instruction, for all rows.
+  void (*instruct)(const Program&, const Instruction&, float* rows, int64_t begin, int64_t end);
   Kernel *forward, *sum_keys, *sum_queries, *query_backward, *key_backward, *step;
 };
 

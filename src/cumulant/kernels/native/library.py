@@ -68,6 +68,27 @@ class MixedChunk(ctypes.Structure):
     ]
 
 
+class Instruction(ctypes.Structure):
+    _fields_ = [
+        *((name, _i32) for name in ("operation", "kind")),
+        *((name, _i64) for name in ("source", "second", "third", "target", "n", "k")),
+        *((name, _pointer) for name in ("weight", "bias")),
+        ("scalar", ctypes.c_double),
+        *((name, _i64) for name in ("state", "add")),
+        ("attention", ctypes.POINTER(Attention)),
+    ]
+
+
+class Program(ctypes.Structure):
+    _fields_ = [
+        *((name, _i64) for name in ("B", "width", "count", "inputs", "output", "outputs")),
+        *((name, _i32) for name in ("threads", "isa")),
+        ("instructions", ctypes.POINTER(Instruction)),
+        *((name, _pointer) for name in ("position", "input", "out")),
+        *((name, ctypes.POINTER(_pointer)) for name in ("before", "after")),
+    ]
+
+
 def need(condition: bool, name: str, wanted: object, got: object) -> None:
     """What the C++ takes for granted; the operations have told users before, in their terms."""
     if not condition:
@@ -129,8 +150,9 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         library = ctypes.CDLL(os.fspath(PATH))
     except OSError as error:
         return None, f"its kernels cannot be loaded: {error}"
-    if library.cumulant_abi() != ctypes.sizeof(Attention) + (ctypes.sizeof(Elita) << 10) + (
-        ctypes.sizeof(MixedChunk) << 20
+    size = ctypes.sizeof
+    if library.cumulant_abi() != size(Attention) + (size(Elita) << 9) + (size(MixedChunk) << 18) + (
+        (size(Instruction) + size(Program)) << 12
     ):
         return None, "its kernels were compiled from another version of cumulant: install it again"
     entry = _openmp()

@@ -1,0 +1,148 @@
+// The instructions of a program (one token through a layer): what each does to its vectors.
+#pragma once
+
+#include "simd.hpp"
+
+#include <cmath>
+
+namespace cumulant {
+namespace CUMULANT_ISA {
+
+// Products of N rows of a matrix with a vector.
+template <int N> INLINE void dot_rows(const float* W, int64_t k, const float* x, float* out) {
+  constexpr int L = LANES<float>;
+  Vec<float> sums[N];
+  for (int i = 0; i < N; i++) sums[i] = Vec<float>{};
+  int64_t j = 0;
+  for (; j + L <= k; j += L) {
+    const Vec<float> y = load(x + j);
+    for (int i = 0; i < N; i++) sums[i] += load(W + i * k + j) * y;
+  }
+  for (int i = 0; i < N; i++) {
+    float rest = 0;
+    for (int64_t t = j; t < k; t++) rest += W[i * k + t] * x[t];
+    out[i] = sum<float>(sums[i]) + rest;
+  }
+}
+
+// Rows begin .. end - 1 of a matrix, each read from memory once for all rows of the batch.
+inline void multiply_matrix(const Program& p, const Instruction& s, float* rows, int64_t begin, int64_t end) {
+  constexpr int N = 8;
+  for (int64_t i = begin; i < end; i += N) {
+    const int64_t count = smaller<int64_t>(N, end - i);
+    const float* const W = s.weight + i * s.k;
+    for (int64_t b = 0; b < p.B; b++) {
+      float* const row = rows + b * p.width;
+      float out[N];
+      if (count == N) {
+        dot_rows<N>(W, s.k, row + s.source, out);
+      } else {
+        for (int64_t c = 0; c < count; c++) dot_rows<1>(W + c * s.k, s.k, row + s.source, out + c);
+      }
+      float* const to = row + s.target + i;
+      for (int64_t c = 0; c < count; c++) to[c] = (s.add ? to[c] : 0) + out[c] + (s.bias ? s.bias[i + c] : 0);
+    }
+  }
+}
+
+inline void normalise(const Instruction& s, const float* x, float* y) {
+  float mean = 0, squares = 0;
+  if (s.kind == LAYER) {
+    for (int64_t i = 0; i < s.k; i++) mean += x[i];
+    mean /= float(s.k);
+  }
+  for (int64_t i = 0; i < s.k; i++) squares += (x[i] - mean) * (x[i] - mean);
+  squares /= float(s.k);
+  if (s.kind == SCALE) {
+    const float factor = s.weight[0] / larger(std::sqrt(squares), float(s.scalar));
+    for (int64_t i = 0; i < s.k; i++) y[i] = x[i] * factor;
+    return;
+  }
+  const float factor = 1 / std::sqrt(squares + float(s.scalar));
+  for (int64_t i = 0; i < s.k; i++)
+    y[i] = (x[i] - mean) * factor * (s.weight ? s.weight[i] : 1) + (s.bias ? s.bias[i] : 0);
+}
+
+// weight [n, k], the newest tap first; the state [n - 1, k], the newest input last.
+inline void convolve(const Instruction& s, const float* before, float* after, const float* x, float* y) {
+  const int64_t past = s.n - 1;
+  for (int64_t c = 0; c < s.k; c++) y[c] = x[c] * s.weight[c];
+  for (int64_t j = 1; j <= past; j++)
+    for (int64_t c = 0; c < s.k; c++) y[c] += before[(past - j) * s.k + c] * s.weight[j * s.k + c];
+  if (past > 0) {
+    memcpy(after, before + s.k, sizeof(float) * size_t((past - 1) * s.k));
+    memcpy(after + (past - 1) * s.k, x, sizeof(float) * size_t(s.k));
+  }
+}
+
+// Pairs of numbers by their angles at a position; whole turns are taken off in double.
+inline void rotate(const Instruction& s, int64_t position, float* x) {
+  for (int64_t i = 0; i < s.k / 2; i++) {
+    const double frequency = std::pow(s.scalar, -2.0 * double(i) / double(s.k)) / (2 * M_PI);
+    const double turns = double(position) * frequency;
+    const float angle = float((turns - std::floor(turns)) * (2 * M_PI));
+    const float cosine = std::cos(angle), sine = std::sin(angle);
+    for (int64_t h = 0; h < s.n; h++) {
+      float* const pair = x + h * s.k + 2 * i;
+      const float even = pair[0], odd = pair[1];
+      pair[0] = even * cosine - odd * sine;
+      pair[1] = even * sine + odd * cosine;
+    }
+  }
+}
+
+INLINE float sigmoid(float x) { return 1 / (1 + std::exp(-x)); }
+INLINE Vec<float> sigmoid(Vec<float> x) {
+  const Vec<float> e = exponential<float>(x < 0 ? x : -x), one = splat(1.0f);
+  return (x < 0 ? e : one) / (one + e);
+}
+
+inline void activate(const Instruction& s, const float* x, const float* up, float* y) {
+  constexpr int L = LANES<float>;
+  int64_t i = 0;
+  if (s.kind == SWIGLU) {
+    for (; i + L <= s.n; i += L) store(y + i, load(x + i) * sigmoid(load(x + i)) * load(up + i));
+    for (; i < s.n; i++) y[i] = x[i] * sigmoid(x[i]) * up[i];
+  } else if (s.kind == PRODUCT) {
+    for (; i < s.n; i++) y[i] = x[i] * up[i];
+  } else {
+    for (; i < s.n; i++) y[i] = 0.5f * x[i] * (1 + std::erf(x[i] * float(M_SQRT1_2)));
+  }
+}
+
+inline void instruct(const Program& p, const Instruction& s, float* rows, int64_t begin, int64_t end) {
+  if (s.operation == MATRIX) return multiply_matrix(p, s, rows, begin, end);
+  for (int64_t b = 0; b < p.B; b++) {
+    float* const row = rows + b * p.width;
+    const float *x = row + s.source, *second = row + s.second;
+    float* const y = row + s.target;
+    switch (s.operation) {
+      case NORM:
+        for (int64_t h = 0; h < s.n; h++) normalise(s, x + h * s.k, y + h * s.k);
+        break;
+      case CONVOLUTION: {
+        const int64_t size = (s.n - 1) * s.k;
+        convolve(s, (const float*)p.before[s.state] + b * size, (float*)p.after[s.state] + b * size, x, y);
+        break;
+      }
+      case SHIFT:  // the second part of the channels from the token before
+        memcpy((float*)p.after[s.state] + b * s.k, x + s.n, sizeof(float) * size_t(s.k));
+        memcpy(y, x, sizeof(float) * size_t(s.n));
+        memcpy(y + s.n, (const float*)p.before[s.state] + b * s.k, sizeof(float) * size_t(s.k));
+        break;
+      case ROTARY:
+        rotate(s, p.position[b], y);
+        break;
+      case GATE:
+        for (int64_t h = 0; h < s.n; h++)
+          for (int64_t i = 0; i < s.k; i++) y[h * s.k + i] *= sigmoid(second[h]);
+        break;
+      case ACTIVATE:
+        activate(s, x, second, y);
+        break;
+    }
+  }
+}
+
+}  // namespace CUMULANT_ISA
+}  // namespace cumulant

@@ -1,0 +1,194 @@
+"""Programs: one token through a whole layer in one call, for decoding, where Python would take longer than the numbers.
+
+A program is a list of instructions on vectors, which modules lay down once; it then runs token by token. fp32, without
+gradients.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from .attention import ACTIVATIONS, _size
+from .library import CHUNK, MAX_ORDER, Attention, Instruction, _pointer, call, instruction_set, pointer
+from .library import Program as Arguments
+
+OPERATIONS = ("norm", "matrix", "convolution", "shift", "rotary", "attend", "gate", "activate")  # as in abi.hpp
+NORMS = ("rmsnorm", "layernorm", "scalenorm")
+ACTIVATED = ("swiglu", "gelu", "product")
+
+
+class Unsuitable(Exception):
+    """Something that programs cannot do."""
+
+
+class Vector(NamedTuple):
+    """Numbers of a token: where they begin in its row, and how many."""
+
+    start: int
+    size: int
+
+    def split(self, *sizes: int) -> list[Vector]:
+        starts = [self.start + sum(sizes[:i]) for i in range(len(sizes))]
+        return [Vector(start, size) for start, size in zip(starts, sizes, strict=True)]
+
+
+class Program:
+    """Instructions for one token of `dim` numbers, `input`."""
+
+    def __init__(self, dim: int):
+        self._width = 0
+        self.input = self.vector(dim)
+        self.states: list[tuple[int, ...]] = []  # shape of each, without the batch
+        self._instructions: list[Instruction] = []
+        self._weights: list[Tensor] = []  # which must stay where they are
+        self._attention: list[Attention] = []
+
+    def vector(self, size: int) -> Vector:
+        start = self._width
+        self._width += -(-size // 16) * 16
+        return Vector(start, size)
+
+    def norm(
+        self, x: Vector, kind: str, eps: float, weight: Tensor | None = None, bias: Tensor | None = None, heads: int = 1
+    ) -> Vector:
+        """Each head of x normalised."""
+        size = x.size // heads
+        self._fits(weight, (1,) if kind == "scalenorm" else (size,))
+        self._fits(bias, (size,))
+        y = self.vector(x.size)
+        self._add(
+            "norm", kind=NORMS.index(kind), source=x, target=y, n=heads, k=size, weight=weight, bias=bias, scalar=eps
+        )
+        return y
+
+    def matrix(
+        self, x: Vector, weight: Tensor, bias: Tensor | None = None, to: Vector | None = None, add: bool = False
+    ) -> Vector:
+        """``W x + b``, to a new vector, or written (or added) to one."""
+        n, k = weight.shape
+        y = self.vector(n) if to is None else to
+        self._fits(weight, (y.size, x.size))
+        self._fits(bias, (n,))
+        self._add("matrix", source=x, target=y, n=n, k=k, weight=weight, bias=bias, add=add)
+        return y
+
+    def convolve(self, x: Vector, weight: Tensor) -> Vector:
+        """``Σ_j weight[j] ⊙ x_{t-j}``; its state is the inputs ``[taps - 1, x.size]`` before."""
+        taps = weight.shape[0]
+        self._fits(weight, (taps, x.size))
+        y = self.vector(x.size)
+        state = self._state(taps - 1, x.size)
+        self._add("convolution", source=x, target=y, n=taps, k=x.size, weight=weight, state=state)
+        return y
+
+    def shift(self, x: Vector) -> Vector:
+        """The second half of the numbers from the token before, ``[1, x.size // 2]``."""
+        y, shifted = self.vector(x.size), x.size // 2
+        self._add("shift", source=x, target=y, n=x.size - shifted, k=shifted, state=self._state(1, shifted))
+        return y
+
+    def rotate(self, x: Vector, dim: int, base: float) -> None:
+        """Heads of `dim` numbers, in place."""
+        self._add("rotary", target=x, n=x.size // dim, k=dim, scalar=base)
+
+    def attend(
+        self,
+        query: Vector,
+        key: Vector,
+        value: Vector,
+        heads: int,
+        groups: int,
+        *,
+        order: int,
+        constant_term: bool,
+        activation: str,
+        scale: float,
+        normalize: bool,
+    ) -> Vector:
+        """Linear or Taylor attention; its states are the numerator ``[G, F, V]`` and, normalised, the denominator."""
+        K, V = query.size // heads, value.size // groups
+        features = math.comb(K + order, order) if order else K
+        if order > MAX_ORDER or activation not in ACTIVATIONS or features >= 2**31:
+            raise Unsuitable
+        F = _size(K, order, constant_term)
+        state = self._state(groups, F, V)
+        if normalize:
+            self._state(groups, F)
+        self._attention.append(
+            Attention(
+                H=heads, G=groups, T=1, S=1, K=K, V=V, F=F, chunk=CHUNK, span=1, order=order,
+                constant_term=constant_term, activation=ACTIVATIONS.index(activation), normalize=normalize,
+                is_causal=True, scale=scale,
+            )
+        )  # fmt: skip
+        y = self.vector(heads * V)
+        self._add("attend", source=query, second=key, third=value, target=y, state=state)
+        self._instructions[-1].attention = ctypes.pointer(self._attention[-1])
+        return y
+
+    def gate(self, x: Vector, gates: Vector) -> None:
+        """x times the sigmoids of its heads' gates, in place."""
+        self._add("gate", second=gates, target=x, n=gates.size, k=x.size // gates.size)
+
+    def activate(self, kind: str, x: Vector, up: Vector | None = None) -> Vector:
+        """``silu(x) ⊙ up`` ("swiglu"), ``gelu(x)``, or ``x ⊙ up`` ("product")."""
+        y = self.vector(x.size)
+        self._add("activate", kind=ACTIVATED.index(kind), source=x, second=up or x, target=y, n=x.size)
+        return y
+
+    def end(self, output: Vector) -> None:
+        """Nothing more follows; `output` comes out."""
+        self._output = output
+        self._laid = (Instruction * len(self._instructions))(*self._instructions)
+
+    def suits(self, x: Tensor, states: Sequence[Tensor | None]) -> bool:
+        """Whether it can run on these states: fp32 tensors of the right shapes."""
+        rows = x.shape[0]
+        return len(states) == len(self.states) and all(
+            s is not None
+            and s.shape == (rows, *shape)
+            and s.dtype == torch.float32
+            and s.is_contiguous()
+            and s.device.type == "cpu"
+            for s, shape in zip(states, self.states, strict=True)
+        )
+
+    def run(self, x: Tensor, states: Sequence[Tensor], position: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """``x [B, dim]``, contiguous, at ``position [B]`` -> ``[B, output]`` and the new states."""
+        rows, output = x.shape[0], self._output
+        out, after = x.new_empty(rows, output.size), [torch.empty_like(s) for s in states]
+        pointers = _pointer * len(states)
+        arguments = Arguments(
+            rows, self._width, len(self._instructions), self.input.size, output.start, output.size,
+            torch.get_num_threads(), instruction_set(), self._laid, pointer(position), pointer(x), pointer(out),
+            pointers(*(s.data_ptr() for s in states)), pointers(*(s.data_ptr() for s in after)),
+        )  # fmt: skip
+        call("cumulant_program", arguments)
+        return out, after
+
+    def _state(self, *shape: int) -> int:
+        self.states.append(shape)
+        return len(self.states) - 1
+
+    def _fits(self, weight: Tensor | None, shape: tuple[int, ...]) -> None:
+        if weight is None:
+            return
+        plain = type(weight) in (Tensor, Parameter) and weight.dtype == torch.float32 and weight.device.type == "cpu"
+        if not plain or not weight.is_contiguous() or weight.shape != shape:
+            raise Unsuitable
+        self._weights.append(weight)
+
+    def _add(self, operation: str, **fields: Any) -> None:
+        for name, x in fields.items():
+            if isinstance(x, Vector):
+                fields[name] = x.start
+            elif isinstance(x, Tensor):
+                fields[name] = x.data_ptr()
+        self._instructions.append(Instruction(operation=OPERATIONS.index(operation), **fields))

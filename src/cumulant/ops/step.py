@@ -1,0 +1,32 @@
+"""Steps: one token through a whole module in one native call, for decoding.
+
+A module lays its work down once, as a `Program`; see `cumulant.nn.step`, which knows when programs may run.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..kernels.native.program import Program, Unsuitable, Vector
+from ..kernels.product import ordinary
+from .dispatch import native_obstacle
+
+__all__ = ["MOST_ROWS", "Program", "Unsuitable", "Vector", "may_step"]
+
+MOST_ROWS = 8  # above, PyTorch's matrix products are the faster ones
+
+
+def may_step(x: Tensor) -> bool:
+    """Whether ``x [B, 1, D]`` is a token that a program may take: few rows of fp32 on a CPU, in a plain call."""
+    return (
+        not torch.compiler.is_compiling()
+        and x.dim() == 3
+        and x.shape[1] == 1
+        and 0 < x.shape[0] <= MOST_ROWS
+        and x.dtype == torch.float32
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+        and not native_obstacle(x)
+        and ordinary(x)
+    )
