@@ -34,6 +34,7 @@ class StateLayer(LinearAttentionLayer, CacheLayerMixin):  # type: ignore[misc]
 
     def __init__(self, **kwargs: Any):
         LinearAttentionLayer.__init__(self, number_of_states=0)
+        self.device: torch.device | None = None
         self.state: State | None = None
         self.length = 0
 

@@ -25,7 +25,7 @@ from ..nn import (
 from ..nn.feature_maps import LearnedFeatureMap
 from ..nn.norms import make_norm
 from ..nn.padding import offsets
-from ..nn.step import Layer, step
+from ..nn.step import Layer, step, step_mixer
 from ..ops.step import Vector
 from .cache import read_state, write_state
 from .config import CumulantConfig
@@ -41,13 +41,15 @@ class CumulantBlock(GradientCheckpointingLayer):  # type: ignore[misc]
         self.mixer_norm = make_norm(config.norm, config.hidden_size, config.norm_eps, affine=config.norm_affine)
         self.mixer = build_mixer(config, layer)
         self.dropout = nn.Dropout(config.dropout)
-        self.mixer.out_proj.writes_residual = True  # type: ignore[union-attr]
+        projections: list[Any] = [self.mixer.out_proj]
         self.feed_forward = build_feed_forward(config)
         if self.feed_forward is not None:
             self.feed_forward_norm = make_norm(
                 config.norm, config.hidden_size, config.norm_eps, affine=config.norm_affine
             )
-            self.feed_forward.out_proj.writes_residual = True  # type: ignore[assignment]
+            projections.append(self.feed_forward.out_proj)
+        for projection in projections:
+            projection.writes_residual = True
 
     def forward(
         self,
@@ -60,12 +62,11 @@ class CumulantBlock(GradientCheckpointingLayer):  # type: ignore[misc]
         slot: int = 0,
     ) -> Tensor:
         """`slot`: the mixer's entry of the cache."""
-        state = None if past_key_values is None else read_state(past_key_values, slot, past_mask)
+        state: Any = None if past_key_values is None else read_state(past_key_values, slot, past_mask)
         if state is not None and key_mask is None and hasattr(self.mixer, "parts"):
-            stepped = step(self, x, lambda: self.mixer.parts(state), state.position)
+            stepped = step_mixer(self.mixer, x, state, self)
             if stepped is not None:
-                state = self.mixer.assembled(stepped[1], state.position + 1)
-                write_state(past_key_values, slot, state, length)
+                write_state(past_key_values, slot, stepped[1], length)
                 return stepped[0]
         h = self.mixer_norm(x)
         if past_key_values is None:
@@ -75,14 +76,18 @@ class CumulantBlock(GradientCheckpointingLayer):  # type: ignore[misc]
             write_state(past_key_values, slot, state, length)
         x = x + self.dropout(h)
         if self.feed_forward is not None:
-            x = x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
+            fed = step(self, x, lay="lay_feed_forward")
+            x = x + self.dropout(self.feed_forward(self.feed_forward_norm(x))) if fed is None else fed[0]
         return x
 
     def lay(self, layer: Layer, x: Vector, onto: Vector | None) -> Vector:
         """See `cumulant.nn.step`."""
+        layer.child(self.mixer, layer.norm(self.mixer_norm, x), x)
+        return self.lay_feed_forward(layer, x, onto)
+
+    def lay_feed_forward(self, layer: Layer, x: Vector, onto: Vector | None) -> Vector:
         layer.take(self, CumulantBlock)
         layer.drop(self.dropout)
-        layer.child(self.mixer, layer.norm(self.mixer_norm, x), x)
         if self.feed_forward is not None:
             layer.child(self.feed_forward, layer.norm(self.feed_forward_norm, x), x)
         return x

@@ -16,7 +16,7 @@ from .padding import Rows, check_input, check_state, clear_slack, compact, hide,
 from .projection import Projection
 from .rotary import RotaryEmbedding
 from .short_convolution import ShortConvolution
-from .step import Layer, step
+from .step import Layer, step_mixer
 from .token_shift import token_shift
 
 
@@ -137,7 +137,7 @@ class KernelAttention(nn.Module):
         alone will do: compute it once with `encode_context`, read it with many queries.
         """
         if state is not None and return_state and key_mask is None and cu_seqlens is None and context is None:
-            stepped = self._step(x, state)
+            stepped = step_mixer(self, x, state)
             if stepped is not None:
                 return stepped
         check_input(x, self.dim, key_mask, cu_seqlens, state is not None or return_state)
@@ -211,10 +211,6 @@ class KernelAttention(nn.Module):
         shift = parts.pop(0) if self.shift_tokens else None
         conv = None if self.conv is None else parts.pop(0)
         return KernelAttentionState(LinearState(parts[0], parts[1] if len(parts) > 1 else None, position), shift, conv)
-
-    def _step(self, x: Tensor, state: KernelAttentionState) -> tuple[Tensor, KernelAttentionState] | None:
-        stepped = step(self, x, lambda: self.parts(state), state.position)
-        return None if stepped is None else (stepped[0], self.assembled(stepped[1], state.position + 1))
 
     def encode_context(
         self, context: Tensor, *, context_mask: Tensor | None = None, state: KernelAttentionState | None = None

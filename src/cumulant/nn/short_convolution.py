@@ -11,7 +11,7 @@ from ..ops.state import State, register
 from ..ops.step import Vector
 from .padding import check_input, check_state, clear_slack, compact, last_tokens, offsets, restore
 from .projection import Projection
-from .step import Layer
+from .step import Layer, step_mixer
 
 
 class ShortConvolution(nn.Module):
@@ -96,6 +96,10 @@ class GatedShortConvolution(nn.Module):
         return_state: bool = False,
     ) -> Tensor | tuple[Tensor, ConvolutionState]:
         """``x [B, T, D]``, ``key_mask [B, T]`` True = a token; see `cumulant.nn` for the mixer protocol."""
+        if state is not None and return_state and key_mask is None and cu_seqlens is None:
+            stepped = step_mixer(self, x, state)
+            if stepped is not None:
+                return stepped
         check_input(x, self.dim, key_mask, cu_seqlens, state is not None or return_state)
         check_state(state, ConvolutionState, x.shape[0])
         rows, padding, offset = None, None, None

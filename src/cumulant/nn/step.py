@@ -1,16 +1,16 @@
 """One-token steps of whole modules as native programs: laying them down, and telling when they still hold.
 
-A module that can be stepped has ``lay(layer, x, onto)``, which lays its instructions down, and hands tensors of its state
-over in the order that these ask for. Whatever a program cannot do, and whatever may watch (gradients, hooks, tracing),
-takes the module's ordinary path.
+A module that can be stepped has ``lay(layer, x, onto)``, which lays its instructions down. With a state, it also has
+``parts(state)``, the state's tensors in the order that these ask for, and ``assembled(parts, position)``, the state
+again. What a program cannot do, and whatever may watch (gradients, hooks, tracing), takes the module's ordinary path.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import chain
 from operator import is_
-from typing import Any, Protocol
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -56,28 +56,23 @@ class Layer:
         if dropout.training and dropout.p > 0:  # type: ignore[operator]
             raise Unsuitable
 
-    def child(self, module: nn.Module, x: Vector, onto: Vector | None) -> Vector:
+    def child(self, module: nn.Module, x: Vector, onto: Vector | None, lay: str = "lay") -> Vector:
         """A module that lays itself down."""
-        lay = getattr(module, "lay", None)
-        if lay is None:
+        method = getattr(module, lay, None)
+        if method is None:
             raise Unsuitable
-        y: Vector = lay(self, x, onto)
+        y: Vector = method(self, x, onto)
         return y
-
-
-class Steppable(Protocol):
-    def lay(self, layer: Layer, x: Vector, onto: Vector | None) -> Vector:
-        """Instructions for one token x: returns the output, which is added to `onto` if that is given."""
 
 
 class _Laid:
     """The program of a module, or None where there can be none, and what that rests on."""
 
-    def __init__(self, module: Any, dim: int):
+    def __init__(self, module: nn.Module, lay: str, dim: int):
         layer = Layer(dim)
         self.program: Program | None = layer.program
         try:
-            self.program.end(layer.child(module, self.program.input, None))
+            self.program.end(layer.child(module, self.program.input, None, lay))
         except Unsuitable:
             self.program = None
         # `module` itself must not be held: its programs are kept for as long as it lives
@@ -113,26 +108,39 @@ def _equal(a: dict[str, Any], b: dict[str, Any]) -> bool:
         return False
 
 
-_laid: WeakKeyDictionary[nn.Module, _Laid] = WeakKeyDictionary()
+_laid: WeakKeyDictionary[nn.Module, dict[str, _Laid]] = WeakKeyDictionary()
 
 
 def step(
-    module: nn.Module, x: Tensor, states: Callable[[], Sequence[Tensor | None]], position: Tensor
+    module: nn.Module,
+    x: Tensor,
+    states: Sequence[Tensor | None] = (),
+    position: Tensor | None = None,
+    lay: str = "lay",
 ) -> tuple[Tensor, list[Tensor]] | None:
     """``x [B, 1, D]`` at ``position [B]`` through `module` -> ``[B, 1, D]`` and its new states, in one native call.
 
-    None where that cannot be, and the ordinary path must run.
+    None where that cannot be, and the ordinary path must run. lay: the method that laid the instructions down.
     """
     if not may_step(x):
         return None
-    laid = _laid.get(module)
+    programs = _laid.setdefault(module, {})
+    laid = programs.get(lay)
     if laid is None or not laid.holds():
-        laid = _laid[module] = _Laid(module, x.shape[-1])
+        laid = programs[lay] = _Laid(module, lay, x.shape[-1])
     program = laid.program
-    if program is None or laid.watched() or x.shape[-1] != program.input.size:
+    if program is None or laid.watched() or x.shape[-1] != program.input.size or not program.suits(x, states):
         return None
-    before = states()
-    if position.dtype != torch.int64 or position.shape != x.shape[:1] or not program.suits(x, before):
-        return None
-    y, after = program.run(x.contiguous(), before, position.contiguous())  # type: ignore[arg-type]
+    if position is not None:
+        if position.dtype != torch.int64 or position.shape != x.shape[:1]:
+            return None
+        position = position.contiguous()
+    y, after = program.run(x.contiguous(), states, position)  # type: ignore[arg-type]
     return y[:, None], after
+
+
+def step_mixer(mixer: Any, x: Tensor, state: Any, module: nn.Module | None = None) -> tuple[Tensor, Any] | None:
+    """A step of a mixer with its state, or of the `module` around it: the output and the new state, or None."""
+    position: Any = getattr(state, "position", None)
+    stepped = step(module or mixer, x, mixer.parts(state), position)
+    return None if stepped is None else (stepped[0], mixer.assembled(stepped[1], position + 1))

@@ -14,7 +14,7 @@ from .dispatch import native_obstacle
 
 __all__ = ["MOST_ROWS", "Program", "Unsuitable", "Vector", "may_step"]
 
-MOST_ROWS = 8  # above, PyTorch's matrix products are the faster ones
+MOST_ROWS = 16  # above, PyTorch's matrix products are the faster ones
 
 
 def may_step(x: Tensor) -> bool:

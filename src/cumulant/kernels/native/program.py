@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from .attention import ACTIVATIONS, _size
-from .library import CHUNK, MAX_ORDER, Attention, Instruction, _pointer, call, instruction_set, pointer
+from .library import CHUNK, MAX_ORDER, Attention, Instruction, _pointer, call, instruction_set, need, pointer
 from .library import Program as Arguments
 
 OPERATIONS = ("norm", "matrix", "convolution", "shift", "rotary", "attend", "gate", "activate")  # as in abi.hpp
@@ -49,6 +49,7 @@ class Program:
         self._instructions: list[Instruction] = []
         self._weights: list[Tensor] = []  # which must stay where they are
         self._attention: list[Attention] = []
+        self._rotates = False
 
     def vector(self, size: int) -> Vector:
         start = self._width
@@ -96,6 +97,7 @@ class Program:
 
     def rotate(self, x: Vector, dim: int, base: float) -> None:
         """Heads of `dim` numbers, in place."""
+        self._rotates = True
         self._add("rotary", target=x, n=x.size // dim, k=dim, scalar=base)
 
     def attend(
@@ -160,9 +162,13 @@ class Program:
             for s, shape in zip(states, self.states, strict=True)
         )
 
-    def run(self, x: Tensor, states: Sequence[Tensor], position: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """``x [B, dim]``, contiguous, at ``position [B]`` -> ``[B, output]`` and the new states."""
+    def run(self, x: Tensor, states: Sequence[Tensor], position: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+        """``x [B, ..., dim]``, contiguous, at ``position [B]`` -> ``[B, output]`` and the new states.
+
+        Only rotations need a position.
+        """
         rows, output = x.shape[0], self._output
+        need(position is not None or not self._rotates, "position", "[B]", None)
         out, after = x.new_empty(rows, output.size), [torch.empty_like(s) for s in states]
         pointers = _pointer * len(states)
         arguments = Arguments(
