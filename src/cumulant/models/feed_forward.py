@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from ..nn import ElitaFeedForward, Projection
 from ..nn.step import Layer
+from ..ops.pointwise import swiglu
 from ..ops.step import Vector
 from .config import CumulantConfig
 
@@ -23,7 +24,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         up = self.up_proj(x)
-        hidden = nn.functional.gelu(up) if self.gate_proj is None else nn.functional.silu(self.gate_proj(x)) * up
+        hidden = nn.functional.gelu(up) if self.gate_proj is None else swiglu(self.gate_proj(x), up)
         out: Tensor = self.out_proj(hidden)
         return out
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops.checks import check_key_mask
 from ..ops.state import LinearState, State, register
 from ..ops.step import Unsuitable, Vector
+from .norms import RMSNorm
 from .padding import Rows, check_input, check_state, clear_slack, compact, hide, offsets, positions, restore
 from .projection import Projection
 from .rotary import RotaryEmbedding
@@ -92,7 +92,7 @@ class KernelAttention(nn.Module):
         self.value_dim = dim // num_heads if value_dim is None else value_dim
         self.context_dim = dim if context_dim is None else context_dim
         self.is_causal, self.qk_norm, self.shift_tokens = is_causal, qk_norm, shift_tokens
-        self.norm = nn.RMSNorm(dim, eps=1e-6) if prenorm else None
+        self.norm = RMSNorm(dim, eps=1e-6) if prenorm else None
         self.q_proj = Projection(dim, num_heads * head_dim, bias=bias)
         self.k_proj = Projection(self.context_dim, groups * head_dim, bias=bias)
         self.v_proj = Projection(self.context_dim, groups * self.value_dim, bias=bias)
@@ -281,8 +281,7 @@ class KernelAttention(nn.Module):
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         tail = None if state is None else state.conv
         if self.conv is not None:
-            mixed, tail = self.conv(torch.cat((q, k, v), -1), tail=tail, offset=local.offset, padding=local.padding)
-            q, k, v = mixed.split(self._sizes, -1)
+            q, k, v, tail = self.conv(q, k, v, tail=tail, offset=local.offset, padding=local.padding)
         q, k, v = self._heads(q, self.num_heads), self._heads(k, self.num_kv_heads), self._heads(v, self.num_kv_heads)
         q, k = self._normed(q), self._normed(k)
         if self.rotary is not None:

@@ -5,7 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..ops.pointwise import rms_norm
+
 NORMS = ("layernorm", "rmsnorm", "scalenorm")
+
+
+class RMSNorm(nn.RMSNorm):
+    """`torch.nn.RMSNorm` over one dimension, in one pass over memory on a CPU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., D]`` -> ``[..., D]``."""
+        eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
+        return rms_norm(x, self.weight, eps)
 
 
 class ScaleNorm(nn.Module):
@@ -39,7 +50,7 @@ def make_norm(name: str, dim: int, eps: float | None = None, *, affine: bool = T
     if name not in NORMS:
         raise ValueError(f"norm: expected one of {', '.join(map(repr, NORMS))}, got {name!r}")
     if name == "rmsnorm":
-        return nn.RMSNorm(dim, eps=1e-6 if eps is None else eps, elementwise_affine=affine)
+        return RMSNorm(dim, eps=1e-6 if eps is None else eps, elementwise_affine=affine)
     eps = 1e-5 if eps is None else eps
     if name == "layernorm":
         return nn.LayerNorm(dim, eps=eps, elementwise_affine=affine)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..ops.pointwise import turn
+
 
 class RotaryEmbedding(nn.Module):
     """Rotates neighbouring pairs of dimensions by position-dependent angles (Su et al. 2021, "RoFormer", eq. 34).
@@ -35,20 +37,9 @@ class RotaryEmbedding(nn.Module):
 
     def forward(self, x: Tensor, position: Tensor) -> Tensor:
         """``x [B, H, T, dim]`` at ``position [T]`` or ``[B, T]``."""
-        return self._turned(x, *self._per_head(position))
+        return turn(x, *self.angles(position))
 
     def both(self, query: Tensor, key: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
         """Queries and keys at the same positions."""
-        cos, sin = self._per_head(position)
-        return self._turned(query, cos, sin), self._turned(key, cos, sin)
-
-    def _per_head(self, position: Tensor) -> tuple[Tensor, Tensor]:
-        cos, sin = self.angles(position)
-        return (cos[:, None], sin[:, None]) if position.dim() == 2 else (cos, sin)
-
-    @staticmethod
-    def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        even, odd = x.to(dtype).unflatten(-1, (-1, 2)).unbind(-1)
-        turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2)
-        return turned.to(x.dtype)
+        cosine, sine = self.angles(position)
+        return turn(query, cosine, sine), turn(key, cosine, sine)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..ops.pointwise import short_convolution
 from ..ops.state import State, register
 from ..ops.step import Vector
 from .padding import check_input, check_state, clear_slack, compact, last_tokens, offsets, restore
@@ -44,20 +45,22 @@ class ShortConvolution(nn.Module):
         return weight
 
     def forward(
-        self, x: Tensor, *, tail: Tensor | None = None, offset: Tensor | None = None, padding: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """``x [B, T, D]`` -> the same and the new tail ``[B, size - 1, D]``; arguments as in `token_shift`."""
-        n, T = self.size - 1, x.shape[1]
-        tail = x.new_zeros(x.shape[0], n, x.shape[2]) if tail is None else tail.to(x.dtype)
-        buffer = torch.cat((tail, x), 1)
-        weight = self.weight.to(x.dtype)
-        y = x * weight[0]
-        for j in range(1, self.size):
-            tap = buffer[:, n - j : n - j + T]
-            if offset is not None:
-                tap = tap.masked_fill((offset < j)[:, None], 0)
-            y = torch.addcmul(y, tap, weight[j])
-        return y, last_tokens(buffer, padding, n)
+        self, *x: Tensor, tail: Tensor | None = None, offset: Tensor | None = None, padding: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        """``x [B, T, D]`` -> the same and the new tail ``[B, size - 1, D]``; arguments as in `token_shift`.
+
+        The channels may come as several tensors, which have their outputs each.
+        """
+        sizes, n = [part.shape[-1] for part in x], self.size - 1
+        weights = self.weight.to(x[0].dtype).split(sizes, -1)
+        tails = [None] * len(x) if tail is None else tail.to(x[0].dtype).split(sizes, -1)
+        new = []
+        for part, past in zip(x, tails, strict=True):
+            long = padding is None and part.shape[1] >= n
+            before = part.new_zeros(part.shape[0], n, part.shape[2]) if past is None and not long else past
+            new.append(last_tokens(part if long else torch.cat((before, part), 1), padding, n))
+        mixed = (short_convolution(*inputs, offset) for inputs in zip(x, weights, tails, strict=True))
+        return *mixed, new[0] if len(x) == 1 else torch.cat(new, -1)
 
 
 @dataclass(frozen=True)

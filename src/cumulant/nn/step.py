@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as globally
 
 from ..ops.step import Program, Unsuitable, Vector, may_step
-from .norms import ScaleNorm
+from .norms import RMSNorm, ScaleNorm
 from .projection import Projection
 
 
@@ -36,7 +36,7 @@ class Layer:
         self.modules.append(module)
 
     def norm(self, norm: Any, x: Vector) -> Vector:
-        self.take(norm, nn.RMSNorm, nn.LayerNorm, ScaleNorm)
+        self.take(norm, RMSNorm, nn.RMSNorm, nn.LayerNorm, ScaleNorm)
         if isinstance(norm, ScaleNorm):
             return self.program.norm(x, "scalenorm", norm.eps, norm.weight)
         if norm.normalized_shape != (x.size,):

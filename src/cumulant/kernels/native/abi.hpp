@@ -88,6 +88,22 @@ struct MixedSegment {
   void *stop, *dbias;
 };
 
+// What stands beside attention in a layer, number by number, in fp32: SWIGLU silu(x) second; RMSNORM x / rms(x) weight;
+// CONVOLVE depthwise over time; TURN pairs by angles. Gradients enter as dout and leave as dx, dsecond, dweight, dtail.
+enum PointwiseOperation { SWIGLU_FORWARD, SWIGLU_BACKWARD, RMSNORM_FORWARD, RMSNORM_BACKWARD, CONVOLVE_FORWARD, CONVOLVE_BACKWARD, TURN };
+struct Pointwise {
+  int32_t operation, threads, isa, back;  // TURN: back, by the angles' negatives
+  int64_t B, T, H, n, taps;               // [B, T, n] (of H heads, TURN); CONVOLVE: taps, the newest token's included
+  Array x, out, dout, dx;                 // rows [B, H, T]
+  const float *second, *weight, *tail;    // [B, T, n]; [n] or [taps, n]; [B, taps - 1, n]
+  float *dsecond, *dweight, *dtail;
+  float* factors;                         // [B, T]: RMSNORM's 1 / rms
+  const int64_t* offset;                  // [T]: each token's place in its packed sequence
+  const float *cosine, *sine;             // [B or 1, T, n / 2]
+  int64_t angles;                         // between rows of the batch in these
+  double epsilon;
+};
+
 // One token through a whole layer: instructions on vectors of floats, which lie one after another in a row for each sequence of
 // the batch. Vectors are named by where they begin in that row.
 enum Operation { NORM, MATRIX, CONVOLUTION, SHIFT, ROTARY, ATTEND, GATE, ACTIVATE };
@@ -142,6 +158,8 @@ struct Kernels {
   MixedKernel *mixed_forward, *mixed_sum_keys, *mixed_sum_queries, *mixed_query_backward, *mixed_key_backward;
   void (*elita_forward)(const Elita&, const ElitaSegment&, void* scratch);
   void (*elita_backward)(const Elita&, const ElitaSegment&, void* scratch);
+  // Tokens begin .. end - 1 of B T (SWIGLU: numbers); `dweight` is where to add the weights' gradients.
+  void (*pointwise)(const Pointwise&, int64_t begin, int64_t end, float* dweight);
   // Outputs begin .. end - 1 of one instruction, for all rows.
   void (*instruct)(const Program&, const Instruction&, float* rows, int64_t begin, int64_t end);
   Kernel *forward, *sum_keys, *sum_queries, *query_backward, *key_backward, *step;

@@ -28,7 +28,7 @@ extern "C" {
 // Changes with the structs that are handed over.
 int cumulant_abi() {
   return int(sizeof(cumulant::Attention) + (sizeof(cumulant::Elita) << 9) + (sizeof(cumulant::MixedChunk) << 18) +
-             ((sizeof(cumulant::Instruction) + sizeof(cumulant::Program)) << 12));
+             ((sizeof(cumulant::Instruction) + sizeof(cumulant::Program) + sizeof(cumulant::Pointwise)) << 12));
 }
 int cumulant_supports(int isa) { return cumulant::supported(isa); }
 void cumulant_use_openmp(void* entry) { cumulant::openmp() = reinterpret_cast<cumulant::OpenMP>(entry); }

@@ -68,6 +68,18 @@ class MixedChunk(ctypes.Structure):
     ]
 
 
+class Pointwise(ctypes.Structure):
+    _fields_ = [
+        *((name, _i32) for name in ("operation", "threads", "isa", "back")),
+        *((name, _i64) for name in ("B", "T", "H", "n", "taps")),
+        *((name, Array) for name in ("x", "out", "dout", "dx")),
+        *((name, _pointer) for name in ("second", "weight", "tail", "dsecond", "dweight", "dtail", "factors")),
+        *((name, _pointer) for name in ("offset", "cosine", "sine")),
+        ("angles", _i64),
+        ("epsilon", ctypes.c_double),
+    ]
+
+
 class Instruction(ctypes.Structure):
     _fields_ = [
         *((name, _i32) for name in ("operation", "kind")),
@@ -132,6 +144,17 @@ class Held:
         return pointer(x)
 
 
+def laid_like(x: Tensor, width: int, dtype: torch.dtype | None = None) -> Tensor:
+    """An empty ``[B, H, T, width]`` whose heads lie inside its tokens in memory if those of ``x [B, H, T, ...]`` do.
+
+    Views that split and join heads then cost no copies, neither of outputs nor of gradients.
+    """
+    B, H, T = x.shape[:3]
+    if x.stride(1) < x.stride(2):
+        return x.new_empty((B, T, H, width), dtype=dtype).transpose(1, 2)
+    return x.new_empty((B, H, T, width), dtype=dtype)
+
+
 def array(x: Tensor) -> Array:
     batch, head, row, _ = x.stride()
     return Array(x.data_ptr(), batch, head, row)
@@ -152,7 +175,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         return None, f"its kernels cannot be loaded: {error}"
     size = ctypes.sizeof
     if library.cumulant_abi() != size(Attention) + (size(Elita) << 9) + (size(MixedChunk) << 18) + (
-        (size(Instruction) + size(Program)) << 12
+        (size(Instruction) + size(Program) + size(Pointwise)) << 12
     ):
         return None, "its kernels were compiled from another version of cumulant: install it again"
     entry = _openmp()

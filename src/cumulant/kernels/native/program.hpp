@@ -91,12 +91,6 @@ inline void rotate(const Instruction& s, int64_t position, float* x) {
   }
 }
 
-INLINE float sigmoid(float x) { return 1 / (1 + std::exp(-x)); }
-INLINE Vec<float> sigmoid(Vec<float> x) {
-  const Vec<float> e = exponential<float>(x < 0 ? x : -x), one = splat(1.0f);
-  return (x < 0 ? e : one) / (one + e);
-}
-
 inline void activate(const Instruction& s, const float* x, const float* up, float* y) {
   constexpr int L = LANES<float>;
   int64_t i = 0;

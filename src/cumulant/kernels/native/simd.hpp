@@ -88,5 +88,12 @@ template <class R> INLINE Vec<R> exponential(Vec<R> x) {
   return x < least ? Vec<R>{} : result * (Vec<R>)((I)shifted << MANTISSA);
 }
 
+// 1 / (1 + exp(-x)), without overflow.
+INLINE Vec<float> sigmoid(Vec<float> x) {
+  const Vec<float> e = exponential<float>(x < 0 ? x : -x), one = splat(1.0f);
+  return (x < 0 ? e : one) / (one + e);
+}
+INLINE float sigmoid(float x) { return sigmoid(splat(x))[0]; }
+
 }  // namespace CUMULANT_ISA
 }  // namespace cumulant

@@ -1,0 +1,171 @@
+"""What stands beside attention in a layer: SwiGLU, RMSNorm, short convolutions, rotations.
+
+Formulas of PyTorch's operators, and for fp32 on a CPU native kernels that read and write each number once. Gradients of
+any order: those of gradients are the formulas'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..kernels.product import ordinary
+from .dispatch import native_obstacle
+
+LEAST = 1 << 14  # numbers below which PyTorch's operators are as fast
+
+
+def _native(x: Tensor, *others: Tensor | None) -> bool:
+    return (
+        not torch.compiler.is_compiling()
+        and x.numel() >= LEAST
+        and all(y is None or (y.dtype == torch.float32 and y.device.type == "cpu") for y in (x, *others))
+        and not torch.is_autocast_enabled("cpu")
+        and not native_obstacle(x)
+        and ordinary(x, *others)
+    )
+
+
+def _by_formula(formula: Callable[..., Tensor], inputs: Sequence[Tensor | None], dout: Tensor) -> list[Tensor | None]:
+    """Gradients that can be differentiated again."""
+    wanted = [x for x in inputs if x is not None and x.requires_grad]
+    found = iter(torch.autograd.grad(formula(*inputs), wanted, dout, create_graph=True))
+    return [next(found) if x is not None and x.requires_grad else None for x in inputs]
+
+
+def swiglu(x: Tensor, up: Tensor) -> Tensor:
+    """``silu(x) ⊙ up``, of equal shapes."""
+    if x.shape != up.shape or not _native(x, up):
+        return _swiglu(x, up)
+    return _SwiGLU.apply(x, up)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _swiglu(x: Tensor, up: Tensor) -> Tensor:
+    return F.silu(x) * up
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, up: Tensor) -> Tensor:
+        from ..kernels.native import pointwise
+
+        ctx.save_for_backward(x, up)
+        return pointwise.swiglu(x, up)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        from ..kernels.native import pointwise
+
+        if torch.is_grad_enabled():
+            return tuple(_by_formula(_swiglu, ctx.saved_tensors, dout))
+        x, up = ctx.saved_tensors
+        return pointwise.swiglu_backward(x, up, dout)
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """``x / sqrt(mean(x²) + eps) ⊙ weight`` over the last dimension: ``[..., D]``, ``[D]``."""
+    if x.dim() != 3 or (weight is not None and weight.shape != x.shape[-1:]) or not _native(x, weight):
+        return F.rms_norm(x, x.shape[-1:], weight, eps)
+    return _RMSNorm.apply(x, weight, eps)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+        from ..kernels.native import pointwise
+
+        y, factors = pointwise.rms_norm(x, weight, eps)
+        ctx.save_for_backward(x, weight, factors)
+        ctx.eps = eps
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        from ..kernels.native import pointwise
+
+        x, weight, factors = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return *_by_formula(lambda x, w: F.rms_norm(x, x.shape[-1:], w, ctx.eps), (x, weight), dout), None
+        return *pointwise.rms_norm_backward(x, weight, factors, dout), None
+
+
+def short_convolution(x: Tensor, weight: Tensor, tail: Tensor | None = None, offset: Tensor | None = None) -> Tensor:
+    """``y_t = Σ_j weight[j] ⊙ x_{t-j}``, depthwise and causal.
+
+    Args:
+        x: ``[B, T, D]``.
+        weight: ``[size, D]``, the newest token's first.
+        tail: ``[B, size - 1, D]``, the tokens before x; zeros if None.
+        offset: ``[T]`` int64, the place of each token in its packed sequence, which sees no other.
+    """
+    if not _native(x, weight, tail):
+        return _convolution(x, weight, tail, offset)
+    return _Convolution.apply(x, weight, tail, offset)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _convolution(x: Tensor, weight: Tensor, tail: Tensor | None, offset: Tensor | None) -> Tensor:
+    n, T = weight.shape[0] - 1, x.shape[1]
+    tail = x.new_zeros(x.shape[0], n, x.shape[2]) if tail is None else tail
+    buffer = torch.cat((tail, x), 1)
+    y = x * weight[0]
+    for j in range(1, n + 1):
+        tap = buffer[:, n - j : n - j + T]
+        if offset is not None:
+            tap = tap.masked_fill((offset < j)[:, None], 0)
+        y = torch.addcmul(y, tap, weight[j])
+    return y
+
+
+class _Convolution(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, tail: Tensor | None, offset: Tensor | None) -> Tensor:
+        from ..kernels.native import pointwise
+
+        ctx.save_for_backward(x, weight, tail, offset)
+        return pointwise.convolve(x, weight, tail, offset)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        from ..kernels.native import pointwise
+
+        if torch.is_grad_enabled():
+            return tuple(_by_formula(_convolution, ctx.saved_tensors, dout))
+        x, weight, tail, offset = ctx.saved_tensors
+        return *pointwise.convolve_backward(x, weight, tail, offset, dout), None
+
+
+def turn(x: Tensor, cosine: Tensor, sine: Tensor, back: bool = False) -> Tensor:
+    """Neighbouring pairs of ``x [B, H, T, D]`` turned by angles, given by cosines and sines ``[T, D/2]`` or ``[B, T,
+    D/2]`` in fp32; or turned back."""
+    if x.dim() != 4 or cosine.requires_grad or sine.requires_grad or not _native(x, cosine, sine):
+        return _turned(x, cosine, sine, back)
+    return _Turn.apply(x, cosine, sine, back)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _turned(x: Tensor, cosine: Tensor, sine: Tensor, back: bool) -> Tensor:
+    if cosine.dim() == 3:
+        cosine, sine = cosine[:, None], sine[:, None]
+    sine = -sine if back else sine
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    even, odd = x.to(dtype).unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack((even * cosine - odd * sine, even * sine + odd * cosine), -1).flatten(-2)
+    return turned.to(x.dtype)
+
+
+class _Turn(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cosine: Tensor, sine: Tensor, back: bool) -> Tensor:
+        from ..kernels.native import pointwise
+
+        ctx.save_for_backward(cosine, sine)
+        ctx.back = back
+        return pointwise.turn(x, cosine, sine, back)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        cosine, sine = ctx.saved_tensors
+        return turn(dout, cosine, sine, not ctx.back), None, None, None

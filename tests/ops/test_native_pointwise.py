@@ -1,0 +1,210 @@
+"""What stands beside attention, on the native kernels: outputs and gradients against the formulas in fp64."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from cumulant.kernels.native import pointwise as native
+from cumulant.kernels.native.library import INSTRUCTIONS, loaded
+from cumulant.ops import pointwise as ops
+
+sizes, lengths, rows = st.integers(1, 70), st.integers(1, 40), st.integers(1, 4)
+
+
+@pytest.fixture(autouse=True)
+def _always_native(monkeypatch):
+    monkeypatch.setattr(ops, "LEAST", 1)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Names of the native operations that ran."""
+    found, run = [], native._run
+    monkeypatch.setattr(native, "_run", lambda operation, *a, **k: (found.append(operation), run(operation, *a, **k)))
+    return found
+
+
+def draw(*shapes, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator) for shape in shapes]
+
+
+def given_tensors(inputs):
+    return [x for x in inputs if isinstance(x, torch.Tensor) and x.requires_grad]
+
+
+def check(operation, formula, *inputs, tolerance=2e-5):
+    """Outputs and gradients, of all inputs that are given."""
+    real = [isinstance(x, torch.Tensor) and x.is_floating_point() for x in inputs]
+    narrow = [x.detach().requires_grad_() if r else x for x, r in zip(inputs, real, strict=True)]
+    wide = [x.detach().double().requires_grad_() if r else x for x, r in zip(inputs, real, strict=True)]
+    y, expected = operation(*narrow), formula(*wide)
+    assert y.dtype == torch.float32
+    dout = torch.linspace(-1, 1.5, y.numel()).view(y.shape)
+    found = torch.autograd.grad(y, given_tensors(narrow), dout)
+    exact = torch.autograd.grad(expected, given_tensors(wide), dout.double(), materialize_grads=True, allow_unused=True)
+    for a, b in zip((y, *found), (expected, *exact), strict=True):
+        size = b.abs().amax().clamp(min=1) if b.numel() else 1
+        torch.testing.assert_close(a.double() / size, b / size, rtol=0, atol=tolerance)
+
+
+@settings(max_examples=50, deadline=None)
+@given(rows, lengths, sizes, st.sampled_from([0.1, 1.0, 30.0]), st.booleans())
+def test_swiglu(B, T, n, scale, turned):
+    x, up = draw((B, n, T), (B, n, T)) if turned else draw((B, T, n), (B, T, n))
+    x, up = (x.mT, up.mT) if turned else (x, up)
+    check(ops.swiglu, lambda x, up: F.silu(x) * up, x * scale, up)
+
+
+def test_swiglu_far_out():
+    x = torch.tensor([[[-1e30, -200.0, -88.0, 0.0, 88.0, 200.0, 1e30, torch.inf, -87.5]]])
+    up = torch.ones_like(x)
+    torch.testing.assert_close(ops.swiglu(x, up), F.silu(x.double()).float(), rtol=1e-6, atol=1e-30)
+    assert ops.swiglu(torch.full((1, 3, 5), torch.nan), torch.ones(1, 3, 5)).isnan().all()
+
+
+@settings(max_examples=50, deadline=None)
+@given(rows, lengths, sizes, st.booleans(), st.sampled_from([1e-6, 0.5]))
+def test_rms_norm(B, T, n, weighted, eps):
+    x, w = draw((B, T, n), (n,))
+    check(lambda x, w: ops.rms_norm(x, w, eps), lambda x, w: F.rms_norm(x, (n,), w, eps), x, w if weighted else None)
+
+
+@settings(max_examples=80, deadline=None)
+@given(rows, lengths, sizes, st.integers(1, 6), st.booleans(), st.booleans())
+def test_short_convolution(B, T, n, taps, before, packed):
+    x, w, tail = draw((B, T, n), (taps, n), (B, taps - 1, n))
+    places = torch.arange(T) - torch.arange(T) // 7 * 7 if packed else None  # sequences of 7
+    check(ops.short_convolution, ops._convolution, x, w, tail if before else None, places)
+
+
+@settings(max_examples=50, deadline=None)
+@given(rows, lengths, st.integers(1, 4), st.integers(1, 20), st.booleans(), st.booleans(), st.booleans())
+def test_turn(B, T, heads, half, own, inside, back):
+    (x,) = draw((B, T, heads, 2 * half) if inside else (B, heads, T, 2 * half))
+    x = x.transpose(1, 2) if inside else x
+    (angle,) = draw((B, T, half) if own else (T, half), seed=1)
+    cosine, sine = angle.cos(), angle.sin()
+    check(
+        lambda x: ops.turn(x, cosine, sine, back), lambda x: ops._turned(x, cosine.double(), sine.double(), back), x
+    )  # fmt: skip
+    turned = ops.turn(x, cosine, sine, back)
+    torch.testing.assert_close(ops.turn(turned, cosine, sine, not back), x)
+    if inside and T > 1 and heads > 1:
+        assert turned.transpose(1, 2).is_contiguous()
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_long_sums_and_threads(threads):
+    """Weights' gradients are sums over all tokens."""
+    T, n = 20_000, 9
+    x, w, c = draw((1, T, n), (n,), (3, n))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        x = x + 3  # all of one sign: nothing cancels in the sums
+        check(lambda x, w: ops.rms_norm(x, w, 1e-6), lambda x, w: F.rms_norm(x, (n,), w, 1e-6), x, w, tolerance=1e-6)
+        check(ops.short_convolution, ops._convolution, x, c, None, None, tolerance=1e-6)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_slices_of_wider_tensors(calls):
+    """Rows that do not lie one after another cost no copy, and are read right."""
+    (wide,) = draw((2, 30, 50))
+    x, w = wide[:, 3:20, 7:27], draw((4, 20))[0]
+    check(ops.short_convolution, ops._convolution, x, w, None, None)
+    check(lambda x: ops.rms_norm(x, None, 1e-6), lambda x: F.rms_norm(x, (20,), None, 1e-6), x)
+    assert calls == ["convolve_forward", "convolve_backward", "rmsnorm_forward", "rmsnorm_backward"]
+
+
+ANGLES = draw((4, 3), (4, 3), seed=3)
+CASES = {
+    "swiglu": (ops.swiglu, [(1, 4, 6), (1, 4, 6)]),
+    "rms_norm": (lambda x, w: ops.rms_norm(x, w, 1e-3), [(1, 4, 6), (6,)]),
+    "short_convolution": (ops.short_convolution, [(1, 5, 6), (3, 6), (1, 2, 6)]),
+    "turn": (lambda x: ops.turn(x, *ANGLES), [(1, 2, 4, 6)]),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_of_gradients(name, calls, monkeypatch):
+    operation, shapes = CASES[name]
+
+    def penalty(inputs):
+        grads = torch.autograd.grad(operation(*inputs).sin().sum(), inputs, create_graph=True)
+        return torch.autograd.grad(sum((g**2).sum() for g in grads), inputs)
+
+    inputs = [x.requires_grad_() for x in draw(*shapes)]
+    found = penalty(inputs)
+    assert calls
+    monkeypatch.setattr(ops, "LEAST", 1 << 60)
+    for a, b in zip(found, penalty(inputs), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_formulas_where_something_watches(name, calls):
+    """torch.compile, transforms, autocast and other dtypes take PyTorch's own operators."""
+    operation, shapes = CASES[name]
+    inputs = draw(*shapes)
+    expected = operation(*inputs)
+    assert len(calls) == 1
+    torch.testing.assert_close(torch.compile(operation, fullgraph=True, backend="eager")(*inputs), expected)
+    torch.testing.assert_close(torch.func.vmap(operation)(*(x[None] for x in inputs))[0], expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        operation(*inputs)
+    for dtype in (torch.float64, torch.bfloat16):
+        assert operation(*(x.to(dtype) for x in inputs)).dtype == dtype
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_only_what_is_asked_for(name):
+    """Gradients of one input, whichever it is."""
+    operation, shapes = CASES[name]
+    for i in range(len(shapes)):
+        inputs = draw(*shapes)
+        inputs[i].requires_grad_()
+        operation(*inputs).sum().backward()
+        assert [x.grad is not None for x in inputs] == [j == i for j in range(len(shapes))]
+
+
+def test_nothing_at_all():
+    for operation, shapes in CASES.values():
+        empty = [
+            torch.zeros([0 if i == 0 else n for i, n in enumerate(s)]) if len(s) > 2 else torch.zeros(s) for s in shapes
+        ]
+        assert operation(*empty).shape[0] == 0
+
+
+def test_bad_input_does_not_reach_the_kernels():
+    x = torch.zeros(1, 4, 6)
+    for call in (
+        lambda: native.swiglu(x, x[:, :3]),
+        lambda: native.swiglu(x.double(), x),
+        lambda: native.rms_norm(x, torch.zeros(5), 1e-6),
+        lambda: native.convolve(x, torch.zeros(3, 5), None, None),
+        lambda: native.convolve(x, torch.zeros(3, 6), torch.zeros(1, 3, 6), None),
+        lambda: native.convolve(x, torch.zeros(3, 6), None, torch.zeros(3, dtype=torch.int64)),
+        lambda: native.turn(x[None], torch.zeros(4, 2), torch.zeros(4, 2), False),
+    ):
+        with pytest.raises(ValueError, match="expected"):
+            call()
+
+
+@pytest.mark.parametrize("isa", INSTRUCTIONS)
+def test_every_instruction_set(isa):
+    if not loaded().cumulant_supports(INSTRUCTIONS.index(isa)):
+        pytest.skip(f"this machine has no {isa}")
+    tests = [f"{__file__}::{name}" for name in ("test_swiglu", "test_rms_norm", "test_short_convolution", "test_turn")]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *tests]
+    subprocess.run(command, env={**os.environ, "CUMULANT_ISA": isa}, check=True, capture_output=True)
