@@ -120,6 +120,20 @@ def test_opcheck(is_causal, normalize, length, states, op):
     torch.library.opcheck(op, arguments if op is chunked.chunked_attention else (*arguments, CHUNK))
 
 
+@pytest.mark.parametrize("order", [0, 2])
+def test_heads_lie_inside_tokens(order):
+    """Splitting a projection into heads and joining the outputs again copies nothing, forwards or backwards."""
+    x = [torch.randn(2, 70, heads * 6, requires_grad=True) for heads in (4, 2, 2)]
+    q, k, v = (part.unflatten(-1, (-1, 6)).transpose(1, 2) for part in x)
+    torch.library.opcheck(
+        native_attention, (q, k, v, None, None, None, None, False, order, True, "elu", 0.5, True, True, 32, 32)
+    )
+    out = cm.taylor_attention(q, k, v, is_causal=True) if order else cm.linear_attention(q, k, v, is_causal=True)
+    assert out.transpose(1, 2).is_contiguous()
+    for gradient in torch.autograd.grad(out, (q, k, v), torch.ones_like(out)):
+        assert gradient.transpose(1, 2).is_contiguous()
+
+
 @pytest.mark.parametrize("is_causal", [True, False])
 @pytest.mark.parametrize("length", [1, 7, 20], ids=["a token", "one group", "several groups"])
 @pytest.mark.parametrize("states", ["in and out", "out", "none", "packed"])

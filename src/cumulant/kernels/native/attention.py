@@ -21,8 +21,8 @@ from .library import (
     call,
     check_inputs,
     instruction_set,
-    laid_like,
     need,
+    new_heads,
     pointer,
     real,
     threads,
@@ -141,7 +141,7 @@ def _forward(
         not normalize or (numerator is None) == (denominator is None), "denominator", "with the numerator", denominator
     )
     want_state = want_state or not is_causal
-    out = laid_like(query, V, c.dtype)
+    out = new_heads(query, query.shape[1], V, c.dtype)
     den = query.new_empty(query.shape[:3] if normalize else (0,), dtype=c.real)
     S = query.new_empty((c.N, G, c.F, V) if want_state else (0,), dtype=c.real)
     Z = query.new_empty((c.N, G, c.F) if want_state and normalize else (0,), dtype=c.real)
@@ -186,7 +186,7 @@ def _(
     F, state = _size(K, order, constant_term), want_state or not is_causal
     dtype = real(torch.promote_types(torch.promote_types(query.dtype, key.dtype), value.dtype))
     return (
-        laid_like(query, V),
+        new_heads(query, H, V),
         query.new_empty((B, H, T) if normalize else (0,), dtype=dtype),
         query.new_empty((N, G, F, V) if state else (0,), dtype=dtype),
         query.new_empty((N, G, F) if state and normalize else (0,), dtype=dtype),
@@ -221,7 +221,7 @@ def native_attention_backward(
     options = (order, constant_term, activation, scale, normalize, is_causal, chunk, span)
     c = _Call(query, key, value, key_mask, cu_seqlens, options)
     a = c.arguments
-    dq, dk, dv = (laid_like(x, x.shape[3], c.dtype) for x in (query, key, value))
+    dq, dk, dv = (new_heads(x, x.shape[1], x.shape[3], c.dtype) for x in (query, key, value))
     dS, dZ = (query.new_empty(0 if x is None else x.shape, dtype=c.real) for x in (numerator, denominator))
     shape, G, V = query.shape[:3], key.shape[1], value.shape[3]
     check_inputs(dout=(dout, (*shape, V)), out=(out, (*shape, V)))
@@ -250,7 +250,7 @@ def native_attention_backward(
 def _(dout, dnumerator, ddenominator, query, key, value, key_mask, cu_seqlens, numerator, denominator, *rest):  # type: ignore[no-untyped-def]
     dtype = real(torch.promote_types(torch.promote_types(query.dtype, key.dtype), value.dtype))
     dS, dZ = (query.new_empty(0 if x is None else x.shape, dtype=dtype) for x in (numerator, denominator))
-    return *(laid_like(x, x.shape[3]) for x in (query, key, value)), dS, dZ
+    return *(new_heads(x, x.shape[1], x.shape[3]) for x in (query, key, value)), dS, dZ
 
 
 def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]

@@ -16,17 +16,12 @@ from .library import (
     check_inputs,
     instruction_set,
     need,
+    new_heads,
     pointer,
     real,
     threads,
     unwatched,
 )
-
-
-def _new_heads(value: Tensor, heads: int) -> Tensor:
-    """``[B, heads, T, V]``, the heads of a token side by side in memory, as projections write and read them."""
-    B, _, T, V = value.shape
-    return value.new_empty(B, T, heads, V).transpose(1, 2)
 
 
 class _Call(Held):
@@ -84,7 +79,7 @@ def _forward(
     )
     c = _Call(value, H, key_logit.dtype, first, log_weight, mean, span)
     a = c.arguments
-    out = _new_heads(value, H)
+    out = new_heads(value, H, V)
     gates = (value.new_empty(B, heads, T, dtype=c.real) for heads in (G, H))
     key_gate, own_gate = gates
     final = value.new_empty(B, G, dtype=torch.float64), value.new_empty(B, G, V, dtype=torch.float64)
@@ -120,7 +115,7 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     (B, G, T, V), H, dtype = value.shape, query_logit.shape[1], real(value.dtype)
     return (
-        _new_heads(value, H),
+        new_heads(value, H, V),
         value.new_empty((B, G, T), dtype=dtype),
         value.new_empty((B, H, T), dtype=dtype),
         value.new_empty((B, G), dtype=torch.float64),
@@ -153,7 +148,7 @@ def elita_attention_backward(
             check_inputs(**{name: (x, shape)})
     c = _Call(value, H, dtype, first, log_weight, mean, span)
     e = c.arguments
-    dv, dc, ds = _new_heads(value, G), torch.empty_like(a), torch.empty_like(g)
+    dv, dc, ds = new_heads(value, G, V), torch.empty_like(a), torch.empty_like(g)
     dm, du = final_mean.new_empty(B, G), final_mean.new_empty(B, G, V)
     e.out, e.dout, e.dvalue = c.array(out), c.array(dout), array(dv)
     e.a, e.g = c.pointer(a, c.real), c.pointer(g, c.real)
@@ -172,7 +167,7 @@ def _(dout, dlog_weight, dmean, value, first, log_weight, mean, out, a, g, final
         a.new_empty(a.shape, dtype=dtype),
         a.new_empty(out.shape[:3], dtype=dtype),
         a.new_empty(out.shape[:3], dtype=dtype),
-        _new_heads(value, value.shape[1]),
+        new_heads(value, *value.shape[1::2]),
         final_mean.new_empty(final_mean.shape[:2]),
         final_mean.new_empty(final_mean.shape),
     )

@@ -144,15 +144,10 @@ class Held:
         return pointer(x)
 
 
-def laid_like(x: Tensor, width: int, dtype: torch.dtype | None = None) -> Tensor:
-    """An empty ``[B, H, T, width]`` whose heads lie inside its tokens in memory if those of ``x [B, H, T, ...]`` do.
-
-    Views that split and join heads then cost no copies, neither of outputs nor of gradients.
-    """
-    B, H, T = x.shape[:3]
-    if x.stride(1) < x.stride(2):
-        return x.new_empty((B, T, H, width), dtype=dtype).transpose(1, 2)
-    return x.new_empty((B, H, T, width), dtype=dtype)
+def new_heads(x: Tensor, heads: int, width: int, dtype: torch.dtype | None = None) -> Tensor:
+    """An empty ``[B, heads, T, width]`` for ``x [B, ., T, .]``, the heads of a token side by side in memory, as projections
+    write and read them: views that split and join heads then cost no copies, of outputs or of gradients."""
+    return x.new_empty((x.shape[0], x.shape[2], heads, width), dtype=dtype).transpose(1, 2)
 
 
 def array(x: Tensor) -> Array:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .library import Array, Pointwise, array, call, instruction_set, laid_like, need, pointer, threads
+from .library import Array, Pointwise, array, call, instruction_set, need, new_heads, pointer, threads
 
 OPERATIONS = (
     "swiglu_forward", "swiglu_backward", "rmsnorm_forward", "rmsnorm_backward", "convolve_forward",
@@ -122,7 +122,7 @@ def turn(x: Tensor, cosine: Tensor, sine: Tensor, back: bool) -> Tensor:
     B, H, T, n = x.shape
     shape = (B, T, n // 2) if cosine.dim() == 3 else (T, n // 2)
     x, cosine, sine = _ready(x, B, H, T, n), _flat(cosine, *shape), _flat(sine, *shape)
-    out = laid_like(x, n)
+    out = new_heads(x, H, n)
     angles = T * (n // 2) if cosine.dim() == 3 else 0
     _run("turn", x, B=B, T=T, H=H, n=n, back=back, x=x, out=out, cosine=cosine, sine=sine, angles=angles)
     return out
