@@ -123,8 +123,8 @@ def test_opcheck(is_causal, normalize, length, states, op):
 @pytest.mark.parametrize("order", [0, 2])
 def test_heads_lie_inside_tokens(order):
     """Splitting a projection into heads and joining the outputs again copies nothing, forwards or backwards."""
-    x = [torch.randn(2, 70, heads * 6, requires_grad=True) for heads in (4, 2, 2)]
-    q, k, v = (part.unflatten(-1, (-1, 6)).transpose(1, 2) for part in x)
+    x = [torch.randn(2, 70, heads * 6) for heads in (4, 2, 2)]
+    q, k, v = (part.unflatten(-1, (-1, 6)).transpose(1, 2).requires_grad_() for part in x)
     torch.library.opcheck(
         native_attention, (q, k, v, None, None, None, None, False, order, True, "elu", 0.5, True, True, 32, 32)
     )

@@ -145,8 +145,10 @@ class Held:
 
 
 def new_heads(x: Tensor, heads: int, width: int, dtype: torch.dtype | None = None) -> Tensor:
-    """An empty ``[B, heads, T, width]`` for ``x [B, ., T, .]``, the heads of a token side by side in memory, as projections
-    write and read them: views that split and join heads then cost no copies, of outputs or of gradients."""
+    """An empty ``[B, heads, T, width]`` for ``x [B, ., T, .]``, the heads of a token side by side in memory.
+
+    So projections write and read them: views that split and join heads cost no copies, of outputs or of gradients.
+    """
     return x.new_empty((x.shape[0], x.shape[2], heads, width), dtype=dtype).transpose(1, 2)
 
 
