@@ -135,6 +135,10 @@ class Twice(nn.Linear):
         return 2 * super().forward(x)
 
 
+def doubled(out, state):
+    return 2 * out, state
+
+
 CHANGES = {
     "replaced weight": lambda m: setattr(m.q_proj, "weight", nn.Parameter(torch.randn_like(m.q_proj.weight))),
     "replaced data": lambda m: setattr(m.v_proj.weight, "data", torch.randn_like(m.v_proj.weight)),
@@ -144,6 +148,7 @@ CHANGES = {
     "another layer": lambda m: setattr(m, "q_proj", nn.Linear(24, m.q_proj.out_features)),
     "a layer of another kind": lambda m: setattr(m, "q_proj", Twice(24, m.q_proj.out_features)),
     "a forward of its own": lambda m: setattr(m.out_proj, "forward", lambda x: x[..., :24] * 0 + 1),
+    "an attention of its own": lambda m: setattr(m, "attend", lambda *a, **k: doubled(*type(m).attend(m, *a, **k))),
     "scale": lambda m: setattr(m, "scale", 1.0),
     "implementation": lambda m: setattr(m, "impl", "torch"),
     "a hook": lambda m: m.v_proj.register_forward_hook(lambda module, x, y: y * 2),

@@ -31,7 +31,8 @@ class Layer:
 
     def take(self, module: nn.Module, *kinds: type[nn.Module]) -> None:
         """Rely on the module, which must be of just one of these kinds, as it is now."""
-        if type(module) not in kinds or "forward" in vars(module):
+        own = any(callable(value) and hasattr(type(module), name) for name, value in vars(module).items())
+        if type(module) not in kinds or own:  # a method set on the object
             raise Unsuitable
         self.modules.append(module)
 
