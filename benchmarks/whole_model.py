@@ -134,12 +134,9 @@ def main() -> None:
     table = Table("", "PyTorch's operators, ms", "native, ms", "ratio")
     for name, (before, after) in rows.items():
         table.add_row(name, f"{before:.2f}", f"{after:.2f}", f"{before / after:.2f}")
-    profile = {"native": shares(train)}
-    with operators(trained):
-        profile["PyTorch's operators"] = shares(train)
-    parts = Table("training step, share of time", *profile["native"])
-    for name, part in profile.items():
-        parts.add_row(name, *(f"{share:.0%}" for share in part.values()))
+    profile = shares(train)
+    parts = Table(*profile, title="a native training step's time")
+    parts.add_row(*(f"{share:.0%}" for share in profile.values()))
     Console().print(table, parts)
     numbers = sum(p.numel() for p in large.parameters())
     speed = numbers * 4 / rows["token, width 768, vocabulary 32,000"][1] / 1e6
