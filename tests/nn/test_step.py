@@ -6,15 +6,19 @@ import copy
 import gc
 import threading
 import weakref
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from transformers import DynamicCache
 
+from cumulant import LinearState
 from cumulant.models import PRESETS, CumulantForCausalLM, from_preset
-from cumulant.nn import GatedShortConvolution, LinearAttention, TaylorAttention
+from cumulant.nn import GatedShortConvolution, LinearAttention, Projection, TaylorAttention
 from cumulant.nn import step as steps
+from cumulant.nn.kernel_attention import KernelAttention
 from cumulant.ops import step as rule
 from cumulant.ops.step import Program
 
@@ -139,6 +143,14 @@ def doubled(out, state):
     return 2 * out, state
 
 
+def plain_weight(linear):
+    weight = linear.weight.detach().clone()
+    if "weight" in linear._parameters:
+        del linear.weight
+    linear.weight = weight
+    linear.weight.data = torch.randn_like(weight)
+
+
 CHANGES = {
     "replaced weight": lambda m: setattr(m.q_proj, "weight", nn.Parameter(torch.randn_like(m.q_proj.weight))),
     "replaced data": lambda m: setattr(m.v_proj.weight, "data", torch.randn_like(m.v_proj.weight)),
@@ -149,6 +161,12 @@ CHANGES = {
     "a layer of another kind": lambda m: setattr(m, "q_proj", Twice(24, m.q_proj.out_features)),
     "a forward of its own": lambda m: setattr(m.out_proj, "forward", lambda x: x[..., :24] * 0 + 1),
     "an attention of its own": lambda m: setattr(m, "attend", lambda *a, **k: doubled(*type(m).attend(m, *a, **k))),
+    "another class": lambda m: setattr(m.q_proj, "__class__", Twice),
+    "turned data": lambda m: setattr(m.out_proj.weight, "data", m.out_proj.weight.data.T.contiguous().T),
+    "a square turned": lambda m: setattr(m.v_proj.weight, "data", torch.randn(10, 24).T.contiguous().T),
+    "a weight that is no parameter": lambda m: plain_weight(m.q_proj),
+    "an array": lambda m: setattr(m, "stats", np.zeros(3)),
+    "a wrong width": lambda m: setattr(m, "gate_proj", nn.Linear(24, 4)),
     "scale": lambda m: setattr(m, "scale", 1.0),
     "implementation": lambda m: setattr(m, "impl", "torch"),
     "a hook": lambda m: m.v_proj.register_forward_hook(lambda module, x, y: y * 2),
@@ -176,6 +194,58 @@ def test_changed_modules(change, monkeypatch):
                 ordinary.setattr(rule, "MOST_ROWS", 0)
                 expected = mixer(x[:, 3:4], state=state, return_state=True)[0]
         torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize(("kind", "method"), [(Projection, "forward"), (TaylorAttention, "attend")])
+def test_patched_classes(kind, method, when, monkeypatch):
+    """A method set on a class, before a module's first step or after it."""
+    mixer, x = build("taylor"), torch.randn(1, 4, 24)
+    original = getattr(kind, method)
+
+    def patched(self, *arguments, **options):
+        out = original(self, *arguments, **options)
+        return doubled(*out) if isinstance(out, tuple) else 2 * out
+
+    state = start(mixer, x[:, :3])
+    with torch.no_grad():
+        if when == "after":
+            mixer(x[:, 3:], state=state, return_state=True)
+        monkeypatch.setattr(kind, method, patched)
+        y = mixer(x[:, 3:], state=state, return_state=True)[0]
+        monkeypatch.setattr(rule, "MOST_ROWS", 0)
+        assert torch.equal(y, mixer(x[:, 3:], state=state, return_state=True)[0])
+
+
+def test_a_mistake_is_not_stepped_over():
+    mixer, x = build("taylor"), torch.randn(1, 5, 24)
+    state = start(mixer, x[:, :3])
+    mask = torch.ones(1, 1, dtype=torch.bool)
+    with torch.no_grad():
+        with pytest.raises(ValueError, match="context"):
+            mixer(x[:, 3:4], state=state, return_state=True, context_mask=mask)
+        mixer.k_proj = nn.Linear(24, 12)
+        with pytest.raises(ValueError, match="key"):
+            mixer(x[:, 3:4], state=state, return_state=True)
+
+
+def test_states_elsewhere_are_left_to_the_ordinary_path(runs):
+    mixer, x = build("taylor"), torch.randn(1, 4, 24)
+    state = start(mixer, x[:, :3])
+    away = replace(state, sums=replace(state.sums, position=state.sums.position.to("meta")))
+    with torch.no_grad(), pytest.raises(RuntimeError, match="meta"):
+        mixer(x[:, 3:], state=away, return_state=True)
+    assert not runs
+
+
+def test_tangents_are_not_lost(runs):
+    mixer, x = build("convolution"), torch.randn(1, 4, 24)
+    state = start(mixer, x[:, :3])
+    with torch.no_grad(), torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x[:, 3:], torch.ones(1, 1, 24))
+        y = mixer(dual, state=state, return_state=True)[0]
+        assert torch.autograd.forward_ad.unpack_dual(y).tangent is not None
+    assert not runs
 
 
 def test_hooks_run(runs):
@@ -225,6 +295,30 @@ def test_the_ordinary_path(runs):
         assert len(runs) == 1
 
 
+def test_subclasses_with_an_attention_of_their_own(runs):
+    class Averaging(KernelAttention):
+        def attend(self, query, key, value, **options):
+            sums = LinearState(value.cumsum(2)[:, :, -1:], None, torch.ones(len(value), dtype=torch.int64))
+            return value.cumsum(2), sums
+
+    mixer = Averaging(
+        24,
+        2,
+        head_dim=6,
+        **dict.fromkeys(("num_kv_heads", "value_dim", "context_dim")),
+        is_causal=True,
+        combine_heads=True,
+        rotary_base=1.0,
+        conv_size=0,
+        dropout=0.0,
+        **dict.fromkeys(("rotary", "prenorm", "qk_norm", "gate_values", "shift_tokens", "bias"), False),
+    )
+    x = torch.randn(1, 2, 24)
+    with torch.no_grad():
+        mixer(x[:, 1:], state=mixer(x[:, :1], return_state=True)[1], return_state=True)
+    assert not runs
+
+
 def test_subclasses_do_as_they_say(runs):
     class Louder(TaylorAttention):
         def attend(self, *arguments, **options):
@@ -240,6 +334,16 @@ def test_subclasses_do_as_they_say(runs):
         loud = louder(x[:, 3:], state=state, return_state=True)[0]
         assert not runs
         torch.testing.assert_close(loud, 2 * plain(x[:, 3:], state=state, return_state=True)[0])
+    assert len(runs) == 1
+
+
+def test_a_wrong_width_first(runs):
+    mixer, x = build("taylor"), torch.randn(1, 4, 24)
+    state = start(mixer, x[:, :3])
+    with torch.no_grad():
+        with pytest.raises(ValueError, match="x: expected"):
+            mixer(x[:, 3:, :20], state=state, return_state=True)
+        mixer(x[:, 3:], state=state, return_state=True)
     assert len(runs) == 1
 
 
@@ -271,6 +375,8 @@ def test_copies_and_files(tmp_path, runs):
             assert other.state_dict().keys() == mixer.state_dict().keys()
             assert torch.equal(other(x[:, 3:], state=state, return_state=True)[0], expected)
     assert len(runs) == 3
+    mixer.owner, mixer.conv.callback = [mixer], mixer.extra_repr
+    mixer(x[:, 3:], state=state, return_state=True)
     before, gone = len(steps._laid), weakref.ref(mixer)
     del mixer
     gc.collect()

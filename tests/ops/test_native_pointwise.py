@@ -179,11 +179,88 @@ def test_only_what_is_asked_for(name):
 
 
 def test_nothing_at_all():
-    for operation, shapes in CASES.values():
-        empty = [
-            torch.zeros([0 if i == 0 else n for i, n in enumerate(s)]) if len(s) > 2 else torch.zeros(s) for s in shapes
-        ]
-        assert operation(*empty).shape[0] == 0
+    empty = torch.zeros(2, 0, 6)
+    assert native.swiglu(empty, empty).shape == empty.shape
+    assert native.rms_norm(empty, torch.ones(6), 1e-6)[0].shape == empty.shape
+    assert not native.rms_norm_backward(empty, torch.ones(6), torch.zeros(2, 0), empty)[1].any()
+    assert native.convolve(empty, torch.ones(3, 6), None, None).shape == empty.shape
+    gradients = native.convolve_backward(empty, torch.ones(3, 6), torch.zeros(2, 2, 6), None, empty)
+    assert not gradients[1].any()
+    assert native.turn(torch.zeros(2, 3, 0, 6), torch.zeros(0, 3), torch.zeros(0, 3), False).shape == (2, 3, 0, 6)
+
+
+DEPENDENT = {
+    "swiglu": (lambda x: ops.swiglu(x, 2 * x), lambda x: ops._swiglu(x, 2 * x)),
+    "the same twice": (lambda x: ops.swiglu(x, x), lambda x: ops._swiglu(x, x)),
+    "rms_norm": (
+        lambda x: ops.rms_norm(x, x.mean((0, 1)), 1e-3),
+        lambda x: F.rms_norm(x, x.shape[-1:], x.mean((0, 1)), 1e-3),
+    ),
+    "short_convolution": (
+        lambda x: ops.short_convolution(x, x[0, :3], x[:, -2:].tanh()),
+        lambda x: ops._convolution(x, x[0, :3], x[:, -2:].tanh(), None),
+    ),
+    "turn": (
+        lambda x: ops.turn(x[None], *ANGLES),
+        lambda x: ops._turned(x[None], *(a.to(x.dtype) for a in ANGLES), False),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DEPENDENT)
+def test_inputs_that_depend_on_each_other(name):
+    """Gradients, and gradients of gradients, of one input that enters in several places."""
+    operation, formula = DEPENDENT[name]
+
+    def both(operation, x):
+        first = torch.autograd.grad(operation(x).sin().sum(), x, create_graph=True)[0]
+        return first, torch.autograd.grad((first**2).sum(), x)[0]
+
+    (x,) = draw((2, 4, 6))
+    found, exact = both(operation, x.requires_grad_()), both(formula, x.detach().double().requires_grad_())
+    for a, b in zip(found, exact, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_many_gradients_at_once(name):
+    operation, shapes = CASES[name]
+    inputs = [x.requires_grad_() for x in draw(*shapes)]
+    y = operation(*inputs)
+    directions = torch.randn(3, *y.shape)
+    together = torch.autograd.grad(y, inputs, directions, is_grads_batched=True, retain_graph=True)
+    for i, direction in enumerate(directions):
+        for a, b in zip(together, torch.autograd.grad(y, inputs, direction, retain_graph=True), strict=True):
+            torch.testing.assert_close(a[i], b, rtol=1e-4, atol=1e-5)
+            assert not a.requires_grad
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_tangents(name):
+    operation, shapes = CASES[name]
+    inputs = draw(*shapes)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(inputs[0], torch.ones_like(inputs[0]))
+        assert torch.autograd.forward_ad.unpack_dual(operation(dual, *inputs[1:])).tangent is not None
+
+
+def test_numbers_that_memory_does_not_hold():
+    """Lazy negatives and zeros."""
+    (x,) = draw((1, 4, 6))
+    negative, nothing = torch._neg_view(x), torch._efficientzerotensor(x.shape)
+    torch.testing.assert_close(ops.swiglu(negative, x), ops.swiglu(-x, x))
+    torch.testing.assert_close(native.swiglu(negative, x), ops.swiglu(-x, x))
+    assert not native.swiglu(nothing, x).any()
+    torch.testing.assert_close(ops.rms_norm(negative, None, 1e-6), ops.rms_norm(-x, None, 1e-6))
+
+
+def test_shapes_that_only_broadcast():
+    x, tail, w = draw((2, 4, 6), (1, 2, 6), (3, 6))
+    with pytest.raises(RuntimeError, match="[Ss]izes"):
+        ops.short_convolution(x, w, tail)
+    (heads,) = draw((2, 3, 4, 6))
+    cosine, sine = (a[None] for a in ANGLES)
+    torch.testing.assert_close(ops.turn(heads, cosine, sine), ops.turn(heads, *ANGLES))
 
 
 def test_bad_input_does_not_reach_the_kernels():

@@ -1,8 +1,8 @@
 """Multi-query associative recall (Arora et al. 2023, "Zoology"): the task, and one model trained on it.
 
-A sequence states n pairs of a key and its value, then asks for each key once: ``k1 v1 … kn vn`` and behind them slots of
-two tokens, in which the keys stand again, early ones more likely (slot g with ``p(g) ∝ (g + 1)^(a - 1)``, a = 0.01). At a key's
-second place the model is to say its value. Everything else is token 0.
+A sequence states n pairs of a key and its value, then asks for each key once: ``k1 v1 … kn vn`` and behind them
+slots of two tokens, in which the keys stand again, in early slots more likely (slot g: ``p(g) ∝ (g + 1)^(a - 1)``,
+a = 0.01). At a key's second place the model is to say its value. Everything else is token 0.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class Task:
             raise ValueError(f"pairs: expected numbers of at least 1, got {list(self.pairs)}")
         if self.length % 2 or 4 * max(self.pairs) > self.length:
             raise ValueError(
-                f"length: {max(self.pairs)} pairs and as many questions take {4 * max(self.pairs)} tokens (an even number); "
-                f"got {self.length}"
+                f"length: expected an even number of at least {4 * max(self.pairs)}, for {max(self.pairs)} pairs and "
+                f"as many questions, got {self.length}"
             )
         if max(self.pairs) > self.vocabulary // 2 - 1:
             raise ValueError(f"vocabulary: {self.vocabulary} tokens hold no {max(self.pairs)} different keys")
@@ -94,7 +94,7 @@ MECHANISMS: dict[str, dict[str, Any]] = {
 
 
 def build(setting: Setting) -> CumulantForCausalLM:
-    """Two layers (three for based: its sliding window has one of its own) of one head, no feed-forwards, tied embeddings."""
+    """Two layers (based: three, with its sliding window) of one head, no feed-forwards, tied embeddings."""
     fields = dict(MECHANISMS[setting.mechanism])
     mixer, window = fields.pop("mixer"), fields.pop("window", None)
     mixers = ["short_convolution" if setting.conv else mixer, mixer]
@@ -117,7 +117,7 @@ def build(setting: Setting) -> CumulantForCausalLM:
     )
     model = CumulantForCausalLM(config)
     for module in model.modules():
-        if isinstance(module, ShortConvolution):  # as in Zoology: all taps alike, not the identity of our language models
+        if isinstance(module, ShortConvolution):  # all taps alike, as in Zoology, not the identity
             nn.init.uniform_(module.weight, -(module.size**-0.5), module.size**-0.5)
     return model
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
@@ -86,13 +87,20 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def ordinary(*tensors: Tensor | None) -> bool:
     """Plain tensors in a plain call: nothing traces, transforms or counts it."""
-    if torch.compiler.is_compiling() or any(x is not None and type(x) not in (Tensor, Parameter) for x in tensors):
+    if torch.compiler.is_compiling() or not all(x is None or _held(x) for x in tensors):
         return False
     return (
         torch._C._get_tracing_state() is None
+        and forward_ad._current_level < 0
         and not is_in_torch_dispatch_mode()
         and not torch._C._are_functorch_transforms_active()
     )
+
+
+def _held(x: Tensor) -> bool:
+    """Its memory holds its numbers: not their negatives, not none, not those of many tensors that are mapped over."""
+    plain = type(x) in (Tensor, Parameter) and not torch._C._dispatch_isTensorSubclassLike(x)
+    return plain and not x.is_neg() and not x._is_zerotensor()
 
 
 def _plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:

@@ -33,7 +33,7 @@ class StateLayer(LinearAttentionLayer, CacheLayerMixin):  # type: ignore[misc]
     is_sliding = False
 
     def __init__(self, **kwargs: Any):
-        LinearAttentionLayer.__init__(self, number_of_states=0)
+        LinearAttentionLayer.__init__(self, number_of_states=1)
         self.device: torch.device | None = None
         self.state: State | None = None
         self.length = 0
@@ -43,7 +43,7 @@ class StateLayer(LinearAttentionLayer, CacheLayerMixin):  # type: ignore[misc]
         return self.state is not None
 
     def write(self, state: State, length: int) -> None:
-        self.state, self.length = state, length
+        self.state, self.length, self.has_previous_state = state, length, {0: True}
         if self.device is None:
             self.device = next(iter(state.tensors().values())).device
 
@@ -69,13 +69,16 @@ class StateLayer(LinearAttentionLayer, CacheLayerMixin):  # type: ignore[misc]
         self._replace(lambda x: x.to(self.device, non_blocking=True))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        self.batch_select_indices(beam_idx)
+        self._replace(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        raise RuntimeError("a fixed-size state cannot be rolled back; keep the earlier one (export_state)")
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         self._replace(lambda x: x.repeat_interleave(repeats, 0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self._replace(lambda x: x.index_select(0, indices.to(x.device)))
+        self._replace(lambda x: x[indices])
 
     def _replace(self, function: Any) -> None:
         if self.state is not None:

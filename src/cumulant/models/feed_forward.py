@@ -5,12 +5,13 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ..nn import ElitaFeedForward, Projection
-from ..nn.step import Layer
+from ..nn.step import Layer, steppable
 from ..ops.pointwise import swiglu
 from ..ops.step import Vector
 from .config import CumulantConfig
 
 
+@steppable
 class FeedForward(nn.Module):
     """SwiGLU, ``W_down(silu(W_gate x) ⊙ W_up x)``, or GELU, ``W_down gelu(W_up x)``."""
 
@@ -30,7 +31,7 @@ class FeedForward(nn.Module):
 
     def lay(self, layer: Layer, x: Vector, onto: Vector | None) -> Vector:
         """See `cumulant.nn.step`."""
-        layer.take(self, FeedForward)
+        layer.take(self)
         if self.gate_proj is None:
             hidden = layer.program.activate("gelu", layer.project(self.up_proj, x))
         else:

@@ -25,7 +25,7 @@ from ..nn import (
 from ..nn.feature_maps import LearnedFeatureMap
 from ..nn.norms import make_norm
 from ..nn.padding import offsets
-from ..nn.step import Layer, step, step_mixer
+from ..nn.step import Layer, step, step_mixer, steppable
 from ..ops.step import Vector
 from .cache import read_state, write_state
 from .config import CumulantConfig
@@ -33,6 +33,7 @@ from .feed_forward import LogitFeedForward, build_feed_forward
 from .mixers import build_mixer
 
 
+@steppable
 class CumulantBlock(GradientCheckpointingLayer):  # type: ignore[misc]
     """``x + mixer(norm(x))``, then ``x + feed_forward(norm(x))`` if there is one."""
 
@@ -86,7 +87,7 @@ class CumulantBlock(GradientCheckpointingLayer):  # type: ignore[misc]
         return self.lay_feed_forward(layer, x, onto)
 
     def lay_feed_forward(self, layer: Layer, x: Vector, onto: Vector | None) -> Vector:
-        layer.take(self, CumulantBlock)
+        layer.take(self)
         layer.drop(self.dropout)
         if self.feed_forward is not None:
             layer.child(self.feed_forward, layer.norm(self.feed_forward_norm, x), x)

@@ -136,7 +136,8 @@ class KernelAttention(nn.Module):
         [B, S, D_c]`` where ``context_mask [B, S]`` is True, and at what `state` has summed, of whatever it was. A state
         alone will do: compute it once with `encode_context`, read it with many queries.
         """
-        if state is not None and return_state and key_mask is None and cu_seqlens is None and context is None:
+        alone = key_mask is None and cu_seqlens is None and context is None and context_mask is None
+        if state is not None and return_state and alone:
             stepped = step_mixer(self, x, state)
             if stepped is not None:
                 return stepped
@@ -169,12 +170,12 @@ class KernelAttention(nn.Module):
         return (y, KernelAttentionState(attended[1], shift, conv)) if isinstance(attended, tuple) else y
 
     def kernel(self) -> dict[str, Any] | None:
-        """What `Program.attend` needs to know of `attend`; None where a program cannot do it."""
-        raise NotImplementedError
+        """`attend` as `Program.attend` knows it; None where steps take the ordinary path."""
+        return None
 
     def lay(self, layer: Layer, x: Vector, onto: Vector | None) -> Vector:
         """See `cumulant.nn.step`."""
-        layer.take(self, type(self))
+        layer.take(self)
         program, kernel = layer.program, self.kernel()
         if kernel is None or not self.is_causal or self.out_proj is None:
             raise Unsuitable
@@ -185,13 +186,13 @@ class KernelAttention(nn.Module):
         for projection, part in zip((self.q_proj, self.k_proj, self.v_proj), mixed.split(*self._sizes), strict=True):
             layer.project(projection, h, part)
         if self.conv is not None:
-            layer.take(self.conv, ShortConvolution)
+            layer.take(self.conv)
             mixed = program.convolve(mixed, self.conv.weight)
         both, v = mixed.split(sum(self._sizes[:2]), self._sizes[2])
         if self.qk_norm:
             both = program.norm(both, "layernorm", 1e-5, heads=self.num_heads + self.num_kv_heads)
         if self.rotary is not None:
-            layer.take(self.rotary, RotaryEmbedding)
+            layer.take(self.rotary)
             program.rotate(both, self.head_dim, self.rotary.base)
         q, k = both.split(*self._sizes[:2])
         y = program.attend(q, k, v, self.num_heads, self.num_kv_heads, **kernel)

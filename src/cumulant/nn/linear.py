@@ -11,10 +11,12 @@ from ..ops.linear import linear_attention
 from ..ops.state import LinearState
 from .feature_maps import HedgehogFeatureMap, RebasedFeatureMap
 from .kernel_attention import KernelAttention
+from .step import steppable
 
 LEARNED = {"hedgehog": HedgehogFeatureMap, "rebased": RebasedFeatureMap}
 
 
+@steppable
 class LinearAttention(KernelAttention):
     """Multi-head kernelised linear attention (`cumulant.linear_attention`), state ``G · F · (V + 1)`` numbers.
 
@@ -128,7 +130,7 @@ class LinearAttention(KernelAttention):
 
     def kernel(self) -> dict[str, Any] | None:
         elementwise = isinstance(self.feature_map, str) and self.feature_map in ELEMENTWISE
-        if self.impl not in ("auto", "native") or type(self) is not LinearAttention or not elementwise:
+        if self.impl not in ("auto", "native") or not elementwise:
             return None
         return {
             "order": 0,

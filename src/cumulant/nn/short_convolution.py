@@ -12,9 +12,10 @@ from ..ops.state import State, register
 from ..ops.step import Vector
 from .padding import check_input, check_state, clear_slack, compact, last_tokens, offsets, restore
 from .projection import Projection
-from .step import Layer, step_mixer
+from .step import Layer, step_mixer, steppable
 
 
+@steppable
 class ShortConvolution(nn.Module):
     """Depthwise causal convolution: ``y_t = Σ_{j < size} w_j ⊙ x_{t-j}``, zeros before the first token.
 
@@ -75,6 +76,7 @@ class ConvolutionState(State):
 register(ConvolutionState)
 
 
+@steppable
 class GatedShortConvolution(nn.Module):
     """Gated convolution mixer, ``out(conv(in(x)) ⊙ gate(x))``: Based's third kind of layer, causal, with a tiny state.
 
@@ -122,8 +124,8 @@ class GatedShortConvolution(nn.Module):
 
     def lay(self, layer: Layer, x: Vector, onto: Vector | None) -> Vector:
         """See `cumulant.nn.step`."""
-        layer.take(self, GatedShortConvolution)
-        layer.take(self.conv, ShortConvolution)
+        layer.take(self)
+        layer.take(self.conv)
         content, gate = layer.project(self.in_proj, x).split(self.dim, self.dim)
         mixed = layer.program.activate("product", layer.program.convolve(content, self.conv.weight), gate)
         return layer.project(self.out_proj, mixed, onto, add=onto is not None)

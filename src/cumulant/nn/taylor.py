@@ -10,8 +10,10 @@ from torch import Tensor
 from ..ops.state import LinearState
 from ..ops.taylor import check_order, taylor_attention
 from .kernel_attention import KernelAttention
+from .step import steppable
 
 
+@steppable
 class TaylorAttention(KernelAttention):
     """Multi-head Taylor attention (`cumulant.taylor_attention`): softmax attention with the exponential expanded to
     `order`, in linear time, with a state of ``G · F · (V + 1)`` numbers.
@@ -129,7 +131,7 @@ class TaylorAttention(KernelAttention):
         )
 
     def kernel(self) -> dict[str, Any] | None:
-        if self.impl not in ("auto", "native") or type(self) is not TaylorAttention:
+        if self.impl not in ("auto", "native"):
             return None
         return {
             "order": self.order,

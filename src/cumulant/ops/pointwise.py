@@ -31,10 +31,19 @@ def _native(x: Tensor, *others: Tensor | None) -> bool:
 
 
 def _by_formula(formula: Callable[..., Tensor], inputs: Sequence[Tensor | None], dout: Tensor) -> list[Tensor | None]:
-    """Gradients that can be differentiated again."""
-    wanted = [x for x in inputs if x is not None and x.requires_grad]
-    found = iter(torch.autograd.grad(formula(*inputs), wanted, dout, create_graph=True))
-    return [next(found) if x is not None and x.requires_grad else None for x in inputs]
+    """Gradients by PyTorch's operators, which can be differentiated again, and mapped."""
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # one input may depend on another: gradients are those of the formula alone
+        own = [x.view_as(x) if x is not None and x.requires_grad else x for x in inputs]
+        wanted = [x for x in own if x is not None and x.requires_grad]
+        found = iter(torch.autograd.grad(formula(*own), wanted, dout, create_graph=again, allow_unused=True))
+    return [next(found) if x is not None and x.requires_grad else None for x in own]
+
+
+def _by_kernel(dout: Tensor) -> bool:
+    """Whether a backward pass is one of plain numbers, neither to be differentiated nor mapped over."""
+    return not torch.is_grad_enabled() and ordinary(dout)
 
 
 def swiglu(x: Tensor, up: Tensor) -> Tensor:
@@ -60,7 +69,7 @@ class _SwiGLU(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         from ..kernels.native import pointwise
 
-        if torch.is_grad_enabled():
+        if not _by_kernel(dout):
             return tuple(_by_formula(_swiglu, ctx.saved_tensors, dout))
         x, up = ctx.saved_tensors
         return pointwise.swiglu_backward(x, up, dout)
@@ -88,7 +97,7 @@ class _RMSNorm(torch.autograd.Function):
         from ..kernels.native import pointwise
 
         x, weight, factors = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        if not _by_kernel(dout):
             return *_by_formula(lambda x, w: F.rms_norm(x, x.shape[-1:], w, ctx.eps), (x, weight), dout), None
         return *pointwise.rms_norm_backward(x, weight, factors, dout), None
 
@@ -102,7 +111,10 @@ def short_convolution(x: Tensor, weight: Tensor, tail: Tensor | None = None, off
         tail: ``[B, size - 1, D]``, the tokens before x; zeros if None.
         offset: ``[T]`` int64, the place of each token in its packed sequence, which sees no other.
     """
-    if not _native(x, weight, tail):
+    fits = x.dim() == 3 and weight.shape[1:] == x.shape[2:] and (offset is None or offset.shape == x.shape[1:2])
+    if tail is not None:
+        fits = fits and tail.shape == (x.shape[0], weight.shape[0] - 1, x.shape[2])
+    if not fits or not _native(x, weight, tail):
         return _convolution(x, weight, tail, offset)
     return _Convolution.apply(x, weight, tail, offset)  # type: ignore[no-any-return, no-untyped-call]
 
@@ -132,7 +144,7 @@ class _Convolution(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         from ..kernels.native import pointwise
 
-        if torch.is_grad_enabled():
+        if not _by_kernel(dout):
             return tuple(_by_formula(_convolution, ctx.saved_tensors, dout))
         x, weight, tail, offset = ctx.saved_tensors
         return *pointwise.convolve_backward(x, weight, tail, offset, dout), None
@@ -141,7 +153,9 @@ class _Convolution(torch.autograd.Function):
 def turn(x: Tensor, cosine: Tensor, sine: Tensor, back: bool = False) -> Tensor:
     """Neighbouring pairs of ``x [B, H, T, D]`` turned by angles, given by cosines and sines ``[T, D/2]`` or ``[B, T,
     D/2]`` in fp32; or turned back."""
-    if x.dim() != 4 or cosine.requires_grad or sine.requires_grad or not _native(x, cosine, sine):
+    fits = x.dim() == 4 and cosine.shape == sine.shape and cosine.shape[-2:] == (x.shape[2], x.shape[3] // 2)
+    fits = fits and (cosine.dim() == 2 or cosine.shape[:-2] == x.shape[:1])
+    if not fits or cosine.requires_grad or sine.requires_grad or not _native(x, cosine, sine):
         return _turned(x, cosine, sine, back)
     return _Turn.apply(x, cosine, sine, back)  # type: ignore[no-any-return, no-untyped-call]
 
@@ -151,9 +165,9 @@ def _turned(x: Tensor, cosine: Tensor, sine: Tensor, back: bool) -> Tensor:
         cosine, sine = cosine[:, None], sine[:, None]
     sine = -sine if back else sine
     dtype = torch.promote_types(x.dtype, torch.float32)
-    even, odd = x.to(dtype).unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack((even * cosine - odd * sine, even * sine + odd * cosine), -1).flatten(-2)
-    return turned.to(x.dtype)
+    even, odd = x[..., 0::2].to(dtype), x[..., 1::2].to(dtype)
+    turned = torch.stack((even * cosine - odd * sine, even * sine + odd * cosine), -1)
+    return turned.reshape(x.shape).to(x.dtype)
 
 
 class _Turn(torch.autograd.Function):

@@ -122,6 +122,11 @@ def real(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def settled(x: Tensor) -> Tensor:
+    """Whose memory holds its numbers themselves."""
+    return x.clone() if x.is_neg() or x._is_zerotensor() else x
+
+
 class Held:
     """Tensors as the C++ reads them, kept alive for the call: of one dtype, rows of numbers that lie side by side."""
 
@@ -130,7 +135,7 @@ class Held:
         self._tensors: list[Tensor] = []
 
     def array(self, x: Tensor) -> Array:
-        x = x.to(self.dtype)
+        x = settled(x).to(self.dtype)
         x = x if x.stride(-1) == 1 else x.contiguous()
         self._tensors.append(x)
         return array(x)
@@ -139,7 +144,7 @@ class Held:
         """Of the tensor, contiguous."""
         if x is None:
             return None
-        x = x.to(dtype).contiguous()
+        x = settled(x).to(dtype).contiguous()
         self._tensors.append(x)
         return pointer(x)
 

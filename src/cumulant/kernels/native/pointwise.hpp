@@ -93,7 +93,7 @@ inline void rmsnorm_backward(const Pointwise& p, int64_t begin, int64_t end, flo
 
 // Row t - j of a sequence, in what came before it where that is negative; null where there is none.
 INLINE const float* past_row(const Pointwise& p, int64_t b, int64_t t, int64_t j) {
-  if (p.offset && p.offset[t] < j) return nullptr;
+  if (j > 0 && p.offset && p.offset[t] < j) return nullptr;
   if (t >= j) return row_of(p.x, b, 0, t - j);
   return p.tail ? p.tail + (b * (p.taps - 1) + (p.taps - 1) + t - j) * p.n : nullptr;
 }

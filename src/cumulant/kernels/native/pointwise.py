@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .library import Array, Pointwise, array, call, instruction_set, need, new_heads, pointer, threads
+from .library import Array, Pointwise, array, call, instruction_set, need, new_heads, pointer, settled, threads
 
 OPERATIONS = (
     "swiglu_forward", "swiglu_backward", "rmsnorm_forward", "rmsnorm_backward", "convolve_forward",
@@ -41,6 +41,7 @@ def _ready(x: Tensor, *shape: int) -> Tensor:
     """Such a tensor of fp32 on the CPU, its last dimension's numbers side by side."""
     need(x.shape == shape, "a tensor", list(shape), list(x.shape))
     need(x.dtype == torch.float32 and x.device.type == "cpu", "a tensor", "fp32 on the CPU", f"{x.dtype} on {x.device}")
+    x = settled(x)
     return x if x.stride(-1) == 1 else x.contiguous()
 
 

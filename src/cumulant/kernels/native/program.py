@@ -117,7 +117,8 @@ class Program:
         """Linear or Taylor attention; its states are the numerator ``[G, F, V]`` and, normalised, the denominator."""
         K, V = query.size // heads, value.size // groups
         features = math.comb(K + order, order) if order else K
-        if order > MAX_ORDER or activation not in ACTIVATIONS or features >= 2**31:
+        sizes = query.size == heads * K and key.size == groups * K and value.size == groups * V
+        if not sizes or order > MAX_ORDER or activation not in ACTIVATIONS or features >= 2**31:
             raise Unsuitable
         F = _size(K, order, constant_term)
         state = self._state(groups, F, V)
