@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from .bench.commands import recall, report
 from .text.options import TrainingOptions
 from .text.recipes import RECIPES, from_recipe
 
@@ -222,6 +223,10 @@ def compare(
         device=device,
         console=console,
     )
+
+
+app.command()(recall)
+app.command()(report)
 
 
 @bench.callback()

@@ -166,7 +166,7 @@ def train(setting: Setting, device: str = "cpu", every: int = 200) -> dict[str, 
                 break
     return {
         "accuracy": found,
-        "steps": step,
+        "steps_taken": step,
         "seconds": time.perf_counter() - started,
         "parameters": sum(p.numel() for p in model.parameters()),
         "state_bytes": state_bytes(model, task.length),

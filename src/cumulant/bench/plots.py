@@ -15,6 +15,22 @@ COLOURS = {0: "#999999", 1: "#E69F00", 2: "#0072B2", 3: "#CC79A7", 4: "#009E73"}
 MARKERS = {0: "", 1: "o", 2: "s", 3: "^", 4: "D"}
 
 
+PALETTE = (
+    "#000000",
+    "#999999",
+    "#666666",
+    "#E69F00",
+    "#56B4E9",
+    "#0072B2",
+    "#004C7A",
+    "#CC79A7",
+    "#009E73",
+    "#D55E00",
+    "#8C6D1F",
+)
+SHAPES = ("o", "v", "^", "s", "D", "P", "X", "<", ">", "h", "*")
+
+
 def pyplot() -> Any:
     """matplotlib, drawing to files; a clear error where it is not installed."""
     try:
@@ -23,8 +39,16 @@ def pyplot() -> Any:
         raise ModuleNotFoundError("plots need matplotlib: pip install 'cumulant[text]'") from error
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    import matplotlib.ticker
 
+    matplotlib.rcParams["svg.hashsalt"] = "cumulant"  # the same picture is the same file
     return plt
+
+
+def save(figure: Any, folder: Path, name: str) -> str:
+    """The figure as PNG and SVG; its name."""
+    _save(figure, folder, name)
+    return name
 
 
 def _save(figure: Any, folder: Path, name: str) -> list[Path]:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerFast
 
 from ..models import CumulantConfig, CumulantForCausalLM
-from .options import check_device
+from .options import choose_device
 from .runs import whole_checkpoints
 from .tokenizer import load_tokenizer
 
@@ -20,7 +19,7 @@ def load_checkpoint(path: str, device: str = "auto") -> tuple[CumulantForCausalL
     Raises:
         ValueError: no checkpoint there, weights of another shape, or a tokenizer of another size.
     """
-    check_device(device)
+    device = choose_device(device)
     folder = checkpoint_folder(path)
     model = load_weights(folder)
     tokenizer = load_tokenizer(folder)
@@ -29,8 +28,6 @@ def load_checkpoint(path: str, device: str = "auto") -> tuple[CumulantForCausalL
             f"tokenizer: {folder} holds a tokenizer of {len(tokenizer)} tokens, but the model has "
             f"{model.config.vocab_size}; use the tokenizer it was trained with"
         )
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     return model.to(device).eval(), tokenizer
 
 

@@ -141,3 +141,11 @@ def check_device(device: str) -> None:
 
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device: cuda was asked for, but PyTorch sees no CUDA device here; use --device cpu")
+
+
+def choose_device(device: str) -> str:
+    """ "cpu" or "cuda"; for "auto", a GPU if there is one."""
+    import torch
+
+    check_device(device)
+    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device

@@ -1,0 +1,146 @@
+"""A measurement's folder: a JSON line for what was asked and on which machine, then one for each row that came of it.
+
+Rows are written as they come, so that an interruption loses none, and everything else in the folder (plots, the page)
+can be drawn again from them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Row = dict[str, Any]
+LINES = "rows.jsonl"
+
+
+@dataclass(frozen=True)
+class Folder:
+    """kind: the command that fills it. settings: what it was asked. environment: see `environment`."""
+
+    path: Path
+    kind: str
+    settings: dict[str, Any]
+    environment: dict[str, Any]
+
+    @classmethod
+    def start(cls, path: str, kind: str, settings: dict[str, Any], *, force: bool = False) -> Folder:
+        """A folder for the command: a new one, or one that the same command with the same settings began, whose rows
+        count. Any other is refused, or, with `force`, loses its rows.
+        """
+        folder = Path(path)
+        settings = json.loads(json.dumps(settings))  # as they will be read
+        if folder.exists() and not force:
+            if not folder.is_dir() or (any(folder.iterdir()) and not (folder / LINES).is_file()):
+                raise ValueError(f"output: {path} holds something else; name another folder")
+            if (folder / LINES).is_file():
+                begun = cls.open(path)
+                if (begun.kind, begun.settings) != (kind, settings):
+                    raise ValueError(
+                        f"output: {path} holds the report of another measurement ({begun.kind}, or the same with other "
+                        "settings); name another folder, or pass --force to replace it"
+                    )
+                return begun
+        folder.mkdir(parents=True, exist_ok=True)
+        new = cls(folder, kind, settings, environment())
+        header = {"kind": kind, "settings": settings, "environment": new.environment}
+        temporary = folder / f"{LINES}.tmp"
+        temporary.write_text(json.dumps(header) + "\n", encoding="utf-8")
+        temporary.replace(folder / LINES)
+        return new
+
+    @classmethod
+    def open(cls, path: str) -> Folder:
+        """A folder that a command has filled."""
+        try:
+            with (Path(path) / LINES).open(encoding="utf-8") as lines:
+                header = json.loads(lines.readline())
+            return cls(Path(path), header["kind"], header["settings"], header["environment"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"folder: {path} is not the folder of a report: no readable {LINES} in it") from error
+
+    def rows(self) -> list[Row]:
+        """A last line that was cut short is left out."""
+        return list(self._read())
+
+    def _read(self) -> Iterator[Row]:
+        with (self.path / LINES).open(encoding="utf-8") as lines:
+            next(lines, None)
+            for line in lines:
+                try:
+                    yield json.loads(line)
+                except ValueError:
+                    continue
+
+    def append(self, row: Row) -> None:
+        """On the disk when this returns."""
+        path = self.path / LINES
+        with path.open("rb+") as lines:  # a line that was cut short must not swallow this one
+            lines.seek(0, os.SEEK_END)
+            if lines.tell():
+                lines.seek(-1, os.SEEK_END)
+                cut = lines.read(1) != b"\n"
+                lines.write(b"\n" if cut else b"")
+            lines.write((json.dumps(row) + "\n").encode())
+            lines.flush()
+            os.fsync(lines.fileno())
+
+
+def environment() -> dict[str, Any]:
+    """Versions, hardware, threads, the state of the source, and the time."""
+    from .. import __version__
+
+    return {
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "cumulant": __version__,
+        "revision": revision(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_bytes": memory(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def revision() -> str | None:
+    """The commit that the package was run from, with a "+" if files have changed since; None outside a checkout."""
+    here = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=True, timeout=10)
+        return done.stdout.strip()
+
+    try:
+        if not git("ls-files", "--", Path(__file__).name):
+            return None
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "--", ".") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+        return names[0] if names else platform.machine()
+    except OSError:
+        return platform.processor() or platform.machine()
+
+
+def memory() -> int | None:
+    """Bytes of main memory."""
+    if sys.platform == "win32":
+        return None
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
