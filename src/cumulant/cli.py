@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from .bench.commands import recall, report
+from .bench.commands import bench, compare, quiet, recall, report
 from .text.options import TrainingOptions
 from .text.recipes import RECIPES, from_recipe
 
@@ -24,13 +24,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Linear-time language models: train, evaluate and generate.",
 )
-bench = typer.Typer(
-    add_completion=False,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-    invoke_without_command=True,
-)
-app.add_typer(bench, name="bench")
 console = Console()
 notes = Console(stderr=True)
 
@@ -40,17 +33,6 @@ def say(line: str) -> None:
     from tqdm import tqdm
 
     tqdm.write(line)
-
-
-def quiet() -> None:
-    """No progress bars for loading and saving, no warnings but errors, from the libraries underneath."""
-    import warnings
-
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    warnings.filterwarnings("ignore")
 
 
 def _from_fields(kind: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -190,70 +172,9 @@ def generate(
         )
 
 
-@app.command()
-def compare(
-    data: Annotated[str, typer.Option(help="file, folder, glob or dataset to train on, as for train")],
-    recipe: Annotated[str, typer.Option(help="what is compared: elita-wikitext")] = "elita-wikitext",
-    output: Annotated[
-        str, typer.Option(help="folder for the table, the curves, the JSON and all runs")
-    ] = "runs/compare",
-    mechanism: Annotated[
-        list[str] | None, typer.Option(help="only this one and the baseline; give it several times")
-    ] = None,
-    seeds: Annotated[int | None, typer.Option(help="seeds of weights and order; default: the recipe's")] = None,
-    epochs: Annotated[float | None, typer.Option(help="passes over the text; default: the recipe's")] = None,
-    heldout: Annotated[float, typer.Option(help="share of the text held out for evaluation")] = 0.05,
-    device: Device = "auto",
-) -> None:
-    """Train mechanisms on one text under one budget and set them side by side.
-
-    The same command again goes on where it stopped.
-    """
-    from .bench.compare import compare as run
-
-    quiet()
-    run(
-        recipe,
-        data,
-        output,
-        mechanisms=mechanism or [],
-        seeds=seeds,
-        epochs=epochs,
-        heldout=heldout,
-        device=device,
-        console=console,
-    )
-
-
-app.command()(recall)
-app.command()(report)
-
-
-@bench.callback()
-def _bench(context: typer.Context) -> None:
-    """Measurements that anyone can repeat."""
-    if context.invoked_subcommand is None:
-        print(context.get_help())
-
-
-@bench.command()
-def approximation(
-    output: Annotated[str, typer.Option(help="folder for the table, the plots and the JSON")] = "runs/approximation",
-    model: Annotated[
-        list[str] | None, typer.Option(help="a training run whose heads are measured as well; give it several times")
-    ] = None,
-    quick: Annotated[bool, typer.Option(help="random queries and keys only: no model is trained")] = False,
-    seed: Annotated[int, typer.Option(help="seed of queries, keys and values")] = 0,
-) -> None:
-    """How far Taylor attention is from softmax attention, by order, size of scores, head dim, alpha, and when trained.
-
-    Without --model a small softmax and a small Taylor model are trained on Python's standard library first (about two
-    minutes on two cores).
-    """
-    from .bench.approximation import run
-
-    quiet()
-    run(output, model or [], quick=quick, seed=seed, console=console)
+app.add_typer(bench, name="bench")
+for command in (compare, recall, report):
+    app.command()(command)
 
 
 @app.command()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -11,6 +11,123 @@ console = Console()
 Output = Annotated[str, typer.Option(help="folder for the rows, the plots and the page")]
 Force = Annotated[bool, typer.Option("--force", help="replace another report in that folder")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...; auto: a GPU if there is one")]
+
+
+def quiet() -> None:
+    """No progress bars for loading and saving, no warnings but errors, from the libraries underneath."""
+    import warnings
+
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    warnings.filterwarnings("ignore")
+
+
+def _chosen(given: dict[str, Any]) -> dict[str, Any]:
+    """Options that were given, several values of one as a tuple."""
+    named = {name: value for name, value in given.items() if value is not None}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in named.items()}
+
+
+bench = typer.Typer(
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    invoke_without_command=True,
+)
+
+
+@bench.callback()
+def speed(
+    context: typer.Context,
+    recipe: Annotated[str, typer.Option(help="what is measured: fair, or blog, a published experiment")] = "fair",
+    output: Output = "runs/bench",
+    quick: Annotated[bool, typer.Option("--quick", help="few lengths and runs: under a minute")] = False,
+    mechanism: Annotated[list[str] | None, typer.Option(help="only this one; give it several times")] = None,
+    passes: Annotated[
+        list[str] | None, typer.Option("--pass", help="forward, training or decode; give it several times")
+    ] = None,
+    length: Annotated[list[int] | None, typer.Option(help="tokens; give it several times")] = None,
+    batch: Annotated[int | None, typer.Option(help="sequences")] = None,
+    heads: Annotated[int | None, typer.Option(help="heads")] = None,
+    dim: Annotated[int | None, typer.Option(help="numbers in a head's value")] = None,
+    dtype: Annotated[str | None, typer.Option(help="fp32, bf16, fp16 or fp64")] = None,
+    seconds: Annotated[float | None, typer.Option(help="the most that one run may take")] = None,
+    threads: Annotated[int, typer.Option(help="CPU threads; 0: as many as PyTorch takes")] = 0,
+    device: Device = "auto",
+    force: Force = False,
+) -> None:
+    """Time and memory of every mechanism by length, on this machine; and other measurements that anyone can repeat."""
+    if context.invoked_subcommand is not None:
+        return
+    from dataclasses import replace
+
+    from ..text.options import choose_device
+    from .speed import QUICK, RECIPES, run
+
+    if recipe not in RECIPES:
+        raise ValueError(f"recipe: expected one of {', '.join(RECIPES)}, got {recipe!r}")
+    given = {
+        "mechanisms": mechanism, "passes": passes, "lengths": length, "batch": batch, "heads": heads, "dim": dim,
+        "dtype": dtype, "seconds": seconds,
+    }  # fmt: skip
+    chosen = replace(QUICK if quick else RECIPES[recipe], **_chosen(given))
+    run(chosen, output, device=choose_device(device), threads=threads, force=force, console=console)
+
+
+@bench.command()
+def approximation(
+    output: Annotated[str, typer.Option(help="folder for the table, the plots and the JSON")] = "runs/approximation",
+    model: Annotated[
+        list[str] | None, typer.Option(help="a training run whose heads are measured as well; give it several times")
+    ] = None,
+    quick: Annotated[bool, typer.Option(help="random queries and keys only: no model is trained")] = False,
+    seed: Annotated[int, typer.Option(help="seed of queries, keys and values")] = 0,
+) -> None:
+    """How far Taylor attention is from softmax attention, by order, size of scores, head dim, alpha, and when trained.
+
+    Without --model a small softmax and a small Taylor model are trained on Python's standard library first (about two
+    minutes on two cores).
+    """
+    from .approximation import run
+
+    quiet()
+    run(output, model or [], quick=quick, seed=seed, console=console)
+
+
+def compare(
+    data: Annotated[str, typer.Option(help="file, folder, glob or dataset to train on, as for train")],
+    recipe: Annotated[str, typer.Option(help="what is compared: elita-wikitext")] = "elita-wikitext",
+    output: Annotated[
+        str, typer.Option(help="folder for the table, the curves, the JSON and all runs")
+    ] = "runs/compare",
+    mechanism: Annotated[
+        list[str] | None, typer.Option(help="only this one and the baseline; give it several times")
+    ] = None,
+    seeds: Annotated[int | None, typer.Option(help="seeds of weights and order; default: the recipe's")] = None,
+    epochs: Annotated[float | None, typer.Option(help="passes over the text; default: the recipe's")] = None,
+    heldout: Annotated[float, typer.Option(help="share of the text held out for evaluation")] = 0.05,
+    device: Device = "auto",
+) -> None:
+    """Train mechanisms on one text under one budget and set them side by side.
+
+    The same command again goes on where it stopped.
+    """
+    from .compare import compare as run
+
+    quiet()
+    run(
+        recipe,
+        data,
+        output,
+        mechanisms=mechanism or [],
+        seeds=seeds,
+        epochs=epochs,
+        heldout=heldout,
+        device=device,
+        console=console,
+    )
 
 
 def recall(
@@ -45,10 +162,7 @@ def recall(
         "mechanisms": mechanism, "widths": width, "learning_rates": learning_rate, "pairs": pairs, "seeds": seeds,
         "steps": steps, "length": length, "vocabulary": vocabulary, "conv": None if conv is None else [conv],
     }  # fmt: skip
-    chosen = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in given.items() if value is not None
-    }
-    sweep = replace(QUICK if quick else FULL, **chosen)
+    sweep = replace(QUICK if quick else FULL, **_chosen(given))
     place = choose_device(device)
     if workers == 0:
         workers = 1 if place == "cuda" else os.cpu_count() or 1

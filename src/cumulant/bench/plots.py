@@ -15,6 +15,7 @@ COLOURS = {0: "#999999", 1: "#E69F00", 2: "#0072B2", 3: "#CC79A7", 4: "#009E73"}
 MARKERS = {0: "", 1: "o", 2: "s", 3: "^", 4: "D"}
 
 
+# of the same family, for up to eleven lines, which also differ by mark
 PALETTE = (
     "#000000",
     "#999999",

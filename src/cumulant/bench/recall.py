@@ -118,7 +118,7 @@ def _key(row: Row) -> tuple[Any, ...]:
 
 @dataclass(frozen=True)
 class Best:
-    """A mechanism at a width with its best learning rate: accuracy by number of pairs, mean and deviation over seeds."""
+    """A mechanism at a width with its best learning rate. accuracy: mean and deviation over seeds, by pairs."""
 
     mechanism: str
     conv: bool
@@ -183,10 +183,10 @@ def report(folder: Folder, console: Console | None = None) -> Page:
             Picture(draw_pairs(found, folder.path), "Questions answered by number of pairs, best width"),
         ],
         [
-            "Multi-query associative recall as in Zoology (Arora et al. 2023): pairs of keys and values, then each key again, at "
-            "whose second place the model must say the value. Chance is below 1%.",
-            "Each line is the mechanism's best learning rate; ± is the deviation over seeds. State counts both layers' caches "
-            f"after {folder.settings['length']} tokens; softmax's grows with every token, the others' does not.",
+            "Multi-query associative recall as in Zoology (Arora et al. 2023): pairs of keys and values, then each key "
+            "again, at whose second place the model must say the value. Chance is below 1%.",
+            "Each line is the mechanism's best learning rate; ± is the deviation over seeds. State counts all layers' "
+            f"caches after {folder.settings['length']} tokens; softmax's grows with every token, the others' does not.",
         ],
     )
     write(folder, page)

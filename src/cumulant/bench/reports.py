@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+
 from rich.console import Console
 
 from .folder import Folder
 from .page import Page
+
+KINDS = {"bench": "speed", "recall": "recall"}  # the command, and the module whose `report` draws what it left
 
 
 def draw(path: str, console: Console) -> Page:
@@ -13,8 +17,8 @@ def draw(path: str, console: Console) -> Page:
     folder = Folder.open(path)
     if not folder.rows():
         raise ValueError(f"folder: {path} has no rows yet")
-    if folder.kind == "recall":
-        from .recall import report
-    else:
+    if folder.kind not in KINDS:
         raise ValueError(f"folder: {path} was written by 'cumulant {folder.kind}', which this version does not know")
-    return report(folder, console)
+    report = import_module(f".{KINDS[folder.kind]}", __package__).report
+    page: Page = report(folder, console)
+    return page

@@ -1,0 +1,82 @@
+"""Pictures of `cumulant bench`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from .folder import Row
+from .plots import SHAPES, pyplot, save
+
+COLOURS = {
+    "softmax": "#000000", "naive softmax": "#999999", "linear": "#E69F00", "taylor": "#0072B2", "flash": "#009E73",
+    "elita": "#CC79A7",
+}  # fmt: skip
+
+
+def _styles(mechanisms: list[str]) -> dict[str, dict[str, Any]]:
+    return {
+        name: {"color": COLOURS[name], "marker": SHAPES[list(COLOURS).index(name)], "markersize": 5}
+        for name in mechanisms
+    }
+
+
+def _panels(rows: list[Row], value: str) -> tuple[Any, dict[str, Any]]:
+    """A panel for each pass in which the value was measured."""
+    plt = pyplot()
+    kinds = list(dict.fromkeys(row["pass"] for row in rows if row.get(value)))
+    figure, axes = plt.subplots(
+        1, len(kinds), figsize=(4.6 * len(kinds) + 1.6, 4.4), layout="constrained", squeeze=False
+    )
+    panels = dict(zip(kinds, axes[0], strict=True))
+    for kind, panel in panels.items():
+        panel.set(xscale="log", yscale="log", xlabel="tokens", title=kind)
+        panel.grid(alpha=0.3)
+    return figure, panels
+
+
+def _line(rows: list[Row], kind: str, mechanism: str, value: str) -> list[tuple[int, float]]:
+    cells = (row for row in rows if (row["pass"], row["mechanism"]) == (kind, mechanism) and row.get(value))
+    return sorted((row["length"], row[value]) for row in cells)
+
+
+def _legend(figure: Any, panels: dict[str, Any]) -> None:
+    found: dict[str, Any] = {}
+    for panel in panels.values():
+        found |= dict(zip(*reversed(panel.get_legend_handles_labels()), strict=True))
+    figure.legend(found.values(), found.keys(), loc="outside right center", frameon=False)
+
+
+def draw_times(rows: list[Row], mechanisms: list[str], folder: Path) -> str:
+    """Milliseconds by length, with the lengths from which each mechanism beats softmax."""
+    from .speed import BASELINE, crossing
+
+    figure, panels = _panels(rows, "median")
+    styles = _styles(mechanisms)
+    for kind, panel in panels.items():
+        for name in mechanisms:
+            points = _line(rows, kind, name, "median")
+            if not points:
+                continue
+            panel.plot([T for T, _ in points], [t * 1e3 for _, t in points], label=name, **styles[name])
+            ahead = None if name == BASELINE else crossing(rows, kind, name)
+            if ahead is not None and ahead != points[0][0]:
+                ring = {"marker": "o", "markersize": 12, "fillstyle": "none", "color": styles[name]["color"]}
+                panel.plot([ahead], [dict(points)[ahead] * 1e3], linestyle="", **ring)
+    next(iter(panels.values())).set_ylabel("milliseconds")
+    _legend(figure, panels)
+    return save(figure, folder, "times")
+
+
+def draw_memory(rows: list[Row], mechanisms: list[str], folder: Path) -> str:
+    """MiB by length."""
+    figure, panels = _panels(rows, "peak_bytes")
+    styles = _styles(mechanisms)
+    for kind, panel in panels.items():
+        for name in mechanisms:
+            points = _line(rows, kind, name, "peak_bytes")
+            if points:
+                panel.plot([T for T, _ in points], [size / 2**20 for _, size in points], label=name, **styles[name])
+    next(iter(panels.values())).set_ylabel("most memory held, MiB")
+    _legend(figure, panels)
+    return save(figure, folder, "memory")
