@@ -256,10 +256,10 @@ def report(folder: Folder, console: Console | None = None) -> Page:
         pictures,
         [
             f"One layer's attention: {what}, {'causal' if settings['causal'] else 'in both directions'}, on "
-            f"{settings['device']}, {settings['threads']} threads; queries and keys of 16 numbers in Taylor attention, of "
-            "128 in FLASH (one head, its values as wide as all heads'). Softmax is PyTorch's fused attention; the naive "
-            "one keeps all weights. Medians; ± is the deviation of single runs. Decoding is one token onto a context of "
-            "that length.",
+            f"{settings['device']}, {settings['threads']} threads; queries and keys of 16 numbers in Taylor attention, "
+            "of 128 in FLASH (one head, its values as wide as all heads'). Softmax is PyTorch's fused attention; the "
+            "naive one keeps all weights. Medians; ± is the deviation of single runs. Decoding is one token onto a "
+            "context of that length.",
             "Cells that were not measured say why: a run would take too long, judged from the one before, or need more "
             "memory than there is.",
         ],

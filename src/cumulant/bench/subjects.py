@@ -63,7 +63,8 @@ class Softmax(Subject):
     quadratic = True
 
     def run(self, inputs: tuple[Tensor, ...], causal: bool) -> Tensor:
-        return F.scaled_dot_product_attention(*inputs, is_causal=causal)
+        q, k, v = inputs
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
 
     def step(self, shape: Shape) -> Callable[[], Any]:
         q, (_, k, v) = shape.random(shape.H, shape.d, 1), self.inputs(shape)
@@ -81,7 +82,8 @@ class NaiveSoftmax(Softmax):
         if causal:
             future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
             scores = scores.masked_fill(future, -torch.inf)
-        return scores.softmax(-1) @ v
+        out: Tensor = scores.softmax(-1) @ v
+        return out
 
 
 class _Recurrent(Subject):
