@@ -78,14 +78,15 @@ class Setting:
     batch: int = 32
 
 
+# taylor-K: queries and keys of K numbers; window-W: softmax over the last W tokens
 MECHANISMS: dict[str, dict[str, Any]] = {
     "softmax": {"mixer": "softmax"},
-    "sliding window 16": {"mixer": "sliding_window", "sliding_window": 16},
-    "sliding window 64": {"mixer": "sliding_window", "sliding_window": 64},
+    "window-16": {"mixer": "sliding_window", "sliding_window": 16},
+    "window-64": {"mixer": "sliding_window", "sliding_window": 64},
     "linear": {"mixer": "linear"},
-    "taylor, K = 8": {"mixer": "taylor", "taylor_head_dim": 8},
-    "taylor, K = 16": {"mixer": "taylor", "taylor_head_dim": 16},
-    "taylor, K = 24": {"mixer": "taylor", "taylor_head_dim": 24},
+    "taylor-8": {"mixer": "taylor", "taylor_head_dim": 8},
+    "taylor-16": {"mixer": "taylor", "taylor_head_dim": 16},
+    "taylor-24": {"mixer": "taylor", "taylor_head_dim": 24},
     "higher_order": {"mixer": "taylor", "taylor_head_dim": 16, "qk_norm": True},
     "based": {"mixer": "taylor", "taylor_head_dim": 16, "window": 16},
     "flash": {"mixer": "flash", "group_size": 32, "query_key_dim": 32, "expansion_factor": 1.0},

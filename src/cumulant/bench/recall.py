@@ -39,7 +39,7 @@ class Sweep:
     def __post_init__(self) -> None:
         for name in self.mechanisms:
             if name not in MECHANISMS:
-                raise ValueError(f"mechanism: expected one of {'; '.join(MECHANISMS)}, got {name!r}")
+                raise ValueError(f"mechanism: expected one of {', '.join(MECHANISMS)}, got {name!r}")
         for name in ("seeds", "steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
@@ -57,7 +57,7 @@ class Sweep:
 
 
 FULL = Sweep()
-QUICK = Sweep(("softmax", "taylor, K = 16", "linear"), conv=(True,), widths=(64,), steps=2000)
+QUICK = Sweep(("softmax", "taylor-16", "linear"), conv=(True,), widths=(64,), steps=2000)
 
 
 def run(sweep: Sweep, output: str, *, workers: int, device: str, force: bool, console: Console) -> Folder:

@@ -30,7 +30,12 @@ def draw_state(found: list[Best], folder: Path) -> str:
         for name in dict.fromkeys(b.mechanism for b in found):
             own = sorted((b for b in found if b.mechanism == name and b.conv == conv), key=lambda b: b.state_bytes)
             panel.plot([b.state_bytes for b in own], [b.hardest for b in own], label=name, **styles[name])
-        panel.set(xscale="log", xlabel="state after the context, bytes", ylim=(-0.03, 1.03))
+        panel.set(xscale="log", xlabel="state after the context", ylim=(-0.03, 1.03))
+        panel.xaxis.set_major_formatter(plt.matplotlib.ticker.EngFormatter("B", sep=" "))
+        panel.xaxis.set_minor_formatter(plt.matplotlib.ticker.NullFormatter())
+        least, most = min(b.state_bytes for b in found), max(b.state_bytes for b in found)
+        ticks = [x * 10**p for p in range(9) for x in (1, 2, 5) if least / 1.5 <= x * 10**p <= most * 1.5]
+        panel.set_xticks(ticks)
         panel.set_title("behind a short convolution" if conv else "two layers of the mechanism alone")
         panel.grid(alpha=0.3)
     pairs = list(found[0].accuracy)[-1]

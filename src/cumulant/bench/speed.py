@@ -243,9 +243,10 @@ def report(folder: Folder, console: Console | None = None) -> Page:
 
     rows, settings = folder.rows(), folder.settings
     mechanisms = [name for name in settings["mechanisms"] if any(row["mechanism"] == name for row in rows)]
-    pictures = [
-        Picture(draw_times(rows, mechanisms, folder.path), "Time by length; rings mark where softmax is overtaken")
-    ]
+    pictures = []
+    if any(row["status"] == "measured" for row in rows):
+        caption = "Time by length; rings mark where softmax is overtaken"
+        pictures.append(Picture(draw_times(rows, mechanisms, folder.path), caption))
     if any(row.get("peak_bytes") for row in rows):
         pictures.append(Picture(draw_memory(rows, mechanisms, folder.path), "Most memory held during a run, by length"))
     what = f"{settings['batch']} x {settings['heads']} heads of {settings['dim']}, {settings['dtype']}"

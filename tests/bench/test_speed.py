@@ -1,0 +1,164 @@
+"""`cumulant bench`: cells that are measured, skipped or too large; crossings; the report."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+
+import pytest
+import torch
+from rich.console import Console
+
+from cumulant.bench import memory, speed
+from cumulant.bench.folder import Folder
+from cumulant.bench.reports import draw
+from cumulant.bench.speed import PASSES, QUICK, RECIPES, Recipe, answers, crossing
+from cumulant.bench.subjects import SUBJECTS, Shape
+
+TINY = Recipe(tuple(SUBJECTS), PASSES, (8, 16), batch=2, heads=2, dim=8, repeats=3, budget=0.01)
+
+
+def run(recipe, path, force=False):
+    return speed.run(recipe, str(path), device="cpu", threads=0, force=force, console=Console(file=io.StringIO()))
+
+
+@pytest.mark.parametrize("name", SUBJECTS)
+def test_subjects(name):
+    """Outputs have a row for every token; a step is the last row of the whole."""
+    shape = Shape(2, 4, 12, 8, torch.float32, "cpu")
+    torch.manual_seed(0)
+    inputs = SUBJECTS[name].inputs(shape)
+    out = SUBJECTS[name].run(inputs, True)
+    assert out.shape[:3] in ((2, 4, 12), (2, 1, 12))
+    assert out.numel() == 2 * 12 * 4 * 8
+    if name != "elita":
+        assert not torch.equal(SUBJECTS[name].run(inputs, False), out)
+    result = SUBJECTS[name].step(shape)()
+    y = result[0] if isinstance(result, tuple) else result
+    assert y.shape[2] == 1
+
+
+def test_naive_and_fused_softmax_agree():
+    inputs = SUBJECTS["softmax"].inputs(Shape(1, 2, 20, 8, torch.float64, "cpu"))
+    for causal in (True, False):
+        found = (SUBJECTS[name].run(inputs, causal) for name in ("softmax", "naive softmax"))
+        torch.testing.assert_close(*found)
+
+
+def test_a_run_and_its_report(tmp_path, monkeypatch):
+    folder = run(TINY, tmp_path / "bench")
+    rows = folder.rows()
+    assert len(rows) == len(list(TINY.cells())) == 2 * 3 * len(SUBJECTS)
+    assert all(row["status"] == "measured" and row["median"] > 0 and row["runs"] >= 1 for row in rows)
+    page = (folder.path / "report.html").read_text()
+    assert "On this machine, forward: " in page
+    monkeypatch.setattr(speed, "_measure", lambda *_: pytest.fail("measured again"))
+    run(TINY, tmp_path / "bench")
+    for path in folder.path.iterdir():
+        if path.name != "rows.jsonl":
+            path.unlink()
+    draw(str(folder.path), Console(file=io.StringIO()))
+    assert (folder.path / "report.html").read_text() == page
+    assert {path.suffix for path in folder.path.iterdir()} == {".jsonl", ".html", ".md", ".png", ".svg"}
+
+
+def test_too_long_and_too_large(tmp_path, monkeypatch):
+    """Cells beyond the limits are rows as well, with the reason, and the run goes on."""
+    monkeypatch.setattr(speed, "_times", lambda recipe, shape, *_: ([shape.T / 100], None))
+    monkeypatch.setattr(speed, "available", lambda device: 2**20)
+    recipe = Recipe(("softmax", "naive softmax", "linear"), ("forward",), (100, 200, 400, 800), heads=1, seconds=5.0)
+    rows = {(row["length"], row["mechanism"]): row for row in run(recipe, tmp_path).rows()}
+    assert rows[200, "softmax"]["status"] == "measured"  # 4 s expected
+    assert rows[400, "softmax"]["status"] == "too long"  # 2 s a run there, so 8 here
+    assert "8 s" in rows[400, "softmax"]["why"]
+    assert rows[800, "softmax"]["status"] == "too long"
+    assert rows[400, "linear"]["status"] == "measured"
+    assert rows[800, "linear"]["status"] == "too long"  # twice 4 s
+    assert rows[800, "naive softmax"]["status"] in ("too long", "out of memory")
+    large = Recipe(("naive softmax",), ("forward",), (1024,), heads=1)
+    (row,) = run(large, tmp_path / "large").rows()
+    assert row["status"] == "out of memory"
+    assert "GiB" in row["why"]
+
+
+@pytest.mark.parametrize("error", [MemoryError("no memory"), RuntimeError("can't allocate memory: you tried 1 TB")])
+def test_running_out_is_recorded(error, tmp_path, monkeypatch):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(speed, "_times", fail)
+    (row,) = run(Recipe(("linear",), ("forward",), (8,)), tmp_path).rows()
+    assert row["status"] == "out of memory"
+    monkeypatch.setattr(speed, "_times", lambda *_: (_ for _ in ()).throw(RuntimeError("a bug")))
+    with pytest.raises(RuntimeError, match="a bug"):
+        run(Recipe(("linear",), ("forward",), (8,)), tmp_path / "other")
+
+
+def test_an_interruption_keeps_finished_rows(tmp_path, monkeypatch):
+    measure = speed._measure
+
+    def second(recipe, cell, *rest):
+        if cell[0] == 16:
+            raise KeyboardInterrupt
+        return measure(recipe, cell, *rest)
+
+    monkeypatch.setattr(speed, "_measure", second)
+    with pytest.raises(KeyboardInterrupt):
+        run(TINY, tmp_path)
+    assert len(Folder.open(str(tmp_path)).rows()) == 3 * len(SUBJECTS)
+    assert (tmp_path / "report.html").is_file()
+
+
+def cells(mechanism, times):
+    return [
+        {"length": T, "pass": "forward", "mechanism": mechanism, "status": "measured", "median": t}
+        for T, t in times.items()
+    ]
+
+
+@pytest.mark.parametrize(
+    ("own", "expected"),
+    [
+        ({1: 2.0, 2: 2.0, 4: 3.0, 8: 4.0}, 4),
+        ({1: 0.5, 2: 3.0, 4: 3.0, 8: 4.0}, 4),  # ahead once by chance, and not for good
+        ({1: 0.5, 2: 1.0, 4: 1.0, 8: 1.0}, 1),
+        ({1: 2.0, 2: 3.0, 4: 5.0, 8: 20.0}, None),
+        ({4: 3.0, 16: 1.0}, 4),  # softmax was not measured at 16
+    ],
+)
+def test_crossings(own, expected):
+    rows = [*cells("softmax", {1: 1.0, 2: 2.0, 4: 4.0, 8: 16.0}), *cells("linear", own)]
+    assert crossing(rows, "forward", "linear") == expected
+
+
+def test_the_answer_names_crossing_and_ratio():
+    rows = [*cells("softmax", {1: 1.0, 1024: 16.0}), *cells("linear", {1: 2.0, 1024: 4.0})]
+    assert answers(rows, ["softmax", "linear"]) == [
+        "On this machine, forward: linear beats softmax from T = 1,024 (4 times as fast at 1,024)."
+    ]
+    assert "does not beat" in answers([*rows[:2], *cells("linear", {1: 2.0, 1024: 20.0})], ["softmax", "linear"])[0]
+
+
+def test_memory_is_measured():
+    with memory.measured("cpu") as peak:
+        held = torch.ones(50_000_000)
+        found = peak()
+    del held
+    assert found is None or 190e6 < found < 260e6
+    assert memory.available("cpu") is None or memory.available("cpu") > 2**20
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"mechanisms": ("mamba",)}, "mechanism: expected one of softmax, .*got 'mamba'"),
+        ({"passes": ("sideways",)}, "pass: expected one of forward, training, decode"),
+        ({"dtype": "fp8"}, "dtype: expected one of fp32"),
+        ({"lengths": ()}, "length"),
+        ({"lengths": (0,)}, "length"),
+    ],
+)
+def test_bad_recipes(fields, message):
+    for recipe in (*RECIPES.values(), QUICK):
+        with pytest.raises(ValueError, match=message):
+            replace(recipe, **fields)
