@@ -21,11 +21,12 @@ from rich.table import Table
 from .folder import Folder, Row
 from .memory import available, measured
 from .page import Page, Picture, TableOf, write
-from .subjects import SUBJECTS, Shape
+from .subjects import SUBJECTS, Shape, Subject
 
 PASSES = ("forward", "training", "decode")  # training: forward and backward; decode: one more token
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 BASELINE = "softmax"
+HELD = "Most memory held during a run, inputs and all; in decoding, what is kept of the context"
 
 
 @dataclass(frozen=True)
@@ -159,31 +160,38 @@ def _bytes(shape: Shape, kind: str, mechanism: str) -> float:
 
 
 def _times(recipe: Recipe, shape: Shape, kind: str, mechanism: str) -> tuple[list[float], int | None]:
-    """Seconds of each run after one to warm up, and the most bytes held beyond what was there before."""
+    """Seconds of each run after one to warm up; and the most bytes held, inputs and all, or, decoding, of its context."""
     torch.manual_seed(0)
-    with measured(shape.device) as peak:
-        call = _call(shape, kind, mechanism)
-        started = _timed(call, shape.device)
-        limit = time.perf_counter() + max(recipe.budget - started, 0)
-        times = [_timed(call, shape.device)] if started < recipe.seconds else [started]
-        while len(times) < recipe.repeats and time.perf_counter() < limit:
-            times.append(_timed(call, shape.device))
-    return times, peak()
-
-
-def _call(shape: Shape, kind: str, mechanism: str) -> Callable[[], Any]:
     subject = SUBJECTS[mechanism]
     if kind == "decode":
-        step = torch.inference_mode()(subject.step)(shape)
-        return torch.inference_mode()(step)
+        with torch.inference_mode():
+            step, held = subject.step(shape)
+            return _repeat(recipe, step, shape.device), held
+    times = _repeat(recipe, _call(shape, kind, subject), shape.device)
+    with measured(shape.device) as peak:
+        _timed(_call(shape, kind, subject), shape.device)
+        return times, peak()
+
+
+def _repeat(recipe: Recipe, call: Callable[[], Any], device: str) -> list[float]:
+    first = _timed(call, device)
+    if first > recipe.seconds:
+        return [first]
+    times, limit = [_timed(call, device)], time.perf_counter() + recipe.budget
+    while len(times) < recipe.repeats and time.perf_counter() < limit:
+        times.append(_timed(call, device))
+    return times
+
+
+def _call(shape: Shape, kind: str, subject: Subject) -> Callable[[], Any]:
     inputs = subject.inputs(shape)
     if kind == "forward":
         return torch.inference_mode()(lambda: subject.run(inputs, shape.causal))
     leaves = tuple(x.requires_grad_() for x in inputs)
-    gradient = torch.ones_like(subject.run(leaves, shape.causal))
 
     def train() -> None:
-        torch.autograd.grad(subject.run(leaves, shape.causal), leaves, gradient)
+        out = subject.run(leaves, shape.causal)
+        torch.autograd.grad(out, leaves, torch.ones_like(out))
 
     return train
 
@@ -248,7 +256,12 @@ def report(folder: Folder, console: Console | None = None) -> Page:
         caption = "Time by length; rings mark where softmax is overtaken"
         pictures.append(Picture(draw_times(rows, mechanisms, folder.path), caption))
     if any(row.get("peak_bytes") for row in rows):
-        pictures.append(Picture(draw_memory(rows, mechanisms, folder.path), "Most memory held during a run, by length"))
+        pictures.append(
+            Picture(
+                draw_memory(rows, mechanisms, folder.path),
+                HELD,
+            )
+        )
     what = f"{settings['batch']} x {settings['heads']} heads of {settings['dim']}, {settings['dtype']}"
     page = Page(
         "Speed: time and memory by length",
@@ -267,6 +280,7 @@ def report(folder: Folder, console: Console | None = None) -> Page:
     )
     write(folder, page)
     if console is not None:
+        console.print()
         for line in page.answer:
             console.print(line, highlight=False, soft_wrap=True)
         console.print(f"{folder.path}: report.html, plots, rows.jsonl", highlight=False, soft_wrap=True)

@@ -52,8 +52,8 @@ class Subject:
     def run(self, inputs: tuple[Tensor, ...], causal: bool) -> Tensor:
         raise NotImplementedError
 
-    def step(self, shape: Shape) -> Callable[[], Any]:
-        """One more token onto a context of T."""
+    def step(self, shape: Shape) -> tuple[Callable[[], Any], int]:
+        """One more token onto a context of T, and the bytes that are kept of that."""
         raise NotImplementedError
 
 
@@ -66,9 +66,9 @@ class Softmax(Subject):
         q, k, v = inputs
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
 
-    def step(self, shape: Shape) -> Callable[[], Any]:
+    def step(self, shape: Shape) -> tuple[Callable[[], Any], int]:
         q, (_, k, v) = shape.random(shape.H, shape.d, 1), self.inputs(shape)
-        return lambda: self.run((q, k, v), False)
+        return lambda: self.run((q, k, v), False), k.nbytes + v.nbytes
 
 
 class NaiveSoftmax(Softmax):
@@ -96,10 +96,10 @@ class _Recurrent(Subject):
         out: Tensor = self.call(inputs, causal)
         return out
 
-    def step(self, shape: Shape) -> Callable[[], Any]:
+    def step(self, shape: Shape) -> tuple[Callable[[], Any], int]:
         state = self.call(self.inputs(shape), True, return_state=True)[1]
         token = tuple(x[:, :, :1] for x in self.inputs(shape))
-        return lambda: self.call(token, True, state=state, return_state=True)
+        return lambda: self.call(token, True, state=state, return_state=True), state.nbytes
 
 
 class Linear(_Recurrent):
