@@ -77,6 +77,25 @@ def speed(
 
 
 @bench.command()
+def accuracy(
+    output: Output = "runs/accuracy",
+    length: Annotated[list[int] | None, typer.Option(help="tokens; give it several times")] = None,
+    dtype: Annotated[list[str] | None, typer.Option(help="fp32, bf16, fp16 or fp64; give it several times")] = None,
+    operation: Annotated[list[str] | None, typer.Option(help="only this one; give it several times")] = None,
+    seed: Annotated[int, typer.Option(help="seed of queries, keys and values")] = 0,
+    device: Device = "auto",
+    force: Force = False,
+) -> None:
+    """Error against float64 by length, up to a million tokens, for every implementation and dtype."""
+    from ..text.options import choose_device
+    from .accuracy import Settings, run
+
+    given = {"lengths": length, "dtypes": dtype, "operations": operation}
+    settings = Settings(**_chosen(given), seed=seed)
+    run(settings, output, device=choose_device(device), force=force, console=console)
+
+
+@bench.command()
 def approximation(
     output: Annotated[str, typer.Option(help="folder for the table, the plots and the JSON")] = "runs/approximation",
     model: Annotated[

@@ -9,7 +9,8 @@ from rich.console import Console
 from .folder import Folder
 from .page import Page
 
-KINDS = {"bench": "speed", "recall": "recall"}  # the command, and the module whose `report` draws what it left
+# the command, and the module whose `report` draws what it left
+KINDS = {"bench": "speed", "bench accuracy": "accuracy", "recall": "recall"}
 
 
 def draw(path: str, console: Console) -> Page:

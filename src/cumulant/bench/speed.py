@@ -160,7 +160,7 @@ def _bytes(shape: Shape, kind: str, mechanism: str) -> float:
 
 
 def _times(recipe: Recipe, shape: Shape, kind: str, mechanism: str) -> tuple[list[float], int | None]:
-    """Seconds of each run after one to warm up; and the most bytes held, inputs and all, or, decoding, of its context."""
+    """Seconds of each run after one to warm up; and the most bytes held, inputs and all, or, decoding, of context."""
     torch.manual_seed(0)
     subject = SUBJECTS[mechanism]
     if kind == "decode":
