@@ -4,7 +4,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install check format test test-all sanitize demo clean
+.PHONY: help install check format test test-all sanitize docs demo clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -14,10 +14,10 @@ install: $(INSTALLED)  ## make .venv with the library and all it needs
 $(INSTALLED): pyproject.toml constraints.txt setup.py $(wildcard src/cumulant/kernels/native/*.?pp)
 	@echo "== installing into .venv (a few minutes the first time)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[text,dev]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[text,dev,docs]'
 	@touch $@
 
-check: $(INSTALLED)  ## format, lint, types, import rules
+check: $(INSTALLED)  ## format, lint, types, import rules, links in the documentation
 	@echo "== format and lint"
 	@$(BIN)/ruff format --check --quiet . || { echo "run: make format"; exit 1; }
 	@$(BIN)/ruff check --quiet .
@@ -25,6 +25,7 @@ check: $(INSTALLED)  ## format, lint, types, import rules
 	@$(BIN)/mypy
 	@echo "== import rules and public names"
 	@$(BIN)/python -m pytest tests/test_architecture.py
+	@$(MAKE) --no-print-directory docs
 
 format: $(INSTALLED)  ## rewrite the code in the project's format
 	@$(BIN)/ruff format --quiet .
@@ -43,6 +44,10 @@ sanitize: $(INSTALLED)  ## the native kernels' tests under the address and undef
 		$(BIN)/python setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
 	@LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitize/lib \
 		$(BIN)/python -m pytest -n 2 -m "not slow" -k native tests/ops
+
+docs: $(INSTALLED)  ## the documentation as pages, in site/; a broken link is an error
+	@echo "== documentation"
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 demo: $(INSTALLED)  ## train a small model on Python's own source, sample from it, measure it (about two minutes)
 	@$(BIN)/python examples/demo.py

@@ -111,11 +111,19 @@ def test_info():
             ["compare", "--data", "x", "--mechanism", "gpt"],
             "mechanism: expected one of softmax, elita, elita without Q,",
         ),
+        (["recall", "--mechanism", "mamba"], "mechanism: expected one of softmax, window-16,"),
+        (["recall", "--workers", "-1"], "workers: expected at least 1, got -1"),
+        (["recall", "--pairs", "100"], "length: expected an even number of at least 400"),
+        (["bench", "--recipe", "mine"], "recipe: expected one of fair, blog, got 'mine'"),
+        (["bench", "--mechanism", "mamba"], "mechanism: expected one of softmax, naive softmax, linear,"),
+        (["bench", "--dtype", "fp8"], "dtype: expected one of fp32, bf16, fp16, fp64, got 'fp8'"),
+        (["bench", "accuracy", "--operation", "mamba"], "operation: expected one of linear, taylor-2,"),
+        (["report", "/no/such/folder"], "folder: /no/such/folder is not the folder of a report"),
         (["fly"], "No such command 'fly'"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(arguments, message, tmp_path):
-    if arguments[0] in ("train", "compare"):
+    if arguments[0] in ("train", "compare", "recall", "bench"):
         arguments = [*arguments, "--output", tmp_path / "out"]
         if "cuda" in arguments and torch.cuda.is_available():
             pytest.skip("there is a CUDA device")
@@ -152,3 +160,25 @@ def test_help():
     for option in ("--data", "--preset", "--context", "--resume", "--packed", "--train-bpe", "--recipe"):
         assert option in done.stdout
     assert cumulant("--help").returncode == 0
+
+
+def test_measurements_leave_reports(tmp_path):
+    """From the command line to the page, and the page again."""
+    two = ["--mechanism", "linear", "--mechanism", "softmax"]
+    bench = cumulant("bench", "--quick", "--length", 16, *two, "--output", tmp_path / "b")
+    assert bench.returncode == 0, bench.stderr
+    assert "On this machine, forward: linear" in bench.stdout
+    recall = cumulant(
+        "recall", "--quick", "--mechanism", "linear", "--steps", 2, "--seeds", 1, "--learning-rate", 0.001,
+        "--width", 16, "--workers", 1, "--output", tmp_path / "r",
+    )  # fmt: skip
+    assert recall.returncode == 0, recall.stderr
+    assert "Of 32 pairs in one context" in recall.stdout
+    accuracy = cumulant("bench", "accuracy", "--length", 32, "--operation", "elita", "--output", tmp_path / "a")
+    assert accuracy.returncode == 0, accuracy.stderr
+    for name in "bra":
+        page = tmp_path / name / "report.html"
+        first = page.read_text()
+        page.unlink()
+        assert cumulant("report", tmp_path / name).returncode == 0
+        assert page.read_text() == first

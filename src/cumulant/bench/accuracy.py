@@ -41,10 +41,10 @@ def _elita(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
 
 OPERATIONS: dict[str, Callable[..., Any]] = {
     "linear": lambda q, k, v, **options: linear_attention(q, k, v, is_causal=True, **options),
-    "taylor, order 2": _taylor(2),
-    "taylor, order 3": _taylor(3),
+    "taylor-2": _taylor(2),
+    "taylor-3": _taylor(3),
     "elita": _elita,
-    "mixed chunks": lambda q, k, v, **options: mixed_chunk_attention(
+    "mixed_chunk": lambda q, k, v, **options: mixed_chunk_attention(
         q, k, q.flip(-1), k.flip(-1), v, group_size=64, is_causal=True, **options
     ),
 }

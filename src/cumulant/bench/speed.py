@@ -117,7 +117,8 @@ def _measure(recipe: Recipe, cell: tuple[int, str, str], device: str, done: dict
     shape = Shape(recipe.batch, recipe.heads, T, recipe.dim, DTYPES[recipe.dtype], device, recipe.causal)
     expected = _expected(recipe, cell, done)
     if expected > recipe.seconds:
-        return {**row, "status": "too long", "why": f"about {expected:.0f} s a run"}
+        why = "as at the length before" if expected == math.inf else f"about {expected:.0f} s a run"
+        return {**row, "status": "too long", "why": why}
     needed, room = _bytes(shape, kind, mechanism), available(device)
     if room is not None and needed > 0.8 * room:
         return {**row, "status": "out of memory", "why": f"about {needed / 2**30:.1f} GiB of {room / 2**30:.1f}"}
