@@ -221,7 +221,7 @@ def _progress(recipe: Recipe, done: dict[tuple[int, str, str], Row]) -> Table:
 def _cell(row: Row | None) -> str:
     if row is None:
         return "…"
-    return f"{row['median'] * 1e3:,.3g}" if row["status"] == "measured" else str(row["status"])
+    return _number(row["median"] * 1e3, 3) if row["status"] == "measured" else str(row["status"])
 
 
 def crossing(rows: list[Row], kind: str, mechanism: str) -> int | None:
@@ -300,10 +300,15 @@ def answers(rows: list[Row], mechanisms: list[str]) -> list[str]:
             T, own, softmax = both[-1]
             ahead = crossing(rows, kind, mechanism)
             where = f"beats softmax from T = {ahead:,}" if ahead else "does not beat softmax"
-            parts.append(f"{mechanism} {where} ({softmax / own:,.3g} times as fast at {T:,})")
+            parts.append(f"{mechanism} {where} ({_number(softmax / own, 3)} times as fast at {T:,})")
         if parts:
             found.append(f"On this machine, {kind}: {'; '.join(parts)}.")
     return found or ["Nothing to compare with softmax was measured yet."]
+
+
+def _number(x: float, digits: int) -> str:
+    """So many digits, all those before the point, and no exponent."""
+    return f"{x:,.0f}" if x >= 10 ** (digits - 1) else f"{x:.{digits}g}"
 
 
 def _table(rows: list[Row], mechanisms: list[str], kind: str) -> TableOf:
@@ -319,4 +324,4 @@ def _spread(row: Row | None) -> str:
         return ""
     if row["status"] != "measured":
         return f"{row['status']}: {row['why']}" if row["status"] == "out of memory" else str(row["status"])
-    return f"{row['median'] * 1e3:,.4g} ± {row['deviation'] * 1e3:,.2g}"
+    return f"{_number(row['median'] * 1e3, 4)} ± {_number(row['deviation'] * 1e3, 2)}"

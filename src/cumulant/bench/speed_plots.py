@@ -31,6 +31,10 @@ def _panels(rows: list[Row], value: str) -> tuple[Any, dict[str, Any]]:
     panels = dict(zip(kinds, axes[0], strict=True))
     for kind, panel in panels.items():
         panel.set(xscale="log", yscale="log", xlabel="tokens", title=kind)
+        lengths = sorted({row["length"] for row in rows if row["pass"] == kind and row.get(value)})
+        ticks = lengths[:: -(-len(lengths) // 4)]
+        panel.set_xticks(ticks, [f"{T:,}" for T in ticks])
+        panel.xaxis.set_minor_formatter(plt.matplotlib.ticker.NullFormatter())
         panel.grid(alpha=0.3)
     return figure, panels
 
