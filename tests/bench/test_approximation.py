@@ -133,7 +133,11 @@ def test_mistakes(cli, run, tmp_path, monkeypatch):
     assert code == 2
     assert err.strip() == "cumulant: plots need matplotlib: pip install 'cumulant[text]'"
     assert cli("bench", "approximately")[0] == 2
-    code, out, _ = cli("bench")
+    code, _, err = cli("bench", "--quick", "--output", tmp_path / "bench")
+    assert code == 2
+    assert err.strip() == "cumulant: plots need matplotlib: pip install 'cumulant[text]'"
+    assert not (tmp_path / "bench").exists()
+    code, out, _ = cli("bench", "--help")
     assert code == 0
     assert "approximation" in out.splitlines()[-1]
 

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from itertools import product
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -88,7 +89,11 @@ def _train(left: list[Setting], folder: Folder, workers: int, device: str, conso
             runs: dict[Future[Row], Setting] = {pool.submit(train, setting, device): setting for setting in left}
             for future in as_completed(runs):
                 setting = runs[future]
-                row = {**asdict(setting), **future.result()}
+                try:
+                    row = {**asdict(setting), **future.result()}
+                except (torch.OutOfMemoryError, MemoryError) as error:
+                    progress.print(f"{setting.mechanism}, width {setting.width}: out of memory, left out ({error})")
+                    continue
                 folder.append(row)
                 shown = ", ".join(f"{n} pairs {right:.0%}" for n, right in row["accuracy"].items())
                 conv = "" if setting.conv else " without convolution"
@@ -98,14 +103,16 @@ def _train(left: list[Setting], folder: Folder, workers: int, device: str, conso
                     highlight=False,
                 )
                 progress.advance(bar)
+        except BaseException:  # an interruption: what is running is given up
+            for process in list((pool._processes or {}).values()):
+                process.terminate()
+            raise
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _prepare() -> None:
     import signal
-
-    import torch
 
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the run
