@@ -150,11 +150,7 @@ def report(folder: Folder, console: Console | None = None) -> Page:
             f"The reference, T x T weights, is run up to {QUADRATIC:,} tokens, single tokens up to {STEPWISE:,}.",
         ],
     )
-    write(folder, page)
-    if console is not None:
-        for line in page.answer:
-            console.print(line, highlight=False, soft_wrap=True)
-        console.print(f"{folder.path}: report.html, plots, rows.jsonl", highlight=False, soft_wrap=True)
+    write(folder, page, console)
     return page
 
 

@@ -7,6 +7,8 @@ import html
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from rich.console import Console
+
 from .folder import Folder
 
 
@@ -53,11 +55,15 @@ footer dt { font-weight: 600 } footer dd { margin: 0 0 .3rem }
 """
 
 
-def write(folder: Folder, page: Page) -> Path:
-    """``report.html`` in the folder, and ``report.md``, the same without pictures."""
+def write(folder: Folder, page: Page, console: Console | None = None) -> Path:
+    """``report.html`` in the folder, and ``report.md``, the same without pictures; the answer to the console."""
     target = folder.path / "report.html"
     _replace(target, _html(folder, page))
     _replace(folder.path / "report.md", _markdown(page))
+    if console is not None:
+        console.print()
+        for line in [*page.answer, f"{folder.path}: report.html, plots, rows.jsonl"]:
+            console.print(line, highlight=False, soft_wrap=True)
     return target
 
 

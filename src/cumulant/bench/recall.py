@@ -196,11 +196,7 @@ def report(folder: Folder, console: Console | None = None) -> Page:
             f"caches after {folder.settings['length']} tokens; softmax's grows with every token, the others' does not.",
         ],
     )
-    write(folder, page)
-    if console is not None:
-        for line in page.answer:
-            console.print(line, highlight=False, soft_wrap=True)
-        console.print(f"{folder.path}: report.html, plots, rows.jsonl", highlight=False, soft_wrap=True)
+    write(folder, page, console)
     return page
 
 

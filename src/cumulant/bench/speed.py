@@ -279,12 +279,7 @@ def report(folder: Folder, console: Console | None = None) -> Page:
             "memory than there is.",
         ],
     )
-    write(folder, page)
-    if console is not None:
-        console.print()
-        for line in page.answer:
-            console.print(line, highlight=False, soft_wrap=True)
-        console.print(f"{folder.path}: report.html, plots, rows.jsonl", highlight=False, soft_wrap=True)
+    write(folder, page, console)
     return page
 
 
