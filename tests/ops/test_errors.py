@@ -136,6 +136,24 @@ def test_feature_count():
         cm.feature_count(-3, 2)
 
 
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_many_features_and_few_tokens(is_causal):
+    """`auto` forms no features where all weights cost less, and only there; see the log for the threshold."""
+
+    def chosen(T, K, order, **options):
+        sizes = {"impl": "auto", "is_causal": is_causal} | options
+        return cm.explain(cm.taylor_attention, *inputs(1, 1, T, K, 8, G=1, dtype=torch.float32), order, **sizes)
+
+    many = chosen(100, 16, 4)
+    assert str(many) == "torch: the fastest available here: one block of 100 tokens, the quadratic form"
+    assert chosen(100, 16, 2).impl == "native"  # 153 features
+    assert chosen(129, 16, 4).impl == "native"
+    assert chosen(50, 16, 4).impl == ("native" if is_causal else "torch")  # causal, one native block needs none either
+    assert chosen(100, 16, 4, impl="native").impl == "native"
+    assert chosen(100, 16, 4, return_state=True).impl == "native"
+    assert chosen(100, 16, 4, cu_seqlens=torch.tensor([0, 50, 100])).impl == "native"
+
+
 def test_explain():
     q, k, v = inputs()
     assert str(cm.explain(cm.taylor_attention, q, k, v, is_causal=True)) == (

@@ -18,6 +18,7 @@ NATIVE_CHUNK = 64
 SHORT_CHUNK = 48  # causal, without Taylor features: less is done inside chunks, beside small sums
 SPAN = 512  # the fewest tokens that a thread of the native kernels takes when one sequence is shared out
 MAX_NATIVE_ORDER = 8
+MANY = 600  # features beyond which PyTorch's quadratic form of up to CHUNK tokens, which needs none, is the faster one
 
 
 @dataclass(frozen=True)
@@ -98,13 +99,20 @@ def attend(
     return out, LinearState(*sums, count_tokens(key, key_mask, cu_seqlens, state))
 
 
-def choose(impl: str, query: Tensor, order: int) -> tuple[str, str]:
-    """The implementation to run, and why that is not the native one (empty if it could be)."""
+def choose(impl: str, query: Tensor, order: int, *, S: int, is_causal: bool, stateful: bool) -> tuple[str, str]:
+    """The implementation to run, and why that is not the native one (empty if it is).
+
+    stateful: a state goes in or out, or several sequences lie in one row.
+    """
     obstacle = native_obstacle(query)
     if not obstacle and order > MAX_NATIVE_ORDER:
         obstacle = f"its kernels go up to order {MAX_NATIVE_ORDER}, and this is order {order}"
     elif not obstacle and order > 3 and math.comb(query.shape[-1] + order, order) >= 2**31:
         obstacle = f"its kernels go up to 2**31 features, and these are more: K = {query.shape[-1]}, order {order}"
+    elif not obstacle and impl == "auto" and order > 1 and not stateful and not torch.compiler.is_compiling():
+        T, features = query.shape[2], math.comb(query.shape[-1] + order, order)
+        if features > MANY and T == S <= CHUNK and (not is_causal or T > NATIVE_CHUNK):
+            obstacle = f"it would form {features} features, which take longer than all {T} x {S} weights"
     return resolve(impl, obstacle), obstacle
 
 
@@ -114,7 +122,8 @@ def _native_chunk(order: int, is_causal: bool) -> int:
 
 def plan(impl: str, query: Tensor, order: int, *, S: int, is_causal: bool, stateful: bool, features: int) -> Choice:
     """What would run. `stateful`: a state goes in or out."""
-    (chosen, obstacle), T = choose(impl, query, order), query.shape[2]
+    chosen, obstacle = choose(impl, query, order, S=S, is_causal=is_causal, stateful=stateful)
+    T = query.shape[2]
     chunk = _native_chunk(order, is_causal) if chosen == "native" else CHUNK
     one = chunk >= T and (is_causal if chosen == "native" else T == S and (is_causal or not stateful))
     work = f"one block of {T} tokens, the quadratic form" if one else f"chunks of {chunk} tokens, {features} features"

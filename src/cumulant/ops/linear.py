@@ -88,7 +88,7 @@ def linear_attention(
             wide = torch.promote_types(dtype, torch.float32)
             q, k = q.to(wide).softmax(-1), k.to(wide).exp()
     out, total = attend(
-        choose(impl, query, 0)[0],
+        choose(impl, query, 0, S=sizes.S, is_causal=is_causal, stateful=state is not None or return_state)[0],
         kernel,
         q,
         k,
@@ -144,7 +144,7 @@ def _explain(
         0,
         S=sizes.S,
         is_causal=is_causal,
-        stateful=state is not None or return_state,
+        stateful=state is not None or return_state or cu_seqlens is not None,
         features=features,
     )
 

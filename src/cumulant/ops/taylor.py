@@ -78,9 +78,10 @@ def taylor_attention(
     Sources: Arora et al. 2023, "Zoology" (Based); Mercat 2020, "Higher Order Linear Transformer"; Keles et al. 2022,
     arXiv 2209.04881.
     """
-    _, kernel = _check(query, key, value, order, is_causal, scale, constant_term, key_mask, cu_seqlens, state)
+    sizes, kernel = _check(query, key, value, order, is_causal, scale, constant_term, key_mask, cu_seqlens, state)
+    stateful = state is not None or return_state or cu_seqlens is not None
     out, state = attend(
-        choose(impl, query, order)[0],
+        choose(impl, query, order, S=sizes.S, is_causal=is_causal, stateful=stateful)[0],
         kernel,
         query,
         key,
@@ -137,7 +138,7 @@ def _explain(
         order,
         S=sizes.S,
         is_causal=is_causal,
-        stateful=state is not None or return_state,
+        stateful=state is not None or return_state or cu_seqlens is not None,
         features=features,
     )
 
