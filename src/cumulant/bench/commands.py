@@ -116,37 +116,48 @@ def approximation(
 
 
 def compare(
-    data: Annotated[str, typer.Option(help="file, folder, glob or dataset to train on, as for train")],
-    recipe: Annotated[str, typer.Option(help="what is compared: elita-wikitext")] = "elita-wikitext",
-    output: Annotated[
-        str, typer.Option(help="folder for the table, the curves, the JSON and all runs")
-    ] = "runs/compare",
+    data: Annotated[
+        str | None,
+        typer.Option(help="file, folder, glob or dataset to train on, as for train; default: the recipe's"),
+    ] = None,
+    recipe: Annotated[
+        str, typer.Option(help="what is compared: long-context, flash-enwik8, flash-enwik8-small, elita-wikitext")
+    ] = "long-context",
+    output: Annotated[str, typer.Option(help="folder for the rows, the plots, the page and all runs")] = "runs/compare",
+    quick: Annotated[
+        bool, typer.Option("--quick", help="a minute's try: three mechanisms, 40 short steps; settles nothing")
+    ] = False,
     mechanism: Annotated[
         list[str] | None, typer.Option(help="only this one and the baseline; give it several times")
     ] = None,
-    seeds: Annotated[int | None, typer.Option(help="seeds of weights and order; default: the recipe's")] = None,
-    epochs: Annotated[float | None, typer.Option(help="passes over the text; default: the recipe's")] = None,
-    heldout: Annotated[float, typer.Option(help="share of the text held out for evaluation")] = 0.05,
+    learning_rate: Annotated[
+        list[float] | None, typer.Option(help="peak rate, the best of several is taken; give it several times")
+    ] = None,
+    seeds: Annotated[int | None, typer.Option(help="seeds of weights and order")] = None,
+    steps: Annotated[int | None, typer.Option(help="optimizer steps of each run; 0: as the epochs say")] = None,
+    epochs: Annotated[float | None, typer.Option(help="passes over the text, in place of steps")] = None,
+    heldout: Annotated[float | None, typer.Option(help="share of the text held out for evaluation")] = None,
     device: Device = "auto",
+    force: Force = False,
 ) -> None:
-    """Train mechanisms on one text under one budget and set them side by side.
+    """Train mechanisms on one text under one budget and set them side by side. Options left out are the recipe's.
 
     The same command again goes on where it stopped.
     """
+    from dataclasses import replace
+
     from .compare import compare as run
+    from .recipes import find
 
     quiet()
-    run(
-        recipe,
-        data,
-        output,
-        mechanisms=mechanism or [],
-        seeds=seeds,
-        epochs=epochs,
-        heldout=heldout,
-        device=device,
-        console=console,
-    )
+    chosen = find(recipe).chosen(mechanism or [])
+    chosen = chosen.quick() if quick else chosen
+    steps = 0 if steps is None and epochs is not None else steps
+    given = {
+        "data": data, "learning_rates": learning_rate, "seeds": seeds, "steps": steps, "epochs": epochs,
+        "heldout": heldout,
+    }  # fmt: skip
+    run(recipe, replace(chosen, **_chosen(given)), output, device=device, force=force, console=console)
 
 
 def recall(

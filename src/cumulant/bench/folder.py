@@ -35,7 +35,7 @@ class Folder:
     @classmethod
     def start(cls, path: str, kind: str, settings: dict[str, Any], *, force: bool = False) -> Folder:
         """A folder for the command: a new one, or one that the same command with the same settings began, whose rows
-        count. Any other is refused, or, with `force`, loses its rows.
+        count. Another with rows is refused, or, with `force`, loses them.
         """
         folder = Path(path)
         settings = json.loads(json.dumps(settings))  # as they will be read
@@ -44,12 +44,13 @@ class Folder:
                 raise ValueError(f"output: {path} holds something else; name another folder")
             if (folder / LINES).is_file():
                 begun = cls.open(path)
-                if (begun.kind, begun.settings) != (kind, settings):
+                if (begun.kind, begun.settings) == (kind, settings):
+                    return begun
+                if begun.rows():
                     raise ValueError(
                         f"output: {path} holds the report of another measurement ({begun.kind}, or the same with other "
                         "settings); name another folder, or pass --force to replace it"
                     )
-                return begun
         folder.mkdir(parents=True, exist_ok=True)
         new = cls(folder, kind, settings, environment())
         header = {"kind": kind, "settings": settings, "environment": new.environment}

@@ -140,27 +140,3 @@ def _draw_heads(panel: Any, cases: list[Case]) -> None:
 def _line(panel: Any, points: list[tuple[float, Case]], style: dict[str, Any]) -> None:
     points = sorted(points, key=lambda p: p[0])
     panel.plot([x for x, _ in points], [c.error for _, c in points], **style)
-
-
-def draw_curves(runs: list[dict[str, Any]], folder: Path) -> list[Path]:
-    """Held-out loss over training, mean over the seeds with their range, and the differences at the end."""
-    plt = pyplot()
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained", width_ratios=(3, 2))
-    names = list(dict.fromkeys(r["mechanism"] for r in runs))
-    for i, name in enumerate(names):
-        own = [r["heldout_losses"] for r in runs if r["mechanism"] == name]
-        steps = [step for step, _ in own[0]]
-        losses = np.array([[loss for _, loss in losses] for losses in own])
-        colour = plt.cm.tab10(i)
-        left.plot(steps, losses.mean(0), color=colour, marker="o", markersize=3, label=name)
-        left.fill_between(steps, losses.min(0), losses.max(0), color=colour, alpha=0.2, linewidth=0)
-        right.plot(losses[:, -1], [i] * len(own), linestyle="", marker="o", markersize=5, color=colour)
-        right.plot([losses[:, -1].mean()], [i], linestyle="", marker="|", markersize=16, color=colour)
-    left.set(xlabel="step", ylabel="held-out loss, nats per token", title="during training, mean and range of seeds")
-    left.legend(frameon=False)
-    right.set_yticks(range(len(names)), names)
-    right.invert_yaxis()
-    right.set(xlabel="held-out loss, nats per token", title="at the end, each seed")
-    for panel in (left, right):
-        panel.grid(alpha=0.3)
-    return _save(figure, folder, "curves")

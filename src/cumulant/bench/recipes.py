@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from ..models import CumulantConfig, CumulantForCausalLM, from_preset
 
 TOLERANCE = 0.02  # of the parameters
+QUICK_STEPS = 40
 
 
 @dataclass(frozen=True)
@@ -25,27 +27,48 @@ class Mechanism:
 class Comparison:
     """Mechanisms in the same trunk, on the same tokens in the same order, with the same optimizer.
 
-    vocabulary: tokens of the byte-level BPE that is trained on the text. parameters: of every model, within 2%.
-    baseline: the mechanism that others are held
-    against. Learning rate, schedule, betas: see `TrainingOptions`.
+    baseline: the mechanism that others are held against. learning_rates: each mechanism is trained with all of them
+    from the first seed, and with its best from the others. parameters: of every model, within 2%. vocabulary: tokens of
+    the byte-level BPE that is trained on the text; 0: bytes. data: the text if none is named; None: Python's standard
+    library. heldout: the share of it held out. steps: optimizer steps of `batch` x `accumulate` windows of `context`
+    tokens; 0: as many as make `epochs` passes. evaluations: points of the curve. reach: the length, over `context`,
+    that the trained models are then tried at. shared: fields of all models. training: fields of `TrainingOptions`.
     """
 
     mechanisms: tuple[Mechanism, ...]
-    baseline: str
-    vocabulary: int
+    learning_rates: tuple[float, ...]
     width: int
     depth: int
     heads: int
     parameters: int
     context: int
     batch: int
-    epochs: float
-    learning_rate: float
-    schedule: str
-    adam_beta2: float
-    weight_decay: float
-    seeds: int
+    accumulate: int = 1
+    steps: int = 0
+    epochs: float = 1.0
+    seeds: int = 3
+    vocabulary: int = 0
+    data: str | None = None
+    heldout: float = 0.02
+    evaluations: int = 8
+    reach: int = 4
+    baseline: str = "softmax"
     shared: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not (self.learning_rates and all(0 < rate < math.inf for rate in self.learning_rates)):
+            raise ValueError(f"learning_rate: expected numbers above 0, got {list(self.learning_rates)}")
+        if self.seeds < 1:
+            raise ValueError(f"seeds: expected at least 1, got {self.seeds}")
+        if self.steps < 0:
+            raise ValueError(f"steps: expected at least 1, or 0 for as many as the epochs take, got {self.steps}")
+        if not 0 < self.epochs < math.inf:
+            raise ValueError(f"epochs: expected a number above 0, got {self.epochs}")
+
+    @property
+    def step_tokens(self) -> int:
+        return self.context * self.batch * self.accumulate
 
     def chosen(self, names: list[str]) -> Comparison:
         """Only the mechanisms named, and the baseline."""
@@ -56,11 +79,89 @@ class Comparison:
         kept = tuple(m for m in self.mechanisms if not names or m.name in (*names, self.baseline))
         return replace(self, mechanisms=kept)
 
+    def quick(self) -> Comparison:
+        """A try at it: three mechanisms, a few steps of a fourth of the tokens. It says nothing about their order."""
+        return replace(
+            self,
+            mechanisms=self.mechanisms[:3],
+            context=max(self.context // 4, 1),
+            accumulate=1,
+            steps=QUICK_STEPS,
+            seeds=2,
+            evaluations=2,
+        )
 
+
+FLASH = {"gated_activation": "laplace"}
 RECIPES = {
+    # Every preset on contexts that softmax can still afford. Sizes, and the text by default, are such that two cores
+    # train all of it in about an hour.
+    "long-context": Comparison(
+        mechanisms=(
+            Mechanism("softmax", "softmax"),
+            Mechanism("taylor", "taylor"),
+            Mechanism("linear", "linear"),
+            Mechanism("based", "based"),
+            Mechanism("flash", "flash", {"num_hidden_layers": 6}),
+            Mechanism("window-64", "softmax", {"mixers": ["sliding_window"]}),
+        ),
+        learning_rates=(2e-3, 4e-3, 8e-3),
+        width=128,
+        depth=3,
+        heads=4,
+        parameters=830_000,
+        context=1024,
+        batch=4,
+        steps=400,
+        vocabulary=1024,
+    ),
+    # FLASH-pytorch's train.py: 8 layers of 512, sequences of 1024 bytes, 16 a step, 100,000 steps at 2e-4 (see
+    # `cumulant.text.recipes`), beside a transformer with rotary positions and SwiGLU, which FLASH's paper claims to
+    # equal at 512 to 8192 tokens. As there, two FLASH layers stand against one of attention and feed-forward.
+    "flash-enwik8": Comparison(
+        mechanisms=(
+            Mechanism("softmax", "softmax"),
+            Mechanism("flash", "flash", FLASH | {"group_size": 256, "num_hidden_layers": 8}),
+            Mechanism("taylor", "taylor"),
+            Mechanism("linear", "linear"),
+        ),
+        learning_rates=(2e-4, 5e-4, 1e-3),
+        width=512,
+        depth=4,
+        heads=8,
+        parameters=13_400_000,
+        context=1024,
+        batch=4,
+        accumulate=4,
+        steps=100_000,
+        data="enwik8",
+        evaluations=20,
+        shared={"tie_word_embeddings": False, "logits_bias": True},
+        training={"warmup": 0.01, "weight_decay": 0.0, "clip": 0.5},
+    ),
+    # The same at a size that two cores train in half an hour.
+    "flash-enwik8-small": Comparison(
+        mechanisms=(
+            Mechanism("softmax", "softmax"),
+            Mechanism("flash", "flash", FLASH | {"group_size": 128, "num_hidden_layers": 6}),
+            Mechanism("taylor", "taylor"),
+            Mechanism("linear", "linear"),
+        ),
+        learning_rates=(2e-3, 4e-3, 8e-3),
+        width=128,
+        depth=3,
+        heads=4,
+        parameters=763_000,
+        context=512,
+        batch=8,
+        steps=350,
+        heldout=0.01,
+        shared={"tie_word_embeddings": False, "logits_bias": True},
+        training={"weight_decay": 0.0, "clip": 0.5},
+    ),
     # ELiTA's README, 2023: fewer than 300K parameters, sequences of 256, 128 a step, Adam with min(1e-3, 1e-2 /
     # sqrt(step)) and betas 0.9 and 0.99, one epoch of WikiText, against a transformer with rotary positions and SwiGLU.
-    # Sizes, vocabulary, initial weights and seeds are not stated there: these are ours.
+    # Sizes, vocabulary, initial weights and seeds are not stated there: these are ours, as are the other two rates.
     "elita-wikitext": Comparison(
         mechanisms=(
             Mechanism("softmax", "softmax"),
@@ -70,23 +171,25 @@ RECIPES = {
             Mechanism("taylor", "taylor"),
             Mechanism("linear", "linear"),
         ),
-        baseline="softmax",
-        vocabulary=2048,
+        learning_rates=(1e-3, 3e-3, 1e-2),
         width=64,
         depth=3,
         heads=4,
         parameters=275_000,
         context=256,
         batch=128,
-        epochs=1,
-        learning_rate=1e-3,
-        schedule="capped_inverse_sqrt",
-        adam_beta2=0.99,
-        weight_decay=0.0,
-        seeds=3,
+        vocabulary=2048,
+        heldout=0.05,
         shared={"initializer_range": 0.08},
+        training={"schedule": "capped_inverse_sqrt", "adam_beta2": 0.99, "weight_decay": 0.0},
     ),
 }
+
+
+def find(name: str) -> Comparison:
+    if name not in RECIPES:
+        raise ValueError(f"recipe: expected one of {', '.join(RECIPES)}, got {name!r}")
+    return RECIPES[name]
 
 
 def configuration(recipe: Comparison, mechanism: Mechanism, vocab_size: int) -> CumulantConfig:

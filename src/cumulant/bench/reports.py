@@ -10,7 +10,7 @@ from .folder import Folder
 from .page import Page
 
 # the command, and the module whose `report` draws what it left
-KINDS = {"bench": "speed", "bench accuracy": "accuracy", "recall": "recall"}
+KINDS = {"bench": "speed", "bench accuracy": "accuracy", "recall": "recall", "compare": "compare_report"}
 
 
 def draw(path: str, console: Console) -> Page:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainerControl, TrainingArguments, set_seed
@@ -32,6 +32,14 @@ from .tokens import (
     write_tokens,
 )
 from .warm_start import freeze_backbone, inherited_configuration, inherited_model
+
+
+class Text(NamedTuple):
+    """A text as tokens, and what made them of it."""
+
+    tokenizer: PreTrainedTokenizerFast
+    train: TokenFile
+    heldout: TokenFile
 
 
 @dataclass(frozen=True)
@@ -126,8 +134,10 @@ class Lines(TrainerCallback):  # type: ignore[misc]
             self.say(f"step {state.global_step:>6}  held out {bits:.4f} bits per byte")
 
 
-def train(options: TrainingOptions, *, say: Callable[[str], None] = print) -> TrainingResult:
+def train(options: TrainingOptions, *, text: Text | None = None, say: Callable[[str], None] = print) -> TrainingResult:
     """Read the text, train the model, evaluate it on the held-out part and leave it in ``options.output``.
+
+    With `text`, the options' data and tokenizer are not read: several runs share one tokenized text.
 
     Raises:
         ValueError: for anything that the user can mend, before training starts.
@@ -139,7 +149,9 @@ def train(options: TrainingOptions, *, say: Callable[[str], None] = print) -> Tr
     else:
         check_unused(Path(options.output))
     arguments = _arguments(options)
-    tokenizer, tokens, heldout = _prepare_text(options, arguments, say)
+    tokenizer, tokens, heldout = _prepare_text(options, arguments, say) if text is None else text
+    if text is not None and not options.resume:
+        _begin(options, tokenizer)
     set_seed(options.seed)
     model = _model(options, tokenizer, start)
     parameters, trained = model.num_parameters(), model.num_parameters(only_trainable=True)
@@ -168,9 +180,7 @@ def train(options: TrainingOptions, *, say: Callable[[str], None] = print) -> Tr
     return _finish(trainer, options, heldout, parameters, say)
 
 
-def _prepare_text(
-    options: TrainingOptions, arguments: TrainingArguments, say: Callable[[str], None]
-) -> tuple[PreTrainedTokenizerFast, TokenFile, TokenFile]:
+def _prepare_text(options: TrainingOptions, arguments: TrainingArguments, say: Callable[[str], None]) -> Text:
     """Tokenizer and both splits, written by the first process and read by all. Nothing is written if anything is
     wrong."""
     output = Path(options.output)
@@ -184,16 +194,24 @@ def _prepare_text(
                 check_tokens(output / "tokens", corpus)
             else:
                 tokenizer = _tokenizer(options, corpus, say)
-                # whatever cannot be built is refused before anything is written
-                config = _configuration(options, tokenizer)
-                if options.init_from is not None:
-                    inherited_model(options, config)
-                with torch.device("meta"):
-                    CumulantForCausalLM(config)
+                _check_model(options, tokenizer)
                 write_tokens(output / "tokens", corpus, tokenizer, context=options.context)
-                tokenizer.save_pretrained(output)
-                note_options(options)
-    return load_tokenizer(output), *read_tokens(output / "tokens")
+                _begin(options, tokenizer)
+    return Text(load_tokenizer(output), *read_tokens(output / "tokens"))
+
+
+def _check_model(options: TrainingOptions, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Refuse what cannot be built before anything is written."""
+    config = _configuration(options, tokenizer)
+    if options.init_from is not None:
+        inherited_model(options, config)
+    with torch.device("meta"):
+        CumulantForCausalLM(config)
+
+
+def _begin(options: TrainingOptions, tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer.save_pretrained(options.output)
+    note_options(options)
 
 
 def _model(options: TrainingOptions, tokenizer: PreTrainedTokenizerFast, start: Path | None) -> CumulantForCausalLM:
