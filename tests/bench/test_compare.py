@@ -7,13 +7,17 @@ import statistics
 from dataclasses import replace
 from typing import get_type_hints
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
 from torch.nn import functional as F
 
 from cumulant.bench import compare as bench
-from cumulant.bench.recipes import RECIPES, Mechanism, configuration
+from cumulant.bench import compare_report, reports
+from cumulant.bench.compare_report import Mean, best_rate, results
+from cumulant.bench.folder import Folder
+from cumulant.bench.recipes import RECIPES, Mechanism, configuration, find
 from cumulant.models import CumulantForCausalLM
 from cumulant.text.checkpoint import load_checkpoint
 from cumulant.text.tokens import read_tokens
@@ -26,6 +30,7 @@ TINY = replace(
         Mechanism("elita", "elita"),
         Mechanism("elita, 2 wraps", "elita", {"wraps": 2}),
     ),
+    learning_rates=(1e-3, 1e-2),
     vocabulary=300,
     width=32,
     depth=2,
@@ -35,59 +40,102 @@ TINY = replace(
     batch=4,
     epochs=1.0,
     seeds=2,
+    heldout=0.1,
+    evaluations=3,
 )
+NAMES = [m.name for m in TINY.mechanisms]
+
+
+class Note(Console):
+    def __init__(self):
+        super().__init__()
+        self.lines = []
+
+    def print(self, *parts, **_):
+        self.lines.extend(str(p) for p in parts)
+
+
+def run(recipe, output, **options):
+    console = Note()
+    bench.compare("tiny", recipe, str(output), device="cpu", console=console, **options)
+    return console.lines
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory):
+def recipe(tmp_path_factory):
     path = tmp_path_factory.mktemp("text") / "text.txt"
     words = ["cat", "dog", "bat", "rat", "owl"]
     path.write_text("".join(f"{i} of the {words[i * i % 5]}s sat on the {words[i % 4]};\n" for i in range(900)))
-    return path
-
-
-def run(text, output, **options):
-    lines = []
-
-    class Note(Console):
-        def print(self, *parts, **_):
-            lines.extend(str(p) for p in parts)
-
-    options = {"mechanisms": [], "seeds": None, "epochs": None, "heldout": 0.1, "device": "cpu"} | options
-    bench.compare("tiny", str(text), str(output), console=Note(), **options)
-    return lines
+    return replace(TINY, data=str(path))
 
 
 @pytest.fixture(scope="module")
-def done(text, tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(RECIPES, "tiny", TINY)
-        output = tmp_path_factory.mktemp("compare") / "out"
-        run(text, output)
-        yield output
+def done(recipe, tmp_path_factory):
+    output = tmp_path_factory.mktemp("compare") / "out"
+    run(recipe, output)
+    return output
 
 
-@pytest.fixture(autouse=True)
-def _tiny(monkeypatch):
-    monkeypatch.setitem(RECIPES, "tiny", TINY)
+def rows(folder, kind):
+    return [row for row in Folder.open(str(folder)).rows() if row["row"] == kind]
+
+
+def key(row):
+    return row["mechanism"], row["learning_rate"], row["seed"]
+
+
+def run_folder(done, name, rate, seed):
+    return done / "runs" / f"{name.replace(', ', '-').replace(' ', '-')}-{rate:g}-{seed}"
+
+
+CASES = [(name, m) for name in RECIPES for m in RECIPES[name].mechanisms]
+
+
+@pytest.mark.parametrize(("name", "mechanism"), CASES, ids=lambda x: getattr(x, "name", x))
+def test_every_recipe_is_fair(name, mechanism):
+    """Equal parameters within 2%, at least three rates and seeds, and the baseline among the mechanisms."""
+    recipe = find(name)
+    with torch.device("meta"):
+        model = CumulantForCausalLM(configuration(recipe, mechanism, recipe.vocabulary or 257))
+    assert abs(model.num_parameters() / recipe.parameters - 1) < 0.02
+    assert len(recipe.learning_rates) >= 3
+    assert recipe.seeds >= 3
+    assert recipe.baseline in [m.name for m in recipe.mechanisms]
+    assert recipe.quick().baseline in [m.name for m in recipe.quick().mechanisms]
 
 
 @pytest.mark.parametrize("mechanism", RECIPES["elita-wikitext"].mechanisms, ids=lambda m: m.name)
-def test_the_recipe_is_the_authors_setting(mechanism):
-    """Fewer than 300K parameters, equal within 2%, sequences of 256, 128 a step, and that optimizer."""
+def test_elita_wikitext_is_its_author_s_setting(mechanism):
+    """Fewer than 300K parameters, sequences of 256, 128 a step, and that optimizer."""
     recipe = RECIPES["elita-wikitext"]
     config = configuration(recipe, mechanism, 2048)
-    assert abs(CumulantForCausalLM(config).num_parameters() / recipe.parameters - 1) < 0.02
     assert recipe.parameters * 1.02 < 300_000
-    assert (recipe.context, recipe.batch, recipe.epochs) == (256, 128, 1)
-    assert (recipe.learning_rate, recipe.schedule, recipe.adam_beta2) == (1e-3, "capped_inverse_sqrt", 0.99)
+    assert (recipe.context, recipe.batch, recipe.epochs, recipe.steps) == (256, 128, 1, 0)
+    assert recipe.training == {"schedule": "capped_inverse_sqrt", "adam_beta2": 0.99, "weight_decay": 0.0}
+    assert 1e-3 in recipe.learning_rates
     if mechanism.name == "softmax":
         assert config.rotary
         assert config.feed_forward == "swiglu"
-    else:
+    elif mechanism.preset == "elita":
         assert config.wraps == (3 if "wraps" in mechanism.name else 1)
         assert config.query_logit == ("without Q" not in mechanism.name)
     assert config.tie_word_embeddings
+
+
+def test_flash_enwik8_is_flash_pytorch_s_setting():
+    """What `cumulant train --recipe flash-enwik8` trains, with FLASH's own layers and rate in the sweep."""
+    from cumulant.text.recipes import from_recipe
+
+    recipe, published = RECIPES["flash-enwik8"], from_recipe("flash-enwik8")
+    (flash,) = (m for m in recipe.mechanisms if m.name == "flash")
+    fields = {**recipe.shared, **flash.fields}
+    assert fields["num_hidden_layers"] == published.depth
+    theirs = published.overrides()
+    assert {name: fields.get(name, theirs[name]) for name in theirs} == theirs
+    assert published.learning_rate in recipe.learning_rates
+    same = ("data", "width", "context", "batch", "accumulate", "steps")
+    assert [getattr(recipe, name) for name in same] == [getattr(published, name) for name in same]
+    assert recipe.training == {name: getattr(published, name) for name in recipe.training}
 
 
 def test_wraps_add_no_layers():
@@ -99,111 +147,267 @@ def test_wraps_add_no_layers():
     assert models[1].num_parameters() - models[0].num_parameters() == 2 * 32
 
 
-def test_figures_are_the_runs(done, text):
-    """The table's losses are those of the models left behind, on the held-out text."""
-    record = json.loads((done / "compare.json").read_text())
-    assert [(r["mechanism"], r["seed"]) for r in record["runs"]] == [
-        (m.name, seed) for seed in (0, 1) for m in TINY.mechanisms
-    ]
-    assert len({r["parameters"] for r in record["runs"]}) <= 3
-    assert all(abs(r["parameters"] / 40_000 - 1) < 0.02 for r in record["runs"])
-    for r in record["runs"]:
-        folder = done / f"{r['mechanism'].replace(', ', '-').replace(' ', '-')}-{r['seed']}"
-        model, _ = load_checkpoint(str(folder / f"checkpoint-{record['steps']}"), "cpu")
-        heldout = torch.from_numpy(read_tokens(folder / "tokens")[1].ids.astype("int64"))
-        nats, count = 0.0, 0
-        for start in range(0, len(heldout) - 1, 32):
-            piece = heldout[start : start + 33]
+def test_all_rates_from_the_first_seed_then_the_best_from_the_others(done):
+    trained = rows(done, "run")
+    assert [key(r) for r in trained[:6]] == [(name, rate, 0) for rate in (1e-3, 1e-2) for name in NAMES]
+    best = {}
+    for name in NAMES:
+        ends = {r["learning_rate"]: r["heldout"][-1][1] for r in trained[:6] if r["mechanism"] == name}
+        best[name] = min(ends, key=ends.get)
+    assert [key(r) for r in trained[6:]] == [(name, best[name], 1) for name in NAMES]
+    assert [key(r) for r in rows(done, "context")] == [(name, best[name], seed) for seed in (0, 1) for name in NAMES]
+
+
+def test_figures_are_the_runs(done):
+    """Bits per byte are those of the models left behind, on the held-out text."""
+    (text,) = rows(done, "text")
+    heldout = read_tokens(done / "text")[1]
+    ids = torch.from_numpy(heldout.ids.astype("int64"))
+    for r in rows(done, "run"):
+        assert abs(r["parameters"] / 40_000 - 1) < 0.02
+        model, _ = load_checkpoint(str(run_folder(done, *key(r)) / f"checkpoint-{text['steps']}"), "cpu")
+        nats = 0.0
+        for start in range(0, len(ids) - 1, 32):
+            piece = ids[start : start + 33]
             with torch.no_grad():
                 logits = model(piece[None, :-1], use_cache=False).logits[0]
-            nats, count = nats + float(F.cross_entropy(logits, piece[1:], reduction="sum")), count + len(piece) - 1
-        assert math.isclose(bench.final(r), nats / count, rel_tol=1e-4)
-        assert r["heldout_losses"][-1][0] == record["steps"]
-        assert bench.final(r) < math.log(300)  # it learned something
-    losses = [bench.final(r) for r in record["runs"] if r["mechanism"] == "elita"]
-    base = [bench.final(r) for r in record["runs"] if r["mechanism"] == "softmax"]
-    differences = [a - b for a, b in zip(losses, base)]
-    row = next(line for line in (done / "table.md").read_text().splitlines() if line.startswith("| elita |"))
-    assert f"{statistics.mean(losses):.3f} ± {statistics.stdev(losses):.3f}" in row
-    assert f"{statistics.mean(differences):+.3f} ± {statistics.stdev(differences):.3f}" in row
-    assert {p.name for p in done.iterdir()} >= {"curves.png", "curves.svg", "tokenizer.json", "text.json"}
+            nats += float(F.cross_entropy(logits, piece[1:], reduction="sum"))
+        assert math.isclose(r["heldout"][-1][1], nats / math.log(2) / heldout.text_bytes, rel_tol=1e-4)
+        assert r["heldout"][-1][0] == text["steps"]
+        assert len(r["heldout"]) >= 3
+        assert r["heldout"][-1][1] < math.log2(300) * (len(ids) - 1) / heldout.text_bytes  # it learned something
+
+
+def test_the_table_is_the_rows(done):
+    found = {r.mechanism: r for r in results(Folder.open(str(done)).rows(), "softmax")}
+    runs = rows(done, "run")
+
+    def ends(name):
+        own = [r for r in runs if r["mechanism"] == name and r["learning_rate"] == best_rate(runs, name)]
+        return [r["heldout"][-1][1] for r in own]
+
+    elita, base = ends("elita"), ends("softmax")
+    differences = [a - b for a, b in zip(elita, base, strict=True)]
+    final, difference = found["elita"].final, found["elita"].difference
+    assert (final.value, final.error) == pytest.approx((statistics.mean(elita), statistics.stdev(elita) / 2**0.5))
+    assert (difference.value, difference.error) == pytest.approx(
+        (statistics.mean(differences), statistics.stdev(differences) / 2**0.5)
+    )
+    assert found["softmax"].difference is None
+    line = next(x for x in (done / "report.md").read_text().splitlines() if x.startswith("| elita |"))
+    assert f"| {statistics.mean(elita):.4f} ± {statistics.stdev(elita) / 2**0.5:.4f} |" in line
+    assert f"| {statistics.mean(differences):+.4f} ± " in line
+    pictures = {
+        f"compare_{name}.{kind}" for name in ("curves", "sweep", "positions", "copying") for kind in ("png", "svg")
+    }
+    assert {p.name for p in done.iterdir()} == pictures | {"rows.jsonl", "report.html", "report.md", "runs", "text"}
+
+
+def test_the_context_rows_are_the_models(done):
+    """Positions go on to four times the training length, and weigh up to the whole of the windows."""
+    heldout = read_tokens(done / "text")[1]
+    row = next(r for r in rows(done, "context") if r["mechanism"] == "softmax")
+    assert [p[1] for p in row["positions"]] == [16, 32, 64, 128]
+    assert row["positions"][0][0] == 0
+    (text,) = rows(done, "text")
+    model, _ = load_checkpoint(str(run_folder(done, *key(row)) / f"checkpoint-{text['steps']}"), "cpu")
+    count = (len(heldout.ids) - 1) // 128
+    windows = torch.from_numpy(heldout.ids[: count * 128 + 1].astype(np.int64))
+    with torch.no_grad():
+        logits = model(windows[:-1].view(count, 128), use_cache=False).logits
+    losses = F.cross_entropy(logits.flatten(0, 1), windows[1:], reduction="none").view(count, 128)
+    per_byte = (len(heldout.ids) - 1) / heldout.text_bytes / math.log(2)
+    for first, last, bits in row["positions"]:
+        assert bits == pytest.approx(float(losses[:, first:last].mean()) * per_byte, rel=1e-4)
+    assert [c[0] for c in row["copying"]] == [4, 8, 16, 32, 64, 128]
+    assert all(first > 0 and second > 0 for _, first, second in row["copying"])
 
 
 def test_an_epoch_is_the_text_s_windows_and_mechanisms_differ_in_nothing_else(done):
-    record = json.loads((done / "compare.json").read_text())
-    tokens = json.loads((done / "text.json").read_text())["tokens"]
-    assert record["steps"] == (tokens - 1) // 32 // 4
-    options = [json.loads((done / f"{name}-0" / "options.json").read_text()) for name in ("softmax", "elita")]
+    (text,) = rows(done, "text")
+    assert text["steps"] == (text["tokens"] - 1) // 32 // 4
+    options = [json.loads((run_folder(done, name, 1e-3, 0) / "options.json").read_text()) for name in NAMES[:2]]
     differing = {key for key in options[0] if options[0][key] != options[1][key]}
     assert differing <= {"output", "preset", "model_option", "intermediate"}
 
 
 def test_state_and_kept_bytes(done):
-    costs = json.loads((done / "compare.json").read_text())["costs"]
+    costs = {row["mechanism"]: row for row in rows(done, "cost")}
     layers, heads, numbers = 2, 2, 16
     assert costs["elita"]["state_bytes"] == layers * (heads * (numbers + 1) * 8 + 8)
     assert costs["elita, 2 wraps"]["state_bytes"] == 2 * costs["elita"]["state_bytes"]
     assert costs["softmax"]["state_bytes"] == layers * (2 * 32 * 32 * 4 + 8)
     assert 1.5 < costs["elita, 2 wraps"]["kept_bytes"] / costs["elita"]["kept_bytes"] < 2
+    assert all(row["seconds"] > 0 for row in costs.values())
 
 
-def test_the_same_command_again_trains_nothing(done, text, monkeypatch):
-    before = json.loads((done / "compare.json").read_text())["runs"]
+def test_the_same_command_again_trains_nothing(recipe, done, monkeypatch):
+    before = (done / "rows.jsonl").read_text()
 
     def refuse(*_, **__):
-        raise AssertionError("trained again")
+        raise AssertionError("done again")
 
-    monkeypatch.setattr(bench, "train", refuse)
-    run(text, done)
-    assert json.loads((done / "compare.json").read_text())["runs"] == before
+    for name in ("train", "measure", "copying", "loss_by_position"):
+        monkeypatch.setattr(bench, name, refuse)
+    run(recipe, done)
+    assert (done / "rows.jsonl").read_text() == before
 
 
-def test_an_interrupted_comparison_goes_on(done, text, tmp_path, monkeypatch):
-    """In another folder, the last run lost: only that one is trained, to the same losses."""
-    output = tmp_path / "out"
+def test_an_interrupted_comparison_goes_on(recipe, done, tmp_path, monkeypatch):
+    """In another place, with the text elsewhere, interrupted within a run: only what is missing is trained, to the same
+    end, and the page says what is there."""
+    output, elsewhere = tmp_path / "out", tmp_path / "text.txt"
     shutil.copytree(done, output)
-    shutil.rmtree(output / "elita-1")
-    (output / "compare.json").unlink()
-    trained = []
-    real = bench.train
+    shutil.copy(recipe.data, elsewhere)
+    lines = (output / "rows.jsonl").read_text().splitlines(keepends=True)
+    ends = [i for i, line in enumerate(lines) if '"run"' in line]
+    (output / "rows.jsonl").write_text("".join(lines[: ends[-2]]))
+    for line in (lines[i] for i in ends[-2:]):
+        shutil.rmtree(run_folder(output, *key(json.loads(line))))
+    real, trained = bench.train, []
+
+    def stop(options, **rest):
+        real(options, **rest)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench, "train", stop)
+    moved = replace(recipe, data=str(elsewhere))
+    with pytest.raises(KeyboardInterrupt):
+        run(moved, output)
+    assert "elita" in (output / "report.md").read_text()
     monkeypatch.setattr(bench, "train", lambda options, **rest: trained.append(options.output) or real(options, **rest))
-    run(text, output)
-    assert trained == [str(output / "elita-1")]
-    pick = lambda folder: [bench.final(r) for r in json.loads((folder / "compare.json").read_text())["runs"]]  # noqa: E731
+    run(moved, output)
+    assert [path.rpartition("/")[2].rpartition("-")[2] for path in trained] == ["1"]
+    assert "wraps" in trained[0]
+
+    def pick(folder):
+        return {key(r): r["heldout"][-1][1] for r in rows(folder, "run")}
+
     assert pick(output) == pytest.approx(pick(done), abs=1e-5)
+    assert len(rows(output, "context")) == len(rows(done, "context"))
 
 
-def test_mistakes(done, text, tmp_path):
-    def refuses(message, output=tmp_path / "new", **options):
+def test_it_is_drawn_again_from_its_rows(done, tmp_path):
+    (tmp_path / "rows.jsonl").write_text((done / "rows.jsonl").read_text())
+    reports.draw(str(tmp_path), Note())
+    assert (tmp_path / "report.md").read_text() == (done / "report.md").read_text()
+    for name in ("curves", "sweep", "positions", "copying"):
+        assert (tmp_path / f"compare_{name}.svg").read_bytes() == (done / f"compare_{name}.svg").read_bytes()
+
+
+def test_a_part_is_drawn_without_what_is_missing(done, tmp_path):
+    """After the first run of the sweep: no differences, positions or copies to show."""
+    lines = (done / "rows.jsonl").read_text().splitlines(keepends=True)
+    first = next(i for i, line in enumerate(lines) if '"run"' in line)
+    (tmp_path / "rows.jsonl").write_text("".join(lines[: first + 1]))
+    reports.draw(str(tmp_path), Note())
+    assert not (tmp_path / "compare_positions.svg").exists()
+    (tmp_path / "rows.jsonl").write_text("".join(lines[:first]))
+    with pytest.raises(ValueError, match="has no finished run yet"):
+        reports.draw(str(tmp_path), Note())
+
+
+def made(ends):
+    """Rows of runs that ended so: (mechanism, rate, seed) -> bits per byte."""
+    cost = {"row": "cost", "seconds": 1.0, "kept_bytes": 1, "state_bytes": 1}
+    names = dict.fromkeys(name for name, _, _ in ends)
+    return [cost | {"mechanism": name} for name in names] + [
+        {"row": "run", "mechanism": m, "learning_rate": rate, "seed": seed, "parameters": 1, "heldout": [[1, x]]}
+        for (m, rate, seed), x in ends.items()
+    ]
+
+
+def test_a_run_that_diverged_is_no_best_rate():
+    found = made({("softmax", 1.0, 0): math.nan, ("softmax", 0.1, 0): 2.0, ("softmax", 0.01, 0): 3.0})
+    (result,) = results(found, "softmax")
+    assert result.rate == 0.1
+    assert not result.at_edge
+    assert result.sweep[1.0] == math.inf
+
+
+def test_what_is_apart_and_what_is_at_the_end_of_the_sweep():
+    ends = {("softmax", 0.1, seed): 2.0 + 0.1 * seed for seed in range(3)}
+    ends |= {("near", 0.1, seed): 2.0 + 0.1 * seed + (0.01, -0.01, 0.02)[seed] for seed in range(3)}
+    ends |= {("far", 0.1, seed): 2.2 + 0.1 * seed + (0.01, -0.01, 0.02)[seed] for seed in range(3)}
+    ends |= {("far", 1.0, 0): 4.0}
+    found = {r.mechanism: r for r in results(made(ends), "softmax")}
+    assert not found["near"].difference.is_apart()
+    assert found["far"].difference.is_apart()  # paired by seed: the seeds' own spread does not count
+    assert found["far"].final.error > found["far"].difference.error
+    assert found["far"].at_edge
+    assert not found["near"].at_edge  # there was nothing to sweep
+    assert not Mean.of([0.5]).is_apart()
+    settings = {"baseline": "softmax", "context": 4, "batch": 1, "accumulate": 1}
+    answer = compare_report._answer(list(found.values()), [], settings, {"steps": 10})
+    assert answer[1] == "Apart from softmax at 95% over the seeds: far (+0.2067)."
+
+
+def test_mistakes(recipe, done, tmp_path):
+    with pytest.raises(ValueError, match=r"recipe: expected one of long-context, flash-enwik8, .*, got 'gpt'"):
+        find("gpt")
+    with pytest.raises(ValueError, match="mechanism: expected one of softmax, elita, elita, 2 wraps, got 'mamba'"):
+        recipe.chosen(["mamba"])
+    for changed, message in (
+        ({"seeds": 0}, "seeds: expected at least 1, got 0"),
+        ({"epochs": 0.0}, "epochs: expected a number above 0, got 0.0"),
+        ({"epochs": math.inf}, "epochs: expected a number above 0, got inf"),
+        ({"steps": -1}, "steps: expected at least 1, .*, got -1"),
+        ({"learning_rates": (1e-3, 0.0)}, r"learning_rate: expected numbers above 0, got \[0.001, 0.0\]"),
+        ({"learning_rates": ()}, r"learning_rate: expected numbers above 0, got \[\]"),
+    ):
         with pytest.raises(ValueError, match=message):
-            run(text, output, **options)
-
-    refuses("mechanism: expected one of softmax, elita, elita, 2 wraps, got 'mamba'", mechanisms=["mamba"])
-    refuses("seeds: expected at least 1 seed and epochs above 0, got -1", seeds=-1)
-    refuses("seeds: expected at least 1 seed and epochs above 0, got 0", seeds=0)
-    refuses("seeds: expected at least 1 seed and epochs above 0, .* and 0", epochs=0.0)
-    refuses("seeds: expected at least 1 seed and epochs above 0, .* and -2", epochs=-2)
-    refuses(r"data: .* tokens are not one step of 4 x 32; pass more text", epochs=0.001)
-    assert not (tmp_path / "new").exists()
-    refuses("output: .* holds a comparison on another text", output=done, heldout=0.2)
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "thesis.txt").write_text("mine")
-    refuses("output: .*full holds something else; name another folder", output=tmp_path / "full")
-    refuses("output: .*softmax-0 was run with another steps; name another folder", output=done, epochs=2)
-    rest = dict.fromkeys(("mechanisms", "seeds", "epochs", "heldout", "device", "console"))
-    with pytest.raises(ValueError, match="recipe: expected one of elita-wikitext, tiny, got 'gpt'"):
-        bench.compare("gpt", str(text), str(done), **rest)
+            replace(recipe, **changed)
     with pytest.raises(ValueError, match=r"elita: has .* parameters at the nearest width .* not 1,000 within 2%"):
         configuration(replace(TINY, parameters=1000), TINY.mechanisms[1], 300)
+    with pytest.raises(ValueError, match="data: no such file or folder: /no/such"):
+        run(replace(recipe, data="/no/such"), tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("mine")
+    with pytest.raises(ValueError, match="output: .*full holds something else; name another folder"):
+        run(recipe, tmp_path / "full")
+    before = (done / "rows.jsonl").read_text()
+    for other in ({"heldout": 0.2}, {"epochs": 2.0}, {"seeds": 3}):
+        with pytest.raises(ValueError, match="output: .* holds the report of another measurement"):
+            run(replace(recipe, **other), done)
+    assert (done / "rows.jsonl").read_text() == before
 
 
-def test_a_start_that_was_cut_short_is_begun_again(text, tmp_path):
-    """The tokenizer was written, the note on the text was not."""
-    lines = []
-    steps = bench._prepare(TINY, tmp_path / "out", str(text), 0.1, lines.append)
-    (tmp_path / "out" / "text.json").unlink()
-    assert bench._prepare(TINY, tmp_path / "out", str(text), 0.1, lines.append) == steps
-    assert lines[0] == lines[1]
+def test_a_mistake_in_the_text_can_be_mended(recipe, tmp_path, monkeypatch):
+    """What was too little is refused before anything is trained, and the folder is free for another try."""
+    monkeypatch.setattr(bench, "train", lambda *_, **__: pytest.fail("trained"))
+    with pytest.raises(ValueError, match=r"data: .* tokens are not one step of 4 x 32; pass more text"):
+        run(replace(recipe, epochs=0.001), tmp_path / "new")
+
+    class Enough(Exception):
+        pass
+
+    def enough(*_, **__):
+        raise Enough
+
+    monkeypatch.setattr(bench, "measure", enough)
+    with pytest.raises(Enough):
+        run(recipe, tmp_path / "new")
+    (text,) = rows(tmp_path / "new", "text")
+    assert text["steps"] > 1
+
+
+def test_force_begins_anew(recipe, done, tmp_path, monkeypatch):
+    """Rows and runs of the other measurement are gone."""
+    output = tmp_path / "out"
+    shutil.copytree(done, output)
+
+    class Enough(Exception):
+        pass
+
+    def enough(*_, **__):
+        raise Enough
+
+    monkeypatch.setattr(bench, "measure", enough)
+    with pytest.raises(Enough):
+        run(replace(recipe, seeds=3), output, force=True)
+    assert [row["row"] for row in Folder.open(str(output)).rows()] == ["text"]
+    assert not (output / "runs").exists()
 
 
 def test_only_the_mechanisms_named_and_the_baseline():
@@ -215,4 +419,4 @@ def test_the_command_line_names_every_recipe():
     from cumulant import cli
 
     (option,) = get_type_hints(cli.compare, include_extras=True)["recipe"].__metadata__
-    assert all(name in option.help for name in RECIPES if name != "tiny")
+    assert option.help.rpartition(": ")[2] == ", ".join(RECIPES)

@@ -47,7 +47,9 @@ def compare(
     pyplot()  # refuses at once, not after training
     place = choose_device(device)
     corpus = load_corpus(recipe.data, heldout=recipe.heldout)
-    settings = {"recipe": name, **asdict(recipe), "data": corpus.name, "digest": corpus.digest, "device": place}
+    # the text by its name and digest, wherever it lies
+    told = {"data": Path(corpus.name).name, "digest": corpus.digest}
+    settings = {"recipe": name, **asdict(recipe), **told, "device": place}
     folder = Folder.start(output, "compare", settings, force=force)
     try:
         text, steps = _prepare(recipe, corpus, folder)
