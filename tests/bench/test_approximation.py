@@ -1,6 +1,5 @@
 """The approximation bench: what it measures is what it says, and what it writes can be read."""
 
-import json
 import math
 import sys
 
@@ -8,6 +7,7 @@ import pytest
 import torch
 
 from cumulant.bench import approximation as bench
+from cumulant.bench.folder import Folder
 from cumulant.models import CumulantForCausalLM, from_preset
 from cumulant.text.options import TrainingOptions
 from cumulant.text.train import train
@@ -102,17 +102,27 @@ def test_the_command_writes_table_pictures_and_numbers(cli, run, tmp_path, monke
     code, out, _ = cli("bench", "approximation", "--output", tmp_path / "out", "--model", run)
     assert code == 0
     assert "order 2 is" in out
-    kept = json.loads((tmp_path / "out" / "approximation.json").read_text())
-    assert {c["kind"] for c in kept["cases"]} == {"random", "normalised", "trained"}
-    assert len([c for c in kept["cases"] if c["kind"] == "trained"]) == 2 * 2 * 5  # layers, heads, orders
-    assert kept["versions"]["torch"] == torch.__version__
-    table = (tmp_path / "out" / "table.md").read_text()
+    kept = Folder.open(str(tmp_path / "out"))
+    assert {c["kind"] for c in kept.rows()} == {"random", "normalised", "trained"}
+    assert len([c for c in kept.rows() if c["kind"] == "trained"]) == 2 * 2 * 5  # layers, heads, orders
+    assert kept.environment["torch"] == torch.__version__
+    table = (tmp_path / "out" / "report.md").read_text()
     assert table.count("| softmax, layer") == 2
     for name in ("error.png", "error.svg", "exponential.png", "exponential.svg"):
         assert (tmp_path / "out" / name).stat().st_size > 5000
-    again = cli("bench", "approximation", "--output", tmp_path / "again", "--model", run)
-    assert again[0] == 0
-    assert json.loads((tmp_path / "again" / "approximation.json").read_text()) == kept
+    assert cli("bench", "approximation", "--output", tmp_path / "again", "--model", run)[0] == 0
+    assert Folder.open(str(tmp_path / "again")).rows() == kept.rows()
+    with monkeypatch.context() as patch:  # what is there is not measured again
+        patch.setattr(bench, "measure", None)
+        assert cli("bench", "approximation", "--output", tmp_path / "out", "--model", run)[0] == 0
+    (tmp_path / "drawn").mkdir()
+    (tmp_path / "drawn" / "rows.jsonl").write_text((tmp_path / "out" / "rows.jsonl").read_text())
+    assert cli("report", tmp_path / "drawn")[0] == 0
+    assert (tmp_path / "drawn" / "report.md").read_text() == table
+    assert (tmp_path / "drawn" / "error.svg").read_bytes() == (tmp_path / "out" / "error.svg").read_bytes()
+    code, _, err = cli("bench", "approximation", "--output", tmp_path / "out", "--model", run, "--seed", 1)
+    assert code == 2
+    assert "holds the report of another measurement" in err
 
 
 def test_mistakes(cli, run, tmp_path, monkeypatch):
@@ -142,23 +152,17 @@ def test_mistakes(cli, run, tmp_path, monkeypatch):
     assert "approximation" in out.splitlines()[-1]
 
 
-def test_it_trains_only_what_is_its_own(cli, run, tmp_path, monkeypatch):
-    """A missing plotting library is told before anything is trained; another model in its place is left alone."""
+def test_it_trains_only_what_is_missing(cli, run, tmp_path, monkeypatch):
+    """A missing plotting library is told before anything is trained; what was cut short goes on."""
     trained = []
     monkeypatch.setattr("cumulant.text.train.train", lambda options, say: trained.append(options.resume))
     with monkeypatch.context() as missing:
         missing.setitem(sys.modules, "matplotlib", None)
         assert "plots need matplotlib" in cli("bench", "approximation", "--output", tmp_path)[2]
     assert not trained
-    (tmp_path / "softmax").mkdir()
-    (tmp_path / "softmax" / "options.json").write_text((run / "options.json").read_text())
-    code, _, err = cli("bench", "approximation", "--output", tmp_path)
-    assert code == 2
-    assert "softmax holds another model; name another folder, or measure it with --model" in err
-    options = {**json.loads((run / "options.json").read_text()), "output": str(tmp_path / "softmax"), "data": None}
-    options |= {"width": 128, "depth": 3, "heads": 4, "context": 128, "batch": 16, "steps": 500}
-    (tmp_path / "softmax" / "options.json").write_text(json.dumps(options))
-    bench.train_small(tmp_path, "softmax", print)  # cut short before: goes on
+    (tmp_path / "models" / "softmax").mkdir(parents=True)
+    (tmp_path / "models" / "softmax" / "options.json").write_text((run / "options.json").read_text())
+    bench.train_small(tmp_path, "softmax", print)
     bench.train_small(tmp_path, "taylor", print)
     assert trained == [True, False]
 
@@ -167,7 +171,7 @@ def test_it_trains_only_what_is_its_own(cli, run, tmp_path, monkeypatch):
 def test_it_trains_what_it_needs(cli, tmp_path):
     """Without --model: two small models first, kept for the next time."""
     assert cli("bench", "approximation", "--output", tmp_path)[0] == 0
-    table = (tmp_path / "table.md").read_text()
+    table = (tmp_path / "report.md").read_text()
     assert table.count("| softmax, layer") == table.count("| taylor, layer") == 3
     again = cli("bench", "approximation", "--output", tmp_path)
     assert again[0] == 0

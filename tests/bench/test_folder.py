@@ -23,8 +23,8 @@ def test_a_line_cut_short_is_lost_alone(tmp_path):
     with (tmp_path / LINES).open("a") as lines:
         lines.write('{"x": 2')
     assert folder.rows() == [{"x": 1}]
-    folder.append({"x": 3})
-    assert folder.rows() == [{"x": 1}, {"x": 3}]
+    folder.append({"x": 3}, {"x": 4})
+    assert folder.rows() == [{"x": 1}, {"x": 3}, {"x": 4}]
 
 
 def test_other_measurements_are_not_overwritten(tmp_path):
@@ -34,6 +34,8 @@ def test_other_measurements_are_not_overwritten(tmp_path):
             Folder.start(str(tmp_path), kind, settings)
     assert Folder.start(str(tmp_path), "recall", {}, force=True).rows() == []
     assert Folder.open(str(tmp_path)).kind == "recall"
+    Folder.start(str(tmp_path), "bench", {})  # there were no rows to lose
+    assert Folder.open(str(tmp_path)).kind == "bench"
 
 
 def test_other_folders_are_left_alone(tmp_path):

@@ -8,7 +8,6 @@ the scores is their root mean square over the pairs of query and key that see ea
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,12 +16,14 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..models import CumulantForCausalLM
 from ..nn import SoftmaxAttention, TaylorAttention
 from ..ops.taylor import taylor_attention
+from .folder import Folder
+from .page import Page, Picture, TableOf, write
 
 ORDERS = (0, 1, 2, 3, 4)
 SIZES = (0.125, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)
@@ -121,8 +122,8 @@ def recorded(model: torch.nn.Module) -> Iterator[dict[str, tuple[Tensor, Tensor]
             del mixer.attend
 
 
-def trained_cases(folder: str, seed: int, windows: int = 16) -> list[Case]:
-    """Every head of the softmax and Taylor mixers of a trained model, on its held-out text."""
+def load(folder: str, windows: int) -> tuple[CumulantForCausalLM, Tensor]:
+    """A trained model, and the beginning of its held-out text."""
     from ..text.checkpoint import load_checkpoint
     from ..text.tokens import read_tokens
 
@@ -132,6 +133,12 @@ def trained_cases(folder: str, seed: int, windows: int = 16) -> list[Case]:
     ids = torch.from_numpy(read_tokens(Path(folder) / "tokens")[1].ids[: windows * LENGTH].astype("int64"))
     if len(ids) < LENGTH:
         raise ValueError(f"model: the held-out text of {folder} has {len(ids)} tokens, {LENGTH} are needed")
+    return model, ids
+
+
+def trained_cases(folder: str, seed: int, windows: int = 16) -> list[Case]:
+    """Every head of the softmax and Taylor mixers of a trained model, on its held-out text."""
+    model, ids = load(folder, windows)
     with torch.inference_mode(), recorded(model) as found:
         model(ids[: len(ids) // LENGTH * LENGTH].view(-1, LENGTH), use_cache=False)
     if not found:
@@ -145,17 +152,6 @@ def trained_cases(folder: str, seed: int, windows: int = 16) -> list[Case]:
             where = f"{model.config.preset or 'model'}, layer {layer.split('.')[2]} head {head}"
             cases += measure(q, k, v, "trained", where=where)
     return cases
-
-
-def save(cases: list[Case], path: Path) -> None:
-    """The measurements with what they were made with, as JSON."""
-    import platform
-
-    from .. import __version__
-    from ..text.runs import write_json
-
-    versions = {"cumulant": __version__, "torch": torch.__version__, "python": platform.python_version()}
-    write_json(path, {"versions": versions, "length": LENGTH, "cases": [asdict(c) for c in cases]})
 
 
 def summary(cases: list[Case]) -> list[tuple[str, list[float]]]:
@@ -184,12 +180,6 @@ def _median(values: list[float]) -> float:
     return sorted(values)[len(values) // 2] if values else math.nan
 
 
-def markdown(rows: list[tuple[str, list[float]]]) -> str:
-    lines = ["| q and k | averaging | order 1 | order 2 | order 3 | order 4 |", "|---|---|---|---|---|---|"]
-    lines += [f"| {name} | {' | '.join(percent(e) for e in errors)} |" for name, errors in rows]
-    return "\n".join(lines) + "\n"
-
-
 def percent(error: float) -> str:
     """Three digits, or what an unbounded error comes to."""
     return f"{100 * error:.3g}%" if error < 10 else "> 1000%"
@@ -201,45 +191,71 @@ def train_small(folder: Path, preset: str, say: Callable[[str], None]) -> str:
     from ..text.runs import STARTED
     from ..text.train import train
 
-    output = folder / preset
+    output = folder / "models" / preset
     options = TrainingOptions(str(output), preset=preset, width=128, depth=3, context=128, batch=16, steps=500)
     if (output / STARTED).is_file():
-        started = json.loads((output / STARTED).read_text())
-        if any(started.get(name) != value for name, value in asdict(options).items() if name != "output"):
-            raise ValueError(f"output: {output} holds another model; name another folder, or measure it with --model")
         options = replace(options, resume=True)
     if not (output / "config.json").is_file():
         train(options, say=say)
     return str(output)
 
 
-def run(output: str, models: list[str], *, quick: bool, seed: int, console: Console) -> list[Case]:
-    """Measure and write everything to `output`; prints the answer, then the table."""
-    from .plots import draw_error, draw_exponential, pyplot
+def run(output: str, models: list[str], *, quick: bool, seed: int, force: bool, console: Console) -> Folder:
+    """Measure what is not there yet, and draw the report."""
+    from .plots import pyplot
 
     pyplot()  # refuses at once, not after training
-    folder = Path(output)
-    folder.mkdir(parents=True, exist_ok=True)
-    if not models and not quick:
-        models = [train_small(folder, preset, lambda line: console.print(line, style="dim")) for preset in TRAINED]
-    cases = random_cases(seed)
-    for model in models:
-        cases += trained_cases(model, seed)
+    for given in models:  # mistakes before anything is measured
+        load(given, 1)
+    wanted = models or ([] if quick else list(TRAINED))
+    folder = Folder.start(output, "bench approximation", {"models": wanted, "seed": seed}, force=force)
+    done = {row["model"] for row in folder.rows()}
+    try:
+        for model in (None, *wanted):
+            if model not in done:
+                if model is None:
+                    cases = random_cases(seed)
+                elif models:
+                    cases = trained_cases(model, seed)
+                else:
+                    trained = train_small(folder.path, model, lambda line: console.print(line, style="dim"))
+                    cases = trained_cases(trained, seed)
+                folder.append(*({"model": model, **asdict(case)} for case in cases))
+    finally:
+        if folder.rows():
+            report(folder, console)
+    return folder
+
+
+def report(folder: Folder, console: Console | None = None) -> Page:
+    """Pictures and page from the folder's rows."""
+    from .approximation_plots import draw_error, draw_exponential
+
+    cases = [Case(**{name: value for name, value in row.items() if name != "model"}) for row in folder.rows()]
     rows = summary(cases)
-    save(cases, folder / "approximation.json")
-    (folder / "table.md").write_text(markdown(rows), encoding="utf-8")
-    pictures = [*draw_exponential(folder), *draw_error(cases, folder)]
-    at_one = dict(rows)["random, size 1"]
-    at_two = dict(rows)["random, size 2"]
-    console.print(
-        f"Taylor attention of order 2 is {percent(at_one[2])} from softmax attention at scores of size 1 and "
-        f"{percent(at_two[2])} at 2; order 4 is {percent(at_one[4])} and {percent(at_two[4])}.",
-        highlight=False,
+    one, two = (dict(rows)[f"random, size {size}"] for size in (1, 2))
+    page = Page(
+        "How near Taylor attention comes to softmax attention",
+        [
+            f"Taylor attention of order 2 is {percent(one[2])} from softmax attention at scores of size 1 and "
+            f"{percent(two[2])} at 2; order 4 is {percent(one[4])} and {percent(two[4])}."
+        ],
+        [
+            TableOf(
+                "Error",
+                ("q and k, size of scores", *("averaging" if o == 0 else f"order {o}" for o in ORDERS)),
+                [(name, *(percent(error) for error in errors)) for name, errors in rows],
+            )
+        ],
+        [
+            Picture(draw_exponential(folder.path), "The exponential and its Taylor expansions"),
+            Picture(draw_error(cases, folder.path), "Error of the output against softmax attention"),
+        ],
+        [
+            f"||taylor - softmax|| / ||softmax|| over the outputs of causal attention on {LENGTH} tokens, with values "
+            "independent of the keys. Size: root mean square of the scores. Averaging, the mean of the values so far, "
+            "is what an approximation must beat to be one at all. Trained models: medians over the heads of a layer.",
+        ],
     )
-    table = Table("q and k, size of scores", *("averaging" if o == 0 else f"order {o}" for o in ORDERS))
-    for name, errors in rows:
-        table.add_row(name, *(percent(e) for e in errors))
-    console.print(table)
-    written = ", ".join(p.name for p in pictures)
-    console.print(f"{folder}: approximation.json, table.md, {written}", highlight=False, soft_wrap=True)
-    return cases
+    write(folder, page, console)
+    return page

@@ -97,12 +97,13 @@ def accuracy(
 
 @bench.command()
 def approximation(
-    output: Annotated[str, typer.Option(help="folder for the table, the plots and the JSON")] = "runs/approximation",
+    output: Output = "runs/approximation",
     model: Annotated[
         list[str] | None, typer.Option(help="a training run whose heads are measured as well; give it several times")
     ] = None,
-    quick: Annotated[bool, typer.Option(help="random queries and keys only: no model is trained")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="random queries and keys only: no model is trained")] = False,
     seed: Annotated[int, typer.Option(help="seed of queries, keys and values")] = 0,
+    force: Force = False,
 ) -> None:
     """How far Taylor attention is from softmax attention, by order, size of scores, head dim, alpha, and when trained.
 
@@ -112,7 +113,7 @@ def approximation(
     from .approximation import run
 
     quiet()
-    run(output, model or [], quick=quick, seed=seed, console=console)
+    run(output, model or [], quick=quick, seed=seed, force=force, console=console)
 
 
 def compare(
@@ -125,7 +126,7 @@ def compare(
     ] = "long-context",
     output: Annotated[str, typer.Option(help="folder for the rows, the plots, the page and all runs")] = "runs/compare",
     quick: Annotated[
-        bool, typer.Option("--quick", help="a minute's try: three mechanisms, 40 short steps; settles nothing")
+        bool, typer.Option("--quick", help="two minutes: three mechanisms, 40 short steps; settles nothing")
     ] = False,
     mechanism: Annotated[
         list[str] | None, typer.Option(help="only this one and the baseline; give it several times")

@@ -138,15 +138,9 @@ class Work:
     def costs(self) -> None:
         sizes = {"batch": self.recipe.batch, "context": self.recipe.context}
         found = measure(self.configs, **sizes, device=self.device)
-        for name, cost in found.items():
-            self.folder.append(
-                {
-                    "row": "cost",
-                    "mechanism": name,
-                    "intermediate_size": self.configs[name].intermediate_size,
-                    **asdict(cost),
-                }
-            )
+        wide = {name: config.intermediate_size for name, config in self.configs.items()}
+        rows = ({"mechanism": name, "intermediate_size": wide[name], **asdict(cost)} for name, cost in found.items())
+        self.folder.append(*({"row": "cost", **row} for row in rows))
 
     def run_folder(self, name: str, rate: float, seed: int) -> Path:
         return self.folder.path / "runs" / f"{name.replace(', ', '-').replace(' ', '-')}-{rate:g}-{seed}"

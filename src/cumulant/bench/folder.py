@@ -82,8 +82,8 @@ class Folder:
                 except ValueError:
                     continue
 
-    def append(self, row: Row) -> None:
-        """On the disk when this returns."""
+    def append(self, *rows: Row) -> None:
+        """All of them, or after a crash none; on the disk when this returns."""
         path = self.path / LINES
         with path.open("rb+") as lines:  # a line that was cut short must not swallow this one
             lines.seek(0, os.SEEK_END)
@@ -91,7 +91,7 @@ class Folder:
                 lines.seek(-1, os.SEEK_END)
                 cut = lines.read(1) != b"\n"
                 lines.write(b"\n" if cut else b"")
-            lines.write((json.dumps(row) + "\n").encode())
+            lines.write("".join(json.dumps(row) + "\n" for row in rows).encode())
             lines.flush()
             os.fsync(lines.fileno())
 

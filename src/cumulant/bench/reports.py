@@ -10,7 +10,13 @@ from .folder import Folder
 from .page import Page
 
 # the command, and the module whose `report` draws what it left
-KINDS = {"bench": "speed", "bench accuracy": "accuracy", "recall": "recall", "compare": "compare_report"}
+KINDS = {
+    "bench": "speed",
+    "bench accuracy": "accuracy",
+    "bench approximation": "approximation",
+    "recall": "recall",
+    "compare": "compare_report",
+}
 
 
 def draw(path: str, console: Console) -> Page:
