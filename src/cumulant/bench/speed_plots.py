@@ -21,66 +21,54 @@ def _styles(mechanisms: list[str]) -> dict[str, dict[str, Any]]:
     }
 
 
-def _panels(rows: list[Row], value: str) -> tuple[Any, dict[str, Any]]:
-    """A panel for each pass in which the value was measured."""
-    plt = pyplot()
+def _drawn(rows: list[Row], mechanisms: list[str], value: str, unit: float, label: str) -> tuple[Any, dict[str, Any]]:
+    """A panel for each pass in which the value was measured, with a line for each mechanism, in `unit`s by length."""
+    plt, styles = pyplot(), _styles(mechanisms)
     kinds = list(dict.fromkeys(row["pass"] for row in rows if row.get(value)))
     figure, axes = plt.subplots(
         1, len(kinds), figsize=(4.6 * len(kinds) + 1.6, 4.4), layout="constrained", squeeze=False
     )
     panels = dict(zip(kinds, axes[0], strict=True))
     for kind, panel in panels.items():
+        for name in mechanisms:
+            points = _points(rows, kind, name, value)
+            if points:
+                panel.plot([T for T, _ in points], [x / unit for _, x in points], label=name, **styles[name])
         panel.set(xscale="log", yscale="log", xlabel="tokens", title=kind)
         lengths = sorted({row["length"] for row in rows if row["pass"] == kind and row.get(value)})
         ticks = lengths[:: -(-len(lengths) // 4)]
         panel.set_xticks(ticks, [f"{T:,}" for T in ticks])
         panel.xaxis.set_minor_formatter(plt.matplotlib.ticker.NullFormatter())
         panel.grid(alpha=0.3)
-    return figure, panels
-
-
-def _line(rows: list[Row], kind: str, mechanism: str, value: str) -> list[tuple[int, float]]:
-    cells = (row for row in rows if (row["pass"], row["mechanism"]) == (kind, mechanism) and row.get(value))
-    return sorted((row["length"], row[value]) for row in cells)
-
-
-def _legend(figure: Any, panels: dict[str, Any]) -> None:
+    axes[0][0].set_ylabel(label)
     found: dict[str, Any] = {}
     for panel in panels.values():
         found |= dict(zip(*reversed(panel.get_legend_handles_labels()), strict=True))
     figure.legend(found.values(), found.keys(), loc="outside right center", frameon=False)
+    return figure, panels
+
+
+def _points(rows: list[Row], kind: str, mechanism: str, value: str) -> list[tuple[int, float]]:
+    cells = (row for row in rows if (row["pass"], row["mechanism"]) == (kind, mechanism) and row.get(value))
+    return sorted((row["length"], row[value]) for row in cells)
 
 
 def draw_times(rows: list[Row], mechanisms: list[str], folder: Path) -> str:
     """Milliseconds by length, with the lengths from which each mechanism beats softmax."""
     from .speed import BASELINE, crossing
 
-    figure, panels = _panels(rows, "median")
-    styles = _styles(mechanisms)
+    figure, panels = _drawn(rows, mechanisms, "median", 1e-3, "milliseconds")
     for kind, panel in panels.items():
         for name in mechanisms:
-            points = _line(rows, kind, name, "median")
-            if not points:
-                continue
-            panel.plot([T for T, _ in points], [t * 1e3 for _, t in points], label=name, **styles[name])
-            ahead = None if name == BASELINE else crossing(rows, kind, name)
+            points = _points(rows, kind, name, "median")
+            ahead = None if name == BASELINE or not points else crossing(rows, kind, name)
             if ahead is not None and ahead != points[0][0]:
-                ring = {"marker": "o", "markersize": 12, "fillstyle": "none", "color": styles[name]["color"]}
+                ring = {"marker": "o", "markersize": 12, "fillstyle": "none", "color": COLOURS[name]}
                 panel.plot([ahead], [dict(points)[ahead] * 1e3], linestyle="", **ring)
-    next(iter(panels.values())).set_ylabel("milliseconds")
-    _legend(figure, panels)
     return save(figure, folder, "times")
 
 
 def draw_memory(rows: list[Row], mechanisms: list[str], folder: Path) -> str:
     """MiB by length."""
-    figure, panels = _panels(rows, "peak_bytes")
-    styles = _styles(mechanisms)
-    for kind, panel in panels.items():
-        for name in mechanisms:
-            points = _line(rows, kind, name, "peak_bytes")
-            if points:
-                panel.plot([T for T, _ in points], [size / 2**20 for _, size in points], label=name, **styles[name])
-    next(iter(panels.values())).set_ylabel("most memory held, MiB")
-    _legend(figure, panels)
+    figure, _ = _drawn(rows, mechanisms, "peak_bytes", 2**20, "most memory held, MiB")
     return save(figure, folder, "memory")
