@@ -95,7 +95,7 @@ class Comparison:
 FLASH = {"gated_activation": "laplace"}
 RECIPES = {
     # Every preset on contexts that softmax can still afford. Sizes, and the text by default, are such that two cores
-    # train all of it in about an hour.
+    # train all of it in forty minutes.
     "long-context": Comparison(
         mechanisms=(
             Mechanism("softmax", "softmax"),
@@ -112,7 +112,7 @@ RECIPES = {
         parameters=830_000,
         context=1024,
         batch=4,
-        steps=400,
+        steps=300,
         vocabulary=1024,
     ),
     # FLASH-pytorch's train.py: 8 layers of 512, sequences of 1024 bytes, 16 a step, 100,000 steps at 2e-4 (see
