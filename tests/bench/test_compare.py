@@ -198,29 +198,32 @@ def test_the_table_is_the_rows(done):
     assert f"| {statistics.mean(elita):.4f} ± {statistics.stdev(elita) / 2**0.5:.4f} |" in line
     assert f"| {statistics.mean(differences):+.4f} ± " in line
     pictures = {
-        f"compare_{name}.{kind}" for name in ("curves", "sweep", "positions", "copying") for kind in ("png", "svg")
+        f"compare_{name}.{kind}" for name in ("curves", "sweep", "contexts", "copying") for kind in ("png", "svg")
     }
     assert {p.name for p in done.iterdir()} == pictures | {"rows.jsonl", "report.html", "report.md", "runs", "text"}
 
 
 def test_the_context_rows_are_the_models(done):
-    """Positions go on to four times the training length, and weigh up to the whole of the windows."""
+    """Up to four times the training length, always of the same tokens; by loops over the longest windows."""
     heldout = read_tokens(done / "text")[1]
     row = next(r for r in rows(done, "context") if r["mechanism"] == "softmax")
-    assert [p[1] for p in row["positions"]] == [16, 32, 64, 128]
-    assert row["positions"][0][0] == 0
+    assert [c[:2] for c in row["contexts"]] == [[16, 32], [32, 64], [64, 128]]
+    assert len({c[3] for c in row["contexts"]}) == 1
     (text,) = rows(done, "text")
     model, _ = load_checkpoint(str(run_folder(done, *key(row)) / f"checkpoint-{text['steps']}"), "cpu")
-    count = (len(heldout.ids) - 1) // 128
-    windows = torch.from_numpy(heldout.ids[: count * 128 + 1].astype(np.int64))
-    with torch.no_grad():
-        logits = model(windows[:-1].view(count, 128), use_cache=False).logits
-    losses = F.cross_entropy(logits.flatten(0, 1), windows[1:], reduction="none").view(count, 128)
+    ids = torch.from_numpy(heldout.ids.astype(np.int64))
+    count = row["contexts"][0][3] // 64
+    assert count == (len(ids) - 1 - 64) // 64
     per_byte = (len(heldout.ids) - 1) / heldout.text_bytes / math.log(2)
-    for first, last, bits in row["positions"]:
-        assert bits == pytest.approx(float(losses[:, first:last].mean()) * per_byte, rel=1e-4)
+    for first, last, bits, _ in row["contexts"]:
+        losses = []
+        for start in range(64 - first, 64 - first + count * 64, first):
+            with torch.no_grad():
+                logits = model(ids[None, start : start + last], use_cache=False).logits[0, first:]
+            losses.append(F.cross_entropy(logits, ids[start + first + 1 : start + last + 1], reduction="sum"))
+        assert bits == pytest.approx(float(sum(losses)) / (count * 64) * per_byte, rel=1e-4)
     assert [c[0] for c in row["copying"]] == [4, 8, 16, 32, 64, 128]
-    assert all(first > 0 and second > 0 for _, first, second in row["copying"])
+    assert all(second > 0 and control > 0 for _, second, control in row["copying"])
 
 
 def test_an_epoch_is_the_text_s_windows_and_mechanisms_differ_in_nothing_else(done):
@@ -247,7 +250,7 @@ def test_the_same_command_again_trains_nothing(recipe, done, monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("done again")
 
-    for name in ("train", "measure", "copying", "loss_by_position"):
+    for name in ("train", "measure", "copying", "loss_by_context"):
         monkeypatch.setattr(bench, name, refuse)
     run(recipe, done)
     assert (done / "rows.jsonl").read_text() == before
@@ -291,17 +294,17 @@ def test_it_is_drawn_again_from_its_rows(done, tmp_path):
     (tmp_path / "rows.jsonl").write_text((done / "rows.jsonl").read_text())
     reports.draw(str(tmp_path), Note())
     assert (tmp_path / "report.md").read_text() == (done / "report.md").read_text()
-    for name in ("curves", "sweep", "positions", "copying"):
+    for name in ("curves", "sweep", "contexts", "copying"):
         assert (tmp_path / f"compare_{name}.svg").read_bytes() == (done / f"compare_{name}.svg").read_bytes()
 
 
 def test_a_part_is_drawn_without_what_is_missing(done, tmp_path):
-    """After the first run of the sweep: no differences, positions or copies to show."""
+    """After the first run of the sweep: no differences, contexts or copies to show."""
     lines = (done / "rows.jsonl").read_text().splitlines(keepends=True)
     first = next(i for i, line in enumerate(lines) if '"run"' in line)
     (tmp_path / "rows.jsonl").write_text("".join(lines[: first + 1]))
     reports.draw(str(tmp_path), Note())
-    assert not (tmp_path / "compare_positions.svg").exists()
+    assert not (tmp_path / "compare_contexts.svg").exists()
     (tmp_path / "rows.jsonl").write_text("".join(lines[:first]))
     with pytest.raises(ValueError, match="has no finished run yet"):
         reports.draw(str(tmp_path), Note())
@@ -309,7 +312,7 @@ def test_a_part_is_drawn_without_what_is_missing(done, tmp_path):
 
 def made(ends):
     """Rows of runs that ended so: (mechanism, rate, seed) -> bits per byte."""
-    cost = {"row": "cost", "seconds": 1.0, "kept_bytes": 1, "state_bytes": 1}
+    cost = {"row": "cost", "seconds": 1.0, "kept_bytes": 1, "state_bytes": 1, "differs": {}}
     names = dict.fromkeys(name for name, _, _ in ends)
     return [cost | {"mechanism": name} for name in names] + [
         {"row": "run", "mechanism": m, "learning_rate": rate, "seed": seed, "parameters": 1, "heldout": [[1, x]]}
@@ -337,8 +340,8 @@ def test_what_is_apart_and_what_is_at_the_end_of_the_sweep():
     assert found["far"].at_edge
     assert not found["near"].at_edge  # there was nothing to sweep
     assert not Mean.of([0.5]).is_apart()
-    settings = {"baseline": "softmax", "context": 4, "batch": 1, "accumulate": 1}
-    answer = compare_report._answer(list(found.values()), [], settings, {"steps": 10})
+    settings = {"baseline": "softmax", "context": 4, "batch": 1, "accumulate": 1, "data": "x"}
+    answer = compare_report._answer(list(found.values()), settings, {"steps": 10})
     assert answer[1] == "Apart from softmax at 95% over the seeds: far (+0.2067)."
 
 

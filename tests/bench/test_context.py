@@ -1,4 +1,4 @@
-"""Loss by position and on repeated text, for models whose answers are known."""
+"""Loss by context and on repeated text, for models whose answers are known."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from cumulant.bench.context import copying, loss_by_position
+from cumulant.bench.context import copying, loss_by_context
 from cumulant.text.tokenizer import byte_tokenizer
 
 VOCABULARY = 257
@@ -40,26 +40,53 @@ def text():
 
 
 def test_losses_stand_where_they_were_made(text):
-    """A model that is right with probability 1/2 up to 32 tokens of context, 1/4 beyond."""
-    model = Known(lambda t, _: 0.5 if t < 32 else 0.25)
-    found = loss_by_position(model, text, 100, tokens=1000, batch=3)
-    assert [(s.first, s.last) for s in found] == [(0, 16), (16, 32), (32, 64), (64, 100)]
+    """A model that is right with probability 1/2 up to 64 tokens of context, 1/4 beyond."""
+    model = Known(lambda t, _: 0.5 if t < 64 else 0.25)
+    found = loss_by_context(model, text, 256, tokens=1000, batch_tokens=300)
+    assert [(s.first, s.last) for s in found] == [(16, 32), (32, 64), (64, 128), (128, 256)]
     assert [s.nats for s in found] == pytest.approx([math.log(2), math.log(2), math.log(4), math.log(4)], rel=1e-5)
-    assert sum(s.tokens for s in found) == 1000
+    assert [s.tokens for s in found] == [896] * 4  # seven halves of the longest window
+
+
+def test_all_lengths_score_the_same_tokens(text):
+    """A model without context, that is right on some tokens and not on others, gains nothing by length."""
+    model = Known(lambda t, row: 0.5 if int(row[t]) < 100 else 0.01)
+    found = loss_by_context(model, text, 480, tokens=10_000)
+    assert [s.last for s in found] == [60, 120, 240, 480]
+    assert [s.nats for s in found] == pytest.approx([found[0].nats] * 4, rel=1e-6)
+    assert {s.tokens for s in found} == {19 * 240}
 
 
 def test_short_texts(text):
-    assert loss_by_position(Known(lambda *_: 0.5), text, 4999)[-1].last == 4999
-    with pytest.raises(ValueError, match="length: the text has 5,000 tokens"):
-        loss_by_position(Known(lambda *_: 0.5), text, 5000)
+    assert loss_by_context(Known(lambda *_: 0.5), text, 4998)[-1].last == 4998
+    for length in (5000, 1):
+        with pytest.raises(ValueError, match="length: the text has 5,000 tokens"):
+            loss_by_context(Known(lambda *_: 0.5), text, length)
 
 
-def test_second_occurrences_are_told_from_first(text):
-    """One that knows the second half of its window by heart: 1 bit a byte there, 8 before."""
-    model = Known(lambda t, row: 0.5 if t >= len(row) - 40 else 2.0**-8)
-    (found,) = copying(model, text, byte_tokenizer(), [64], span=20, samples=4)
-    assert found.distance == 64
-    assert found.first == pytest.approx(8, rel=0.01)
-    assert found.second == pytest.approx(1, rel=0.01)
+def test_copies_are_told_from_what_a_long_context_is_worth(text):
+    """One that knows the end of its window by heart if it began with the same token: 1 bit a byte, 8 otherwise."""
+    model = Known(lambda t, row: 0.5 if t >= len(row) - 19 and row[0] == row[-19] else 2.0**-8)
+    near, far = copying(model, text, byte_tokenizer(), [64, 200], span=20, samples=4)
+    assert (near.distance, far.distance) == (64, 200)
+    for found in (near, far):
+        assert found.second == pytest.approx(1, rel=0.01)
+        assert found.control == pytest.approx(8, rel=0.01)
     with pytest.raises(ValueError, match="distance: the text has"):
         copying(model, text, byte_tokenizer(), [4000])
+
+
+def test_spans_are_the_same_at_all_distances(text):
+    """Cut out of the windows that the model is given."""
+    seen = []
+    model = Known(lambda *_: 0.5)
+    model.last = lambda ids: seen.append(ids[0]) or (ids[:, -1:] + 1) % 256
+    text.ids = np.random.default_rng(0).permutation(5000) % 256
+    copying(model, text, byte_tokenizer(), [64, 200], span=20, samples=4)
+    near, far = seen[:8], seen[8:]
+    assert [len(ids) for ids in near + far] == [len(near[0])] * 8 + [len(near[0]) + 136] * 8
+    assert all(torch.equal(a[-19:], b[-19:]) and torch.equal(a[:20], b[:20]) for a, b in zip(near, far, strict=True))
+    for second, control in zip(near[::2], near[1::2], strict=True):
+        assert torch.equal(second[20:], control[20:])
+        assert torch.equal(second[:19], second[-19:])
+        assert not torch.equal(second[:20], control[:20])

@@ -10,7 +10,7 @@ from rich.console import Console
 console = Console()
 Output = Annotated[str, typer.Option(help="folder for the rows, the plots and the page")]
 Force = Annotated[bool, typer.Option("--force", help="replace another report in that folder")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...; auto: a GPU if there is one")]
+Device = Annotated[str, typer.Option(help="cpu or cuda; auto: a GPU if there is one")]
 
 
 def quiet() -> None:
@@ -135,9 +135,11 @@ def compare(
         list[float] | None, typer.Option(help="peak rate, the best of several is taken; give it several times")
     ] = None,
     seeds: Annotated[int | None, typer.Option(help="seeds of weights and order")] = None,
-    steps: Annotated[int | None, typer.Option(help="optimizer steps of each run; 0: as the epochs say")] = None,
-    epochs: Annotated[float | None, typer.Option(help="passes over the text, in place of steps")] = None,
-    heldout: Annotated[float | None, typer.Option(help="share of the text held out for evaluation")] = None,
+    steps: Annotated[int | None, typer.Option(help="optimizer steps of each run")] = None,
+    epochs: Annotated[float | None, typer.Option(help="the same in passes over the text")] = None,
+    heldout: Annotated[
+        float | None, typer.Option(help="share of the text held out for evaluation; enwik8 and datasets have their own")
+    ] = None,
     device: Device = "auto",
     force: Force = False,
 ) -> None:
@@ -147,18 +149,25 @@ def compare(
     """
     from dataclasses import replace
 
+    from .compare import SCORED, SCORED_QUICKLY
     from .compare import compare as run
     from .recipes import find
 
     quiet()
-    chosen = find(recipe).chosen(mechanism or [])
-    chosen = chosen.quick() if quick else chosen
+    if steps is not None and epochs is not None:
+        raise ValueError("steps: pass either steps or epochs, not both")
+    chosen = find(recipe)
+    if quick:
+        mechanism = mechanism or [m.name for m in chosen.mechanisms[:3]]
+        chosen = chosen.quick()
+    chosen = chosen.chosen(mechanism or [])
     steps = 0 if steps is None and epochs is not None else steps
     given = {
         "data": data, "learning_rates": learning_rate, "seeds": seeds, "steps": steps, "epochs": epochs,
         "heldout": heldout,
     }  # fmt: skip
-    run(recipe, replace(chosen, **_chosen(given)), output, device=device, force=force, console=console)
+    scored = SCORED_QUICKLY if quick else SCORED
+    run(recipe, replace(chosen, **_chosen(given)), output, scored=scored, device=device, force=force, console=console)
 
 
 def recall(

@@ -3,10 +3,10 @@
 Every mechanism is trained with all learning rates from the first seed and, with the rate that came out best, from the
 others. Then the trained models are asked what they make of their context. Each result is a row of the report's folder:
 
-- ``text``: its name and sizes, and how many steps are trained on it.
-- ``cost``: a mechanism's parameters, and `step_cost.Cost`.
+- ``text``: its sizes, how much of the held-out text is scored, and how many steps are trained.
+- ``cost``: a mechanism's parameters, `step_cost.Cost`, and where its model differs from the baseline's.
 - ``run``: ``heldout``, the bits per byte of the held-out text by step.
-- ``context``: of a run with the best rate, ``positions`` (`context.Stretch`) and ``copying`` (`context.Copying`).
+- ``context``: of a run with the best rate, ``contexts`` (`context.Stretch`) and ``copying`` (`context.Copying`).
 """
 
 from __future__ import annotations
@@ -20,26 +20,35 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
+from transformers import PreTrainedTokenizerFast
 
 from ..models import CumulantConfig
 from ..text.checkpoint import load_checkpoint
 from ..text.corpus import Corpus, load_corpus
 from ..text.options import TrainingOptions, choose_device
 from ..text.runs import STARTED, checkpoints
-from ..text.tokenizer import byte_tokenizer, load_tokenizer, train_bpe
-from ..text.tokens import read_tokens, write_tokens
+from ..text.tokenizer import byte_tokenizer, load_tokenizer, token_sizes, train_bpe
+from ..text.tokens import TokenFile, read_tokens, write_tokens
 from ..text.train import Text, train
 from .compare_report import best_rate, report
-from .context import copying, loss_by_position
+from .context import SHORTEST, copying, loss_by_context
 from .folder import Folder, Row
-from .recipes import Comparison, Mechanism, configuration
+from .recipes import Comparison, Mechanism, configuration, differences
 from .step_cost import measure
 
 SPAN = 128  # bytes that are to be copied
+SCORED, SCORED_QUICKLY = 250_000, 20_000  # tokens of the held-out text, at most
 
 
 def compare(
-    name: str, recipe: Comparison, output: str, *, device: str = "auto", force: bool = False, console: Console
+    name: str,
+    recipe: Comparison,
+    output: str,
+    *,
+    scored: int = SCORED,
+    device: str = "auto",
+    force: bool = False,
+    console: Console,
 ) -> Folder:
     """Train what is not there yet, and draw the report; an interruption keeps what is done and draws that."""
     from .plots import pyplot
@@ -52,7 +61,7 @@ def compare(
     settings = {"recipe": name, **asdict(recipe), **told, "device": place}
     folder = Folder.start(output, "compare", settings, force=force)
     try:
-        text, steps = _prepare(recipe, corpus, folder)
+        text, steps = _prepare(recipe, corpus, folder, scored)
         configs = {m.name: configuration(recipe, m, len(text.tokenizer)) for m in recipe.mechanisms}
         Work(recipe, corpus, text, steps, configs, folder, place, console).do()
     finally:
@@ -61,8 +70,8 @@ def compare(
     return folder
 
 
-def _prepare(recipe: Comparison, corpus: Corpus, folder: Folder) -> tuple[Text, int]:
-    """The text as tokens, the same for all runs, and how many steps are trained on it."""
+def _prepare(recipe: Comparison, corpus: Corpus, folder: Folder, scored: int) -> tuple[Text, int]:
+    """The text as tokens, the same for all runs, the beginning of its held-out part, and how many steps are trained."""
     place = folder.path / "text"
     done = next((row for row in folder.rows() if row["row"] == "text"), None)
     if done is None:
@@ -71,9 +80,10 @@ def _prepare(recipe: Comparison, corpus: Corpus, folder: Folder) -> tuple[Text, 
         tokenizer = train_bpe(corpus.train, recipe.vocabulary) if recipe.vocabulary else byte_tokenizer()
         tokenizer.save_pretrained(place)
         write_tokens(place, corpus, tokenizer, context=recipe.context)
-    text = Text(load_tokenizer(place), *read_tokens(place))
+    tokenizer, (training, heldout) = load_tokenizer(place), read_tokens(place)
     if done is not None:
-        return text, int(done["steps"])
+        return Text(tokenizer, training, _beginning(heldout, done["heldout_tokens"], tokenizer)), int(done["steps"])
+    text = Text(tokenizer, training, _beginning(heldout, scored, tokenizer))
     windows = (len(text.train.ids) - 1) // recipe.context
     steps = recipe.steps or int(recipe.epochs * windows / (recipe.batch * recipe.accumulate))
     if steps < 1:
@@ -82,8 +92,17 @@ def _prepare(recipe: Comparison, corpus: Corpus, folder: Folder) -> tuple[Text, 
             f"{recipe.context}; pass more text"
         )
     sizes = {"tokens": len(text.train.ids), "heldout_tokens": len(text.heldout.ids) - 1}
-    folder.append({"row": "text", "bytes": corpus.sizes[0], "heldout_bytes": corpus.sizes[1], **sizes, "steps": steps})
+    sizes |= {"bytes": text.train.text_bytes, "heldout_bytes": text.heldout.text_bytes}
+    folder.append({"row": "text", **sizes, "steps": steps})
     return text, steps
+
+
+def _beginning(text: TokenFile, tokens: int, tokenizer: PreTrainedTokenizerFast) -> TokenFile:
+    """Its first documents, the last one cut, with `tokens` tokens to predict."""
+    if len(text.ids) <= tokens + 1:
+        return text
+    ids, starts = text.ids[: tokens + 1], text.starts[text.starts <= tokens]
+    return TokenFile(ids, starts, int(token_sizes(tokenizer)[ids].sum()))
 
 
 @dataclass(frozen=True)
@@ -138,8 +157,9 @@ class Work:
     def costs(self) -> None:
         sizes = {"batch": self.recipe.batch, "context": self.recipe.context}
         found = measure(self.configs, **sizes, device=self.device)
-        wide = {name: config.intermediate_size for name, config in self.configs.items()}
-        rows = ({"mechanism": name, "intermediate_size": wide[name], **asdict(cost)} for name, cost in found.items())
+        base = self.configs[self.recipe.baseline]
+        differs = {name: differences(config, base) for name, config in self.configs.items()}
+        rows = ({"mechanism": name, "differs": differs[name], **asdict(cost)} for name, cost in found.items())
         self.folder.append(*({"row": "cost", **row} for row in rows))
 
     def run_folder(self, name: str, rate: float, seed: int) -> Path:
@@ -199,20 +219,21 @@ class Work:
         """What the model, as it is at the end of its training, makes of its context."""
         recipe, text = self.recipe, self.text.heldout
         model, _ = load_checkpoint(str(self.run_folder(name, rate, seed) / f"checkpoint-{self.steps}"), self.device)
-        length = min(recipe.reach * recipe.context, len(text.ids) - 1)
-        stretches = loss_by_position(model, text, length)
+        length = recipe.reach * recipe.context
+        while length > len(text.ids) - 1:
+            length //= 2
+        stretches = loss_by_context(model, text, length) if length >= SHORTEST else []
         distances = [d for d in self.distances() if 2 * (d + 2 * SPAN) <= len(text.ids)]
-        copies = copying(model, text, self.text.tokenizer, distances, span=SPAN)
+        copies = copying(model, text, self.text.tokenizer, distances, span=SPAN) if distances else []
         per_byte = (len(text.ids) - 1) / text.text_bytes / math.log(2)
-        positions = [(s.first, s.last, s.nats * per_byte) for s in stretches]
         self.folder.append(
             {
                 "row": "context",
                 "mechanism": name,
                 "learning_rate": rate,
                 "seed": seed,
-                "positions": positions,
-                "copying": [(c.distance, c.first, c.second) for c in copies],
+                "contexts": [(s.first, s.last, s.nats * per_byte, s.tokens) for s in stretches],
+                "copying": [(c.distance, c.second, c.control) for c in copies],
             }
         )
 

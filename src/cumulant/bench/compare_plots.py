@@ -35,8 +35,11 @@ def draw_curves(found: list[Result], settings: dict[str, Any], folder: Path) -> 
             panel.fill_between(
                 steps * scale, values.min(0), values.max(0), color=style["color"], alpha=0.15, linewidth=0
             )
-    low, high = min(np.nanmin(x) for x in ends), max(np.nanmax(x) for x in ends)
-    panels[0].set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))  # the first points would flatten the rest
+    late = np.concatenate([values.ravel() for values in ends])
+    late = late[np.isfinite(late)]
+    if late.size:  # the first points would flatten the rest
+        margin = 0.05 * max(late.max() - late.min(), 1e-3)
+        panels[0].set_ylim(late.min() - margin, late.max() + margin)
     panels[0].set(xlabel="step", ylabel="bits per byte of the held-out text")
     panels[1].set(xlabel=f"time in training steps, {name}")
     for panel in panels:
@@ -59,37 +62,36 @@ def draw_sweep(found: list[Result], folder: Path) -> str:
     return save(figure, folder, "compare_sweep")
 
 
-def draw_positions(asked: list[Result], context: int, folder: Path) -> str:
-    """Bits per byte by tokens before; a line where training ended."""
+def draw_contexts(asked: list[Result], context: int, folder: Path) -> str:
+    """Bits per byte of the same tokens by the window they stand in; a line where training ended."""
     plt = pyplot()
     figure, panel = plt.subplots(figsize=(7.4, 4.2), layout="constrained")
     for number, result in enumerate(asked):
-        middles = [(max(a, 4) * b) ** 0.5 for a, b, _ in result.positions]
-        panel.plot(middles, [x for _, _, x in result.positions], label=result.mechanism, **_style(number))
-    panel.axvline(context, color="#666666", linestyle="--", linewidth=1, label="training length")
-    edges = [b for _, b, _ in asked[0].positions]
-    panel.set(xscale="log", xlabel="tokens before", ylabel="bits per byte of the held-out text")
-    panel.set_xticks(edges, [f"{b:,}" for b in edges])
-    panel.minorticks_off()
-    panel.grid(alpha=0.3)
-    figure.legend(loc="outside right center", frameon=False)
-    return save(figure, folder, "compare_positions")
+        points = [(last, bits) for _, last, bits in result.contexts]
+        panel.plot(*zip(*points, strict=True), label=result.mechanism, **_style(number))
+    lengths = [b for _, b, _ in asked[0].contexts]
+    panel.set(xlabel="window, tokens (half to all of them before)", ylabel="bits per byte of the same tokens")
+    _by_tokens(figure, panel, lengths, context)
+    return save(figure, folder, "compare_contexts")
 
 
 def draw_copying(asked: list[Result], context: int, folder: Path) -> str:
-    """What a span costs the second time, of what it cost the first time."""
+    """What a span costs where it stood before, of what it costs where it did not."""
     plt = pyplot()
     figure, panel = plt.subplots(figsize=(7.4, 4.2), layout="constrained")
     for number, result in enumerate(asked):
-        points = [(distance, second / first) for distance, first, second in result.copying]
-        if points:
-            panel.plot(*zip(*points, strict=True), label=result.mechanism, **_style(number))
-    panel.axvline(context, color="#666666", linestyle="--", linewidth=1, label="training length")
-    distances = [distance for distance, _, _ in asked[0].copying]
-    panel.set(xscale="log", xlabel="tokens between", ylabel="bits of the second time, of the first")
-    panel.set_xticks(distances, [f"{d:,}" for d in distances])
+        points = [(distance, second / control) for distance, second, control in result.copying]
+        panel.plot(*zip(*points, strict=True), label=result.mechanism, **_style(number))
+    panel.set(xlabel="tokens between", ylabel="bits of a span seen before, of one that was not")
     panel.yaxis.set_major_formatter(plt.matplotlib.ticker.PercentFormatter(1, decimals=0))
+    _by_tokens(figure, panel, [distance for distance, _, _ in asked[0].copying], context)
+    return save(figure, folder, "compare_copying")
+
+
+def _by_tokens(figure: Any, panel: Any, ticks: list[int], context: int) -> None:
+    panel.axvline(context, color="#666666", linestyle="--", linewidth=1, label="training length")
+    panel.set_xscale("log")
+    panel.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
     panel.minorticks_off()
     panel.grid(alpha=0.3)
     figure.legend(loc="outside right center", frameon=False)
-    return save(figure, folder, "compare_copying")

@@ -18,7 +18,7 @@ T95 = {2: 12.7, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 1
 
 @dataclass(frozen=True)
 class Mean:
-    """Mean, its standard error (nan for one value), and of how many."""
+    """Mean, its standard error (nan for one value, or where a run diverged), and of how many."""
 
     value: float
     error: float
@@ -26,10 +26,13 @@ class Mean:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Mean:
-        error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+        known = len(values) > 1 and all(map(math.isfinite, values))
+        error = statistics.stdev(values) / math.sqrt(len(values)) if known else math.nan
         return cls(statistics.fmean(values), error, len(values))
 
     def text(self, *, sign: bool = False) -> str:
+        if not math.isfinite(self.value):
+            return "diverged"
         value = f"{self.value:{'+' if sign else ''}.4f}"
         return value if math.isnan(self.error) else f"{value} ± {self.error:.4f}"
 
@@ -43,8 +46,7 @@ class Result:
     """A mechanism with its best learning rate; everything in bits per byte of the held-out text.
 
     final: at the end of training. difference: from the baseline's run of the same seed. curve: by step, of each seed.
-    sweep: at the end by learning rate, from the first seed. positions: (first, last, mean) by tokens before. copying:
-    (tokens between, first time, second time) of spans. cost: see `compare`.
+    sweep: at the end by learning rate, from the first seed. cost, contexts, copying: see `compare`; means over seeds.
     """
 
     mechanism: str
@@ -55,7 +57,7 @@ class Result:
     sweep: dict[float, float]
     parameters: int
     cost: Row
-    positions: list[tuple[int, int, float]]
+    contexts: list[tuple[int, int, float]]
     copying: list[tuple[int, float, float]]
 
     @property
@@ -103,7 +105,7 @@ def results(rows: list[Row], baseline: str) -> list[Result]:
                 sweep(runs, name),
                 own[0]["parameters"],
                 cost,
-                [(int(a), int(b), x) for a, b, x in _means([row["positions"] for row in asked])],
+                [(int(a), int(b), x) for a, b, x, _ in _means([row["contexts"] for row in asked])],
                 [(int(d), x, y) for d, x, y in _means([row["copying"] for row in asked])],
             )
         )
@@ -121,7 +123,7 @@ def _means(tables: list[list[list[float]]]) -> list[list[float]]:
 
 def report(folder: Folder, console: Console | None = None) -> Page:
     """Pictures and page from the folder's rows."""
-    from .compare_plots import draw_copying, draw_curves, draw_positions, draw_sweep
+    from .compare_plots import draw_contexts, draw_copying, draw_curves, draw_sweep
 
     rows, settings = folder.rows(), folder.settings
     found = results(rows, settings["baseline"])
@@ -134,30 +136,43 @@ def report(folder: Folder, console: Console | None = None) -> Page:
         Picture(draw_sweep(found, folder.path), "Held-out text at the end by learning rate, first seed"),
     ]
     tables = [_table(found, settings)]
-    asked = [result for result in found if result.positions]
-    if asked:
-        pictures += [
-            Picture(draw_positions(asked, context, folder.path), f"By position; trained on {context:,} tokens"),
-            Picture(draw_copying(asked, context, folder.path), "Spans of 128 bytes the first and the second time"),
-        ]
-        tables += [_positions(asked), _copying(asked)]
-    page = Page(
-        f"Mechanisms on one text: {settings['recipe']}",
-        _answer(found, asked, settings, text),
-        tables,
-        pictures,
-        [
-            f"{text['bytes']:,} bytes of {settings['data']} to train on, {text['heldout_bytes']:,} held out, "
-            f"{text['steps']:,} steps of {_step_tokens(settings):,} tokens in the same order for all; parameters "
-            "within 2%. The learning rate is each mechanism's best of the sweep, chosen by the first seed's result on "
-            "the same held-out text. ± is the standard error of the mean over seeds.",
-            "Time: the median of training steps taken in turns, so that whatever else ran met all alike. Kept: tensors "
-            "that a step holds for its backward pass. State: of one sequence after "
-            f"{context:,} tokens; softmax's grows with every token.",
-        ],
-    )
+    in_context, copied = [r for r in found if r.contexts], [r for r in found if r.copying]
+    if in_context:
+        caption = f"The same tokens with more and more before them; trained on {context:,}"
+        pictures.append(Picture(draw_contexts(in_context, context, folder.path), caption))
+        tables.append(_contexts(in_context))
+    if copied:
+        caption = "Spans of 128 bytes where they stood before, of what they cost where they did not"
+        pictures.append(Picture(draw_copying(copied, context, folder.path), caption))
+        tables.append(_copying(copied))
+    answer = [
+        *_answer(found, settings, text),
+        *_beyond(in_context, context),
+        *_copied(copied, context),
+    ]
+    title = f"Mechanisms on one text: {settings['recipe']}, on {settings['data']}"
+    page = Page(title, answer, tables, pictures, _notes(found, settings, text))
     write(folder, page, console)
     return page
+
+
+def _notes(found: list[Result], settings: dict[str, Any], text: Row) -> list[str]:
+    differ = [
+        f"{r.mechanism}: {', '.join(f'{name} {value}' for name, value in r.cost['differs'].items())}"
+        for r in found
+        if r.cost["differs"]
+    ]
+    return [
+        f"{text['bytes']:,} bytes of {settings['data']} to train on, {text['heldout_bytes']:,} others scored, "
+        f"{text['steps']:,} steps of {_step_tokens(settings):,} tokens in the same order for all; parameters within "
+        "2%. The learning rate is each mechanism's best of the sweep, chosen by the first seed's result on the same "
+        "held-out text. ± is the standard error of the mean over seeds.",
+        f"Mechanisms come with the surroundings of their presets. Where models differ from {settings['baseline']}'s: "
+        f"{'; '.join(differ)}.",
+        "Time: the median of training steps taken in turns, so that whatever else ran met all alike. Kept: "
+        "tensors that a step holds for its backward pass. State: of one sequence after "
+        f"{settings['context']:,} tokens; softmax's grows with every token.",
+    ]
 
 
 def _step_tokens(settings: dict[str, Any]) -> int:
@@ -165,44 +180,40 @@ def _step_tokens(settings: dict[str, Any]) -> int:
     return tokens
 
 
-def _answer(found: list[Result], asked: list[Result], settings: dict[str, Any], text: Row) -> list[str]:
+def _answer(found: list[Result], settings: dict[str, Any], text: Row) -> list[str]:
     ranked = sorted(found, key=lambda result: result.final.value)
     said = ", ".join(f"{result.mechanism} {result.final.text()}" for result in ranked)
     tokens = text["steps"] * _step_tokens(settings)
-    lines = [f"Bits per byte after {tokens:,} tokens: {said}."]
-    others = [result for result in ranked if result.difference is not None]
-    apart = [f"{r.mechanism} ({r.difference.value:+.4f})" for r in others if r.difference and r.difference.is_apart()]
-    if any(result.difference and result.difference.count > 1 for result in others):
+    lines = [f"Bits per byte of {settings['data']} after {tokens:,} tokens: {said}."]
+    others = [(r.mechanism, r.difference) for r in ranked if r.difference is not None and r.difference.count > 1]
+    if others:
+        apart = [f"{name} ({difference.value:+.4f})" for name, difference in others if difference.is_apart()]
         lines.append(f"Apart from {settings['baseline']} at 95% over the seeds: {', '.join(apart) or 'none'}.")
     edge = [f"{result.mechanism} ({result.rate:g})" for result in found if result.at_edge]
     if edge:
         lines.append(f"Best rate at the end of the sweep, perhaps better beyond it: {', '.join(edge)}.")
-    if asked:
-        lines += [*_beyond(asked, settings["context"]), *_copied(asked, settings["context"])]
     return lines
 
 
 def _beyond(asked: list[Result], context: int) -> list[str]:
-    """How the last stretch of all compares with the last one within the training length."""
-    within = [i for i, p in enumerate(asked[0].positions) if p[1] <= context]
-    if not within or within[-1] == len(asked[0].positions) - 1:
+    """What tokens gain from more context than was trained on."""
+    lasts = [last for _, last, _ in asked[0].contexts] if asked else []
+    if context not in lasts[:-1]:
         return []
-    one, two = within[-1], -1
-    (a, b, _), (c, d, _) = asked[0].positions[one], asked[0].positions[two]
-    each = ", ".join(f"{r.mechanism} {r.positions[two][2] - r.positions[one][2]:+.3f}" for r in asked)
-    return [
-        f"Trained on {context:,} tokens, at {c:,} to {d:,} bits per byte differ from those at {a:,} to {b:,}: {each}."
-    ]
+    at = lasts.index(context)
+    each = ", ".join(f"{r.mechanism} {r.contexts[-1][2] - r.contexts[at][2]:+.3f}" for r in asked)
+    return [f"The same tokens in windows of {lasts[-1]:,} tokens, less in the {context:,} trained on: {each}."]
 
 
 def _copied(asked: list[Result], context: int) -> list[str]:
     """The farthest span within the training length."""
-    inside = [i for i, c in enumerate(asked[0].copying) if c[0] < context]
+    inside = [i for i, c in enumerate(asked[0].copying) if c[0] < context] if asked else []
     if not inside:
         return []
     at = inside[-1]
-    each = ", ".join(f"{r.mechanism} {r.copying[at][2] / r.copying[at][1]:.0%}" for r in asked)
-    return [f"A span that stood {asked[0].copying[at][0]:,} tokens before costs, of what it cost then: {each}."]
+    each = ", ".join(f"{r.mechanism} {r.copying[at][1] / r.copying[at][2]:.0%}" for r in asked)
+    between = asked[0].copying[at][0]
+    return [f"A span that stood {between:,} tokens before costs, of what it costs if it did not: {each}."]
 
 
 def _table(found: list[Result], settings: dict[str, Any]) -> TableOf:
@@ -238,17 +249,13 @@ def _table(found: list[Result], settings: dict[str, Any]) -> TableOf:
     return TableOf("At the end of training", headings, rows)
 
 
-def _positions(asked: list[Result]) -> TableOf:
-    headings = ("mechanism", *(f"{a:,}–{b:,}" for a, b, _ in asked[0].positions))
-    rows = [(r.mechanism, *(f"{x:.3f}" for _, _, x in r.positions)) for r in asked]
-    return TableOf("Bits per byte by tokens before", headings, rows)
+def _contexts(asked: list[Result]) -> TableOf:
+    headings = ("mechanism", *(f"{a:,}–{b:,}" for a, b, _ in asked[0].contexts))
+    rows = [(r.mechanism, *(f"{x:.3f}" for _, _, x in r.contexts)) for r in asked]
+    return TableOf("Bits per byte of the same tokens, by tokens before them", headings, rows)
 
 
 def _copying(asked: list[Result]) -> TableOf:
-    headings = ("mechanism", "first time", *(f"{d:,} tokens on" for d, _, _ in asked[0].copying))
-    rows = [
-        (r.mechanism, f"{statistics.fmean(c[1] for c in r.copying):.3f}", *(f"{y:.3f}" for _, _, y in r.copying))
-        for r in asked
-        if r.copying
-    ]
-    return TableOf("Bits per byte of a span the second time", headings, rows)
+    headings = ("mechanism", *(f"{distance:,} tokens before" for distance, _, _ in asked[0].copying))
+    rows = [(r.mechanism, *(f"{x:.3f} of {y:.3f}" for _, x, y in r.copying)) for r in asked]
+    return TableOf("Bits per byte of a span that stood before, of one that did not", headings, rows)

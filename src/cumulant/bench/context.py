@@ -1,21 +1,23 @@
-"""Whether a model uses its context: loss by position, beyond the training length too, and on text seen before."""
+"""Whether a model uses its context: the same tokens with more before them, and text that it has seen before."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from ..text.tokens import TokenFile
+from ..text.tokenizer import token_sizes
+from ..text.tokens import Ids, TokenFile
+
+SHORTEST = 32  # tokens of context
 
 
 @dataclass(frozen=True)
 class Stretch:
-    """Nats per token of the tokens with first, ..., last - 1 tokens before them in their window; how many they were."""
+    """Nats per token of `tokens` tokens that had first, ..., last - 1 tokens before them in their window."""
 
     first: int
     last: int
@@ -24,43 +26,51 @@ class Stretch:
 
 
 @torch.inference_mode()
-def loss_by_position(
-    model: PreTrainedModel, text: TokenFile, length: int, *, tokens: int = 200_000, batch: int = 4
+def loss_by_context(
+    model: PreTrainedModel, text: TokenFile, length: int, *, tokens: int = 50_000, batch_tokens: int = 16_384
 ) -> list[Stretch]:
-    """Mean loss in stretches that double, over non-overlapping windows of `length` tokens, about `tokens` in all.
+    """Mean loss of the same tokens, about `tokens` in all, with up to ..., `length` / 4, `length` / 2 and `length`
+    tokens before them, the shortest at least 32.
 
-    Windows are spread over the whole text. A model that uses its context is the better the more it has; one that cannot
-    go beyond the length it was trained at is worse there.
+    Windows of c tokens follow one another by c / 2, and their second halves count: a model that uses its context is the
+    better the longer they are, one that cannot go beyond the length it was trained at is worse there.
     """
-    whole = (len(text.ids) - 1) // length
-    if whole < 1:
+    half = length // 2
+    count = min((len(text.ids) - 1 - half) // half, max(1, tokens // half)) if half else 0
+    if count < 1:
         raise ValueError(f"length: the text has {len(text.ids):,} tokens, fewer than a window of {length:,}")
-    count = max(1, min(whole, tokens // length))
-    starts = [int(i * whole / count) * length for i in range(count)]
-    sums = torch.zeros(length, dtype=torch.float64)
     model.eval()
-    for at in range(0, count, batch):
-        rows = [text.ids[start : start + length + 1].astype(np.int64) for start in starts[at : at + batch]]
-        ids = torch.from_numpy(np.stack(rows)).to(model.device)
-        sums += _nats(model, ids).sum(0).cpu()
-    edges = [0, *(2**p for p in range(4, 31) if 2**p < length), length]
-    return [Stretch(a, b, float(sums[a:b].sum()) / ((b - a) * count), (b - a) * count) for a, b in pairwise(edges)]
+    lengths = [length]
+    while lengths[0] % 4 == 0 and lengths[0] // 2 >= SHORTEST:
+        lengths.insert(0, lengths[0] // 2)
+    found = []
+    for size in lengths:
+        step = size // 2
+        starts = range(half - step, half + count * half - step, step)
+        nats, together = 0.0, max(1, batch_tokens // size)
+        for at in range(0, len(starts), together):
+            rows = [text.ids[start : start + size + 1].astype(np.int64) for start in starts[at : at + together]]
+            losses = _nats(model, torch.from_numpy(np.stack(rows)).to(model.device))
+            nats += float(losses[:, -step:].sum())
+        found.append(Stretch(size - step, size, nats / (len(starts) * step), len(starts) * step))
+    return found
 
 
 @dataclass(frozen=True)
 class Copying:
-    """Bits per byte of spans the first and the second time they stand in a window, so many tokens apart."""
+    """Bits per byte of spans at the end of a window: where they stood at its beginning as well, so many tokens before,
+    and where something else stood there."""
 
     distance: int
-    first: float
     second: float
+    control: float
 
 
 @torch.inference_mode()
 def copying(
     model: PreTrainedModel,
     text: TokenFile,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerFast,
     distances: list[int],
     *,
     span: int = 128,
@@ -68,38 +78,36 @@ def copying(
 ) -> list[Copying]:
     """Paste spans of about `span` bytes behind themselves: the second time they need only be copied.
 
-    A window is a span, `distance` tokens of text from elsewhere, and the span again. The tokenizer must be a byte-level
-    one.
+    A window is a span, `distance` tokens of text from elsewhere, and the span again; the control begins with another
+    span. Spans are the same at all distances. The tokenizer must be a byte-level one.
     """
-    found = []
-    model.eval()
     ids = text.ids
+    need = max(distances, default=0) + 2 * span
+    if len(ids) < 2 * need:
+        raise ValueError(f"distance: the text has {len(ids):,} tokens, too few for spans {max(distances):,} apart")
+    model.eval()
+    sizes = token_sizes(tokenizer)
+    places = np.random.default_rng(0).integers(0, len(ids) - need, (samples, 3))
+    found = []
     for distance in distances:
-        need = distance + 2 * span
-        if len(ids) < 2 * need:
-            raise ValueError(f"distance: the text has {len(ids):,} tokens, too few for spans {distance:,} tokens apart")
-        places = np.random.default_rng(0).integers(0, len(ids) - need, (samples, 2))
         nats, total = [0.0, 0.0], 0
-        for there, between in places:
-            piece, size = _span(ids[there : there + span + 1], tokenizer, span)
-            window = np.concatenate((piece, ids[between : between + distance], piece)).astype(np.int64)
-            losses = _nats(model, torch.from_numpy(window)[None].to(model.device))[0]
-            # the first token of each copy follows other text; what counts is the rest of the span
-            n = len(piece) - 1
-            nats[0] += float(losses[:n].sum())
-            nats[1] += float(losses[len(losses) - n :].sum())
+        for there, between, elsewhere in places:
+            piece, size = _span(ids[there : there + span + 1], sizes, span)
+            other = ids[elsewhere : elsewhere + len(piece)]
+            for i, before in enumerate((piece, other)):
+                window = np.concatenate((before, ids[between : between + distance], piece)).astype(np.int64)
+                losses = _nats(model, torch.from_numpy(window)[None].to(model.device))[0]
+                nats[i] += float(losses[1 - len(piece) :].sum())  # its first token follows other text
             total += size
         found.append(Copying(distance, *(x / math.log(2) / total for x in nats)))
     return found
 
 
-def _span(ids: np.ndarray, tokenizer: PreTrainedTokenizerBase, span: int) -> tuple[np.ndarray, int]:
+def _span(ids: Ids, sizes: Ids, span: int) -> tuple[Ids, int]:
     """The first tokens that are at least `span` bytes together, or all; and the bytes behind the first token."""
-    special = set(tokenizer.all_special_ids)
-    # in a byte-level vocabulary every character of a token stands for a byte
-    sizes = [0 if int(i) in special else len(tokenizer.convert_ids_to_tokens(int(i))) for i in ids]
-    taken = next((n for n in range(2, len(ids)) if sum(sizes[:n]) >= span), len(ids))
-    return ids[:taken], max(sum(sizes[1:taken]), 1)
+    total = sizes[ids].cumsum()
+    taken = max(min(int(np.searchsorted(total, span)) + 1, len(ids)), 2)
+    return ids[:taken], max(int(total[taken - 1] - total[0]), 1)
 
 
 def _nats(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:

@@ -35,17 +35,18 @@ class Folder:
     @classmethod
     def start(cls, path: str, kind: str, settings: dict[str, Any], *, force: bool = False) -> Folder:
         """A folder for the command: a new one, or one that the same command with the same settings began, whose rows
-        count. Another with rows is refused, or, with `force`, loses them.
+        count. Another report with rows is refused; with `force` any report loses its rows. What is no report is always
+        refused.
         """
         folder = Path(path)
         settings = json.loads(json.dumps(settings))  # as they will be read
-        if folder.exists() and not force:
+        if folder.exists():
             if not folder.is_dir() or (any(folder.iterdir()) and not (folder / LINES).is_file()):
                 raise ValueError(f"output: {path} holds something else; name another folder")
-            if (folder / LINES).is_file():
+            if (folder / LINES).is_file() and not force:
                 begun = cls.open(path)
                 if (begun.kind, begun.settings) == (kind, settings):
-                    return begun
+                    return begun.went_on()
                 if begun.rows():
                     raise ValueError(
                         f"output: {path} holds the report of another measurement ({begun.kind}, or the same with other "
@@ -57,7 +58,20 @@ class Folder:
         temporary = folder / f"{LINES}.tmp"
         temporary.write_text(json.dumps(header) + "\n", encoding="utf-8")
         temporary.replace(folder / LINES)
+        for name in ("report.html", "report.md"):  # they were drawn from other rows
+            (folder / name).unlink(missing_ok=True)
         return new
+
+    def went_on(self) -> Folder:
+        """Note what has changed since the last rows were written: versions, revision, machine."""
+        now = environment()
+        if any(now[name] != value for name, value in self.environments()[-1].items() if name != "time" and name in now):
+            self.append({"environment": now})
+        return self
+
+    def environments(self) -> list[dict[str, Any]]:
+        """All that rows were made in, one after another."""
+        return [self.environment, *(row["environment"] for row in self._read() if row.keys() == {"environment"})]
 
     @classmethod
     def open(cls, path: str) -> Folder:
@@ -71,7 +85,7 @@ class Folder:
 
     def rows(self) -> list[Row]:
         """A last line that was cut short is left out."""
-        return list(self._read())
+        return [row for row in self._read() if row.keys() != {"environment"}]
 
     def _read(self) -> Iterator[Row]:
         with (self.path / LINES).open(encoding="utf-8") as lines:
@@ -111,20 +125,20 @@ def environment() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "memory_bytes": memory(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
 
 
 def revision() -> str | None:
-    """The commit that the package was run from, with a "+" if files have changed since; None outside a checkout."""
-    here = Path(__file__).parent
+    """The commit that the package was run from, with a "+" if its files have changed since; None outside a checkout."""
+    here = Path(__file__).parents[1]
 
     def git(*arguments: str) -> str:
         done = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=True, timeout=10)
         return done.stdout.strip()
 
     try:
-        if not git("ls-files", "--", Path(__file__).name):
+        if not git("ls-files", "--", "bench"):
             return None
         return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "--", ".") else "")
     except (OSError, subprocess.SubprocessError):

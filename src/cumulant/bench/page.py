@@ -85,7 +85,11 @@ def _html(folder: Folder, page: Page) -> str:
             f"<tbody>{body}</tbody></table></div>"
         )
     parts += [f"<p>{text(line)}</p>" for line in page.notes]
-    facts = {"command": f"cumulant {folder.kind}", **folder.settings, **folder.environment}
+    first, *later = folder.environments()
+    facts = {"command": f"cumulant {folder.kind}", **first, **folder.settings}
+    for environment in later:
+        changed = {name: value for name, value in environment.items() if first.get(name) != value}
+        facts[f"from {changed.pop('time', 'then')} on"] = ", ".join(f"{n} {value}" for n, value in changed.items())
     listed = "".join(f"<dt>{text(name)}</dt><dd>{text(_fact(value))}</dd>" for name, value in facts.items())
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'

@@ -25,7 +25,9 @@ class Mechanism:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Mechanisms in the same trunk, on the same tokens in the same order, with the same optimizer.
+    """Mechanisms on the same tokens in the same order, with the same optimizer, in models of the same width and size.
+
+    Each has the surroundings of its preset (short convolutions, norms, feed-forwards): see `differences`.
 
     baseline: the mechanism that others are held against. learning_rates: each mechanism is trained with all of them
     from the first seed, and with its best from the others. parameters: of every model, within 2%. vocabulary: tokens of
@@ -59,6 +61,8 @@ class Comparison:
     def __post_init__(self) -> None:
         if not (self.learning_rates and all(0 < rate < math.inf for rate in self.learning_rates)):
             raise ValueError(f"learning_rate: expected numbers above 0, got {list(self.learning_rates)}")
+        if len(set(self.learning_rates)) < len(self.learning_rates):
+            raise ValueError(f"learning_rate: each once, got {list(self.learning_rates)}")
         if self.seeds < 1:
             raise ValueError(f"seeds: expected at least 1, got {self.seeds}")
         if self.steps < 0:
@@ -80,10 +84,9 @@ class Comparison:
         return replace(self, mechanisms=kept)
 
     def quick(self) -> Comparison:
-        """A try at it: three mechanisms, a few steps of a fourth of the tokens. It says nothing about their order."""
+        """A try at it: a few steps of a fourth of the tokens. It says nothing about the order of mechanisms."""
         return replace(
             self,
-            mechanisms=self.mechanisms[:3],
             context=max(self.context // 4, 1),
             accumulate=1,
             steps=QUICK_STEPS,
@@ -101,6 +104,7 @@ RECIPES = {
             Mechanism("softmax", "softmax"),
             Mechanism("taylor", "taylor"),
             Mechanism("linear", "linear"),
+            Mechanism("taylor, no convolution", "taylor", {"conv_size": 0}),
             Mechanism("based", "based"),
             Mechanism("flash", "flash", {"num_hidden_layers": 6}),
             Mechanism("window-64", "softmax", {"mixers": ["sliding_window"]}),
@@ -115,8 +119,8 @@ RECIPES = {
         steps=300,
         vocabulary=1024,
     ),
-    # FLASH-pytorch's train.py: 8 layers of 512, sequences of 1024 bytes, 16 a step, 100,000 steps at 2e-4 (see
-    # `cumulant.text.recipes`), beside a transformer with rotary positions and SwiGLU, which FLASH's paper claims to
+    # FLASH-pytorch's train.py: enwik8, 8 layers of 512, sequences of 1024 bytes, 16 a step, 100,000 steps at 2e-4 (as
+    # in `cumulant.text.recipes`), beside a transformer with rotary positions and SwiGLU, which FLASH's paper claims to
     # equal at 512 to 8192 tokens. As there, two FLASH layers stand against one of attention and feed-forward.
     "flash-enwik8": Comparison(
         mechanisms=(
@@ -139,7 +143,7 @@ RECIPES = {
         shared={"tie_word_embeddings": False, "logits_bias": True},
         training={"warmup": 0.01, "weight_decay": 0.0, "clip": 0.5},
     ),
-    # The same at a size that two cores train in half an hour.
+    # The same at a size that two cores train in half an hour, on bytes of any text.
     "flash-enwik8-small": Comparison(
         mechanisms=(
             Mechanism("softmax", "softmax"),
@@ -155,13 +159,15 @@ RECIPES = {
         context=512,
         batch=8,
         steps=350,
+        data="enwik8",
         heldout=0.01,
         shared={"tie_word_embeddings": False, "logits_bias": True},
         training={"weight_decay": 0.0, "clip": 0.5},
     ),
     # ELiTA's README, 2023: fewer than 300K parameters, sequences of 256, 128 a step, Adam with min(1e-3, 1e-2 /
     # sqrt(step)) and betas 0.9 and 0.99, one epoch of WikiText, against a transformer with rotary positions and SwiGLU.
-    # Sizes, vocabulary, initial weights and seeds are not stated there: these are ours, as are the other two rates.
+    # Sizes, vocabulary, initial weights, seeds and which WikiText are not stated there: these are ours, as are two of
+    # the rates.
     "elita-wikitext": Comparison(
         mechanisms=(
             Mechanism("softmax", "softmax"),
@@ -179,6 +185,7 @@ RECIPES = {
         context=256,
         batch=128,
         vocabulary=2048,
+        data="hf:Salesforce/wikitext:wikitext-2-raw-v1",
         heldout=0.05,
         shared={"initializer_range": 0.08},
         training={"schedule": "capped_inverse_sqrt", "adam_beta2": 0.99, "weight_decay": 0.0},
@@ -217,6 +224,17 @@ def configuration(recipe: Comparison, mechanism: Mechanism, vocab_size: int) -> 
             f"{recipe.parameters:,} within {TOLERANCE:.0%}; change the recipe's width or depth"
         )
     return config
+
+
+def differences(config: CumulantConfig, baseline: CumulantConfig) -> dict[str, Any]:
+    """Fields of the model, other than its feed-forward's width, that are not as in the baseline's."""
+    own, other = config.to_diff_dict(), baseline.to_diff_dict()
+    left = {"preset", "intermediate_size", "layer_types"}
+    return {
+        name: getattr(config, name)
+        for name in sorted(own.keys() | other.keys())
+        if name not in left and getattr(config, name) != getattr(baseline, name)
+    }
 
 
 def _parameters(config: CumulantConfig) -> int:

@@ -70,6 +70,14 @@ def _byte_characters() -> dict[int, str]:
     return {**{b: chr(b) for b in printable}, **{b: chr(256 + i) for i, b in enumerate(others)}}
 
 
+def token_sizes(tokenizer: PreTrainedTokenizerFast) -> NDArray[np.int64]:
+    """Bytes of text in each token of a byte-level vocabulary, special tokens having none: ``[vocabulary]``."""
+    special = set(tokenizer.all_special_ids)
+    # every character of a token stands for a byte
+    tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    return np.array([0 if i in special else len(token) for i, token in enumerate(tokens)])
+
+
 def is_bytes(tokenizer: PreTrainedTokenizerFast) -> bool:
     return len(tokenizer) == 257 and tokenizer.convert_tokens_to_ids(_byte_characters()[0]) == 0
 
