@@ -2,7 +2,7 @@
 
 Read off the model's own module. After `cumulant compare --recipe elita-wikitext --output runs/compare`:
 
-    python docs/figures/elita_positions.py runs/compare/elita-0
+    python docs/figures/elita_positions.py runs/compare/runs/elita-RATE-0
 """
 
 import argparse

@@ -107,7 +107,7 @@ def test_the_command_writes_table_pictures_and_numbers(cli, run, tmp_path, monke
     assert len([c for c in kept.rows() if c["kind"] == "trained"]) == 2 * 2 * 5  # layers, heads, orders
     assert kept.environment["torch"] == torch.__version__
     table = (tmp_path / "out" / "report.md").read_text()
-    assert table.count("| softmax, layer") == 2
+    assert table.count(f"| {run}, layer") == 2
     for name in ("error.png", "error.svg", "exponential.png", "exponential.svg"):
         assert (tmp_path / "out" / name).stat().st_size > 5000
     assert cli("bench", "approximation", "--output", tmp_path / "again", "--model", run)[0] == 0

@@ -80,13 +80,13 @@ def test_spans_are_the_same_at_all_distances(text):
     """Cut out of the windows that the model is given."""
     seen = []
     model = Known(lambda *_: 0.5)
-    model.last = lambda ids: seen.append(ids[0]) or (ids[:, -1:] + 1) % 256
+    model.last = lambda ids: seen.extend(ids) or (ids[:, -1:] + 1) % 256
     text.ids = np.random.default_rng(0).permutation(5000) % 256
     copying(model, text, byte_tokenizer(), [64, 200], span=20, samples=4)
-    near, far = seen[:8], seen[8:]
-    assert [len(ids) for ids in near + far] == [len(near[0])] * 8 + [len(near[0]) + 136] * 8
-    assert all(torch.equal(a[-19:], b[-19:]) and torch.equal(a[:20], b[:20]) for a, b in zip(near, far, strict=True))
-    for second, control in zip(near[::2], near[1::2], strict=True):
+    near, far = ([*zip(seen[at : at + 4], seen[at + 4 : at + 8], strict=True)] for at in (0, 8))
+    for (second, control), (later, _) in zip(near, far, strict=True):
+        assert (len(second), len(later)) == (20 + 64 + 19, 20 + 200 + 19)
+        assert torch.equal(second[-19:], later[-19:])
         assert torch.equal(second[20:], control[20:])
         assert torch.equal(second[:19], second[-19:])
         assert not torch.equal(second[:20], control[:20])

@@ -8,7 +8,10 @@ the scores is their root mean square over the pairs of query and key that see ea
 
 from __future__ import annotations
 
+import hashlib
 import math
+import shutil
+import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -136,8 +139,16 @@ def load(folder: str, windows: int) -> tuple[CumulantForCausalLM, Tensor]:
     return model, ids
 
 
-def trained_cases(folder: str, seed: int, windows: int = 16) -> list[Case]:
-    """Every head of the softmax and Taylor mixers of a trained model, on its held-out text."""
+def digest(folder: str) -> str:
+    """Of the weights."""
+    from ..text.checkpoint import checkpoint_folder
+
+    weights = sorted(checkpoint_folder(folder).glob("*.safetensors"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in weights)).hexdigest()[:16]
+
+
+def trained_cases(folder: str, name: str, seed: int, windows: int = 16) -> list[Case]:
+    """Every head of the softmax and Taylor mixers of a trained model, called `name`, on its held-out text."""
     model, ids = load(folder, windows)
     with torch.inference_mode(), recorded(model) as found:
         model(ids[: len(ids) // LENGTH * LENGTH].view(-1, LENGTH), use_cache=False)
@@ -149,7 +160,7 @@ def trained_cases(folder: str, seed: int, windows: int = 16) -> list[Case]:
         for head in range(queries.shape[1]):
             q, k = (x[:, head : head + 1].double() for x in (queries, keys))
             v = torch.randn(*q.shape[:3], 64, generator=generator, dtype=torch.float64)
-            where = f"{model.config.preset or 'model'}, layer {layer.split('.')[2]} head {head}"
+            where = f"{name}, layer {layer.split('.')[2]} head {head}"
             cases += measure(q, k, v, "trained", where=where)
     return cases
 
@@ -158,7 +169,7 @@ def summary(cases: list[Case]) -> list[tuple[str, list[float]]]:
     """Rows of the table: a setting, and its error at each order."""
 
     def row(chosen: list[Case]) -> list[float]:
-        return [_median([c.error for c in chosen if c.order == order]) for order in ORDERS]
+        return [statistics.median([c.error for c in chosen if c.order == order]) for order in ORDERS]
 
     random = [c for c in cases if c.kind == "random" and c.head_dim == 16]
     rows = []
@@ -169,15 +180,11 @@ def summary(cases: list[Case]) -> list[tuple[str, list[float]]]:
             chosen = [c for c in cases if c.kind == "normalised" and c.head_dim == dim and c.alpha == alpha]
             rows.append((f"LayerNorm, K={dim}, α={alpha:g}", row(chosen)))
     trained = [c for c in cases if c.kind == "trained"]
-    for name in dict.fromkeys((c.where or "").split(" head ")[0] for c in trained):
+    for name in dict.fromkeys((c.where or "").rpartition(" head ")[0] for c in trained):
         chosen = [c for c in trained if (c.where or "").startswith(f"{name} head")]
-        size = _median([c.size for c in chosen])
+        size = statistics.median([c.size for c in chosen])
         rows.append((f"{name}, size {size:.2g}", row(chosen)))
     return rows
-
-
-def _median(values: list[float]) -> float:
-    return sorted(values)[len(values) // 2] if values else math.nan
 
 
 def percent(error: float) -> str:
@@ -208,18 +215,22 @@ def run(output: str, models: list[str], *, quick: bool, seed: int, force: bool, 
     for given in models:  # mistakes before anything is measured
         load(given, 1)
     wanted = models or ([] if quick else list(TRAINED))
-    folder = Folder.start(output, "bench approximation", {"models": wanted, "seed": seed}, force=force)
+    digests = [digest(model) for model in models]
+    settings = {"models": wanted, "digests": digests, "seed": seed}
+    folder = Folder.start(output, "bench approximation", settings, force=force)
     done = {row["model"] for row in folder.rows()}
+    if not done:
+        shutil.rmtree(folder.path / "models", ignore_errors=True)
     try:
         for model in (None, *wanted):
             if model not in done:
                 if model is None:
                     cases = random_cases(seed)
                 elif models:
-                    cases = trained_cases(model, seed)
+                    cases = trained_cases(model, model, seed)
                 else:
                     trained = train_small(folder.path, model, lambda line: console.print(line, style="dim"))
-                    cases = trained_cases(trained, seed)
+                    cases = trained_cases(trained, model, seed)
                 folder.append(*({"model": model, **asdict(case)} for case in cases))
     finally:
         if folder.rows():

@@ -79,10 +79,10 @@ def draw_error(cases: list[Case], folder: Path) -> str:
 def _draw_heads(panel: Any, cases: list[Case]) -> None:
     """A column of marks for each head, filled by model; errors beyond the axis lie on its edge."""
     fills = ("full", "none", "top", "left")
-    models = list(dict.fromkeys((c.where or "").split(",")[0] for c in cases))
+    models = list(dict.fromkeys((c.where or "").rpartition(", layer")[0] for c in cases))
     for model, fill in zip(models, fills):
         for order in ORDERS:
-            chosen = [c for c in cases if c.order == order and (c.where or "").split(",")[0] == model]
+            chosen = [c for c in cases if c.order == order and (c.where or "").rpartition(", layer")[0] == model]
             style = {"marker": MARKERS[order] or "x", "markersize": 5, "color": COLOURS[order], "fillstyle": fill}
             panel.plot([c.size for c in chosen], [min(c.error, 9.5) for c in chosen], linestyle="", **style)
         panel.plot([], [], linestyle="", marker="s", color="black", fillstyle=fill, label=f"{model} model")

@@ -223,7 +223,7 @@ class Work:
         while length > len(text.ids) - 1:
             length //= 2
         stretches = loss_by_context(model, text, length) if length >= SHORTEST else []
-        distances = [d for d in self.distances() if 2 * (d + 2 * SPAN) <= len(text.ids)]
+        distances = [d for d in self.distances() if 2 * d + 3 * SPAN <= len(text.ids)]
         copies = copying(model, text, self.text.tokenizer, distances, span=SPAN) if distances else []
         per_byte = (len(text.ids) - 1) / text.text_bytes / math.log(2)
         self.folder.append(

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from ..text.tokenizer import token_sizes
-from ..text.tokens import Ids, TokenFile
+from ..text.tokens import TokenFile
 
 SHORTEST = 32  # tokens of context
 
@@ -75,39 +75,32 @@ def copying(
     *,
     span: int = 128,
     samples: int = 32,
+    batch_tokens: int = 16_384,
 ) -> list[Copying]:
     """Paste spans of about `span` bytes behind themselves: the second time they need only be copied.
 
     A window is a span, `distance` tokens of text from elsewhere, and the span again; the control begins with another
     span. Spans are the same at all distances. The tokenizer must be a byte-level one.
     """
-    ids = text.ids
-    need = max(distances, default=0) + 2 * span
-    if len(ids) < 2 * need:
-        raise ValueError(f"distance: the text has {len(ids):,} tokens, too few for spans {max(distances):,} apart")
+    ids, farthest = text.ids, max(distances)
+    length = max(2, round(span * len(ids) / text.text_bytes))
+    room = len(ids) - max(length, farthest)
+    if room < farthest + 2 * length:
+        raise ValueError(f"distance: the text has {len(ids):,} tokens, too few for spans {farthest:,} tokens apart")
     model.eval()
-    sizes = token_sizes(tokenizer)
-    places = np.random.default_rng(0).integers(0, len(ids) - need, (samples, 3))
+    places = np.random.default_rng(0).integers(0, room, (samples, 3))
+    pieces, others = (np.stack([ids[at : at + length] for at in places[:, i]]).astype(np.int64) for i in (0, 1))
+    size = int(token_sizes(tokenizer)[pieces[:, 1:]].sum())  # a span's first token follows other text
     found = []
     for distance in distances:
-        nats, total = [0.0, 0.0], 0
-        for there, between, elsewhere in places:
-            piece, size = _span(ids[there : there + span + 1], sizes, span)
-            other = ids[elsewhere : elsewhere + len(piece)]
-            for i, before in enumerate((piece, other)):
-                window = np.concatenate((before, ids[between : between + distance], piece)).astype(np.int64)
-                losses = _nats(model, torch.from_numpy(window)[None].to(model.device))[0]
-                nats[i] += float(losses[1 - len(piece) :].sum())  # its first token follows other text
-            total += size
-        found.append(Copying(distance, *(x / math.log(2) / total for x in nats)))
+        between = np.stack([ids[at : at + distance] for at in places[:, 2]]).astype(np.int64)
+        together = max(1, batch_tokens // (distance + 2 * length))
+        nats = []
+        for before in (pieces, others):
+            windows = torch.from_numpy(np.concatenate((before, between, pieces), 1)).to(model.device)
+            nats.append(sum(float(_nats(model, part)[:, 1 - length :].sum()) for part in windows.split(together)))
+        found.append(Copying(distance, *(x / math.log(2) / size for x in nats)))
     return found
-
-
-def _span(ids: Ids, sizes: Ids, span: int) -> tuple[Ids, int]:
-    """The first tokens that are at least `span` bytes together, or all; and the bytes behind the first token."""
-    total = sizes[ids].cumsum()
-    taken = max(min(int(np.searchsorted(total, span)) + 1, len(ids)), 2)
-    return ids[:taken], max(int(total[taken - 1] - total[0]), 1)
 
 
 def _nats(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:

@@ -90,7 +90,7 @@ def _train(left: list[Setting], folder: Folder, workers: int, device: str, conso
             for future in as_completed(runs):
                 setting = runs[future]
                 try:
-                    row = {**asdict(setting), **future.result()}
+                    row = {**asdict(setting), "device": device, **future.result()}
                 except (torch.OutOfMemoryError, MemoryError) as error:
                     progress.print(f"{setting.mechanism}, width {setting.width}: out of memory, left out ({error})")
                     continue
@@ -191,7 +191,8 @@ def report(folder: Folder, console: Console | None = None) -> Page:
         ],
         [
             "Multi-query associative recall as in Zoology (Arora et al. 2023): pairs of keys and values, then each key "
-            "again, at whose second place the model must say the value. Chance is below 1%.",
+            "again, at whose second place the model must say the value. Chance is below 1%. Models have two layers, "
+            "based three (with its sliding window), and no feed-forwards.",
             "Each line is the mechanism's best learning rate; ± is the deviation over seeds. State counts all layers' "
             f"caches after {folder.settings['length']} tokens; softmax's grows with every token, the others' does not.",
         ],
