@@ -110,6 +110,8 @@ def test_info():
             ["compare", "--data", "x", "--mechanism", "gpt"],
             "mechanism: expected one of softmax, taylor, linear, based, flash, window-64, got 'gpt'",
         ),
+        (["compare", "--steps", "3", "--epochs", "1"], "steps: pass either steps or epochs, not both"),
+        (["compare", "--learning-rate", "0.1", "--learning-rate", "0.1"], "learning_rate: each once, got [0.1, 0.1]"),
         (["recall", "--mechanism", "mamba"], "mechanism: expected one of softmax, window-16,"),
         (["recall", "--workers", "-1"], "workers: expected at least 1, got -1"),
         (["recall", "--pairs", "100"], "length: expected an even number of at least 400"),

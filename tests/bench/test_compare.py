@@ -21,6 +21,7 @@ from cumulant.bench.recipes import RECIPES, Mechanism, configuration, find
 from cumulant.models import CumulantForCausalLM
 from cumulant.text.checkpoint import load_checkpoint
 from cumulant.text.tokens import read_tokens
+from cumulant.text.train import MarkWhole
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 TINY = replace(
@@ -128,11 +129,11 @@ def test_flash_enwik8_is_flash_pytorch_s_setting():
 
     recipe, published = RECIPES["flash-enwik8"], from_recipe("flash-enwik8")
     (flash,) = (m for m in recipe.mechanisms if m.name == "flash")
-    fields = {**recipe.shared, **flash.fields}
-    assert fields["num_hidden_layers"] == published.depth
+    config = configuration(recipe, flash, 257)
     theirs = published.overrides()
-    assert {name: fields.get(name, theirs[name]) for name in theirs} == theirs
+    assert {name: getattr(config, name) for name in theirs} == theirs
     assert published.learning_rate in recipe.learning_rates
+    assert config.num_hidden_layers == published.depth
     same = ("data", "width", "context", "batch", "accumulate", "steps")
     assert [getattr(recipe, name) for name in same] == [getattr(published, name) for name in same]
     assert recipe.training == {name: getattr(published, name) for name in recipe.training}
@@ -257,8 +258,8 @@ def test_the_same_command_again_trains_nothing(recipe, done, monkeypatch):
 
 
 def test_an_interrupted_comparison_goes_on(recipe, done, tmp_path, monkeypatch):
-    """In another place, with the text elsewhere, interrupted within a run: only what is missing is trained, to the same
-    end, and the page says what is there."""
+    """In another place, with the text elsewhere, interrupted in the middle of a run: only what is missing is trained,
+    from its checkpoint, to the same end; and the page says what is there."""
     output, elsewhere = tmp_path / "out", tmp_path / "text.txt"
     shutil.copytree(done, output)
     shutil.copy(recipe.data, elsewhere)
@@ -267,21 +268,24 @@ def test_an_interrupted_comparison_goes_on(recipe, done, tmp_path, monkeypatch):
     (output / "rows.jsonl").write_text("".join(lines[: ends[-2]]))
     for line in (lines[i] for i in ends[-2:]):
         shutil.rmtree(run_folder(output, *key(json.loads(line))))
-    real, trained = bench.train, []
+    (output / "report.md").unlink()
+    real, trained, save = bench.train, [], MarkWhole.on_save
 
-    def stop(options, **rest):
-        real(options, **rest)
+    def stop(self, args, state, control, **rest):
+        save(self, args, state, control, **rest)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(bench, "train", stop)
     moved = replace(recipe, data=str(elsewhere))
-    with pytest.raises(KeyboardInterrupt):
-        run(moved, output)
-    assert "elita" in (output / "report.md").read_text()
-    monkeypatch.setattr(bench, "train", lambda options, **rest: trained.append(options.output) or real(options, **rest))
+    with monkeypatch.context() as patch:
+        patch.setattr(MarkWhole, "on_save", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(moved, output)
+    assert "| elita |" in (output / "report.md").read_text()
+    assert len(rows(output, "run")) == len(rows(done, "run")) - 2
+    monkeypatch.setattr(bench, "train", lambda options, **rest: trained.append(options) or real(options, **rest))
     run(moved, output)
-    assert [path.rpartition("/")[2].rpartition("-")[2] for path in trained] == ["1"]
-    assert "wraps" in trained[0]
+    assert [(options.resume, options.seed) for options in trained] == [(True, 1), (False, 1)]
+    assert ["wraps" in options.output for options in trained] == [False, True]
 
     def pick(folder):
         return {key(r): r["heldout"][-1][1] for r in rows(folder, "run")}
@@ -328,6 +332,36 @@ def test_a_run_that_diverged_is_no_best_rate():
     assert result.sweep[1.0] == math.inf
 
 
+def drawn(found, tmp_path, settings):
+    """The page of these rows."""
+    text = {"row": "text", "bytes": 9, "heldout_bytes": 9, "steps": 1}
+    shape = {"baseline": "softmax", "context": 4, "batch": 1, "accumulate": 1, "data": "x", "recipe": "tiny"}
+    folder = Folder.start(str(tmp_path), "compare", shape | settings)
+    folder.append(text, *found)
+    reports.draw(str(tmp_path), Note())
+    return (tmp_path / "report.md").read_text()
+
+
+def test_a_seed_that_diverged_is_told(tmp_path):
+    found = made({("softmax", 0.1, seed): 2.0 for seed in range(3)} | {("far", 0.1, 0): 1.5, ("far", 0.1, 1): math.nan})
+    page = drawn(found, tmp_path, {})
+    assert "| far | diverged | diverged | 0.1 | 2 |" in page
+    assert "Apart from softmax at 95% over the seeds: none." in page
+
+
+def test_mechanisms_that_only_diverged_are_told(tmp_path):
+    found = made({("softmax", 1.0, 0): math.nan, ("softmax", 0.1, 0): math.inf, ("far", 0.1, 0): math.nan})
+    page = drawn(found, tmp_path, {})
+    assert "softmax diverged, far diverged" in page
+
+
+def test_where_models_differ_is_told(done):
+    page = (done / "report.md").read_text()
+    assert "Where models differ from softmax's: elita: feed_forward elita, " in page
+    assert "elita, 2 wraps: feed_forward elita, " in page
+    assert "wraps 2." in page
+
+
 def test_what_is_apart_and_what_is_at_the_end_of_the_sweep():
     ends = {("softmax", 0.1, seed): 2.0 + 0.1 * seed for seed in range(3)}
     ends |= {("near", 0.1, seed): 2.0 + 0.1 * seed + (0.01, -0.01, 0.02)[seed] for seed in range(3)}
@@ -356,6 +390,7 @@ def test_mistakes(recipe, done, tmp_path):
         ({"epochs": math.inf}, "epochs: expected a number above 0, got inf"),
         ({"steps": -1}, "steps: expected at least 1, .*, got -1"),
         ({"learning_rates": (1e-3, 0.0)}, r"learning_rate: expected numbers above 0, got \[0.001, 0.0\]"),
+        ({"learning_rates": (1e-3, 1e-3)}, r"learning_rate: each once, got \[0.001, 0.001\]"),
         ({"learning_rates": ()}, r"learning_rate: expected numbers above 0, got \[\]"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -411,6 +446,33 @@ def test_force_begins_anew(recipe, done, tmp_path, monkeypatch):
         run(replace(recipe, seeds=3), output, force=True)
     assert [row["row"] for row in Folder.open(str(output)).rows()] == ["text"]
     assert not (output / "runs").exists()
+
+
+def test_no_more_of_the_heldout_text_is_scored_than_asked(recipe, tmp_path, monkeypatch):
+    """Its beginning, in tokens and bytes that belong together."""
+
+    class Enough(Exception):
+        pass
+
+    def enough(*_, **__):
+        raise Enough
+
+    monkeypatch.setattr(bench, "measure", enough)
+    with pytest.raises(Enough):
+        run(recipe, tmp_path / "new", scored=100)
+    (text,) = rows(tmp_path / "new", "text")
+    assert text["heldout_tokens"] == 100
+    ids = read_tokens(tmp_path / "new" / "text")[1].ids[:101]
+    tokenizer = bench.load_tokenizer(tmp_path / "new" / "text")
+    assert text["heldout_bytes"] == len(tokenizer.decode(ids, skip_special_tokens=True).encode())
+    seen = []
+    monkeypatch.setattr(bench, "train", lambda options, text, say: seen.append(text.heldout) or enough())
+    monkeypatch.setattr(bench, "measure", lambda configs, **_: {})
+    with pytest.raises(Enough):
+        run(recipe, tmp_path / "new")  # as it was begun
+    assert len(seen[0].ids) == 101
+    assert seen[0].text_bytes == text["heldout_bytes"]
+    assert list(seen[0].starts) == [0]
 
 
 def test_only_the_mechanisms_named_and_the_baseline():

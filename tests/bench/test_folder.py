@@ -1,10 +1,12 @@
 """Folders of reports: rows that survive, settings that must agree, pages drawn again."""
 
 import json
+import re
+import subprocess
 
 import pytest
 
-from cumulant.bench.folder import LINES, Folder, environment
+from cumulant.bench.folder import LINES, Folder, environment, revision
 from cumulant.bench.page import Page, TableOf, write
 
 
@@ -40,13 +42,49 @@ def test_other_measurements_are_not_overwritten(tmp_path):
 
 def test_other_folders_are_left_alone(tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
-    with pytest.raises(ValueError, match="holds something else"):
-        Folder.start(str(tmp_path), "bench", {})
+    for force in (False, True):
+        with pytest.raises(ValueError, match="holds something else"):
+            Folder.start(str(tmp_path), "bench", {}, force=force)
     with pytest.raises(ValueError, match="holds something else"):
         Folder.start(str(tmp_path / "thesis.txt"), "bench", {})
     for missing in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(ValueError, match="not the folder of a report"):
             Folder.open(str(missing))
+
+
+def test_another_environment_is_noted(tmp_path, monkeypatch):
+    """Rows that come later, from another revision or machine, are told from the first; the page says so."""
+    first = {**environment(), "time": "noon", "revision": "a1", "threads": 2}
+    monkeypatch.setattr("cumulant.bench.folder.environment", lambda: dict(first))
+    Folder.start(str(tmp_path), "bench", {"threads": 1, "device": "cpu"}).append({"x": 1})
+    first["time"] = "one"
+    again = Folder.start(str(tmp_path), "bench", {"threads": 1, "device": "cpu"})
+    assert again.environments() == [{**first, "time": "noon"}]
+    first |= {"time": "two", "revision": "b2"}
+    again = Folder.start(str(tmp_path), "bench", {"threads": 1, "device": "cpu"})
+    again.append({"x": 2})
+    assert again.rows() == [{"x": 1}, {"x": 2}]
+    assert [e["revision"] for e in again.environments()] == ["a1", "b2"]
+    page = write(again, Page("t", ["a"])).read_text()
+    assert "<dt>from two on</dt><dd>revision b2</dd>" in page
+    assert "<dt>threads</dt><dd>1</dd>" in page  # what was asked, not what there is
+    assert "<dt>device</dt><dd>cpu</dd>" in page
+
+
+def test_the_revision_covers_the_whole_package(tmp_path, monkeypatch):
+    package = tmp_path / "src" / "cumulant"
+    (package / "bench").mkdir(parents=True)
+    (package / "bench" / "folder.py").write_text("")
+    (package / "ops.py").write_text("")
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b.c", "-C", str(tmp_path)]
+    monkeypatch.setattr("cumulant.bench.folder.__file__", str(package / "bench" / "folder.py"))
+    assert revision() is None
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "add", "."], check=True)
+    subprocess.run([*git, "commit", "-qm", "x"], check=True)
+    assert re.fullmatch("[0-9a-f]{12}", revision())
+    (package / "ops.py").write_text("changed")
+    assert re.fullmatch("[0-9a-f]{12}[+]", revision())
 
 
 def test_environment_says_where_it_ran():

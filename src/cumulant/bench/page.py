@@ -88,8 +88,8 @@ def _html(folder: Folder, page: Page) -> str:
     first, *later = folder.environments()
     facts = {"command": f"cumulant {folder.kind}", **first, **folder.settings}
     for environment in later:
-        changed = {name: value for name, value in environment.items() if first.get(name) != value}
-        facts[f"from {changed.pop('time', 'then')} on"] = ", ".join(f"{n} {value}" for n, value in changed.items())
+        changed = (f"{n} {value}" for n, value in environment.items() if n != "time" and first.get(n) != value)
+        facts[f"from {environment['time']} on"] = ", ".join(changed)
     listed = "".join(f"<dt>{text(name)}</dt><dd>{text(_fact(value))}</dd>" for name, value in facts.items())
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
