@@ -294,6 +294,25 @@ def test_an_interrupted_comparison_goes_on(recipe, done, tmp_path, monkeypatch):
     assert len(rows(output, "context")) == len(rows(done, "context"))
 
 
+def test_more_rates_add_to_what_is_there(recipe, done, tmp_path, monkeypatch):
+    """A better rate is taken by the other seeds and asked about as well; what is there is not trained again."""
+    output, trained, real = tmp_path / "out", [], bench.train
+    shutil.copytree(done, output)
+    monkeypatch.setattr(bench, "train", lambda options, **rest: trained.append(options) or real(options, **rest))
+    more = replace(recipe, learning_rates=(*recipe.learning_rates, 2e-2))
+    run(more, output)
+    runs = rows(output, "run")
+    best = {name: best_rate(runs, name) for name in NAMES}
+    assert 2e-2 in best.values()
+    anew = [name for name in NAMES if best[name] == 2e-2]
+    assert [(o.learning_rate, o.seed) for o in trained] == [(2e-2, 0)] * 3 + [(2e-2, 1)] * len(anew)
+    found = {r.mechanism: r for r in results(Folder.open(str(output)).rows(), "softmax")}
+    assert all(result.final.count == 2 and len(result.sweep) == 3 for result in found.values())
+    assert {key(r) for r in rows(output, "context")} >= {(name, best[name], seed) for name in NAMES for seed in (0, 1)}
+    with pytest.raises(ValueError, match="another measurement"):
+        run(recipe, output)
+
+
 def test_it_is_drawn_again_from_its_rows(done, tmp_path):
     (tmp_path / "rows.jsonl").write_text((done / "rows.jsonl").read_text())
     reports.draw(str(tmp_path), Note())
@@ -405,7 +424,7 @@ def test_mistakes(recipe, done, tmp_path):
     with pytest.raises(ValueError, match="output: .*full holds something else; name another folder"):
         run(recipe, tmp_path / "full")
     before = (done / "rows.jsonl").read_text()
-    for other in ({"heldout": 0.2}, {"epochs": 2.0}, {"seeds": 3}):
+    for other in ({"heldout": 0.2}, {"epochs": 2.0}, {"seeds": 1}):
         with pytest.raises(ValueError, match="output: .* holds the report of another measurement"):
             run(replace(recipe, **other), done)
     assert (done / "rows.jsonl").read_text() == before

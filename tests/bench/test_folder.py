@@ -52,6 +52,23 @@ def test_other_folders_are_left_alone(tmp_path):
             Folder.open(str(missing))
 
 
+def test_what_may_become_more_goes_on(tmp_path):
+    """Seeds and rates may be added; nothing may be taken away, and nothing else changed."""
+    start = {"rates": [1, 2], "seeds": 2, "steps": 5}
+    Folder.start(str(tmp_path), "compare", start).append({"x": 1})
+    extends = ("rates", "seeds")
+    for other in ({"rates": [1, 3]}, {"seeds": 1}, {"steps": 6}, {"more": 1}):
+        with pytest.raises(ValueError, match="another measurement"):
+            Folder.start(str(tmp_path), "compare", start | other, extends=extends)
+    with pytest.raises(ValueError, match="another measurement"):
+        Folder.start(str(tmp_path), "compare", start | {"seeds": 3})
+    more = start | {"rates": [0, 1, 2], "seeds": 3}
+    Folder.start(str(tmp_path), "compare", more, extends=extends).append({"x": 2})
+    kept = Folder.open(str(tmp_path))
+    assert kept.settings == more
+    assert kept.rows() == [{"x": 1}, {"x": 2}]
+
+
 def test_another_environment_is_noted(tmp_path, monkeypatch):
     """Rows that come later, from another revision or machine, are told from the first; the page says so."""
     first = {**environment(), "time": "noon", "revision": "a1", "threads": 2}

@@ -145,7 +145,7 @@ def compare(
 ) -> None:
     """Train mechanisms on one text under one budget and set them side by side. Options left out are the recipe's.
 
-    The same command again goes on where it stopped.
+    The same command again goes on where it stopped; with more learning rates or seeds it adds those.
     """
     from dataclasses import replace
 

@@ -50,7 +50,8 @@ def compare(
     force: bool = False,
     console: Console,
 ) -> Folder:
-    """Train what is not there yet, and draw the report; an interruption keeps what is done and draws that."""
+    """Train what is not there yet, and draw the report; an interruption keeps what is done and draws that. More rates
+    or seeds than before add to what is there."""
     from .plots import pyplot
 
     pyplot()  # refuses at once, not after training
@@ -59,7 +60,7 @@ def compare(
     # the text by its name and digest, wherever it lies
     told = {"data": Path(corpus.name).name, "digest": corpus.digest}
     settings = {"recipe": name, **asdict(recipe), **told, "device": place}
-    folder = Folder.start(output, "compare", settings, force=force)
+    folder = Folder.start(output, "compare", settings, force=force, extends=("learning_rates", "seeds"))
     try:
         text, steps = _prepare(recipe, corpus, folder, scored)
         configs = {m.name: configuration(recipe, m, len(text.tokenizer)) for m in recipe.mechanisms}
@@ -137,11 +138,11 @@ class Work:
         for name, rate, seed in self.plan():
             if (name, rate, seed) not in trained:
                 self.train(mechanisms[name], rate, seed)
-        asked = {(r["mechanism"], r["seed"]) for r in self.rows("context")}
+        asked = {(r["mechanism"], r["learning_rate"], r["seed"]) for r in self.rows("context")}
         best = {name: best_rate(self.rows("run"), name) for name in mechanisms}
         for seed in range(recipe.seeds):
             for name in mechanisms:
-                if (name, seed) not in asked:
+                if (name, best[name], seed) not in asked:
                     self.ask(name, best[name], seed)
 
     def plan(self) -> Iterator[tuple[str, float, int]]:
@@ -185,7 +186,7 @@ class Work:
             disjoint=True,
             steps=self.steps,
             learning_rate=rate,
-            evaluate_every=max(1, self.steps // recipe.evaluations),
+            evaluate_every=-(-self.steps // recipe.evaluations),
             seed=seed,
             device=self.device,
             **recipe.training,

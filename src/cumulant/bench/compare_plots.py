@@ -7,15 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .plots import PALETTE, SHAPES, pyplot, save
+from .plots import SHAPES, pyplot, save
 
 if TYPE_CHECKING:
     from .compare_report import Result
 
 
+COLOURS = ("#000000", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#999999")  # as in PALETTE
+
+
 def _style(number: int) -> dict[str, Any]:
-    colours = (PALETTE[0], *PALETTE[3:])  # one grey is enough
-    return {"color": colours[number % len(colours)], "marker": SHAPES[number % len(SHAPES)], "markersize": 4}
+    return {"color": COLOURS[number % len(COLOURS)], "marker": SHAPES[number % len(SHAPES)], "markersize": 4}
 
 
 def draw_curves(found: list[Result], settings: dict[str, Any], folder: Path) -> str:

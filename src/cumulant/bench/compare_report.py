@@ -94,7 +94,8 @@ def results(rows: list[Row], baseline: str) -> list[Result]:
         ends = {run["seed"]: final(run) for run in own}
         base = ends if name == baseline else base
         differences = [end - base[seed] for seed, end in ends.items() if seed in base]
-        asked = [row for row in rows if row["row"] == "context" and row["mechanism"] == name]
+        best = (name, best_rate(runs, name))
+        asked = [r for r in rows if r["row"] == "context" and (r["mechanism"], r["learning_rate"]) == best]
         found.append(
             Result(
                 name,

@@ -12,7 +12,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -33,10 +33,12 @@ class Folder:
     environment: dict[str, Any]
 
     @classmethod
-    def start(cls, path: str, kind: str, settings: dict[str, Any], *, force: bool = False) -> Folder:
+    def start(
+        cls, path: str, kind: str, settings: dict[str, Any], *, force: bool = False, extends: tuple[str, ...] = ()
+    ) -> Folder:
         """A folder for the command: a new one, or one that the same command with the same settings began, whose rows
-        count. Another report with rows is refused; with `force` any report loses its rows. What is no report is always
-        refused.
+        count; `extends` names settings that may have become more. Another report with rows is refused; with `force`
+        any report loses its rows. What is no report is always refused.
         """
         folder = Path(path)
         settings = json.loads(json.dumps(settings))  # as they will be read
@@ -45,8 +47,8 @@ class Folder:
                 raise ValueError(f"output: {path} holds something else; name another folder")
             if (folder / LINES).is_file() and not force:
                 begun = cls.open(path)
-                if (begun.kind, begun.settings) == (kind, settings):
-                    return begun.went_on()
+                if begun.kind == kind and begun._is_part_of(settings, extends):
+                    return begun._with(settings).went_on()
                 if begun.rows():
                     raise ValueError(
                         f"output: {path} holds the report of another measurement ({begun.kind}, or the same with other "
@@ -54,13 +56,32 @@ class Folder:
                     )
         folder.mkdir(parents=True, exist_ok=True)
         new = cls(folder, kind, settings, environment())
-        header = {"kind": kind, "settings": settings, "environment": new.environment}
-        temporary = folder / f"{LINES}.tmp"
-        temporary.write_text(json.dumps(header) + "\n", encoding="utf-8")
-        temporary.replace(folder / LINES)
+        new._write("")
         for name in ("report.html", "report.md"):  # they were drawn from other rows
             (folder / name).unlink(missing_ok=True)
         return new
+
+    def _write(self, rows: str) -> None:
+        header = {"kind": self.kind, "settings": self.settings, "environment": self.environment}
+        temporary = self.path / f"{LINES}.tmp"
+        temporary.write_text(json.dumps(header) + "\n" + rows, encoding="utf-8")
+        temporary.replace(self.path / LINES)
+
+    def _is_part_of(self, settings: dict[str, Any], extends: tuple[str, ...]) -> bool:
+        def is_part(name: str) -> bool:
+            old, new = self.settings.get(name), settings.get(name)
+            if name not in extends or old is None or new is None:
+                return bool(old == new)
+            return set(old) <= set(new) if isinstance(new, list) else bool(old <= new)
+
+        return all(map(is_part, self.settings.keys() | settings.keys()))
+
+    def _with(self, settings: dict[str, Any]) -> Folder:
+        if settings == self.settings:
+            return self
+        more = replace(self, settings=settings)
+        more._write((self.path / LINES).read_text(encoding="utf-8").partition("\n")[2])
+        return more
 
     def went_on(self) -> Folder:
         """Note what has changed since the last rows were written: versions, revision, machine."""
