@@ -9,7 +9,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from cumulant.bench import memory, speed
+from cumulant.bench import memory, speed, subjects
 from cumulant.bench.folder import Folder
 from cumulant.bench.reports import draw
 from cumulant.bench.speed import PASSES, QUICK, RECIPES, Recipe, answers, crossing
@@ -31,7 +31,7 @@ def test_subjects(name):
     out = SUBJECTS[name].run(inputs, True)
     assert out.shape[:3] in ((2, 4, 12), (2, 1, 12))
     assert out.numel() == 2 * 12 * 4 * 8
-    if name != "elita":
+    if not name.startswith("elita"):
         assert not torch.equal(SUBJECTS[name].run(inputs, False), out)
     step, held = SUBJECTS[name].step(shape)
     result = step()
@@ -139,6 +139,33 @@ def test_the_answer_names_crossing_and_ratio():
         "On this machine, forward: linear beats softmax from T = 1,024 (4 times as fast at 1,024)."
     ]
     assert "does not beat" in answers([*rows[:2], *cells("linear", {1: 2.0, 1024: 20.0})], ["softmax", "linear"])[0]
+
+
+def test_implementations_stand_beside_pytorch_s():
+    """The least and the most that the chosen one is ahead, with the length where it is least."""
+    rows = [*cells("linear", {16: 2.0, 64: 2.0, 256: 2.0}), *cells("linear, torch", {16: 8.0, 64: 1.0, 256: 6.0})]
+    assert answers(rows, ["linear", "linear, torch"]) == [
+        "Times as fast as PyTorch's operations: linear forward 0.5 (at 64) to 4."
+    ]
+    assert all(f"{name}, torch" in RECIPES["implementations"].mechanisms for name in speed.MECHANISMS[1:])
+
+
+@pytest.mark.parametrize("name", [name for name in SUBJECTS if name.endswith(", torch")])
+def test_a_named_implementation_is_the_one_that_runs(name, monkeypatch):
+    """And without a name, the choice is `auto`'s."""
+    asked = []
+    mechanism = name.partition(", ")[0]
+    operation = {"linear": "linear", "taylor": "taylor", "flash": "mixed_chunk", "elita": "elita"}[mechanism]
+    real = getattr(subjects, f"{operation}_attention")
+
+    def note(*inputs, impl, **options):
+        asked.append(impl)
+        return real(*inputs, impl=impl, **options)
+
+    monkeypatch.setattr(subjects, f"{operation}_attention", note)
+    for subject in (name, mechanism):
+        SUBJECTS[subject].run(SUBJECTS[subject].inputs(Shape(1, 2, 12, 8, torch.float32, "cpu")), True)
+    assert asked == ["torch", "auto"]
 
 
 def test_memory_is_measured():

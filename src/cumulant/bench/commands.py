@@ -41,7 +41,9 @@ bench = typer.Typer(
 @bench.callback()
 def speed(
     context: typer.Context,
-    recipe: Annotated[str, typer.Option(help="what is measured: fair, or blog, a published experiment")] = "fair",
+    recipe: Annotated[
+        str, typer.Option(help="what is measured: fair, implementations, or blog, a published experiment")
+    ] = "fair",
     output: Output = "runs/bench",
     quick: Annotated[bool, typer.Option("--quick", help="few lengths and runs: under a minute")] = False,
     mechanism: Annotated[list[str] | None, typer.Option(help="only this one; give it several times")] = None,

@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -69,6 +70,12 @@ LENGTHS = tuple(2**p for p in range(7, 21))
 MECHANISMS = ("softmax", "linear", "taylor", "flash", "elita")
 RECIPES = {
     "fair": Recipe(MECHANISMS, PASSES, LENGTHS),
+    # What `impl="auto"` takes beside PyTorch's operations: it should be behind at no length.
+    "implementations": Recipe(
+        ("softmax", *(f"{name}{impl}" for name in MECHANISMS[1:] for impl in ("", ", torch"))),
+        PASSES,
+        tuple(2**p for p in range(4, 15, 2)),
+    ),
     # "Linear Attention Is All You Need": one layer, d = 64, batch 32, forward, mean and deviation of 100 runs on a T4,
     # the softmax with all its weights in memory; beside it PyTorch's fused softmax, and Taylor attention.
     "blog": Recipe(
@@ -235,15 +242,15 @@ def crossing(rows: list[Row], kind: str, mechanism: str) -> int | None:
     return ahead
 
 
-def _pairs(rows: list[Row], kind: str, mechanism: str) -> list[tuple[int, float, float]]:
-    """Length, the mechanism's and softmax's time, by length."""
+def _pairs(rows: list[Row], kind: str, mechanism: str, other: str = BASELINE) -> list[tuple[int, float, float]]:
+    """Length, the mechanism's and the other's time, by length."""
     found = {
         (row["length"], row["mechanism"]): float(row["median"])
         for row in rows
         if row["pass"] == kind and row["status"] == "measured"
     }
-    lengths = sorted(T for T, name in found if name == mechanism and (T, BASELINE) in found)
-    return [(T, found[T, mechanism], found[T, BASELINE]) for T in lengths]
+    lengths = sorted(T for T, name in found if name == mechanism and (T, other) in found)
+    return [(T, found[T, mechanism], found[T, other]) for T in lengths]
 
 
 def report(folder: Folder, console: Console | None = None) -> Page:
@@ -298,7 +305,19 @@ def answers(rows: list[Row], mechanisms: list[str]) -> list[str]:
             parts.append(f"{mechanism} {where} ({_number(softmax / own, 3)} times as fast at {T:,})")
         if parts:
             found.append(f"On this machine, {kind}: {'; '.join(parts)}.")
-    return found or ["Nothing to compare with softmax was measured yet."]
+    return [*found, *_against_torch(rows, mechanisms)] or ["Nothing to compare with softmax was measured yet."]
+
+
+def _against_torch(rows: list[Row], mechanisms: list[str]) -> list[str]:
+    """The chosen implementation's speed over that of PyTorch's operations, the least and the most of all lengths."""
+    parts = []
+    for name, kind in product((m for m in mechanisms if f"{m}, torch" in mechanisms), PASSES):
+        ratios = {T: other / own for T, own, other in _pairs(rows, kind, name, f"{name}, torch")}
+        if ratios:
+            least = min(ratios, key=lambda T: ratios[T])
+            most = _number(max(ratios.values()), 2)
+            parts.append(f"{name} {kind} {_number(ratios[least], 2)} (at {least:,}) to {most}")
+    return [f"Times as fast as PyTorch's operations: {'; '.join(parts)}."] if parts else []
 
 
 def _number(x: float, digits: int) -> str:

@@ -15,10 +15,15 @@ COLOURS = {
 
 
 def _styles(mechanisms: list[str]) -> dict[str, dict[str, Any]]:
-    return {
-        name: {"color": COLOURS[name], "marker": SHAPES[list(COLOURS).index(name)], "markersize": 5}
-        for name in mechanisms
-    }
+    """An implementation has its mechanism's colour and mark, and a broken line."""
+
+    def style(name: str) -> dict[str, Any]:
+        mechanism, _, impl = name.partition(", ")
+        marker = SHAPES[list(COLOURS).index(mechanism)]
+        line, fill = ("--", "none") if impl else ("-", "full")
+        return {"color": COLOURS[mechanism], "marker": marker, "markersize": 5, "linestyle": line, "fillstyle": fill}
+
+    return {name: style(name) for name in mechanisms}
 
 
 def _drawn(rows: list[Row], mechanisms: list[str], value: str, unit: float, label: str) -> tuple[Any, dict[str, Any]]:
@@ -63,7 +68,7 @@ def draw_times(rows: list[Row], mechanisms: list[str], folder: Path) -> str:
             points = _points(rows, kind, name, "median")
             ahead = None if name == BASELINE or not points else crossing(rows, kind, name)
             if ahead is not None and ahead != points[0][0]:
-                ring = {"marker": "o", "markersize": 12, "fillstyle": "none", "color": COLOURS[name]}
+                ring = {"marker": "o", "markersize": 12, "fillstyle": "none", "color": COLOURS[name.partition(", ")[0]]}
                 panel.plot([ahead], [dict(points)[ahead] * 1e3], linestyle="", **ring)
     return save(figure, folder, "times")
 

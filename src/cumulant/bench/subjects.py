@@ -86,8 +86,11 @@ class NaiveSoftmax(Softmax):
         return out
 
 
+@dataclass(frozen=True)
 class _Recurrent(Subject):
     """With a state of fixed size."""
+
+    impl: str = "auto"
 
     def call(self, inputs: tuple[Tensor, ...], causal: bool, **options: Any) -> Any:
         raise NotImplementedError
@@ -105,7 +108,7 @@ class _Recurrent(Subject):
 class Linear(_Recurrent):
     def call(self, inputs: tuple[Tensor, ...], causal: bool, **options: Any) -> Any:
         q, k, v = inputs
-        return linear_attention(q, k, v, is_causal=causal, **options)
+        return linear_attention(q, k, v, is_causal=causal, impl=self.impl, **options)
 
 
 class Taylor(_Recurrent):
@@ -114,7 +117,7 @@ class Taylor(_Recurrent):
 
     def call(self, inputs: tuple[Tensor, ...], causal: bool, **options: Any) -> Any:
         q, k, v = inputs
-        return taylor_attention(q, k, v, is_causal=causal, **options)
+        return taylor_attention(q, k, v, is_causal=causal, impl=self.impl, **options)
 
 
 class Flash(_Recurrent):
@@ -122,7 +125,7 @@ class Flash(_Recurrent):
         return *(shape.random(1, 128) for _ in range(4)), shape.random(1, shape.H * shape.d)
 
     def call(self, inputs: tuple[Tensor, ...], causal: bool, **options: Any) -> Any:
-        return mixed_chunk_attention(*inputs, group_size=GROUP, is_causal=causal, **options)
+        return mixed_chunk_attention(*inputs, group_size=GROUP, is_causal=causal, impl=self.impl, **options)
 
 
 class Elita(_Recurrent):
@@ -133,7 +136,7 @@ class Elita(_Recurrent):
         return *logits, shape.random(shape.H, shape.d)
 
     def call(self, inputs: tuple[Tensor, ...], causal: bool, **options: Any) -> Any:
-        return elita_attention(*inputs, **options)
+        return elita_attention(*inputs, impl=self.impl, **options)
 
 
 SUBJECTS: dict[str, Subject] = {
@@ -143,4 +146,8 @@ SUBJECTS: dict[str, Subject] = {
     "taylor": Taylor(),
     "flash": Flash(),
     "elita": Elita(),
+    "linear, torch": Linear("torch"),
+    "taylor, torch": Taylor("torch"),
+    "flash, torch": Flash("torch"),
+    "elita, torch": Elita("torch"),
 }
