@@ -108,7 +108,7 @@ def test_info():
         (["compare", "--data", "x", "--recipe", "gpt"], "recipe: expected one of long-context, flash-enwik8, flash-"),
         (
             ["compare", "--data", "x", "--mechanism", "gpt"],
-            "mechanism: expected one of softmax, taylor, linear, based, flash, window-64, got 'gpt'",
+            "mechanism: expected one of softmax, taylor, linear, taylor, no convolution, based,",
         ),
         (["compare", "--steps", "3", "--epochs", "1"], "steps: pass either steps or epochs, not both"),
         (["compare", "--learning-rate", "0.1", "--learning-rate", "0.1"], "learning_rate: each once, got [0.1, 0.1]"),
