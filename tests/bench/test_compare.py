@@ -368,6 +368,14 @@ def test_a_seed_that_diverged_is_told(tmp_path):
     assert "Apart from softmax at 95% over the seeds: none." in page
 
 
+def test_seeds_evaluated_at_other_steps_are_drawn_together():
+    from cumulant.bench.compare_plots import _seeds
+
+    steps, values = _seeds([[(3, 4.0), (6, 1.0), (8, 1.0)], [(4, 2.0), (8, 0.0)]])
+    assert steps.tolist() == [4, 8]
+    assert values.tolist() == [[3.0, 1.0], [2.0, 0.0]]
+
+
 def test_mechanisms_that_only_diverged_are_told(tmp_path):
     found = made({("softmax", 1.0, 0): math.nan, ("softmax", 0.1, 0): math.inf, ("far", 0.1, 0): math.nan})
     page = drawn(found, tmp_path, {})

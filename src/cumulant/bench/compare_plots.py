@@ -28,8 +28,7 @@ def draw_curves(found: list[Result], settings: dict[str, Any], folder: Path) -> 
     unit, name = (3600, "hours") if longest > 7200 else (60, "minutes") if longest > 120 else (1, "seconds")
     ends = []
     for number, result in enumerate(found):
-        steps = np.array([step for step, _ in result.curve[0]])
-        values = np.array([[value for _, value in curve] for curve in result.curve])
+        steps, values = _seeds(result.curve)
         ends.append(values[:, len(steps) // 5 :])
         for panel, scale in zip(panels, (1.0, result.cost["seconds"] * settings["accumulate"] / unit), strict=True):
             style = _style(number)
@@ -48,6 +47,12 @@ def draw_curves(found: list[Result], settings: dict[str, Any], folder: Path) -> 
         panel.grid(alpha=0.3)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
     return save(figure, folder, "compare_curves")
+
+
+def _seeds(curves: list[list[tuple[int, float]]]) -> tuple[np.ndarray, np.ndarray]:
+    """Steps, and each seed's values there; between those where it was evaluated, a straight line."""
+    steps = np.array([step for step, _ in max(curves, key=lambda curve: curve[0][0])])
+    return steps, np.array([np.interp(steps, [s for s, _ in curve], [x for _, x in curve]) for curve in curves])
 
 
 def draw_sweep(found: list[Result], folder: Path) -> str:
