@@ -90,7 +90,7 @@ def draw_copying(asked: list[Result], context: int, folder: Path) -> str:
         points = [(distance, second / control) for distance, second, control in result.copying]
         panel.plot(*zip(*points, strict=True), label=result.mechanism, **_style(number))
     panel.set(xlabel="tokens between", ylabel="bits of a span seen before, of one that was not")
-    panel.yaxis.set_major_formatter(plt.matplotlib.ticker.PercentFormatter(1, decimals=0))
+    panel.yaxis.set_major_formatter(plt.matplotlib.ticker.PercentFormatter(1))
     _by_tokens(figure, panel, [distance for distance, _, _ in asked[0].copying], context)
     return save(figure, folder, "compare_copying")
 

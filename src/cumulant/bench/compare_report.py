@@ -253,7 +253,7 @@ def _table(found: list[Result], settings: dict[str, Any]) -> TableOf:
 def _contexts(asked: list[Result]) -> TableOf:
     headings = ("mechanism", *(f"{a:,}–{b:,}" for a, b, _ in asked[0].contexts))
     rows = [(r.mechanism, *(f"{x:.3f}" for _, _, x in r.contexts)) for r in asked]
-    return TableOf("Bits per byte of the same tokens, by tokens before them", headings, rows)
+    return TableOf("Bits per byte of the same tokens, a part of those scored, by tokens before them", headings, rows)
 
 
 def _copying(asked: list[Result]) -> TableOf:
