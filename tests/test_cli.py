@@ -110,6 +110,7 @@ def test_info():
             ["compare", "--data", "x", "--mechanism", "gpt"],
             "mechanism: expected one of softmax, taylor, linear, taylor, no convolution, based,",
         ),
+        (["compare", "--quick", "--mechanism", "gpt"], "mechanism: expected one of softmax, taylor,"),
         (["compare", "--steps", "3", "--epochs", "1"], "steps: pass either steps or epochs, not both"),
         (["compare", "--learning-rate", "0.1", "--learning-rate", "0.1"], "learning_rate: each once, got [0.1, 0.1]"),
         (["recall", "--mechanism", "mamba"], "mechanism: expected one of softmax, window-16,"),

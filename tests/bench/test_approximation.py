@@ -125,6 +125,19 @@ def test_the_command_writes_table_pictures_and_numbers(cli, run, tmp_path, monke
     assert "holds the report of another measurement" in err
 
 
+def test_other_weights_are_another_measurement(run, tmp_path):
+    weights = run / "model.safetensors"
+    before, kept = bench.digest(str(run)), weights.read_bytes()
+    model = CumulantForCausalLM.from_pretrained(run)
+    model.model.layers[0].mixer.out_proj.weight.data.mul_(2)
+    try:
+        model.save_pretrained(run)
+        assert bench.digest(str(run)) != before
+    finally:
+        weights.write_bytes(kept)
+    assert bench.digest(str(run)) == before
+
+
 def test_mistakes(cli, run, tmp_path, monkeypatch):
     model = CumulantForCausalLM(from_preset("linear", **SMALL))
     code, _, err = cli("bench", "approximation", "--output", tmp_path, "--model", tmp_path / "nowhere")

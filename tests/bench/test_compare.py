@@ -215,16 +215,16 @@ def test_the_context_rows_are_the_models(done):
     ids = torch.from_numpy(heldout.ids.astype(np.int64))
     count = row["contexts"][0][3] // 64
     assert count == (len(ids) - 1 - 64) // 64
-    per_byte = (len(heldout.ids) - 1) / heldout.text_bytes / math.log(2)
+    scored = bytes(bench.load_tokenizer(done / "text").decode(ids[65 : 65 + count * 64]), "utf-8")
     for first, last, bits, _ in row["contexts"]:
         losses = []
         for start in range(64 - first, 64 - first + count * 64, first):
             with torch.no_grad():
                 logits = model(ids[None, start : start + last], use_cache=False).logits[0, first:]
             losses.append(F.cross_entropy(logits, ids[start + first + 1 : start + last + 1], reduction="sum"))
-        assert bits == pytest.approx(float(sum(losses)) / (count * 64) * per_byte, rel=1e-4)
+        assert bits == pytest.approx(float(sum(losses)) / math.log(2) / len(scored), rel=1e-4)
     assert [c[0] for c in row["copying"]] == [4, 8, 16, 32, 64, 128]
-    assert all(second > 0 and control > 0 for _, second, control in row["copying"])
+    assert all(second > 0 and control > 0 and span > 1 for _, second, control, span in row["copying"])
 
 
 def test_an_epoch_is_the_text_s_windows_and_mechanisms_differ_in_nothing_else(done):
@@ -374,6 +374,27 @@ def test_seeds_evaluated_at_other_steps_are_drawn_together():
     steps, values = _seeds([[(3, 4.0), (6, 1.0), (8, 1.0)], [(4, 2.0), (8, 0.0)]])
     assert steps.tolist() == [4, 8]
     assert values.tolist() == [[3.0, 1.0], [2.0, 0.0]]
+
+
+def test_seeds_that_diverged_on_both_sides_are_told(tmp_path):
+    ends = {("softmax", 0.1, 0): 2.0, ("softmax", 0.1, 1): 2.0, ("softmax", 0.1, 2): math.nan}
+    ends |= {("far", 0.1, 0): 2.0, ("far", 0.1, 1): math.inf, ("far", 0.1, 2): 2.0}
+    assert "| far | diverged | diverged | 0.1 | 3 |" in drawn(made(ends), tmp_path, {})
+
+
+def test_what_a_context_is_worth_comes_first(tmp_path):
+    """Beyond the training length against within it; the farthest span that was read within it."""
+    found = made({("softmax", 0.1, 0): 2.0, ("far", 0.1, 0): 2.0})
+    for name, beyond, second in (("softmax", 3.0, 1.0), ("far", 2.0, 1.5)):
+        row = {"row": "context", "mechanism": name, "learning_rate": 0.1, "seed": 0}
+        contexts = [[32, 64, 2.5, 100], [64, 128, 2.0, 100], [128, 256, beyond, 100]]
+        copies = [[32, second, 2.0, 48], [64, 0.1, 2.0, 48]]  # 64 + 2 * 48 is more than 128
+        found.append({**row, "contexts": contexts, "copying": copies})
+    page = drawn(found, tmp_path, {"context": 128})
+    assert "The same tokens in windows of 256 tokens, less in the 128 trained on: softmax +1.000, far +0.000." in page
+    assert (
+        "A span seen before, with 32 tokens between, costs, of what it costs if it was not: softmax 50%, far 75%."
+    ) in page
 
 
 def test_mechanisms_that_only_diverged_are_told(tmp_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from cumulant.bench.context import copying, loss_by_context
+from cumulant.bench.context import _places, copying, loss_by_context
 from cumulant.text.tokenizer import byte_tokenizer
 
 VOCABULARY = 257
@@ -42,26 +41,43 @@ def text():
 def test_losses_stand_where_they_were_made(text):
     """A model that is right with probability 1/2 up to 64 tokens of context, 1/4 beyond."""
     model = Known(lambda t, _: 0.5 if t < 64 else 0.25)
-    found = loss_by_context(model, text, 256, tokens=1000, batch_tokens=300)
+    found = loss_by_context(model, text, byte_tokenizer(), 256, tokens=1000, batch_tokens=300)
     assert [(s.first, s.last) for s in found] == [(16, 32), (32, 64), (64, 128), (128, 256)]
-    assert [s.nats for s in found] == pytest.approx([math.log(2), math.log(2), math.log(4), math.log(4)], rel=1e-5)
+    assert [s.bits for s in found] == pytest.approx([1, 1, 2, 2], rel=1e-5)
     assert [s.tokens for s in found] == [896] * 4  # seven halves of the longest window
 
 
 def test_all_lengths_score_the_same_tokens(text):
     """A model without context, that is right on some tokens and not on others, gains nothing by length."""
     model = Known(lambda t, row: 0.5 if int(row[t]) < 100 else 0.01)
-    found = loss_by_context(model, text, 480, tokens=10_000)
+    found = loss_by_context(model, text, byte_tokenizer(), 480, tokens=10_000)
     assert [s.last for s in found] == [60, 120, 240, 480]
-    assert [s.nats for s in found] == pytest.approx([found[0].nats] * 4, rel=1e-6)
+    assert [s.bits for s in found] == pytest.approx([found[0].bits] * 4, rel=1e-6)
     assert {s.tokens for s in found} == {19 * 240}
 
 
+def test_bytes_are_those_of_the_tokens_scored(text):
+    """What stands before the first of them, here tokens without bytes, does not count."""
+    text.ids[:241] = 256
+    found = loss_by_context(Known(lambda *_: 0.5), text, byte_tokenizer(), 480)
+    assert [s.bits for s in found] == pytest.approx([1] * 4, rel=1e-5)
+
+
+def test_nothing_else_in_a_window_has_a_part_of_the_span():
+    places = _places(60, 4, 11, 500)
+    for span, other, between in places:
+        own = {*range(span, span + 4)}
+        assert not own & {*range(other, other + 4)}
+        assert not own & {*range(between, between + 11)}
+    for i, last in enumerate((56, 56, 49)):  # anywhere in the text
+        assert {min(p[i] for p in places), max(p[i] for p in places)} == {0, last}
+
+
 def test_short_texts(text):
-    assert loss_by_context(Known(lambda *_: 0.5), text, 4998)[-1].last == 4998
+    assert loss_by_context(Known(lambda *_: 0.5), text, byte_tokenizer(), 4998)[-1].last == 4998
     for length in (5000, 1):
         with pytest.raises(ValueError, match="length: the text has 5,000 tokens"):
-            loss_by_context(Known(lambda *_: 0.5), text, length)
+            loss_by_context(Known(lambda *_: 0.5), text, byte_tokenizer(), length)
 
 
 def test_copies_are_told_from_what_a_long_context_is_worth(text):
@@ -70,6 +86,7 @@ def test_copies_are_told_from_what_a_long_context_is_worth(text):
     near, far = copying(model, text, byte_tokenizer(), [64, 200], span=20, samples=4)
     assert (near.distance, far.distance) == (64, 200)
     for found in (near, far):
+        assert found.span == 20
         assert found.second == pytest.approx(1, rel=0.01)
         assert found.control == pytest.approx(8, rel=0.01)
     with pytest.raises(ValueError, match="distance: the text has"):

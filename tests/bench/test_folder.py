@@ -81,8 +81,11 @@ def test_another_environment_is_noted(tmp_path, monkeypatch):
     again = Folder.start(str(tmp_path), "bench", {"threads": 1, "device": "cpu"})
     again.append({"x": 2})
     assert again.rows() == [{"x": 1}, {"x": 2}]
-    assert [e["revision"] for e in again.environments()] == ["a1", "b2"]
+    first |= {"time": "three", "revision": "a1"}
+    again = Folder.start(str(tmp_path), "bench", {"threads": 1, "device": "cpu"})
+    assert [e["revision"] for e in again.environments()] == ["a1", "b2", "a1"]
     page = write(again, Page("t", ["a"])).read_text()
+    assert "<dt>from three on</dt><dd>revision a1</dd>" in page
     assert "<dt>from two on</dt><dd>revision b2</dd>" in page
     assert "<dt>threads</dt><dd>1</dd>" in page  # what was asked, not what there is
     assert "<dt>device</dt><dd>cpu</dd>" in page

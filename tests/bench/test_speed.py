@@ -12,7 +12,7 @@ from rich.console import Console
 from cumulant.bench import memory, speed, subjects
 from cumulant.bench.folder import Folder
 from cumulant.bench.reports import draw
-from cumulant.bench.speed import PASSES, QUICK, RECIPES, Recipe, answers, crossing
+from cumulant.bench.speed import PASSES, RECIPES, Recipe, answers, crossing
 from cumulant.bench.subjects import SUBJECTS, Shape
 
 TINY = Recipe(tuple(SUBJECTS), PASSES, (8, 16), batch=2, heads=2, dim=8, repeats=3, budget=0.01)
@@ -188,6 +188,8 @@ def test_memory_is_measured():
     ],
 )
 def test_bad_recipes(fields, message):
-    for recipe in (*RECIPES.values(), QUICK):
+    assert RECIPES["fair"].quick().lengths == (128, 512, 2048, 8192)
+    assert RECIPES["implementations"].quick().mechanisms == RECIPES["implementations"].mechanisms
+    for recipe in (*RECIPES.values(), *(recipe.quick() for recipe in RECIPES.values())):
         with pytest.raises(ValueError, match=message):
             replace(recipe, **fields)

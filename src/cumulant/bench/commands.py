@@ -8,7 +8,10 @@ import typer
 from rich.console import Console
 
 console = Console()
-Output = Annotated[str, typer.Option(help="folder for the rows, the plots and the page")]
+Output = Annotated[
+    str | None,
+    typer.Option(help="folder for the rows, the plots and the page; default: runs/ and what is measured"),
+]
 Force = Annotated[bool, typer.Option("--force", help="replace another report in that folder")]
 Device = Annotated[str, typer.Option(help="cpu or cuda; auto: a GPU if there is one")]
 
@@ -30,6 +33,11 @@ def _chosen(given: dict[str, Any]) -> dict[str, Any]:
     return {name: tuple(value) if isinstance(value, list) else value for name, value in named.items()}
 
 
+def _folder(output: str | None, name: str, quick: bool = False) -> str:
+    """The folder named, or one for each thing that is measured."""
+    return output or f"runs/{name}{'-quick' if quick else ''}"
+
+
 bench = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
@@ -44,7 +52,7 @@ def speed(
     recipe: Annotated[
         str, typer.Option(help="what is measured: fair, implementations, or blog, a published experiment")
     ] = "fair",
-    output: Output = "runs/bench",
+    output: Output = None,
     quick: Annotated[bool, typer.Option("--quick", help="few lengths and runs: under a minute")] = False,
     mechanism: Annotated[list[str] | None, typer.Option(help="only this one; give it several times")] = None,
     passes: Annotated[
@@ -66,7 +74,7 @@ def speed(
     from dataclasses import replace
 
     from ..text.options import choose_device
-    from .speed import QUICK, RECIPES, run
+    from .speed import RECIPES, run
 
     if recipe not in RECIPES:
         raise ValueError(f"recipe: expected one of {', '.join(RECIPES)}, got {recipe!r}")
@@ -74,13 +82,14 @@ def speed(
         "mechanisms": mechanism, "passes": passes, "lengths": length, "batch": batch, "heads": heads, "dim": dim,
         "dtype": dtype, "seconds": seconds,
     }  # fmt: skip
-    chosen = replace(QUICK if quick else RECIPES[recipe], **_chosen(given))
-    run(chosen, output, device=choose_device(device), threads=threads, force=force, console=console)
+    chosen = replace(RECIPES[recipe].quick() if quick else RECIPES[recipe], **_chosen(given))
+    place = _folder(output, "bench" if recipe == "fair" else recipe, quick)
+    run(chosen, place, device=choose_device(device), threads=threads, force=force, console=console)
 
 
 @bench.command()
 def accuracy(
-    output: Output = "runs/accuracy",
+    output: Output = None,
     length: Annotated[list[int] | None, typer.Option(help="tokens; give it several times")] = None,
     dtype: Annotated[list[str] | None, typer.Option(help="fp32, bf16, fp16 or fp64; give it several times")] = None,
     operation: Annotated[list[str] | None, typer.Option(help="only this one; give it several times")] = None,
@@ -94,12 +103,12 @@ def accuracy(
 
     given = {"lengths": length, "dtypes": dtype, "operations": operation}
     settings = Settings(**_chosen(given), seed=seed)
-    run(settings, output, device=choose_device(device), force=force, console=console)
+    run(settings, _folder(output, "accuracy"), device=choose_device(device), force=force, console=console)
 
 
 @bench.command()
 def approximation(
-    output: Output = "runs/approximation",
+    output: Output = None,
     model: Annotated[
         list[str] | None, typer.Option(help="a training run whose heads are measured as well; give it several times")
     ] = None,
@@ -115,7 +124,8 @@ def approximation(
     from .approximation import run
 
     quiet()
-    run(output, model or [], quick=quick, seed=seed, force=force, console=console)
+    place = _folder(output, "approximation", quick)
+    run(place, model or [], quick=quick, seed=seed, force=force, console=console)
 
 
 def compare(
@@ -126,7 +136,7 @@ def compare(
     recipe: Annotated[
         str, typer.Option(help="what is compared: long-context, flash-enwik8, flash-enwik8-small, elita-wikitext")
     ] = "long-context",
-    output: Annotated[str, typer.Option(help="folder for the rows, the plots, the page and all runs")] = "runs/compare",
+    output: Output = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="two minutes: three mechanisms, 40 short steps; settles nothing")
     ] = False,
@@ -169,11 +179,12 @@ def compare(
         "heldout": heldout,
     }  # fmt: skip
     scored = SCORED_QUICKLY if quick else SCORED
-    run(recipe, replace(chosen, **_chosen(given)), output, scored=scored, device=device, force=force, console=console)
+    place = _folder(output, recipe, quick)
+    run(recipe, replace(chosen, **_chosen(given)), place, scored=scored, device=device, force=force, console=console)
 
 
 def recall(
-    output: Output = "runs/recall",
+    output: Output = None,
     quick: Annotated[bool, typer.Option("--quick", help="three mechanisms on the setting that separates them")] = False,
     mechanism: Annotated[list[str] | None, typer.Option(help="only this one; give it several times")] = None,
     width: Annotated[list[int] | None, typer.Option(help="channels; give it several times")] = None,
@@ -208,7 +219,7 @@ def recall(
     place = choose_device(device)
     if workers == 0:
         workers = 1 if place == "cuda" else os.cpu_count() or 1
-    run(sweep, output, workers=workers, device=place, force=force, console=console)
+    run(sweep, _folder(output, "recall", quick), workers=workers, device=place, force=force, console=console)
 
 
 def report(

@@ -223,18 +223,17 @@ class Work:
         length = recipe.reach * recipe.context
         while length > len(text.ids) - 1:
             length //= 2
-        stretches = loss_by_context(model, text, length) if length >= SHORTEST else []
-        distances = [d for d in self.distances() if 2 * d + 3 * SPAN <= len(text.ids)]
+        stretches = loss_by_context(model, text, self.text.tokenizer, length) if length >= SHORTEST else []
+        distances = [d for d in self.distances() if 4 * (d + SPAN) <= len(text.ids)]
         copies = copying(model, text, self.text.tokenizer, distances, span=SPAN) if distances else []
-        per_byte = (len(text.ids) - 1) / text.text_bytes / math.log(2)
         self.folder.append(
             {
                 "row": "context",
                 "mechanism": name,
                 "learning_rate": rate,
                 "seed": seed,
-                "contexts": [(s.first, s.last, s.nats * per_byte, s.tokens) for s in stretches],
-                "copying": [(c.distance, c.second, c.control) for c in copies],
+                "contexts": [(s.first, s.last, s.bits, s.tokens) for s in stretches],
+                "copying": [(c.distance, c.second, c.control, c.span) for c in copies],
             }
         )
 

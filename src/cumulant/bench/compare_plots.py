@@ -87,11 +87,11 @@ def draw_copying(asked: list[Result], context: int, folder: Path) -> str:
     plt = pyplot()
     figure, panel = plt.subplots(figsize=(7.4, 4.2), layout="constrained")
     for number, result in enumerate(asked):
-        points = [(distance, second / control) for distance, second, control in result.copying]
+        points = [(distance, second / control) for distance, second, control, _ in result.copying]
         panel.plot(*zip(*points, strict=True), label=result.mechanism, **_style(number))
     panel.set(xlabel="tokens between", ylabel="bits of a span seen before, of one that was not")
     panel.yaxis.set_major_formatter(plt.matplotlib.ticker.PercentFormatter(1))
-    _by_tokens(figure, panel, [distance for distance, _, _ in asked[0].copying], context)
+    _by_tokens(figure, panel, [distance for distance, *_ in asked[0].copying], context)
     return save(figure, folder, "compare_copying")
 
 

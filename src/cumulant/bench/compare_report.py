@@ -26,8 +26,9 @@ class Mean:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Mean:
-        known = len(values) > 1 and all(map(math.isfinite, values))
-        error = statistics.stdev(values) / math.sqrt(len(values)) if known else math.nan
+        if not all(map(math.isfinite, values)):
+            return cls(math.inf, math.nan, len(values))
+        error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
         return cls(statistics.fmean(values), error, len(values))
 
     def text(self, *, sign: bool = False) -> str:
@@ -58,7 +59,7 @@ class Result:
     parameters: int
     cost: Row
     contexts: list[tuple[int, int, float]]
-    copying: list[tuple[int, float, float]]
+    copying: list[tuple[int, float, float, int]]
 
     @property
     def at_edge(self) -> bool:
@@ -107,7 +108,7 @@ def results(rows: list[Row], baseline: str) -> list[Result]:
                 own[0]["parameters"],
                 cost,
                 [(int(a), int(b), x) for a, b, x, _ in _means([row["contexts"] for row in asked])],
-                [(int(d), x, y) for d, x, y in _means([row["copying"] for row in asked])],
+                [(int(d), x, y, int(span)) for d, x, y, span in _means([row["copying"] for row in asked])],
             )
         )
     return found
@@ -207,14 +208,14 @@ def _beyond(asked: list[Result], context: int) -> list[str]:
 
 
 def _copied(asked: list[Result], context: int) -> list[str]:
-    """The farthest span within the training length."""
-    inside = [i for i, c in enumerate(asked[0].copying) if c[0] < context] if asked else []
+    """The farthest span that was read within the training length."""
+    inside = [i for i, c in enumerate(asked[0].copying) if c[0] + 2 * c[3] <= context] if asked else []
     if not inside:
         return []
     at = inside[-1]
     each = ", ".join(f"{r.mechanism} {r.copying[at][1] / r.copying[at][2]:.0%}" for r in asked)
     between = asked[0].copying[at][0]
-    return [f"A span that stood {between:,} tokens before costs, of what it costs if it did not: {each}."]
+    return [f"A span seen before, with {between:,} tokens between, costs, of what it costs if it was not: {each}."]
 
 
 def _table(found: list[Result], settings: dict[str, Any]) -> TableOf:
@@ -257,6 +258,9 @@ def _contexts(asked: list[Result]) -> TableOf:
 
 
 def _copying(asked: list[Result]) -> TableOf:
-    headings = ("mechanism", *(f"{distance:,} tokens before" for distance, _, _ in asked[0].copying))
-    rows = [(r.mechanism, *(f"{x:.3f} of {y:.3f}" for _, x, y in r.copying)) for r in asked]
-    return TableOf("Bits per byte of a span that stood before, of one that did not", headings, rows)
+    headings = ("mechanism", *(f"{distance:,} between" for distance, *_ in asked[0].copying))
+    rows = [(r.mechanism, *(f"{x:.3f} of {y:.3f}" for _, x, y, _ in r.copying)) for r in asked]
+    title = (
+        f"Bits per byte of {asked[0].copying[0][3]} tokens seen before, of the same that were not, by tokens between"
+    )
+    return TableOf(title, headings, rows)

@@ -17,17 +17,23 @@ SHORTEST = 32  # tokens of context
 
 @dataclass(frozen=True)
 class Stretch:
-    """Nats per token of `tokens` tokens that had first, ..., last - 1 tokens before them in their window."""
+    """Bits per byte of `tokens` tokens that had first, ..., last - 1 tokens before them in their window."""
 
     first: int
     last: int
-    nats: float
+    bits: float
     tokens: int
 
 
 @torch.inference_mode()
 def loss_by_context(
-    model: PreTrainedModel, text: TokenFile, length: int, *, tokens: int = 50_000, batch_tokens: int = 16_384
+    model: PreTrainedModel,
+    text: TokenFile,
+    tokenizer: PreTrainedTokenizerFast,
+    length: int,
+    *,
+    tokens: int = 50_000,
+    batch_tokens: int = 16_384,
 ) -> list[Stretch]:
     """Mean loss of the same tokens, about `tokens` in all, with up to ..., `length` / 4, `length` / 2 and `length`
     tokens before them, the shortest at least 32.
@@ -43,7 +49,7 @@ def loss_by_context(
     lengths = [length]
     while lengths[0] % 4 == 0 and lengths[0] // 2 >= SHORTEST:
         lengths.insert(0, lengths[0] // 2)
-    found = []
+    found, text_bytes = [], int(token_sizes(tokenizer)[text.ids[half + 1 : half + 1 + count * half]].sum())
     for size in lengths:
         step = size // 2
         starts = range(half - step, half + count * half - step, step)
@@ -52,18 +58,19 @@ def loss_by_context(
             rows = [text.ids[start : start + size + 1].astype(np.int64) for start in starts[at : at + together]]
             losses = _nats(model, torch.from_numpy(np.stack(rows)).to(model.device))
             nats += float(losses[:, -step:].sum())
-        found.append(Stretch(size - step, size, nats / (len(starts) * step), len(starts) * step))
+        found.append(Stretch(size - step, size, nats / math.log(2) / text_bytes, len(starts) * step))
     return found
 
 
 @dataclass(frozen=True)
 class Copying:
-    """Bits per byte of spans at the end of a window: where they stood at its beginning as well, so many tokens before,
-    and where something else stood there."""
+    """Bits per byte of spans of `span` tokens at the end of a window: where they stood at its beginning as well, with
+    `distance` tokens between, and where something else stood there."""
 
     distance: int
     second: float
     control: float
+    span: int
 
 
 @torch.inference_mode()
@@ -84,22 +91,34 @@ def copying(
     """
     ids, farthest = text.ids, max(distances)
     length = max(2, round(span * len(ids) / text.text_bytes))
-    room = len(ids) - max(length, farthest)
-    if room < farthest + 2 * length:
+    if len(ids) < 4 * (farthest + length):
         raise ValueError(f"distance: the text has {len(ids):,} tokens, too few for spans {farthest:,} tokens apart")
     model.eval()
-    places = np.random.default_rng(0).integers(0, room, (samples, 3))
+    places = np.array(_places(len(ids), length, farthest, samples))
     pieces, others = (np.stack([ids[at : at + length] for at in places[:, i]]).astype(np.int64) for i in (0, 1))
     size = int(token_sizes(tokenizer)[pieces[:, 1:]].sum())  # a span's first token follows other text
     found = []
     for distance in distances:
         between = np.stack([ids[at : at + distance] for at in places[:, 2]]).astype(np.int64)
         together = max(1, batch_tokens // (distance + 2 * length))
-        nats = []
+        bits = []
         for before in (pieces, others):
             windows = torch.from_numpy(np.concatenate((before, between, pieces), 1)).to(model.device)
-            nats.append(sum(float(_nats(model, part)[:, 1 - length :].sum()) for part in windows.split(together)))
-        found.append(Copying(distance, *(x / math.log(2) / size for x in nats)))
+            nats = sum(float(_nats(model, part)[:, 1 - length :].sum()) for part in windows.split(together))
+            bits.append(nats / math.log(2) / size)
+        second, control = bits
+        found.append(Copying(distance, second, control, length))
+    return found
+
+
+def _places(size: int, span: int, between: int, samples: int) -> list[tuple[int, int, int]]:
+    """Where a span, another span, and what stands between begin; neither of these has a part of the span."""
+    draw = np.random.default_rng(0)
+    found: list[tuple[int, int, int]] = []
+    while len(found) < samples:
+        one, other, rest = (int(draw.integers(0, size - length + 1)) for length in (span, span, between))
+        if abs(one - other) >= span and not one - between < rest < one + span:
+            found.append((one, other, rest))
     return found
 
 

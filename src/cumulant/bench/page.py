@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 from rich.console import Console
@@ -85,11 +86,11 @@ def _html(folder: Folder, page: Page) -> str:
             f"<tbody>{body}</tbody></table></div>"
         )
     parts += [f"<p>{text(line)}</p>" for line in page.notes]
-    first, *later = folder.environments()
-    facts = {"command": f"cumulant {folder.kind}", **first, **folder.settings}
-    for environment in later:
-        changed = (f"{n} {value}" for n, value in environment.items() if n != "time" and first.get(n) != value)
-        facts[f"from {environment['time']} on"] = ", ".join(changed)
+    environments = folder.environments()
+    facts = {"command": f"cumulant {folder.kind}", **environments[0], **folder.settings}
+    for before, now in pairwise(environments):
+        changed = (f"{name} {value}" for name, value in now.items() if name != "time" and before.get(name) != value)
+        facts[f"from {now['time']} on"] = ", ".join(changed)
     listed = "".join(f"<dt>{text(name)}</dt><dd>{text(_fact(value))}</dd>" for name, value in facts.items())
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
