@@ -421,6 +421,9 @@ def test_what_is_apart_and_what_is_at_the_end_of_the_sweep():
     assert found["far"].final.error > found["far"].difference.error
     assert found["far"].at_edge
     assert not found["near"].at_edge  # there was nothing to sweep
+    other = {r.mechanism: r for r in results(made(ends), "far")}  # wherever the baseline stands among the rows
+    assert other["softmax"].difference.value == pytest.approx(-found["far"].difference.value)
+    assert other["far"].difference is None
     assert not Mean.of([0.5]).is_apart()
     settings = {"baseline": "softmax", "context": 4, "batch": 1, "accumulate": 1, "data": "x"}
     answer = compare_report._answer(list(found.values()), settings, {"steps": 10})

@@ -85,28 +85,25 @@ def best_rate(runs: list[Row], mechanism: str) -> float:
 def results(rows: list[Row], baseline: str) -> list[Result]:
     """A result for each mechanism that has been trained, in the recipe's order."""
     runs = [row for row in rows if row["row"] == "run"]
-    found: list[Result] = []
-    base: dict[int, float] = {}
-    for cost in (row for row in rows if row["row"] == "cost"):
-        name = cost["mechanism"]
-        own = [run for run in runs if run["mechanism"] == name and run["learning_rate"] == _best(runs, name)]
-        if not own:
-            continue
+    costs = {row["mechanism"]: row for row in rows if row["row"] == "cost"}
+    rates = {name: best_rate(runs, name) for name in costs if sweep(runs, name)}
+    base = {run["seed"]: final(run) for run in _with_rate(runs, baseline, rates.get(baseline))}
+    found = []
+    for name, rate in rates.items():
+        own = _with_rate(runs, name, rate)
         ends = {run["seed"]: final(run) for run in own}
-        base = ends if name == baseline else base
         differences = [end - base[seed] for seed, end in ends.items() if seed in base]
-        best = (name, best_rate(runs, name))
-        asked = [r for r in rows if r["row"] == "context" and (r["mechanism"], r["learning_rate"]) == best]
+        asked = _with_rate([row for row in rows if row["row"] == "context"], name, rate)
         found.append(
             Result(
                 name,
-                best_rate(runs, name),
+                rate,
                 Mean.of(list(ends.values())),
                 Mean.of(differences) if differences and name != baseline else None,
                 [run["heldout"] for run in own],
                 sweep(runs, name),
                 own[0]["parameters"],
-                cost,
+                costs[name],
                 [(int(a), int(b), x) for a, b, x, _ in _means([row["contexts"] for row in asked])],
                 [(int(d), x, y, int(span)) for d, x, y, span in _means([row["copying"] for row in asked])],
             )
@@ -114,8 +111,8 @@ def results(rows: list[Row], baseline: str) -> list[Result]:
     return found
 
 
-def _best(runs: list[Row], mechanism: str) -> float | None:
-    return best_rate(runs, mechanism) if sweep(runs, mechanism) else None
+def _with_rate(rows: list[Row], mechanism: str, rate: float | None) -> list[Row]:
+    return [row for row in rows if (row["mechanism"], row["learning_rate"]) == (mechanism, rate)]
 
 
 def _means(tables: list[list[list[float]]]) -> list[list[float]]:
