@@ -77,6 +77,14 @@ def done(recipe, tmp_path_factory):
     return output
 
 
+class Enough(Exception):
+    """Stops a run where a test has seen what it came for."""
+
+
+def enough(*_, **__):
+    raise Enough
+
+
 def rows(folder, kind):
     return [row for row in Folder.open(str(folder)).rows() if row["row"] == kind]
 
@@ -468,12 +476,6 @@ def test_a_mistake_in_the_text_can_be_mended(recipe, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"data: .* tokens are not one step of 4 x 32; pass more text"):
         run(replace(recipe, epochs=0.001), tmp_path / "new")
 
-    class Enough(Exception):
-        pass
-
-    def enough(*_, **__):
-        raise Enough
-
     monkeypatch.setattr(bench, "measure", enough)
     with pytest.raises(Enough):
         run(recipe, tmp_path / "new")
@@ -486,12 +488,6 @@ def test_force_begins_anew(recipe, done, tmp_path, monkeypatch):
     output = tmp_path / "out"
     shutil.copytree(done, output)
 
-    class Enough(Exception):
-        pass
-
-    def enough(*_, **__):
-        raise Enough
-
     monkeypatch.setattr(bench, "measure", enough)
     with pytest.raises(Enough):
         run(replace(recipe, seeds=3), output, force=True)
@@ -501,13 +497,6 @@ def test_force_begins_anew(recipe, done, tmp_path, monkeypatch):
 
 def test_no_more_of_the_heldout_text_is_scored_than_asked(recipe, tmp_path, monkeypatch):
     """Its beginning, in tokens and bytes that belong together."""
-
-    class Enough(Exception):
-        pass
-
-    def enough(*_, **__):
-        raise Enough
-
     monkeypatch.setattr(bench, "measure", enough)
     with pytest.raises(Enough):
         run(recipe, tmp_path / "new", scored=100)

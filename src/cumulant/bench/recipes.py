@@ -97,8 +97,7 @@ class Comparison:
 
 FLASH = {"gated_activation": "laplace"}
 RECIPES = {
-    # Every preset on contexts that softmax can still afford. Sizes, and the text by default, are such that two cores
-    # train all of it in forty minutes.
+    # Contexts that softmax can still afford, at sizes such that two cores train all of it in three quarters of an hour.
     "long-context": Comparison(
         mechanisms=(
             Mechanism("softmax", "softmax"),
