@@ -103,12 +103,11 @@ def _train(left: list[Setting], folder: Folder, workers: int, device: str, conso
                     highlight=False,
                 )
                 progress.advance(bar)
-        except BaseException:  # an interruption: what is running is given up
-            for process in list((pool._processes or {}).values()):
-                process.terminate()
-            raise
         finally:
+            workers_left = list((pool._processes or {}).values())
             pool.shutdown(wait=False, cancel_futures=True)
+            for process in workers_left:  # idle at the end; after an interruption what they run is given up
+                process.terminate()
 
 
 def _prepare() -> None:
