@@ -86,6 +86,54 @@ def test_every_instruction_set_equals_float64(name, dtype, op, monkeypatch):
                 assert error(actual, wanted) < 20 * TOLERANCE[dtype]
 
 
+@pytest.mark.usefixtures("_threads")
+@pytest.mark.parametrize("name", library.INSTRUCTIONS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [1, 2], ids=["even", "masked"])
+def test_steps_through_groups_longer_than_a_block(name, dtype, rows, monkeypatch):
+    """Single tokens onto open groups of every fill, and more tokens after them: outputs, states, gradients.
+
+    With two rows, one does not have every token, so that fills differ.
+    """
+    if not library.loaded().cumulant_supports(library.INSTRUCTIONS.index(name)):
+        pytest.skip(f"this machine has no {name}")
+    monkeypatch.setattr(library, "instructions", lambda: name)
+    torch.set_num_threads(4)  # columns of the values are shared out, too
+    torch.manual_seed(0)
+    H, G, K, L, V, size, steps, T = 4, 2, 17, 19, 150, 100, 209, 280
+    shapes = (H, K), (G, K), (H, L), (G, L), (G, V)
+    tensors = [torch.rand(rows, heads, T, width).to(dtype) for heads, width in shapes]
+    exact = [x.double() for x in tensors]
+    mask = torch.ones(rows, T, dtype=torch.bool)
+    mask[1:] = torch.rand(rows - 1, T) > 0.3
+    options = {
+        "group_size": size,
+        "is_causal": True,
+        "activation": "laplace",
+        "bias": torch.rand(H, size, size).to(dtype),
+    }
+    wanted = {**options, "bias": options["bias"].double(), "impl": "reference"}
+    state = cm.mixed_chunk_attention(*(x[:, :, :0] for x in tensors), **options, return_state=True)[1]
+    for t in range(steps):
+        token = [x[:, :, t : t + 1] for x in tensors]
+        seen = {} if rows == 1 else {"key_mask": mask[:, t : t + 1]}
+        out, state = cm.mixed_chunk_attention(*token, **options, **seen, state=state, return_state=True, impl="native")
+        if t % 9 == 0 or t % size > size - 3:
+            so_far = [x[:, :, : t + 1] for x in exact]
+            whole, past = cm.mixed_chunk_attention(*so_far, **wanted, key_mask=mask[:, : t + 1], return_state=True)
+            assert error(out, whole[:, :, -1:]) < 5 * TOLERANCE[dtype]
+            for part, expected in past.tensors().items():
+                assert error(getattr(state, part), expected) < 5 * TOLERANCE[dtype]
+    rest = [x[:, :, steps:].requires_grad_() for x in tensors]
+    found = cm.mixed_chunk_attention(*rest, **options, key_mask=mask[:, steps:], state=state, impl="native")
+    leaves = [x[:, :, steps:].clone().requires_grad_() for x in exact]
+    joined = [torch.cat((x[:, :, :steps], y), 2) for x, y in zip(exact, leaves)]
+    expected = cm.mixed_chunk_attention(*joined, **wanted, key_mask=mask)[:, :, steps:]
+    assert error(found, expected) < 5 * TOLERANCE[dtype]
+    for actual, gradient in zip(gradients((found,), rest), gradients((expected,), leaves)):
+        assert error(actual, gradient) < 20 * TOLERANCE[dtype]
+
+
 def run(script: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=False, env=os.environ | environment

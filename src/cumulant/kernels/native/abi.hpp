@@ -155,7 +155,7 @@ struct Kernels {
   int64_t (*elita_scratch)(const Elita&);  // bytes
   typedef void MixedKernel(const MixedChunk&, const MixedSegment&, void* scratch);
   int64_t (*mixed_scratch)(const MixedChunk&);  // bytes
-  MixedKernel *mixed_forward, *mixed_sum_keys, *mixed_sum_queries, *mixed_query_backward, *mixed_key_backward;
+  MixedKernel *mixed_forward, *mixed_step, *mixed_sum_keys, *mixed_sum_queries, *mixed_query_backward, *mixed_key_backward;
   void (*elita_forward)(const Elita&, const ElitaSegment&, void* scratch);
   void (*elita_backward)(const Elita&, const ElitaSegment&, void* scratch);
   // Tokens begin .. end - 1 of B T (SWIGLU: numbers); `dweight` is where to add the weights' gradients.

@@ -3,6 +3,7 @@
 #include "elita.hpp"
 #include "forward.hpp"
 #include "mixed_chunk.hpp"
+#include "mixed_step.hpp"
 #include "pointwise.hpp"
 #include "program.hpp"
 
@@ -27,7 +28,7 @@ template <class R> int64_t multiply(int64_t rounds) {
 
 #define KERNELS(R)                                                                                          \
   {                                                                                                         \
-    scratch<R>, multiply<R>, elita_scratch, mixed_scratch<R>, mixed_forward<R>, mixed_sum_keys<R>, mixed_sum_queries<R>, mixed_query_backward<R>, mixed_key_backward<R>, elita_forward, elita_backward, pointwise, instruct, forward<R>, sum_keys<R>, sum_queries<R>, query_backward<R>, key_backward<R>, step<R>        \
+    scratch<R>, multiply<R>, elita_scratch, mixed_scratch<R>, mixed_forward<R>, mixed_step<R>, mixed_sum_keys<R>, mixed_sum_queries<R>, mixed_query_backward<R>, mixed_key_backward<R>, elita_forward, elita_backward, pointwise, instruct, forward<R>, sum_keys<R>, sum_queries<R>, query_backward<R>, key_backward<R>, step<R>        \
   }
 extern const Kernels singles;
 extern const Kernels doubles;

@@ -43,7 +43,7 @@ class MixedCall {
       for (int64_t p = 0; p < P; p++) {
         cut(s, p, P);
         const char* start = total ? own(first) : p ? own(first + p - 1) : before(s);
-        add_columns(k.mixed_forward, s, m.summed ? start : nullptr, p < inner ? nullptr : after(s), split);
+        add_columns(steps(s) ? k.mixed_step : k.mixed_forward, s, m.summed ? start : nullptr, p < inner ? nullptr : after(s), split);
       }
     });
     return run();
@@ -128,6 +128,12 @@ class MixedCall {
   int64_t columns() const {
     const int64_t most = at_least_one(m.V / 64), wanted = (m.threads + rows - 1) / at_least_one(rows);
     return std::min(most, at_least_one(wanted));
+  }
+  // Whether the row is one token onto a state, and its group stays open.
+  bool steps(const MixedSegment& s) const {
+    const int64_t begin = m.bounds[s.row], end = m.bounds[s.row + 1];
+    if (!m.is_causal || m.T > 1 || !m.numerator || !m.final_numerator) return false;
+    return begin < end && end - begin < m.size && m.index[end - 1] >= 0;
   }
   void cut(MixedSegment& s, int64_t p, int64_t count) const {
     const int64_t n = m.bounds[s.row + 1] - m.bounds[s.row], groups = (n + m.size - 1) / m.size;

@@ -79,6 +79,12 @@ template <class R> struct MixedPass {
   int64_t size_at(int64_t at) const { return smaller(m.size, length - at); }
   static int block(int64_t i, int64_t count) { return int(smaller<int64_t>(CHUNK, count - i)); }
   bool closed(int64_t at) const { return length - at >= m.size; }
+  // Blocks of the group before this slot ask nothing: they are of the open group that came in.
+  int64_t asked(int64_t at) const {
+    int64_t i = 0;
+    while (i < size_at(at) && index[at + i] < 0) i++;
+    return i / CHUNK * CHUNK;
+  }
 
   // ---- rows by slots ----
 
@@ -161,14 +167,24 @@ template <class R> struct MixedPass {
   void leave_sums() const {
     for (int l = 0; s.stop && l < L; l++) copy(w.S + l * w.V, (R*)s.stop + int64_t(l) * V + s.from, columns);
   }
-  // The tokens of a group that stays open, for the state that goes out.
-  void leave_open(int64_t n) const {
-    if (!m.final_numerator) return;
-    for (int64_t i = 0; i < n; i++) {
-      if (s.from == 0) copy(quad_key.row(i), (R*)open_row(m.final_quad_key, i, K), K);
-      if (s.from == 0) copy(lin_key.row(i), (R*)open_row(m.final_lin_key, i, L), L);
-      copy(value.row(i), (R*)open_row(m.final_value, i, V) + s.from, columns);
+  R* final_row(void* open, int64_t slot, int64_t width) const { return (R*)open_row(open, slot, width); }
+  // The group that stays open, which is the last that was read, for the state that goes out.
+  void leave_open() const {
+    const int64_t open = s.stop ? length % m.size : 0;
+    for (int64_t i = 0; i < open; i++) {
+      if (s.from == 0) copy(quad_key.row(i), final_row(m.final_quad_key, i, K), K);
+      if (s.from == 0) copy(lin_key.row(i), final_row(m.final_lin_key, i, L), L);
+      copy(value.row(i), final_row(m.final_value, i, V) + s.from, columns);
     }
+    if (s.stop) clear_open(open);
+  }
+  // Zeros in the slots from `first` on.
+  void clear_open(int64_t first) const {
+    const int64_t left = m.size - first;
+    if (s.from == 0) zero(final_row(m.final_quad_key, first, K), left * K);
+    if (s.from == 0) zero(final_row(m.final_lin_key, first, L), left * L);
+    if (columns == V) return zero(final_row(m.final_value, first, V), left * V);
+    for (int64_t i = first; i < m.size; i++) zero(final_row(m.final_value, i, V) + s.from, columns);
   }
   void add_keys(int64_t n) {
     product<BY_COLUMN, R>(ahead, L, columns, int(n), lin_key, value, {w.S, w.V});
@@ -226,7 +242,7 @@ template <class R> void mixed_forward(const MixedChunk& m, const MixedSegment& s
   for (int64_t at = s.begin; at < s.end; at += m.size) {
     const int64_t size = p.size_at(at);
     p.read_group(at, true);
-    for (int64_t i = 0; i < size; i += CHUNK) {
+    for (int64_t i = p.asked(at); i < size; i += CHUNK) {
       const int n = p.block(i, size);
       for (int64_t r = 0; r < p.heads; r++) {
         const int64_t h = s.group * p.heads + r;
@@ -256,11 +272,11 @@ template <class R> void mixed_forward(const MixedChunk& m, const MixedSegment& s
     if (m.is_causal && p.closed(at)) {
       p.add_keys(size);
       past = true;
-    } else if (m.is_causal) {
-      p.leave_open(size);
     }
   }
-  if (m.is_causal) p.leave_sums();
+  if (!m.is_causal) return;
+  p.leave_sums();
+  p.leave_open();
 }
 
 // What the segment's whole groups (all of them, if not causal) add to the sums.
@@ -299,7 +315,7 @@ template <class R> void mixed_query_backward(const MixedChunk& m, const MixedSeg
   for (int64_t at = s.begin; at < s.end; at += m.size) {
     const int64_t size = p.size_at(at);
     p.read_group(at, true);
-    for (int64_t i = 0; i < size; i += CHUNK) {
+    for (int64_t i = p.asked(at); i < size; i += CHUNK) {
       const int n = p.block(i, size);
       for (int64_t r = 0; r < p.heads; r++) {
         const int64_t h = s.group * p.heads + r;
@@ -348,7 +364,7 @@ template <class R> void mixed_key_backward(const MixedChunk& m, const MixedSegme
   p.load_sums();
   const int64_t groups = (s.end - s.begin + m.size - 1) / m.size;
   for (int64_t c = groups - 1; c >= 0; c--) {
-    const int64_t at = s.begin + c * m.size, size = p.size_at(at);
+    const int64_t at = s.begin + c * m.size, size = p.size_at(at), asked = p.asked(at);
     const bool reached = m.summed && (!m.is_causal || p.closed(at));
     p.read_group(at, true);
     for (int64_t j = 0; j < size; j += CHUNK) {
@@ -369,7 +385,7 @@ template <class R> void mixed_key_backward(const MixedChunk& m, const MixedSegme
         product<BY_ROW, R>(p.ahead, n, p.V, p.L, p.rows_from(p.lin_key, j), {w.S, w.V}, {dv, w.V});
         product<BY_ROW, R>(p.ahead, p.L, n, p.V, {w.S, w.V}, {w.wide_turned, CHUNK}, {dlin, CHUNK});
       }
-      for (int64_t i = m.is_causal ? j : 0; i < size; i += CHUNK) {
+      for (int64_t i = m.is_causal ? larger(j, asked) : 0; i < size; i += CHUNK) {
         const int queries = p.block(i, size);
         const bool diagonal = m.is_causal && i == j;
         for (int64_t r = 0; r < p.heads; r++) {
@@ -402,7 +418,7 @@ template <class R> void mixed_key_backward(const MixedChunk& m, const MixedSegme
       add_open(p, m.dfinal_value, at, j, n, p.V, dv, w.V);
       p.scatter(m.dvalue, m.dopen_value, s.group, at + j, n, p.V, 0, p.V, dv, w.V);
     }
-    for (int64_t i = 0; m.summed && m.is_causal && i < size; i += CHUNK) {
+    for (int64_t i = asked; m.summed && m.is_causal && i < size; i += CHUNK) {
       const int n = p.block(i, size);
       for (int64_t r = 0; r < p.heads; r++) {
         const int64_t h = s.group * p.heads + r;

@@ -155,7 +155,7 @@ def _forward(
     m = c.arguments
     shape = (*quad_query.shape[:3], value.shape[3])
     out = value.new_empty(shape) if _covered(key_mask, cu_seqlens) else value.new_zeros(shape)
-    final = [value.new_zeros(x if want_state else (0,), dtype=c.real) for x in c.shapes]
+    final = [value.new_empty(x if want_state else (0,), dtype=c.real) for x in c.shapes]
     m.out = array(out)
     if want_state:
         m.final_numerator, m.final_quad_key, m.final_lin_key, m.final_value = (pointer(x) for x in final)
