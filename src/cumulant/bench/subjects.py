@@ -7,7 +7,7 @@ Taylor attention, 128 in FLASH, whose one head holds the values of all.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -126,6 +126,10 @@ class Flash(_Recurrent):
 
     def call(self, inputs: tuple[Tensor, ...], causal: bool, **options: Any) -> Any:
         return mixed_chunk_attention(*inputs, group_size=GROUP, is_causal=causal, impl=self.impl, **options)
+
+    def step(self, shape: Shape) -> tuple[Callable[[], Any], int]:
+        """Onto a group half full, for what a step takes grows with it."""
+        return super().step(replace(shape, T=max(shape.T - GROUP // 2, 1)))
 
 
 class Elita(_Recurrent):

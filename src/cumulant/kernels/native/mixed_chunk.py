@@ -32,6 +32,13 @@ def _slots(
 ) -> tuple[Tensor, Tensor]:
     """What stands in each slot of every sequence, one sequence after another, and where each begins ``[N + 1]``:
     the number of a token, or -1 - slot for one of the open group that came in."""
+    fills = [0] * rows if fill is None else fill.tolist()
+    if key_mask is None and cu_seqlens is None and len(set(fills)) == 1:
+        place, old = torch.arange(rows * tokens), fills[0]
+        if old:
+            slots = torch.arange(-1, -1 - old, -1).expand(rows, old)
+            place = torch.cat((slots, place.view(rows, tokens)), 1).flatten()
+        return place, torch.arange(rows + 1) * (old + tokens)
     place = torch.arange(rows * tokens)
     if cu_seqlens is None:
         N, owner = rows, place // max(tokens, 1)
