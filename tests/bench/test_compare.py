@@ -209,7 +209,14 @@ def test_the_table_is_the_rows(done):
     pictures = {
         f"compare_{name}.{kind}" for name in ("curves", "sweep", "contexts", "copying") for kind in ("png", "svg")
     }
-    assert {p.name for p in done.iterdir()} == pictures | {"rows.jsonl", "report.html", "report.md", "runs", "text"}
+    assert {p.name for p in done.iterdir()} == pictures | {
+        ".lock",
+        "rows.jsonl",
+        "report.html",
+        "report.md",
+        "runs",
+        "text",
+    }
 
 
 def test_the_context_rows_are_the_models(done):

@@ -3,6 +3,7 @@
 import json
 import re
 import subprocess
+import sys
 
 import pytest
 
@@ -38,6 +39,26 @@ def test_other_measurements_are_not_overwritten(tmp_path):
     assert Folder.open(str(tmp_path)).kind == "recall"
     Folder.start(str(tmp_path), "bench", {})  # there were no rows to lose
     assert Folder.open(str(tmp_path)).kind == "bench"
+
+
+def test_a_folder_that_another_process_fills_is_refused(tmp_path):
+    script = f"""
+from cumulant.bench.folder import Folder
+folder = Folder.start({str(tmp_path)!r}, "bench", {{}})
+folder.append({{"x": 1}})
+print("begun", flush=True)
+input()
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout.readline() == "begun\n"
+        for force in (False, True):
+            with pytest.raises(ValueError, match="another run is filling"):
+                Folder.start(str(tmp_path), "bench", {}, force=force)
+        assert Folder.open(str(tmp_path)).rows() == [{"x": 1}]  # reading it and drawing from it is not refused
+        other.kill()  # nothing is left locked
+    assert Folder.start(str(tmp_path), "bench", {}).rows() == [{"x": 1}]
 
 
 def test_other_folders_are_left_alone(tmp_path):

@@ -110,6 +110,7 @@ def test_a_sweep_and_its_report(tmp_path, monkeypatch):
     assert len(rows) == 4
     assert {row["mechanism"] for row in rows} == {"softmax", "linear"}
     names = {
+        ".lock",
         "rows.jsonl",
         "report.html",
         "report.md",

@@ -61,7 +61,7 @@ def test_a_run_and_its_report(tmp_path, monkeypatch):
             path.unlink()
     draw(str(folder.path), Console(file=io.StringIO()))
     assert (folder.path / "report.html").read_text() == page
-    assert {path.suffix for path in folder.path.iterdir()} == {".jsonl", ".html", ".md", ".png", ".svg"}
+    assert {path.suffix for path in folder.path.glob("[!.]*")} == {".jsonl", ".html", ".md", ".png", ".svg"}
 
 
 def test_too_long_and_too_large(tmp_path, monkeypatch):

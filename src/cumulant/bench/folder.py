@@ -12,25 +12,31 @@ import platform
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
 Row = dict[str, Any]
 LINES = "rows.jsonl"
+LOCK = ".lock"
 
 
 @dataclass(frozen=True)
 class Folder:
-    """kind: the command that fills it. settings: what it was asked. environment: see `environment`."""
+    """kind: the command that fills it. settings: what it was asked. environment: see `environment`.
+
+    lock: a started folder's, held for as long as this lives.
+    """
 
     path: Path
     kind: str
     settings: dict[str, Any]
     environment: dict[str, Any]
+    lock: FileLock | None = field(default=None, compare=False, repr=False)
 
     @classmethod
     def start(
@@ -38,24 +44,26 @@ class Folder:
     ) -> Folder:
         """A folder for the command: a new one, or one that the same command with the same settings began, whose rows
         count; `extends` names settings that may have become more. Another report with rows is refused; with `force`
-        any report loses its rows. What is no report is always refused.
+        any report loses its rows. What is no report is always refused, and so is what another process is filling.
         """
         folder = Path(path)
         settings = json.loads(json.dumps(settings))  # as they will be read
         if folder.exists():
-            if not folder.is_dir() or (any(folder.iterdir()) and not (folder / LINES).is_file()):
+            foreign = not folder.is_dir() or any(entry.name != LOCK for entry in folder.iterdir())
+            if foreign and not (folder / LINES).is_file():
                 raise ValueError(f"output: {path} holds something else; name another folder")
-            if (folder / LINES).is_file() and not force:
-                begun = cls.open(path)
-                if begun.kind == kind and begun._is_part_of(settings, extends):
-                    return begun._with(settings).went_on()
-                if begun.rows():
-                    raise ValueError(
-                        f"output: {path} holds the report of another measurement ({begun.kind}, or the same with other "
-                        "settings); name another folder, or pass --force to replace it"
-                    )
         folder.mkdir(parents=True, exist_ok=True)
-        new = cls(folder, kind, settings, environment())
+        lock = _lock(folder)
+        if (folder / LINES).is_file() and not force:
+            begun = replace(cls.open(path), lock=lock)
+            if begun.kind == kind and begun._is_part_of(settings, extends):
+                return begun._with(settings).went_on()
+            if begun.rows():
+                raise ValueError(
+                    f"output: {path} holds the report of another measurement ({begun.kind}, or the same with other "
+                    "settings); name another folder, or pass --force to replace it"
+                )
+        new = cls(folder, kind, settings, environment(), lock)
         new._write("")
         for name in ("report.html", "report.md"):  # they were drawn from other rows
             (folder / name).unlink(missing_ok=True)
@@ -129,6 +137,18 @@ class Folder:
             lines.write("".join(json.dumps(row) + "\n" for row in rows).encode())
             lines.flush()
             os.fsync(lines.fileno())
+
+
+def _lock(folder: Path) -> FileLock | None:
+    """This process's alone until it is let go of; None where the file system has no locks."""
+    lock = FileLock(folder / LOCK, is_singleton=True)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ValueError(f"output: another run is filling {folder}; wait for it, or name another folder") from error
+    except NotImplementedError:
+        return None
+    return lock
 
 
 def environment() -> dict[str, Any]:
