@@ -570,7 +570,8 @@ def test_small_weights_do_not_meet_an_epsilon(impl: str):
 
 
 @by_case
-def test_every_row_is_written(case: Case):
+@pytest.mark.parametrize("impl", ["torch", "auto"])
+def test_every_row_is_written(case: Case, impl: str):
     """New memory is filled with NaN; none of it comes out."""
     torch.use_deterministic_algorithms(True)
     try:
@@ -579,8 +580,8 @@ def test_every_row_is_written(case: Case):
             packed = case.inputs(1, T=length, requires_grad=True)
             cu_seqlens = torch.tensor([0, 2, length - 1])
             for is_causal in (True, False)[: 1 + case.bidirectional]:
-                out = case.run(q, k, v, is_causal, impl="torch")
-                rows = case(*packed, is_causal=is_causal, cu_seqlens=cu_seqlens, impl="torch")
+                out = case.run(q, k, v, is_causal, impl=impl)
+                rows = case(*packed, is_causal=is_causal, cu_seqlens=cu_seqlens, impl=impl)
                 found = [out[0], *tensors_of(out[1]), *gradients(out, (q, k, v)), rows, *gradients(rows, packed)]
                 assert all(torch.isfinite(x).all() for x in found)
     finally:

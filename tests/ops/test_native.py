@@ -22,6 +22,7 @@ from cumulant.kernels.native import library
 from cumulant.kernels.native.attention import native_attention
 from cumulant.kernels.native.elita import elita_attention
 from cumulant.ops import cumulative, elita
+from cumulant.ops.state import MixedChunkState
 
 from .cases import TOLERANCE, assert_close, error, inputs
 
@@ -86,52 +87,74 @@ def test_every_instruction_set_equals_float64(name, dtype, op, monkeypatch):
                 assert error(actual, wanted) < 20 * TOLERANCE[dtype]
 
 
-@pytest.mark.usefixtures("_threads")
+@pytest.fixture
+def _unwritten_is_nan():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def groups_of_a_hundred(rows: int, tokens: int, dtype: torch.dtype, monkeypatch, name: str):
+    """Arguments of `mixed_chunk_attention` for groups longer than a block of the kernels, on an instruction set."""
+    if not library.loaded().cumulant_supports(library.INSTRUCTIONS.index(name)):
+        pytest.skip(f"this machine has no {name}")
+    monkeypatch.setattr(library, "instructions", lambda: name)
+    torch.set_num_threads(4)  # twice the heads of one row: its columns are shared out, too
+    torch.manual_seed(0)
+    H, G, K, L, V, size = 4, 2, 17, 19, 150, 100
+    shapes = (H, K), (G, K), (H, L), (G, L), (G, V)
+    tensors = [torch.rand(rows, heads, tokens, width).to(dtype) for heads, width in shapes]
+    mask = torch.ones(rows, tokens, dtype=torch.bool)
+    mask[1:] = torch.rand(rows - 1, tokens) > 0.3
+    bias = torch.rand(H if rows == 1 else 1, size, size).to(dtype)
+    options = {"group_size": size, "is_causal": True, "activation": "laplace" if rows == 1 else "relu2"}
+    return tensors, mask, bias, options
+
+
+@pytest.mark.usefixtures("_threads", "_unwritten_is_nan")
 @pytest.mark.parametrize("name", library.INSTRUCTIONS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("rows", [1, 2], ids=["even", "masked"])
 def test_steps_through_groups_longer_than_a_block(name, dtype, rows, monkeypatch):
-    """Single tokens onto open groups of every fill, and more tokens after them: outputs, states, gradients.
-
-    With two rows, one does not have every token, so that fills differ.
-    """
-    if not library.loaded().cumulant_supports(library.INSTRUCTIONS.index(name)):
-        pytest.skip(f"this machine has no {name}")
-    monkeypatch.setattr(library, "instructions", lambda: name)
-    torch.set_num_threads(4)  # columns of the values are shared out, too
-    torch.manual_seed(0)
-    H, G, K, L, V, size, steps, T = 4, 2, 17, 19, 150, 100, 209, 280
-    shapes = (H, K), (G, K), (H, L), (G, L), (G, V)
-    tensors = [torch.rand(rows, heads, T, width).to(dtype) for heads, width in shapes]
+    """Single tokens onto open groups of every fill; of two rows one does not have every token, so that fills differ."""
+    tensors, mask, bias, options = groups_of_a_hundred(rows, 209, dtype, monkeypatch, name)
     exact = [x.double() for x in tensors]
-    mask = torch.ones(rows, T, dtype=torch.bool)
-    mask[1:] = torch.rand(rows - 1, T) > 0.3
-    options = {
-        "group_size": size,
-        "is_causal": True,
-        "activation": "laplace",
-        "bias": torch.rand(H, size, size).to(dtype),
-    }
-    wanted = {**options, "bias": options["bias"].double(), "impl": "reference"}
     state = cm.mixed_chunk_attention(*(x[:, :, :0] for x in tensors), **options, return_state=True)[1]
-    for t in range(steps):
+    for t in range(mask.shape[1]):
         token = [x[:, :, t : t + 1] for x in tensors]
-        seen = {} if rows == 1 else {"key_mask": mask[:, t : t + 1]}
-        out, state = cm.mixed_chunk_attention(*token, **options, **seen, state=state, return_state=True, impl="native")
-        if t % 9 == 0 or t % size > size - 3:
-            so_far = [x[:, :, : t + 1] for x in exact]
-            whole, past = cm.mixed_chunk_attention(*so_far, **wanted, key_mask=mask[:, : t + 1], return_state=True)
+        seen = {"bias": bias, "state": state} | ({} if rows == 1 else {"key_mask": mask[:, t : t + 1]})
+        out, state = cm.mixed_chunk_attention(*token, **options, **seen, return_state=True, impl="native")
+        if t % 9 == 0 or t % 100 > 97:
+            so_far, seen = [x[:, :, : t + 1] for x in exact], {"bias": bias.double(), "key_mask": mask[:, : t + 1]}
+            whole, past = cm.mixed_chunk_attention(*so_far, **options, **seen, return_state=True, impl="reference")
             assert error(out, whole[:, :, -1:]) < 5 * TOLERANCE[dtype]
             for part, expected in past.tensors().items():
                 assert error(getattr(state, part), expected) < 5 * TOLERANCE[dtype]
-    rest = [x[:, :, steps:].requires_grad_() for x in tensors]
-    found = cm.mixed_chunk_attention(*rest, **options, key_mask=mask[:, steps:], state=state, impl="native")
-    leaves = [x[:, :, steps:].clone().requires_grad_() for x in exact]
-    joined = [torch.cat((x[:, :, :steps], y), 2) for x, y in zip(exact, leaves)]
-    expected = cm.mixed_chunk_attention(*joined, **wanted, key_mask=mask)[:, :, steps:]
-    assert error(found, expected) < 5 * TOLERANCE[dtype]
-    for actual, gradient in zip(gradients((found,), rest), gradients((expected,), leaves)):
-        assert error(actual, gradient) < 20 * TOLERANCE[dtype]
+
+
+@pytest.mark.usefixtures("_threads", "_unwritten_is_nan")
+@pytest.mark.parametrize("name", library.INSTRUCTIONS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [1, 2], ids=["even", "masked"])
+@pytest.mark.parametrize("tokens", [1, 3, 120])
+def test_onto_groups_more_than_a_block_full(name, dtype, rows, tokens, monkeypatch):
+    """Outputs, the state, and gradients of tokens, bias and state, where whole blocks of a group ask nothing."""
+    tensors, mask, bias, options = groups_of_a_hundred(rows, 97 + tokens, dtype, monkeypatch, name)
+    early, late = ([x[:, :, part] for x in tensors] for part in (slice(97), slice(97, None)))
+    state = cm.mixed_chunk_attention(*early, **options, bias=bias, key_mask=mask[:, :97], return_state=True)[1]
+    results = []
+    for impl, wide in (("native", False), ("reference", True)):
+        parts = [*late, bias, *(x for x in state.tensors().values() if x.is_floating_point())]
+        leaves = [(x.double() if wide else x).detach().clone().requires_grad_() for x in parts]
+        past = MixedChunkState(*leaves[6:], state.position)
+        seen = {"bias": leaves[5], "key_mask": mask[:, 97:], "state": past}
+        out, after = cm.mixed_chunk_attention(*leaves[:5], **options, **seen, return_state=True, impl=impl)
+        found = [out, *(x for x in after.tensors().values() if x.is_floating_point())]
+        results.append((found, gradients(found, leaves)))
+    for actual, wanted in zip(*(outs for outs, _ in results)):
+        assert error(actual, wanted) < 5 * TOLERANCE[dtype]
+    for actual, wanted in zip(*(grads for _, grads in results)):
+        assert error(actual, wanted) < 20 * TOLERANCE[dtype]
 
 
 def run(script: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -128,8 +128,9 @@ class Flash(_Recurrent):
         return mixed_chunk_attention(*inputs, group_size=GROUP, is_causal=causal, impl=self.impl, **options)
 
     def step(self, shape: Shape) -> tuple[Callable[[], Any], int]:
-        """Onto a group half full, for what a step takes grows with it."""
-        return super().step(replace(shape, T=max(shape.T - GROUP // 2, 1)))
+        """Onto a group half full, for what a step takes grows with it; up to half a group, onto all tokens."""
+        half = GROUP // 2
+        return super().step(replace(shape, T=max(shape.T // GROUP * GROUP - half, min(shape.T, half))))
 
 
 class Elita(_Recurrent):

@@ -71,7 +71,7 @@ struct MixedChunk {
   Array quad_query, quad_key, lin_query, lin_key, value, out;
   const int64_t *index, *bounds;                                // [slots], [N + 1]
   const void *open_quad_key, *open_lin_key, *open_value;        // [N, G, size, .] reals
-  const void *bias, *bias_turned;                               // [biases, size, size]: by query and key, by key and query
+  const void *bias, *bias_turned;                               // [biases, size, size]: by query and key; by key and query, or null
   const void* numerator;                                        // [N, G, L, V]: the sums that came in
   void *final_numerator, *final_quad_key, *final_lin_key, *final_value;  // the state that goes out
   // backwards

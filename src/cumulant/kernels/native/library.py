@@ -178,7 +178,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     except OSError as error:
         return None, f"its kernels cannot be loaded: {error}"
     size = ctypes.sizeof
-    if library.cumulant_abi() != size(Attention) + (size(Elita) << 9) + (size(MixedChunk) << 18) + (
+    if library.cumulant_abi() != 1 + size(Attention) + (size(Elita) << 9) + (size(MixedChunk) << 18) + (
         (size(Instruction) + size(Program) + size(Pointwise)) << 12
     ):
         return None, "its kernels were compiled from another version of cumulant: install it again"

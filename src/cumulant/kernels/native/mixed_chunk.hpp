@@ -195,12 +195,22 @@ template <class R> struct MixedPass {
 
   // ---- scores ----
 
+  const R* bias_of(const void* bias, int64_t h) const {
+    return (const R*)bias + (m.biases > 1 ? h : 0) * m.size * m.size;
+  }
   // Adds the bias of a block, its rows at `row` and columns at `column` of the group.
   void add_bias(const void* bias, int64_t h, int64_t row, int64_t column, int rows, int count, R* scores) const {
     if (!m.biases) return;
-    const R* from = (const R*)bias + (m.biases > 1 ? h : 0) * m.size * m.size + row * m.size + column;
+    const R* from = bias_of(bias, h) + row * m.size + column;
     for (int i = 0; i < rows; i++)
       for (int j = 0; j < count; j++) scores[i * CHUNK + j] += from[i * m.size + j];
+  }
+  // The same of a block [keys, queries].
+  void add_bias_turned(int64_t h, int64_t key, int64_t query, int keys, int queries, R* scores) const {
+    if (!m.biases || m.bias_turned) return add_bias(m.bias_turned, h, key, query, keys, queries, scores);
+    const R* from = bias_of(m.bias, h) + query * m.size + key;
+    for (int j = 0; j < keys; j++)
+      for (int i = 0; i < queries; i++) scores[j * CHUNK + i] += from[i * m.size + j];
   }
 };
 
@@ -252,7 +262,7 @@ template <class R> void mixed_forward(const MixedChunk& m, const MixedSegment& s
           const int keys = p.block(j, size);
           R* const scores = w.all + j * CHUNK;
           product<BY_ROW, R>(p.ahead, keys, n, p.K, p.rows_from(p.quad_key, j), {w.quad_turned, CHUNK}, {scores, CHUNK}, false);
-          p.add_bias(m.bias_turned, h, j, i, keys, n, scores);
+          p.add_bias_turned(h, j, i, keys, n, scores);
           if (!m.summed)
             product<BY_ROW, R>(p.ahead, keys, n, p.L, p.rows_from(p.lin_key, j), {w.lin_turned, CHUNK}, {w.weights, CHUNK}, false);
           over_block<R>(keys, n, m.is_causal && i == j, false, [&](int at, auto seen) {
@@ -328,7 +338,7 @@ template <class R> void mixed_query_backward(const MixedChunk& m, const MixedSeg
         for (int64_t j = 0; j < (m.is_causal ? i + 1 : size); j += CHUNK) {
           const int keys = p.block(j, size);
           product<BY_ROW, R>(p.ahead, keys, n, p.K, p.rows_from(p.quad_key, j), {w.quad_turned, CHUNK}, {w.scores, CHUNK}, false);
-          p.add_bias(m.bias_turned, h, j, i, keys, n, w.scores);
+          p.add_bias_turned(h, j, i, keys, n, w.scores);
           product<BY_ROW, R>(p.ahead, keys, n, p.V, p.rows_from(p.value, j), {w.wide_turned, CHUNK}, {w.weights, CHUNK}, false);
           if (!m.summed)
             product<BY_COLUMN, R>(p.ahead, p.L, n, keys, p.rows_from(p.lin_key, j), {w.weights, CHUNK}, {w.dlin, CHUNK});

@@ -121,7 +121,9 @@ class _Call(Held):
         m.index, m.bounds = (self.pointer(x, torch.int64) for x in _slots(B, T, key_mask, cu_seqlens, fill, group_size))
         m.numerator, m.open_quad_key, m.open_lin_key, m.open_value = (self.pointer(x, self.real) for x in sums)
         if bias is not None:
-            m.bias, m.bias_turned = self.pointer(bias, self.real), self.pointer(bias.mT, self.real)
+            m.bias = self.pointer(bias, self.real)
+            if T > 1:  # for one row of it a copy would cost more than it saves
+                m.bias_turned = self.pointer(bias.mT, self.real)
 
     @staticmethod
     def state(N: int, G: int, size: int, K: int, L: int, V: int) -> tuple[tuple[int, ...], ...]:
@@ -159,6 +161,7 @@ def _forward(
     inputs = (quad_query, quad_key, lin_query, lin_key, value)
     past = (numerator, open_quad_key, open_lin_key, open_value, position)
     c = _Call(inputs, bias, key_mask, cu_seqlens, past, (group_size, activation, is_causal, reduce_groups, span))
+    need(is_causal or not want_state, "want_state", "False, if not causal", want_state)
     m = c.arguments
     shape = (*quad_query.shape[:3], value.shape[3])
     out = value.new_empty(shape) if _covered(key_mask, cu_seqlens) else value.new_zeros(shape)

@@ -1,5 +1,5 @@
-// One token of mixed chunk attention onto a state, where its group stays open: every row of the state is read once, and left
-// for the state that goes out as it passes.
+// One token of mixed chunk attention onto a state, where its group stays open: values and sums are read once, and left for the
+// state that goes out as they pass.
 #pragma once
 
 #include "mixed_chunk.hpp"
@@ -61,7 +61,7 @@ template <class R> void mixed_step(const MixedChunk& m, const MixedSegment& s, v
     for (int64_t j = 0; j < last; j++) weights[j] = inner(w.quad_query, p.open_row(m.open_quad_key, j, p.K), p.K);
     weights[last] = inner<R>(w.quad_query, w.quad_key, p.K);
     if (m.biases) {
-      const R* bias = (const R*)m.bias + ((m.biases > 1 ? h : 0) * m.size + last) * m.size;
+      const R* bias = p.bias_of(m.bias, h) + last * m.size;
       for (int64_t j = 0; j <= last; j++) weights[j] += bias[j];
     }
     for (int64_t j = 0; j <= last; j += LANES<R>) store(weights + j, gate<R>(load(weights + j), m.activation));
