@@ -157,6 +157,18 @@ def test_onto_groups_more_than_a_block_full(name, dtype, rows, tokens, monkeypat
         assert error(actual, wanted) < 20 * TOLERANCE[dtype]
 
 
+@pytest.mark.usefixtures("_unwritten_is_nan")
+@pytest.mark.parametrize(("H", "V"), [(2, 0), (0, 5)], ids=["no values", "no heads"])
+def test_states_of_nothing_to_attend(H, V):
+    tokens = [torch.rand(1, h, 3, d) for h, d in ((H, 3), (1, 3), (H, 2), (1, 2), (1, V))]
+    found = {}
+    for impl in ("auto", "reference"):
+        options = {"group_size": 8, "is_causal": True, "return_state": True, "impl": impl}
+        _, state = cm.mixed_chunk_attention(*tokens, **options)
+        found[impl] = cm.mixed_chunk_attention(*(x[:, :, :1] for x in tokens), state=state, **options)[1].tensors()
+    assert all(torch.equal(found["auto"][name], wanted) for name, wanted in found["reference"].items())
+
+
 def run(script: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=False, env=os.environ | environment

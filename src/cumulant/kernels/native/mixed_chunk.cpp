@@ -132,7 +132,7 @@ class MixedCall {
   // Whether the row is one token onto a state, and its group stays open.
   bool steps(const MixedSegment& s) const {
     const int64_t begin = m.bounds[s.row], end = m.bounds[s.row + 1];
-    if (!m.is_causal || m.T > 1 || !m.numerator || !m.final_numerator) return false;
+    if (!m.is_causal || m.T > 1 || m.H == 0 || !m.numerator || !m.final_numerator) return false;
     return begin < end && end - begin < m.size && m.index[end - 1] >= 0;
   }
   void cut(MixedSegment& s, int64_t p, int64_t count) const {
