@@ -165,8 +165,8 @@ RECIPES = {
     ),
     # ELiTA's README, 2023: fewer than 300K parameters, sequences of 256, 128 a step, Adam with min(1e-3, 1e-2 /
     # sqrt(step)) and betas 0.9 and 0.99, one epoch of WikiText, against a transformer with rotary positions and SwiGLU.
-    # Sizes, vocabulary, initial weights, seeds and which WikiText are not stated there: these are ours, as are two of
-    # the rates.
+    # Sizes, vocabulary, initial weights, seeds and which WikiText are not stated there: these are ours, as are three
+    # of the rates.
     "elita-wikitext": Comparison(
         mechanisms=(
             Mechanism("softmax", "softmax"),
@@ -176,7 +176,7 @@ RECIPES = {
             Mechanism("taylor", "taylor"),
             Mechanism("linear", "linear"),
         ),
-        learning_rates=(1e-3, 3e-3, 1e-2),
+        learning_rates=(1e-3, 3e-3, 1e-2, 3e-2),
         width=64,
         depth=3,
         heads=4,
