@@ -1,5 +1,7 @@
 """One token onto FLASH's open group, native beside PyTorch, by how full the group is: the figures in docs/log.md.
 
+B sequences, values of V channels.
+
 python benchmarks/flash_step.py
 """
 
@@ -34,9 +36,7 @@ def in_turns(calls: list[Callable[[], object]], repeats: int = 60) -> list[float
 def main() -> None:
     torch.set_num_threads(2)
     torch.manual_seed(0)
-    table = Table(
-        "sequences", "channels of values", "activation", "slots taken", "native µs", "PyTorch µs", "times as fast"
-    )
+    table = Table("B", "V", "activation", "slots taken", "native µs", "PyTorch µs", "times as fast")
     bias = torch.randn(1, GROUP, GROUP)
     for rows, channels in ((1, 512), (1, 1024), (8, 512)):
         for taken in (0, 16, 100, 200, 254):
