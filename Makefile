@@ -14,7 +14,7 @@ install: $(INSTALLED)  ## make .venv with the library and all it needs
 $(INSTALLED): pyproject.toml constraints.txt setup.py $(wildcard src/cumulant/kernels/native/*.?pp)
 	@echo "== installing into .venv (a few minutes the first time)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[text,dev,docs]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[text,clients,dev,docs]'
 	@touch $@
 
 check: $(INSTALLED)  ## format, lint, types, import rules, links in the documentation
