@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import reference
-from .dispatch import Choice, native_obstacle, reasons, resolve
+from .dispatch import Choice, automatic, native_obstacle, reasons, resolve
 from .state import ElitaState, LinearState, MixedChunkState
 
 CHUNK = 128
@@ -109,7 +109,14 @@ def choose(impl: str, query: Tensor, order: int, *, S: int, is_causal: bool, sta
         obstacle = f"its kernels go up to order {MAX_NATIVE_ORDER}, and this is order {order}"
     elif not obstacle and order > 3 and math.comb(query.shape[-1] + order, order) >= 2**31:
         obstacle = f"its kernels go up to 2**31 features, and these are more: K = {query.shape[-1]}, order {order}"
-    elif not obstacle and impl == "auto" and order > 1 and not stateful and not torch.compiler.is_compiling():
+    elif (
+        not obstacle
+        and impl == "auto"
+        and automatic() == "auto"
+        and order > 1
+        and not stateful
+        and not torch.compiler.is_compiling()
+    ):
         T, features = query.shape[2], math.comb(query.shape[-1] + order, order)
         if features > MANY and T == S <= CHUNK and (not is_causal or T > NATIVE_CHUNK):
             obstacle = f"it would form {features} features, which take longer than all {T} x {S} weights"

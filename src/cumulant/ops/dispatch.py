@@ -1,8 +1,13 @@
-"""Which implementation runs. An explicit `impl` is honoured or refused; "auto" chooses by device, dtype and shape."""
+"""Which implementation runs. An explicit `impl` is honoured or refused; "auto" chooses by device, dtype and shape.
+
+The environment variable CUMULANT_IMPL says what "auto" means: the name of an implementation stands for every call that
+names none, and is honoured or refused in the same way.
+"""
 
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 IMPLEMENTATIONS = ("reference", "torch", "native", "triton")
+VARIABLE = "CUMULANT_IMPL"
 
 
 @dataclass(frozen=True)
@@ -23,19 +29,39 @@ class Choice:
         return f"{self.impl}: {self.reason}"
 
 
+def automatic() -> str:
+    """What "auto" means in this process: CUMULANT_IMPL, or else "auto", the fastest available."""
+    name = os.environ.get(VARIABLE) or "auto"
+    if name not in ("auto", "native", "torch", "reference"):
+        raise ValueError(f"{VARIABLE}: expected 'auto', 'native', 'torch' or 'reference', got {name!r}")
+    return name
+
+
+# What torch.compiler.assume_constant_result does, which would import all of torch.compile with this file.
+automatic._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def resolve(impl: str, obstacle: str = "this operation has no native kernels") -> str:
     """The implementation to run for a request; `obstacle`: why the native kernels cannot, empty where they can."""
+    name = "impl"
+    if impl == "auto":
+        name, impl = VARIABLE, automatic()
+        if impl == "auto":
+            return "torch" if obstacle else "native"
     if impl in ("torch", "reference"):
         return impl
-    if impl == "auto":
-        return "torch" if obstacle else "native"
     if impl == "native" and not obstacle:
         return impl
     if impl in IMPLEMENTATIONS:
         reason = f"cannot run this call: {obstacle}" if impl == "native" else "is not part of this version of cumulant"
         working = "'torch', 'reference'" if obstacle else "'native', 'torch', 'reference'"
-        raise ValueError(f"impl: {impl!r} {reason}; these work: {working}")
-    raise ValueError(f"impl: expected 'auto', 'reference', 'torch', 'native' or 'triton', got {impl!r}")
+        raise ValueError(f"{name}: {impl!r} {reason}; these work: {working}")
+    raise ValueError(f"{name}: expected 'auto', 'reference', 'torch', 'native' or 'triton', got {impl!r}")
+
+
+def native_by_default(x: Tensor) -> bool:
+    """Whether native kernels may run where nobody names an implementation: beside attention, and in steps."""
+    return automatic() in ("auto", "native") and not native_obstacle(x)
 
 
 def native_obstacle(x: Tensor) -> str:
@@ -51,16 +77,18 @@ def _missing() -> str:
     return missing()
 
 
-# What torch.compiler.assume_constant_result does, which would import all of torch.compile with this file.
 _missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def reasons(impl: str, work: str, obstacle: str = "this operation has no native kernels") -> Choice:
     """`resolve`, and why; `work`: what the chosen implementation does, unless it is the reference."""
     chosen = resolve(impl, obstacle)
-    if chosen == "reference":
-        return Choice(chosen, "asked for: the quadratic form, T x S weights")
-    return Choice(chosen, f"{'asked for' if impl == chosen else 'the fastest available here'}: {work}")
+    asked = "the fastest available here"
+    if impl != "auto":
+        asked = "asked for"
+    elif automatic() != "auto":
+        asked = f"asked for by {VARIABLE}"
+    return Choice(chosen, f"{asked}: {'the quadratic form, T x S weights' if chosen == 'reference' else work}")
 
 
 def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Choice:

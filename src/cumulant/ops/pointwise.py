@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..kernels.product import ordinary
-from .dispatch import native_obstacle
+from .dispatch import native_by_default
 
 LEAST = 1 << 14  # numbers below which PyTorch's operators are as fast
 
@@ -25,7 +25,7 @@ def _native(x: Tensor, *others: Tensor | None) -> bool:
         and x.numel() >= LEAST
         and all(y is None or (y.dtype == torch.float32 and y.device.type == "cpu") for y in (x, *others))
         and not torch.is_autocast_enabled("cpu")
-        and not native_obstacle(x)
+        and native_by_default(x)
         and ordinary(x, *others)
     )
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..kernels.native.program import Program, Unsuitable, Vector
 from ..kernels.product import ordinary
-from .dispatch import native_obstacle
+from .dispatch import native_by_default
 
 __all__ = ["MOST_ROWS", "Program", "Unsuitable", "Vector", "may_step"]
 
@@ -27,6 +27,6 @@ def may_step(x: Tensor) -> bool:
         and x.dtype == torch.float32
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
-        and not native_obstacle(x)
+        and native_by_default(x)
         and ordinary(x)
     )
