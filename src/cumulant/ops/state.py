@@ -11,6 +11,8 @@ import importlib.util
 import json
 import os
 import re
+import tempfile
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -20,11 +22,21 @@ import torch
 from torch import Tensor
 
 S = TypeVar("S", bound="State")
+STRUCTURE = "cumulant.state"  # the metadata of a file that says which states its tensors make up
 
 
 @dataclass(frozen=True)
 class State:
     """Base of all states: tensors with the batch in front, nested states, or None where a part is not in use."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.__repr__ = State.__repr__  # type: ignore[method-assign]  # else dataclass writes one that prints every number
+
+    def __repr__(self) -> str:
+        """Shapes, dtypes, positions and bytes, not the numbers: a state holds thousands."""
+        parts = (f"{f.name}={_brief(f.name, getattr(self, f.name))}" for f in fields(self))
+        return f"{type(self).__name__}({', '.join(parts)}; {self.nbytes:,} bytes)"
 
     def map(self: S, function: Callable[[Tensor], Tensor]) -> S:
         """The same state with `function` applied to every tensor."""
@@ -148,6 +160,21 @@ for _kind_of_state in (LinearState, KeyValueState, MixedChunkState, ElitaState):
     register(_kind_of_state)
 
 
+def _brief(name: str, part: Any) -> str:
+    """A part of a state for reading: numbers only of short positions; layers that look alike once, with their count."""
+    if isinstance(part, tuple):
+        counts = Counter(_brief(name, p) for p in part)
+        return f"({', '.join(shown if n == 1 else f'{n} x {shown}' for shown, n in counts.items())})"
+    if not isinstance(part, Tensor):
+        return repr(part)
+    if name == "position" and type(part) is Tensor and part.dim() == 1 and part.numel() <= 8 and not part.is_meta:
+        try:
+            return str(part.tolist())
+        except RuntimeError:  # under torch.func and while compiling there are no numbers
+            pass
+    return f"{str(part.dtype).removeprefix('torch.')}{list(part.shape)}"
+
+
 def _describe(part: Any) -> Any:
     """Structure as JSON: class names for states, lists for tuples, "tensor" and null for leaves."""
     if isinstance(part, State):
@@ -177,7 +204,7 @@ def _rebuild(shape: Any, prefix: str, tensors: dict[str, Tensor], path: str) -> 
         return tuple(_rebuild(s, f"{prefix}.{i}", tensors, path) for i, s in enumerate(shape))
     if shape is None:
         return None
-    if prefix not in tensors:
+    if shape != "tensor" or prefix not in tensors:
         raise ValueError(f"{path}: the tensor {prefix!r} of the state is missing; the file is damaged")
     return tensors[prefix]
 
@@ -193,34 +220,85 @@ def _safetensors() -> Any:
 def save_state(path: str | os.PathLike[str], state: State, metadata: dict[str, str] | None = None) -> None:
     """Write `state` to a safetensors file, atomically: an existing file is replaced whole or left as it was.
 
-    `metadata` (strings) is stored beside it, for `load_state(..., return_metadata=True)`.
+    A symbolic link is followed. `metadata` (strings) is stored beside it, for `load_state(..., return_metadata=True)`.
+
+    Raises:
+        TypeError: `state` is none, or `metadata` holds what is not a string.
+        OSError: `path` is a folder, in no folder, or cannot be written.
     """
     if not isinstance(state, State):
         raise TypeError(f"state: expected a cumulant state, got {type(state).__name__}")
+    for key, value in (metadata or {}).items():
+        for part in (key, value):
+            if not isinstance(part, str):
+                raise TypeError(f"metadata: expected strings, got {type(part).__name__} {part!r} in {key!r}")
+    if STRUCTURE in (metadata or {}):
+        raise ValueError(f"metadata: {STRUCTURE!r} is the name under which a state's structure is kept; take another")
     library = _safetensors()
-    header = {**(metadata or {}), "cumulant.state": json.dumps(_describe(state))}
+    target = _writable_target(path)
+    header = {**(metadata or {}), STRUCTURE: json.dumps(_describe(state))}
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in state.tensors().items()}
-    target = Path(path)
-    temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+    temporary = target.with_name(f".{target.name[:40]}.{os.getpid()}.tmp")
     try:
         library.torch.save_file(tensors, temporary, metadata=header)
         os.replace(temporary, target)
+    except library.SafetensorError as error:  # it reports a full disk so
+        raise OSError(f"{path}: the state could not be written: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Find out before the work whether `save_state` will be able to write to `path`.
+
+    Raises:
+        OSError: `path` is a folder, no file, in no folder, or in one that cannot be written to.
+    """
+    target = _writable_target(path)
+    try:
+        with tempfile.TemporaryFile(dir=target.parent, prefix=f".{target.name[:40]}."):
+            pass
+    except OSError as error:
+        raise type(error)(f"{path}: cannot be written: {error.strerror}") from error
+
+
+def _writable_target(path: str | os.PathLike[str]) -> Path:
+    """The file that `path` stands for, links followed."""
+    target = Path(os.path.realpath(path))
+    if target.is_dir():
+        raise IsADirectoryError(f"{path}: is a folder; name a file to save the state in")
+    if target.exists() and not target.is_file():
+        raise OSError(f"{path}: is not a regular file; name another to save the state in")
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"{path}: cannot be written: no such folder: {target.parent}")
+    return target
 
 
 def load_state(
     path: str | os.PathLike[str], device: torch.device | str = "cpu", *, return_metadata: bool = False
 ) -> Any:
-    """Read a state written by `save_state`; with `return_metadata` also the strings stored beside it."""
+    """Read a state written by `save_state`; with `return_metadata` also the strings stored beside it.
+
+    Raises:
+        ValueError: the file is no state, or a damaged one.
+        OSError: there is no such file, or it cannot be read.
+    """
     library = _safetensors()
+    if os.path.isdir(path):
+        raise IsADirectoryError(f"{path}: is a folder; name the file that a state was saved in")
     try:
         with library.safe_open(os.fspath(path), framework="pt", device=str(device)) as file:
             header = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except library.SafetensorError as error:
         raise ValueError(f"{path}: not a safetensors file: {error}") from error
-    if "cumulant.state" not in header:
+    if STRUCTURE not in header:
         raise ValueError(f"{path}: a safetensors file, but not a state written by cumulant.save_state")
-    state = _rebuild(json.loads(header.pop("cumulant.state")), "", tensors, str(path))
+    try:
+        structure = json.loads(header.pop(STRUCTURE))
+    except ValueError as error:
+        raise ValueError(f"{path}: the structure of the state cannot be read; the file is damaged") from error
+    if not isinstance(structure, dict):
+        raise ValueError(f"{path}: the structure of the state is not a state's; the file is damaged")
+    state = _rebuild(structure, "", tensors, str(path))
     return (state, header) if return_metadata else state

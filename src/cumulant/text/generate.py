@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import math
+import signal
 import sys
+import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedTokenizerFast, TextStreamer
+from transformers import DynamicCache, PreTrainedTokenizerFast, StoppingCriteria, StoppingCriteriaList
 
 from ..models import CumulantForCausalLM, cache_bytes, export_state, import_state
-from ..ops.state import load_state, save_state
+from ..ops.state import check_writable, load_state, save_state
+from .stream import IncrementalDecoder, Output
 
+LEAST_TEMPERATURE = 1e-6  # below it fp32 logits overflow, and nothing differs from the likeliest token
 PIECE = 4096  # prompt tokens a step: bounds the memory of a long prompt
 
 
@@ -30,14 +37,20 @@ class SamplingOptions:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens: expected at least 1, got {self.max_new_tokens}")
+        if not 1 <= self.max_new_tokens < 2**31:
+            raise ValueError(f"max_new_tokens: expected 1 to 2,147,483,647, got {self.max_new_tokens}")
         if self.temperature < 0:
             raise ValueError(f"temperature: expected 0 (greedy) or more, got {self.temperature}")
+        if not (self.temperature == 0 or LEAST_TEMPERATURE <= self.temperature < math.inf):
+            raise ValueError(
+                f"temperature: expected 0 (greedy) or a number of at least {LEAST_TEMPERATURE}, got {self.temperature}"
+            )
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p: expected a probability above 0 and up to 1, got {self.top_p}")
-        if self.top_k < 0:
-            raise ValueError(f"top_k: expected 0 (off) or more, got {self.top_k}")
+        if not 0 <= self.top_k < 2**31:
+            raise ValueError(f"top_k: expected 0 (off) to 2,147,483,647, got {self.top_k}")
+        if self.seed is not None and not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed: expected 0 to 2**63 - 1, got {self.seed}")
 
 
 @dataclass(frozen=True)
@@ -70,41 +83,41 @@ def generate(
     """Continue `prompt`; an empty one starts a new text.
 
     Args:
-        load: file of a state to go on from (`save_state`); the prompt is appended to what it has seen.
-        save: file to leave the state in, of a size that does not depend on the context (softmax models aside).
+        load: file of a state to go on from (`save_state`); the prompt is appended to what it has seen. The texts of
+            two such runs, joined, are that of one.
+        save: file to leave the state in, of a size that does not depend on the context (softmax models aside). It is
+            written as well when the run is interrupted or its output cannot be printed, and goes on from there.
         stream: print the text as it comes.
+
+    Raises:
+        ValueError: a state of another model, a prompt that is no text; before anything is generated.
+        OSError: `save` cannot be written, before anything is generated; or the text cannot be printed.
     """
-    if save is not None and not Path(save).absolute().parent.is_dir():
-        raise ValueError(f"save_state: no such folder: {Path(save).absolute().parent}")
-    cache, pending = _initial_cache(model, load)
-    ids = [*pending, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]
+    if save is not None:
+        check_writable(save)
+    past = _read_past(model, load)
+    ids = [*past.unread, *_prompt_ids(tokenizer, prompt)]
     if not ids:
         ids = [tokenizer.eos_token_id]
-    started = time.perf_counter()
-    tokens = torch.tensor([ids], device=model.device)
-    prefill(model, tokens[:, :-1], cache)
-    prompted = time.perf_counter()
-    past = cache.get_seq_length()
-    if options.seed is not None:
-        torch.manual_seed(options.seed)
-    output = model.generate(
-        tokens[:, -1:],
-        attention_mask=torch.ones(1, past + 1, dtype=torch.long, device=model.device),
-        past_key_values=cache,
-        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None,
-        max_new_tokens=options.max_new_tokens,
-        **_sampling(options),
-    )
-    seconds = time.perf_counter() - prompted
-    new = output[0, 1:].tolist()
-    if save is not None:
-        # the last token was drawn but not yet read by the model
-        metadata = {"pending": str(new[-1]), "model": fingerprint(model)}
-        save_state(save, export_state(cache), metadata)
+    decoder = IncrementalDecoder(tokenizer, past.tokens, past.given)
+    decoder.read_prompt(ids[len(past.unread) :])
+    output, cache = Output(decoder, stream=stream), past.cache
+    started = prompted = time.perf_counter()
+    with _held_back(save is not None) as stop:
+        read = prefill(model, torch.tensor([ids[:-1]], dtype=torch.long, device=model.device), cache, stop)
+        prompted = time.perf_counter()
+        new = _continue(model, cache, ids[-1], options, output, stop) if read == len(ids) - 1 else []
+        seconds = time.perf_counter() - prompted
+        output.close(goes_on=save is not None)
+        if save is not None:
+            # the last token was drawn but not yet read by the model; an interrupted run may have more of them
+            _write_past(save, Past(cache, new[-1:] or ids[read:], tuple(decoder.tokens), decoder.given), model)
+    if output.failure is not None:
+        raise output.failure
     return Generation(
-        tokenizer.decode(new, skip_special_tokens=True),
+        output.text,
         len(new),
-        past + 1 + len(new),
+        cache.get_seq_length() + 1,
         prompted - started,
         seconds,
         cache_bytes(cache),
@@ -112,12 +125,95 @@ def generate(
     )
 
 
-def prefill(model: CumulantForCausalLM, tokens: Tensor, cache: DynamicCache) -> None:
-    """Read ``tokens [B, T]`` into the cache, a piece at a time, without logits."""
+def _prompt_ids(tokenizer: PreTrainedTokenizerFast, prompt: str) -> list[int]:
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"prompt: expected UTF-8 text, got the byte 0x{ord(prompt[error.start]) & 0xFF:02x} at character "
+            f"{error.start}"
+        ) from error
+    ids: list[int] = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    return ids
+
+
+def _continue(
+    model: CumulantForCausalLM,
+    cache: DynamicCache,
+    token: int,
+    options: SamplingOptions,
+    output: Output,
+    stop: Callable[[], bool],
+) -> list[int]:
+    """The tokens drawn after `token`, which the model has not read yet, as it has not read the last of them."""
+    if options.seed is not None:
+        torch.manual_seed(options.seed)
+    sampling: dict[str, Any] = {"do_sample": False}
+    if options.temperature > 0:
+        chosen = {"temperature": options.temperature, "top_k": options.top_k, "top_p": options.top_p}
+        sampling = {"do_sample": True, **chosen}
+    ids: Tensor = model.generate(
+        torch.tensor([[token]], device=model.device),
+        attention_mask=torch.ones(1, cache.get_seq_length() + 1, dtype=torch.long, device=model.device),
+        past_key_values=cache,
+        streamer=output,
+        stopping_criteria=StoppingCriteriaList([_Stop(lambda: stop() or output.failure is not None)]),
+        max_new_tokens=options.max_new_tokens,
+        **sampling,
+    )
+    return ids[0, 1:].tolist()
+
+
+class _Stop(StoppingCriteria):  # type: ignore[misc]
+    """Ends a generation after a token, at which the cache is whole."""
+
+    def __init__(self, asked: Callable[[], bool]):
+        self.asked = asked
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        return torch.full((input_ids.shape[0],), self.asked(), device=input_ids.device)
+
+
+@contextmanager
+def _held_back(wanted: bool) -> Iterator[Callable[[], bool]]:
+    """Interrupts (Ctrl-C, termination) wait until the end of the block, which asks whether there was one; a second one
+    does not wait. Only where handlers can be set: in the main thread."""
+    caught: list[int] = []
+    if not wanted or threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def note(number: int, frame: Any) -> None:
+        caught.append(number)
+        restore()
+
+    try:
+        for number, handler in before.items():
+            if handler not in (signal.SIG_IGN, None):
+                signal.signal(number, note)
+        yield lambda: bool(caught)
+    finally:
+        restore()
+    if caught:
+        signal.raise_signal(caught[0])
+
+
+def prefill(
+    model: CumulantForCausalLM, tokens: Tensor, cache: DynamicCache, stop: Callable[[], bool] = lambda: False
+) -> int:
+    """Read ``tokens [B, T]`` into the cache, a piece at a time, without logits, until `stop` says so; how many of T."""
+    read = 0
     with torch.inference_mode():
-        for piece in tokens.split(PIECE, 1):
-            if piece.shape[1]:
-                model.model(input_ids=piece, past_key_values=cache, use_cache=True)
+        while read < tokens.shape[1] and not (read and stop()):
+            piece = tokens[:, read : read + PIECE]
+            model.model(input_ids=piece, past_key_values=cache, use_cache=True)
+            read += piece.shape[1]
+    return read
 
 
 def decoding_speed(model: CumulantForCausalLM, cache: DynamicCache, steps: int = 50) -> float:
@@ -147,32 +243,55 @@ def fill_cache(model: CumulantForCausalLM, context: int) -> DynamicCache:
     return cache
 
 
-def _initial_cache(model: CumulantForCausalLM, load: str | None) -> tuple[DynamicCache, list[int]]:
+@dataclass(frozen=True)
+class Past:
+    """Where a text stands: the model's cache; unread: tokens that are not in it yet; tokens, given: the decoder's."""
+
+    cache: DynamicCache
+    unread: list[int]
+    tokens: tuple[int, ...] = ()
+    given: int = 0
+
+
+def _read_past(model: CumulantForCausalLM, load: str | None) -> Past:
     cache = DynamicCache(config=model.config)
     if load is None:
-        return cache, []
+        return Past(cache, [])
     state, metadata = load_state(load, str(model.device), return_metadata=True)
-    if metadata.get("model") != fingerprint(model):
+    if "weights" not in metadata:
+        earlier = "model" in metadata and "pending" in metadata
+        why = (
+            "an earlier version wrote it, which did not note all of its model's weights"
+            if earlier
+            else "another program"
+        )
+        raise ValueError(f"load_state: {load} cannot be gone on from: {why}; save the state again")
+    if metadata["weights"] != fingerprint(model):
         raise ValueError(f"load_state: {load} was written by another model; load that model's folder")
+    try:
+        text = json.loads(metadata["text"])
+        unread, tokens, given = ([int(i) for i in text["unread"]], [int(i) for i in text["tokens"]], int(text["given"]))
+        known = all(0 <= i < model.config.vocab_size for i in (*unread, *tokens)) and unread and given >= 0
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"load_state: {load} is damaged: its note of the text cannot be read") from error
+    if not known:
+        raise ValueError(f"load_state: {load} is damaged: its note of the text names tokens that the model has not")
     import_state(cache, state)
-    return cache, [int(metadata["pending"])]
+    return Past(cache, unread, tuple(tokens), given)
+
+
+def _write_past(path: str, past: Past, model: CumulantForCausalLM) -> None:
+    text = {"unread": past.unread, "tokens": past.tokens, "given": past.given}
+    save_state(path, export_state(past.cache), {"text": json.dumps(text), "weights": fingerprint(model)})
 
 
 def fingerprint(model: CumulantForCausalLM) -> str:
-    """Tells models apart: a hash of the embedding's weights."""
-    weight = model.model.embed_tokens.weight.detach().float().cpu().contiguous()
-    return hashlib.sha256(weight.numpy().tobytes()).hexdigest()[:16]
-
-
-def _sampling(options: SamplingOptions) -> dict[str, Any]:
-    if options.temperature == 0:
-        return {"do_sample": False}
-    return {
-        "do_sample": True,
-        "temperature": options.temperature,
-        "top_k": options.top_k,
-        "top_p": options.top_p,
-    }
+    """Tells models apart: a hash of all their weights."""
+    digest = hashlib.sha256()
+    for name, weight in model.state_dict().items():
+        digest.update(f"{name} {weight.dtype} {list(weight.shape)}".encode())
+        digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def peak_bytes(device: torch.device) -> int:
