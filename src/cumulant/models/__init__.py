@@ -1,22 +1,29 @@
 """Models. `TaylorViT` needs only torch. The language model is a Hugging Face model: importing this package registers it
-with `AutoConfig`, `AutoModelForCausalLM` and `AutoModelForMaskedLM`."""
+with transformers' `AutoConfig` and `AutoModel` classes."""
 
 from importlib.util import find_spec
 
 from .vit import TaylorViT
 
 if find_spec("transformers") is not None:
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
+    import transformers
 
     from .cache import ModelState, cache_bytes, export_state, import_state
     from .config import CumulantConfig
+    from .folder import CLASSES
+    from .heads import (
+        CumulantForQuestionAnswering,
+        CumulantForSequenceClassification,
+        CumulantForTokenClassification,
+    )
     from .language_model import CumulantForCausalLM, CumulantModel
     from .masked_lm import CumulantForMaskedLM
     from .presets import PRESETS, from_preset
 
-    AutoConfig.register("cumulant", CumulantConfig, exist_ok=True)
-    AutoModelForCausalLM.register(CumulantConfig, CumulantForCausalLM, exist_ok=True)
-    AutoModelForMaskedLM.register(CumulantConfig, CumulantForMaskedLM, exist_ok=True)
+    transformers.AutoConfig.register("cumulant", CumulantConfig, exist_ok=True)
+    for _auto, _name in CLASSES.items():
+        if _auto != "AutoConfig":
+            getattr(transformers, _auto).register(CumulantConfig, globals()[_name], exist_ok=True)
 else:
 
     def __getattr__(name: str) -> object:
@@ -30,6 +37,9 @@ __all__ = [
     "CumulantConfig",
     "CumulantForCausalLM",
     "CumulantForMaskedLM",
+    "CumulantForQuestionAnswering",
+    "CumulantForSequenceClassification",
+    "CumulantForTokenClassification",
     "CumulantModel",
     "ModelState",
     "TaylorViT",

@@ -2,19 +2,49 @@
 
 from __future__ import annotations
 
+import difflib
+import logging
 import math
+from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedConfig
+from transformers import GenerationConfig, PreTrainedConfig
 
 from ..nn.norms import NORMS
 from ..ops.checks import ACTIVATIONS
 from ..ops.feature_maps import LEARNED, NAMES
+from .adapters import register_targets
+from .folder import auto_map, write_card, write_module
 
 MIXERS = ("softmax", "sliding_window", "linear", "taylor", "short_convolution", "flash", "gau", "elita")
 FEED_FORWARDS = ("swiglu", "gelu", "elita", "none")
 POSITIONS = ("none", "scaled_sinusoidal")
 LOOK_BACK = ("sliding_window", "short_convolution", "elita")  # mixers with no form in both directions
+# what transformers' configurations take besides their fields
+COMMON = (
+    *(
+        "num_labels",
+        "torch_dtype",
+        "output_attentions",
+        "attn_implementation",
+        "name_or_path",
+        "auto_map",
+        "model_type",
+    ),
+    *("quantization_config", "tokenizer_class", "classifier_dropout", "token_classification_bias"),
+    *("task_specific_params", "finetuning_task", "transformers_weights", "tie_last_hidden_states"),
+    *("experts_implementation", "_name_or_path", "_commit_hash", "_attn_implementation"),
+)
+# other models' names of fields
+SYNONYMS = {
+    **dict.fromkeys(("d_model", "n_embd", "dim", "width"), "hidden_size"),
+    **dict.fromkeys(("n_layer", "n_layers", "num_layers", "depth"), "num_hidden_layers"),
+    **dict.fromkeys(("n_head", "n_heads", "num_heads", "heads"), "num_attention_heads"),
+    **dict.fromkeys(("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon"), "norm_eps"),
+    **dict.fromkeys(("hidden_act", "activation_function"), "feed_forward"),
+    **dict.fromkeys(("attention_dropout", "hidden_dropout", "resid_pdrop"), "dropout"),
+    **{"rope_theta": "rotary_base", "n_inner": "intermediate_size", "n_positions": "max_position_embeddings"},
+}
 
 
 class CumulantConfig(PreTrainedConfig):  # type: ignore[misc]
@@ -69,6 +99,8 @@ class CumulantConfig(PreTrainedConfig):  # type: ignore[misc]
         dropout: dropout of the mixers' and feed-forwards' outputs.
         initializer_range: deviation of the initial weights; projections into the residual stream get it divided by
             sqrt(2 · depth).
+        max_position_embeddings: the longest text that clients should ask for. No model has such a limit; programs that
+            cut texts to it (lm-eval, servers) want a number, and the default is 2^20.
         use_cache: return the cache by default.
         preset: the preset this configuration came from, for the record.
     """
@@ -121,6 +153,7 @@ class CumulantConfig(PreTrainedConfig):  # type: ignore[misc]
     norm_eps: float = 1e-6
     dropout: float = 0.0
     initializer_range: float = 0.02
+    max_position_embeddings: int = 2**20
     use_cache: bool = True
     tie_word_embeddings: bool = True
     bos_token_id: int | None = None
@@ -143,7 +176,50 @@ class CumulantConfig(PreTrainedConfig):  # type: ignore[misc]
             width = widths.get(self.feed_forward, 8 * self.hidden_size // 3)
             self.intermediate_size = width if self.feed_forward == "elita" else -(-width // 32) * 32
         self.validate()
+        unknown = [name for name in kwargs if name not in COMMON]
+        if unknown:
+            raise ValueError(_not_a_field(unknown[0]))
+        self.auto_map = auto_map(kwargs.pop("auto_map", None))
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As transformers', from what ``config.json`` holds. Keys that this version does not know, such as those of a
+        later one, are kept as attributes, and said."""
+        known = {*cls.__dataclass_fields__, *COMMON, *GenerationConfig().to_dict()}
+        unknown = {name: value for name, value in config_dict.items() if name not in known}
+        if unknown:
+            log = logging.getLogger(__name__)
+            log.warning("config.json: kept without effect, as this version does not know it: %s", ", ".join(unknown))
+        made = super().from_dict({k: v for k, v in config_dict.items() if k not in unknown}, **kwargs)
+        config = made[0] if isinstance(made, tuple) else made
+        for name, value in unknown.items():
+            if not hasattr(type(config), name):  # properties are computed
+                setattr(config, name, value)
+        return made
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields and further attributes."""
+        register_targets()  # PEFT calls this just before it looks our modules up, whichever was imported first
+        fields: dict[str, Any] = super().to_dict()
+        return fields
+
+    def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """``config.json``, with the module by which programs that never imported Cumulant load the model, and, beside a
+        model, a README that says how, unless there is one."""
+        folder = Path(save_directory)
+        if not folder.is_file():
+            folder.mkdir(parents=True, exist_ok=True)
+            write_module(folder)
+            if self.architectures:
+                write_card(folder, self.architectures[0], self.preset)
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
+        """Nothing to do: every saved folder is loadable so already. Subclasses outside of Cumulant are registered."""
+        if not cls.__module__.startswith("cumulant."):
+            super().register_for_auto_class(auto_class)
 
     def validate(self) -> None:
         """Raise a ValueError naming the field that cannot be. In place of the base class's checks, which know only
@@ -165,7 +241,7 @@ class CumulantConfig(PreTrainedConfig):  # type: ignore[misc]
         self._validate_encoder()
         sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "sliding_window")
         counts = ("group_size", "query_key_dim", "position_features", "horizon", "feed_forward_factor", "wraps")
-        for name in (*sizes, *counts):
+        for name in (*sizes, *counts, "max_position_embeddings"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
         if self.head_dim is None and not set(self.mixers) <= {"flash", "gau"}:
@@ -229,6 +305,11 @@ class CumulantConfig(PreTrainedConfig):  # type: ignore[misc]
         return self.mixers[layer % len(self.mixers)]
 
     @property
+    def counts_positions(self) -> bool:
+        """Whether a text's place in its row would show: positions from 0 in each text, not only their distances."""
+        return self.position_embedding != "none" or "elita" in (self.mixers or ())
+
+    @property
     def layer_types(self) -> list[str]:
         """Kinds of cache layer, by which `transformers.DynamicCache(config=...)` builds the cache: each layer has one
         for each time that the stack is run."""
@@ -240,3 +321,12 @@ class CumulantConfig(PreTrainedConfig):  # type: ignore[misc]
     def per_layer_config(self) -> list[CumulantConfig]:
         """This configuration for each entry of `layer_types`; transformers' own stops after `num_hidden_layers`."""
         return [self] * len(self.layer_types)
+
+
+def _not_a_field(name: str) -> str:
+    """What is wrong with a name, and the likely fix."""
+    if name in GenerationConfig().to_dict():
+        return f"{name}: not a field of CumulantConfig; it belongs to generate() or model.generation_config"
+    near = difflib.get_close_matches(name, CumulantConfig.__dataclass_fields__, 1)
+    likely = SYNONYMS.get(name) or (near[0] if near else None)
+    return f"{name}: not a field of CumulantConfig" + (f"; did you mean {likely}?" if likely else "")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -24,13 +24,28 @@ from ..nn import (
 )
 from ..nn.feature_maps import LearnedFeatureMap
 from ..nn.norms import make_norm
-from ..nn.padding import offsets
 from ..nn.step import Layer, step, step_mixer, steppable
 from ..ops.step import Vector
 from .cache import read_state, write_state
 from .config import CumulantConfig
+from .documents import Marks, find_documents, leave_out_first
 from .feed_forward import LogitFeedForward, build_feed_forward
+from .inputs import (
+    CausalArguments,
+    ClientArguments,
+    cached_length,
+    check_arguments,
+    check_cache_position,
+    check_labels,
+    check_token_types,
+    places,
+    select_logits,
+    split_mask,
+)
 from .mixers import build_mixer
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 @steppable
@@ -103,6 +118,12 @@ class CumulantPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
     _no_split_modules = ["CumulantBlock"]  # noqa: RUF012 (the base class's convention)
     _is_stateful = True  # a fixed-size state cannot be rolled back, so no assisted generation
 
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
+        """Nothing to do: every saved folder is loadable so already. Subclasses outside of Cumulant are registered."""
+        if not cls.__module__.startswith("cumulant."):
+            super().register_for_auto_class(auto_class)
+
     def _init_weights(self, module: nn.Module) -> None:
         """Normal weights; those of projections into the residual stream smaller, as depth adds them up."""
         if getattr(module, "writes_residual", False):
@@ -152,35 +173,73 @@ class CumulantModel(CumulantPreTrainedModel):
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         cu_seqlens: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        **kwargs: Unpack[ClientArguments],
     ) -> BaseModelOutputWithPast:
         """See `CumulantForCausalLM.forward`."""
+        check_arguments(kwargs, self.config)
+        check_token_types(token_type_ids)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids: pass either input_ids [B, T] or inputs_embeds [B, T, D]")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        B, T = x.shape[:2]
+        past = cached_length(past_key_values)
+        check_cache_position(kwargs.get("cache_position"), past, T)
+        key_mask, past_mask = split_mask(attention_mask, x, past)
+        marks = Marks.read(kwargs, position_ids=position_ids, seq_idx=seq_idx, cu_seqlens=cu_seqlens)
+        documents = find_documents(
+            marks, B, T, key_mask, absolute=self.config.counts_positions, past=past, past_mask=past_mask
+        )
+        cu_seqlens = None
+        if documents is not None:
+            if past_key_values is not None:
+                raise ValueError("past_key_values: packed documents have no single state; leave the cache out")
+            x, key_mask, cu_seqlens = documents.flatten(x), None, documents.cu_seqlens
         use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
-        if not self.config.is_causal:
+        if documents is not None or not self.config.is_causal:
             use_cache = False
-        if cu_seqlens is not None or (self.training and self.layers[0].gradient_checkpointing):
+        if self.training and self.layers[0].gradient_checkpointing:
             use_cache = False
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
-        key_mask, past_mask = _split_mask(attention_mask, x, past)
         if self.position is not None:
-            place = _places(x, past, key_mask, past_mask, cu_seqlens, self.config.count_padding)
+            place = places(x, past, key_mask, past_mask, cu_seqlens, self.config.count_padding)
             x = x + self.position(place).to(x.dtype)
+        keep = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        hidden = self._run(x, key_mask, cu_seqlens, past_key_values, past_mask, past, bool(keep))
+        if documents is not None:
+            hidden = [documents.restore(h, B, T) for h in hidden]
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden[-1],
+            past_key_values=past_key_values if use_cache else None,
+            hidden_states=tuple(hidden) if keep else None,
+        )
+
+    def _run(
+        self,
+        x: Tensor,
+        key_mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        past_key_values: Cache | None,
+        past_mask: Tensor | None,
+        past: int,
+        keep: bool,
+    ) -> list[Tensor]:
+        """The normed output; before it, if asked to `keep` them, the residual stream before each run of a block."""
         x = self.dropout(x)
         hidden = []
         for wrap in range(self.config.wraps):
             if self.wrap_bias is not None:
                 x = x + self.wrap_bias[wrap].to(x.dtype)
             for layer, block in enumerate(self.layers):
-                if output_hidden_states:
+                if keep:
                     hidden.append(x)
                 x = block(
                     x,
@@ -191,50 +250,7 @@ class CumulantModel(CumulantPreTrainedModel):
                     length=past + x.shape[1],
                     slot=wrap * len(self.layers) + layer,
                 )
-        x = self.norm(x)
-        hidden.append(x)
-        return BaseModelOutputWithPast(
-            last_hidden_state=x,
-            past_key_values=past_key_values if use_cache else None,
-            hidden_states=tuple(hidden) if output_hidden_states else None,
-        )
-
-
-def _split_mask(attention_mask: Tensor | None, x: Tensor, past: int) -> tuple[Tensor | None, Tensor | None]:
-    """Masks of the new tokens ``[B, T]`` and of the cached ones ``[B, S]``; None where all positions are tokens."""
-    if attention_mask is None:
-        return None, None
-    B, T = x.shape[:2]
-    if attention_mask.dim() != 2 or attention_mask.shape[0] != B or attention_mask.shape[1] != past + T:
-        raise ValueError(
-            f"attention_mask: expected [B, S + T] = [{B}, {past + T}], {past} cached positions and {T} new ones, "
-            f"got {list(attention_mask.shape)}"
-        )
-    mask = attention_mask.bool()
-    if not torch.compiler.is_compiling() and bool(mask.all()):
-        return None, None
-    key_mask, past_mask = mask[:, mask.shape[1] - T :], mask[:, : mask.shape[1] - T]
-    if not torch.compiler.is_compiling() and bool(key_mask.all()):
-        return None, past_mask if past_mask.shape[1] else None
-    return key_mask, past_mask if past_mask.shape[1] else None
-
-
-def _places(
-    x: Tensor,
-    past: int,
-    key_mask: Tensor | None,
-    past_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    count_padding: bool,
-) -> Tensor:
-    """Place of each new token in its text, ``[T]`` or ``[B, T]``: padding takes none, unless it counts."""
-    T = x.shape[1]
-    if cu_seqlens is not None:
-        return offsets(T, cu_seqlens)
-    place = torch.arange(T, device=x.device) if key_mask is None or count_padding else key_mask.cumsum(1) - 1
-    if past_mask is None or count_padding:
-        return place + past
-    return place + past_mask.sum(1, keepdim=True)
+        return [*hidden, self.norm(x)]
 
 
 class CumulantWithLogits(CumulantPreTrainedModel):
@@ -270,20 +286,30 @@ class CumulantForCausalLM(CumulantWithLogits, GenerationMixin):  # type: ignore[
         """Masks stay ``[B, S]``: mixers take them as they are."""
         return attention_mask
 
+    def _prepare_position_ids_for_generation(self, *_: Any) -> None:
+        """None: the model counts positions itself, and `forward` would only check those."""
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
+        """As transformers', without what `generate` was given for itself and hands on to the model."""
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        return {name: value for name, value in inputs.items() if name not in ("tokenizer", "assistant_tokenizer")}
+
     @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         cu_seqlens: Tensor | None = None,
-        logits_to_keep: int = 0,
-        num_items_in_batch: Tensor | int | None = None,
-        shift_labels: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Unpack[CausalArguments],
     ) -> CausalLMOutputWithPast:
         """Logits ``[B, T, vocab_size]``, and the mean cross entropy in nats if `labels` are given.
 
@@ -291,35 +317,54 @@ class CumulantForCausalLM(CumulantWithLogits, GenerationMixin):  # type: ignore[
             input_ids: ``[B, T]``; with a cache, any number of new tokens.
             attention_mask: ``[B, T]``, with a cache ``[B, S + T]``; 0 marks padding, on either side. None: no padding,
                 in the cache neither.
+            position_ids: ``[B, T]``, only to mark documents: positions rise by one in a document, and a smaller one
+                begins the next. None sees another.
             past_key_values: cache of earlier tokens, from a call with ``use_cache=True`` or
                 ``transformers.DynamicCache(config=model.config)``.
             inputs_embeds: ``[B, T, D]`` in place of `input_ids`.
-            labels: ``[B, T]``, as `input_ids`; -100 is left out. Shifted here.
+            labels: ``[B, T]``, as `input_ids`; -100 is left out, and so is the first token of a packed document.
+                Shifted here.
             use_cache: return the cache; by default when not training.
             output_hidden_states: return the residual stream after the embedding and after each run of a block.
-            cu_seqlens: ``[N + 1]`` offsets of documents packed end to end in one row (B = 1); none sees another.
-            logits_to_keep: compute only the last so many logits; 0 for all.
-            num_items_in_batch: divisor of the summed loss, for gradient accumulation.
-            shift_labels: ``[B, T]``, `labels` already shifted: ``shift_labels[t]`` follows ``input_ids[t]``.
+            cu_seqlens: ``[N + 1]`` offsets of documents packed end to end in one row (B = 1), in place of
+                `position_ids`.
+            seq_idx: ``[B, T]``, a number for each document, in place of `position_ids`.
+            token_type_ids: zeros.
+            logits_to_keep: compute only the last so many logits (0: all), or those at places ``[n]`` or ``[B, n]``, or
+                where ``[B, T]`` is true.
+            kwargs: `CausalArguments`, that other models take too.
+
+        Raises:
+            TypeError: an argument that no model knows.
+            ValueError: an argument that would change the result and cannot be honoured, by name.
         """
+        shift_labels = kwargs.pop("shift_labels", None)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
+            position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
             cu_seqlens=cu_seqlens,
+            seq_idx=seq_idx,
+            token_type_ids=token_type_ids,
+            **{**kwargs, "return_dict": True},
         )
         hidden = outputs.last_hidden_state
-        logits = self.logits(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
+        logits = self.logits(select_logits(hidden, logits_to_keep))
         loss = None
+        if labels is not None:
+            check_labels(labels, logits)
+            marks = Marks.read(kwargs, position_ids=position_ids, seq_idx=seq_idx, cu_seqlens=cu_seqlens)
+            labels = leave_out_first(labels, marks, attention_mask, hidden.shape[1])
         if labels is not None or shift_labels is not None:
             loss = self.loss_function(
                 logits,
                 labels,
                 self.config.vocab_size,
-                num_items_in_batch=num_items_in_batch,
+                num_items_in_batch=kwargs.get("num_items_in_batch"),
                 shift_labels=None if shift_labels is None else shift_labels.contiguous(),
             )
         return CausalLMOutputWithPast(

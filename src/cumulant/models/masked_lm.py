@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor, nn
 from transformers.modeling_outputs import MaskedLMOutput
 from transformers.utils.generic import can_return_tuple
 
 from .config import CumulantConfig
+from .inputs import ClientArguments, check_labels
 from .language_model import CumulantWithLogits
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class CumulantForMaskedLM(CumulantWithLogits):
@@ -27,11 +33,14 @@ class CumulantForMaskedLM(CumulantWithLogits):
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         output_hidden_states: bool | None = None,
         cu_seqlens: Tensor | None = None,
-        num_items_in_batch: Tensor | int | None = None,
+        seq_idx: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        **kwargs: Unpack[ClientArguments],
     ) -> MaskedLMOutput:
         """Logits ``[B, T, vocab_size]``, and the mean cross entropy in nats if `labels` are given.
 
@@ -41,19 +50,26 @@ class CumulantForMaskedLM(CumulantWithLogits):
             inputs_embeds: ``[B, T, D]`` in place of `input_ids`.
             labels: ``[B, T]``, the token expected at each place; -100 is left out.
             output_hidden_states: return the residual stream after the embedding and after each block.
-            cu_seqlens: ``[N + 1]`` offsets of texts packed end to end in one row (B = 1); none sees another.
-            num_items_in_batch: divisor of the summed loss, for gradient accumulation.
+            position_ids, seq_idx, cu_seqlens: marks of packed texts, see `CumulantForCausalLM.forward`.
+            token_type_ids: zeros.
+            kwargs: `ClientArguments`, that other models take too.
         """
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
+            position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             output_hidden_states=output_hidden_states,
             cu_seqlens=cu_seqlens,
+            seq_idx=seq_idx,
+            token_type_ids=token_type_ids,
+            **{**kwargs, "return_dict": True},
         )
         logits = self.logits(outputs.last_hidden_state)
         loss = None
+        num_items_in_batch = kwargs.get("num_items_in_batch")
         if labels is not None:
+            check_labels(labels, logits)
             total = nn.functional.cross_entropy(
                 logits.float().flatten(0, 1),
                 labels.flatten(),

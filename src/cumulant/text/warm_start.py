@@ -33,7 +33,8 @@ def inherited_configuration(options: TrainingOptions, folder: Path) -> CumulantC
     unknown = [name for name in changes if name not in CumulantConfig.__dataclass_fields__]
     if unknown:
         raise ValueError(f"{unknown[0]}: not a field of CumulantConfig")
-    return CumulantConfig(**{**config.to_dict(), **changes})
+    changed: CumulantConfig = CumulantConfig.from_dict({**config.to_dict(), **changes})
+    return changed
 
 
 def inherited_model(options: TrainingOptions, config: CumulantConfig) -> CumulantForCausalLM:

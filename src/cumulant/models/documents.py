@@ -1,0 +1,192 @@
+"""Documents packed into rows, however a client marks them: by positions that begin again, by a number for each
+document, or by offsets. They are put end to end in one row without padding, and none sees another."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..ops.checks import check_cu_seqlens
+
+
+class Marks(NamedTuple):
+    """The marks of one call, None where they were not given. position_ids, seq_idx: ``[B, T]``; the others:
+    ``[N + 1]``, in one row."""
+
+    position_ids: Tensor | None = None
+    seq_idx: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+    cu_seq_lens_q: Tensor | None = None
+    cu_seq_lens_k: Tensor | None = None
+    max_length: int | None = None
+
+    @classmethod
+    def read(cls, arguments: Mapping[str, Any], **named: Tensor | None) -> Marks:
+        """From the `named` marks and those among a call's further arguments."""
+        lengths = [int(arguments[name]) for name in ("max_length_q", "max_length_k") if arguments.get(name) is not None]
+        offsets = {name: arguments.get(name) for name in ("cu_seq_lens_q", "cu_seq_lens_k")}
+        return cls(**named, **offsets, max_length=min(lengths, default=None))
+
+    @property
+    def given(self) -> bool:
+        return any(mark is not None for mark in self[:5])
+
+
+class Documents(NamedTuple):
+    """Documents of a batch end to end in one row. cu_seqlens: their offsets ``[N + 1]``. origin: where each token of
+    the row stood in the flattened batch ``[M]``; None: the batch is that row."""
+
+    cu_seqlens: Tensor
+    origin: Tensor | None
+
+    def flatten(self, x: Tensor) -> Tensor:
+        """``[B, T, D]`` -> ``[1, M, D]``."""
+        return x if self.origin is None else x.flatten(0, 1)[None, self.origin]
+
+    def restore(self, y: Tensor, rows: int, length: int) -> Tensor:
+        """``[1, M, D]`` -> ``[B, T, D]``, zeros for padding."""
+        if self.origin is None:
+            return y
+        flat = y.new_zeros(rows * length, y.shape[2])
+        return flat.index_copy(0, self.origin, y[0]).view(rows, length, -1)
+
+
+def find_documents(
+    marks: Marks,
+    rows: int,
+    length: int,
+    key_mask: Tensor | None,
+    *,
+    absolute: bool,
+    past: int,
+    past_mask: Tensor | None,
+) -> Documents | None:
+    """The documents that the marks tell apart in ``[B, T]`` tokens; None where each row is a single one.
+
+    Positions that rise by one are what the model counts itself. Where `absolute`, it counts from 0 in every document
+    and no other start can be honoured; otherwise only distances matter.
+
+    Raises:
+        ValueError: marks of another shape; positions with gaps; marks that contradict one another or the cache.
+    """
+    cu_seqlens = _offsets(marks, rows)
+    others = marks.position_ids is not None or marks.seq_idx is not None
+    if cu_seqlens is not None and key_mask is None and not others:
+        _check_longest(marks, cu_seqlens)
+        return Documents(cu_seqlens, None)
+    if not marks.given:
+        return None
+    device = next(mark.device for mark in marks[:5] if mark is not None)
+    slots = torch.arange(rows * length, device=device)
+    index = slots if key_mask is None else slots[key_mask.flatten().to(device)]
+    if cu_seqlens is not None:
+        check_cu_seqlens(cu_seqlens, rows, length, length, device)
+        index = index[index < cu_seqlens[-1]]
+    row = index // length
+    fresh = {}  # for each mark, where it begins a document, besides the rows' beginnings
+    if marks.position_ids is not None:
+        positions = _flat("position_ids", marks.position_ids, rows, length)[index]
+        fresh["position_ids"] = _restarts(positions, index, row)
+    if marks.seq_idx is not None:
+        fresh["seq_idx"] = _changes(_flat("seq_idx", marks.seq_idx, rows, length)[index])
+    if cu_seqlens is not None:
+        fresh["cu_seqlens"] = _changes(torch.searchsorted(cu_seqlens.long(), index, right=True))
+    change = _changes(row)
+    (name, first), *rest = ((name, begins | change) for name, begins in fresh.items())
+    for other, begins in rest:
+        if not torch.equal(first, begins):
+            place = int(index[(first != begins).nonzero()[0, 0] + 1]) % length
+            raise ValueError(f"{other}: marks other documents than {name}, at token {place} of a row; pass one of them")
+    begins = torch.cat((first.new_ones(min(1, len(index))), first))
+    if marks.position_ids is not None:
+        counted = past if past_mask is None else past_mask.sum(1)[row]
+        _check_starts(positions, begins, absolute=absolute, past=past, counted=counted, slot=index % length)
+    if torch.equal(first, change):
+        return None
+    bounds = torch.cat((begins.nonzero()[:, 0], begins.new_full((1,), len(index), dtype=torch.long)))
+    _check_longest(marks, bounds)
+    whole = rows == 1 and len(index) == length
+    return Documents(bounds.to(torch.int32), None if whole else index)
+
+
+def leave_out_first(labels: Tensor, marks: Marks, attention_mask: Tensor | None, tokens: int) -> Tensor:
+    """Labels ``[B, T]`` without those of each document's first token, which nothing in it comes before. The marks are
+    those that `find_documents` has checked."""
+    if not marks.given:
+        return labels
+    rows, length = labels.shape
+    if length != tokens:
+        raise ValueError(f"logits_to_keep: packed documents need the labels of all {tokens} tokens, got {length}")
+    key_mask = None if attention_mask is None else attention_mask.bool()
+    documents = find_documents(marks, rows, length, key_mask, absolute=False, past=0, past_mask=None)
+    if documents is None:
+        return labels
+    first = documents.cu_seqlens[:-1].long()
+    first = first[first < documents.cu_seqlens[-1]]
+    if documents.origin is not None:
+        first = documents.origin[first]
+    return labels.flatten().index_fill(0, first, -100).view_as(labels)
+
+
+def _offsets(marks: Marks, rows: int) -> Tensor | None:
+    """The offsets given under any of their names, which must agree."""
+    found: tuple[str, Tensor] | None = None
+    for name in ("cu_seqlens", "cu_seq_lens_q", "cu_seq_lens_k"):
+        mark = getattr(marks, name)
+        if mark is None:
+            continue
+        if rows != 1:
+            raise ValueError(f"{name}: packed documents need one row, B = 1, got B = {rows}; or pass position_ids")
+        if found is not None and not torch.equal(found[1].long(), mark.long()):
+            raise ValueError(f"{name}: differs from {found[0]}; pass one of them")
+        found = found or (name, mark)
+    return None if found is None else found[1]
+
+
+def _flat(name: str, mark: Tensor, rows: int, length: int) -> Tensor:
+    if mark.is_floating_point() or mark.shape not in ((rows, length), (1, length), (length,)):
+        raise ValueError(f"{name}: expected integers [B, T] = [{rows}, {length}], got {mark.dtype} {list(mark.shape)}")
+    return mark.expand(rows, length).flatten()
+
+
+def _changes(values: Tensor) -> Tensor:
+    """Where a value differs from the one before: ``[M]`` -> ``[M - 1]``."""
+    return values[1:] != values[:-1]
+
+
+def _restarts(positions: Tensor, index: Tensor, row: Tensor) -> Tensor:
+    step = positions[1:] - positions[:-1]
+    gaps = (step > 1) & (step != index[1:] - index[:-1]) & ~_changes(row)  # a hole of padding may be counted or not
+    if bool(gaps.any()):
+        place = int(gaps.nonzero()[0, 0])
+        raise ValueError(
+            f"position_ids: {int(positions[place])} is followed by {int(positions[place + 1])}; positions rise by one "
+            "in a document, and a smaller one begins the next"
+        )
+    return step < 1
+
+
+def _check_starts(
+    positions: Tensor, begins: Tensor, *, absolute: bool, past: int, counted: int | Tensor, slot: Tensor
+) -> None:
+    """Positions begin where the model's own do: behind what is cached, else at 0 (or at the slot, where padding was
+    counted)."""
+    if not absolute and past == 0:
+        return
+    right = (positions == counted) | (positions == slot + past)
+    wrong = begins & ~right
+    if bool(wrong.any()):
+        found = int(positions[wrong.nonzero()[0, 0]])
+        where = f"behind {past} cached positions they go on from there" if past else "this model counts from 0"
+        raise ValueError(f"position_ids: a document begins at {found}, but {where}; leave position_ids out")
+
+
+def _check_longest(marks: Marks, cu_seqlens: Tensor) -> None:
+    if marks.max_length is None or torch.compiler.is_compiling():
+        return
+    longest = int(cu_seqlens.diff().max())
+    if marks.max_length < longest:
+        raise ValueError(f"max_length_q: {marks.max_length} is less than the longest document, {longest} tokens")

@@ -1,0 +1,172 @@
+"""What programs written for Hugging Face models pass to `forward`: each argument is honoured, or without effect, or
+refused by name. Nothing is swallowed."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from ..nn.padding import offsets
+from .config import CumulantConfig
+
+
+class ClientArguments(TypedDict, total=False):
+    """Further keyword arguments of every model's `forward`. Where nothing else is said, a value that asks for nothing
+    (None, False, all ones, the default) is accepted and any other is refused.
+
+    output_attentions, output_router_logits, head_mask: these models have no attention weights, routers, head masks.
+    is_causal: as in the configuration.
+    cache_position: ``[T]``, the places of the new tokens behind the cached ones.
+    cu_seq_lens_q, cu_seq_lens_k: other names of `cu_seqlens`.
+    max_length_q, max_length_k: at least the longest packed document.
+    num_items_in_batch: divisor of the summed loss, where the model has one over tokens.
+    return_dict: False for a tuple.
+    """
+
+    output_attentions: bool | None
+    output_router_logits: bool | None
+    head_mask: Tensor | None
+    is_causal: bool | None
+    cache_position: Tensor | None
+    cu_seq_lens_q: Tensor | None
+    cu_seq_lens_k: Tensor | None
+    max_length_q: int | Tensor | None
+    max_length_k: int | Tensor | None
+    num_items_in_batch: Tensor | int | None
+    return_dict: bool | None
+
+
+class CausalArguments(ClientArguments, total=False):
+    """Those of `CumulantForCausalLM`: also ``shift_labels [B, T]``, labels that are shifted already. Not in the
+    signature, where Trainer would take them for the labels of an evaluation."""
+
+    shift_labels: Tensor | None
+
+
+NAMES = (
+    *("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "labels", "use_cache"),
+    *("output_hidden_states", "cu_seqlens", "seq_idx", "token_type_ids", "logits_to_keep", "shift_labels"),
+    *ClientArguments.__annotations__,
+)
+
+
+def check_arguments(given: Mapping[str, Any], config: CumulantConfig) -> None:
+    """Refuse names that no model knows, and values that would change the result and cannot be honoured."""
+    for name in given:
+        if name not in ClientArguments.__annotations__:
+            near = difflib.get_close_matches(name, [known for known in NAMES if known != name], 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise TypeError(f"forward() got an unexpected keyword argument {name!r}{hint}")
+    if given.get("output_attentions") or (given.get("output_attentions") is None and config.output_attentions):
+        raise ValueError("output_attentions: these models form no attention weights to return; leave it out")
+    if given.get("output_router_logits"):
+        raise ValueError("output_router_logits: these models have no experts; leave it out")
+    causal = given.get("is_causal")
+    if causal is not None and bool(causal) != config.is_causal:
+        raise ValueError(f"is_causal: the configuration says {config.is_causal}; build the model with another")
+    head_mask = given.get("head_mask")
+    if head_mask is not None and not all(bool((mask == 1).all()) for mask in head_mask if mask is not None):
+        raise ValueError("head_mask: heads cannot be switched off here; leave it out")
+
+
+def check_token_types(token_type_ids: Tensor | None) -> None:
+    """Token types are zeros: the models have no embedding for any."""
+    if token_type_ids is not None and bool(token_type_ids.any()):
+        raise ValueError(
+            "token_type_ids: these models have one type of token, so expected zeros; leave it out "
+            "(return_token_type_ids=False in the tokenizer), or mark documents with position_ids"
+        )
+
+
+def check_cache_position(cache_position: Tensor | None, past: int, length: int) -> None:
+    """Places of the new tokens are those behind the cached ones."""
+    if cache_position is None:
+        return
+    expected = torch.arange(past, past + length, device=cache_position.device)
+    if cache_position.shape != expected.shape or not bool((cache_position == expected).all()):
+        raise ValueError(
+            f"cache_position: expected [T] = {past} to {past + length - 1}, behind the {past} cached positions; "
+            "leave it out"
+        )
+
+
+def split_mask(attention_mask: Tensor | None, x: Tensor, past: int) -> tuple[Tensor | None, Tensor | None]:
+    """Masks of the new tokens ``[B, T]`` and of the cached ones ``[B, S]``; None where all positions are tokens."""
+    if attention_mask is None:
+        return None, None
+    B, T = x.shape[:2]
+    if attention_mask.dim() != 2 or attention_mask.shape[0] != B or attention_mask.shape[1] != past + T:
+        raise ValueError(
+            f"attention_mask: expected [B, S + T] = [{B}, {past + T}], {past} cached positions and {T} new ones, "
+            f"got {list(attention_mask.shape)}"
+        )
+    mask = attention_mask.bool()
+    if not torch.compiler.is_compiling():
+        if attention_mask.dtype != torch.bool and not bool((attention_mask == mask).all()):
+            raise ValueError(
+                "attention_mask: expected 1 for tokens and 0 for padding, got other numbers; documents in one row are "
+                "marked by position_ids, seq_idx or cu_seqlens"
+            )
+        if bool(mask.all()):
+            return None, None
+    key_mask, past_mask = mask[:, mask.shape[1] - T :], mask[:, : mask.shape[1] - T]
+    if not torch.compiler.is_compiling() and bool(key_mask.all()):
+        return None, past_mask if past_mask.shape[1] else None
+    return key_mask, past_mask if past_mask.shape[1] else None
+
+
+def places(
+    x: Tensor,
+    past: int,
+    key_mask: Tensor | None,
+    past_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    count_padding: bool,
+) -> Tensor:
+    """Place of each new token in its text, ``[T]`` or ``[B, T]``: padding takes none, unless it counts."""
+    T = x.shape[1]
+    if cu_seqlens is not None:
+        return offsets(T, cu_seqlens)
+    place = torch.arange(T, device=x.device) if key_mask is None or count_padding else key_mask.cumsum(1) - 1
+    if past_mask is None or count_padding:
+        return place + past
+    return place + past_mask.sum(1, keepdim=True)
+
+
+def cached_length(past_key_values: Cache | None) -> int:
+    """Positions in the cache."""
+    if past_key_values is None:
+        return 0
+    if not isinstance(past_key_values, Cache):
+        raise TypeError(
+            f"past_key_values: expected a transformers Cache, got {type(past_key_values).__name__}; build one with "
+            "transformers.DynamicCache(config=model.config)"
+        )
+    length: int = past_key_values.get_seq_length()
+    return length
+
+
+def select_logits(hidden: Tensor, keep: int | Tensor) -> Tensor:
+    """The hidden states whose logits are asked for, of ``[B, T, D]``: the last so many (0: all); the places ``[n]``, or
+    ``[B, n]`` of each row; or where ``[B, T]`` is true, as ``[n, D]``."""
+    if not isinstance(keep, Tensor):
+        return hidden[:, -keep:] if keep else hidden
+    if keep.dtype == torch.bool:
+        return hidden[keep]
+    if keep.dim() == 2:
+        return hidden.gather(1, keep[..., None].expand(-1, -1, hidden.shape[2]))
+    return hidden[:, keep]
+
+
+def check_labels(labels: Tensor, logits: Tensor) -> None:
+    """A label for each of the logits."""
+    if labels.dim() != 2 or labels.shape != logits.shape[:-1]:
+        raise ValueError(
+            f"labels: expected {list(logits.shape[:-1])}, one for each of the logits, got {list(labels.shape)}; with "
+            "logits_to_keep pass the labels of those places, or none"
+        )
