@@ -43,7 +43,9 @@ def _product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     a, b = _dense(a), _dense(b)
     if bias is None and a.shape[0] > b.shape[0] and not a.is_contiguous() and not b.is_contiguous():
         turned: Tensor = _onednn(b, a, None, "none", [], "")  # up to twice as fast this way round
-        return turned.T
+        shape = a.shape[0], b.shape[0]
+        # its transpose in the same memory, which as a view could not be changed in place
+        return turned.new_empty(0).set_(turned.untyped_storage(), 0, shape, (1, shape[0]))
     out: Tensor = _onednn(a, b, bias, "none", [], "")
     return out
 

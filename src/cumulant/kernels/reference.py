@@ -261,7 +261,7 @@ def elita_attention(
     weights = _softmax(torch.cat((each, s[..., None]), -1))
     out = weights[..., :-1] @ values.repeat_interleave(groups, 1)
     out = out + weights[..., -1:] * v.repeat_interleave(groups, 1)
-    mean = (_softmax(keys)[:, :, None] @ values)[:, :, 0]
+    mean = (_softmax(keys)[:, :, None] @ values)[:, :, 0].clone()
     return out.to(value.dtype), (_logsumexp(keys), mean)
 
 

@@ -146,7 +146,9 @@ def _packed_with_states(
     first = torch.zeros(size, dtype=torch.bool, device=v.device).index_fill(0, starts, True)
     first = first | (torch.arange(size, device=v.device) == bounds[-1] + 2 * N)
     out, _ = _run(chosen, (c, r, s, values), first, None)
-    mean = out[0, :: out.shape[1] // G].index_select(1, ends).transpose(0, 1)
+    mean = (
+        out[0, :: out.shape[1] // G].index_select(1, ends).transpose(0, 1).clone(memory_format=torch.contiguous_format)
+    )
     return out.index_select(2, place).to(inputs[3].dtype), (_log_sums(c[0], first, N), mean)
 
 
@@ -157,7 +159,11 @@ def _log_sums(c: Tensor, first: Tensor, N: int) -> Tensor:
     top = c.new_full((c.shape[0], N + 1), low).scatter_reduce(1, segment, c.detach(), "amax")
     total = torch.zeros_like(top).scatter_add(1, segment, (c - top.gather(1, segment)).exp())
     empty = total == 0
-    return (top + total.masked_fill(empty, 1).log()).masked_fill(empty, -torch.inf)[:, :N].T.contiguous()
+    return (
+        (top + total.masked_fill(empty, 1).log())
+        .masked_fill(empty, -torch.inf)[:, :N]
+        .T.clone(memory_format=torch.contiguous_format)
+    )
 
 
 def _reference(

@@ -87,7 +87,7 @@ def _step(
     g = torch.sigmoid(s.double() - r.double() - m[:, :, None]).masked_fill(s == -torch.inf, 0)
     u = torch.lerp(u0[:, :, None], x, a[..., None])
     out.copy_(torch.lerp(u[:, :, None], x[:, :, None], g[..., None]).flatten(1, 2))
-    return out, a.to(dtype), g.to(dtype), m[..., 0], u[:, :, 0]
+    return out, a.to(dtype), g.to(dtype), m.squeeze(-1).clone(), u.squeeze(2).clone()
 
 
 def _decay(a: Tensor, first: Tensor | None) -> Tensor:
@@ -96,9 +96,10 @@ def _decay(a: Tensor, first: Tensor | None) -> Tensor:
 
 
 def _new_heads(v: Tensor, heads: int) -> Tensor:
-    """``[B, heads, T, V]``, the heads of a token side by side in memory, as projections write and read them."""
+    """``[B, heads, T, V]``, the heads of a token side by side in memory, as projections write and read them. No
+    view, as autograd would refuse to change one in place."""
     B, _, T, V = v.shape
-    return v.new_empty(B, T, heads, V).transpose(1, 2)
+    return v.new_empty_strided((B, heads, T, V), (T * heads * V, V, heads * V, 1))
 
 
 def _backward(
@@ -171,7 +172,8 @@ def elita_attention(
     past = None if log_weight is None or mean is None else (log_weight, mean)
     r, s = (x.unflatten(1, (value.shape[1], -1)) for x in (query_logit, self_logit))
     with torch.autocast(value.device.type, enabled=False):
-        return _forward(key_logit, r, s, value, first, past, chunk)
+        out, a, g, m, u = _forward(key_logit, r, s, value, first, past, chunk)
+    return out, a.contiguous(), g.contiguous(), m, u.contiguous()
 
 
 @elita_attention.register_fake

@@ -114,7 +114,7 @@ class Packed:
         return like.new_zeros(1, heads, length + 1, dim, dtype=dtype)  # the last row takes what has no token
 
     def finish(self, out: Tensor) -> Tensor:
-        return out[:, :, :-1].contiguous()
+        return out[:, :, :-1].clone(memory_format=torch.contiguous_format)  # never a view
 
 
 def sort_rows(x: Tensor | None, layout: Dense | Packed) -> Tensor | None:

@@ -88,7 +88,7 @@ class _Ragged:
 
     def back_query(self, y: Tensor) -> Tensor:
         tokens: Tensor = y[0, :, : self.batch * self.tokens].unflatten(1, (self.batch, self.tokens))
-        return tokens.transpose(0, 1).contiguous()
+        return tokens.transpose(0, 1).clone(memory_format=torch.contiguous_format)
 
     def back_key(self, y: Tensor) -> tuple[Tensor, Tensor]:
         rows = y[0, :, self.batch * self.tokens :].unflatten(1, (-1, self.group_size))
@@ -168,7 +168,7 @@ def _step(
         S[closed] += rest.lin_key[closed].mT @ rest.value[closed]
         for buffer in rest:
             buffer[closed] = 0
-    return y.reshape(B, H, 1, -1).to(value.dtype), S, rest
+    return y.reshape(B, H, 1, -1).to(value.dtype, copy=True), S, rest  # no view, which could not be changed in place
 
 
 def _past(numerator: Tensor | None, *parts: Tensor | None) -> Past | None:

@@ -182,7 +182,7 @@ def backward(t: Groups, dout: Tensor, S0: Tensor | None, dS_final: Tensor | None
         t.queries.new(heads, tokens, t.lin_query.shape[-1], t.value, t.dtype),
         t.keys.new(t.value.shape[1], seen, t.lin_key.shape[-1], t.value, t.dtype),
         t.keys.new(t.value.shape[1], seen, t.value.shape[-1], t.value, t.dtype),
-        None if t.bias is None else torch.zeros_like(t.bias, dtype=t.dtype),
+        None if t.bias is None else t.bias.new_zeros(t.bias.shape, dtype=t.dtype),
         initial_sums(t, dS_final),
     )
     S, dS = initial_sums(t, S0), grads.S

@@ -176,12 +176,13 @@ def _step(
     (c,) = t.queries.chunks
     q, (k, v, mask) = t.q(c), t.kv(c)
     phi = _expand(features, k, mask)
-    S = torch.baddbmm(S0.flatten(0, 1), phi.flatten(0, 1), v.flatten(0, 1)).view(S0.shape)
-    Z = None if Z0 is None else Z0 + phi.squeeze(-1)
+    S = torch.addcmul(S0.contiguous(), phi, v)
+    Z = None if Z0 is None else Z0.contiguous() + phi.squeeze(-1)
     y, z = _read(features.expand(q), S, Z)
     y = y if z is None else _divide(y, z)
     shape = t.query.shape[:3]
-    return y.view(*shape, v.shape[-1]).to(t.query.dtype), None if z is None else z.view(shape), S, Z
+    out = y.view(*shape, v.shape[-1]).to(t.query.dtype, copy=True)  # a view could not be changed in place
+    return out, None if z is None else z.view(shape), S, Z
 
 
 def _one_block(t: Tokens, S0: Tensor | None, want_state: bool) -> bool:

@@ -154,9 +154,11 @@ class Held:
 def new_heads(x: Tensor, heads: int, width: int, dtype: torch.dtype | None = None) -> Tensor:
     """An empty ``[B, heads, T, width]`` for ``x [B, ., T, .]``, the heads of a token side by side in memory.
 
-    So projections write and read them: views that split and join heads cost no copies, of outputs or of gradients.
+    So projections write and read them: views that split and join heads cost no copies, of outputs or of gradients. It
+    is no view itself, as autograd would refuse to change one in place.
     """
-    return x.new_empty((x.shape[0], x.shape[2], heads, width), dtype=dtype).transpose(1, 2)
+    B, _, T, _ = x.shape
+    return x.new_empty_strided((B, heads, T, width), (T * heads * width, width, heads * width, 1), dtype=dtype)
 
 
 def array(x: Tensor) -> Array:

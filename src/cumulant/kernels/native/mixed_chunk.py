@@ -248,8 +248,9 @@ def mixed_chunk_attention_backward(
 
 @mixed_chunk_attention_backward.register_fake
 def _(dout, dS, dk, dl, dv, quad_query, quad_key, lin_query, lin_key, value, bias, mask, cu, S, k, l, v, *rest):  # type: ignore[no-untyped-def]
-    like = (quad_query, quad_key, lin_query, lin_key, value, bias, S, k, l, v)
-    return tuple(value.new_empty(0) if x is None else x.new_empty(x.shape) for x in like)
+    wide = value.new_empty(0, dtype=real(value.dtype))
+    inputs = (x.new_empty(x.shape) for x in (quad_query, quad_key, lin_query, lin_key, value))
+    return *inputs, *(wide.clone() if x is None else x.new_empty(x.shape) for x in (bias, S, k, l, v))
 
 
 def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
