@@ -42,4 +42,15 @@ class ElitaFeedForward(nn.Module):
         if x.shape[-1] != self.dim:
             raise ValueError(f"x: expected [..., D] with D={self.dim}, got {list(x.shape)}")
         hidden, factor = F.silu(self.hidden_proj(x)), F.silu(self.factor_proj(x))
-        return bilinear(hidden, factor, self.out_proj.weight, self.out_proj.bias)
+        if is_plain(self.out_proj):
+            return bilinear(hidden, factor, self.out_proj.weight, self.out_proj.bias)
+        y: Tensor = self.out_proj((factor[..., None] * hidden[..., None, :]).flatten(-2))
+        return y
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """Whether reading a linear layer's weight does what calling it does: no adapter in its place, no hooks, no
+    offloading, no quantised or parametrised weight."""
+    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
+    own = type(layer) in (nn.Linear, Projection) and "forward" not in vars(layer)
+    return own and not any(hooks) and type(layer.weight.data) is Tensor
