@@ -88,8 +88,3 @@ def test_streamers(model, capsys):
     ids = tokens(1, 4)
     out = model.generate(ids, max_new_tokens=7, do_sample=False, streamer=TextStreamer(Letters(), skip_prompt=True))
     assert capsys.readouterr().out.strip() == Letters().decode(out[0, 4:])
-
-
-def test_stateful_models_refuse_to_roll_back(model):
-    with pytest.raises(ValueError, match="stateful"):
-        model.generate(tokens(1, 4), assistant_model=model, max_new_tokens=4)

@@ -1,54 +1,86 @@
 """Mixer states in transformers' caches.
 
-Softmax mixers live in transformers' own `DynamicLayer` and `DynamicSlidingWindowLayer`; fixed-size states in
-`StateLayer`, a `LinearAttentionLayer` that `DynamicCache(config=model.config)` builds for the layer type
-"cumulant_state". Beam reordering, reset and offloading are transformers'.
+Keys and values of softmax and gated attention, which grow, live in transformers' own `DynamicLayer` or `StaticLayer`.
+States of fixed size live in `StateLayer`, a `LinearAttentionLayer` that `DynamicCache(config=model.config)` and
+`StaticCache` build for the layer type "cumulant_state".
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 from transformers.cache_utils import (
+    STATIC_LAYER_TYPE_MAPPING,
+    BaseQuantizedLayer,
     Cache,
     CacheLayerMixin,
-    DynamicSlidingWindowLayer,
-    LinearAttentionCacheLayerMixin,
+    DynamicLayer,
+    EncoderDecoderCache,
     LinearAttentionLayer,
+    StaticLayer,
 )
 
 from ..nn import KeyValueState
 from ..ops.state import State, register
+from .config import CumulantConfig
+
+MARGIN = 32  # tokens that may still be taken back once `crop` has been called
+RECORDED = 256  # recorded tokens above which `crop` forgets all but so many
+
+_BUILD = "build it with transformers.DynamicCache(config=model.config)"
 
 
 class StateLayer(LinearAttentionLayer, CacheLayerMixin):  # type: ignore[misc]
-    """A mixer state of fixed size, and the number of positions so far."""
+    """A mixer state of fixed size, and the number of positions so far.
+
+    Such a state cannot be cut like keys and values. While the layer records its past, as assisted generation asks, it
+    keeps an earlier state and the block's inputs since then; `crop` reads those that stay once more.
+    """
 
     _layer_type = "cumulant_state"
     is_compileable = False  # states are replaced, not written in place
-    is_croppable = False
+    is_croppable = True
     is_sliding = False
 
     def __init__(self, **kwargs: Any):
         LinearAttentionLayer.__init__(self, number_of_states=1)
         self.device: torch.device | None = None
+        self.reset()
+
+    def reset(self) -> None:
         self.state: State | None = None
         self.length = 0
+        self.has_previous_state = {0: False}
+        self._forget()
+
+    def _forget(self) -> None:
+        self.base: State | None = None
+        self.inputs: list[tuple[Tensor, Tensor | None]] = []
 
     @property
     def is_initialized(self) -> bool:
         return self.state is not None
 
-    def write(self, state: State, length: int) -> None:
-        self.state, self.length, self.has_previous_state = state, length, {0: True}
-        if self.device is None:
-            self.device = next(iter(state.tensors().values())).device
+    def record(self, block: Any, x: Tensor, key_mask: Tensor | None) -> None:
+        """Keep what `block` is about to read, if the past is recorded."""
+        if not self.record_past:
+            if self.inputs:
+                self._forget()
+            return
+        if not self.inputs:
+            self.base = self.state
+        self.inputs.append((x.detach(), key_mask))
+        self.block = ref(block)  # copies of the cache share the model
 
-    def reset(self) -> None:
-        self.__init__()  # type: ignore[misc]
+    def write(self, state: State | None, length: int) -> None:
+        self.state, self.length, self.has_previous_state = state, length, {0: state is not None}
+        if self.device is None and state is not None:
+            self.device = next(iter(state.tensors().values())).device
 
     def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         raise NotImplementedError("a fixed-size state holds no keys and values; use `state` and `write`")
@@ -71,9 +103,6 @@ class StateLayer(LinearAttentionLayer, CacheLayerMixin):  # type: ignore[misc]
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._replace(lambda x: x.index_select(0, beam_idx.to(x.device)))
 
-    def crop(self, tokens_to_remove: int) -> None:
-        raise RuntimeError("a fixed-size state cannot be rolled back; keep the earlier one (export_state)")
-
     def batch_repeat_interleave(self, repeats: int) -> None:
         self._replace(lambda x: x.repeat_interleave(repeats, 0))
 
@@ -83,6 +112,97 @@ class StateLayer(LinearAttentionLayer, CacheLayerMixin):  # type: ignore[misc]
     def _replace(self, function: Any) -> None:
         if self.state is not None:
             self.state = self.state.map(function)
+        if self.base is not None:
+            self.base = self.base.map(function)
+        self.inputs = [(function(x), None if mask is None else function(mask)) for x, mask in self.inputs]
+
+    @torch.no_grad()
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take the last ``-tokens_to_remove`` tokens back, by reading those before them again from an earlier state."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"tokens_to_remove: expected 0 or the negative of a number, got {tokens_to_remove}")
+        count, recorded = -tokens_to_remove, sum(x.shape[1] for x, _ in self.inputs)
+        if count > recorded:
+            raise RuntimeError(
+                f"crop: cannot take {count} tokens back from a fixed-size state that has recorded {recorded}; call "
+                "activate_past_recording() on the cache before they are read, or keep the state (export_state)"
+            )
+        if count == 0 and recorded <= RECORDED:
+            return
+        x, mask = self._joined(recorded - count)
+        first = max(x.shape[1] - MARGIN, 0)
+        self.base = self._read(x[:, :first], mask, self.base)
+        rest = x[:, first:].clone(), None if mask is None else mask[:, first:].clone()
+        self.inputs = [rest] if rest[0].shape[1] else []
+        if count:
+            self.write(self._read(*rest, self.base), self.length - count)
+
+    def _joined(self, length: int) -> tuple[Tensor, Tensor | None]:
+        """The first so many of the recorded inputs, and which are tokens."""
+        x = torch.cat([x for x, _ in self.inputs], 1)[:, :length]
+        if all(mask is None for _, mask in self.inputs):
+            return x, None
+        masks = [x.new_ones(x.shape[:2], dtype=torch.bool) if mask is None else mask for x, mask in self.inputs]
+        return x, torch.cat(masks, 1)[:, :length]
+
+    def _read(self, x: Tensor, mask: Tensor | None, state: State | None) -> State | None:
+        """The state after ``x [B, T, D]``."""
+        if x.shape[1] == 0:
+            return state
+        block: Any = self.block()
+        after: State = block.state_after(x, None if mask is None else mask[:, : x.shape[1]], state)
+        return after
+
+
+STATIC_LAYER_TYPE_MAPPING[StateLayer._layer_type] = StateLayer  # of a fixed size, so for both kinds of cache
+
+
+def prepare_cache(cache: Any, config: CumulantConfig, new: int) -> tuple[Cache, int]:
+    """The cache, ready for this model and `new` more tokens, and how many it has seen; refuses what cannot serve."""
+    if not isinstance(cache, Cache) or isinstance(cache, EncoderDecoderCache):
+        raise TypeError(f"past_key_values: expected a transformers Cache, got {type(cache).__name__}; {_BUILD}")
+    if not cache.layers:  # made without a configuration
+        cache.layers, cache.layer_class_to_replicate = DynamicCache(config=config).layers, None
+    seen = [_length(entry) for entry in cache.layers]
+    if None in seen or not any(seen):
+        _check_kinds(cache, config)
+    past = int(cache.get_seq_length())
+    if seen.count(past) != len(seen):
+        raise ValueError(
+            f"past_key_values: its layers have seen different numbers of tokens, {min(seen)} to {max(seen)}; a call "  # type: ignore[type-var]
+            "failed half-way, or layers were changed one by one: start again with a fresh cache"
+        )
+    for entry in cache.layers:
+        if isinstance(entry, StaticLayer) and past + new > entry.max_cache_len:
+            raise ValueError(
+                f"past_key_values: a static cache of max_cache_len={entry.max_cache_len} cannot hold {past} + {new} "
+                "tokens; make it larger, or use DynamicCache(config=model.config)"
+            )
+    return cache, past
+
+
+def _length(entry: Any) -> int | None:
+    """Tokens that a layer has seen; None for one that cannot be used here."""
+    if isinstance(entry, StateLayer):
+        return entry.length
+    if not isinstance(entry, (DynamicLayer, StaticLayer)) or isinstance(entry, BaseQuantizedLayer):
+        return None
+    return int(entry.get_seq_length())
+
+
+def _check_kinds(cache: Cache, config: CumulantConfig) -> None:
+    """Every layer is of the kind that this model's mixer there keeps."""
+    wanted = config.layer_types
+    if len(cache.layers) != len(wanted):
+        raise ValueError(
+            f"past_key_values: expected {len(wanted)} layers, as the model has, got {len(cache.layers)}; {_BUILD}"
+        )
+    for i, (entry, kind) in enumerate(zip(cache.layers, wanted, strict=True)):
+        if _length(entry) is None or isinstance(entry, StateLayer) != (kind == StateLayer._layer_type):
+            raise TypeError(
+                f"past_key_values: layer {i} is a {type(entry).__name__} of a {type(cache).__name__}, which cannot "
+                f"hold this model's state there; {_BUILD}"
+            )
 
 
 def read_state(cache: Cache, layer: int, past_mask: Tensor | None) -> State | None:
@@ -90,19 +210,16 @@ def read_state(cache: Cache, layer: int, past_mask: Tensor | None) -> State | No
     entry = cache.layers[layer]
     if isinstance(entry, StateLayer):
         return entry.state
-    if isinstance(entry, LinearAttentionCacheLayerMixin):
-        raise TypeError(
-            f"past_key_values: layer {layer} is a {type(entry).__name__}; build the cache from the model's config"
-        )
-    if not entry.is_initialized or entry.get_seq_length() == 0:
+    length = int(entry.get_seq_length()) if entry.is_initialized else 0
+    if length == 0:
         return None
-    key, value = entry.keys, entry.values
+    if cache.offloading:
+        entry.prefetch()
+    key, value = entry.keys[:, :, :length], entry.values[:, :, :length]
     if past_mask is None:
-        position = torch.full((key.shape[0],), entry.get_seq_length(), dtype=torch.int64, device=key.device)
-        return KeyValueState(key, value, None, position)
-    position = past_mask.sum(1)
-    if isinstance(entry, DynamicSlidingWindowLayer):  # tokens stand at the end, whatever the padding was
-        past_mask = torch.arange(key.shape[2], device=key.device) >= key.shape[2] - position[:, None]
+        position = torch.full((key.shape[0],), length, dtype=torch.int64, device=key.device)
+    else:
+        position = past_mask.sum(1)
     return KeyValueState(key, value, past_mask, position)
 
 
@@ -115,9 +232,22 @@ def write_state(cache: Cache, layer: int, state: State, length: int) -> None:
     assert isinstance(state, KeyValueState)
     if not entry.is_initialized:
         entry.lazy_initialization(state.key, state.value)
-    entry.keys, entry.values = state.key, state.value
-    if isinstance(entry, DynamicSlidingWindowLayer):
-        entry.cumulative_length = length
+    if isinstance(entry, StaticLayer):
+        seen = int(entry.cumulative_length)
+        entry.keys[:, :, seen:length] = state.key[:, :, seen:]
+        entry.values[:, :, seen:length] = state.value[:, :, seen:]
+        entry.cumulative_length.fill_(length)
+    else:
+        entry.keys, entry.values = state.key, state.value
+    if cache.offloading:
+        cache.offload(layer, cache.only_non_sliding)
+
+
+def record_input(cache: Cache, layer: int, block: Any, x: Tensor, key_mask: Tensor | None) -> None:
+    """Keep what a block reads, where the cache records its past; ``block.state_after`` reads it again."""
+    entry = cache.layers[layer]
+    if isinstance(entry, StateLayer):
+        entry.record(block, x, key_mask)
 
 
 @dataclass(frozen=True)
@@ -136,8 +266,10 @@ def export_state(cache: Cache) -> ModelState:
     layers = tuple(read_state(cache, i, None) for i in range(len(cache.layers)))
     if not layers or any(layer is None for layer in layers):
         raise ValueError("past_key_values: the cache is empty; run the model on some tokens first")
+    if any(isinstance(entry, StaticLayer) for entry in cache.layers):  # which is written in place
+        layers = tuple(layer.clone() for layer in layers if layer is not None)
     first: Any = layers[0]
-    length = cache.get_seq_length()
+    length = int(cache.get_seq_length())
     return ModelState(layers, torch.full_like(first.position, length))
 
 
@@ -149,7 +281,7 @@ def import_state(cache: Cache, state: ModelState) -> Cache:
             f" with {len(getattr(state, 'layers', ()))} layers"
         )
     for i, (entry, part) in enumerate(zip(cache.layers, state.layers, strict=True)):
-        if isinstance(entry, StateLayer) == isinstance(part, KeyValueState):
+        if not isinstance(entry, StateLayer) and not isinstance(part, KeyValueState):
             raise ValueError(f"state: layer {i} holds a {type(part).__name__}, which is not this model's mixer there")
         write_state(cache, i, part, int(state.position.max()))
     return cache

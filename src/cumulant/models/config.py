@@ -313,8 +313,10 @@ class CumulantConfig(PreTrainedConfig):  # type: ignore[misc]
     def layer_types(self) -> list[str]:
         """Kinds of cache layer, by which `transformers.DynamicCache(config=...)` builds the cache: each layer has one
         for each time that the stack is run."""
-        kinds = {"softmax": "full_attention", "gau": "full_attention", "sliding_window": "sliding_attention"}
-        once = [kinds.get(self.mixer(i), "cumulant_state") for i in range(self.num_hidden_layers)]
+        growing = ("softmax", "gau")
+        once = [
+            "full_attention" if self.mixer(i) in growing else "cumulant_state" for i in range(self.num_hidden_layers)
+        ]
         return once * self.wraps
 
     @property

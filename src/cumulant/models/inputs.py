@@ -9,7 +9,6 @@ from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
 
 from ..nn.padding import offsets
 from .config import CumulantConfig
@@ -136,19 +135,6 @@ def places(
     if past_mask is None or count_padding:
         return place + past
     return place + past_mask.sum(1, keepdim=True)
-
-
-def cached_length(past_key_values: Cache | None) -> int:
-    """Positions in the cache."""
-    if past_key_values is None:
-        return 0
-    if not isinstance(past_key_values, Cache):
-        raise TypeError(
-            f"past_key_values: expected a transformers Cache, got {type(past_key_values).__name__}; build one with "
-            "transformers.DynamicCache(config=model.config)"
-        )
-    length: int = past_key_values.get_seq_length()
-    return length
 
 
 def select_logits(hidden: Tensor, keep: int | Tensor) -> Tensor:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -26,14 +27,14 @@ from ..nn.feature_maps import LearnedFeatureMap
 from ..nn.norms import make_norm
 from ..nn.step import Layer, step, step_mixer, steppable
 from ..ops.step import Vector
-from .cache import read_state, write_state
+from .cache import prepare_cache, read_state, record_input, write_state
 from .config import CumulantConfig
 from .documents import Marks, find_documents, leave_out_first
 from .feed_forward import LogitFeedForward, build_feed_forward
+from .generation import CumulantGenerationMixin
 from .inputs import (
     CausalArguments,
     ClientArguments,
-    cached_length,
     check_arguments,
     check_cache_position,
     check_labels,
@@ -78,7 +79,10 @@ class CumulantBlock(GradientCheckpointingLayer):  # type: ignore[misc]
         slot: int = 0,
     ) -> Tensor:
         """`slot`: the mixer's entry of the cache."""
-        state: Any = None if past_key_values is None else read_state(past_key_values, slot, past_mask)
+        state: Any = None
+        if past_key_values is not None:
+            state = read_state(past_key_values, slot, past_mask)
+            record_input(past_key_values, slot, self, x, key_mask)
         if state is not None and key_mask is None and hasattr(self.mixer, "parts"):
             stepped = step_mixer(self.mixer, x, state, self)
             if stepped is not None:
@@ -95,6 +99,10 @@ class CumulantBlock(GradientCheckpointingLayer):  # type: ignore[misc]
             fed = step(self, x, lay="lay_feed_forward")
             x = x + self.dropout(self.feed_forward(self.feed_forward_norm(x))) if fed is None else fed[0]
         return x
+
+    def state_after(self, x: Tensor, key_mask: Tensor | None, state: Any) -> Any:
+        """The mixer's state alone, after inputs ``x [B, T, D]`` of this block."""
+        return self.mixer(self.mixer_norm(x), key_mask=key_mask, state=state, return_state=True)[1]
 
     def lay(self, layer: Layer, x: Vector, onto: Vector | None) -> Vector:
         """See `cumulant.nn.step`."""
@@ -116,7 +124,6 @@ class CumulantPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = True
     _no_split_modules = ["CumulantBlock"]  # noqa: RUF012 (the base class's convention)
-    _is_stateful = True  # a fixed-size state cannot be rolled back, so no assisted generation
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
@@ -190,7 +197,9 @@ class CumulantModel(CumulantPreTrainedModel):
             raise ValueError("input_ids: pass either input_ids [B, T] or inputs_embeds [B, T, D]")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         B, T = x.shape[:2]
-        past = cached_length(past_key_values)
+        past = 0
+        if past_key_values is not None:
+            past_key_values, past = prepare_cache(past_key_values, self.config, T)
         check_cache_position(kwargs.get("cache_position"), past, T)
         key_mask, past_mask = split_mask(attention_mask, x, past)
         marks = Marks.read(kwargs, position_ids=position_ids, seq_idx=seq_idx, cu_seqlens=cu_seqlens)
@@ -235,10 +244,11 @@ class CumulantModel(CumulantPreTrainedModel):
         """The normed output; before it, if asked to `keep` them, the residual stream before each run of a block."""
         x = self.dropout(x)
         hidden = []
+        depth = self.config.num_hidden_layers  # fewer than there are while early layers draft (assistant_early_exit)
         for wrap in range(self.config.wraps):
             if self.wrap_bias is not None:
                 x = x + self.wrap_bias[wrap].to(x.dtype)
-            for layer, block in enumerate(self.layers):
+            for layer, block in enumerate(islice(self.layers, depth)):
                 if keep:
                     hidden.append(x)
                 x = block(
@@ -248,7 +258,7 @@ class CumulantModel(CumulantPreTrainedModel):
                     past_key_values=past_key_values,
                     past_mask=past_mask,
                     length=past + x.shape[1],
-                    slot=wrap * len(self.layers) + layer,
+                    slot=wrap * depth + layer,
                 )
         return [*hidden, self.norm(x)]
 
@@ -273,26 +283,13 @@ class CumulantWithLogits(CumulantPreTrainedModel):
         return logits if self.logit_ffn is None else self.logit_ffn(logits)
 
 
-class CumulantForCausalLM(CumulantWithLogits, GenerationMixin):  # type: ignore[misc]
+class CumulantForCausalLM(CumulantWithLogits, CumulantGenerationMixin):
     """The language model; `generate`, `save_pretrained`, `Trainer`, `AutoModelForCausalLM` work as with any other."""
 
     def __init__(self, config: CumulantConfig):
         if not config.is_causal:
             raise ValueError("is_causal: a causal language model cannot see later tokens; use CumulantForMaskedLM")
         super().__init__(config)
-
-    @staticmethod
-    def create_masks_for_generate(attention_mask: Tensor | None = None, **_: Any) -> Tensor | None:
-        """Masks stay ``[B, S]``: mixers take them as they are."""
-        return attention_mask
-
-    def _prepare_position_ids_for_generation(self, *_: Any) -> None:
-        """None: the model counts positions itself, and `forward` would only check those."""
-
-    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
-        """As transformers', without what `generate` was given for itself and hands on to the model."""
-        inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, **kwargs)
-        return {name: value for name, value in inputs.items() if name not in ("tokenizer", "assistant_tokenizer")}
 
     @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(

@@ -1,0 +1,41 @@
+"""What `generate` asks of the language model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from transformers import GenerationMixin
+
+
+class CumulantGenerationMixin(GenerationMixin):  # type: ignore[misc]
+    """transformers' `generate`, with what is particular to states of fixed size."""
+
+    def _prepare_cache_for_generation(self, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
+        if generation_config.cache_implementation == "quantized":
+            raise ValueError(
+                "cache_implementation: 'quantized' cannot hold this model's states, which are kept in full precision; "
+                "use 'dynamic' (the default), 'static' or 'offloaded'"
+            )
+        return super()._prepare_cache_for_generation(generation_config, *args, **kwargs)
+
+    @staticmethod
+    def create_masks_for_generate(attention_mask: Tensor | None = None, **_: Any) -> Tensor | None:
+        """Masks stay ``[B, S]``: mixers take them as they are."""
+        return attention_mask
+
+    def _prepare_position_ids_for_generation(self, *_: Any) -> None:
+        """None: the model counts positions itself, and `forward` would only check those."""
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, next_sequence_length: int | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """As transformers', without what `generate` was given for itself and hands on to the model."""
+        if next_sequence_length is not None and next_sequence_length < 1:  # which would read all tokens once more
+            seen = input_ids.shape[1] - next_sequence_length
+            raise ValueError(
+                f"past_key_values: has seen {seen} tokens and input_ids holds {input_ids.shape[1]}; generation needs "
+                "at least one more: pass it, or read one token less into the cache"
+            )
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, next_sequence_length, **kwargs)
+        return {name: value for name, value in inputs.items() if name not in ("tokenizer", "assistant_tokenizer")}
