@@ -63,7 +63,7 @@ def test_packed_batches_are_the_documents(kind, tmp_path):
     pieces = ids.split([b - a for a, b in zip(starts, [*starts[1:], ids.shape[1]])], 1)
     out = model(**batch, use_cache=False)
     assert torch.allclose(out.logits, torch.cat([model(piece).logits for piece in pieces], 1), atol=1e-6)
-    nats = sum(float(model(piece, labels=piece).loss) * (piece.shape[1] - 1) for piece in pieces if piece.shape[1] > 1)
+    nats = sum(model(piece, labels=piece).loss.item() * (piece.shape[1] - 1) for piece in pieces if piece.shape[1] > 1)
     assert out.loss.item() == pytest.approx(nats / sum(piece.shape[1] - 1 for piece in pieces), rel=1e-6)
     model.float()
     run.train()

@@ -112,23 +112,29 @@ def find_documents(
     return Documents(bounds.to(torch.int32), None if whole else index)
 
 
-def leave_out_first(labels: Tensor, marks: Marks, attention_mask: Tensor | None, tokens: int) -> Tensor:
-    """Labels ``[B, T]`` without those of each document's first token, which nothing in it comes before. The marks are
-    those that `find_documents` has checked."""
+def leave_out_first(
+    labels: Tensor, marks: Marks, attention_mask: Tensor | None, tokens: int, items: Tensor | int | None
+) -> tuple[Tensor, Tensor | int | None]:
+    """Labels ``[B, T]`` without those of each document's first token, which nothing in it comes before, and the number
+    of `items` that the loss is to be divided by, less as many. `find_documents` has checked the marks."""
     if not marks.given:
-        return labels
+        return labels, items
     rows, length = labels.shape
     if length != tokens:
         raise ValueError(f"logits_to_keep: packed documents need the labels of all {tokens} tokens, got {length}")
     key_mask = None if attention_mask is None else attention_mask.bool()
     documents = find_documents(marks, rows, length, key_mask, absolute=False, past=0, past_mask=None)
     if documents is None:
-        return labels
+        return labels, items
     first = documents.cu_seqlens[:-1].long()
     first = first[first < documents.cu_seqlens[-1]]
     if documents.origin is not None:
         first = documents.origin[first]
-    return labels.flatten().index_fill(0, first, -100).view_as(labels)
+    kept = labels.flatten().index_fill(0, first, -100).view_as(labels)
+    if items is not None:  # counted by the caller, perhaps over several batches: this one's part of it
+        counted, left = ((x[:, 1:] != -100).sum() for x in (labels, kept))
+        items = items * (left / counted.clamp(min=1))
+    return kept, items
 
 
 def _offsets(marks: Marks, rows: int) -> Tensor | None:

@@ -351,17 +351,17 @@ class CumulantForCausalLM(CumulantWithLogits, CumulantGenerationMixin):
         )
         hidden = outputs.last_hidden_state
         logits = self.logits(select_logits(hidden, logits_to_keep))
-        loss = None
+        loss, items = None, kwargs.get("num_items_in_batch")
         if labels is not None:
             check_labels(labels, logits)
             marks = Marks.read(kwargs, position_ids=position_ids, seq_idx=seq_idx, cu_seqlens=cu_seqlens)
-            labels = leave_out_first(labels, marks, attention_mask, hidden.shape[1])
+            labels, items = leave_out_first(labels, marks, attention_mask, hidden.shape[1], items)
         if labels is not None or shift_labels is not None:
             loss = self.loss_function(
                 logits,
                 labels,
                 self.config.vocab_size,
-                num_items_in_batch=kwargs.get("num_items_in_batch"),
+                num_items_in_batch=items,
                 shift_labels=None if shift_labels is None else shift_labels.contiguous(),
             )
         return CausalLMOutputWithPast(
