@@ -186,12 +186,13 @@ class CumulantConfig(PreTrainedConfig):  # type: ignore[misc]
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """As transformers', from what ``config.json`` holds. Keys that this version does not know, such as those of a
         later one, are kept as attributes, and said."""
-        known = {*cls.__dataclass_fields__, *COMMON, *GenerationConfig().to_dict()}
-        unknown = {name: value for name, value in config_dict.items() if name not in known}
+        known = {*cls.__dataclass_fields__, *COMMON}
+        generation = GenerationConfig().to_dict()  # which files of older versions hold, and transformers leaves out
+        unknown = {name: value for name, value in config_dict.items() if name not in {*known, *generation}}
         if unknown:
             log = logging.getLogger(__name__)
             log.warning("config.json: kept without effect, as this version does not know it: %s", ", ".join(unknown))
-        made = super().from_dict({k: v for k, v in config_dict.items() if k not in unknown}, **kwargs)
+        made = super().from_dict({k: v for k, v in config_dict.items() if k in known}, **kwargs)
         config = made[0] if isinstance(made, tuple) else made
         for name, value in unknown.items():
             if not hasattr(type(config), name):  # properties are computed
