@@ -42,7 +42,8 @@ def _score(nats: float, tokens: int, text_bytes: int) -> Score:
 
 def _nats(logits: Tensor, labels: Tensor) -> float:
     """Summed cross entropy, in fp64 across the batch."""
-    losses = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none")
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
     return float(losses.double().sum())
 
 
