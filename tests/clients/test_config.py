@@ -83,6 +83,15 @@ def test_a_file_of_a_later_version(tmp_path, caplog):
     assert (changed.hidden_size, unused) == (48, {"hiden_size": 5})
 
 
+def test_layer_types_follow_from_mixers():
+    """Tools that shorten a model set them anew: to what they are, or not at all."""
+    made = config("taylor")
+    made.num_hidden_layers = 1
+    made.layer_types = ["cumulant_state"]
+    with pytest.raises(ValueError, match="layer_types: follows from mixers, and is .'cumulant_state'.; set mixers"):
+        made.layer_types = ["full_attention"]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_there_and_back(kind, tmp_path):
     made = config(kind)

@@ -156,3 +156,6 @@ def test_prefix_tuning_is_for_softmax():
         model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss.backward()
         options = {"input_ids": ids, "max_new_tokens": 4, "do_sample": False}
         assert model.eval().generate(**options).shape == (2, 10)
+    model = peft.get_peft_model(build("taylor"), peft.PrefixTuningConfig(**settings))
+    with pytest.raises(TypeError, match="past_key_values: layer 0 is a DynamicLayer .* cannot hold this model's state"):
+        model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids)

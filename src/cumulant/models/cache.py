@@ -164,8 +164,9 @@ def prepare_cache(cache: Any, config: CumulantConfig, new: int) -> tuple[Cache, 
     if not cache.layers:  # made without a configuration
         cache.layers, cache.layer_class_to_replicate = DynamicCache(config=config).layers, None
     seen = [_length(entry) for entry in cache.layers]
-    if None in seen or not any(seen):
+    if None in seen or not any(seen) or not getattr(cache, "fits_cumulant", False):
         _check_kinds(cache, config)
+        cache.fits_cumulant = True  # one look is enough, also at a cache that came filled, as prefix tuning's does
     past = int(cache.get_seq_length())
     if seen.count(past) != len(seen):
         raise ValueError(

@@ -320,6 +320,11 @@ class CumulantConfig(PreTrainedConfig):  # type: ignore[misc]
         ]
         return once * self.wraps
 
+    @layer_types.setter
+    def layer_types(self, value: list[str]) -> None:
+        if list(value) != self.layer_types:
+            raise ValueError(f"layer_types: follows from mixers, and is {self.layer_types}; set mixers instead")
+
     @property
     def per_layer_config(self) -> list[CumulantConfig]:
         """This configuration for each entry of `layer_types`; transformers' own stops after `num_hidden_layers`."""
