@@ -416,7 +416,7 @@ def test_every_mixer_is_in_the_matrix():
     exported = {getattr(nn, name) for name in nn.__all__}
     mixers = {k for k in exported if isinstance(k, type) and issubclass(k, torch.nn.Module)}
     parts = {nn.ChannelFirst, nn.RotaryEmbedding, nn.ShortConvolution}
-    parts |= {nn.HedgehogFeatureMap, nn.RebasedFeatureMap, nn.OffsetScale, nn.Projection, nn.ScaleNorm}
+    parts |= {nn.HedgehogFeatureMap, nn.RebasedFeatureMap, nn.OffsetScale, nn.ScaleNorm}
     parts |= {nn.ScaledSinusoidalEmbedding, nn.T5RelativePositionBias, nn.ElitaFeedForward, nn.SinusoidalLogits}
     assert mixers - kinds == parts
     assert issubclass(nn.TaylorAttention, KernelAttention)

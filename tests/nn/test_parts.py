@@ -194,13 +194,6 @@ def test_offset_scale_is_its_formula():
         assert torch.allclose(y[:, h], x * module.gamma[h] + module.beta[h])
 
 
-def test_projection_is_a_linear_layer():
-    theirs, ours = torch.nn.Linear(64, 300), nn.Projection(64, 300)
-    ours.load_state_dict(theirs.state_dict())
-    x = torch.randn(3, 200, 64)
-    assert torch.allclose(ours(x), theirs(x), atol=1e-5)
-
-
 @pytest.mark.parametrize("is_causal", [True, False])
 def test_flash_is_its_formula(is_causal):
     """The layer written out: norm, shift of the first half, four copies of one projection, rotation of some of their

@@ -16,7 +16,7 @@ from transformers import DynamicCache
 
 from cumulant import LinearState
 from cumulant.models import PRESETS, CumulantForCausalLM, from_preset
-from cumulant.nn import GatedShortConvolution, LinearAttention, Projection, TaylorAttention
+from cumulant.nn import GatedShortConvolution, LinearAttention, TaylorAttention
 from cumulant.nn import step as steps
 from cumulant.nn.kernel_attention import KernelAttention
 from cumulant.ops import step as rule
@@ -197,7 +197,7 @@ def test_changed_modules(change, monkeypatch):
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize(("kind", "method"), [(Projection, "forward"), (TaylorAttention, "attend")])
+@pytest.mark.parametrize(("kind", "method"), [(nn.Linear, "forward"), (TaylorAttention, "attend")])
 def test_patched_classes(kind, method, when, monkeypatch):
     """A method set on a class, before a module's first step or after it."""
     mixer, x = build("taylor"), torch.randn(1, 4, 24)

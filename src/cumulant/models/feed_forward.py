@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ..nn import ElitaFeedForward, Projection
+from ..nn import ElitaFeedForward
+from ..nn.projection import project
 from ..nn.step import Layer, steppable
 from ..ops.pointwise import swiglu
 from ..ops.step import Vector
@@ -19,14 +20,14 @@ class FeedForward(nn.Module):
         super().__init__()
         dim, hidden = config.hidden_size, config.intermediate_size
         assert hidden is not None
-        self.gate_proj = Projection(dim, hidden, bias=False) if config.feed_forward == "swiglu" else None
-        self.up_proj = Projection(dim, hidden, bias=False)
-        self.out_proj = Projection(hidden, dim, bias=False)
+        self.gate_proj = nn.Linear(dim, hidden, bias=False) if config.feed_forward == "swiglu" else None
+        self.up_proj = nn.Linear(dim, hidden, bias=False)
+        self.out_proj = nn.Linear(hidden, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        up = self.up_proj(x)
-        hidden = nn.functional.gelu(up) if self.gate_proj is None else swiglu(self.gate_proj(x), up)
-        out: Tensor = self.out_proj(hidden)
+        up = project(self.up_proj, x)
+        hidden = nn.functional.gelu(up) if self.gate_proj is None else swiglu(project(self.gate_proj, x), up)
+        out: Tensor = project(self.out_proj, hidden)
         return out
 
     def lay(self, layer: Layer, x: Vector, onto: Vector | None) -> Vector:
@@ -52,13 +53,13 @@ class LogitFeedForward(nn.Module):
 
     def __init__(self, vocab_size: int, hidden: int):
         super().__init__()
-        self.up_proj = Projection(vocab_size, hidden)
-        self.out_proj = Projection(hidden, vocab_size)
+        self.up_proj = nn.Linear(vocab_size, hidden)
+        self.out_proj = nn.Linear(hidden, vocab_size)
         self.out_proj.starts_at_zero = True  # type: ignore[assignment]
 
     def forward(self, logits: Tensor) -> Tensor:
         """``[..., vocab_size]`` -> ``[..., vocab_size]``."""
-        out: Tensor = logits + self.out_proj(nn.functional.silu(self.up_proj(logits)))
+        out: Tensor = logits + project(self.out_proj, nn.functional.silu(project(self.up_proj, logits)))
         return out
 
 

@@ -17,7 +17,6 @@ from transformers.utils.generic import can_return_tuple
 
 from ..nn import (
     OffsetScale,
-    Projection,
     ScaledSinusoidalEmbedding,
     ScaleNorm,
     ShortConvolution,
@@ -25,6 +24,7 @@ from ..nn import (
 )
 from ..nn.feature_maps import LearnedFeatureMap
 from ..nn.norms import make_norm
+from ..nn.projection import project
 from ..nn.step import Layer, step, step_mixer, steppable
 from ..ops.step import Vector
 from .cache import prepare_cache, read_state, record_input, write_state
@@ -271,7 +271,7 @@ class CumulantWithLogits(CumulantPreTrainedModel):
     def __init__(self, config: CumulantConfig):
         super().__init__(config)
         self.model = CumulantModel(config)
-        self.lm_head = Projection(config.hidden_size, config.vocab_size, bias=config.logits_bias)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.logits_bias)
         if config.tie_word_embeddings:
             self._keys_to_ignore_on_save = ["lm_head.weight"]
         self.logit_ffn = None if config.logit_ffn is None else LogitFeedForward(config.vocab_size, config.logit_ffn)
@@ -279,7 +279,7 @@ class CumulantWithLogits(CumulantPreTrainedModel):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """``[..., D]`` -> ``[..., vocab_size]``."""
-        logits: Tensor = self.lm_head(hidden)
+        logits = project(self.lm_head, hidden)
         return logits if self.logit_ffn is None else self.logit_ffn(logits)
 
 

@@ -28,7 +28,6 @@ from .mixed_chunk import MixedChunkAttention, MixedChunkAttentionState
 from .norms import ScaleNorm
 from .offset_scale import OffsetScale
 from .position_logits import SinusoidalLogits
-from .projection import Projection
 from .relative_bias import T5RelativePositionBias
 from .rotary import RotaryEmbedding
 from .short_convolution import ConvolutionState, GatedShortConvolution, ShortConvolution
@@ -53,7 +52,6 @@ __all__ = [
     "MixedChunkAttention",
     "MixedChunkAttentionState",
     "OffsetScale",
-    "Projection",
     "RebasedFeatureMap",
     "RotaryEmbedding",
     "ScaleNorm",

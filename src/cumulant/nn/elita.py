@@ -9,7 +9,7 @@ from ..ops.elita import elita_attention
 from ..ops.state import ElitaState
 from .padding import check_input, check_state, clear_slack, hide, offsets, restore
 from .position_logits import SinusoidalLogits
-from .projection import Projection
+from .projection import project
 
 
 class ElitaAttention(nn.Module):
@@ -58,10 +58,10 @@ class ElitaAttention(nn.Module):
             raise ValueError(f"clip: expected a number above 0 or None, got {clip}")
         self.dim, self.num_heads, self.clip, self.relative = dim, num_heads, clip, horizon is None
         self.head_dim = dim // num_heads if head_dim is None else head_dim
-        self.logit_proj = Projection(dim, (3 if query_logit else 2) * num_heads, bias=False)  # rows k1, k2, k3
+        self.logit_proj = nn.Linear(dim, (3 if query_logit else 2) * num_heads, bias=False)  # rows k1, k2, k3
         self.position = SinusoidalLogits(num_heads, features, horizon=1 if horizon is None else horizon, time=time)
-        self.v_proj = Projection(dim, num_heads * self.head_dim, bias=False)
-        self.out_proj = Projection(num_heads * self.head_dim, dim, bias=False)
+        self.v_proj = nn.Linear(dim, num_heads * self.head_dim, bias=False)
+        self.out_proj = nn.Linear(num_heads * self.head_dim, dim, bias=False)
 
     def extra_repr(self) -> str:
         return f"horizon={None if self.relative else self.position.horizon}, clip={self.clip}"
@@ -89,19 +89,19 @@ class ElitaAttention(nn.Module):
         if cu_seqlens is not None:
             x = clear_slack(x, cu_seqlens)
         key, query = self._position_logits(x, key_mask, cu_seqlens, state)
-        content = self.logit_proj(x)
+        content = project(self.logit_proj, x)
         content = content.to(torch.promote_types(content.dtype, torch.float32)).unflatten(-1, (-1, self.num_heads))
         parts = content.permute(2, 0, 3, 1)  # [2 or 3, B, H, T]
         c, s = parts[0] + key, parts[1]
         r = parts[2] + query if len(parts) == 3 else query.to(c.dtype).expand_as(c)
         if self.clip is not None:
             c, r, s = (logit.clamp(-self.clip, self.clip) for logit in (c, r, s))
-        value = self.v_proj(x).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+        value = project(self.v_proj, x).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
         attended = elita_attention(
             c, r, s, value, key_mask=key_mask, cu_seqlens=cu_seqlens, state=state, return_state=return_state
         )
         out = attended[0] if isinstance(attended, tuple) else attended
-        y = restore(self.out_proj(out.transpose(1, 2).flatten(2)), rows)
+        y = restore(project(self.out_proj, out.transpose(1, 2).flatten(2)), rows)
         return (y, attended[1]) if isinstance(attended, tuple) else y
 
     def _position_logits(

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops.bilinear import bilinear
-from .projection import Projection
+from .projection import is_plain, project
 
 
 class ElitaFeedForward(nn.Module):
@@ -30,9 +30,9 @@ class ElitaFeedForward(nn.Module):
         if dim < 1 or hidden < 1 or factor < 1:
             raise ValueError(f"dim: expected dim, hidden and factor of at least 1, got {dim}, {hidden} and {factor}")
         self.dim, self.hidden, self.factor = dim, hidden, factor
-        self.hidden_proj = Projection(dim, hidden, bias=bias)
-        self.factor_proj = Projection(dim, factor, bias=bias)
-        self.out_proj = Projection(hidden * factor, dim, bias=bias)  # column j * hidden + i
+        self.hidden_proj = nn.Linear(dim, hidden, bias=bias)
+        self.factor_proj = nn.Linear(dim, factor, bias=bias)
+        self.out_proj = nn.Linear(hidden * factor, dim, bias=bias)  # column j * hidden + i
         if bias:
             for layer in (self.hidden_proj, self.factor_proj, self.out_proj):
                 nn.init.zeros_(layer.bias)
@@ -41,16 +41,7 @@ class ElitaFeedForward(nn.Module):
         """``[..., D]`` -> ``[..., D]``."""
         if x.shape[-1] != self.dim:
             raise ValueError(f"x: expected [..., D] with D={self.dim}, got {list(x.shape)}")
-        hidden, factor = F.silu(self.hidden_proj(x)), F.silu(self.factor_proj(x))
+        hidden, factor = F.silu(project(self.hidden_proj, x)), F.silu(project(self.factor_proj, x))
         if is_plain(self.out_proj):
             return bilinear(hidden, factor, self.out_proj.weight, self.out_proj.bias)
-        y: Tensor = self.out_proj((factor[..., None] * hidden[..., None, :]).flatten(-2))
-        return y
-
-
-def is_plain(layer: nn.Module) -> bool:
-    """Whether reading a linear layer's weight does what calling it does: no adapter in its place, no hooks, no
-    offloading, no quantised or parametrised weight."""
-    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
-    own = type(layer) in (nn.Linear, Projection) and "forward" not in vars(layer)
-    return own and not any(hooks) and type(layer.weight.data) is Tensor
+        return project(self.out_proj, (factor[..., None] * hidden[..., None, :]).flatten(-2))

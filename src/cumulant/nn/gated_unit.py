@@ -12,7 +12,7 @@ from ..ops.checks import check_activation
 from .norms import make_norm
 from .offset_scale import OffsetScale
 from .padding import Rows, clear_slack, compact, hide, offsets, restore
-from .projection import Projection
+from .projection import project
 from .relative_bias import T5RelativePositionBias
 from .rotary import RotaryEmbedding
 
@@ -72,11 +72,11 @@ class GatedUnit(nn.Module):
         self.is_causal, self.activation, self.residual = is_causal, activation, residual
         self.dropout, self.count_padding = dropout, count_padding
         self.norm = None if norm is None else make_norm(norm, dim)
-        self.value_proj = Projection(dim, hidden)
-        self.gate_proj = Projection(dim, hidden)
-        self.qk_proj = Projection(dim, query_key_dim)
+        self.value_proj = nn.Linear(dim, hidden)
+        self.gate_proj = nn.Linear(dim, hidden)
+        self.qk_proj = nn.Linear(dim, query_key_dim)
         self.offset_scale = OffsetScale(query_key_dim, uses)
-        self.out_proj = Projection(hidden, dim)
+        self.out_proj = nn.Linear(hidden, dim)
         self.out_dropout = nn.Dropout(out_dropout)
         self.rotary = RotaryEmbedding(rotary_dim, rotary_base) if rotary_dim else None
         self.relative_bias = (
@@ -97,7 +97,7 @@ class GatedUnit(nn.Module):
 
     def _copies(self, h: Tensor, position: Tensor) -> tuple[Tensor, ...]:
         """Queries and keys ``[B, 1, T, K]``, one for each use, rotated to ``position [T]`` or ``[B, T]``."""
-        z = self.offset_scale(F.silu(self.qk_proj(h)))
+        z = self.offset_scale(F.silu(project(self.qk_proj, h)))
         if self.rotary is not None:
             d = self.rotary.dim
             turned = self.rotary(z[..., :d], position)
@@ -107,10 +107,10 @@ class GatedUnit(nn.Module):
 
     def _value(self, h: Tensor) -> Tensor:
         """``[B, 1, T, E]``."""
-        return F.silu(self.value_proj(h))[:, None]
+        return F.silu(project(self.value_proj, h))[:, None]
 
     def _finish(self, attended: Tensor, h: Tensor, inner: Prepared) -> Tensor:
-        y: Tensor = self.out_dropout(self.out_proj(F.silu(self.gate_proj(h)) * attended[:, 0]))
+        y: Tensor = self.out_dropout(project(self.out_proj, F.silu(project(self.gate_proj, h)) * attended[:, 0]))
         if inner.cu_seqlens is not None:
             y = clear_slack(y, inner.cu_seqlens)
         return restore(y + inner.x if self.residual else y, inner.rows)

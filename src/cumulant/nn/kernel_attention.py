@@ -13,7 +13,7 @@ from ..ops.state import LinearState, State, register
 from ..ops.step import Unsuitable, Vector
 from .norms import RMSNorm
 from .padding import Rows, check_input, check_state, clear_slack, compact, hide, offsets, positions, restore
-from .projection import Projection
+from .projection import project
 from .rotary import RotaryEmbedding
 from .short_convolution import ShortConvolution
 from .step import Layer, step_mixer
@@ -93,11 +93,11 @@ class KernelAttention(nn.Module):
         self.context_dim = dim if context_dim is None else context_dim
         self.is_causal, self.qk_norm, self.shift_tokens = is_causal, qk_norm, shift_tokens
         self.norm = RMSNorm(dim, eps=1e-6) if prenorm else None
-        self.q_proj = Projection(dim, num_heads * head_dim, bias=bias)
-        self.k_proj = Projection(self.context_dim, groups * head_dim, bias=bias)
-        self.v_proj = Projection(self.context_dim, groups * self.value_dim, bias=bias)
-        self.out_proj = Projection(num_heads * self.value_dim, dim, bias=bias) if combine_heads else None
-        self.gate_proj = Projection(dim, num_heads, bias=False) if gate_values else None
+        self.q_proj = nn.Linear(dim, num_heads * head_dim, bias=bias)
+        self.k_proj = nn.Linear(self.context_dim, groups * head_dim, bias=bias)
+        self.v_proj = nn.Linear(self.context_dim, groups * self.value_dim, bias=bias)
+        self.out_proj = nn.Linear(num_heads * self.value_dim, dim, bias=bias) if combine_heads else None
+        self.gate_proj = nn.Linear(dim, num_heads, bias=False) if gate_values else None
         self.rotary = RotaryEmbedding(head_dim, rotary_base) if rotary else None
         self.conv = ShortConvolution(sum(self._sizes), conv_size) if conv_size else None
         self.dropout = nn.Dropout(dropout)
@@ -164,9 +164,9 @@ class KernelAttention(nn.Module):
             attended, conv = self._attend_self(h, rows, local, cu_seqlens, state, return_state)
         out = attended[0] if isinstance(attended, tuple) else attended
         if self.gate_proj is not None:
-            out = out * self.gate_proj(x).sigmoid().mT[..., None]
+            out = out * project(self.gate_proj, x).sigmoid().mT[..., None]
         y = out.transpose(1, 2).flatten(2)
-        y = restore(self.dropout(y if self.out_proj is None else self.out_proj(y)), rows)
+        y = restore(self.dropout(y if self.out_proj is None else project(self.out_proj, y)), rows)
         return (y, KernelAttentionState(attended[1], shift, conv)) if isinstance(attended, tuple) else y
 
     def kernel(self) -> dict[str, Any] | None:
@@ -279,7 +279,7 @@ class KernelAttention(nn.Module):
         return_state: bool,
     ) -> tuple[Tensor | tuple[Tensor, LinearState], Tensor | None]:
         """Heads' outputs (and sums), and the convolution's new tail."""
-        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        q, k, v = project(self.q_proj, x), project(self.k_proj, x), project(self.v_proj, x)
         tail = None if state is None else state.conv
         if self.conv is not None:
             q, k, v, tail = self.conv(q, k, v, tail=tail, offset=local.offset, padding=local.padding)
@@ -308,13 +308,13 @@ class KernelAttention(nn.Module):
         state: KernelAttentionState | None,
         return_state: bool,
     ) -> Tensor | tuple[Tensor, LinearState]:
-        q = self._normed(self._heads(self.q_proj(x), self.num_heads))
+        q = self._normed(self._heads(project(self.q_proj, x), self.num_heads))
         if context is None:
             context = x.new_zeros(x.shape[0], 0, self.context_dim)
         if context_mask is not None:
             context = context.masked_fill(~context_mask[..., None], 0)  # junk there must reach no gradient
-        k = self._normed(self._heads(self.k_proj(context), self.num_kv_heads))
-        v = self._heads(self.v_proj(context), self.num_kv_heads)
+        k = self._normed(self._heads(project(self.k_proj, context), self.num_kv_heads))
+        v = self._heads(project(self.v_proj, context), self.num_kv_heads)
         return self.attend(
             q,
             k,

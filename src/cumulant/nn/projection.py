@@ -1,15 +1,39 @@
-"""The linear layer of all modules."""
+"""Calling the linear layers of all modules."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as globally
 
-from ..ops.project import project
+from ..ops.project import project as multiply
+
+_FORWARD = nn.Linear.forward
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
 
 
-class Projection(nn.Linear):
-    """`torch.nn.Linear`, up to twice as fast on CPUs where PyTorch's own matrix products are slow."""
+def project(layer: nn.Module, x: Tensor) -> Tensor:
+    """``layer(x)``: ``[..., in_features]`` -> ``[..., out_features]``.
 
-    def forward(self, input: Tensor) -> Tensor:
-        """``[..., in_features]`` -> ``[..., out_features]``."""
-        return project(input, self.weight, self.bias)
+    A plain `torch.nn.Linear` runs up to twice as fast on CPUs where PyTorch's own matrix products are slow. Whatever
+    else stands in its place, as quantised layers, adapters and offloaded weights do, is called as the module it is.
+    """
+    if torch.compiler.is_compiling() or not is_plain(layer):
+        y: Tensor = layer(x)
+        return y
+    return multiply(x, layer.weight, layer.bias)  # type: ignore[arg-type]
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """Whether calling the layer is nothing but `torch.nn.functional.linear`: its own class and
+    method, no hooks, a weight that is an ordinary tensor."""
+    attributes = vars(layer)
+    return (
+        type(layer) is nn.Linear
+        and nn.Linear.forward is _FORWARD
+        and "forward" not in attributes
+        and not any(map(attributes.get, _HOOKS))
+        and not any(getattr(globally, name) for name in _GLOBAL_HOOKS)
+        and type(layer.weight) in (Tensor, nn.Parameter)
+    )

@@ -11,7 +11,7 @@ from ..ops.pointwise import short_convolution
 from ..ops.state import State, register
 from ..ops.step import Vector
 from .padding import check_input, check_state, clear_slack, compact, last_tokens, offsets, restore
-from .projection import Projection
+from .projection import project
 from .step import Layer, step_mixer, steppable
 
 
@@ -88,9 +88,9 @@ class GatedShortConvolution(nn.Module):
     def __init__(self, dim: int, *, size: int = 4):
         super().__init__()
         self.dim = dim
-        self.in_proj = Projection(dim, 2 * dim, bias=False)
+        self.in_proj = nn.Linear(dim, 2 * dim, bias=False)
         self.conv = ShortConvolution(dim, size)
-        self.out_proj = Projection(dim, dim, bias=False)
+        self.out_proj = nn.Linear(dim, dim, bias=False)
 
     def forward(
         self,
@@ -114,9 +114,9 @@ class GatedShortConvolution(nn.Module):
             padding = x.shape[1] - rows.tokens
         if cu_seqlens is not None:
             x, offset = clear_slack(x, cu_seqlens), offsets(x.shape[1], cu_seqlens)
-        content, gate = self.in_proj(x).chunk(2, -1)
+        content, gate = project(self.in_proj, x).chunk(2, -1)
         content, tail = self.conv(content, tail=None if state is None else state.tail, offset=offset, padding=padding)
-        y = restore(self.out_proj(content * gate), rows)
+        y = restore(project(self.out_proj, content * gate), rows)
         if not return_state:
             return y
         count = x.new_full((x.shape[0],), x.shape[1], dtype=torch.int64) if rows is None else rows.tokens

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from ..ops.state import KeyValueState
 from .padding import check_input, check_state, clear_slack, offsets
-from .projection import Projection
+from .projection import project
 from .rotary import RotaryEmbedding
 
 
@@ -54,10 +54,10 @@ class SoftmaxAttention(nn.Module):
         self.dim, self.num_heads, self.num_kv_heads = dim, num_heads, groups
         self.head_dim = dim // num_heads if head_dim is None else head_dim
         self.is_causal = is_causal
-        self.q_proj = Projection(dim, num_heads * self.head_dim, bias=False)
-        self.k_proj = Projection(dim, groups * self.head_dim, bias=False)
-        self.v_proj = Projection(dim, groups * self.head_dim, bias=False)
-        self.out_proj = Projection(num_heads * self.head_dim, dim, bias=False)
+        self.q_proj = nn.Linear(dim, num_heads * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(dim, groups * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(dim, groups * self.head_dim, bias=False)
+        self.out_proj = nn.Linear(num_heads * self.head_dim, dim, bias=False)
         self.rotary = RotaryEmbedding(self.head_dim, rotary_base) if rotary else None
 
     def forward(
@@ -85,7 +85,7 @@ class SoftmaxAttention(nn.Module):
                 mask = torch.cat((_filled(state.mask, x, past), _filled(key_mask, x, x.shape[1])), 1)
             k, v = torch.cat((state.key, k), 2), torch.cat((state.value, v), 2)
         out = self.attend_packed(q, k, v, cu_seqlens) if cu_seqlens is not None else self.attend(q, k, v, mask, past)
-        y: Tensor = self.out_proj(out.transpose(1, 2).flatten(2))
+        y = project(self.out_proj, out.transpose(1, 2).flatten(2))
         if key_mask is not None:
             y = y.masked_fill(~key_mask[..., None], 0)
         if not return_state:
@@ -105,9 +105,9 @@ class SoftmaxAttention(nn.Module):
             count = key_mask.sum(1)
         else:
             count = torch.full((B,), T, dtype=torch.int64, device=x.device)
-        q = self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
-        k = self.k_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim)).transpose(1, 2)
-        v = self.v_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim)).transpose(1, 2)
+        q = project(self.q_proj, x).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+        k = project(self.k_proj, x).unflatten(-1, (self.num_kv_heads, self.head_dim)).transpose(1, 2)
+        v = project(self.v_proj, x).unflatten(-1, (self.num_kv_heads, self.head_dim)).transpose(1, 2)
         if self.rotary is not None:
             if cu_seqlens is not None:
                 position = offsets(T, cu_seqlens)

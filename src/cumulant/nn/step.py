@@ -19,7 +19,6 @@ from torch.nn.modules import module as globally
 
 from ..ops.step import Program, Unsuitable, Vector, may_step
 from .norms import RMSNorm, ScaleNorm
-from .projection import Projection
 
 _METHODS = ("forward", "attend", "angles", "both")  # which a program takes the place of
 _original: dict[type, dict[str, Any]] = {}
@@ -32,7 +31,7 @@ def steppable(kind: _Kind) -> _Kind:
     return kind
 
 
-for _kind in (RMSNorm, nn.RMSNorm, nn.LayerNorm, ScaleNorm, Projection, nn.Linear, nn.Dropout):
+for _kind in (RMSNorm, nn.RMSNorm, nn.LayerNorm, ScaleNorm, nn.Linear, nn.Dropout):
     steppable(_kind)
 
 
@@ -67,7 +66,7 @@ class Layer:
         return self.program.norm(x, "rmsnorm", eps, norm.weight)
 
     def project(self, projection: nn.Module, x: Vector, to: Vector | None = None, add: bool = False) -> Vector:
-        self.take(projection, Projection, nn.Linear)
+        self.take(projection, nn.Linear)
         return self.program.matrix(x, projection.weight, projection.bias, to, add)  # type: ignore[arg-type]
 
     def drop(self, dropout: nn.Module) -> None:
