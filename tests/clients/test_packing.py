@@ -215,3 +215,34 @@ def test_no_cache_under_documents():
 
 def test_tokenizer_is_the_bytes():
     assert TOKENIZER("ab")["input_ids"] == [97, 98]
+
+
+@pytest.mark.parametrize("kind", ["taylor", *(pytest.param(k, marks=pytest.mark.slow) for k in ("flash", "elita"))])
+def test_compiled(kind):
+    """Offsets and what asks for nothing in one graph; restarting positions in several, rightly."""
+    model, ids = build(kind, num_hidden_layers=1), torch.cat(documents(), 1)
+    harmless = {
+        "token_type_ids": torch.zeros(1, 24, dtype=torch.long),
+        "cache_position": torch.arange(24),
+        "attention_mask": torch.ones(1, 24),
+        "head_mask": torch.ones(2, 4),
+    }
+    for given, whole in ((harmless, True), (MARKS["flash"](), True), (MARKS["all"](), False)):
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend="eager", fullgraph=whole)
+        with torch.no_grad():
+            found = compiled(ids, use_cache=False, **given).logits
+            assert torch.allclose(found, model(ids, use_cache=False, **given).logits, atol=1e-4)
+    given = {**harmless, "token_type_ids": torch.ones(1, 24, dtype=torch.long)}
+    with pytest.raises(RuntimeError, match="token_type_ids: these models have one type of token"):
+        compiled(ids, use_cache=False, **given)
+
+
+def test_exported():
+    model, ids = build("taylor", num_hidden_layers=1), tokens(1, 8)
+    inputs = {"input_ids": ids, "position_ids": torch.arange(8)[None], "use_cache": False}
+    with torch.no_grad():
+        exported = torch.export.export(model, (), inputs).module()
+        assert torch.allclose(exported(**inputs).logits, model(ids).logits, atol=1e-5)
+        with pytest.raises(RuntimeError, match="position_ids: the exported model takes rows of one document"):
+            exported(**{**inputs, "position_ids": torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]])})

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..ops.checks import check_cu_seqlens
+from .inputs import require
 
 
 class Marks(NamedTuple):
@@ -79,6 +80,10 @@ def find_documents(
         return Documents(cu_seqlens, None)
     if not marks.given:
         return None
+    if torch.compiler.is_exporting() and marks.position_ids is not None:  # a graph of one document
+        positions = _flat("position_ids", marks.position_ids, rows, length).view(rows, length)
+        require((positions.diff() > 0).all(), "position_ids: the exported model takes rows of one document each")
+        return None
     device = next(mark.device for mark in marks[:5] if mark is not None)
     slots = torch.arange(rows * length, device=device)
     index = slots if key_mask is None else slots[key_mask.flatten().to(device)]
@@ -146,8 +151,11 @@ def _offsets(marks: Marks, rows: int) -> Tensor | None:
             continue
         if rows != 1:
             raise ValueError(f"{name}: packed documents need one row, B = 1, got B = {rows}; or pass position_ids")
-        if found is not None and not torch.equal(found[1].long(), mark.long()):
-            raise ValueError(f"{name}: differs from {found[0]}; pass one of them")
+        if found is not None:
+            message = f"{name}: differs from {found[0]}; pass one of them"
+            if mark.shape != found[1].shape:
+                raise ValueError(message)
+            require((mark == found[1]).all(), message)
         found = found or (name, mark)
     return None if found is None else found[1]
 

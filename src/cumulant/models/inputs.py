@@ -54,6 +54,15 @@ NAMES = (
 )
 
 
+def require(condition: Tensor, message: str) -> None:
+    """A ValueError unless a condition on tensors' values holds. In a compiled graph, which cannot raise by value, an
+    assertion of the device."""
+    if torch.compiler.is_compiling():
+        torch._assert_async(condition, message)
+    elif not bool(condition):
+        raise ValueError(message)
+
+
 def check_arguments(given: Mapping[str, Any], config: CumulantConfig) -> None:
     """Refuse names that no model knows, and values that would change the result and cannot be honoured."""
     for name in given:
@@ -69,16 +78,18 @@ def check_arguments(given: Mapping[str, Any], config: CumulantConfig) -> None:
     if causal is not None and bool(causal) != config.is_causal:
         raise ValueError(f"is_causal: the configuration says {config.is_causal}; build the model with another")
     head_mask = given.get("head_mask")
-    if head_mask is not None and not all(bool((mask == 1).all()) for mask in head_mask if mask is not None):
-        raise ValueError("head_mask: heads cannot be switched off here; leave it out")
+    for mask in () if head_mask is None else head_mask:
+        if mask is not None:
+            require((mask == 1).all(), "head_mask: heads cannot be switched off here; leave it out")
 
 
 def check_token_types(token_type_ids: Tensor | None) -> None:
     """Token types are zeros: the models have no embedding for any."""
-    if token_type_ids is not None and bool(token_type_ids.any()):
-        raise ValueError(
+    if token_type_ids is not None:
+        require(
+            (token_type_ids == 0).all(),
             "token_type_ids: these models have one type of token, so expected zeros; leave it out "
-            "(return_token_type_ids=False in the tokenizer), or mark documents with position_ids"
+            "(return_token_type_ids=False in the tokenizer), or mark documents with position_ids",
         )
 
 
@@ -87,11 +98,11 @@ def check_cache_position(cache_position: Tensor | None, past: int, length: int) 
     if cache_position is None:
         return
     expected = torch.arange(past, past + length, device=cache_position.device)
-    if cache_position.shape != expected.shape or not bool((cache_position == expected).all()):
-        raise ValueError(
-            f"cache_position: expected [T] = {past} to {past + length - 1}, behind the {past} cached positions; "
-            "leave it out"
-        )
+    last = past + length - 1
+    message = f"cache_position: expected [T] = {past} to {last}, behind the {past} cached positions; leave it out"
+    if cache_position.shape != expected.shape:
+        raise ValueError(message)
+    require((cache_position == expected).all(), message)
 
 
 def split_mask(attention_mask: Tensor | None, x: Tensor, past: int) -> tuple[Tensor | None, Tensor | None]:
@@ -105,14 +116,14 @@ def split_mask(attention_mask: Tensor | None, x: Tensor, past: int) -> tuple[Ten
             f"got {list(attention_mask.shape)}"
         )
     mask = attention_mask.bool()
-    if not torch.compiler.is_compiling():
-        if attention_mask.dtype != torch.bool and not bool((attention_mask == mask).all()):
-            raise ValueError(
-                "attention_mask: expected 1 for tokens and 0 for padding, got other numbers; documents in one row are "
-                "marked by position_ids, seq_idx or cu_seqlens"
-            )
-        if bool(mask.all()):
-            return None, None
+    if attention_mask.dtype != torch.bool:
+        require(
+            (attention_mask == mask).all(),
+            "attention_mask: expected 1 for tokens and 0 for padding, got other numbers; documents in one row are "
+            "marked by position_ids, seq_idx or cu_seqlens",
+        )
+    if not torch.compiler.is_compiling() and bool(mask.all()):
+        return None, None
     key_mask, past_mask = mask[:, mask.shape[1] - T :], mask[:, : mask.shape[1] - T]
     if not torch.compiler.is_compiling() and bool(key_mask.all()):
         return None, past_mask if past_mask.shape[1] else None
