@@ -191,9 +191,9 @@ class GatedAttentionUnit(GatedUnit):
                 own = self.relative_bias.at(position, _key_places(position, state))
             elif cu_seqlens is not None and bias is None and not torch.compiler.is_compiling():
                 T = S = int(cu_seqlens.diff().max())  # one for all sequences, as long as the longest
-                own = self.relative_bias(T)
+                own = self.relative_bias(T, device=x.device)
             else:
-                own = self.relative_bias(T, S)
+                own = self.relative_bias(T, S, device=x.device)
             bias = own if bias is None else own + bias
         if bias is None or not self.scale_bias or divisor is None:
             return bias

@@ -136,7 +136,7 @@ class MixedChunkAttention(GatedUnit):
             group_size=self.group_size,
             is_causal=self.is_causal,
             activation=self.activation,
-            bias=None if self.relative_bias is None else self.relative_bias(self.group_size),
+            bias=None if self.relative_bias is None else self.relative_bias(self.group_size, device=h.device),
             reduce_group_non_causal_attn=self.reduce_group_non_causal_attn,
             dropout_p=self._dropout_p,
             key_mask=mask,

@@ -63,13 +63,18 @@ class T5RelativePositionBias(nn.Module):
         far = (exact + (ratio * (buckets - exact)).long()).clamp(max=buckets - 1)
         return later + torch.where(back < exact, back, far)
 
-    def forward(self, queries: int, keys: int | None = None) -> Tensor:
-        """Bias ``[H, T, S]`` of the last T = `queries` of S = `keys` places (by default as many) on all of them."""
+    def forward(self, queries: int, keys: int | None = None, *, device: torch.device | None = None) -> Tensor:
+        """Bias ``[H, T, S]`` of the last T = `queries` of S = `keys` places (by default as many) on all of them.
+
+        `device`: where it is wanted, by default where the weights are, which is elsewhere while they are offloaded.
+        """
         keys = queries if keys is None else keys
-        if queries == 0 or keys == 0:
-            return self.embedding.weight.new_zeros(self.embedding.embedding_dim, queries, keys)
-        values = self.embedding(self._buckets(queries, keys)).mT * self.scale
+        device = self.embedding.weight.device if device is None else device
         bias: Tensor
+        if queries == 0 or keys == 0:
+            bias = self.embedding(torch.zeros(queries, keys, dtype=torch.int64, device=device)).movedim(-1, 0)
+            return bias
+        values = self.embedding(self._buckets(queries, keys, device)).mT * self.scale
         if torch.compiler.is_compiling():  # unfold would fix the length of a graph
             first = torch.arange(queries - 1, -1, -1, device=values.device)
             bias = values[:, first[:, None] + torch.arange(keys, device=values.device)]
@@ -77,10 +82,9 @@ class T5RelativePositionBias(nn.Module):
             bias = values.unfold(1, keys, 1).flip(1)  # row i reads from place T - 1 - i on
         return bias
 
-    def _buckets(self, queries: int, keys: int) -> Tensor:
+    def _buckets(self, queries: int, keys: int, device: torch.device) -> Tensor:
         """Buckets of all distances between the places, from the least on; those of the last call are kept, as steps ask
         for the same again and again."""
-        device = self.embedding.weight.device
         if self._last is not None and self._last[0] == (queries, keys, device) and not torch.compiler.is_compiling():
             return self._last[1]
         with torch.inference_mode(False):  # a tensor of inference's could not be used in training later
