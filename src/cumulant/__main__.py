@@ -1,5 +1,126 @@
-"""``python -m cumulant``, and so ``torchrun -m cumulant``."""
+"""Where the command begins: ``cumulant``, ``python -m cumulant`` and so ``torchrun -m cumulant``.
 
-from .cli import main
+Nothing here needs more than Python, so that whatever is missing or goes wrong can be said in one line.
+"""
 
-main()
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Sequence
+
+EXTRA = "pip install 'cumulant[text]', or in a checkout: pip install -e '.[text]'"
+MISTAKES = (ValueError, TypeError, OSError, ModuleNotFoundError)  # what the messages of this package are raised as
+# What goes wrong in the libraries underneath: their words will do.
+FAILURES = (*MISTAKES, RuntimeError, MemoryError, ArithmeticError, EOFError, ImportError)
+
+
+def main() -> None:
+    """Entry point: what goes wrong is one line on standard error and exit code 2 (1: a fault of this package).
+
+    CUMULANT_DEBUG=1 shows the traceback instead.
+    """
+    _prepare_streams()
+    arguments = sys.argv[1:] or ["--help"]
+    try:
+        code = run(arguments)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        code = 128 + signal.SIGINT
+    except BrokenPipeError:  # whoever read has what he wanted
+        silence(sys.stdout)
+        code = 128 + getattr(signal, "SIGPIPE", 13)
+    except Exception as error:
+        if os.environ.get("CUMULANT_DEBUG"):
+            raise
+        code = 2 if _is_expected(error) else 1
+        if _speaks(error):
+            print(f"cumulant: {describe(error, arguments)}", file=sys.stderr)
+        try:
+            sys.stdout.flush()
+        except OSError:  # it may be what went wrong; Python would try once more at its end, and complain
+            silence(sys.stdout)
+    sys.exit(code)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run a command; where only torch is installed, those that need nothing else."""
+    try:
+        from .cli import run_command
+    except ModuleNotFoundError as error:
+        from .info import show_info, show_version
+
+        if error.name is None or error.name.startswith("cumulant"):
+            raise
+        if list(arguments) == ["--version"]:
+            show_version()
+        elif list(arguments) in (["info"], ["info", "--json"]):
+            show_info(as_json="--json" in arguments)
+        else:
+            raise
+        return 0
+    return run_command(arguments)
+
+
+def describe(error: Exception, arguments: Sequence[str] = ()) -> str:
+    """One line: what went wrong, with an option's name as it was typed."""
+    if hasattr(error, "format_message"):  # typer's
+        message = str(error.format_message())
+    elif isinstance(error, ModuleNotFoundError) and error.name is not None:
+        message = f"{error.name} is not installed, which this needs ({EXTRA})"
+    elif isinstance(error, OSError) and error.strerror:
+        message = error.strerror if error.filename is None else f"{os.fspath(error.filename)}: {error.strerror}"
+    elif isinstance(error, MemoryError):
+        message = f"out of memory {error}"
+    else:
+        message = str(error)
+    message = " ".join(message.split())
+    if not _is_expected(error) or not message:
+        message = f"{type(error).__name__}: {message} (a fault of cumulant; CUMULANT_DEBUG=1 shows where)"
+    name, colon, rest = message.partition(": ")
+    option = f"--{name.replace('_', '-')}"
+    typed = any(argument == option or argument.startswith(f"{option}=") for argument in arguments)
+    return f"{option}{colon}{rest}" if typed else message
+
+
+def silence(stream: object) -> None:
+    """Send what a stream still holds to nowhere: its reader is gone."""
+    try:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())  # type: ignore[attr-defined]
+        os.close(nowhere)
+    except (OSError, ValueError, AttributeError):  # not a file: nothing to redirect
+        return
+
+
+def _is_expected(error: Exception) -> bool:
+    return isinstance(error, FAILURES) or hasattr(error, "format_message") or _comes_from(error, "safetensors")
+
+
+def _comes_from(error: Exception, package: str) -> bool:
+    return type(error).__module__.partition(".")[0] in (package, f"{package}_rust")
+
+
+def _speaks(error: Exception) -> bool:
+    """Under torchrun all processes meet a mistake: the first one says it. What befalls another one alone it says
+    itself, but for the end of its connection to one that has failed."""
+    rank = os.environ.get("RANK", "0")
+    if rank == "0":
+        return True
+    echo = any(word in str(error).lower() for word in ("gloo", "nccl", "connection", "tcpstore"))
+    return not (isinstance(error, MISTAKES) or hasattr(error, "format_message") or echo)
+
+
+def _prepare_streams() -> None:
+    """Standard output and error that take any text, also where they are closed or have few characters."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+if __name__ == "__main__":
+    main()

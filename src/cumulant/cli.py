@@ -6,15 +6,15 @@ import inspect
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Annotated, Any, get_type_hints
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from .bench.commands import bench, compare, quiet, recall, report
+from .__main__ import main, silence
+from .bench.commands import bench, compare, hush, quiet, recall, report
+from .bench.console import Console, expanded, print_table
 from .text.options import TrainingOptions
 from .text.recipes import RECIPES, from_recipe
 
@@ -22,17 +22,35 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    help="Linear-time language models: train, evaluate and generate.",
 )
-console = Console()
-notes = Console(stderr=True)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from .info import show_version
+
+        show_version()
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", help="print the version", is_eager=True, callback=_show_version)
+    ] = False,
+) -> None:
+    """Linear-time language models: train, evaluate and generate."""
 
 
 def say(line: str) -> None:
-    """A line on standard output, above the progress bar if there is one."""
+    """A line on standard output, above the progress bar if there is one. Work goes on when nobody reads it any more."""
     from tqdm import tqdm
 
-    tqdm.write(line)
+    try:
+        tqdm.write(line)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        silence(sys.stdout)
 
 
 def _from_fields(kind: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -78,9 +96,9 @@ def train(
         sources = {name: call.get_parameter_source(name) for name in options}
         given = {name for name, source in sources.items() if source is not None and source.name != "DEFAULT"}
         checked = from_recipe(recipe, **{name: value for name, value in options.items() if name in given})
+    quiet()
     from .text.train import train as run
 
-    quiet()
     try:
         run(checked, say=say)
     except KeyboardInterrupt:
@@ -93,14 +111,16 @@ def train(
         say(f"model: {checked.output}; next: cumulant generate {checked.output} --prompt ...")
 
 
-Checkpoint = Annotated[str, typer.Argument(help="folder of a trained model")]
+Checkpoint = Annotated[str, typer.Argument(help="folder of a trained model", callback=expanded)]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda")]
 
 
 @app.command()
 def evaluate(
     checkpoint: Checkpoint,
-    data: Annotated[str | None, typer.Option(help="text to score, whole; default: the run's held-out text")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="text to score, whole; default: the run's held-out text", callback=expanded)
+    ] = None,
     context: Annotated[list[int] | None, typer.Option(help="window in tokens; give it several times")] = None,
     whole: Annotated[bool, typer.Option(help="also carry the state over each whole document")] = True,
     batch: Annotated[int, typer.Option(help="windows at a time")] = 16,
@@ -109,6 +129,10 @@ def evaluate(
     json_line: Annotated[bool, typer.Option("--json", help="one JSON line instead of a table")] = False,
 ) -> None:
     """Bits per byte of a text under a model: in windows, and with the state carried over each whole document."""
+    for name, least in (("context", min(context or [256])), ("batch", batch)):
+        if least < 1:
+            raise ValueError(f"{name}: expected at least 1, got {least}")
+    quiet()
     from pathlib import Path
 
     from .text.checkpoint import load_checkpoint
@@ -116,7 +140,6 @@ def evaluate(
     from .text.evaluate import evaluate_whole, evaluate_windowed
     from .text.tokens import read_tokens, tokenize
 
-    quiet()
     model, tokenizer = load_checkpoint(checkpoint, device)
     if data is not None:
         text = tokenize(load_documents(data, text_column=text_column), tokenizer)
@@ -130,10 +153,11 @@ def evaluate(
     if json_line:
         print(json.dumps({name: score.as_dict() for name, score in scores.items()}))
         return
-    table = Table("context", "bits per byte", "nats per token", "tokens", "bytes")
-    for name, s in scores.items():
-        table.add_row(name, f"{s.bits_per_byte:.4f}", f"{s.loss:.4f}", f"{s.tokens:,}", f"{s.text_bytes:,}")
-    console.print(table)
+    rows = [
+        (name, f"{s.bits_per_byte:.4f}", f"{s.loss:.4f}", f"{s.tokens:,}", f"{s.text_bytes:,}")
+        for name, s in scores.items()
+    ]
+    print_table(Console(), ("context", "bits per byte", "nats per token", "tokens", "bytes"), rows)
 
 
 @app.command()
@@ -145,31 +169,51 @@ def generate(
     top_k: Annotated[int, typer.Option(help="only the k likeliest tokens; 0: all")] = 0,
     top_p: Annotated[float, typer.Option(help="only the likeliest tokens that hold this probability")] = 0.95,
     seed: Annotated[int | None, typer.Option(help="the same text each time")] = None,
-    save_state: Annotated[str | None, typer.Option(help="leave the state in this file")] = None,
-    load_state: Annotated[str | None, typer.Option(help="go on from the state in this file")] = None,
+    save_state: Annotated[str | None, typer.Option(help="leave the state in this file", callback=expanded)] = None,
+    load_state: Annotated[str | None, typer.Option(help="go on from the state in this file", callback=expanded)] = None,
     stats: Annotated[bool, typer.Option(help="tokens/s, state bytes and peak memory, to standard error")] = False,
     device: Device = "auto",
 ) -> None:
     """Generate text, streaming it to standard output, with a state of constant size."""
+    quiet()
+    from .ops.state import check_writable
     from .text.checkpoint import load_checkpoint
     from .text.generate import SamplingOptions
     from .text.generate import generate as run
 
-    quiet()
     options = SamplingOptions(max_new_tokens, temperature, top_k, top_p, seed)
-    if prompt is None:
-        prompt = "" if sys.stdin.isatty() else sys.stdin.read()
+    if save_state is not None:
+        check_writable(save_state)
     model, tokenizer = load_checkpoint(checkpoint, device)
-    result = run(model, tokenizer, prompt, options, load=load_state, save=save_state, stream=True)
+    if prompt is None:
+        prompt = _piped_text()
+    try:
+        result = run(model, tokenizer, prompt, options, load=load_state, save=save_state, stream=True)
+    except (KeyboardInterrupt, BrokenPipeError):
+        if save_state is not None:
+            print(f"cumulant: stopped; go on with: --load-state {save_state}", file=sys.stderr)
+        raise
     if stats:
         prompt_tokens = result.context - result.new_tokens
-        notes.print(
+        print(
             f"{result.new_tokens} tokens at {result.tokens_per_second:.1f} tokens/s after {prompt_tokens:,} of context "
             f"(read in {result.prompt_seconds:.2f} s); state {result.state_bytes:,} bytes; "
             f"peak memory {result.peak_bytes / 2**20:,.0f} MiB",
-            highlight=False,
-            soft_wrap=True,
+            file=sys.stderr,
         )
+
+
+def _piped_text() -> str:
+    """Standard input to its end; nothing from a terminal, or where it is closed."""
+    if sys.stdin is None or sys.stdin.isatty():
+        return ""
+    try:
+        return sys.stdin.buffer.read().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"prompt: expected UTF-8 text on standard input, got the byte 0x{error.object[error.start]:02x} at byte "
+            f"{error.start}"
+        ) from error
 
 
 app.add_typer(bench, name="bench")
@@ -178,49 +222,24 @@ for command in (compare, recall, report):
 
 
 @app.command()
-def info() -> None:
+def info(json_line: Annotated[bool, typer.Option("--json", help="one JSON line")] = False) -> None:
     """Versions, devices and the implementations that work here."""
-    import platform
+    from .info import show_info
 
-    import torch
-    import transformers
-
-    from . import __version__
-    from .kernels.native.library import instructions, missing
-
-    table = Table(show_header=False)
-    table.add_row("cumulant", __version__)
-    table.add_row("python", platform.python_version())
-    table.add_row("torch", f"{torch.__version__}, {torch.get_num_threads()} threads")
-    table.add_row("transformers", transformers.__version__)
-    cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    table.add_row("CUDA device", cuda)
-    table.add_row("impl reference", "works: quadratic, for checking")
-    table.add_row("impl torch", "works: chunk-parallel PyTorch, any device")
-    obstacle = missing()
-    table.add_row(
-        "impl native", f"does not work here: {obstacle}" if obstacle else f"works: C++ on the CPU, {instructions()}"
-    )
-    table.add_row("impl triton", "not part of this version")
-    console.print(table)
+    show_info(as_json=json_line)
 
 
-def main() -> None:
-    """Entry point: a user's mistake is one line on standard error and exit code 2.
-
-    CUMULANT_DEBUG=1 shows the traceback instead.
-    """
+def run_command(arguments: Sequence[str]) -> int:
+    """Run one command; its exit code."""
+    hush()
     try:
-        code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
-    except (ValueError, TypeError, OSError, ModuleNotFoundError, typer.TyperException) as error:
-        if os.environ.get("CUMULANT_DEBUG"):
-            raise
-        message = error.format_message() if hasattr(error, "format_message") else str(error)
-        print(f"cumulant: {' '.join(message.split())}", file=sys.stderr)
-        sys.exit(2)
-    except (KeyboardInterrupt, typer.Abort):
-        code = 130
-    sys.exit(code or 0)
+        return int(app(list(arguments), standalone_mode=False) or 0)
+    except typer.Abort:
+        return 130
+    except SystemExit as end:  # typer's answer to a closed pipe
+        if isinstance(end.__context__, BrokenPipeError):
+            raise end.__context__ from None
+        raise
 
 
 if __name__ == "__main__":

@@ -229,7 +229,9 @@ def run(output: str, models: list[str], *, quick: bool, seed: int, force: bool, 
                 elif models:
                     cases = trained_cases(model, model, seed)
                 else:
-                    trained = train_small(folder.path, model, lambda line: console.print(line, style="dim"))
+                    trained = train_small(
+                        folder.path, model, lambda line: console.print(line, style="dim", soft_wrap=True)
+                    )
                     cases = trained_cases(trained, model, seed)
                 folder.append(*({"model": model, **asdict(case)} for case in cases))
     finally:

@@ -5,26 +5,36 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
+
+from .console import Console, expanded
 
 console = Console()
 Output = Annotated[
     str | None,
-    typer.Option(help="folder for the rows, the plots and the page; default: runs/ and what is measured"),
+    typer.Option(
+        help="folder for the rows, the plots and the page; default: runs/ and what is measured", callback=expanded
+    ),
 ]
 Force = Annotated[bool, typer.Option("--force", help="replace another report in that folder")]
 Device = Annotated[str, typer.Option(help="cpu or cuda; auto: a GPU if there is one")]
 
 
-def quiet() -> None:
-    """No progress bars for loading and saving, no warnings but errors, from the libraries underneath."""
+def hush() -> None:
+    """No warnings but errors from the libraries underneath, also while they are imported."""
+    import logging
     import warnings
 
+    logging.disable(logging.WARNING)
+    warnings.filterwarnings("ignore")
+
+
+def quiet() -> None:
+    """Also none that they print themselves, and no progress bars for loading and saving."""
+    hush()
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    warnings.filterwarnings("ignore")
 
 
 def _chosen(given: dict[str, Any]) -> dict[str, Any]:
@@ -71,6 +81,7 @@ def speed(
     """Time and memory of every mechanism by length, on this machine; and other measurements that anyone can repeat."""
     if context.invoked_subcommand is not None:
         return
+    quiet()
     from dataclasses import replace
 
     from ..text.options import choose_device
@@ -98,6 +109,7 @@ def accuracy(
     force: Force = False,
 ) -> None:
     """Error against float64 by length, up to a million tokens, for every implementation and dtype."""
+    quiet()
     from ..text.options import choose_device
     from .accuracy import Settings, run
 
@@ -121,9 +133,9 @@ def approximation(
     Without --model a small softmax and a small Taylor model are trained on Python's standard library first (about two
     minutes on two cores).
     """
+    quiet()
     from .approximation import run
 
-    quiet()
     place = _folder(output, "approximation", quick)
     run(place, model or [], quick=quick, seed=seed, force=force, console=console)
 
@@ -159,13 +171,13 @@ def compare(
 
     The same command again goes on where it stopped; with more learning rates or seeds it adds those.
     """
+    quiet()
     from dataclasses import replace
 
     from .compare import SCORED, SCORED_QUICKLY
     from .compare import compare as run
     from .recipes import find
 
-    quiet()
     if steps is not None and epochs is not None:
         raise ValueError("steps: pass either steps or epochs, not both")
     chosen = find(recipe)
@@ -205,6 +217,7 @@ def recall(
 
     Learning rates are swept and the best one reported. The same command again goes on where it stopped.
     """
+    quiet()
     import os
     from dataclasses import replace
 
@@ -223,9 +236,10 @@ def recall(
 
 
 def report(
-    folder: Annotated[str, typer.Argument(help="what recall, bench or compare has left")],
+    folder: Annotated[str, typer.Argument(help="what recall, bench or compare has left", callback=expanded)],
 ) -> None:
     """Draw a report's plots and page again from its rows, without measuring anything."""
+    quiet()
     from .reports import draw
 
     draw(folder, console)

@@ -15,10 +15,10 @@ from itertools import product
 from typing import Any
 
 import torch
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.live import Live
-from rich.table import Table
 
+from .console import as_table
 from .folder import Folder, Row
 from .memory import available, measured
 from .page import Page, Picture, TableOf, write
@@ -110,12 +110,12 @@ def run(recipe: Recipe, output: str, *, device: str, threads: int, force: bool, 
     folder = Folder.start(output, "bench", settings, force=force)
     done = {(row["length"], row["pass"], row["mechanism"]): row for row in folder.rows()}
     try:
-        with Live(_progress(recipe, done), console=console, refresh_per_second=2) as live:
+        with Live(_progress(recipe, done, console), console=console, refresh_per_second=2) as live:
             for cell in recipe.cells():
                 if cell not in done:
                     done[cell] = _measure(recipe, cell, device, done)
                     folder.append(done[cell])
-                    live.update(_progress(recipe, done))
+                    live.update(_progress(recipe, done, console))
     finally:
         if done:
             report(folder, console)
@@ -218,20 +218,20 @@ def _timed(call: Callable[[], Any], device: str) -> float:
     return time.perf_counter() - started
 
 
-def _progress(recipe: Recipe, done: dict[tuple[int, str, str], Row]) -> Table:
+def _progress(recipe: Recipe, done: dict[tuple[int, str, str], Row], console: Console) -> RenderableType:
     """What there is so far."""
-    table = Table("pass", "tokens", *recipe.mechanisms, title="milliseconds")
+    rows = []
     for kind in recipe.passes:
         for T in sorted(recipe.lengths):
             cells = [done.get((T, kind, mechanism)) for mechanism in recipe.mechanisms]
             if any(cells):
-                table.add_row(kind, f"{T:,}", *map(_cell, cells))
-    return table
+                rows.append((kind, f"{T:,}", *map(_cell, cells)))
+    return as_table(console, ("pass", "tokens", *recipe.mechanisms), rows, "milliseconds")
 
 
 def _cell(row: Row | None) -> str:
     if row is None:
-        return "…"
+        return "not yet"
     return _number(row["median"] * 1e3, 3) if row["status"] == "measured" else str(row["status"])
 
 

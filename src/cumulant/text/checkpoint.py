@@ -34,6 +34,10 @@ def load_checkpoint(path: str, device: str = "auto") -> tuple[CumulantForCausalL
 def checkpoint_folder(path: str) -> Path:
     """The folder that holds the model of a run: its own, or that of its last whole checkpoint."""
     folder = Path(path)
+    if folder.is_file():
+        raise ValueError(
+            f"checkpoint: {path} is a file; expected the folder of a trained model (a text goes to --data)"
+        )
     if (folder / "config.json").is_file():
         return folder
     whole = whole_checkpoints(folder) if folder.is_dir() else []
@@ -52,7 +56,7 @@ def load_weights(
         model, info = CumulantForCausalLM.from_pretrained(
             folder, config=config, output_loading_info=True, ignore_mismatched_sizes=True
         )
-    except (RuntimeError, OSError, KeyError, SafetensorError) as error:
+    except (RuntimeError, OSError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"checkpoint: the weights in {folder} do not fit its config.json: {reason}") from error
     missing = [name for name in info["missing_keys"] if not name.startswith(new)] if new else info["missing_keys"]

@@ -1,0 +1,49 @@
+"""`cumulant info` and `--version`, which need no more than torch."""
+
+from __future__ import annotations
+
+import json
+import platform
+from importlib import metadata
+
+from . import __version__
+
+
+def show_version() -> None:
+    print(f"cumulant {__version__}")
+
+
+def facts() -> dict[str, str]:
+    """Versions, devices, and the implementations that work here."""
+    import torch
+
+    from .kernels.native.library import instructions, missing
+
+    obstacle = missing()
+    return {
+        "cumulant": __version__,
+        "python": platform.python_version(),
+        "torch": f"{torch.__version__}, {torch.get_num_threads()} threads",
+        "transformers": _version("transformers"),
+        "CUDA device": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "impl reference": "works: quadratic, for checking",
+        "impl torch": "works: chunk-parallel PyTorch, any device",
+        "impl native": f"does not work here: {obstacle}" if obstacle else f"works: C++ on the CPU, {instructions()}",
+        "impl triton": "not part of this version",
+    }
+
+
+def show_info(*, as_json: bool = False) -> None:
+    found = facts()
+    if as_json:
+        print(json.dumps(found))
+        return
+    for name, value in found.items():
+        print(f"{name:<16}{value}")
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed: the language model and the commands need pip install 'cumulant[text]'"
