@@ -1,6 +1,7 @@
 """The command line: what it prints, and how it fails."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200"}
+ENVIRONMENT |= {name: os.environ[name] for name in ("PYTHONPATH",) if name in os.environ}
 
 
 def cumulant(*arguments, text=None):
@@ -84,7 +86,7 @@ def test_info():
             "preset: expected one of softmax, linear, taylor, higher_order, based, flash, elita, got 'gpt'",
         ),
         (["train", "--recipe", "gpt"], "recipe: expected one of flash-enwik8, got 'gpt'"),
-        (["train", "--model-option", "group_size"], "model_option: expected field=value, got 'group_size'"),
+        (["train", "--model-option", "group_size"], "--model-option: expected field=value, got 'group_size'"),
         (["train", "--model-option", "groupsize=3"], "groupsize: not a field of CumulantConfig"),
         (["train", "--preset", "flash", "--width", "33"], "hidden_size: sinusoidal positions need an even number"),
         (["train", "--model-option", "is_causal=false"], "conv_size: 4 looks backwards only"),
@@ -102,7 +104,7 @@ def test_info():
         (["generate", "/no/such/run", "--temperature", "-1"], "temperature: expected 0 (greedy) or more, got -1.0"),
         (["evaluate", "/no/such/run"], "checkpoint: no model at /no/such/run"),
         (["train", "--preset", "elita", "--model-option", "wraps=0"], "wraps: expected at least 1, got 0"),
-        (["train", "--freeze-backbone"], "freeze_backbone: needs a trained model, --init-from, and something to train"),
+        (["train", "--freeze-backbone"], "--freeze-backbone: needs a trained model, --init-from, and something to train"),
         (["train", "--init-from", "/no/such/run"], "checkpoint: no model at /no/such/run"),
         (["compare", "--data", "/no/such/file"], "data: no such file or folder: /no/such/file"),
         (["compare", "--data", "x", "--recipe", "gpt"], "recipe: expected one of long-context, flash-enwik8, flash-"),
@@ -112,7 +114,7 @@ def test_info():
         ),
         (["compare", "--quick", "--mechanism", "gpt"], "mechanism: expected one of softmax, taylor,"),
         (["compare", "--steps", "3", "--epochs", "1"], "steps: pass either steps or epochs, not both"),
-        (["compare", "--learning-rate", "0.1", "--learning-rate", "0.1"], "learning_rate: each once, got [0.1, 0.1]"),
+        (["compare", "--learning-rate", "0.1", "--learning-rate", "0.1"], "--learning-rate: each once, got [0.1, 0.1]"),
         (["recall", "--mechanism", "mamba"], "mechanism: expected one of softmax, window-16,"),
         (["recall", "--workers", "-1"], "workers: expected at least 1, got -1"),
         (["recall", "--pairs", "100"], "length: expected an even number of at least 400"),

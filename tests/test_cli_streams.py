@@ -69,8 +69,6 @@ def one_line(done):
 def shell(line, **options):
     """A line of bash; $CUMULANT is the program."""
     environment = {**UTF8, "CUMULANT": f"{sys.executable} -m cumulant"}
-    if "PYTHONPATH" in os.environ:
-        environment["PYTHONPATH"] = os.environ["PYTHONPATH"]
     return subprocess.run(["bash", "-c", line], capture_output=True, env=environment, **options)
 
 
