@@ -104,7 +104,10 @@ def test_info():
         (["generate", "/no/such/run", "--temperature", "-1"], "temperature: expected 0 (greedy) or more, got -1.0"),
         (["evaluate", "/no/such/run"], "checkpoint: no model at /no/such/run"),
         (["train", "--preset", "elita", "--model-option", "wraps=0"], "wraps: expected at least 1, got 0"),
-        (["train", "--freeze-backbone"], "--freeze-backbone: needs a trained model, --init-from, and something to train"),
+        (
+            ["train", "--freeze-backbone"],
+            "--freeze-backbone: needs a trained model, --init-from, and something to train",
+        ),
         (["train", "--init-from", "/no/such/run"], "checkpoint: no model at /no/such/run"),
         (["compare", "--data", "/no/such/file"], "data: no such file or folder: /no/such/file"),
         (["compare", "--data", "x", "--recipe", "gpt"], "recipe: expected one of long-context, flash-enwik8, flash-"),

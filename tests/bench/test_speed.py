@@ -12,8 +12,9 @@ from rich.console import Console
 from cumulant.bench import memory, speed, subjects
 from cumulant.bench.folder import Folder
 from cumulant.bench.reports import draw
-from cumulant.bench.speed import PASSES, RECIPES, Recipe, answers, crossing
+from cumulant.bench.speed import RECIPES, Recipe
 from cumulant.bench.subjects import SUBJECTS, Shape
+from cumulant.bench.verdicts import PASSES, answers, crossing
 
 TINY = Recipe(tuple(SUBJECTS), PASSES, (8, 16), batch=2, heads=2, dim=8, repeats=3, budget=0.01)
 
@@ -99,10 +100,10 @@ def test_running_out_is_recorded(error, tmp_path, monkeypatch):
 def test_an_interruption_keeps_finished_rows(tmp_path, monkeypatch):
     measure = speed._measure
 
-    def second(recipe, cell, *rest):
+    def second(recipe, cell, *rest, **options):
         if cell[0] == 16:
             raise KeyboardInterrupt
-        return measure(recipe, cell, *rest)
+        return measure(recipe, cell, *rest, **options)
 
     monkeypatch.setattr(speed, "_measure", second)
     with pytest.raises(KeyboardInterrupt):
@@ -193,3 +194,27 @@ def test_bad_recipes(fields, message):
     for recipe in (*RECIPES.values(), *(recipe.quick() for recipe in RECIPES.values())):
         with pytest.raises(ValueError, match=message):
             replace(recipe, **fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"batch": 0}, "batch: expected at least 1, got 0"),
+        ({"batch": -3}, "batch: expected at least 1, got -3"),
+        ({"heads": 0}, "heads: expected at least 1"),
+        ({"dim": 0}, "dim: expected at least 1"),
+        ({"seconds": 0.0}, "seconds: expected a positive number"),
+        ({"seconds": float("nan")}, "seconds: expected a positive number, got nan"),
+        ({"seconds": float("inf")}, "seconds: expected a positive number, got inf"),
+        ({"budget": -1.0}, "budget"),
+        ({"repeats": 0}, "repeats"),
+    ],
+)
+def test_numbers_that_measure_nothing(fields, message):
+    with pytest.raises(ValueError, match=message):
+        replace(TINY, **fields)
+
+
+def test_the_same_cell_is_measured_once_though_asked_for_twice():
+    recipe = replace(TINY, mechanisms=("linear", "linear"), passes=("forward", "forward"), lengths=(8, 8))
+    assert list(recipe.cells()) == [(8, "forward", "linear")]

@@ -11,7 +11,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
-from itertools import product
 from typing import Any
 
 import torch
@@ -23,17 +22,20 @@ from .folder import Folder, Row
 from .memory import available, measured
 from .page import Page, Picture, TableOf, write
 from .subjects import SUBJECTS, Shape, Subject
+from .verdicts import PASSES, answers, number
 
-PASSES = ("forward", "training", "decode")  # training: forward and backward; decode: one more token
+ROUNDS = 3  # a cell is measured so many times, the other mechanisms between: what else ran meanwhile shows as a spread
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
-BASELINE = "softmax"
 HELD = "Most memory held during a run, inputs and all; in decoding, what is kept of the context"
+
+
+Cell = tuple[int, str, str]  # length, pass, mechanism
 
 
 @dataclass(frozen=True)
 class Recipe:
     """B sequences, H heads of d numbers. seconds: the most that a cell's single run may take; repeats: at most, and at
-    least one; budget: seconds after which a cell is not repeated further."""
+    least one; budget: seconds after which a cell is not repeated further, over all its rounds."""
 
     mechanisms: tuple[str, ...]
     passes: tuple[str, ...]
@@ -58,17 +60,27 @@ class Recipe:
             raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {self.dtype!r}")
         if not self.lengths or min(self.lengths) < 1:
             raise ValueError(f"length: expected numbers of at least 1, got {list(self.lengths)}")
+        for name in ("batch", "heads", "dim", "repeats"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        for name in ("budget", "seconds"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
 
     def quick(self) -> Recipe:
         """Every second length up to 8192, briefly."""
         lengths = tuple(T for T in self.lengths if T <= 8192)[::2]
-        return replace(self, lengths=lengths, repeats=7, budget=0.4, seconds=2.0)
+        return replace(self, lengths=lengths, repeats=9, budget=0.5, seconds=2.0)
 
-    def cells(self) -> Iterator[tuple[int, str, str]]:
-        for T in sorted(self.lengths):
-            for kind in self.passes:
-                for mechanism in self.mechanisms:
-                    yield T, kind, mechanism
+    def groups(self) -> Iterator[list[Cell]]:
+        """Cells that are compared with one another: they are measured in turn."""
+        for T in sorted(set(self.lengths)):
+            for kind in dict.fromkeys(self.passes):
+                yield [(T, kind, mechanism) for mechanism in dict.fromkeys(self.mechanisms)]
+
+    def cells(self) -> Iterator[Cell]:
+        for group in self.groups():
+            yield from group
 
 
 LENGTHS = tuple(2**p for p in range(7, 21))
@@ -111,18 +123,30 @@ def run(recipe: Recipe, output: str, *, device: str, threads: int, force: bool, 
     done = {(row["length"], row["pass"], row["mechanism"]): row for row in folder.rows()}
     try:
         with Live(_progress(recipe, done, console), console=console, refresh_per_second=2) as live:
-            for cell in recipe.cells():
-                if cell not in done:
-                    done[cell] = _measure(recipe, cell, device, done)
-                    folder.append(done[cell])
-                    live.update(_progress(recipe, done, console))
+            for group in recipe.groups():
+                rows = _measure_group(recipe, [cell for cell in group if cell not in done], device, done)
+                folder.append(*rows.values())
+                done |= rows
+                live.update(_progress(recipe, done, console))
     finally:
         if done:
             report(folder, console)
     return folder
 
 
-def _measure(recipe: Recipe, cell: tuple[int, str, str], device: str, done: dict[tuple[int, str, str], Row]) -> Row:
+def _measure_group(recipe: Recipe, cells: list[Cell], device: str, done: dict[Cell, Row]) -> dict[Cell, Row]:
+    """A row for each cell, measured in turn, `ROUNDS` times over. One whose runs are long is measured once: little that
+    comes and goes in the meantime is as long."""
+    found: dict[Cell, list[Row]] = {cell: [_measure(recipe, cell, device, done)] for cell in cells}
+    for _ in range(ROUNDS - 1):
+        for cell, rows in found.items():
+            if rows[-1]["status"] == "measured" and min(rows[-1]["times"]) < recipe.budget:
+                rows.append(_measure(recipe, cell, device, done, weigh=False))
+    return {cell: _merged(rows) for cell, rows in found.items()}
+
+
+def _measure(recipe: Recipe, cell: Cell, device: str, done: dict[Cell, Row], weigh: bool = True) -> Row:
+    """The seconds of each run of one round and, asked to `weigh`, the memory that takes; or why there are none."""
     T, kind, mechanism = cell
     row: Row = {"length": T, "pass": kind, "mechanism": mechanism}
     shape = Shape(recipe.batch, recipe.heads, T, recipe.dim, DTYPES[recipe.dtype], device, recipe.causal)
@@ -134,20 +158,33 @@ def _measure(recipe: Recipe, cell: tuple[int, str, str], device: str, done: dict
     if room is not None and needed > 0.8 * room:
         return {**row, "status": "out of memory", "why": f"about {needed / 2**30:.1f} GiB of {room / 2**30:.1f}"}
     try:
-        times, peak = _times(recipe, shape, kind, mechanism)
+        times, peak = _times(recipe, shape, kind, mechanism, weigh)
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
         return {**row, "status": "out of memory", "why": str(error).splitlines()[0]}
-    deviation = statistics.stdev(times) if len(times) > 1 else 0.0
-    median, mean = statistics.median(times), statistics.mean(times)
+    return {**row, "status": "measured", "times": times, "peak_bytes": peak}
+
+
+def _merged(rounds: list[Row]) -> Row:
+    """One row of all rounds. low, high: the least and the most of their medians; of its runs, where there was one."""
+    last = rounds[-1]
+    if last["status"] != "measured":
+        return last
+    medians = [statistics.median(row["times"]) for row in rounds]
+    if len(medians) == 1:
+        medians = last["times"]
+    times = [t for row in rounds for t in row["times"]]
+    peaks = [row["peak_bytes"] for row in rounds if row["peak_bytes"] is not None]
     return {
-        **row, "status": "measured", "median": median, "mean": mean, "deviation": deviation, "runs": len(times),
-        "peak_bytes": peak,
+        **{name: last[name] for name in ("length", "pass", "mechanism", "status")},
+        "median": statistics.median(times), "mean": statistics.mean(times),
+        "deviation": statistics.stdev(times) if len(times) > 1 else 0.0, "runs": len(times),
+        "low": min(medians), "high": max(medians), "peak_bytes": max(peaks, default=None),
     }  # fmt: skip
 
 
-def _expected(recipe: Recipe, cell: tuple[int, str, str], done: dict[tuple[int, str, str], Row]) -> float:
+def _expected(recipe: Recipe, cell: Cell, done: dict[Cell, Row]) -> float:
     """Seconds of a run, from the longest before it that was measured; infinite once one was too long."""
     T, kind, mechanism = cell
     before = [
@@ -171,7 +208,9 @@ def _bytes(shape: Shape, kind: str, mechanism: str) -> float:
     return float(numbers + weights) * torch.empty(0, dtype=shape.dtype).element_size()
 
 
-def _times(recipe: Recipe, shape: Shape, kind: str, mechanism: str) -> tuple[list[float], int | None]:
+def _times(
+    recipe: Recipe, shape: Shape, kind: str, mechanism: str, weigh: bool = True
+) -> tuple[list[float], int | None]:
     """Seconds of each run after one to warm up; and the most bytes held, inputs and all, or, decoding, of context."""
     torch.manual_seed(0)
     subject = SUBJECTS[mechanism]
@@ -180,6 +219,8 @@ def _times(recipe: Recipe, shape: Shape, kind: str, mechanism: str) -> tuple[lis
             step, held = subject.step(shape)
             return _repeat(recipe, step, shape.device), held
     times = _repeat(recipe, _call(shape, kind, subject), shape.device)
+    if not weigh:
+        return times, None
     with measured(shape.device) as peak:
         _timed(_call(shape, kind, subject), shape.device)
         return times, peak()
@@ -189,8 +230,8 @@ def _repeat(recipe: Recipe, call: Callable[[], Any], device: str) -> list[float]
     first = _timed(call, device)
     if first > recipe.seconds:
         return [first]
-    times, limit = [_timed(call, device)], time.perf_counter() + recipe.budget
-    while len(times) < recipe.repeats and time.perf_counter() < limit:
+    times, limit = [_timed(call, device)], time.perf_counter() + recipe.budget / ROUNDS
+    while len(times) < -(-recipe.repeats // ROUNDS) and time.perf_counter() < limit:
         times.append(_timed(call, device))
     return times
 
@@ -218,7 +259,7 @@ def _timed(call: Callable[[], Any], device: str) -> float:
     return time.perf_counter() - started
 
 
-def _progress(recipe: Recipe, done: dict[tuple[int, str, str], Row], console: Console) -> RenderableType:
+def _progress(recipe: Recipe, done: dict[Cell, Row], console: Console) -> RenderableType:
     """What there is so far."""
     rows = []
     for kind in recipe.passes:
@@ -232,29 +273,7 @@ def _progress(recipe: Recipe, done: dict[tuple[int, str, str], Row], console: Co
 def _cell(row: Row | None) -> str:
     if row is None:
         return "not yet"
-    return _number(row["median"] * 1e3, 3) if row["status"] == "measured" else str(row["status"])
-
-
-def crossing(rows: list[Row], kind: str, mechanism: str) -> int | None:
-    """The first measured length from which on the mechanism is faster than softmax, wherever both were measured."""
-    both = _pairs(rows, kind, mechanism)
-    ahead = None
-    for T, own, softmax in reversed(both):
-        if own >= softmax:
-            break
-        ahead = T
-    return ahead
-
-
-def _pairs(rows: list[Row], kind: str, mechanism: str, other: str = BASELINE) -> list[tuple[int, float, float]]:
-    """Length, the mechanism's and the other's time, by length."""
-    found = {
-        (row["length"], row["mechanism"]): float(row["median"])
-        for row in rows
-        if row["pass"] == kind and row["status"] == "measured"
-    }
-    lengths = sorted(T for T, name in found if name == mechanism and (T, other) in found)
-    return [(T, found[T, mechanism], found[T, other]) for T in lengths]
+    return number(row["median"] * 1e3, 3) if row["status"] == "measured" else str(row["status"])
 
 
 def report(folder: Folder, console: Console | None = None) -> Page:
@@ -294,41 +313,6 @@ def report(folder: Folder, console: Console | None = None) -> Page:
     return page
 
 
-def answers(rows: list[Row], mechanisms: list[str]) -> list[str]:
-    """From where each mechanism beats softmax here, and by how much at the greatest common length."""
-    found = []
-    for kind in PASSES:
-        parts = []
-        for mechanism in mechanisms:
-            both = _pairs(rows, kind, mechanism)
-            if mechanism == BASELINE or not both:
-                continue
-            T, own, softmax = both[-1]
-            ahead = crossing(rows, kind, mechanism)
-            where = f"beats softmax from T = {ahead:,}" if ahead else "does not beat softmax"
-            parts.append(f"{mechanism} {where} ({_number(softmax / own, 3)} times as fast at {T:,})")
-        if parts:
-            found.append(f"On this machine, {kind}: {'; '.join(parts)}.")
-    return [*found, *_against_torch(rows, mechanisms)] or ["Nothing to compare with softmax was measured yet."]
-
-
-def _against_torch(rows: list[Row], mechanisms: list[str]) -> list[str]:
-    """The chosen implementation's speed over that of PyTorch's operations, the least and the most of all lengths."""
-    parts = []
-    for name, kind in product((m for m in mechanisms if f"{m}, torch" in mechanisms), PASSES):
-        ratios = {T: other / own for T, own, other in _pairs(rows, kind, name, f"{name}, torch")}
-        if ratios:
-            least = min(ratios, key=lambda T: ratios[T])
-            most = _number(max(ratios.values()), 2)
-            parts.append(f"{name} {kind} {_number(ratios[least], 2)} (at {least:,}) to {most}")
-    return [f"Times as fast as PyTorch's operations: {'; '.join(parts)}."] if parts else []
-
-
-def _number(x: float, digits: int) -> str:
-    """So many digits, all those before the point, and no exponent."""
-    return f"{x:,.0f}" if x >= 10 ** (digits - 1) else f"{x:.{digits}g}"
-
-
 def _table(rows: list[Row], mechanisms: list[str], kind: str) -> TableOf:
     cells = {(row["length"], row["mechanism"]): row for row in rows if row["pass"] == kind}
     lines = []
@@ -342,4 +326,4 @@ def _spread(row: Row | None) -> str:
         return ""
     if row["status"] != "measured":
         return f"{row['status']}: {row['why']}" if row["status"] == "out of memory" else str(row["status"])
-    return f"{_number(row['median'] * 1e3, 4)} ± {_number(row['deviation'] * 1e3, 2)}"
+    return f"{number(row['median'] * 1e3, 4)} ± {number(row['deviation'] * 1e3, 2)}"

@@ -7,6 +7,7 @@ from typing import Any
 
 from .folder import Row
 from .plots import SHAPES, pyplot, save
+from .verdicts import BASELINE, crossing
 
 COLOURS = {
     "softmax": "#000000", "naive softmax": "#999999", "linear": "#E69F00", "taylor": "#0072B2", "flash": "#009E73",
@@ -60,8 +61,6 @@ def _points(rows: list[Row], kind: str, mechanism: str, value: str) -> list[tupl
 
 def draw_times(rows: list[Row], mechanisms: list[str], folder: Path) -> str:
     """Milliseconds by length, with the lengths from which each mechanism beats softmax."""
-    from .speed import BASELINE, crossing
-
     figure, panels = _drawn(rows, mechanisms, "median", 1e-3, "milliseconds")
     for kind, panel in panels.items():
         for name in mechanisms:

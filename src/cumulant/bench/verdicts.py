@@ -1,0 +1,115 @@
+"""What times say: sentences, where the measurements are clear enough for one.
+
+A cell's time is an interval, from the least to the most that its rounds came to. One mechanism is ahead of another
+where the intervals part. Where they are so wide that nothing can be told, that is what is said.
+"""
+
+from __future__ import annotations
+
+import statistics
+from itertools import product
+
+from .folder import Row
+
+PASSES = ("forward", "training", "decode")  # training: forward and backward; decode: one more token
+BASELINE = "softmax"
+SCATTER = 1.5  # the most of a cell's time over the least, from which on it tells nothing
+CANNOT_TELL = "these measurements scatter too much to tell; close other programs"
+
+Interval = tuple[float, float]
+
+
+def interval(row: Row) -> Interval:
+    """Of a row written before there were rounds: a deviation around its median."""
+    if "low" in row:
+        return float(row["low"]), float(row["high"])
+    deviation = float(row.get("deviation") or 0.0)
+    return max(row["median"] - deviation, 0.0), row["median"] + deviation
+
+
+def pairs(rows: list[Row], kind: str, mechanism: str, other: str = BASELINE) -> list[tuple[int, Interval, Interval]]:
+    """Length, the mechanism's and the other's interval, by length, wherever both were measured."""
+    found = {
+        (row["length"], row["mechanism"]): interval(row)
+        for row in rows
+        if row["pass"] == kind and row["status"] == "measured"
+    }
+    lengths = sorted(T for T, name in found if name == mechanism and (T, other) in found)
+    return [(T, found[T, mechanism], found[T, other]) for T in lengths]
+
+
+def crossing(rows: list[Row], kind: str, mechanism: str) -> int | None:
+    """The first measured length from which on the mechanism is surely faster than softmax, wherever both were
+    measured."""
+    ahead = None
+    for T, (_, most), (least, _) in reversed(pairs(rows, kind, mechanism)):
+        if most >= least:
+            break
+        ahead = T
+    return ahead
+
+
+def answers(rows: list[Row], mechanisms: list[str]) -> list[str]:
+    """From where each mechanism beats softmax here, and by how much at the greatest common length."""
+    found = []
+    for kind in PASSES:
+        others = [m for m in mechanisms if m != BASELINE and pairs(rows, kind, m)]
+        if not others:
+            continue
+        if _scattered(rows, kind, [BASELINE, *others]):
+            found.append(f"On this machine, {kind}: {CANNOT_TELL}.")
+        else:
+            found.append(f"On this machine, {kind}: {'; '.join(_verdict(rows, kind, m) for m in others)}.")
+    return [*found, *_against_torch(rows, mechanisms)] or ["Nothing to compare with softmax was measured yet."]
+
+
+def _scattered(rows: list[Row], kind: str, mechanisms: list[str]) -> bool:
+    """Whether half of a pass's cells tell nothing."""
+    spreads = [
+        high / low if low > 0 else float("inf")
+        for low, high in (
+            interval(row)
+            for row in rows
+            if row["pass"] == kind and row["mechanism"] in mechanisms and row["status"] == "measured"
+        )
+    ]
+    return statistics.median(spreads) > SCATTER
+
+
+def _verdict(rows: list[Row], kind: str, mechanism: str) -> str:
+    T, own, softmax = pairs(rows, kind, mechanism)[-1]
+    ahead = crossing(rows, kind, mechanism)
+    if ahead:
+        return f"{mechanism} beats softmax from T = {ahead:,} ({_times(own, softmax)} times as fast at {T:,})"
+    if own[0] > softmax[1]:
+        return f"{mechanism} does not beat softmax ({_times(own, softmax)} times as fast at {T:,})"
+    return f"whether {mechanism} beats softmax, {CANNOT_TELL}"
+
+
+def _times(own: Interval, other: Interval) -> str:
+    """How many times as fast, from the least to the most that the intervals allow."""
+    least, most = other[0] / own[1], other[1] / max(own[0], 1e-12)
+    low, high = number(least, 2), number(most, 2)
+    if low != high:
+        return f"{low} to {high}"
+    return number((least + most) / 2, 3)
+
+
+def _against_torch(rows: list[Row], mechanisms: list[str]) -> list[str]:
+    """The chosen implementation's speed over that of PyTorch's operations, the least and the most of all lengths."""
+    parts = []
+    for name, kind in product((m for m in mechanisms if f"{m}, torch" in mechanisms), PASSES):
+        ratios = {T: (other, own) for T, own, other in pairs(rows, kind, name, f"{name}, torch")}
+        if ratios and _scattered(rows, kind, [name, f"{name}, torch"]):
+            parts.append(f"{name} {kind}: {CANNOT_TELL}")
+        elif ratios:
+            middle = {T: sum(other) / sum(own) for T, (other, own) in ratios.items()}
+            least = min(middle, key=lambda T: middle[T])
+            most = number(max(middle.values()), 2)
+            parts.append(f"{name} {kind} {number(middle[least], 2)} (at {least:,}) to {most}")
+    return [f"Times as fast as PyTorch's operations: {'; '.join(parts)}."] if parts else []
+
+
+def number(x: float, digits: int) -> str:
+    """So many digits, all those before the point, and no exponent."""
+    return f"{x:,.0f}" if x >= 10 ** (digits - 1) else f"{x:.{digits}g}"

@@ -1,0 +1,89 @@
+"""What `cumulant bench` says of times that scatter: nothing rather than something wrong."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from cumulant.bench import speed
+from cumulant.bench.speed import PASSES, Recipe
+from cumulant.bench.verdicts import CANNOT_TELL, answers, crossing, interval
+
+NAMES = ["softmax", "linear"]
+
+
+def cell(mechanism, T, low, high, kind="forward"):
+    row = {"length": T, "pass": kind, "mechanism": mechanism, "status": "measured"}
+    return {**row, "median": (low + high) / 2, "low": low, "high": high}
+
+
+def test_intervals_that_part():
+    rows = [cell("softmax", 8, 1.0, 1.1), cell("linear", 8, 2.0, 2.2)]
+    rows += [cell("softmax", 16, 4.0, 4.4), cell("linear", 16, 2.0, 2.2)]
+    assert crossing(rows, "forward", "linear") == 16
+    (line,) = answers(rows, NAMES)
+    assert line == "On this machine, forward: linear beats softmax from T = 16 (1.8 to 2.2 times as fast at 16)."
+    (line,) = answers(rows[:2], NAMES)
+    assert line == "On this machine, forward: linear does not beat softmax (0.45 to 0.55 times as fast at 8)."
+
+
+def test_intervals_that_overlap_are_no_verdict():
+    """Neither way, whatever the medians are."""
+    for own in ((3.9, 4.6), (3.0, 4.05), (4.3, 6.0)):
+        (line,) = answers([cell("softmax", 8, 4.0, 4.4), cell("linear", 8, *own)], NAMES)
+        assert line == f"On this machine, forward: whether linear beats softmax, {CANNOT_TELL}."
+    rows = [cell("softmax", 8, 4.0, 4.4), cell("linear", 8, 3.0, 4.1), cell("softmax", 16, 8.0, 8.1)]
+    assert crossing([*rows, cell("linear", 16, 3.0, 3.1)], "forward", "linear") == 16
+
+
+def test_a_pass_that_scatters_says_nothing_and_the_others_speak():
+    rows = [cell("softmax", T, 1.0, 5.0) for T in (8, 16)] + [cell("linear", T, 0.1, 0.9) for T in (8, 16)]
+    rows += [cell("softmax", 8, 2.0, 2.1, "decode"), cell("linear", 8, 1.0, 1.1, "decode")]
+    forward, decode = answers(rows, NAMES)
+    assert forward == f"On this machine, forward: {CANNOT_TELL}."
+    assert "linear beats softmax" in decode
+
+
+def test_rows_without_rounds_have_their_deviation():
+    old = {"median": 2.0, "deviation": 0.5}
+    assert interval(old) == (1.5, 2.5)
+    assert interval({"median": 2.0, "deviation": 9.0})[0] == 0.0
+
+
+@pytest.mark.parametrize("faster", [0.5, 1.0, 2.0])
+def test_on_a_busy_machine_nothing_wrong_is_said(faster, monkeypatch, tmp_path):
+    """Times of which every run is up to ten times too long, in stretches that last longer than a round."""
+    for seed in range(20):
+        noise = random.Random(seed)
+
+        def times(recipe, shape, kind, mechanism, weigh=True, noise=noise):
+            slow = noise.choice([1.0, 1.0, 3.0, 10.0])
+            true = 1.0 if mechanism == "softmax" else 1 / faster
+            return [true * slow * noise.uniform(1.0, 1.2) for _ in range(3)], None
+
+        monkeypatch.setattr(speed, "_times", times)
+        recipe = Recipe(("softmax", "linear"), PASSES, (8, 16, 32), seconds=1e3, budget=1e3)
+        done = {}
+        for group in recipe.groups():
+            done |= speed._measure_group(recipe, group, "cpu", done)
+        said = " ".join(answers(list(done.values()), NAMES))
+        if faster <= 1:
+            assert "linear beats softmax" not in said, (seed, said)
+        if faster >= 1:
+            assert "does not beat" not in said, (seed, said)
+
+
+def test_rounds_take_turns(monkeypatch):
+    """Every mechanism is measured before one is measured again; runs as long as all of the budget are not repeated."""
+    asked = []
+
+    def times(recipe, shape, kind, mechanism, weigh=True):
+        asked.append(mechanism)
+        return [9.0 if mechanism == "flash" else 0.1], None
+
+    monkeypatch.setattr(speed, "_times", times)
+    recipe = Recipe(("softmax", "linear", "flash"), ("forward",), (8,))
+    rows = speed._measure_group(recipe, next(recipe.groups()), "cpu", {})
+    assert asked == ["softmax", "linear", "flash", "softmax", "linear", "softmax", "linear"]
+    assert {cell[2]: row["runs"] for cell, row in rows.items()} == {"softmax": 3, "linear": 3, "flash": 1}
