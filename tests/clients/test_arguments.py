@@ -185,3 +185,32 @@ def test_positions_behind_a_cache(kind):
         cache = DynamicCache(config=model.config)
         model(ids[:, :5], past_key_values=cache)
         assert torch.allclose(model(ids[:, 5:], past_key_values=cache, **given).logits, expected, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", PEERS)
+def test_generation_from_embeddings(kind):
+    model, ids = build(kind), tokens(2, 5)
+    options = {"do_sample": False, "max_new_tokens": 5}
+    embeddings = model.get_input_embeddings()(ids)
+    expected = model.generate(ids, **options)
+    assert torch.equal(model.generate(inputs_embeds=embeddings, **options), expected[:, 5:])
+    assert torch.equal(model.generate(ids, inputs_embeds=embeddings, **options), expected)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_ids_of_the_wrong_kind(name):
+    model, ids = MODELS[name](), tokens(1, 5)
+    for bad, error, message in (
+        (ids[0], ValueError, r"input_ids: expected \[B, T\], got \[5\]; one text is a batch of one, input_ids\[None\]"),
+        (ids[None], ValueError, r"input_ids: expected \[B, T\], got \[1, 1, 5\]"),
+        (ids.float(), TypeError, r"input_ids: expected int64 or int32, got torch.float32; try input_ids.long\(\)"),
+        (ids + 300, ValueError, "input_ids: expected ids from 0 to vocab_size - 1 = 256, got"),
+        (-ids - 1, ValueError, "input_ids: expected ids from 0"),
+    ):
+        with pytest.raises(error, match=message):
+            model(bad)
+    assert torch.equal(model(ids.int())[0], model(ids)[0])
+    with pytest.raises(ValueError, match=r"inputs_embeds: expected \[B, T, D\] with D=32, got \[1, 5, 31\]"):
+        model(inputs_embeds=torch.zeros(1, 5, 31))
+    with pytest.raises(ValueError, match="input_ids: pass either"):
+        model(ids, inputs_embeds=torch.zeros(1, 5, 32))

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 from transformers import GenerationMixin
+from transformers.cache_utils import Cache
 
 
 class CumulantGenerationMixin(GenerationMixin):  # type: ignore[misc]
@@ -28,14 +29,30 @@ class CumulantGenerationMixin(GenerationMixin):  # type: ignore[misc]
         """None: the model counts positions itself, and `forward` would only check those."""
 
     def prepare_inputs_for_generation(
-        self, input_ids: Tensor, next_sequence_length: int | None = None, **kwargs: Any
+        self,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        past_key_values: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        **kwargs: Any,
     ) -> dict[str, Any]:
-        """As transformers', without what `generate` was given for itself and hands on to the model."""
+        """As transformers', with its signature, which `generate` reads; without what `generate` was given for itself
+        and hands on to the model."""
         if next_sequence_length is not None and next_sequence_length < 1:  # which would read all tokens once more
             seen = input_ids.shape[1] - next_sequence_length
             raise ValueError(
                 f"past_key_values: has seen {seen} tokens and input_ids holds {input_ids.shape[1]}; generation needs "
                 "at least one more: pass it, or read one token less into the cache"
             )
-        inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, next_sequence_length, **kwargs)
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
         return {name: value for name, value in inputs.items() if name not in ("tokenizer", "assistant_tokenizer")}

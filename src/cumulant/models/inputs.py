@@ -83,6 +83,23 @@ def check_arguments(given: Mapping[str, Any], config: CumulantConfig) -> None:
             require((mask == 1).all(), "head_mask: heads cannot be switched off here; leave it out")
 
 
+def check_tokens(input_ids: Tensor | None, inputs_embeds: Tensor | None, dim: int) -> None:
+    """Ids ``[B, T]`` or embeddings ``[B, T, D]``."""
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("input_ids: pass either input_ids [B, T] or inputs_embeds [B, T, D]")
+    if inputs_embeds is not None and (inputs_embeds.dim() != 3 or inputs_embeds.shape[2] != dim):
+        raise ValueError(f"inputs_embeds: expected [B, T, D] with D={dim}, got {list(inputs_embeds.shape)}")
+    if input_ids is None:
+        return
+    if not isinstance(input_ids, Tensor):
+        raise TypeError(f"input_ids: expected a tensor [B, T], got {type(input_ids).__name__}; try torch.tensor(...)")
+    if input_ids.dim() != 2:
+        hint = "; one text is a batch of one, input_ids[None]" if input_ids.dim() == 1 else ""
+        raise ValueError(f"input_ids: expected [B, T], got {list(input_ids.shape)}{hint}")
+    if input_ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"input_ids: expected int64 or int32, got {input_ids.dtype}; try input_ids.long()")
+
+
 def check_token_types(token_type_ids: Tensor | None) -> None:
     """Token types are zeros: the models have no embedding for any."""
     if token_type_ids is not None:

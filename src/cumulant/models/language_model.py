@@ -39,6 +39,7 @@ from .inputs import (
     check_cache_position,
     check_labels,
     check_token_types,
+    check_tokens,
     places,
     select_logits,
     split_mask,
@@ -193,9 +194,7 @@ class CumulantModel(CumulantPreTrainedModel):
         """See `CumulantForCausalLM.forward`."""
         check_arguments(kwargs, self.config)
         check_token_types(token_type_ids)
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("input_ids: pass either input_ids [B, T] or inputs_embeds [B, T, D]")
-        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        x = self._embed(input_ids, inputs_embeds)
         B, T = x.shape[:2]
         past = 0
         if past_key_values is not None:
@@ -230,6 +229,20 @@ class CumulantModel(CumulantPreTrainedModel):
             past_key_values=past_key_values if use_cache else None,
             hidden_states=tuple(hidden) if keep else None,
         )
+
+    def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        check_tokens(input_ids, inputs_embeds, self.config.hidden_size)
+        if input_ids is None:
+            assert inputs_embeds is not None
+            return inputs_embeds
+        try:
+            x: Tensor = self.embed_tokens(input_ids)
+        except IndexError as error:
+            raise ValueError(
+                f"input_ids: expected ids from 0 to vocab_size - 1 = {self.config.vocab_size - 1}, got "
+                f"{int(input_ids.min())} to {int(input_ids.max())}; is the tokenizer the model's?"
+            ) from error
+        return x
 
     def _run(
         self,
