@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .product import matmul
+from .transforms import without_autocast
 
 BLOCK = 1 << 20  # numbers in the outer products of a block
 
@@ -22,6 +23,13 @@ def _blocks(a: Tensor, b: Tensor) -> list[slice]:
 def _outer(a: Tensor, b: Tensor) -> Tensor:
     """``[N, A]``, ``[N, F]`` -> ``[N, F·A]``, a's index fastest."""
     return (b[:, :, None] * a[:, None, :]).flatten(1)
+
+
+def formula(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
+    """`bilinear` in plain PyTorch, for tangents, gradients of gradients and `torch.func`."""
+    with without_autocast(a):
+        parts = [_outer(a[rows], b[rows]) @ weight.T for rows in _blocks(a, b)]
+        return torch.cat(parts) if parts else a.new_empty(0, weight.shape[0])
 
 
 @torch.library.custom_op("cumulant::bilinear", mutates_args=())

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from ..kernels.bilinear import bilinear as kernel
+from ..kernels.bilinear import formula
+from ..kernels.transforms import needs_formula, transformed
 
 
 def bilinear(a: Tensor, b: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -25,5 +27,6 @@ def bilinear(a: Tensor, b: Tensor, weight: Tensor, bias: Tensor | None = None) -
         dtype = torch.get_autocast_dtype(a.device.type)
         a, b = a.to(dtype), b.to(dtype)
     rows = a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1]).to(a.dtype)
-    out: Tensor = kernel(*rows, weight.to(a.dtype)).view(*a.shape[:-1], weight.shape[0])
+    run = formula if transformed() or needs_formula(torch.compiler.is_compiling()) else kernel
+    out: Tensor = run(*rows, weight.to(a.dtype)).view(*a.shape[:-1], weight.shape[0])
     return out if bias is None else out + bias.to(out.dtype)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import reference
+from ..kernels.transforms import needs_formula, without_autocast
 from .dispatch import Choice, automatic, native_obstacle, reasons, resolve
 from .state import ElitaState, LinearState, MixedChunkState
 
@@ -50,6 +51,13 @@ def attend(
     denominator = None if state is None or not kernel.normalize else state.denominator
     if impl == "reference":
         out, sums = _reference(kernel, query, key, value, key_mask, cu_seqlens, numerator, denominator)
+    elif needs_formula(torch.compiler.is_compiling()):
+        from ..kernels.differentiable import cumulative
+
+        options = (kernel.order, kernel.constant_term, kernel.activation, kernel.scale, kernel.normalize)
+        inputs = (query, key, value, key_mask, cu_seqlens, numerator, denominator)
+        out, S, z = cumulative.attention(*inputs, *options, kernel.is_causal, CHUNK)
+        sums = S, z if kernel.normalize else None
     elif impl == "native":
         from ..kernels.native.attention import attention
 
@@ -73,12 +81,12 @@ def attend(
         )
         sums = S, z if kernel.normalize else None
     else:
-        from ..kernels.chunked import chunked_attention
+        from ..kernels.chunked import attention as chunked
 
         # In both directions the sums over many keys are kept for the backward pass, which else would sum them again, as
         # it does in compiled graphs, made for any length.
         long = cu_seqlens is None and not torch.compiler.is_compiling() and max(query.shape[2], key.shape[2]) > CHUNK
-        out, _, S, z = chunked_attention(
+        out, _, S, z = chunked(
             query,
             key,
             value,
@@ -164,7 +172,7 @@ def _reference(
     )
     state = None if numerator is None else (numerator, denominator)
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query):
         scaled = query.to(dtype) * kernel.scale
         if cu_seqlens is None:
             out, sums = run(scaled, key, value, key_mask=key_mask, state=state)

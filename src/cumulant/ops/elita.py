@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 
 from ..kernels import reference
+from ..kernels.transforms import needs_formula, readable, without_autocast
 from .checks import FLOATS, check_cu_seqlens, check_key_mask, check_parts
 from .cumulative import count_tokens
 from .dispatch import Choice, native_obstacle, reasons, resolve
 from .state import ElitaState
 
 CHUNK = 8
+BLOCK = 64  # tokens whose weights exist at a time, where derivatives are those of the formula
 SPAN = 4096  # the fewest tokens that a thread of the native kernels takes when one sequence is shared out
 
 
@@ -83,12 +85,16 @@ Sums = tuple[Tensor, Tensor]
 
 def _run(chosen: str, inputs: Inputs, first: Tensor | None, state: ElitaState | None) -> tuple[Tensor, Sums]:
     past = (None, None) if state is None else (state.log_weight, state.mean)
-    if chosen == "native":
+    if needs_formula(torch.compiler.is_compiling()):
+        from ..kernels.differentiable.elita import attention
+
+        out, log_weight, mean = attention(*inputs, first, past[0], past[1], BLOCK)
+    elif chosen == "native":
         from ..kernels.native.elita import attention as native
 
         out, _, _, log_weight, mean = native(*inputs, first, *past, SPAN)
     else:
-        from ..kernels.chunked.elita import elita_attention as chunked
+        from ..kernels.chunked.elita import attention as chunked
 
         out, _, _, log_weight, mean = chunked(*inputs, first, *past, CHUNK)
     return out, (log_weight, mean)
@@ -170,7 +176,7 @@ def _reference(
     inputs: Inputs, key_mask: Tensor | None, cu_seqlens: Tensor | None, state: ElitaState | None
 ) -> tuple[Tensor, Sums]:
     """The whole batch, or each packed sequence by itself."""
-    with torch.autocast(inputs[3].device.type, enabled=False):
+    with without_autocast(inputs[3]):
         if cu_seqlens is None:
             past = None if state is None else (state.log_weight, state.mean)
             return reference.elita_attention(*inputs, key_mask=key_mask, state=past)
@@ -223,7 +229,7 @@ def _check(
         check_cu_seqlens(cu_seqlens, B, T, T, value.device)
     rows = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     check_parts(state, ElitaState, {"log_weight": (rows, G), "mean": (rows, G, V)}, torch.float64, value)
-    if value.device.type == "cpu" and not torch.compiler.is_compiling():
+    if value.device.type == "cpu" and readable(key_logit, query_logit, self_logit, key_mask, cu_seqlens):
         _check_finite(logits, key_mask, cu_seqlens)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..kernels import reference
+from ..kernels.transforms import needs_formula, readable, without_autocast
 from .checks import Sizes, check_activation, check_attention, check_bias, check_dropout, check_parts
 from .dispatch import Choice, reasons, resolve
 from .state import KeyValueState
@@ -92,8 +93,12 @@ def gated_attention(
     bias = None if bias is None else bias[(None,) * (4 - bias.dim())]
     if chosen == "reference":
         out = _reference(query, key, value, activation, scale, bias, is_causal, dropout_p, cu_seqlens)
+    elif needs_formula(torch.compiler.is_compiling()):
+        from ..kernels.differentiable.gated import attention
+
+        out = attention(query, key, value, scale, bias, cu_seqlens, activation, is_causal, dropout_p, BLOCK)
     else:
-        from ..kernels.chunked.gated import gated_attention as chunked
+        from ..kernels.chunked.gated import attention as chunked
 
         seed = torch.randint(2**62, (1,)) if dropout_p else None
         out = chunked(query, key, value, scale, bias, cu_seqlens, seed, activation, is_causal, dropout_p, BLOCK)
@@ -163,7 +168,7 @@ def _reference(
     cu_seqlens: Tensor | None,
 ) -> Tensor:
     T, options = query.shape[2], {"activation": activation, "is_causal": is_causal, "dropout_p": dropout_p}
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query):
         if cu_seqlens is None:
             return reference.gated_attention(query, key, value, scale=scale, bias=bias, **options)  # type: ignore[arg-type]
         outs, bounds = [], cu_seqlens.tolist()
@@ -217,7 +222,7 @@ def _check(
     expected = {"key": (B, G, past, sizes.K), "value": (B, G, past, sizes.V)}
     check_parts(state, KeyValueState, expected, None, query)
     T, S = sizes.T, past + sizes.S
-    if bias is not None and cu_seqlens is not None and not torch.compiler.is_compiling():
+    if bias is not None and cu_seqlens is not None and readable(cu_seqlens):
         T = S = max(int(cu_seqlens.diff().max()), min(bias.shape[-2:], default=0) if isinstance(bias, Tensor) else 0)
     if bias is not None:
         shapes = ((T, S), (1, T, S), (sizes.H, T, S), *((b, h, T, S) for b in (1, B) for h in (1, sizes.H)))

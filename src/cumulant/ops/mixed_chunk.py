@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import reference
+from ..kernels.transforms import needs_formula, without_autocast
 from .checks import Sizes, check_activation, check_attention, check_bias, check_dropout, check_group_size, check_parts
 from .cumulative import count_tokens
 from .dispatch import Choice, native_obstacle, reasons, resolve
@@ -90,7 +91,7 @@ def mixed_chunk_attention(
             bias=bias,
             dropout_p=dropout_p,
         )
-        with torch.autocast(value.device.type, enabled=False):
+        with without_autocast(value):
             out, parts = _reference(run, inputs, key_mask, cu_seqlens, state)
     else:
         options = (return_state, group_size, activation, is_causal, reduced)
@@ -113,11 +114,15 @@ def _run(
     dropout_p: float,
 ) -> Any:
     past = (None,) * 5 if state is None else _parts(state)
+    if needs_formula(torch.compiler.is_compiling()):
+        from ..kernels.differentiable.mixed_chunk import attention
+
+        return attention(inputs, bias, key_mask, cu_seqlens, past, *options[1:], dropout_p)
     if chosen == "native":
         from ..kernels.native.mixed_chunk import attention as native
 
         return native(*inputs, bias, key_mask, cu_seqlens, *past, *options, SPAN)
-    from ..kernels.chunked.mixed_chunk import mixed_chunk_attention as chunked
+    from ..kernels.chunked.mixed_chunk import attention as chunked
 
     seed = torch.randint(2**62, (1,)) if dropout_p else None
     return chunked(*inputs, bias, key_mask, cu_seqlens, *past, seed, *options, float(dropout_p))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..transforms import mappable
 from .features import size_of
 from .layout import Dense, Packed
 from .passes import Spec, Tokens, backward, compute_dtype, forward
@@ -145,10 +146,12 @@ def _differentiate(ctx, dout, _ddenominators, dS, dZ):  # type: ignore[no-untype
         dout = torch.zeros_like(out)
     if S.numel() == 0:  # a state that nobody wanted, whatever gradient came for it
         dS = dZ = None
-    dq, dk, dv, dS0, dZ0 = chunked_attention_backward(
+    dq, dk, dv, dS0, dZ0 = _backward(
         dout, dS, dZ, query, key, value, key_mask, cu_seqlens, S0, Z0, out, den, S, Z, *ctx.options
     )
     return dq, dk, dv, None, None, dS0 if S0 is not None else None, dZ0 if Z0 is not None else None, *[None] * 8
 
 
 chunked_attention.register_autograd(_differentiate, setup_context=_save)
+_backward = mappable(chunked_attention_backward)
+attention = mappable(chunked_attention, _save, _differentiate)

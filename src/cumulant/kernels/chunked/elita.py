@@ -17,6 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..transforms import mappable
 from .passes import compute_dtype
 from .recurrence import carried, scan, segment_maximum, steps
 
@@ -247,9 +248,11 @@ def _differentiate(ctx, dout, _da, _dg, dm, du):  # type: ignore[no-untyped-def]
     saved = ctx.saved_tensors
     if dout is None:
         dout = torch.zeros_like(saved[4])
-    *grads, dm0, du0 = elita_attention_backward(dout, dm, du, *saved, ctx.dtype, ctx.chunk)
+    *grads, dm0, du0 = _mapped_backward(dout, dm, du, *saved, ctx.dtype, ctx.chunk)
     stateful = saved[2] is not None
     return *grads, None, dm0 if stateful else None, du0 if stateful else None, None
 
 
 elita_attention.register_autograd(_differentiate, setup_context=_save)
+_mapped_backward = mappable(elita_attention_backward)
+attention = mappable(elita_attention, _save, _differentiate)

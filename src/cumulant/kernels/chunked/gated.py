@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..product import matmul
+from ..transforms import mappable
 from .passes import compute_dtype
 from .weights import activate, activate_with_slope, bias_rows, dropped, hide_later
 
@@ -184,8 +185,10 @@ def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
 
 def _differentiate(ctx, dout):  # type: ignore[no-untyped-def]
     tensors = ctx.saved_tensors  # once: checkpointing hands them out a single time
-    *grads, dbias = gated_attention_backward(dout, *tensors, *ctx.options)
+    *grads, dbias = _backward(dout, *tensors, *ctx.options)
     return *grads, None, dbias if tensors[4] is not None else None, *[None] * 6
 
 
 gated_attention.register_autograd(_differentiate, setup_context=_save)
+_backward = mappable(gated_attention_backward)
+attention = mappable(gated_attention, _save, _differentiate)

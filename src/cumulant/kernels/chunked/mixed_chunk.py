@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ..transforms import mappable
 from .layout import Dense, Packed
 from .mixed_passes import Groups, MixedSpec, Open, backward, forward
 from .passes import compute_dtype
@@ -300,7 +301,7 @@ def _differentiate(ctx, dout, *dstate):  # type: ignore[no-untyped-def]
         dstate = (None,) * 4
     if any(x is not None for x in dstate[1:]):
         dstate = (dstate[0], *_filled(dstate[1:], tensors, ctx.options[0]))
-    grads = mixed_chunk_attention_backward(dout, *dstate, *tensors, *ctx.options)
+    grads = _backward(dout, *dstate, *tensors, *ctx.options)
     state = grads[6:] if numerator is not None else (None,) * 4
     return *grads[:5], grads[5] if bias is not None else None, None, None, *state, *[None] * 8
 
@@ -317,3 +318,5 @@ def _filled(dopen: tuple[Tensor | None, ...], tensors: tuple[Tensor, ...], group
 
 
 mixed_chunk_attention.register_autograd(_differentiate, setup_context=_save)
+_backward = mappable(mixed_chunk_attention_backward)
+attention = mappable(mixed_chunk_attention, _save, _differentiate)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..transforms import mappable
 from .library import (
     CHUNK,
     MAX_ORDER,
@@ -159,7 +160,7 @@ native_attention = torch.library.custom_op("cumulant::native_attention", _forwar
 
 def attention(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`native_attention`, without an operator's cost where nothing watches."""
-    return (_forward if unwatched(*arguments[:7]) else native_attention)(*arguments)
+    return (_forward if unwatched(*arguments[:7]) else _mapped)(*arguments)
 
 
 @native_attention.register_fake
@@ -266,10 +267,12 @@ def _differentiate(ctx, dout, _ddenominators, dS, dZ):  # type: ignore[no-untype
         dout = torch.zeros_like(out)
     if not ctx.want_state:  # a state that nobody wanted, whatever gradient came for it
         dS = dZ = None
-    dq, dk, dv, dS0, dZ0 = native_attention_backward(
+    dq, dk, dv, dS0, dZ0 = _backward(
         dout, dS, dZ, query, key, value, key_mask, cu_seqlens, S0, Z0, out, den, S, Z, *ctx.options
     )
     return dq, dk, dv, None, None, dS0 if S0 is not None else None, dZ0 if Z0 is not None else None, *[None] * 9
 
 
 native_attention.register_autograd(_differentiate, setup_context=_save)
+_backward = mappable(native_attention_backward)
+_mapped = mappable(native_attention, _save, _differentiate)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..transforms import mappable
 from .library import (
     TYPES,
     Elita,
@@ -99,7 +100,7 @@ elita_attention = torch.library.custom_op(
 
 def attention(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`elita_attention`, without an operator's cost where nothing watches."""
-    return (_forward if unwatched(*arguments[:7]) else elita_attention)(*arguments)
+    return (_forward if unwatched(*arguments[:7]) else _mapped)(*arguments)
 
 
 @elita_attention.register_fake
@@ -185,10 +186,12 @@ def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
 def _differentiate(ctx, dout, _da, _dg, dm, du):  # type: ignore[no-untyped-def]
     value, first, log_weight, mean, out, a, g, final_mean = ctx.saved_tensors
     dout = torch.zeros_like(out) if dout is None else dout
-    *grads, dm0, du0 = elita_attention_backward(
+    *grads, dm0, du0 = _backward(
         dout, dm, du, value, first, log_weight, mean, out, a, g, final_mean, ctx.dtype, ctx.span
     )
     return *grads, None, None if log_weight is None else dm0, None if mean is None else du0, None
 
 
 elita_attention.register_autograd(_differentiate, setup_context=_save)
+_backward = mappable(elita_attention_backward)
+_mapped = mappable(elita_attention, _save, _differentiate)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..transforms import mappable
 from .library import (
     TYPES,
     Held,
@@ -181,7 +182,7 @@ mixed_chunk_attention = torch.library.custom_op(
 
 def attention(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`mixed_chunk_attention`, without an operator's cost where nothing watches."""
-    return (_forward if unwatched(*arguments[:13]) else mixed_chunk_attention)(*arguments)
+    return (_forward if unwatched(*arguments[:13]) else _mapped)(*arguments)
 
 
 @mixed_chunk_attention.register_fake
@@ -266,9 +267,11 @@ def _differentiate(ctx, dout, *dstate):  # type: ignore[no-untyped-def]
         dout = value.new_zeros(value.shape[0], tensors[0].shape[1], *value.shape[2:])
     if not ctx.want_state:
         dstate = (None,) * 4
-    grads = mixed_chunk_attention_backward(dout, *dstate, *tensors, *ctx.options)
+    grads = _backward(dout, *dstate, *tensors, *ctx.options)
     state = grads[6:] if numerator is not None else (None,) * 4
     return *grads[:5], grads[5] if bias is not None else None, None, None, *state, *[None] * 7
 
 
 mixed_chunk_attention.register_autograd(_differentiate, setup_context=_save)
+_backward = mappable(mixed_chunk_attention_backward)
+_mapped = mappable(mixed_chunk_attention, _save, _differentiate)

@@ -1,0 +1,145 @@
+"""Linear and Taylor attention: the polynomial of scores inside a chunk, features and sums across chunks."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache, partial
+from itertools import combinations_with_replacement
+
+import torch
+from torch import Tensor
+
+from ..transforms import without_autocast
+from . import compute_dtype, each_sequence
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    numerator: Tensor | None,
+    denominator: Tensor | None,
+    order: int,
+    constant_term: bool,
+    activation: str,
+    scale: float,
+    normalize: bool,
+    is_causal: bool,
+    chunk: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output ``[B,H,T,V]`` and the state after all keys, ``[N,G,F,V]`` and ``[N,G,F]``, the latter also where outputs
+    are not normalised."""
+    run = partial(
+        _attend, order=order, constant_term=constant_term, activation=activation, scale=scale, normalize=normalize,
+        is_causal=is_causal, chunk=chunk,
+    )  # fmt: skip
+    with without_autocast(query):
+        if cu_seqlens is None:
+            return run(query, key, value, key_mask, numerator, denominator)
+        out, S, Z = each_sequence(run, (query, key, value), key_mask, cu_seqlens, (numerator, denominator))
+        return out, S, Z
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    S: Tensor | None,
+    Z: Tensor | None,
+    *,
+    order: int,
+    constant_term: bool,
+    activation: str,
+    scale: float,
+    normalize: bool,
+    is_causal: bool,
+    chunk: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    (B, H, T, _), (G, tokens), V = query.shape, key.shape[1:3], value.shape[3]
+    dtype, hidden = compute_dtype(query.dtype), None
+    q, k, v = _activate(query.to(dtype) * scale, activation), key.to(dtype), value.to(dtype)
+    if key_mask is not None:
+        hidden = ~key_mask[:, None, :, None]
+        k, v = k.masked_fill(hidden, 0), v.masked_fill(hidden, 0)
+    k = _activate(k, activation)
+    q = q.unflatten(1, (G, H // G))
+    fresh, features = S is None, _expand(k[:, :, :0], order, constant_term).shape[-1]
+    S = k.new_zeros(B, G, features, V) if S is None else S
+    Z = k.new_zeros(B, G, features) if Z is None else Z
+
+    def seen(x: Tensor, at: slice) -> Tensor:
+        return x if hidden is None else x.masked_fill(hidden[:, :, at], 0)
+
+    def joined(S: Tensor, Z: Tensor, at: slice) -> tuple[Tensor, Tensor]:
+        phi = seen(_expand(k[:, :, at], order, constant_term), at)
+        return S + phi.mT @ v[:, :, at], Z + phi.sum(2)
+
+    if not is_causal:
+        for start in range(0, tokens, chunk):
+            S, Z = joined(S, Z, slice(start, start + chunk))
+    outs = [query.new_zeros(B, H, 0, V)]
+    for start in range(0, T, chunk):
+        at = slice(start, start + chunk)
+        part = q[:, :, :, at]
+        y, z = k.new_zeros(()), k.new_zeros(())
+        if is_causal:
+            weights = _polynomial(part @ k[:, :, None, at].mT, order, constant_term)
+            weights = weights.tril() if hidden is None else weights.tril().masked_fill(hidden[:, :, None, at].mT, 0)
+            y, z = weights @ v[:, :, None, at], weights.sum(-1)
+        if not is_causal or start or not fresh:
+            phi = _expand(part, order, constant_term)
+            y, z = y + phi @ S[:, :, None], z + (phi @ Z[:, :, None, :, None]).squeeze(-1)
+        if is_causal:
+            S, Z = joined(S, Z, at)
+        outs.append((_divide(y, z) if normalize else y).flatten(1, 2).to(query.dtype))
+    return torch.cat(outs, 2), S, Z
+
+
+def _divide(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """Zero where the denominator is zero: nothing to attend to."""
+    empty = (denominator == 0)[..., None]
+    return (numerator / denominator[..., None].masked_fill(empty, 1)).masked_fill(empty, 0)
+
+
+def _activate(x: Tensor, activation: str) -> Tensor:
+    if activation == "elu":
+        return x.clamp(max=0).exp() + x.relu()
+    return x.relu() if activation == "relu" else x
+
+
+def _polynomial(x: Tensor, order: int, constant_term: bool) -> Tensor:
+    """Σ_p x^p / p!, by Horner's rule."""
+    if order == 0:
+        return x
+    y = x / order
+    for p in range(order - 1, 0, -1):
+        y = (y + 1) * x / p
+    return y + 1 if constant_term else y
+
+
+@lru_cache(maxsize=64)
+def _monomials(dim: int, degree: int) -> tuple[list[int], list[int], list[float]]:
+    """Of a degree, lexicographic: which monomial of one degree lower, which factor more, weight 1 / sqrt(Π m_i!)."""
+    lower = {m: i for i, m in enumerate(combinations_with_replacement(range(dim), degree - 1))}
+    found = list(combinations_with_replacement(range(dim), degree))
+    weights = [1 / math.sqrt(math.prod(math.factorial(m.count(i)) for i in set(m))) for m in found]
+    return [lower[m[:-1]] for m in found], [m[-1] for m in found], weights
+
+
+def _expand(x: Tensor, order: int, constant_term: bool) -> Tensor:
+    """``[..., K]`` -> Taylor features ``[..., F]``; the identity for order 0."""
+    if order == 0:
+        return x
+    parts, monomials = [torch.ones_like(x[..., :1])] if constant_term else [], x
+    for degree in range(1, order + 1):
+        if degree > 1:
+            parents, lasts, weights = _monomials(x.shape[-1], degree)
+            index = [torch.tensor(i, device=x.device) for i in (parents, lasts)]
+            monomials = monomials.index_select(-1, index[0]) * x.index_select(-1, index[1])
+            parts.append(monomials * torch.tensor(weights, dtype=x.dtype, device=x.device))
+        else:
+            parts.append(x)
+    return torch.cat(parts, -1)
