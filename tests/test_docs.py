@@ -50,3 +50,22 @@ def test_links_lead_somewhere(page):
         found = (page.parent / path).resolve() if path else page
         assert found.exists(), f"{page.name}: {target}"
         assert not anchor or anchor in anchors(found), f"{page.name}: {target}"
+
+
+def test_choosing_says_what_was_measured():
+    """Recall of 32 pairs behind a short convolution, by mechanism: the page's figures are the report's."""
+    from cumulant.bench.folder import Folder
+    from cumulant.bench.recall import best
+
+    found = {(b.mechanism, b.width): b for b in best(Folder.open(str(ROOT / "docs/reports/recall")).rows()) if b.conv}
+
+    def figures(mechanism):
+        b = found[mechanism, 64]
+        return f"{b.hardest:.0%}", f"{b.state_bytes / 1000:.3g}"
+
+    few, kept = figures("taylor-8")
+    more, of_more = figures("taylor-16")
+    based, of_based = figures("based")
+    page = (ROOT / "docs" / "choosing.md").read_text()
+    line = f"Taylor attention recalls {few} from {kept} kB and {more} from {of_more}, Based {based} from {of_based};"
+    assert line in page

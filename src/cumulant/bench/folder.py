@@ -23,6 +23,13 @@ from filelock import FileLock, Timeout
 Row = dict[str, Any]
 LINES = "rows.jsonl"
 LOCK = ".lock"
+# what every row of a command has
+FIELDS = {
+    "bench": ("length", "pass", "mechanism", "status"),
+    "bench accuracy": ("operation", "length", "dtype", "implementation", "error"),
+    "recall": ("mechanism", "conv", "width", "learning_rate", "seed", "accuracy"),
+    "compare": ("row",),
+}
 
 
 @dataclass(frozen=True)
@@ -108,22 +115,47 @@ class Folder:
         try:
             with (Path(path) / LINES).open(encoding="utf-8") as lines:
                 header = json.loads(lines.readline())
-            return cls(Path(path), header["kind"], header["settings"], header["environment"])
+            kind, settings, environment = header["kind"], header["settings"], header["environment"]
+            if not (isinstance(kind, str) and isinstance(settings, dict) and isinstance(environment, dict)):
+                raise TypeError("the first line is not what a command writes")
+            return cls(Path(path), kind, settings, environment)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"folder: {path} is not the folder of a report: no readable {LINES} in it") from error
 
     def rows(self) -> list[Row]:
-        """A last line that was cut short is left out."""
-        return [row for row in self._read() if row.keys() != {"environment"}]
+        """A line that was cut short is left out.
+
+        Raises:
+            ValueError: a line that is none of this kind's rows.
+        """
+        found = []
+        for number, row in self._lines():
+            missing = [name for name in FIELDS.get(self.kind, ()) if name not in row]
+            if row.keys() == {"environment"}:
+                continue
+            if missing:
+                raise ValueError(f"{self._place(number)} is no row of 'cumulant {self.kind}': it has no {missing[0]!r}")
+            found.append(row)
+        return found
+
+    def _place(self, number: int) -> str:
+        return f"folder: {self.path / LINES}: line {number}"
 
     def _read(self) -> Iterator[Row]:
+        return (row for _, row in self._lines())
+
+    def _lines(self) -> Iterator[tuple[int, Row]]:
+        """The rows behind the first line, with their numbers."""
         with (self.path / LINES).open(encoding="utf-8") as lines:
             next(lines, None)
-            for line in lines:
+            for number, line in enumerate(lines, 2):
                 try:
-                    yield json.loads(line)
+                    row = json.loads(line)
                 except ValueError:
                     continue
+                if not isinstance(row, dict):
+                    raise ValueError(f"{self._place(number)} is no row: {line.strip()[:40]}")
+                yield number, row
 
     def append(self, *rows: Row) -> None:
         """All of them, or after a crash none; on the disk when this returns."""

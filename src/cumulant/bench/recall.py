@@ -6,6 +6,7 @@ workers. A report names, for each mechanism, the learning rate that was best on 
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import statistics
 from collections.abc import Iterator
@@ -47,7 +48,7 @@ class Sweep:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
         if not self.widths or min(self.widths) < 8 or any(width % 8 for width in self.widths):
             raise ValueError(f"width: expected multiples of 8, got {list(self.widths)}")
-        if not self.learning_rates or min(self.learning_rates) <= 0:
+        if not (self.learning_rates and all(0 < rate < math.inf for rate in self.learning_rates)):
             raise ValueError(f"learning_rate: expected numbers above 0, got {list(self.learning_rates)}")
 
     def settings(self) -> Iterator[Setting]:

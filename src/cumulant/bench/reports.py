@@ -27,5 +27,11 @@ def draw(path: str, console: Console) -> Page:
     if folder.kind not in KINDS:
         raise ValueError(f"folder: {path} was written by 'cumulant {folder.kind}', which this version does not know")
     report = import_module(f".{KINDS[folder.kind]}", __package__).report
-    page: Page = report(folder, console)
+    try:
+        page: Page = report(folder, console)
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError, ArithmeticError) as error:
+        raise ValueError(
+            f"folder: {path} cannot be drawn: its rows are not what 'cumulant {folder.kind}' writes "
+            f"({type(error).__name__}: {error})"
+        ) from error
     return page
