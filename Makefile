@@ -2,6 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+# PyTorch's wheels without CUDA, taken on Linux where there is no NVIDIA GPU; `make install TORCH_CPU=` does without
+TORCH_CPU ?= https://download.pytorch.org/whl/cpu
+PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
 .PHONY: help install check format test test-all sanitize docs demo clean
@@ -12,9 +15,18 @@ help:  ## this list
 install: $(INSTALLED)  ## make .venv with the library and all it needs
 
 $(INSTALLED): pyproject.toml constraints.txt setup.py $(wildcard src/cumulant/kernels/native/*.?pp)
-	@echo "== installing into .venv (a few minutes the first time)"
-	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[text,clients,dev,docs]'
+	@test -x $(BIN)/python || { echo "== making .venv with $(PYTHON)"; $(PYTHON) -m venv .venv; }
+	@index=; torch="about 0.2 GB"; \
+	if [ "$$(uname -s)" = Linux ]; then \
+		if command -v nvidia-smi > /dev/null 2>&1; then torch="for NVIDIA GPUs, 3 to 4 GB"; \
+		elif $(BIN)/python -c "import urllib.request as r; r.urlopen('$(TORCH_CPU)/torch/', timeout=10)" > /dev/null 2>&1; then \
+			index="--extra-index-url $(TORCH_CPU)"; torch="without CUDA, about 0.2 GB"; \
+		else torch="3 to 4 GB with CUDA's libraries, for $(or $(TORCH_CPU),an index without them) was not found"; fi; \
+	fi; \
+	echo "== torch ($$torch to download, unless it is there)"; \
+	$(PIP) $$index torch || $(PIP) torch
+	@echo "== everything else (about 0.3 GB to download), and compiling the CPU kernels (a minute or two, no output)"
+	@$(PIP) --quiet -e '.[text,dev,docs]'
 	@touch $@
 
 check: $(INSTALLED)  ## format, lint, types, import rules, links in the documentation
