@@ -85,11 +85,12 @@ class T5RelativePositionBias(nn.Module):
     def _buckets(self, queries: int, keys: int, device: torch.device) -> Tensor:
         """Buckets of all distances between the places, from the least on; those of the last call are kept, as steps ask
         for the same again and again."""
-        if self._last is not None and self._last[0] == (queries, keys, device) and not torch.compiler.is_compiling():
+        compiling = torch.compiler.is_compiling()  # a graph that looked at what is kept would be made anew with it
+        if not compiling and self._last is not None and self._last[0] == (queries, keys, device):
             return self._last[1]
         with torch.inference_mode(False):  # a tensor of inference's could not be used in training later
             found = self.buckets(torch.arange(queries + keys - 1, device=device) - (keys - 1))
-        if type(found) is Tensor and not torch.compiler.is_compiling():
+        if type(found) is Tensor and not compiling:
             self._last = (queries, keys, device), found
         return found
 

@@ -124,7 +124,7 @@ class SoftmaxAttention(nn.Module):
         """q ``[B,H,T,K]`` on k, v ``[B,G,past + T,K]``."""
         T, S = q.shape[2], k.shape[2]
         if mask is None and (past == 0 or T == 1 or not self.is_causal):
-            causal = bool(self.is_causal and T > 1)
+            causal = self.is_causal if past == 0 else False  # a bool in compiled graphs too, where lengths are symbols
             return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
         visible = torch.ones(T, S, dtype=torch.bool, device=q.device)
         if self.is_causal:
