@@ -83,6 +83,14 @@ def test_a_file_of_a_later_version(tmp_path, caplog):
     assert (changed.hidden_size, unused) == (48, {"hiden_size": 5})
 
 
+def test_programs_that_form_the_logits_themselves():
+    assert CumulantConfig().final_logit_softcapping is None
+    made = CumulantConfig(logit_ffn=8)
+    assert CumulantConfig.from_dict(made.to_dict()).logit_ffn == 8
+    with pytest.raises(ValueError, match="logit_ffn: this program forms the logits itself"):
+        getattr(made, "final_logit_softcapping", None)
+
+
 def test_layer_types_follow_from_mixers():
     """Tools that shorten a model set them anew: to what they are, or not at all."""
     made = config("taylor")

@@ -94,6 +94,31 @@ def test_from_a_path(tmp_path):
     assert {"modeling_cumulant.py", "config.json", "README.md"} <= {p.name for p in (tmp_path / "out").iterdir()}
 
 
+def test_a_feed_forward_over_the_logits_is_not_left_out(tmp_path):
+    """TRL multiplies by the logits' matrix itself."""
+    train = Dataset.from_dict({"text": TEXTS})
+    with pytest.raises(ValueError, match="logit_ffn: this program forms the logits itself"):
+        trl.SFTTrainer(
+            model=build("taylor", logit_ffn=8), args=settings(tmp_path), train_dataset=train, processing_class=TOKENIZER
+        )
+
+
+@pytest.mark.parametrize("kind", ["llama", "taylor", "flash"])
+def test_grpo(kind, tmp_path):
+    """Generation and training in turns."""
+    options = {"max_steps": 2, "report_to": "none", "use_cpu": True, "bf16": False, "disable_tqdm": True}
+    options |= {"num_generations": 2, "max_completion_length": 6, "per_device_train_batch_size": 2}
+    run = trl.GRPOTrainer(
+        model=build(kind),
+        reward_funcs=lambda completions, **_: [float(len(set(text))) for text in completions],
+        args=trl.GRPOConfig(output_dir=str(tmp_path), save_strategy="no", dataloader_pin_memory=False, **options),
+        train_dataset=Dataset.from_dict({"prompt": TEXTS}),
+        processing_class=TOKENIZER,
+    )
+    run.train()
+    assert run.state.global_step == 2
+
+
 def test_reward_model(tmp_path):
     pairs = {"chosen": [f"good {t}" for t in TEXTS], "rejected": [f"bad {t}" for t in TEXTS]}
     options = {"max_steps": 2, "report_to": "none", "use_cpu": True, "bf16": False, "disable_tqdm": True}

@@ -311,6 +311,16 @@ class CumulantConfig(PreTrainedConfig):  # type: ignore[misc]
         return self.position_embedding != "none" or "elita" in (self.mixers or ())
 
     @property
+    def final_logit_softcapping(self) -> None:
+        """None. Programs read it before they multiply hidden states by the logits' matrix themselves (TRL does), which
+        would leave out a feed-forward over the logits: with one, reading it is an error."""
+        if self.logit_ffn is not None:
+            raise ValueError(
+                "logit_ffn: this program forms the logits itself, without the feed-forward over them; "
+                "use transformers' Trainer, or a model without logit_ffn"
+            )
+
+    @property
     def layer_types(self) -> list[str]:
         """Kinds of cache layer, by which `transformers.DynamicCache(config=...)` builds the cache: each layer has one
         for each time that the stack is run."""
