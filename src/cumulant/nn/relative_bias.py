@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from ..ops.dispatch import plainly_called
+
 
 class T5RelativePositionBias(nn.Module):
     """A learned number for each bucket of distances, added to attention scores.
@@ -75,7 +77,7 @@ class T5RelativePositionBias(nn.Module):
             bias = self.embedding(torch.zeros(queries, keys, dtype=torch.int64, device=device)).movedim(-1, 0)
             return bias
         values = self.embedding(self._buckets(queries, keys, device)).mT * self.scale
-        if torch.compiler.is_compiling():  # unfold would fix the length of a graph
+        if torch.compiler.is_compiling() or not plainly_called():  # unfold fixes a graph's length, and cannot be mapped
             first = torch.arange(queries - 1, -1, -1, device=values.device)
             bias = values[:, first[:, None] + torch.arange(keys, device=values.device)]
         else:
@@ -90,7 +92,7 @@ class T5RelativePositionBias(nn.Module):
             return self._last[1]
         with torch.inference_mode(False):  # a tensor of inference's could not be used in training later
             found = self.buckets(torch.arange(queries + keys - 1, device=device) - (keys - 1))
-        if type(found) is Tensor and not compiling:
+        if type(found) is Tensor and not compiling and plainly_called():
             self._last = (queries, keys, device), found
         return found
 

@@ -62,7 +62,8 @@ class ShortConvolution(nn.Module):
             before = part.new_zeros(part.shape[0], n, part.shape[2]) if past is None and not long else past
             new.append(last_tokens(part if long else torch.cat((before, part), 1), padding, n))
         mixed = (short_convolution(*inputs, offset) for inputs in zip(x, weights, tails, strict=True))
-        return *mixed, new[0] if len(x) == 1 else torch.cat(new, -1)
+        tail = new[0] if len(x) == 1 else torch.cat(new, -1)
+        return *mixed, tail.to(self.weight.dtype)  # a state's dtype is that of the weights, under autocast too
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..ops.dispatch import plainly_called
 from ..ops.state import KeyValueState
 from .padding import compact, restore
-from .softmax import SoftmaxAttention, attend_visible
+from .softmax import SoftmaxAttention, attend_softmax, attend_visible
 
 
 class SlidingWindowAttention(SoftmaxAttention):
@@ -59,9 +60,9 @@ class SlidingWindowAttention(SoftmaxAttention):
         if T == 0:
             return q
         if mask is None and T == 1:
-            return F.scaled_dot_product_attention(q, k[:, :, -w:], v[:, :, -w:], enable_gqa=True)
+            return attend_softmax(q, k[:, :, -w:], v[:, :, -w:])
         if mask is None and past == 0 and w >= T:
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+            return attend_softmax(q, k, v, is_causal=True)
         return self._attend_blocks(q, k, v, mask, past)
 
     def _attend_blocks(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, past: int) -> Tensor:
@@ -73,8 +74,8 @@ class SlidingWindowAttention(SoftmaxAttention):
         seen = torch.ones(B, k.shape[2], dtype=torch.bool, device=q.device) if mask is None else mask
         q = F.pad(q, (0, 0, 0, right)).unflatten(2, (blocks, n))
         # F.pad with a negative left side drops keys older than any query's window
-        k = F.pad(k, (0, 0, left, right)).unfold(2, n + w - 1, n).mT
-        v = F.pad(v, (0, 0, left, right)).unfold(2, n + w - 1, n).mT
+        place = torch.arange(blocks, device=q.device)[:, None] * n + torch.arange(n + w - 1, device=q.device)
+        k, v = (_windows(F.pad(x, (0, 0, left, right)), place, n) for x in (k, v))
         seen = F.pad(seen, (left, right)).unfold(1, n + w - 1, n)
         ahead = torch.arange(n + w - 1, device=q.device) - torch.arange(n, device=q.device)[:, None]
         visible = ((ahead >= 0) & (ahead < w)) & seen[:, :, None, :]
@@ -100,3 +101,11 @@ class SlidingWindowAttention(SoftmaxAttention):
         key = k.gather(2, index.expand(-1, k.shape[1], -1, k.shape[3]))
         value = v.gather(2, index.expand(-1, v.shape[1], -1, v.shape[3]))
         return KeyValueState(key, value, mask.gather(1, order), position)
+
+
+def _windows(x: Tensor, place: Tensor, step: int) -> Tensor:
+    """``x [B, G, S, K]`` at every window's places ``[windows, size]``, which begin every `step`: ``[B, G, windows,
+    size, K]``."""
+    if torch.compiler.is_compiling() or plainly_called():
+        return x.unfold(2, place.shape[1], step).mT
+    return x[:, :, place]  # gradients of unfold cannot be mapped

@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..ops.dispatch import plainly_called
 from ..ops.state import KeyValueState
 from .padding import check_input, check_state, clear_slack, offsets
 from .projection import project
 from .rotary import RotaryEmbedding
 
 
+def attend_softmax(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+    """SDPA with grouped heads; by its formula where its kernels have no rule: for tangents, and mapped."""
+    if torch.compiler.is_compiling() or plainly_called():
+        return F.scaled_dot_product_attention(query, key, value, enable_gqa=True, **options)
+    with sdpa_kernel(SDPBackend.MATH):
+        return F.scaled_dot_product_attention(query, key, value, enable_gqa=True, **options)
+
+
 def attend_visible(query: Tensor, key: Tensor, value: Tensor, visible: Tensor) -> Tensor:
     """SDPA under a boolean mask ``[..., T, S]``; rows that see nothing give zeros instead of NaN."""
     blind = ~visible.any(-1, keepdim=True)
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=visible | blind, enable_gqa=True)
+    out = attend_softmax(query, key, value, attn_mask=visible | blind)
     return out.masked_fill(blind, 0)
 
 
@@ -125,7 +136,7 @@ class SoftmaxAttention(nn.Module):
         T, S = q.shape[2], k.shape[2]
         if mask is None and (past == 0 or T == 1 or not self.is_causal):
             causal = self.is_causal if past == 0 else False  # a bool in compiled graphs too, where lengths are symbols
-            return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
+            return attend_softmax(q, k, v, is_causal=causal)
         visible = torch.ones(T, S, dtype=torch.bool, device=q.device)
         if self.is_causal:
             visible = visible.tril(past)

@@ -14,6 +14,8 @@ from typing import Any
 
 from torch import Tensor
 
+from ..kernels.transforms import needs_formula, transformed
+
 IMPLEMENTATIONS = ("reference", "torch", "native", "triton")
 VARIABLE = "CUMULANT_IMPL"
 
@@ -57,6 +59,12 @@ def resolve(impl: str, obstacle: str = "this operation has no native kernels") -
         working = "'torch', 'reference'" if obstacle else "'native', 'torch', 'reference'"
         raise ValueError(f"{name}: {impl!r} {reason}; these work: {working}")
     raise ValueError(f"{name}: expected 'auto', 'reference', 'torch', 'native' or 'triton', got {impl!r}")
+
+
+def plainly_called() -> bool:
+    """Whether nothing differentiates forwards, maps or transforms, by `torch.func` or otherwise: kernels without such
+    rules may run, and what is made may be kept for the next call."""
+    return not transformed() and not needs_formula()
 
 
 def native_by_default(x: Tensor) -> bool:
