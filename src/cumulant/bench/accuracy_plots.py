@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from .folder import Row
-from .plots import pyplot, save
+from .plots import add_legend, pyplot, save
 
 COLOURS = {"fp32": "#0072B2", "bf16": "#D55E00", "fp16": "#009E73", "fp64": "#000000"}
 MARKS = {"reference": "x", "torch": "s", "native": "o", "one token at a time": "^"}
@@ -33,6 +33,5 @@ def draw(rows: list[Row], folder: Path) -> str:
         panel.set(xscale="log", yscale="log", title=operation, xlabel="tokens")
         panel.grid(alpha=0.3)
     figure.supylabel("error against float64")
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right center", frameon=False)
+    add_legend(figure, axes.flat)
     return save(figure, folder, "accuracy")

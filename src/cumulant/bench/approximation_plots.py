@@ -33,7 +33,8 @@ def draw_exponential(folder: Path) -> str:
     left.axhline(0, color="black", linewidth=0.5)
     right.set(xlabel="score x", ylabel="|expansion / exp(x) − 1|", yscale="log", ylim=(1e-4, 100))
     right.set_title("relative error of a weight")
-    left.legend(frameon=False)
+    for panel in (left, right):
+        panel.legend(frameon=False)
     return save(figure, folder, "exponential")
 
 
@@ -72,7 +73,8 @@ def draw_error(cases: list[Case], folder: Path) -> str:
         panel.set_xticks(ticks, [f"{t:g}" for t in ticks])
         panel.minorticks_off()
     figure.supylabel("error of the output against softmax attention")
-    by_size.legend(frameon=False)
+    for panel in (by_size, by_dim, by_alpha):
+        panel.legend(frameon=False)
     return save(figure, folder, "error")
 
 
@@ -84,7 +86,10 @@ def _draw_heads(panel: Any, cases: list[Case]) -> None:
         for order in ORDERS:
             chosen = [c for c in cases if c.order == order and (c.where or "").rpartition(", layer")[0] == model]
             style = {"marker": MARKERS[order] or "x", "markersize": 5, "color": COLOURS[order], "fillstyle": fill}
-            panel.plot([c.size for c in chosen], [min(c.error, 9.5) for c in chosen], linestyle="", **style)
+            label = _name(order) if model == models[0] else None
+            panel.plot(
+                [c.size for c in chosen], [min(c.error, 9.5) for c in chosen], linestyle="", label=label, **style
+            )
         panel.plot([], [], linestyle="", marker="s", color="black", fillstyle=fill, label=f"{model} model")
     panel.set(xlabel="size of the scores (root mean square)", title="each head of trained models", xscale="log")
     panel.set_xticks((0.5, 1, 2, 3, 4, 6), ["0.5", "1", "2", "3", "4", "6"])

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .plots import SHAPES, pyplot, save
+from .plots import SHAPES, add_legend, pyplot, save
 
 if TYPE_CHECKING:
     from .compare_report import Result
@@ -45,7 +45,7 @@ def draw_curves(found: list[Result], settings: dict[str, Any], folder: Path) -> 
     panels[1].set(xlabel=f"time in training steps, {name}")
     for panel in panels:
         panel.grid(alpha=0.3)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
+    add_legend(figure, panels)
     return save(figure, folder, "compare_curves")
 
 
@@ -65,7 +65,7 @@ def draw_sweep(found: list[Result], folder: Path) -> str:
     panel.set_xticks(rates, [f"{rate:g}" for rate in rates])
     panel.minorticks_off()
     panel.grid(alpha=0.3)
-    figure.legend(loc="outside right center", frameon=False)
+    add_legend(figure, [panel])
     return save(figure, folder, "compare_sweep")
 
 
@@ -101,4 +101,4 @@ def _by_tokens(figure: Any, panel: Any, ticks: list[int], context: int) -> None:
     panel.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
     panel.minorticks_off()
     panel.grid(alpha=0.3)
-    figure.legend(loc="outside right center", frameon=False)
+    add_legend(figure, [panel])

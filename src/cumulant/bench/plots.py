@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,15 @@ def pyplot() -> Any:
 
     matplotlib.rcParams["svg.hashsalt"] = "cumulant"  # the same picture is the same file
     return plt
+
+
+def add_legend(figure: Any, panels: Iterable[Any]) -> None:
+    """Beside the panels, of all that any of them shows."""
+    found: dict[str, Any] = {}
+    for panel in panels:
+        handles, labels = panel.get_legend_handles_labels()
+        found = {**dict(zip(labels, handles, strict=True)), **found}
+    figure.legend(found.values(), found.keys(), loc="outside right center", frameon=False)
 
 
 def save(figure: Any, folder: Path, name: str) -> str:

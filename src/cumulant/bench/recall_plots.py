@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .mqar import MECHANISMS
-from .plots import PALETTE, SHAPES, pyplot, save
+from .plots import PALETTE, SHAPES, add_legend, pyplot, save
 
 if TYPE_CHECKING:
     from .recall import Best
@@ -44,8 +44,7 @@ def _panels(found: list[Best]) -> tuple[Any, dict[bool, Any]]:
 
 
 def _save(figure: Any, panels: dict[bool, Any], folder: Path, name: str) -> str:
-    handles, labels = next(iter(panels.values())).get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right center", frameon=False)
+    add_legend(figure, panels.values())
     return save(figure, folder, name)
 
 

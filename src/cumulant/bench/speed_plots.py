@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from .folder import Row
-from .plots import SHAPES, pyplot, save
+from .plots import SHAPES, add_legend, pyplot, save
 from .verdicts import BASELINE, crossing
 
 COLOURS = {
@@ -47,10 +47,7 @@ def _drawn(rows: list[Row], mechanisms: list[str], value: str, unit: float, labe
         panel.xaxis.set_minor_formatter(plt.matplotlib.ticker.NullFormatter())
         panel.grid(alpha=0.3)
     axes[0][0].set_ylabel(label)
-    found: dict[str, Any] = {}
-    for panel in panels.values():
-        found |= dict(zip(*reversed(panel.get_legend_handles_labels()), strict=True))
-    figure.legend(found.values(), found.keys(), loc="outside right center", frameon=False)
+    add_legend(figure, panels.values())
     return figure, panels
 
 

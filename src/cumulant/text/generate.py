@@ -21,6 +21,7 @@ from transformers import DynamicCache, PreTrainedTokenizerFast, StoppingCriteria
 from ..models import CumulantForCausalLM, cache_bytes, export_state, import_state
 from ..ops.state import check_writable, load_state, save_state
 from .stream import IncrementalDecoder, Output
+from .tokenizer import encode
 
 LEAST_TEMPERATURE = 1e-6  # below it fp32 logits overflow, and nothing differs from the likeliest token
 PIECE = 4096  # prompt tokens a step: bounds the memory of a long prompt
@@ -133,7 +134,7 @@ def _prompt_ids(tokenizer: PreTrainedTokenizerFast, prompt: str) -> list[int]:
             f"prompt: expected UTF-8 text, got the byte 0x{ord(prompt[error.start]) & 0xFF:02x} at character "
             f"{error.start}"
         ) from error
-    ids: list[int] = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    ids: list[int] = encode(tokenizer, [prompt.encode()])[0].tolist()  # as the text it was trained on
     return ids
 
 
