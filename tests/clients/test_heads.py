@@ -1,5 +1,7 @@
 """Heads and pipelines: what a hub model can be asked for."""
 
+import logging
+
 import pytest
 import torch
 from transformers import (
@@ -107,3 +109,14 @@ def test_pipelines_of_heads(task):
 def test_auto_classes_from_a_configuration(fields):
     auto = AutoModelForMaskedLM if fields else AutoModelForCausalLM
     assert auto.from_config(config("flash", **fields)).config.is_causal == (not fields)
+
+
+def test_pipelines_know_the_models(caplog, monkeypatch):
+    """None says that the model is not supported."""
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    pipeline("text-generation", model=build("taylor"), tokenizer=TOKENIZER)
+    pipeline("text-classification", model=CumulantForSequenceClassification(config("taylor")), tokenizer=TOKENIZER)
+    pipeline("token-classification", model=CumulantForTokenClassification(config("taylor")), tokenizer=TOKENIZER)
+    pipeline("feature-extraction", model=CumulantModel(config("taylor")), tokenizer=TOKENIZER)
+    assert "not supported" not in caplog.text
+    assert len(list(AutoModelForCausalLM._model_mapping.keys())) > 100  # transformers' own tables still work

@@ -143,3 +143,30 @@ def test_heads(head, tmp_path):
     run = trainer(tmp_path, cls(config("taylor", **fields)), collator, rows=rows)
     run.train()
     assert run.evaluate()["eval_loss"] > 0
+
+
+@pytest.mark.parametrize("kind", ["llama", "taylor"])
+def test_smoothed_labels_are_shifted(kind, tmp_path):
+    """Trainer looks the class's name up; unknown ones learnt to repeat the current token."""
+    model = build(kind)
+    options = {"label_smoothing_factor": 0.2, "per_device_eval_batch_size": 1, "eval_strategy": "no", "max_steps": 1}
+    row = [{"input_ids": [1, 2, 3, 4, 5], "attention_mask": [1] * 5}]
+    found = trainer(tmp_path, model, causal_collator(), rows=row, **options).evaluate()["eval_loss"]
+    with torch.no_grad():
+        logits = model(torch.tensor([[1, 2, 3, 4, 5]])).logits[0, :-1]
+    expected = torch.nn.functional.cross_entropy(logits, torch.tensor([2, 3, 4, 5]), label_smoothing=0.2)
+    assert found == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_a_loss_of_the_users(tmp_path):
+    """`compute_loss_func` is handed the logits and the labels."""
+    seen = []
+
+    def loss(outputs, labels, num_items_in_batch=None):
+        seen.append((outputs.logits.shape[:2], labels.shape))
+        return outputs.logits.square().mean()
+
+    run = trainer(tmp_path, build("taylor"), causal_collator(), eval_strategy="no", max_steps=1)
+    run.compute_loss_func = loss
+    run.train()
+    assert seen[0][0] == seen[0][1]

@@ -7,6 +7,7 @@ from .vit import TaylorViT
 
 if find_spec("transformers") is not None:
     import transformers
+    from transformers.models.auto import modeling_auto
 
     from .cache import ModelState, cache_bytes, export_state, import_state
     from .config import CumulantConfig
@@ -24,6 +25,10 @@ if find_spec("transformers") is not None:
     for _auto, _name in CLASSES.items():
         if _auto != "AutoConfig":
             getattr(transformers, _auto).register(CumulantConfig, globals()[_name], exist_ok=True)
+    # by these names Trainer knows that labels are to be shifted when it smooths them, and pipelines what they can run
+    for _task in ("CAUSAL_LM", "MASKED_LM", "SEQUENCE_CLASSIFICATION", "TOKEN_CLASSIFICATION", "QUESTION_ANSWERING"):
+        _auto = "AutoModelFor" + _task.title().replace("_", "").replace("Lm", "LM")
+        getattr(modeling_auto, f"MODEL_FOR_{_task}_MAPPING_NAMES")["cumulant"] = CLASSES[_auto]
 else:
 
     def __getattr__(name: str) -> object:
