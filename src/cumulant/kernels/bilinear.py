@@ -32,6 +32,11 @@ def formula(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
         return torch.cat(parts) if parts else a.new_empty(0, weight.shape[0])
 
 
+def unblocked(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
+    """`bilinear` in one product, for graphs of any length: blocks would fix how many rows there are."""
+    return _outer(a, b) @ weight.T
+
+
 @torch.library.custom_op("cumulant::bilinear", mutates_args=())
 def bilinear(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
     """``a [N, A]``, ``b [N, F]``, ``weight [D, F·A]`` -> ``[N, D]``."""

@@ -28,19 +28,22 @@ def taylor_similarity(order: int, constant_term: bool) -> Similarity:
     return similarity
 
 
+def _weight(monomial: tuple[int, ...]) -> float:
+    """sqrt(multinomial / p!) of x_i x_j ..., given as (i, j, ...)."""
+    orders = math.prod(math.factorial(monomial.count(i)) for i in set(monomial))
+    return math.sqrt(1 / orders)
+
+
 def taylor_features(order: int, constant_term: bool) -> Features:
     """Distinct monomials up to `order`, each times sqrt(multinomial(m) / p!) so that φ(q)·φ(k) is the Taylor sum."""
 
     def features(x: Tensor) -> Tensor:
         columns = []
         for p in range(0 if constant_term else 1, order + 1):
-            for monomial in combinations_with_replacement(range(x.shape[-1]), p):
-                multinomial = math.factorial(p)
-                for i in set(monomial):
-                    multinomial //= math.factorial(monomial.count(i))
-                weight = math.sqrt(multinomial / math.factorial(p))
-                columns.append(weight * x[..., list(monomial)].prod(-1))
-        return torch.stack(columns, -1)
+            monomials = list(combinations_with_replacement(range(x.shape[-1]), p))
+            index = torch.tensor(monomials, dtype=torch.int64, device=x.device).view(len(monomials), p)
+            columns.append(x[..., index].prod(-1) * x.new_tensor([_weight(m) for m in monomials]))
+        return torch.cat(columns, -1)
 
     return features
 

@@ -210,7 +210,8 @@ class CumulantModel(CumulantPreTrainedModel):
             if past_key_values is not None:
                 raise ValueError("past_key_values: packed documents have no single state; leave the cache out")
             x, key_mask, cu_seqlens = documents.flatten(x), None, documents.cu_seqlens
-        use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training and not torch.compiler.is_exporting()
         if documents is not None or not self.config.is_causal:
             use_cache = False
         if self.training and self.layers[0].gradient_checkpointing:
@@ -334,7 +335,7 @@ class CumulantForCausalLM(CumulantWithLogits, CumulantGenerationMixin):
             inputs_embeds: ``[B, T, D]`` in place of `input_ids`.
             labels: ``[B, T]``, as `input_ids`; -100 is left out, and so is the first token of a packed document.
                 Shifted here.
-            use_cache: return the cache; by default when not training.
+            use_cache: return the cache; by default when neither training nor exporting.
             output_hidden_states: return the residual stream after the embedding and after each run of a block.
             cu_seqlens: ``[N + 1]`` offsets of documents packed end to end in one row (B = 1), in place of
                 `position_ids`.

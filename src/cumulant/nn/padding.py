@@ -54,11 +54,13 @@ def check_state(state: State | None, kind: type[State], rows: int) -> None:
 
 def compact(x: Tensor, key_mask: Tensor) -> tuple[Tensor, Rows]:
     """Tokens that count to the front of each row, zeros behind them: ``[B, T, D]``."""
-    order = torch.argsort((~key_mask).to(torch.uint8), dim=1, stable=True)
-    count = key_mask.sum(1)
-    mask = torch.arange(x.shape[1], device=x.device) < count[:, None]
+    count, index = key_mask.sum(1), torch.arange(x.shape[1], device=x.device)
+    # where each goes: a stable partition, without the sort that ONNX has not
+    place = torch.where(key_mask, key_mask.cumsum(1) - 1, count[:, None] + (~key_mask).cumsum(1) - 1)
+    order = torch.zeros_like(place).scatter(1, place, index.expand_as(place))
+    mask = index < count[:, None]
     x = x.gather(1, order[..., None].expand_as(x)).masked_fill(~mask[..., None], 0)
-    return x, Rows(mask, count, torch.argsort(order, dim=1))
+    return x, Rows(mask, count, place)
 
 
 def hide(x: Tensor, key_mask: Tensor) -> tuple[Tensor, Rows]:

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from ..kernels.bilinear import bilinear as kernel
-from ..kernels.bilinear import formula
+from ..kernels.bilinear import formula, unblocked
 from ..kernels.transforms import needs_formula, transformed
+from .dispatch import exports_to_onnx
 
 
 def bilinear(a: Tensor, b: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -28,5 +29,7 @@ def bilinear(a: Tensor, b: Tensor, weight: Tensor, bias: Tensor | None = None) -
         a, b = a.to(dtype), b.to(dtype)
     rows = a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1]).to(a.dtype)
     run = formula if transformed() or needs_formula(torch.compiler.is_compiling()) else kernel
+    if exports_to_onnx():
+        run = unblocked
     out: Tensor = run(*rows, weight.to(a.dtype)).view(*a.shape[:-1], weight.shape[0])
     return out if bias is None else out + bias.to(out.dtype)

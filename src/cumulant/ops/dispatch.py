@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..kernels.transforms import needs_formula, transformed
@@ -32,15 +33,24 @@ class Choice:
 
 
 def automatic() -> str:
-    """What "auto" means in this process: CUMULANT_IMPL, or else "auto", the fastest available."""
+    """What "auto" means: CUMULANT_IMPL, or else "reference" in an export to ONNX and "auto" anywhere else."""
     name = os.environ.get(VARIABLE) or "auto"
     if name not in ("auto", "native", "torch", "reference"):
         raise ValueError(f"{VARIABLE}: expected 'auto', 'native', 'torch' or 'reference', got {name!r}")
-    return name
+    return "reference" if name == "auto" and exports_to_onnx() else name
 
 
 # What torch.compiler.assume_constant_result does, which would import all of torch.compile with this file.
 automatic._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def exports_to_onnx() -> bool:
+    """Whether `torch.onnx.export` is tracing: ONNX knows none of our operators, so that only PyTorch's own may run."""
+    traced = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+    return traced and torch.onnx.is_in_onnx_export()
+
+
+exports_to_onnx._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def resolve(impl: str, obstacle: str = "this operation has no native kernels") -> str:
@@ -50,6 +60,8 @@ def resolve(impl: str, obstacle: str = "this operation has no native kernels") -
         name, impl = VARIABLE, automatic()
         if impl == "auto":
             return "torch" if obstacle else "native"
+    if impl in ("torch", "native") and exports_to_onnx():
+        raise ValueError(f"{name}: {impl!r} runs operators of its own, which ONNX has not; use 'auto' or 'reference'")
     if impl in ("torch", "reference"):
         return impl
     if impl == "native" and not obstacle:
