@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..ops.dispatch import plainly_called
+from ..ops.dispatch import exports_to_onnx, plainly_called
 from ..ops.state import KeyValueState
 from .padding import compact, restore
 from .softmax import SoftmaxAttention, attend_softmax, attend_visible
@@ -57,6 +57,10 @@ class SlidingWindowAttention(SoftmaxAttention):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, past: int) -> Tensor:
         T, w = q.shape[2], self.window
+        if exports_to_onnx():  # whose blocks would keep the length that they were exported with
+            ahead = torch.arange(T, device=q.device)[:, None] + past - torch.arange(k.shape[2], device=q.device)
+            visible = (ahead >= 0) & (ahead < w)
+            return attend_visible(q, k, v, visible if mask is None else visible & mask[:, None, None])
         if T == 0:
             return q
         if mask is None and T == 1:
