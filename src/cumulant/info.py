@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import warnings
 from importlib import metadata
 
 from . import __version__
@@ -15,7 +16,9 @@ def show_version() -> None:
 
 def facts() -> dict[str, str]:
     """Versions, devices, and the implementations that work here."""
-    import torch
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch misses NumPy, which nothing here needs
+        import torch
 
     from .kernels.native.library import instructions, missing
 

@@ -68,6 +68,8 @@ def test_a_link_is_followed(tmp_path):
 def test_places_that_hold_no_file(tmp_path):
     with pytest.raises(IsADirectoryError, match="is a folder; name a file"):
         cm.save_state(tmp_path, a_state())
+    with pytest.raises(FileNotFoundError, match="expected the name of a file"):
+        cm.save_state("", a_state())
     with pytest.raises(FileNotFoundError, match=r"no such folder: .*/missing"):
         cm.save_state(tmp_path / "missing" / "s", a_state())
     with pytest.raises(OSError, match="not a regular file"):

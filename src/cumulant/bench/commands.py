@@ -104,7 +104,7 @@ def accuracy(
     length: Annotated[list[int] | None, typer.Option(help="tokens; give it several times")] = None,
     dtype: Annotated[list[str] | None, typer.Option(help="fp32, bf16, fp16 or fp64; give it several times")] = None,
     operation: Annotated[list[str] | None, typer.Option(help="only this one; give it several times")] = None,
-    seed: Annotated[int, typer.Option(help="seed of queries, keys and values")] = 0,
+    seed: Annotated[int, typer.Option(help="seed of queries, keys and values", min=0, max=2**63 - 1)] = 0,
     device: Device = "auto",
     force: Force = False,
 ) -> None:
@@ -125,7 +125,7 @@ def approximation(
         list[str] | None, typer.Option(help="a training run whose heads are measured as well; give it several times")
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="random queries and keys only: no model is trained")] = False,
-    seed: Annotated[int, typer.Option(help="seed of queries, keys and values")] = 0,
+    seed: Annotated[int, typer.Option(help="seed of queries, keys and values", min=0, max=2**63 - 1)] = 0,
     force: Force = False,
 ) -> None:
     """How far Taylor attention is from softmax attention, by order, size of scores, head dim, alpha, and when trained.

@@ -264,6 +264,8 @@ def check_writable(path: str | os.PathLike[str]) -> None:
 
 def _writable_target(path: str | os.PathLike[str]) -> Path:
     """The file that `path` stands for, links followed."""
+    if not os.fspath(path):
+        raise FileNotFoundError("expected the name of a file to save the state in, got an empty one")
     target = Path(os.path.realpath(path))
     if target.is_dir():
         raise IsADirectoryError(f"{path}: is a folder; name a file to save the state in")

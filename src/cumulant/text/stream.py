@@ -53,7 +53,7 @@ class IncrementalDecoder:
         return new
 
     def _decode(self, tokens: list[int]) -> str:
-        text: str = self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text: str = self.tokenizer.backend_tokenizer.decode(tokens, skip_special_tokens=True)
         return text
 
     def _forget(self, text: str) -> None:
