@@ -53,7 +53,7 @@ def test_native_for_every_call_means_every_call(monkeypatch):
 def test_explain_says_so(monkeypatch):
     q, k, v = inputs()
     monkeypatch.setenv("CUMULANT_IMPL", "reference")
-    assert cm.explain(cm.linear_attention, q, k, v).reason == (
+    assert cm.explain(cm.linear_attention, q, k, v).reason.startswith(
         "asked for by CUMULANT_IMPL: the quadratic form, T x S weights"
     )
     assert cm.explain(cm.linear_attention, q, k, v, impl="torch").reason.startswith("asked for: ")

@@ -76,7 +76,7 @@ class ElitaAttention(nn.Module):
         return_state: bool = False,
     ) -> Tensor | tuple[Tensor, ElitaState]:
         """``x [B, T, D]`` -> ``[B, T, D]``, with `return_state` also the state; see `cumulant.nn` for the protocol."""
-        check_input(x, self.dim, key_mask, cu_seqlens, state is not None or return_state)
+        check_input(x, self.v_proj, self.dim, key_mask, cu_seqlens, state is not None or return_state)
         check_state(state, ElitaState, x.shape[0])
         if self.relative and (state is not None or return_state):
             raise ValueError(

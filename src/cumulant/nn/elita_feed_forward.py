@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops.bilinear import bilinear
+from .padding import check_features
 from .projection import is_plain, project
 
 
@@ -39,8 +40,7 @@ class ElitaFeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., D]`` -> ``[..., D]``."""
-        if x.shape[-1] != self.dim:
-            raise ValueError(f"x: expected [..., D] with D={self.dim}, got {list(x.shape)}")
+        check_features(x, self.hidden_proj, self.dim, "[..., D]")
         hidden, factor = F.silu(project(self.hidden_proj, x)), F.silu(project(self.factor_proj, x))
         if is_plain(self.out_proj):
             return bilinear(hidden, factor, self.out_proj.weight, self.out_proj.bias)

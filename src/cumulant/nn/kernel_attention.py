@@ -141,7 +141,7 @@ class KernelAttention(nn.Module):
             stepped = step_mixer(self, x, state)
             if stepped is not None:
                 return stepped
-        check_input(x, self.dim, key_mask, cu_seqlens, state is not None or return_state)
+        check_input(x, self.q_proj, self.dim, key_mask, cu_seqlens, state is not None or return_state)
         check_state(state, KernelAttentionState, x.shape[0])
         crossing = self._crosses(x, context, context_mask, cu_seqlens, state, return_state)
         rows: Rows | None = None

@@ -110,7 +110,7 @@ class MixedChunkAttention(GatedUnit):
         return_state: bool = False,
     ) -> Tensor | tuple[Tensor, MixedChunkAttentionState]:
         """``x [B, T, D]`` -> ``[B, T, D]``, with `return_state` also the state; see `cumulant.nn` for the protocol."""
-        check_input(x, self.dim, key_mask, cu_seqlens, state is not None or return_state)
+        check_input(x, self.qk_proj, self.dim, key_mask, cu_seqlens, state is not None or return_state)
         check_state(state, MixedChunkAttentionState, x.shape[0])
         if not self.is_causal and (state is not None or return_state):
             raise ValueError(

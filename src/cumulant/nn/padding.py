@@ -11,9 +11,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..ops.checks import check_key_mask
+from ..ops.checks import FLOATS, check_key_mask
 from ..ops.state import State
 
 
@@ -25,10 +25,29 @@ class Rows(NamedTuple):
     inverse: Tensor | None
 
 
-def check_input(x: Tensor, dim: int, key_mask: Tensor | None, cu_seqlens: Tensor | None, has_state: bool) -> None:
-    """The arguments that every mixer takes."""
-    if x.dim() != 3 or x.shape[-1] != dim:
-        raise ValueError(f"x: expected [B, T, D] with D={dim}, got {list(x.shape)}")
+def check_features(x: Tensor, layer: nn.Module, dim: int, letters: str = "[B, T, D]") -> None:
+    """``x [B, T, D]`` (or ``[..., D]``) is a tensor of numbers that `layer`, the first to read it, can multiply."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x: expected a tensor {letters}, got {type(x).__name__}")
+    if x.dim() == 0 or x.shape[-1] != dim or (letters == "[B, T, D]" and x.dim() != 3):
+        raise ValueError(f"x: expected {letters} with D={dim}, got {list(x.shape)}")
+    if x.dtype not in FLOATS:
+        raise TypeError(f"x: expected {letters} in fp16, bf16, fp32 or fp64, got {x.dtype}; embed or convert it first")
+    weight = getattr(layer, "weight", None)  # quantised ones, of any other type, convert what they read
+    if not isinstance(weight, Tensor) or weight.dtype not in FLOATS or weight.dtype == x.dtype:
+        return
+    if not torch.is_autocast_enabled(x.device.type):
+        raise TypeError(
+            f"x: expected {weight.dtype}, as the module's weights, got {x.dtype}; convert with "
+            f"x.to({weight.dtype}), or run under torch.autocast"
+        )
+
+
+def check_input(
+    x: Tensor, layer: nn.Module, dim: int, key_mask: Tensor | None, cu_seqlens: Tensor | None, has_state: bool
+) -> None:
+    """The arguments that every mixer takes; `layer`: its first linear layer."""
+    check_features(x, layer, dim)
     check_key_mask(key_mask, x.shape[0], x.shape[1], x.device)
     if cu_seqlens is None:
         return

@@ -107,7 +107,7 @@ class GatedShortConvolution(nn.Module):
             stepped = step_mixer(self, x, state)
             if stepped is not None:
                 return stepped
-        check_input(x, self.dim, key_mask, cu_seqlens, state is not None or return_state)
+        check_input(x, self.in_proj, self.dim, key_mask, cu_seqlens, state is not None or return_state)
         check_state(state, ConvolutionState, x.shape[0])
         rows, padding, offset = None, None, None
         if key_mask is not None:

@@ -81,7 +81,7 @@ class SoftmaxAttention(nn.Module):
         return_state: bool = False,
     ) -> Tensor | tuple[Tensor, KeyValueState]:
         """``x [B, T, D]`` -> ``[B, T, D]``, with `return_state` also the state; see `cumulant.nn` for the protocol."""
-        check_input(x, self.dim, key_mask, cu_seqlens, state is not None or return_state)
+        check_input(x, self.q_proj, self.dim, key_mask, cu_seqlens, state is not None or return_state)
         check_state(state, KeyValueState, x.shape[0])
         if not self.is_causal and (state is not None or return_state):
             raise ValueError(

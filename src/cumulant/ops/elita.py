@@ -12,6 +12,7 @@ from ..kernels.transforms import needs_formula, readable, without_autocast
 from .checks import FLOATS, check_cu_seqlens, check_key_mask, check_parts
 from .cumulative import count_tokens
 from .dispatch import Choice, native_obstacle, reasons, resolve
+from .sdpa_names import hint_at_names
 from .state import ElitaState
 
 CHUNK = 8
@@ -19,6 +20,7 @@ BLOCK = 64  # tokens whose weights exist at a time, where derivatives are those 
 SPAN = 4096  # the fewest tokens that a thread of the native kernels takes when one sequence is shared out
 
 
+@hint_at_names
 def elita_attention(
     key_logit: Tensor,
     query_logit: Tensor,

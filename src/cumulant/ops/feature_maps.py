@@ -39,7 +39,8 @@ def check_feature_map(feature_map: FeatureMap) -> None:
         if len(feature_map) != 2 or not all(callable(m) for m in feature_map):
             raise TypeError("feature_map: expected a pair of callables, for queries and for keys, got another tuple")
     elif not callable(feature_map):
-        raise TypeError(f"feature_map: expected a name or a callable, got {type(feature_map).__name__}")
+        hint = "; a mask is passed as key_mask" if isinstance(feature_map, Tensor) else ""
+        raise TypeError(f"feature_map: expected a name or a callable, got {type(feature_map).__name__}{hint}")
 
 
 def apply_maps(feature_map: Map | tuple[Map, Map], query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:

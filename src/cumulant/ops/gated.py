@@ -13,11 +13,13 @@ from ..kernels import reference
 from ..kernels.transforms import needs_formula, readable, without_autocast
 from .checks import Sizes, check_activation, check_attention, check_bias, check_dropout, check_parts
 from .dispatch import Choice, reasons, resolve
+from .sdpa_names import hint_at_names
 from .state import KeyValueState
 
 BLOCK = 128  # queries whose weights exist at a time
 
 
+@hint_at_names
 def gated_attention(
     query: Tensor,
     key: Tensor,

@@ -11,9 +11,11 @@ from .checks import Sizes, check_attention, check_linear_state
 from .cumulative import Kernel, attend, choose, plan
 from .dispatch import Choice
 from .feature_maps import ELEMENTWISE, FeatureMap, apply_maps, check_feature_map, softmax_features
+from .sdpa_names import hint_at_names
 from .state import LinearState
 
 
+@hint_at_names
 def linear_attention(
     query: Tensor,
     key: Tensor,

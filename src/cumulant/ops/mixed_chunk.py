@@ -14,11 +14,13 @@ from ..kernels.transforms import needs_formula, without_autocast
 from .checks import Sizes, check_activation, check_attention, check_bias, check_dropout, check_group_size, check_parts
 from .cumulative import count_tokens
 from .dispatch import Choice, native_obstacle, reasons, resolve
+from .sdpa_names import hint_at_names
 from .state import MixedChunkState
 
 SPAN = 512  # the fewest tokens that a thread of the native kernels takes when one sequence is shared out
 
 
+@hint_at_names
 def mixed_chunk_attention(
     quad_query: Tensor,
     quad_key: Tensor,

@@ -7,6 +7,7 @@ from torch import Tensor
 from .checks import Sizes, check_attention, check_linear_state
 from .cumulative import Kernel, attend, choose, plan
 from .dispatch import Choice
+from .sdpa_names import hint_at_names
 from .state import LinearState
 
 
@@ -28,9 +29,11 @@ def feature_count(dim: int, order: int, *, constant_term: bool = True) -> int:
 
 def check_order(order: object) -> None:
     if not isinstance(order, int) or isinstance(order, bool) or order < 1:
-        raise ValueError(f"order: expected an integer of at least 1, got {order!r}")
+        got = "a tensor; a mask is passed as key_mask" if isinstance(order, Tensor) else repr(order)
+        raise ValueError(f"order: expected an integer of at least 1, got {got}")
 
 
+@hint_at_names
 def taylor_attention(
     query: Tensor,
     key: Tensor,
