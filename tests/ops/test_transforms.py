@@ -190,7 +190,7 @@ NESTED: dict[str, Callable[..., Any]] = {
 
 @by_impl
 @by_few
-@pytest.mark.parametrize("form", ["masked", "stateful"])
+@pytest.mark.parametrize("form", ["stateful", pytest.param("masked", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("nested", NESTED)
 def test_nested(case: Case, form: str, nested: str, impl: str):
     results = []

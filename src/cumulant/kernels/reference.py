@@ -12,6 +12,8 @@ from itertools import combinations_with_replacement, pairwise
 import torch
 from torch import Tensor
 
+from .transforms import product
+
 Features = Callable[[Tensor], Tensor]
 Similarity = Callable[[Tensor, Tensor], Tensor]
 Sums = tuple[Tensor, Tensor | None]  # numerator [B,G,F,V], denominator [B,G,F]
@@ -21,7 +23,7 @@ def taylor_similarity(order: int, constant_term: bool) -> Similarity:
     """Σ_p (q·k)^p / p! for p from 0 (or 1) to `order`; ``[..., T, K]``, ``[..., S, K]`` -> ``[..., T, S]``."""
 
     def similarity(q: Tensor, k: Tensor) -> Tensor:
-        x = q @ k.mT
+        x = product(q, k.mT)
         first = 0 if constant_term else 1
         return torch.stack([x**p / math.factorial(p) for p in range(first, order + 1)]).sum(0)
 
@@ -49,7 +51,7 @@ def taylor_features(order: int, constant_term: bool) -> Features:
 
 
 def dot_similarity(q: Tensor, k: Tensor) -> Tensor:
-    return q @ k.mT
+    return product(q, k.mT)
 
 
 def quadratic_attention(
@@ -71,18 +73,18 @@ def quadratic_attention(
     seen = k.new_ones(k.shape[0], 1, k.shape[2], dtype=torch.bool) if key_mask is None else key_mask[:, None]
     k, v = k.masked_fill(~seen[..., None], 0), v.masked_fill(~seen[..., None], 0)
     phi_k = features(k).masked_fill(~seen[..., None], 0)
-    total = phi_k.mT @ v, phi_k.sum(-2) if normalize else None
+    total = product(phi_k.mT, v), phi_k.sum(-2) if normalize else None
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
 
     weights = similarity(q, k).masked_fill(~seen[:, :, None], 0)
     if is_causal:
         weights = weights.tril()
-    numerator, denominator = weights @ v, weights.sum(-1)
+    numerator, denominator = product(weights, v), weights.sum(-1)
     if state is not None:
         phi_q = features(q)
-        numerator = numerator + phi_q @ state[0].repeat_interleave(groups, 1)
+        numerator = numerator + product(phi_q, state[0].repeat_interleave(groups, 1))
         if state[1] is not None:
-            denominator = denominator + (phi_q @ state[1].repeat_interleave(groups, 1)[..., None])[..., 0]
+            denominator = denominator + product(phi_q, state[1].repeat_interleave(groups, 1)[..., None])[..., 0]
             total = total[0], None if total[1] is None else total[1] + state[1]
         total = total[0] + state[0], total[1]
     out = _divide(numerator, denominator) if normalize else numerator
@@ -165,11 +167,11 @@ def gated_attention(
     groups = query.shape[1] // key.shape[1]
     q, k, v = query.to(dtype), key.to(dtype), value.to(dtype)
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    scores = (q * scale[:, None, :, None]) @ k.mT
+    scores = product(q * scale[:, None, :, None], k.mT)
     weights = gated_weight(activation)(scores if bias is None else scores + bias.to(dtype))
     if is_causal:
         weights = weights.tril(k.shape[2] - q.shape[2])
-    return (torch.nn.functional.dropout(weights, dropout_p) @ v).to(query.dtype)
+    return product(torch.nn.functional.dropout(weights, dropout_p), v).to(query.dtype)
 
 
 MixedSums = tuple[
@@ -212,7 +214,7 @@ def mixed_chunk_attention(
     group, key_group = place.div(g, rounding_mode="floor"), key_place.div(g, rounding_mode="floor")
     inside = (group[:, :, None] == key_group[:, None]) & exists[:, None] & seen[:, :, None]  # [B, T, S]
     k, lk, v = (x.repeat_interleave(groups, 1) for x in keys)
-    scores = queries[0] @ k.mT / g
+    scores = product(queries[0], k.mT) / g
     if bias is not None:
         rows, columns = (place % g)[:, :, None], (key_place % g)[:, None]
         scores = scores + bias.to(dtype)[:, rows, columns].transpose(0, 1)
@@ -220,23 +222,23 @@ def mixed_chunk_attention(
     if is_causal:
         inside = inside & (key_place[:, None] <= place[:, :, None])
     weights = torch.nn.functional.dropout(weights.where(inside[:, None], 0), dropout_p)
-    linear = queries[1] @ lk.mT
+    linear = product(queries[1], lk.mT)
     if is_causal:
         across, divisor = (key_group[:, None] < group[:, :, None]) & exists[:, None] & seen[:, :, None], float(g)
     else:
         across = inside if not reduce_groups else exists[:, None] & seen[:, :, None]
         divisor = seen.sum(1).clamp(min=1)[:, None, None, None]  # type: ignore[assignment]
     weights = weights + (linear / divisor).where(across[:, None], 0)
-    out = weights @ v
+    out = product(weights, v)
     total = start + seen.sum(1)
     closed = (key_group < total.div(g, rounding_mode="floor")[:, None]) & exists
-    sums = (keys[1] * closed[:, None, :, None]).mT @ keys[2]
+    sums = product((keys[1] * closed[:, None, :, None]).mT, keys[2])
     if state is not None:
-        out = out + queries[1] @ state[0].repeat_interleave(groups, 1) / g
+        out = out + product(queries[1], state[0].repeat_interleave(groups, 1)) / g
         sums = sums + state[0]
     still = exists & ~closed  # one-hot rows carry each such token to its slot
     slots = ((key_place % g)[:, None] == torch.arange(g, device=value.device)[:, None]) & still[:, None]
-    rest = [slots[:, None].to(dtype) @ x for x in keys]
+    rest = [product(slots[:, None].to(dtype), x) for x in keys]
     return out.to(value.dtype), (sums, rest[0], rest[1], rest[2])
 
 

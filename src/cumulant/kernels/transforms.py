@@ -158,3 +158,28 @@ def _split(x: Tensor, n: int, side: int) -> tuple[Tensor, int | None]:
     if x.dim() == 1 and x.shape[0] == 0:
         return x, None
     return x.unflatten(side, (n, x.shape[side] // n)), side
+
+
+class _Product(torch.autograd.Function):
+    """a @ b, without autocast in its gradients either."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+        ctx.save_for_backward(a, b)
+        with without_autocast(a):
+            return a @ b
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        a, b = ctx.saved_tensors
+        with without_autocast(a):
+            da = product(dout, b.mT).sum_to_size(a.shape) if ctx.needs_input_grad[0] else None
+            return da, product(a.mT, dout).sum_to_size(b.shape) if ctx.needs_input_grad[1] else None
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b`` whose gradients are as exact as itself where a backward pass runs under autocast."""
+    if not torch.is_grad_enabled() or not readable(a, b) or transformed() or needs_formula():
+        return a @ b
+    out: Tensor = _Product.apply(a, b)  # type: ignore[no-untyped-call]
+    return out
