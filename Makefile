@@ -7,7 +7,7 @@ TORCH_CPU ?= https://download.pytorch.org/whl/cpu
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install check format test test-all sanitize docs demo clean
+.PHONY: help install check format test test-all test-torch sanitize docs demo clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -50,6 +50,16 @@ test: $(INSTALLED)  ## all tests but the slow ones (a few minutes)
 test-all: $(INSTALLED)  ## all tests
 	@$(BIN)/python -m pytest -n 2
 
+test-torch:  ## operations, modules and models on another PyTorch, in its own .venv-torch-*: make test-torch TORCH=2.11.0
+	@test -n "$(TORCH)" || { echo "which PyTorch? make test-torch TORCH=2.11.0"; exit 1; }
+	@echo "== torch $(TORCH) and what the tests need, in .venv-torch-$(TORCH) (several GB with CUDA's libraries)"
+	@test -x .venv-torch-$(TORCH)/bin/python || $(PYTHON) -m venv .venv-torch-$(TORCH)
+	@grep -v '^torch' constraints.txt > .venv-torch-$(TORCH)/constraints.txt
+	@.venv-torch-$(TORCH)/bin/python -m pip install --quiet --disable-pip-version-check \
+		-c .venv-torch-$(TORCH)/constraints.txt "torch==$(TORCH)" -e '.[text,dev]'
+	@echo "== tests"
+	@.venv-torch-$(TORCH)/bin/python -m pytest -n 2 -m "not slow" tests/ops tests/nn tests/models
+
 sanitize: $(INSTALLED)  ## the native kernels' tests under the address and undefined-behaviour sanitizers
 	@echo "== compiling with sanitizers (some minutes)"
 	@CXXFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined -g" \
@@ -65,4 +75,4 @@ demo: $(INSTALLED)  ## train a small model on Python's own source, sample from i
 	@$(BIN)/python examples/demo.py
 
 clean:  ## remove .venv and everything made by running
-	rm -rf .venv runs build dist site .pytest_cache .ruff_cache .mypy_cache .hypothesis src/*.egg-info
+	rm -rf .venv .venv-torch-* runs build dist site .pytest_cache .ruff_cache .mypy_cache .hypothesis src/*.egg-info

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, set_seed
 
-from cumulant.models import PRESETS, CumulantForCausalLM
+from cumulant.models import PRESETS
 
 from ..models.test_language_model import WRAPPED, build, tokens
 
@@ -59,7 +59,7 @@ GREEDY = {"max_new_tokens": 18, "do_sample": False}
 def test_greedy_is_greedy_whatever_drafts(model):
     expected = model.generate(prompt(), **GREEDY)
     for drafts in (
-        {"assistant_model": model_of("based") if isinstance(model, CumulantForCausalLM) else llama()},
+        {"assistant_model": model_of("based")},
         {"assistant_model": llama()},
         {"assistant_early_exit": 1},
         {"prompt_lookup_num_tokens": 6, "max_matching_ngram_size": 1},

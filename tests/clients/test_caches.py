@@ -132,3 +132,19 @@ def test_caches_that_cannot_be():
     full = llama()(tokens(1, 4), use_cache=True).past_key_values
     with pytest.raises(TypeError, match="state: expected a ConvolutionState"):
         model(ids, past_key_values=full)
+
+
+@pytest.mark.parametrize("name", ["softmax", "linear"])
+def test_continuous_batching_is_refused(name):
+    with pytest.raises(
+        ValueError, match="generate_batch: continuous batching keeps keys .* use generate with a padded"
+    ):
+        build(name).generate_batch([[1, 2, 3], [4, 5]])
+
+
+def test_more_than_one_sequence_and_scores(model):
+    ids = tokens(2, 9)
+    assert model.generate(ids, do_sample=True, num_return_sequences=3, max_new_tokens=4).shape == (6, 13)
+    assert torch.equal(model.generate(ids, max_time=60.0, **GREEDY), model.generate(ids, **GREEDY))
+    guided = GREEDY | {"guidance_scale": 1.5}
+    assert torch.equal(model.generate(ids, **guided), model.generate(ids, use_cache=False, **guided))

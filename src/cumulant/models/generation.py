@@ -20,6 +20,12 @@ class CumulantGenerationMixin(GenerationMixin):  # type: ignore[misc]
             )
         return super()._prepare_cache_for_generation(generation_config, *args, **kwargs)
 
+    def init_continuous_batching(self, *_: Any, **__: Any) -> Any:
+        raise ValueError(
+            "generate_batch: continuous batching keeps keys and values in pages, and these models keep states; "
+            "use generate with a padded batch"
+        )
+
     @staticmethod
     def create_masks_for_generate(attention_mask: Tensor | None = None, **_: Any) -> Tensor | None:
         """Masks stay ``[B, S]``: mixers take them as they are."""
