@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import DynamicCache, StoppingCriteriaList, StopStringCriteria, pipeline
+from transformers import AutoModelForCausalLM, DynamicCache, StoppingCriteriaList, StopStringCriteria, pipeline
 
 from cumulant.models import (
     CumulantForMaskedLM,
@@ -83,6 +83,9 @@ def test_typos_and_types(name):
         model(ids, pixels=None)
     with pytest.raises(ValueError, match=f"is_causal: the configuration says {model.config.is_causal}"):
         model(ids, is_causal=not model.config.is_causal)
+    with pytest.raises(ValueError, match="`output_attentions` attribute is not supported"):  # by transformers
+        model.config.output_attentions = True
+    model.set_attn_implementation("eager")
     model.config.output_attentions = True
     with pytest.raises(ValueError, match="output_attentions: these models form no attention weights"):
         model(ids)
@@ -214,3 +217,15 @@ def test_ids_of_the_wrong_kind(name):
         model(inputs_embeds=torch.zeros(1, 5, 31))
     with pytest.raises(ValueError, match="input_ids: pass either"):
         model(ids, inputs_embeds=torch.zeros(1, 5, 32))
+
+
+@pytest.mark.parametrize("kind", PEERS)
+def test_attention_implementations(kind, tmp_path):
+    """Clients ask for "sdpa" or "eager" by name; the models have one of their own, which is the same for both."""
+    model, ids = build(kind), tokens(1, 5)
+    model.save_pretrained(tmp_path)
+    for name in ("sdpa", "eager"):
+        found = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=name)
+        assert torch.allclose(found(ids).logits, model(ids).logits, atol=1e-4)
+    with pytest.raises((ImportError, ValueError), match=r"Flash ?Attention ?2"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="flash_attention_2")

@@ -124,6 +124,7 @@ class CumulantPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = True
+    _supports_sdpa = True  # what attn_implementation="sdpa" asks for is what softmax mixers do
     _no_split_modules = ["CumulantBlock"]  # noqa: RUF012 (the base class's convention)
 
     @classmethod
