@@ -130,7 +130,9 @@ def test_caches_that_cannot_be():
     with pytest.raises(ValueError, match="past_key_values: expected 3 layers, as the model has, got 2; build it with"):
         model(ids, past_key_values=DynamicCache(config=build("based", num_hidden_layers=2).config))
     full = llama()(tokens(1, 4), use_cache=True).past_key_values
-    with pytest.raises(TypeError, match="state: expected a ConvolutionState"):
+    with pytest.raises(
+        TypeError, match="past_key_values: layer 0 is a DynamicLayer of a DynamicCache, which cannot hold"
+    ):
         model(ids, past_key_values=full)
 
 
