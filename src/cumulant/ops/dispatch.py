@@ -19,6 +19,9 @@ from ..kernels.transforms import needs_formula, transformed
 
 IMPLEMENTATIONS = ("reference", "torch", "native", "triton")
 VARIABLE = "CUMULANT_IMPL"
+# Every call asks, and os.environ takes as long as a small layer where a variable is not set: ask the dict behind it.
+_environment: Any = getattr(os.environ, "_data", os.environ)
+_key: Any = os.environ.encodekey(VARIABLE) if hasattr(os.environ, "encodekey") else VARIABLE
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,9 @@ class Choice:
 
 def automatic() -> str:
     """What "auto" means: CUMULANT_IMPL, or else "reference" in an export to ONNX and "auto" anywhere else."""
-    name = os.environ.get(VARIABLE) or "auto"
+    if not _environment.get(_key):
+        return "auto"
+    name = os.environ[VARIABLE]
     if name not in ("auto", "native", "torch", "reference"):
         raise ValueError(f"{VARIABLE}: expected 'auto', 'native', 'torch' or 'reference', got {name!r}")
     return "reference" if name == "auto" and exports_to_onnx() else name
