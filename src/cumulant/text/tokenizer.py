@@ -114,7 +114,7 @@ def _byte_characters() -> dict[int, str]:
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerFast) -> int:
     """One more than the highest id: ids may have gaps."""
-    return max(tokenizer.get_vocab().values()) + 1
+    return int(max(tokenizer.get_vocab().values())) + 1
 
 
 def token_sizes(tokenizer: PreTrainedTokenizerFast) -> NDArray[np.int64]:
