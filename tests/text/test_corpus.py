@@ -40,7 +40,8 @@ def test_one_file_loses_its_tail(tmp_path):
 
 def test_folders_and_globs(folder):
     corpus = load_corpus(str(folder), heldout=0.2)
-    assert corpus.skipped == 1
+    assert len(corpus.skipped) == 1
+    assert "image.png is not UTF-8 text: byte 0x89 at offset 0" in corpus.skipped[0]
     assert len(corpus.train) + len(corpus.heldout) == 20
     assert not set(corpus.train) & set(corpus.heldout)
     assert 0 < corpus.sizes[1] <= 0.2 * sum(corpus.sizes)
@@ -74,12 +75,12 @@ def test_a_dataset(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
     source = tmp_path / "set"
     source.mkdir()
-    rows = [{"text": f"document {i}", "id": i} for i in range(30)] + [{"text": "", "id": 30}]
+    rows = [{"text": f"document {i} " * 5, "id": i} for i in range(30)] + [{"text": "", "id": 30}]
     (source / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
     corpus = load_corpus(f"hf:{source}", heldout=0.2)
-    assert sorted(corpus.train + corpus.heldout) == sorted(f"document {i}".encode() for i in range(30))
-    (source / "validation.jsonl").write_text(json.dumps({"text": "held", "id": 1}))
-    assert load_corpus(f"hf:{source}").heldout == [b"held"]
+    assert sorted(corpus.train + corpus.heldout) == sorted(f"document {i} ".encode() * 5 for i in range(30))
+    (source / "validation.jsonl").write_text(json.dumps({"text": "held " * 40, "id": 1}))
+    assert load_corpus(f"hf:{source}").heldout == [b"held " * 40]
     with pytest.raises(ValueError, match=r"text_column: the dataset .* has no column 'body'; it has text, id"):
         load_corpus(f"hf:{source}", text_column="body")
     with pytest.raises(ValueError, match=r"data: cannot load the dataset"):
@@ -94,10 +95,11 @@ def test_a_dataset_by_its_id(tmp_path, monkeypatch):
 
     def load(identifier, config):
         asked.append((identifier, config))
-        rows = {"text": ["one text", "another text"]}
-        return datasets.DatasetDict(train=datasets.Dataset.from_dict(rows), test=datasets.Dataset.from_dict(rows))
+        splits = {"train": ["one text", "another text"], "test": ["held out " * 20]}
+        return datasets.DatasetDict({k: datasets.Dataset.from_dict({"text": v}) for k, v in splits.items()})
 
     monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *_, **__: None)
     assert load_corpus("owner/name").train == [b"one text", b"another text"]
     assert load_corpus("hf:owner/name:small").name == "hf:owner/name:small"
     assert asked == [("owner/name", None), ("owner/name", "small")]
@@ -120,20 +122,22 @@ def test_bad_data(tmp_path):
         load_corpus("")
     refuses("missing.txt", r"data: no such file or folder: ")
     with pytest.raises(
-        ValueError, match=r"data: no such file or folder: org/name; and cannot load the dataset 'org/name'"
+        ValueError, match=r"data: no such file or folder: org/name; and there is no dataset of that name within reach"
     ):
         load_corpus("org/name")
     (tmp_path / "empty.txt").write_text("")
     refuses("empty.txt", r"empty.txt is empty; pass text files")
     (tmp_path / "binary.bin").write_bytes(bytes(range(256)))
-    refuses("binary.bin", r"binary.bin is not UTF-8 text; pass text files")
+    refuses(
+        "binary.bin", r"binary.bin is not UTF-8 text: byte 0x80 at offset 128; it looks like binary data: leave it out"
+    )
     (tmp_path / "latin.txt").write_bytes("Flu\xdf".encode("latin-1"))
     refuses("latin.txt", r"latin.txt is not UTF-8 text")
     (tmp_path / "none").mkdir()
     refuses("none", r"the folder .* holds no files")
     refuses("*.md", r"data: no file matches ")
     (tmp_path / "tiny.txt").write_text("x")
-    refuses("tiny.txt", r"data: 1 bytes are too few to hold any out")
+    refuses("tiny.txt", r"holds too few documents|leaves 1 bytes to hold out, too few to measure anything")
     refuses("tiny.txt", r"heldout: expected a share between 0 and 1, got 1.5", heldout=1.5)
 
 

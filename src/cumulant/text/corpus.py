@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import os
 import re
 import sysconfig
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from .enwik8 import ENWIK8, load_enwik8
+from .files import STANDARD_INPUT, NotText, read_files, read_text
 
 STDLIB = "stdlib"
+LEAST_HELDOUT = 128  # bytes: bits per byte of less say nothing
 _SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib2to3"}
+Chat = Callable[[list[dict[str, Any]]], str]
 
 
 @dataclass(frozen=True)
@@ -22,136 +26,171 @@ class Corpus:
     """Documents, already split.
 
     name: what was asked for. train, heldout: documents as UTF-8 bytes. digest: SHA-256 over all of them, in order.
-    skipped: files left out because they hold no text.
+    skipped: files left out, each with the reason. notes: what else was done to the documents.
     """
 
     name: str
     train: list[bytes]
     heldout: list[bytes]
     digest: str
-    skipped: int = 0
+    skipped: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def sizes(self) -> tuple[int, int]:
         """Bytes to train on and held out."""
         return sum(map(len, self.train)), sum(map(len, self.heldout))
 
+    def describe(self) -> list[str]:
+        """What there is, in lines for people: sizes first, then what was left out and why."""
+        kept, held = self.sizes
+        share = 100 * held / (kept + held)
+        first = f"text: {self.name}, {kept:,} bytes in {len(self.train)} documents, {held:,} held out ({share:.1f}%)"
+        left = [f"text: left out: {reason}" for reason in self.skipped[:5]]
+        if len(self.skipped) > 5:
+            left.append(f"text: and {len(self.skipped) - 5} more files left out")
+        return [first, *(f"text: {note}" for note in self.notes), *left]
 
-def load_corpus(data: str | None = None, *, heldout: float = 0.05, text_column: str = "text") -> Corpus:
+
+def load_corpus(
+    data: str | Sequence[str] | None = None,
+    *,
+    heldout: float = 0.05,
+    text_column: str = "text",
+    encoding: str | None = None,
+    exclude: Collection[Path] = (),
+    chat: Chat | None = None,
+) -> Corpus:
     """Read documents and split them, the same way every time.
 
     Args:
-        data: a file, a folder (all text files below it), a glob, the id of a Hugging Face dataset (``owner/name``;
-            ``hf:ID`` or ``hf:ID:CONFIG`` for any, also a local one), "enwik8" (downloaded once), or None or "stdlib"
-            for the source of Python's standard library without its tests.
+        data: a file, a folder (all text files below it), a glob, "-" for standard input, the id of a Hugging Face
+            dataset (``owner/name``; ``hf:ID`` or ``hf:ID:CONFIG`` for any, also a local one), "enwik8" (downloaded
+            once), or None or "stdlib" for the source of Python's standard library without its tests. Several files,
+            folders and globs are one text.
         heldout: share held out. Several documents are split by a hash of their names (or by a dataset's own validation
-            or test split); a single document loses its tail, cut at a line; enwik8 keeps its usual split.
+            or test split), copies of one with it. Where no set of whole documents comes near the share, and of a single
+            document, tails are held out, cut at lines; enwik8 keeps its usual split.
         text_column: column of a dataset that holds the text.
+        encoding: of the files, if it is not UTF-8.
+        exclude: folders left out of those that are read, such as that of the run itself.
+        chat: makes text of a row that holds chat messages, such as a tokenizer's chat template.
 
     Raises:
         ValueError: nothing there, nothing but binary data, or too little to split.
     """
     if not 0 < heldout < 1:
         raise ValueError(f"heldout: expected a share between 0 and 1, got {heldout}")
-    if data == ENWIK8 and not Path(data).exists():
+    sources = _sources(data)
+    name = ", ".join(sources)
+    if sources == [ENWIK8] and not Path(ENWIK8).exists():
         train_text, held_text = load_enwik8()
-        return _corpus(ENWIK8, [train_text], [held_text], 0)
-    if data is not None and _is_dataset(data):
-        return _from_dataset(data, heldout, text_column)
-    named, skipped = (stdlib_documents(), 0) if data in (None, STDLIB) else _from_files(str(data))
-    train, held = _split(named, heldout)
-    return _corpus(STDLIB if data is None else data, train, held, skipped)
+        return _corpus(ENWIK8, [train_text], [held_text], [], [])
+    if len(sources) == 1 and _is_dataset(sources[0]):
+        return _from_dataset(sources[0], heldout, text_column, chat)
+    named, skipped, notes = _read(sources, encoding, exclude)
+    train, held = _split(named, heldout, notes)
+    return _corpus(name, train, held, skipped, notes)
 
 
-def load_documents(data: str, *, text_column: str = "text") -> list[bytes]:
+def load_documents(
+    data: str | Sequence[str], *, text_column: str = "text", encoding: str | None = None, chat: Chat | None = None
+) -> list[bytes]:
     """All documents of `data`, as in `load_corpus`, unsplit."""
-    if data == ENWIK8 and not Path(data).exists():
+    sources = _sources(data)
+    if sources == [ENWIK8] and not Path(ENWIK8).exists():
         return list(load_enwik8())
-    if _is_dataset(data):
-        corpus = _from_dataset(data, 0.05, text_column)
-        return [*corpus.train, *corpus.heldout]
-    return [text for _, text in (stdlib_documents() if data == STDLIB else _from_files(data)[0])]
+    if len(sources) == 1 and _is_dataset(sources[0]):
+        splits, held_split, _ = _dataset(sources[0], text_column, chat)
+        return [*splits["train"], *(splits[held_split] if held_split else [])]
+    return [text for _, text in _read(sources, encoding, ())[0]]
+
+
+def _sources(data: str | Sequence[str] | None) -> list[str]:
+    if data is None:
+        return [STDLIB]
+    sources = [data] if isinstance(data, str) else list(data)
+    if not sources:
+        raise ValueError("data: expected at least one file, folder, glob or dataset, got none")
+    if len(sources) > 1:
+        for source in sources:
+            if source in (STDLIB, ENWIK8) or _is_dataset(source):
+                raise ValueError(f"data: {source} stands alone; only files, folders and globs are read together")
+    return sources
+
+
+def _read(
+    sources: list[str], encoding: str | None, exclude: Collection[Path]
+) -> tuple[list[tuple[str, bytes]], list[str], list[str]]:
+    """Named documents, what was left out, notes."""
+    if sources == [STDLIB]:
+        return stdlib_documents(), [], []
+    found = read_files(sources, encoding=encoding, exclude=exclude)
+    notes = [f"{found.links} further links to the same files read once"] if found.links else []
+    return found.texts, found.skipped, notes
 
 
 def stdlib_documents() -> list[tuple[str, bytes]]:
     """The standard library's Python files, without tests and installed packages, by relative path."""
     root = Path(sysconfig.get_paths()["stdlib"])
     paths = sorted(p.relative_to(root) for p in root.rglob("*.py"))
-    kept = [p for p in paths if not _SKIPPED_FOLDERS & set(p.parts)]
-    documents = [(p.as_posix(), _text(root / p)) for p in kept]
-    found = [(name, text) for name, text in documents if text]
+    found = []
+    for path in paths:
+        if _SKIPPED_FOLDERS & set(path.parts):
+            continue
+        try:
+            text = read_text(root / path)
+        except NotText:  # a few files are kept in other encodings on purpose
+            continue
+        if text:
+            found.append((path.as_posix(), text))
     if not found:
         raise ValueError(f"data: Python's standard library has no source files under {root}; pass --data")
     return found
 
 
-def _text(path: Path) -> bytes | None:
-    """The file's bytes if they are UTF-8 text, else None."""
-    raw = path.read_bytes()
-    if b"\0" in raw:
-        return None
-    try:
-        raw.decode("utf-8")
-    except UnicodeDecodeError:
-        return None
-    return raw
+def _split(named: list[tuple[str, bytes]], heldout: float, notes: list[str]) -> tuple[list[bytes], list[bytes]]:
+    """Whole documents if a set of them comes near the share, else the tail of each. Copies stand on one side."""
+    copies = Counter(text for _, text in named)
+    first = dict.fromkeys(text for _, text in named)
+    if len(first) < len(named):
+        again = len(named) - len(first)
+        notes.append(f"{again} {'copy' if again == 1 else 'copies'} of other documents, kept on one side with them")
+    names: dict[bytes, str] = {}
+    for name, text in named:
+        names.setdefault(text, name)
+    ranked = sorted(first, key=lambda text: hashlib.sha256(os.fsencode(names[text])).digest())
+    total = sum(len(text) for _, text in named)
+    room, held = heldout * total, set[bytes]()
+    for text in ranked:  # those that fit, in an order that has nothing to do with their content
+        if len(text) * copies[text] <= room:
+            held.add(text)
+            room -= len(text) * copies[text]
+    if not held:
+        shortest = min(ranked, key=len)
+        if len(shortest) * copies[shortest] <= 2 * heldout * total:
+            held.add(shortest)
+    if sum(len(text) * copies[text] for text in held) >= heldout * total / 2 and len(held) < len(first):
+        return [t for _, t in named if t not in held], [t for _, t in named if t in held]
+    if len(named) > 1:
+        notes.append("no set of whole documents comes near the share held out: the tail of each is held out")
+    pairs = [_cut(text, heldout) for text in first]  # a copy's head would hold the tail of its original
+    return [head for head, _ in pairs if head], [tail for _, tail in pairs if tail]
 
 
-def _from_files(data: str) -> tuple[list[tuple[str, bytes]], int]:
-    if not data:
-        raise ValueError("data: expected a file, folder, glob or dataset, got an empty name")
-    path = Path(data).expanduser()
-    if path.is_dir():
-        paths = sorted(p for p in path.rglob("*") if p.is_file() and not _hidden(p.relative_to(path)))
-        if not paths:
-            raise ValueError(f"data: the folder {data} holds no files")
-    elif path.is_file():
-        paths = [path]
-    elif glob.has_magic(data):
-        paths = sorted(Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file())
-        if not paths:
-            raise ValueError(f"data: no file matches {data}")
-    else:
-        raise ValueError(f"data: no such file or folder: {data}")
-    # names do not depend on how the place was spelled, and so neither does the split
-    root = Path(os.path.commonpath([p.parent for p in paths]))
-    texts = [(p.relative_to(root).as_posix(), _text(p)) for p in paths]
-    named = [(name, text) for name, text in texts if text]
-    if not named:
-        binary = [name for name, text in texts if text is None]
-        problem = f"{binary[0]} is not UTF-8 text" if binary else f"{texts[0][0]} is empty"
-        raise ValueError(f"data: {problem}; pass text files")
-    return named, sum(text is None for _, text in texts)
-
-
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
-
-
-def _split(named: list[tuple[str, bytes]], heldout: float) -> tuple[list[bytes], list[bytes]]:
-    if len(named) == 1:
-        return _cut(named[0][1], heldout)
-    ranked = sorted(named, key=lambda item: hashlib.sha256(item[0].encode()).digest())
-    budget = heldout * sum(len(text) for _, text in named)
-    names: set[str] = set()
-    for name, text in ranked:  # those that fit, in an order that has nothing to do with their content
-        if len(text) <= budget:
-            names.add(name)
-            budget -= len(text)
-    if not names:
-        names.add(min(ranked, key=lambda item: len(item[1]))[0])
-    return [t for n, t in named if n not in names], [t for n, t in named if n in names]
-
-
-def _cut(text: bytes, heldout: float) -> tuple[list[bytes], list[bytes]]:
-    at = text.find(b"\n", int(len(text) * (1 - heldout))) + 1
-    if at == 0 or at == len(text):
-        at = int(len(text) * (1 - heldout))
-        while at < len(text) and text[at] & 0xC0 == 0x80:  # not inside a character
-            at += 1
-    if at == 0 or at >= len(text):
-        raise ValueError(f"data: {len(text)} bytes are too few to hold any out")
-    return [text[:at]], [text[at:]]
+def _cut(text: bytes, heldout: float) -> tuple[bytes, bytes]:
+    """Head and tail, cut at a line if one ends near enough to the share, else at a space, else between characters."""
+    at, length = int(len(text) * (1 - heldout)), len(text)
+    share = length - at
+    for separator in (b"\n", b" "):
+        after, before = text.find(separator, at) + 1, text.rfind(separator, 0, at) + 1
+        if after and length - after >= share / 2:
+            return text[:after], text[after:]
+        if before and length - before <= 2 * share:
+            return text[:before], text[before:]
+    while at < length and text[at] & 0xC0 == 0x80:  # not inside a character
+        at += 1
+    return text[:at], text[at:]
 
 
 def _is_dataset(data: str) -> bool:
@@ -160,13 +199,30 @@ def _is_dataset(data: str) -> bool:
     if data.startswith("hf:"):
         return True
     named = re.fullmatch(r"[\w-]+/[\w.-]+", data) and not re.search(r"\.[A-Za-z]\w{0,4}$", data)
-    return bool(named) and not Path(data).parent.exists()
+    return bool(named) and data != STANDARD_INPUT and not Path(data).parent.exists()
 
 
-def _from_dataset(data: str, heldout: float, text_column: str) -> Corpus:
+def _from_dataset(data: str, heldout: float, text_column: str, chat: Chat | None) -> Corpus:
+    splits, held_split, notes = _dataset(data, text_column, chat)
+    train = splits["train"]
+    if held_split is None:
+        train, held = _split([(str(i), text) for i, text in enumerate(train)], heldout, notes)
+        return _corpus(data, train, held, [], notes)
+    known = set(train)
+    held = [text for text in splits[held_split] if text not in known]
+    if len(held) < len(splits[held_split]):
+        again = len(splits[held_split]) - len(held)
+        notes.append(f"{again} documents of the split {held_split!r} are in the training split, and not held out")
+    return _corpus(data, train, held, [], notes)
+
+
+def _dataset(data: str, text_column: str, chat: Chat | None) -> tuple[dict[str, list[bytes]], str | None, list[str]]:
+    """The documents of a dataset's splits, the name of its own held-out split, notes."""
     import datasets
 
     identifier, _, config = data.removeprefix("hf:").partition(":")
+    if not data.startswith("hf:"):
+        _find_on_hub(data)
     try:
         splits = datasets.load_dataset(identifier, config or None)
     except Exception as error:  # the library raises whatever its loaders and the network raise
@@ -175,26 +231,71 @@ def _from_dataset(data: str, heldout: float, text_column: str) -> Corpus:
     if not isinstance(splits, dict) or "train" not in splits:
         raise ValueError(f"data: the dataset {identifier!r} has no split named train")
     held_split = next((name for name in ("validation", "test") if name in splits), None)
-    train = _rows(splits["train"], text_column, identifier)
-    if held_split is not None:
-        return _corpus(data, train, _rows(splits[held_split], text_column, identifier), 0)
-    train, held = _split([(str(i), text) for i, text in enumerate(train)], heldout)
-    return _corpus(data, train, held, 0)
+    notes: list[str] = []
+    wanted = ["train", *([held_split] if held_split else [])]
+    return {name: _rows(splits[name], text_column, identifier, chat, notes) for name in wanted}, held_split, notes
 
 
-def _rows(split: Iterable[dict[str, object]], column: str, identifier: str) -> list[bytes]:
+def _find_on_hub(identifier: str) -> None:
+    """What may be a mistyped path is asked for once, and briefly: loading tries again and again."""
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().dataset_info(identifier, timeout=5)
+    except Exception as error:  # whatever the network and the hub raise
+        raise ValueError(
+            f"data: no such file or folder: {identifier}; and there is no dataset of that name within reach "
+            f"({type(error).__name__}); hf:{identifier} loads one that is on disk already"
+        ) from error
+
+
+def _rows(
+    split: Iterable[dict[str, object]], column: str, identifier: str, chat: Chat | None, notes: list[str]
+) -> list[bytes]:
+    """Texts of a column; rows that hold none are counted."""
     names = getattr(split, "column_names", [])
     if column not in names:
         raise ValueError(f"text_column: the dataset {identifier!r} has no column {column!r}; it has {', '.join(names)}")
-    documents = [str(row[column]).encode() for row in split]
+    documents, without = [], 0
+    for row in split:
+        value = row[column]
+        if value is None:
+            without += 1
+            continue
+        documents.append(_as_text(value, column, identifier, chat).encode())
+    if without:
+        notes.append(f"{without} rows without text (null) left out")
     return [text for text in documents if text]
 
 
-def _corpus(name: str, train: list[bytes], heldout: list[bytes], skipped: int) -> Corpus:
+def _as_text(value: object, column: str, identifier: str, chat: Chat | None) -> str:
+    if isinstance(value, str):
+        return value
+    messages = (
+        isinstance(value, list) and value and all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in value)
+    )
+    if messages and chat is not None:
+        return chat(value)  # type: ignore[arg-type]
+    what = (
+        "chat messages, and the tokenizer has no chat template" if messages else f"no text, but {type(value).__name__}"
+    )
+    raise ValueError(
+        f"text_column: the column {column!r} of the dataset {identifier!r} holds {what}; name a column of text or "
+        "write one first"
+    )
+
+
+def _corpus(name: str, train: list[bytes], heldout: list[bytes], skipped: list[str], notes: list[str]) -> Corpus:
     if not train or not heldout:
         raise ValueError(f"data: {name} holds too few documents to train on and to hold out")
     digest = hashlib.sha256()
     for text in (*train, b"\0heldout\0", *heldout):
         digest.update(len(text).to_bytes(8, "little"))
         digest.update(text)
-    return Corpus(name, train, heldout, digest.hexdigest(), skipped)
+    corpus = Corpus(name, train, heldout, digest.hexdigest(), skipped, notes)
+    if corpus.sizes[1] < LEAST_HELDOUT:
+        raise ValueError(
+            f"data: {name} leaves {corpus.sizes[1]} bytes to hold out, too few to measure anything (at least "
+            f"{LEAST_HELDOUT}); pass more text or a larger --heldout"
+        )
+    return corpus
