@@ -187,9 +187,8 @@ def _prepare_text(options: TrainingOptions, arguments: TrainingArguments, say: C
     with arguments.main_process_first(desc="tokenizing"):
         if arguments.process_index == 0:
             corpus = load_corpus(options.data, heldout=options.heldout, text_column=options.text_column)
-            kept, held = corpus.sizes
-            skipped = f", {corpus.skipped} files without text left out" if corpus.skipped else ""
-            say(f"text: {corpus.name}, {kept:,} bytes in {len(corpus.train)} documents, {held:,} held out{skipped}")
+            for line in corpus.describe():
+                say(line)
             if options.resume:
                 check_tokens(output / "tokens", corpus)
             else:
