@@ -106,7 +106,7 @@ def test_generation_with_a_saved_state(run, tmp_path):
     expected = generate(model, tokenizer, "the cat sat" + whole.text + "; the dog", SamplingOptions(10, **greedy))
     assert appended.text == expected.text
     assert expected.state_bytes == first.state_bytes
-    with pytest.raises(ValueError, match="save_state: no such folder: /no/such"):
+    with pytest.raises(FileNotFoundError, match="no such folder: /no/such"):
         generate(model, tokenizer, "the", SamplingOptions(3), save="/no/such/state")
     again = [generate(model, tokenizer, "the", SamplingOptions(20, seed=5)).text for _ in range(2)]
     assert again[0] == again[1]
