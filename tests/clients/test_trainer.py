@@ -20,8 +20,11 @@ from cumulant.models import (
     CumulantForSequenceClassification,
     CumulantForTokenClassification,
 )
+from cumulant.text.tokenizer import byte_tokenizer
 
-from .common import PEERS, TOKENIZER, build, config
+from .common import PEERS, build, config
+
+TOKENIZER = byte_tokenizer()  # its own: pipelines and lm-eval turn theirs to padding on the left
 
 TEXTS = ["ab ab ab ab", "one two", "linear attention adds up", "xy", "packed documents", "abc abc"]
 ROWS = [{"input_ids": TOKENIZER(text)["input_ids"], "attention_mask": [1] * len(text)} for text in TEXTS]
