@@ -5,9 +5,11 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
@@ -15,8 +17,12 @@ import typer
 from .__main__ import main, silence
 from .bench.commands import bench, compare, hush, quiet, recall, report
 from .bench.console import Console, expanded, print_table
+from .bench.parsing import StrictCommand
 from .text.options import TrainingOptions
 from .text.recipes import RECIPES, from_recipe
+from .text.runs import STARTED, finite
+
+RUN_LENGTH = {"data", "steps", "batch", "accumulate", "evaluate_every", "learning_rate", "warmup"}
 
 app = typer.Typer(
     add_completion=False,
@@ -76,7 +82,7 @@ def _from_fields(kind: type) -> Callable[[Callable[..., None]], Callable[..., No
     return decorate
 
 
-@app.command()
+@app.command(cls=StrictCommand)
 @_from_fields(TrainingOptions)
 def train(
     call: typer.Context,
@@ -90,32 +96,38 @@ def train(
     Without --data it learns Python from the standard library. Watch the losses with: tensorboard --logdir OUTPUT.
     Several processes: torchrun --nproc_per_node N -m cumulant train ...
     """
+    sources = {name: call.get_parameter_source(name) for name in options}
+    given = {name for name, source in sources.items() if source is not None and source.name != "DEFAULT"}
     if recipe is None:
         checked = TrainingOptions(**options)
     else:
-        sources = {name: call.get_parameter_source(name) for name in options}
-        given = {name for name, source in sources.items() if source is not None and source.name != "DEFAULT"}
         checked = from_recipe(recipe, **{name: value for name, value in options.items() if name in given})
+        # a run that goes on is only held to what a recipe says of its model; its lengths are the run's
+        given |= set(RECIPES[recipe]) - (RUN_LENGTH if checked.resume else set())
     quiet()
     from .text.train import train as run
 
     try:
-        run(checked, say=say)
+        run(checked, given=given, say=say)
     except KeyboardInterrupt:
-        print(
-            f"interrupted; go on with: cumulant train --output {checked.output} --resume and the same options",
-            file=sys.stderr,
-        )
+        if os.environ.get("RANK", "0") == "0":
+            print(f"interrupted; {_way_on(checked.output)}", file=sys.stderr)
         raise
     if os.environ.get("RANK", "0") == "0":
         say(f"model: {checked.output}; next: cumulant generate {checked.output} --prompt ...")
+
+
+def _way_on(output: str) -> str:
+    if (Path(output) / STARTED).is_file():
+        return f"go on with: cumulant train --output {shlex.quote(output)} --resume"
+    return "training had not begun; the same command starts it"
 
 
 Checkpoint = Annotated[str, typer.Argument(help="folder of a trained model", callback=expanded)]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda")]
 
 
-@app.command()
+@app.command(cls=StrictCommand)
 def evaluate(
     checkpoint: Checkpoint,
     data: Annotated[
@@ -133,8 +145,6 @@ def evaluate(
         if least < 1:
             raise ValueError(f"{name}: expected at least 1, got {least}")
     quiet()
-    from pathlib import Path
-
     from .text.checkpoint import load_checkpoint
     from .text.corpus import load_documents
     from .text.evaluate import evaluate_whole, evaluate_windowed
@@ -151,7 +161,7 @@ def evaluate(
     if whole:
         scores["whole documents"] = evaluate_whole(model, text)
     if json_line:
-        print(json.dumps({name: score.as_dict() for name, score in scores.items()}))
+        print(json.dumps(finite({name: score.as_dict() for name, score in scores.items()}), allow_nan=False))
         return
     rows = [
         (name, f"{s.bits_per_byte:.4f}", f"{s.loss:.4f}", f"{s.tokens:,}", f"{s.text_bytes:,}")
@@ -160,7 +170,7 @@ def evaluate(
     print_table(Console(), ("context", "bits per byte", "nats per token", "tokens", "bytes"), rows)
 
 
-@app.command()
+@app.command(cls=StrictCommand)
 def generate(
     checkpoint: Checkpoint,
     prompt: Annotated[str | None, typer.Option(help="text to continue; default: standard input, if piped")] = None,
@@ -218,10 +228,10 @@ def _piped_text() -> str:
 
 app.add_typer(bench, name="bench")
 for command in (compare, recall, report):
-    app.command()(command)
+    app.command(cls=StrictCommand)(command)
 
 
-@app.command()
+@app.command(cls=StrictCommand)
 def info(json_line: Annotated[bool, typer.Option("--json", help="one JSON line")] = False) -> None:
     """Versions, devices and the implementations that work here."""
     from .info import show_info

@@ -21,7 +21,7 @@ from cumulant.bench.recipes import RECIPES, Mechanism, configuration, find
 from cumulant.models import CumulantForCausalLM
 from cumulant.text.checkpoint import load_checkpoint
 from cumulant.text.tokens import read_tokens
-from cumulant.text.train import MarkWhole
+from cumulant.text.trainer import MarkWhole
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 TINY = replace(

@@ -267,12 +267,12 @@ def test_bad_options(tmp_path, text):
     refuses("evaluate_every: expected 0 or more steps, got -5", evaluate_every=-5)
     refuses("train_bpe: pass either a tokenizer or the size of one to train", tokenizer="x", train_bpe=300)
     refuses("intermediate: expected at least 1, got -5", intermediate=-5)
-    refuses("clip: expected 0 or more, got nan", clip=math.nan)
+    refuses("clip: expected a finite number, 0 or more, got nan", clip=math.nan)
     refuses("save_every: expected a multiple of evaluate_every=3", evaluate_every=3, save_every=4)
     refuses("resume: there is no run in .*x; start one without --resume", resume=True)
     refuses("device: expected auto, cpu or cuda, got 'tpu'", device="tpu")
     refuses("context: the training text has .* too few for one window of 999999", context=999999)
-    refuses("num_attention_heads: 3 must divide hidden_size=32", heads=3)
+    refuses("heads: 3 must divide width=32", heads=3)
     if not torch.cuda.is_available():
         refuses("device: cuda was asked for, but PyTorch sees no CUDA device", device="cuda")
 
@@ -298,7 +298,7 @@ def test_resuming_checks_what_it_resumes(run, text, tmp_path):
     refuses("resume: the run in .*copy was started with preset='taylor', not 'softmax'", preset="softmax")
     before = text.read_text()
     text.write_text(before + "more")
-    refuses("data: .*text.txt is not the text that the run in .*copy was started with")
+    refuses("data: .*text.txt is not the text that the run in .*copy was started with", data=str(text))
     text.write_text(before)
     assert (output / "checkpoint-mine").is_dir()
     shutil.rmtree(output / "checkpoint-160")

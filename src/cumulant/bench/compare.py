@@ -19,10 +19,11 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from transformers import PreTrainedTokenizerFast
 
-from ..models import CumulantConfig
+from ..models import CumulantConfig, CumulantForCausalLM
 from ..text.checkpoint import load_checkpoint
 from ..text.corpus import Corpus, load_corpus
 from ..text.options import TrainingOptions, choose_device
@@ -30,6 +31,7 @@ from ..text.runs import STARTED, checkpoints
 from ..text.tokenizer import byte_tokenizer, load_tokenizer, token_sizes, train_bpe
 from ..text.tokens import TokenFile, read_tokens, write_tokens
 from ..text.train import Text, train
+from ..text.trainer import Diverged
 from .compare_report import best_rate, report
 from .context import SHORTEST, copying, loss_by_context
 from .folder import Folder, Row
@@ -142,7 +144,8 @@ class Work:
         best = {name: best_rate(self.rows("run"), name) for name in mechanisms}
         for seed in range(recipe.seeds):
             for name in mechanisms:
-                if (name, best[name], seed) not in asked:
+                place = self.run_folder(name, best[name], seed) / f"checkpoint-{self.steps}"
+                if (name, best[name], seed) not in asked and place.is_dir():  # it is not where a run diverged
                     self.ask(name, best[name], seed)
 
     def plan(self) -> Iterator[tuple[str, float, int]]:
@@ -197,7 +200,11 @@ class Work:
             options = replace(options, data=started["data"], resume=True)
         start = time.perf_counter()
         if not (output / "result.json").is_file():
-            train(options, text=self.text, say=lambda _: None)
+            try:
+                train(options, text=self.text, say=lambda _: None)
+            except Diverged as error:
+                self.note_diverged(mechanism.name, rate, seed, str(error))
+                return
         for past in checkpoints(output)[:-1]:
             shutil.rmtree(past)
         result = json.loads((output / "result.json").read_text())
@@ -215,6 +222,13 @@ class Work:
         )
         took = f"{time.perf_counter() - start:.0f} s"
         self.say(f"{mechanism.name}, rate {rate:g}, seed {seed}: {heldout[-1][1]:.4f} bits per byte, {took}")
+
+    def note_diverged(self, name: str, rate: float, seed: int, what: str) -> None:
+        with torch.device("meta"):
+            parameters = CumulantForCausalLM(self.configs[name]).num_parameters()
+        row = {"mechanism": name, "learning_rate": rate, "seed": seed, "parameters": parameters}
+        self.folder.append({"row": "run", **row, "heldout": [(self.steps, math.nan)]})
+        self.say(f"{name}, rate {rate:g}, seed {seed}: {what}")
 
     def ask(self, name: str, rate: float, seed: int) -> None:
         """What the model, as it is at the end of its training, makes of its context."""

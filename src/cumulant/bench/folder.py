@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
+from filelock import FileLock
+
+from ..text.runs import LOCK, lock_folder
 
 Row = dict[str, Any]
 LINES = "rows.jsonl"
-LOCK = ".lock"
 # what every row of a command has
 FIELDS = {
     "bench": ("length", "pass", "mechanism", "status"),
@@ -60,7 +61,7 @@ class Folder:
             if foreign and not (folder / LINES).is_file():
                 raise ValueError(f"output: {path} holds something else; name another folder")
         folder.mkdir(parents=True, exist_ok=True)
-        lock = _lock(folder)
+        lock = lock_folder(folder)
         if (folder / LINES).is_file() and not force:
             begun = replace(cls.open(path), lock=lock)
             if begun.kind == kind and begun._is_part_of(settings, extends):
@@ -169,18 +170,6 @@ class Folder:
             lines.write("".join(json.dumps(row) + "\n" for row in rows).encode())
             lines.flush()
             os.fsync(lines.fileno())
-
-
-def _lock(folder: Path) -> FileLock | None:
-    """This process's alone until it is let go of; None where the file system has no locks."""
-    lock = FileLock(folder / LOCK, is_singleton=True)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise ValueError(f"output: another run is filling {folder}; wait for it, or name another folder") from error
-    except NotImplementedError:
-        return None
-    return lock
 
 
 def environment() -> dict[str, Any]:

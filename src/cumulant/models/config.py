@@ -165,9 +165,10 @@ class CumulantConfig(PreTrainedConfig):  # type: ignore[misc]
         if self.mixers is None:
             self.mixers = ["taylor"]
         self.mixers = list(self.mixers)
+        self._validate_types()
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
-        if self.head_dim is None and self.hidden_size % self.num_attention_heads == 0:
+        if self.head_dim is None and self.num_attention_heads > 0 and self.hidden_size % self.num_attention_heads == 0:
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.final_norm is None:
             self.final_norm = self.norm

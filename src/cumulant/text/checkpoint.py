@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -9,8 +10,8 @@ from transformers import PreTrainedTokenizerFast
 
 from ..models import CumulantConfig, CumulantForCausalLM
 from .options import choose_device
-from .runs import whole_checkpoints
-from .tokenizer import load_tokenizer
+from .runs import WHOLE, find_damage, newest_intact
+from .tokenizer import load_tokenizer, vocabulary_size
 
 
 def load_checkpoint(path: str, device: str = "auto") -> tuple[CumulantForCausalLM, PreTrainedTokenizerFast]:
@@ -23,27 +24,37 @@ def load_checkpoint(path: str, device: str = "auto") -> tuple[CumulantForCausalL
     folder = checkpoint_folder(path)
     model = load_weights(folder)
     tokenizer = load_tokenizer(folder)
-    if len(tokenizer) != model.config.vocab_size:
+    if vocabulary_size(tokenizer) > model.config.vocab_size:
         raise ValueError(
-            f"tokenizer: {folder} holds a tokenizer of {len(tokenizer)} tokens, but the model has "
+            f"tokenizer: {folder} holds a tokenizer of {vocabulary_size(tokenizer)} tokens, but the model has "
             f"{model.config.vocab_size}; use the tokenizer it was trained with"
         )
+    model.generation_config.suppress_tokens = unused_ids(tokenizer, model.config.vocab_size) or None
     return model.to(device).eval(), tokenizer
+
+
+def unused_ids(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> list[int]:
+    """Ids of a model that stand for no token: gaps, and what pads its vocabulary."""
+    return sorted(set(range(vocab_size)) - set(tokenizer.get_vocab().values()))
 
 
 def checkpoint_folder(path: str) -> Path:
     """The folder that holds the model of a run: its own, or that of its last whole checkpoint."""
-    folder = Path(path)
+    folder = Path(path).expanduser()
     if folder.is_file():
         raise ValueError(
             f"checkpoint: {path} is a file; expected the folder of a trained model (a text goes to --data)"
         )
     if (folder / "config.json").is_file():
         return folder
-    whole = whole_checkpoints(folder) if folder.is_dir() else []
-    if not whole:
+    intact, damaged = newest_intact(folder) if folder.is_dir() else (None, {})
+    for place, what in damaged.items():
+        if intact is None:
+            raise ValueError(f"checkpoint: {place} is damaged ({what}), and there is no other in {folder}")
+        warnings.warn(f"{place} is damaged ({what}); taking {intact.name}", stacklevel=2)
+    if intact is None:
         raise ValueError(f"checkpoint: no model at {path}; train one with: cumulant train --output {path}")
-    return whole[-1]
+    return intact
 
 
 def load_weights(
@@ -52,6 +63,8 @@ def load_weights(
     """The model in `folder`, under its own configuration or another; only weights whose names begin with one of `new`
     may be missing there: they keep their initial values."""
     model: CumulantForCausalLM
+    if (folder / WHOLE).is_file() and (damage := find_damage(folder)):
+        raise ValueError(f"checkpoint: {folder} is damaged: {damage}")
     try:
         model, info = CumulantForCausalLM.from_pretrained(
             folder, config=config, output_loading_info=True, ignore_mismatched_sizes=True
@@ -64,4 +77,10 @@ def load_weights(
     if wrong:
         what = "its config.json" if config is None else "this run's options"
         raise ValueError(f"checkpoint: the weights in {folder} do not fit {what}: {wrong[0]}")
+    bad = next((name for name, p in model.named_parameters() if not bool(p.isfinite().all())), None)
+    if bad is not None:
+        raise ValueError(
+            f"checkpoint: the weights in {folder} hold NaN or infinity ({bad}): that run diverged; take an earlier "
+            "checkpoint, or train with a lower --learning-rate"
+        )
     return model

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, field
+import os
+from dataclasses import dataclass, field, fields
 from typing import Any
+
+from .schedule import SCHEDULES
 
 PRESETS = (
     "softmax",
@@ -16,9 +19,6 @@ PRESETS = (
     "flash",
     "elita",
 )  # of cumulant.models, which takes seconds to import
-
-
-SCHEDULES = ("cosine", "capped_inverse_sqrt")
 
 
 def option(default: Any, text: str) -> Any:
@@ -73,9 +73,25 @@ class TrainingOptions:
     device: str = option("auto", "auto, cpu or cuda")
     fsdp: bool = option(False, "shard the model over the processes of torchrun")
     gradient_checkpointing: bool = option(False, "recompute layers in the backward pass")
-    resume: bool = option(False, "go on from the last whole checkpoint in the output folder, with its options")
+    resume: bool = option(
+        False, "go on from the last whole checkpoint in the output folder, with its options; --steps may be more"
+    )
 
     def __post_init__(self) -> None:
+        self._check_types()
+        for name in ("output", "tokenizer", "init_from"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, os.path.expanduser(getattr(self, name)))
+        self._check_sizes()
+        self._check_numbers()
+        self._check_combinations()
+        self._check_optimizer()
+        check_device(self.device)
+        self.overrides()
+
+    def _check_sizes(self) -> None:
+        if not self.output:
+            raise ValueError("output: expected a folder, got an empty name")
         if self.preset not in PRESETS:
             raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, got {self.preset!r}")
         for name in ("width", "depth", "heads", "context", "batch", "accumulate", "steps"):
@@ -87,18 +103,40 @@ class TrainingOptions:
         for name in ("intermediate", "logit_ffn"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+
+    def _check_numbers(self) -> None:
         for name in ("weight_decay", "clip"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")
-        self._check_combinations()
-        if self.save_every and self.evaluate_every and self.save_every % self.evaluate_every:
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}: expected a finite number, 0 or more, got {getattr(self, name)}")
+        if self.train_bpe is not None and self.train_bpe < 257:
             raise ValueError(
-                f"save_every: expected a multiple of evaluate_every={self.evaluate_every}, so that the best model is "
-                f"kept, got {self.save_every}"
+                f"train_bpe: expected at least 257 tokens (the bytes and the end of text), got {self.train_bpe}"
             )
-        self._check_optimizer()
-        check_device(self.device)
-        self.overrides()
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout: expected a probability below 1, got {self.dropout}")
+        if not 0 < self.heldout < 1:
+            raise ValueError(f"heldout: expected a share between 0 and 1, got {self.heldout}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed: expected a number from 0 to 2**32 - 1, got {self.seed}")
+
+    def _check_types(self) -> None:
+        kinds: dict[str, Any] = {
+            "int": int,
+            "float": (int, float),
+            "str": str,
+            "bool": bool,
+            "list[str]": list,
+            "None": type(None),
+        }
+        for f in fields(self):
+            value, declared = getattr(self, f.name), str(f.type)
+            parts = declared.split(" | ")
+            if not any(isinstance(value, kinds[part]) for part in parts) or (
+                isinstance(value, bool) and "bool" not in parts
+            ):
+                raise ValueError(f"{f.name}: expected {declared}, got {value!r}")
+            if isinstance(value, list) and not all(isinstance(item, str) for item in value):
+                raise ValueError(f"{f.name}: expected {declared}, got {value!r}")
 
     def _check_optimizer(self) -> None:
         if not 0 <= self.warmup < 1:
@@ -111,6 +149,11 @@ class TrainingOptions:
             raise ValueError(f"adam_beta2: expected a number between 0 and 1, got {self.adam_beta2}")
 
     def _check_combinations(self) -> None:
+        if self.save_every and self.evaluate_every and self.save_every % self.evaluate_every:
+            raise ValueError(
+                f"save_every: expected a multiple of evaluate_every={self.evaluate_every}, so that the best model is "
+                f"kept, got {self.save_every}"
+            )
         if self.tokenizer is not None and self.train_bpe is not None:
             raise ValueError("train_bpe: pass either a tokenizer or the size of one to train, not both")
         if self.init_from is not None and (self.tokenizer is not None or self.train_bpe is not None):

@@ -1,27 +1,58 @@
-"""A run's folder: the options it was started with, and its checkpoints."""
+"""A run's folder: the options it was started with, its checkpoints, and who is filling it."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import os
 import re
 import shutil
-from collections.abc import Callable
-from dataclasses import asdict, fields, replace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from .options import TrainingOptions
+from filelock import FileLock, Timeout
 
 WHOLE = "whole.json"  # written into a checkpoint after everything else: without it the checkpoint is not used
 STARTED = "options.json"
-_FREE = {"output", "device", "resume", "evaluate_every", "save_every"}  # may differ when a run goes on
+LOCK = ".lock"
 
 
 def write_json(path: Path, content: object) -> None:
-    """Write atomically."""
+    """Write atomically; what is not finite as null, since JSON has no NaN."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content, indent=2))
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(json.dumps(finite(content), indent=2, allow_nan=False), encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def finite(content: Any) -> Any:
+    """The same with None for every number that is not finite."""
+    if isinstance(content, float):
+        return content if math.isfinite(content) else None
+    if isinstance(content, dict):
+        return {key: finite(value) for key, value in content.items()}
+    return [finite(value) for value in content] if isinstance(content, (list, tuple)) else content
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A file that holds one JSON object.
+
+    Raises:
+        ValueError: it holds something else, or cannot be read.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} cannot be read: expected a JSON object, got {type(content).__name__}")
+    return content
 
 
 def checkpoints(output: Path) -> list[Path]:
@@ -35,41 +66,88 @@ def whole_checkpoints(output: Path) -> list[Path]:
     return [p for p in checkpoints(output) if (p / WHOLE).is_file()]
 
 
-def note_options(options: TrainingOptions) -> None:
-    write_json(Path(options.output) / STARTED, asdict(options))
+def mark_whole(folder: Path, step: int) -> None:
+    """Note that everything in a checkpoint is written, and what it is."""
+    files = {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if p.is_file()}
+    noted = {name: {"bytes": p.stat().st_size, "sha256": _digest(p)} for name, p in files.items() if name != WHOLE}
+    write_json(folder / WHOLE, {"step": step, "files": noted})
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def find_damage(folder: Path) -> str | None:
+    """How a checkpoint differs from what its mark says, in words; None if it does not. A mark of an earlier version
+    names no files: then only the trainer's state is looked at."""
+    try:
+        files = read_object(folder / WHOLE).get("files", {})
+        for name, noted in files.items():
+            path = folder / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != noted["bytes"]:
+                return f"{name} has {path.stat().st_size:,} bytes, not {noted['bytes']:,}"
+            if _digest(path) != noted["sha256"]:
+                return f"{name} is not what was written"
+        step = read_object(folder / "trainer_state.json").get("global_step")
+    except (ValueError, OSError) as error:
+        return str(error)
+    except (AttributeError, KeyError, TypeError):
+        return f"{WHOLE} is not a mark"
+    return None if isinstance(step, int) else "trainer_state.json names no step"
+
+
+def newest_intact(output: Path) -> tuple[Path | None, dict[Path, str]]:
+    """The last whole checkpoint that is as it was written, and the damaged ones after it."""
+    damaged: dict[Path, str] = {}
+    for folder in reversed(whole_checkpoints(output)):
+        damage = find_damage(folder)
+        if damage is None:
+            return folder, damaged
+        damaged[folder] = damage
+    return None, damaged
 
 
 def check_unused(output: Path) -> None:
-    """A new run needs a folder without one."""
-    if output.is_file():
+    """A new run needs a folder without one that has come anywhere."""
+    if output.exists() and not output.is_dir():
         raise ValueError(f"output: {output} is a file, not a folder")
-    if (output / STARTED).exists() or (output / "model.safetensors").exists() or checkpoints(output):
+    if checkpoints(output) or (output / "result.json").exists() or list(output.glob("model*.safetensors")):
         raise ValueError(f"output: {output} holds a run already; go on with --resume or name another folder")
 
 
-def resumed(options: TrainingOptions, say: Callable[[str], None]) -> tuple[TrainingOptions, Path | None]:
-    """The options that the run in ``options.output`` was started with, and its last whole checkpoint.
+def lock_folder(folder: Path) -> FileLock | None:
+    """This process's alone until it is let go of; None where the file system has no locks."""
+    lock = FileLock(folder / LOCK, is_singleton=True)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ValueError(f"output: another run is filling {folder}; wait for it, or name another folder") from error
+    except NotImplementedError:
+        return None
+    return lock
 
-    Options left at their defaults take the run's values; others must agree with them. Checkpoints that were cut short
-    are removed.
-    """
-    output = Path(options.output)
-    if not (output / STARTED).is_file():
-        raise ValueError(f"resume: there is no run in {output}; start one without --resume")
-    started = json.loads((output / STARTED).read_text())
-    kept = {}
-    for f in fields(TrainingOptions):
-        given, past = getattr(options, f.name), started.get(f.name, f.default)
-        if f.name in _FREE and given != f.default:
-            continue
-        if given not in (f.default, past):
-            raise ValueError(f"resume: the run in {output} was started with {f.name}={past!r}, not {given!r}")
-        kept[f.name] = past
-    options = replace(options, **{**kept, "output": options.output, "resume": True})
-    whole = whole_checkpoints(output)
-    if int(os.environ.get("RANK", "0")) == 0:
-        for path in checkpoints(output):
-            if path not in whole:
-                shutil.rmtree(path)
-    say(f"resuming {output} from {whole[-1].name if whole else 'the beginning: it has no whole checkpoint yet'}")
-    return options, whole[-1] if whole else None
+
+@contextmanager
+def filling(folder: Path) -> Iterator[None]:
+    """A run's folder, this process's alone; if it was made for nothing, it goes again."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"output: {folder} is a file, not a folder")
+    made = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"output: cannot make the folder {folder}: {error.strerror}") from error
+    lock = lock_folder(folder)
+    try:
+        yield
+    finally:
+        if made and {path.name for path in folder.iterdir()} <= {LOCK}:
+            shutil.rmtree(folder, ignore_errors=True)
+        if lock is not None:
+            lock.release()

@@ -54,7 +54,8 @@ def write_tokens(folder: Path, corpus: Corpus, tokenizer: PreTrainedTokenizerFas
     RandomWindows(splits["train"], context, 1, seed=0)
     folder.mkdir(parents=True, exist_ok=True)
     index.unlink(missing_ok=True)  # from here on, until it is back, the folder counts as empty
-    dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
+    largest = max(int(tokens.ids.max()) for tokens in splits.values())
+    dtype = np.uint16 if largest < 2**16 else np.uint32
     sizes = {}
     for split, tokens in splits.items():
         _save(folder / f"{split}.npy", tokens.ids.astype(dtype))

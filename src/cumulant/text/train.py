@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-import math
-import os
+import shutil
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainerControl, TrainingArguments, set_seed
+from safetensors import SafetensorError
+from transformers import PreTrainedTokenizerFast, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ..models import CumulantConfig, CumulantForCausalLM, from_preset
-from .checkpoint import checkpoint_folder
+from .checkpoint import checkpoint_folder, unused_ids
 from .corpus import Corpus, load_corpus
-from .evaluate import Score, windowed
+from .evaluate import Score
 from .options import TrainingOptions
-from .runs import WHOLE, check_unused, note_options, resumed, write_json
-from .tokenizer import byte_tokenizer, load_tokenizer, train_bpe
+from .processes import in_first_process, is_first_process, process_count
+from .resume import Run, given_options, resume
+from .runs import check_unused, filling, write_json
+from .tokenizer import byte_tokenizer, load_tokenizer, train_bpe, vocabulary_size
 from .tokens import (
     DisjointWindows,
     PackedDocuments,
@@ -31,7 +34,10 @@ from .tokens import (
     read_tokens,
     write_tokens,
 )
-from .warm_start import freeze_backbone, inherited_configuration, inherited_model
+from .trainer import Bar, LanguageModelTrainer, Lines, MarkWhole, is_disk_full
+from .warm_start import SETTLED, freeze_backbone, inherited_configuration, inherited_model
+
+SETTLED_NAMES = {field: name for name, field in SETTLED.items()}
 
 
 class Text(NamedTuple):
@@ -53,107 +59,47 @@ class TrainingResult:
     tokens_per_second: float
 
 
-class LanguageModelTrainer(Trainer):  # type: ignore[misc]
-    """Hugging Face's Trainer, evaluating in bits per byte over the whole held-out text."""
-
-    def __init__(self, *, heldout: TokenFile, context: int, schedule: str, **kwargs: Any):
-        super().__init__(eval_dataset=heldout, **kwargs)
-        self.heldout, self.context, self.schedule = heldout, context, schedule
-
-    def create_scheduler(
-        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
-    ) -> torch.optim.lr_scheduler.LRScheduler:
-        if self.schedule == "capped_inverse_sqrt":
-            optimizer = self.optimizer if optimizer is None else optimizer
-            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
-                optimizer, lambda done: min(1.0, 10 / math.sqrt(done + 1))
-            )
-        else:
-            super().create_scheduler(num_training_steps, optimizer)
-        scheduler: torch.optim.lr_scheduler.LRScheduler = self.lr_scheduler
-        return scheduler
-
-    def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:
-        model = self.accelerator.unwrap_model(self.model)
-        model.eval()
-        with self.compute_loss_context_manager():
-            nats, count = windowed(
-                self.model_wrapped if self.is_fsdp_enabled else model,
-                self.heldout,
-                self.context,
-                batch_size=self.args.per_device_eval_batch_size,
-                rank=0 if self.is_fsdp_enabled else self.args.process_index,
-                processes=1 if self.is_fsdp_enabled else self.args.world_size,
-            )
-        total = torch.tensor([nats, count], dtype=torch.float64, device=self.args.device)
-        if self.args.world_size > 1 and not self.is_fsdp_enabled:
-            total = self.accelerator.reduce(total)
-        nats, count = total.tolist()
-        metrics = {
-            f"{metric_key_prefix}_loss": nats / count,
-            f"{metric_key_prefix}_bits_per_byte": nats / math.log(2) / self.heldout.text_bytes,
-        }
-        self.log(metrics)
-        control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        self.control: TrainerControl = control
-        return metrics
-
-
-class MarkWhole(TrainerCallback):  # type: ignore[misc]
-    """Leaves a mark in each checkpoint once everything in it is written."""
-
-    def on_save(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
-        if state.is_world_process_zero:
-            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            write_json(folder / WHOLE, {"step": state.global_step})
-
-
-class Bar(ProgressCallback):  # type: ignore[misc]
-    """The progress bar, on a terminal."""
-
-    def on_log(self, *_: Any, **__: Any) -> None:
-        """Leave logs to `Lines`."""
-
-
-class Lines(TrainerCallback):  # type: ignore[misc]
-    """About twenty lines on the loss, and one an evaluation."""
-
-    def __init__(self, say: Callable[[str], None]):
-        self.say, self.next_line = say, 0
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-        logs = logs or {}
-        if not state.is_world_process_zero:
-            return
-        if "loss" in logs and state.global_step >= self.next_line:
-            self.next_line = state.global_step + max(1, state.max_steps // 20)
-            loss, rate = float(logs["loss"]), float(logs["learning_rate"])
-            self.say(f"step {state.global_step:>6}  loss {loss:.4f}  lr {rate:.2e}")
-        elif "eval_bits_per_byte" in logs:
-            bits = float(logs["eval_bits_per_byte"])
-            self.say(f"step {state.global_step:>6}  held out {bits:.4f} bits per byte")
-
-
-def train(options: TrainingOptions, *, text: Text | None = None, say: Callable[[str], None] = print) -> TrainingResult:
+def train(
+    options: TrainingOptions,
+    *,
+    given: Collection[str] | None = None,
+    text: Text | None = None,
+    say: Callable[[str], None] = print,
+) -> TrainingResult:
     """Read the text, train the model, evaluate it on the held-out part and leave it in ``options.output``.
 
-    With `text`, the options' data and tokenizer are not read: several runs share one tokenized text.
+    With `text`, the options' data and tokenizer are not read: several runs share one tokenized text. `given` names the
+    options that were asked for in so many words; by default those that are not at their defaults. A run that goes on
+    takes all others from its folder.
 
     Raises:
         ValueError: for anything that the user can mend, before training starts.
+        Diverged: a loss, a gradient or a weight is not finite; nothing is saved over what was there.
     """
-    say = say if int(os.environ.get("RANK", "0")) == 0 else (lambda _: None)
-    start = None
-    if options.resume:
-        options, start = resumed(options, say)
-    else:
-        check_unused(Path(options.output))
-    arguments = _arguments(options)
-    tokenizer, tokens, heldout = _prepare_text(options, arguments, say) if text is None else text
-    if text is not None and not options.resume:
-        _begin(options, tokenizer)
+    say = say if is_first_process() else (lambda _: None)
+    given = given_options(options) if given is None else given
+    with filling(Path(options.output)) if is_first_process() else nullcontext():
+        if options.resume:
+            run = resume(options, given, process_count(), is_first_process(), say)
+        else:
+            check_unused(Path(options.output))
+            run = Run.new(options)
+            _check_early(options, given)
+        arguments = _arguments(run)
+        if text is None:
+            text = _prepare_text(run, given, arguments, say)
+        else:
+            in_first_process(arguments, lambda: _begin(run, text.tokenizer, arguments))
+        with explained(Path(options.output)):
+            return _train(run, given, arguments, text, say)
+
+
+def _train(
+    run: Run, given: Collection[str], arguments: TrainingArguments, text: Text, say: Callable[[str], None]
+) -> TrainingResult:
+    options = run.options
     set_seed(options.seed)
-    model = _model(options, tokenizer, start)
+    model = _model(options, text.tokenizer, run.start, given)
     parameters, trained = model.num_parameters(), model.num_parameters(only_trainable=True)
     some = "" if trained == parameters else f", {trained:,} of them trained"
     layers = f"{model.config.num_hidden_layers} layers of {model.config.hidden_size}"
@@ -163,12 +109,13 @@ def train(options: TrainingOptions, *, text: Text | None = None, say: Callable[[
     trainer = LanguageModelTrainer(
         model=model,
         args=arguments,
-        train_dataset=window(tokens, options.context, windows, options.seed),
+        train_dataset=window(text.train, options.context, windows, options.seed),
         data_collator=collate,
-        processing_class=tokenizer,
+        processing_class=text.tokenizer,
         callbacks=[MarkWhole()],
-        heldout=heldout,
+        heldout=text.heldout,
         context=options.context,
+        legs=run.legs,
         schedule=options.schedule,
     )
     for callback in (ProgressCallback, PrinterCallback):
@@ -176,72 +123,99 @@ def train(options: TrainingOptions, *, text: Text | None = None, say: Callable[[
     if sys.stderr.isatty():
         trainer.add_callback(Bar())
     trainer.add_callback(Lines(say))
-    trainer.train(resume_from_checkpoint=str(start) if start else None)
-    return _finish(trainer, options, heldout, parameters, say)
+    trainer.train(resume_from_checkpoint=str(run.start) if run.start else None)
+    return _finish(trainer, options, text.heldout, parameters, say)
 
 
-def _prepare_text(options: TrainingOptions, arguments: TrainingArguments, say: Callable[[str], None]) -> Text:
+def _prepare_text(run: Run, given: Collection[str], arguments: TrainingArguments, say: Callable[[str], None]) -> Text:
     """Tokenizer and both splits, written by the first process and read by all. Nothing is written if anything is
-    wrong."""
-    output = Path(options.output)
-    with arguments.main_process_first(desc="tokenizing"):
-        if arguments.process_index == 0:
-            corpus = load_corpus(options.data, heldout=options.heldout, text_column=options.text_column)
-            for line in corpus.describe():
-                say(line)
-            if options.resume:
-                check_tokens(output / "tokens", corpus)
-            else:
-                tokenizer = _tokenizer(options, corpus, say)
-                _check_model(options, tokenizer)
-                write_tokens(output / "tokens", corpus, tokenizer, context=options.context)
-                _begin(options, tokenizer)
+    wrong. A run that goes on has its tokens; only a text that was named again is read again, to see that it is the
+    same."""
+    output, options = Path(run.options.output), run.options
+
+    def prepare() -> None:
+        if options.resume and "data" not in given:
+            _begin(run, load_tokenizer(output), arguments)
+            return
+        corpus = load_corpus(options.data, heldout=options.heldout, text_column=options.text_column)
+        for line in corpus.describe():
+            say(line)
+        if options.resume:
+            check_tokens(output / "tokens", corpus)
+            tokenizer = load_tokenizer(output)
+        else:
+            tokenizer = _tokenizer(options, corpus, say)
+            _check_model(options, tokenizer, given)
+            write_tokens(output / "tokens", corpus, tokenizer, context=options.context)
+        _begin(replace(run, digest=corpus.digest), tokenizer, arguments)
+
+    in_first_process(arguments, prepare)
     return Text(load_tokenizer(output), *read_tokens(output / "tokens"))
 
 
-def _check_model(options: TrainingOptions, tokenizer: PreTrainedTokenizerFast) -> None:
+def _check_early(options: TrainingOptions, given: Collection[str]) -> None:
+    """Refuse, before the text is read, a tokenizer or a model that cannot be."""
+    if options.train_bpe is None:
+        _check_model(options, _tokenizer(options, None, lambda _: None), given)
+    else:
+        _check_model(options, byte_tokenizer(), given, options.train_bpe)
+
+
+def _check_model(
+    options: TrainingOptions, tokenizer: PreTrainedTokenizerFast, given: Collection[str], size: int | None = None
+) -> None:
     """Refuse what cannot be built before anything is written."""
-    config = _configuration(options, tokenizer)
+    config = _configuration(options, tokenizer, None, given)
+    needed = vocabulary_size(tokenizer) if size is None else min(size, vocabulary_size(tokenizer))
+    if config.vocab_size < needed:
+        raise ValueError(
+            f"vocab_size: expected at least {needed}, since the tokenizer has ids up to {needed - 1}, got "
+            f"{config.vocab_size}"
+        )
     if options.init_from is not None:
         inherited_model(options, config)
     with torch.device("meta"):
         CumulantForCausalLM(config)
 
 
-def _begin(options: TrainingOptions, tokenizer: PreTrainedTokenizerFast) -> None:
-    tokenizer.save_pretrained(options.output)
-    note_options(options)
+def _begin(run: Run, tokenizer: PreTrainedTokenizerFast, arguments: TrainingArguments) -> None:
+    if not run.options.resume:
+        tokenizer.save_pretrained(run.options.output)
+    run.note(arguments.world_size)
 
 
-def _model(options: TrainingOptions, tokenizer: PreTrainedTokenizerFast, start: Path | None) -> CumulantForCausalLM:
+def _model(
+    options: TrainingOptions, tokenizer: PreTrainedTokenizerFast, start: Path | None, given: Collection[str]
+) -> CumulantForCausalLM:
     """New, or the trained one to start from; a run that goes on finds its weights in its checkpoint."""
-    config = _configuration(options, tokenizer, start)
+    config = _configuration(options, tokenizer, start, () if options.resume else given)
     fresh = options.init_from is None or start is not None
     model = CumulantForCausalLM(config) if fresh else inherited_model(options, config)
+    model.generation_config.suppress_tokens = unused_ids(tokenizer, config.vocab_size) or None
     if options.freeze_backbone:
         freeze_backbone(model)
     return model
 
 
-def _tokenizer(options: TrainingOptions, corpus: Corpus, say: Callable[[str], None]) -> PreTrainedTokenizerFast:
+def _tokenizer(options: TrainingOptions, corpus: Corpus | None, say: Callable[[str], None]) -> PreTrainedTokenizerFast:
     if options.init_from is not None:
         return load_tokenizer(checkpoint_folder(options.init_from))
     if options.tokenizer is not None:
         return load_tokenizer(options.tokenizer)
-    if options.train_bpe is not None:
+    if options.train_bpe is not None and corpus is not None:
         say(f"tokenizer: training a byte-level BPE of {options.train_bpe} tokens")
         return train_bpe(corpus.train, options.train_bpe)
     return byte_tokenizer()
 
 
 def _configuration(
-    options: TrainingOptions, tokenizer: PreTrainedTokenizerFast, start: Path | None = None
+    options: TrainingOptions, tokenizer: PreTrainedTokenizerFast, start: Path | None, given: Collection[str]
 ) -> CumulantConfig:
     """That of the checkpoint `start`, of the model to start from, or one from the preset and the options."""
     if options.init_from is not None:
-        return inherited_configuration(options, start or checkpoint_folder(options.init_from))
+        return inherited_configuration(options, start or checkpoint_folder(options.init_from), given)
     fields = {
-        "vocab_size": len(tokenizer),
+        "vocab_size": vocabulary_size(tokenizer),
         "hidden_size": options.width,
         "num_hidden_layers": options.depth,
         "num_attention_heads": options.heads,
@@ -253,10 +227,19 @@ def _configuration(
         "bos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.eos_token_id,
     }
-    return from_preset(options.preset, **{**fields, **options.overrides()})
+    overrides = options.overrides()
+    try:
+        return from_preset(options.preset, **{**fields, **overrides})
+    except ValueError as error:
+        message = str(error)
+        for field, name in SETTLED_NAMES.items():
+            if field not in overrides:
+                message = message.replace(field, name)
+        raise ValueError(message) from error
 
 
-def _arguments(options: TrainingOptions) -> TrainingArguments:
+def _arguments(run: Run) -> TrainingArguments:
+    options = run.options
     every = options.evaluate_every or options.steps
     save = options.save_every or options.evaluate_every or max(1, options.steps // 10)
     best = save % every == 0  # Trainer keeps the best model only where every save follows an evaluation
@@ -269,9 +252,8 @@ def _arguments(options: TrainingOptions) -> TrainingArguments:
         per_device_train_batch_size=options.batch,
         per_device_eval_batch_size=options.batch,
         gradient_accumulation_steps=options.accumulate,
-        learning_rate=options.learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=max(1, round(options.warmup * options.steps)),
+        learning_rate=run.legs[0].peak,  # `LanguageModelTrainer` has the schedule
+        logging_nan_inf_filter=False,
         weight_decay=options.weight_decay,
         adam_beta2=options.adam_beta2,
         max_grad_norm=options.clip,
@@ -305,6 +287,30 @@ def _logging_steps(steps: int, save: int) -> int:
     return max(d for d in range(1, max(1, min(10, steps // 20)) + 1) if save % d == 0)
 
 
+def _save_model(trainer: LanguageModelTrainer, output: Path) -> None:
+    """Write the model beside the one that may be there, and put it in its place once it is whole."""
+    place = output / ".saving"
+    trainer.save_model(str(place))
+    if trainer.is_world_process_zero():
+        for file in sorted(place.iterdir()):
+            file.replace(output / file.name)
+        place.rmdir()
+
+
+@contextmanager
+def explained(output: Path) -> Iterator[None]:
+    """A full disk in one line; nothing half-written stays."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        shutil.rmtree(output / ".saving", ignore_errors=True)
+        if is_disk_full(error, output):
+            raise ValueError(
+                f"output: no space left on the disk of {output}; make room, then go on with --resume"
+            ) from error
+        raise
+
+
 def _finish(
     trainer: LanguageModelTrainer,
     options: TrainingOptions,
@@ -313,10 +319,11 @@ def _finish(
     say: Callable[[str], None],
 ) -> TrainingResult:
     """Save the model kept, and what the run came to."""
-    trainer.save_model(options.output)
+    _save_model(trainer, Path(options.output))
     history = trainer.state.log_history
     evaluations = [entry for entry in history if "eval_loss" in entry]
-    best = min(evaluations, key=lambda e: e["eval_loss"]) if trainer.args.load_best_model_at_end else evaluations[-1]
+    kept_best = trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint is not None
+    best = min(evaluations, key=lambda e: e["eval_loss"]) if kept_best else evaluations[-1]
     tokens = len(heldout.ids) - 1
     score = Score(best["eval_bits_per_byte"], best["eval_loss"], tokens, heldout.text_bytes)
     losses = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from collections.abc import Collection
 from pathlib import Path
 
 from ..models import CumulantConfig, CumulantForCausalLM
@@ -19,13 +19,13 @@ SETTLED = {
 }
 
 
-def inherited_configuration(options: TrainingOptions, folder: Path) -> CumulantConfig:
-    """The trained model's configuration, with this run's dropout, feed-forward over the logits and model options."""
+def inherited_configuration(options: TrainingOptions, folder: Path, given: Collection[str] = ()) -> CumulantConfig:
+    """The trained model's configuration, with this run's dropout, feed-forward over the logits and model options.
+    Options `given` for what the model has settled must agree with it."""
     config = CumulantConfig.from_pretrained(folder)
-    defaults = {f.name: f.default for f in fields(TrainingOptions)}
     for name, field in SETTLED.items():
-        given, there = getattr(options, name), getattr(config, field)
-        if given not in (defaults[name], there):
+        there = getattr(config, field)
+        if name in given and getattr(options, name) != there:
             raise ValueError(f"{name}: the model in {folder} has {there!r}, and a trained model keeps its own")
     changes = {"dropout": options.dropout, **options.overrides()}
     if options.logit_ffn is not None:

@@ -1,0 +1,25 @@
+"""Command lines read strictly: nothing that was typed is dropped in silence."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from typer.core import TyperCommand
+
+
+class StrictCommand(TyperCommand):
+    """An option of one value is given once; what a shell has made of an unquoted pattern is named as that."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        _, extra, order = self.make_parser(ctx).parse_args(args=list(args))
+        options = [p for p in order if p.param_type_name == "option" and not p.multiple and not p.is_eager]
+        for parameter, times in Counter(options).items():
+            if times > 1:
+                ctx.fail(f"{parameter.opts[0]}: given {times} times, but it takes one value; give it once")
+        if extra and any("--data" in p.opts for p in order):
+            ctx.fail(
+                f"--data: {len(extra)} more names after it, {extra[0]} the first; quote a pattern ('*.txt'), or name "
+                "the folder"
+            )
+        return list(super().parse_args(ctx, args))

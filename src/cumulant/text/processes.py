@@ -1,0 +1,51 @@
+"""Several processes of one run: who speaks, and how all of them end where one fails."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import torch
+from transformers import TrainingArguments
+
+
+class FailedElsewhere(ValueError):
+    """The first process has failed and says why."""
+
+
+def is_first_process() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def process_count() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def in_first_process(arguments: TrainingArguments, work: Callable[[], None]) -> None:
+    """Do `work` in the first process while the others wait; where it fails there, all of them stop.
+
+    Raises:
+        FailedElsewhere: in the other processes, if `work` failed.
+    """
+    error: BaseException | None = None
+    if arguments.process_index == 0:
+        try:
+            work()
+        except BaseException as caught:  # raised again below, once the others know
+            error = caught
+    if arguments.world_size > 1:
+        failed = torch.tensor([int(error is not None)], device=arguments.device)
+        torch.distributed.broadcast(failed, 0)
+        if error is None and failed.item():
+            raise FailedElsewhere("the first process failed")
+    if error is not None:
+        raise error
+
+
+def all_agree(condition: bool, arguments: TrainingArguments) -> bool:
+    """Whether it holds in every process."""
+    if arguments.world_size == 1:
+        return condition
+    holds = torch.tensor([int(condition)], device=arguments.device)
+    torch.distributed.all_reduce(holds, torch.distributed.ReduceOp.MIN)
+    return bool(holds.item())
