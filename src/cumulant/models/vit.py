@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..nn import LinearAttention, SoftmaxAttention, TaylorAttention
+from ..nn.padding import check_dtype, check_tensor
 
 MIXERS = ("taylor", "linear", "softmax", "none")
 
@@ -148,6 +149,8 @@ class TaylorViT(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """``images [B, channels, H, W]`` -> logits ``[B, num_classes]``."""
         ph, pw = self.patch_size
+        letters = f"[B, {self.channels}, H, W]"
+        check_tensor(images, letters, "images")
         if (
             images.dim() != 4
             or images.shape[1] != self.channels
@@ -156,9 +159,9 @@ class TaylorViT(nn.Module):
             or not all(images.shape[2:])
         ):
             raise ValueError(
-                f"images: expected [B, {self.channels}, H, W] with H a multiple of {ph} and W of {pw}, "
-                f"got {list(images.shape)}"
+                f"images: expected {letters} with H a multiple of {ph} and W of {pw}, got {list(images.shape)}"
             )
+        check_dtype(images, self.embed[1], letters, "images")
         patches = images.unflatten(3, (-1, pw)).unflatten(2, (-1, ph))  # [B, c, h, ph, w, pw]
         grid = patches.shape[2], patches.shape[4]
         x = self.embed(patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from .padding import check_tensor
+
 
 class ChannelFirst(nn.Module):
     """Runs a mixer over every position of ``[B, D, H, W]``, ``[B, D, T, H, W]`` or any ``[B, D, ...]``.
@@ -28,12 +30,14 @@ class ChannelFirst(nn.Module):
     ) -> Tensor:
         """``x [B, D, ...]`` -> ``[B, D', ...]``; `key_mask` ``[B, ...]`` bool, True where there is something to see;
         `context` ``[B, S, D_c]`` and `context_mask` ``[B, S]`` are tokens, as the mixer takes them."""
+        check_tensor(x, "[B, D, ...]")
         if x.dim() < 3:
             raise ValueError(f"x: expected [B, D, ...] with at least one dimension of positions, got {list(x.shape)}")
         shape = x.shape[2:]
         options = {"context": context, "context_mask": context_mask}
         given = {name: value for name, value in options.items() if value is not None}
         if key_mask is not None:
+            check_tensor(key_mask, "[B, ...]", "key_mask")
             if key_mask.shape != (x.shape[0], *shape):
                 raise ValueError(f"key_mask: expected [B, ...] = {[x.shape[0], *shape]}, got {list(key_mask.shape)}")
             given["key_mask"] = key_mask.flatten(1)

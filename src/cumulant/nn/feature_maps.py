@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .padding import check_dtype, check_tensor
+
 
 class LearnedFeatureMap(nn.Module):
     """A map with weights of its own for each of `num_heads` heads of dim K."""
@@ -25,10 +27,12 @@ class LearnedFeatureMap(nn.Module):
         raise NotImplementedError
 
     def check(self, x: Tensor) -> None:
+        check_tensor(x, "[B, H, T, K]")
         if x.dim() != 4 or x.shape[1] != self.num_heads or x.shape[3] != self.head_dim:
             raise ValueError(
                 f"feature_map: expected [B, H, T, K] with H={self.num_heads}, K={self.head_dim}, got {list(x.shape)}"
             )
+        check_dtype(x, self, "[B, H, T, K]")
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, head_dim={self.head_dim}"

@@ -12,7 +12,18 @@ from ..ops.checks import check_key_mask
 from ..ops.state import LinearState, State, register
 from ..ops.step import Unsuitable, Vector
 from .norms import RMSNorm
-from .padding import Rows, check_input, check_state, clear_slack, compact, hide, offsets, positions, restore
+from .padding import (
+    Rows,
+    check_features,
+    check_input,
+    check_state,
+    clear_slack,
+    compact,
+    hide,
+    offsets,
+    positions,
+    restore,
+)
 from .projection import project
 from .rotary import RotaryEmbedding
 from .short_convolution import ShortConvolution
@@ -220,9 +231,7 @@ class KernelAttention(nn.Module):
 
         Its size does not depend on S, nor does the cost of reading it.
         """
-        if not isinstance(context, Tensor) or context.dim() != 3:
-            got = list(context.shape) if isinstance(context, Tensor) else type(context).__name__
-            raise ValueError(f"context: expected [B, S, D] with D={self.context_dim}, got {got}")
+        check_features(context, self.k_proj, self.context_dim, "[B, S, D]", "context")
         x = context.new_zeros(context.shape[0], 0, self.dim)
         return self(x, context=context, context_mask=context_mask, state=state, return_state=True)[1]  # type: ignore[no-any-return]
 

@@ -39,6 +39,8 @@ class ScaleNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., D]`` -> ``[..., D]``."""
+        if x.shape[-1] != self.dim:
+            raise ValueError(f"x: expected [..., D] with D={self.dim}, got {list(x.shape)}")
         wide = x.to(torch.promote_types(x.dtype, torch.float32))  # 1 / eps is beyond fp16
         size = torch.linalg.vector_norm(wide, dim=-1, keepdim=True) * self.dim**-0.5
         y: Tensor = wide * (self.weight / size.clamp(min=self.eps))

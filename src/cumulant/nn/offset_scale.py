@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .padding import check_features
+
 
 class OffsetScale(nn.Module):
     """``x ⊙ gamma_h + beta_h`` for each of H uses: queries and keys from one projection (Hua et al. 2022, section 2).
@@ -23,5 +25,6 @@ class OffsetScale(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, T, K]`` -> ``[B, H, T, K]``."""
+        check_features(x, self, self.gamma.shape[1], "[B, T, K]")
         gamma, beta = self.gamma.to(x.dtype)[:, None], self.beta.to(x.dtype)[:, None]
         return torch.addcmul(beta, x[:, None], gamma)

@@ -25,21 +25,32 @@ class Rows(NamedTuple):
     inverse: Tensor | None
 
 
-def check_features(x: Tensor, layer: nn.Module, dim: int, letters: str = "[B, T, D]") -> None:
+def check_features(x: Tensor, layer: nn.Module, dim: int, letters: str = "[B, T, D]", name: str = "x") -> None:
     """``x [B, T, D]`` (or ``[..., D]``) is a tensor of numbers that `layer`, the first to read it, can multiply."""
+    check_tensor(x, letters, name)
+    if x.dim() == 0 or x.shape[-1] != dim or ("..." not in letters and x.dim() != 3):
+        raise ValueError(f"{name}: expected {letters} with {letters[-2]}={dim}, got {list(x.shape)}")
+    check_dtype(x, layer, letters, name)
+
+
+def check_tensor(x: object, letters: str, name: str = "x") -> None:
     if not isinstance(x, Tensor):
-        raise TypeError(f"x: expected a tensor {letters}, got {type(x).__name__}")
-    if x.dim() == 0 or x.shape[-1] != dim or (letters == "[B, T, D]" and x.dim() != 3):
-        raise ValueError(f"x: expected {letters} with D={dim}, got {list(x.shape)}")
+        raise TypeError(f"{name}: expected a tensor {letters}, got {type(x).__name__}")
+
+
+def check_dtype(x: Tensor, layer: nn.Module, letters: str, name: str = "x") -> None:
+    """Numbers that `layer` can multiply."""
     if x.dtype not in FLOATS:
-        raise TypeError(f"x: expected {letters} in fp16, bf16, fp32 or fp64, got {x.dtype}; embed or convert it first")
+        raise TypeError(
+            f"{name}: expected {letters} in fp16, bf16, fp32 or fp64, got {x.dtype}; embed or convert it first"
+        )
     weight = getattr(layer, "weight", None)  # quantised ones, of any other type, convert what they read
     if not isinstance(weight, Tensor) or weight.dtype not in FLOATS or weight.dtype == x.dtype:
         return
     if not torch.is_autocast_enabled(x.device.type):
         raise TypeError(
-            f"x: expected {weight.dtype}, as the module's weights, got {x.dtype}; convert with "
-            f"x.to({weight.dtype}), or run under torch.autocast"
+            f"{name}: expected {weight.dtype}, as the module's weights, got {x.dtype}; convert with "
+            f"{name}.to({weight.dtype}), or run under torch.autocast"
         )
 
 

@@ -39,6 +39,8 @@ class RotaryEmbedding(nn.Module):
 
     def forward(self, x: Tensor, position: Tensor) -> Tensor:
         """``x [B, H, T, dim]`` at ``position [T]`` or ``[B, T]``."""
+        if x.shape[-1] != self.dim:
+            raise ValueError(f"x: expected [B, H, T, dim] with dim={self.dim}, got {list(x.shape)}")
         return turn(x, *self.angles(position))
 
     def both(self, query: Tensor, key: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:

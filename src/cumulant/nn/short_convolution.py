@@ -52,6 +52,8 @@ class ShortConvolution(nn.Module):
 
         The channels may come as several tensors, which have their outputs each.
         """
+        if not x or any(part.dim() != 3 for part in x) or sum(part.shape[-1] for part in x) != self.dim:
+            raise ValueError(f"x: expected [B, T, D] with D={self.dim} in all, got {[list(part.shape) for part in x]}")
         sizes, n = [part.shape[-1] for part in x], self.size - 1
         weights = self.weight.to(x[0].dtype).split(sizes, -1)
         tails = [None] * len(x) if tail is None else tail.to(x[0].dtype).split(sizes, -1)
