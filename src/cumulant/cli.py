@@ -168,6 +168,8 @@ def evaluate(
         for name, s in scores.items()
     ]
     print_table(Console(), ("context", "bits per byte", "nats per token", "tokens", "bytes"), rows)
+    if note := next(iter(scores.values())).note:
+        print(note)
 
 
 @app.command(cls=StrictCommand)

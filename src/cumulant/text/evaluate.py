@@ -25,19 +25,35 @@ from .tokens import Ids, TokenFile
 
 @dataclass(frozen=True)
 class Score:
-    """bits_per_byte; loss: nats per token; tokens predicted; text_bytes of UTF-8."""
+    """bits_per_byte; loss: nats per token; tokens predicted; text_bytes of UTF-8; lost: share of these that the
+    tokenizer does not keep, so that bits per byte cannot be compared with others'."""
 
     bits_per_byte: float
     loss: float
     tokens: int
     text_bytes: int
+    lost: float = 0.0
+
+    @property
+    def note(self) -> str:
+        """What has to be said beside the figure; empty if nothing."""
+        return lost_note(self.lost)
 
     def as_dict(self) -> dict[str, float]:
         return asdict(self)
 
 
-def _score(nats: float, tokens: int, text_bytes: int) -> Score:
-    return Score(nats / math.log(2) / text_bytes, nats / tokens, tokens, text_bytes)
+def lost_note(lost: float) -> str:
+    if not lost:
+        return ""
+    share = f"{lost:.0%}" if lost >= 0.01 else "less than 1%"
+    return f"the tokenizer does not keep the text: {share} of its bytes differ; bits per byte is not comparable"
+
+
+def _score(nats: float, tokens: int, text: TokenFile) -> Score:
+    if tokens != len(text.ids) - 1:
+        raise ValueError(f"text: {tokens} tokens were scored, but the text has {len(text.ids) - 1} to score")
+    return Score(nats / math.log(2) / text.text_bytes, nats / tokens, tokens, text.text_bytes, text.lost)
 
 
 def _nats(logits: Tensor, labels: Tensor) -> float:
@@ -87,7 +103,7 @@ def evaluate_windowed(model: PreTrainedModel, text: TokenFile, context: int, *, 
         raise ValueError(f"context: expected at least 1 token, got {context}")
     model.eval()
     nats, count = windowed(model, text, context, batch_size=batch_size)
-    return _score(nats, count, text.text_bytes)
+    return _score(nats, count, text)
 
 
 @torch.inference_mode()
@@ -103,4 +119,4 @@ def evaluate_whole(model: PreTrainedModel, text: TokenFile, *, piece: int = 4096
             logits = model(input_ids=ids[:, :-1], past_key_values=cache, use_cache=True).logits
             nats += _nats(logits, ids[:, 1:])
             count += ids.shape[1] - 1
-    return _score(nats, count, text.text_bytes)
+    return _score(nats, count, text)

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
 from .corpus import Corpus
-from .tokenizer import encode
+from .tokenizer import encode, share_lost
 
 Ids = NDArray[Any]
 
@@ -27,20 +27,23 @@ class TokenFile:
     """One split: documents end to end, each preceded by the end-of-text token, as one memory-mapped array.
 
     ids: ``[N]``. starts: offset of each document's leading end-of-text token ``[documents]``. text_bytes: UTF-8
-    bytes of the documents.
+    bytes of the documents. lost: share of them that the tokenizer does not keep (`share_lost`), if measured.
     """
 
     ids: Ids
     starts: Ids
     text_bytes: int
+    lost: float = 0.0
 
 
-def tokenize(documents: list[bytes], tokenizer: PreTrainedTokenizerFast) -> TokenFile:
-    """Documents as tokens, in memory."""
+def tokenize(documents: list[bytes], tokenizer: PreTrainedTokenizerFast, *, measure: bool = True) -> TokenFile:
+    """Documents as tokens, in memory; `measure` what the tokenizer loses of them."""
     end = np.array([tokenizer.eos_token_id], dtype=np.uint32)
-    pieces = [np.concatenate((end, ids)) for ids in encode(tokenizer, documents)]
+    encoded = encode(tokenizer, documents)
+    pieces = [np.concatenate((end, ids)) for ids in encoded]
     starts = np.cumsum([0, *map(len, pieces[:-1])])
-    return TokenFile(np.concatenate(pieces), starts, sum(map(len, documents)))
+    lost = share_lost(tokenizer, documents, encoded) if measure else 0.0
+    return TokenFile(np.concatenate(pieces), starts, sum(map(len, documents)), lost)
 
 
 def write_tokens(folder: Path, corpus: Corpus, tokenizer: PreTrainedTokenizerFast, *, context: int = 1) -> None:
@@ -50,7 +53,7 @@ def write_tokens(folder: Path, corpus: Corpus, tokenizer: PreTrainedTokenizerFas
     key = {"digest": corpus.digest, "tokenizer": _fingerprint(tokenizer)}
     if index.is_file() and json.loads(index.read_text()).get("key") == key:
         return
-    splits = {"train": tokenize(corpus.train, tokenizer), "heldout": tokenize(corpus.heldout, tokenizer)}
+    splits = {"train": tokenize(corpus.train, tokenizer, measure=False), "heldout": tokenize(corpus.heldout, tokenizer)}
     RandomWindows(splits["train"], context, 1, seed=0)
     folder.mkdir(parents=True, exist_ok=True)
     index.unlink(missing_ok=True)  # from here on, until it is back, the folder counts as empty
@@ -61,7 +64,8 @@ def write_tokens(folder: Path, corpus: Corpus, tokenizer: PreTrainedTokenizerFas
         _save(folder / f"{split}.npy", tokens.ids.astype(dtype))
         _save(folder / f"{split}-starts.npy", tokens.starts)
         sizes[split] = tokens.text_bytes
-    _replace(index, json.dumps({"key": key, "bytes": sizes, "data": corpus.name}, indent=2).encode())
+    lost = splits["heldout"].lost
+    _replace(index, json.dumps({"key": key, "bytes": sizes, "data": corpus.name, "lost": lost}, indent=2).encode())
 
 
 def check_tokens(folder: Path, corpus: Corpus) -> None:
@@ -73,10 +77,19 @@ def check_tokens(folder: Path, corpus: Corpus) -> None:
 
 def read_tokens(folder: Path) -> tuple[TokenFile, TokenFile]:
     """The training and the held-out split written by `write_tokens`."""
-    sizes = json.loads((folder / "tokens.json").read_text())["bytes"]
+    index = folder / "tokens.json"
+    try:
+        content = json.loads(index.read_text(encoding="utf-8"))
+        sizes = {split: int(content["bytes"][split]) for split in ("train", "heldout")}
+        lost = {"train": 0.0, "heldout": float(content.get("lost", 0.0))}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"tokens: {index} is damaged ({error!r}); the run's text has to be read anew") from error
     train, heldout = (
         TokenFile(
-            np.load(folder / f"{split}.npy", mmap_mode="r"), np.load(folder / f"{split}-starts.npy"), sizes[split]
+            np.load(folder / f"{split}.npy", mmap_mode="r"),
+            np.load(folder / f"{split}-starts.npy"),
+            sizes[split],
+            lost[split],
         )
         for split in ("train", "heldout")
     )

@@ -325,7 +325,7 @@ def _finish(
     kept_best = trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint is not None
     best = min(evaluations, key=lambda e: e["eval_loss"]) if kept_best else evaluations[-1]
     tokens = len(heldout.ids) - 1
-    score = Score(best["eval_bits_per_byte"], best["eval_loss"], tokens, heldout.text_bytes)
+    score = Score(best["eval_bits_per_byte"], best["eval_loss"], tokens, heldout.text_bytes, heldout.lost)
     losses = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
     rate = next((e["train_steps_per_second"] for e in reversed(history) if "train_steps_per_second" in e), 0.0)
     rate *= options.batch * options.accumulate * options.context * trainer.args.world_size
@@ -334,6 +334,7 @@ def _finish(
         summary = {
             "bits_per_byte": score.bits_per_byte,
             "heldout_bytes": score.text_bytes,
+            "share_lost_by_tokenizer": score.lost,
             "tokens": score.tokens,
             "context": options.context,
             "parameters": parameters,
@@ -345,4 +346,6 @@ def _finish(
         }
         write_json(Path(options.output) / "result.json", summary)
     say(f"held out: {score.bits_per_byte:.4f} bits per byte over {score.text_bytes:,} bytes, context {options.context}")
+    if score.note:
+        say(f"held out: {score.note}")
     return result
