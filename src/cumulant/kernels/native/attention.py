@@ -233,12 +233,12 @@ def native_attention_backward(
         c.check_sums(G, V, final_numerator=final_numerator, final_denominator=final_denominator if normalize else None)
     a.out, a.dout = c.array(out), c.array(dout)
     a.dquery, a.dkey, a.dvalue = array(dq), array(dk), array(dv)
-    a.denominators = pointer(denominators)
+    a.denominators = c.pointer(denominators, c.real)
     a.numerator, a.denominator = c.pointer(numerator, c.real), c.pointer(denominator, c.real)
     a.dfinal_numerator = c.pointer(dnumerator, c.real)
     a.dfinal_denominator = c.pointer(ddenominator if normalize else None, c.real)
     if not is_causal:
-        a.final_numerator, a.final_denominator = pointer(final_numerator), pointer(final_denominator)
+        a.final_numerator, a.final_denominator = (c.pointer(x, c.real) for x in (final_numerator, final_denominator))
     if numerator is not None:
         a.dnumerator = pointer(dS)
     if denominator is not None and normalize:
