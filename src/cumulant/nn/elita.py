@@ -77,7 +77,7 @@ class ElitaAttention(nn.Module):
     ) -> Tensor | tuple[Tensor, ElitaState]:
         """``x [B, T, D]`` -> ``[B, T, D]``, with `return_state` also the state; see `cumulant.nn` for the protocol."""
         check_input(x, self.v_proj, self.dim, key_mask, cu_seqlens, state is not None or return_state)
-        check_state(state, ElitaState, x.shape[0])
+        check_state(state, ElitaState, x)
         if self.relative and (state is not None or return_state):
             raise ValueError(
                 "state: with horizon=None positions depend on the length of the whole sequence, so there is no state; "

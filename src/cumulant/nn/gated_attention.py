@@ -99,7 +99,7 @@ class GatedAttentionUnit(GatedUnit):
         ``bias [T, S]`` or ``[B, 1, T, S]`` is added to the unit's own, by slots of x; S counts the state's too.
         """
         check_input(x, self.qk_proj, self.dim, key_mask, cu_seqlens, state is not None or return_state)
-        check_state(state, KeyValueState, x.shape[0])
+        check_state(state, KeyValueState, x)
         if state is not None or return_state:
             self._check_stateful()
         # A state keeps tokens in their slots; without one, moved out of the way they share one bias.

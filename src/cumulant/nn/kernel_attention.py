@@ -153,7 +153,7 @@ class KernelAttention(nn.Module):
             if stepped is not None:
                 return stepped
         check_input(x, self.q_proj, self.dim, key_mask, cu_seqlens, state is not None or return_state)
-        check_state(state, KernelAttentionState, x.shape[0])
+        check_state(state, KernelAttentionState, x)
         crossing = self._crosses(x, context, context_mask, cu_seqlens, state, return_state)
         rows: Rows | None = None
         padding, offset = None, None

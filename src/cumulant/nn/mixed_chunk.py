@@ -111,7 +111,7 @@ class MixedChunkAttention(GatedUnit):
     ) -> Tensor | tuple[Tensor, MixedChunkAttentionState]:
         """``x [B, T, D]`` -> ``[B, T, D]``, with `return_state` also the state; see `cumulant.nn` for the protocol."""
         check_input(x, self.qk_proj, self.dim, key_mask, cu_seqlens, state is not None or return_state)
-        check_state(state, MixedChunkAttentionState, x.shape[0])
+        check_state(state, MixedChunkAttentionState, x)
         if not self.is_causal and (state is not None or return_state):
             raise ValueError(
                 "state: only causal attention carries a state from call to call; build with is_causal=True"

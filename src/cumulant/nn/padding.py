@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..ops.checks import FLOATS, check_key_mask
-from ..ops.state import State
+from ..ops.checks import FLOATS, check_key_mask, check_position
+from ..ops.state import KeyValueState, State
 
 
 class Rows(NamedTuple):
@@ -71,15 +71,19 @@ def check_input(
         )
 
 
-def check_state(state: State | None, kind: type[State], rows: int) -> None:
-    """The state is of this mixer's kind and has as many rows as the batch."""
+def check_state(state: State | None, kind: type[State], x: Tensor) -> None:
+    """The state is of this mixer's kind, where x is, and has as many rows as the batch."""
     if state is None:
         return
     if not isinstance(state, kind):
         raise TypeError(f"state: expected a {kind.__name__} from return_state=True, got {type(state).__name__}")
-    found = state.position.shape[0]  # type: ignore[attr-defined]
+    position, rows = state.position, x.shape[0]  # type: ignore[attr-defined]
+    found = position.shape[0] if isinstance(position, Tensor) and position.dim() == 1 else rows
     if found != rows:
         raise ValueError(f"state: expected {rows} rows, as x has, got {found}; choose rows with state.select(index)")
+    check_position(position, rows, x.device)
+    if isinstance(state, KeyValueState):
+        check_key_mask(state.mask, rows, state.key.shape[2], x.device, name="state.mask")
 
 
 def compact(x: Tensor, key_mask: Tensor) -> tuple[Tensor, Rows]:

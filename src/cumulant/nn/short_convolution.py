@@ -110,7 +110,7 @@ class GatedShortConvolution(nn.Module):
             if stepped is not None:
                 return stepped
         check_input(x, self.in_proj, self.dim, key_mask, cu_seqlens, state is not None or return_state)
-        check_state(state, ConvolutionState, x.shape[0])
+        check_state(state, ConvolutionState, x)
         rows, padding, offset = None, None, None
         if key_mask is not None:
             x, rows = compact(x, key_mask)

@@ -184,6 +184,8 @@ def step(
     if program is None or laid.watched() or not program.suits(x, states):
         return None
     if position is not None:
+        if not isinstance(position, Tensor):
+            return None
         if position.dtype != torch.int64 or position.shape != x.shape[:1] or position.device.type != "cpu":
             return None
         position = position.contiguous()

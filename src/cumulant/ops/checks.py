@@ -109,6 +109,23 @@ def check_cu_seqlens(cu_seqlens: Tensor, B: int, T: int, S: int, device: torch.d
         raise ValueError(f"cu_seqlens: expected offsets rising from 0 to at most T={T}, got {bounds[:8]}")
 
 
+def check_position(position: object, rows: int, device: torch.device) -> None:
+    """The count of tokens that a state holds: its dtype, shape and device, never its values."""
+    letters = f"state: expected position [B] int64 = [{rows}] on {device}"
+    if not isinstance(position, Tensor):
+        raise TypeError(f"{letters}, got {type(position).__name__}; pass a state from return_state=True as it is")
+    if position.dtype != torch.int64:
+        raise TypeError(f"{letters}, got {list(position.shape)} {_dtype(position)}; convert it with position.long()")
+    if position.dim() != 1 or position.shape[0] != rows:
+        raise ValueError(f"{letters}, got {list(position.shape)}; choose rows with state.select(index)")
+    if position.device != device:
+        raise TypeError(f"{letters}, got one on {position.device}; move it with state.to(device)")
+
+
+def _dtype(x: Tensor) -> str:
+    return str(x.dtype).removeprefix("torch.")
+
+
 def check_linear_state(state: LinearState | None, N: int, sizes: Sizes, F: int, normalize: bool, query: Tensor) -> None:
     """A state fits this call: `N` rows (batch, or packed sequences), `F` features."""
     if state is None:
@@ -130,6 +147,14 @@ def check_linear_state(state: LinearState | None, N: int, sizes: Sizes, F: int, 
             f"state: expected {dtype} on {query.device}, got {state.numerator.dtype} on {state.numerator.device}; "
             "move it with state.to(device)"
         )
+    if normalize and state.denominator is not None and not _alike(state.denominator, state.numerator):
+        got = f"{state.denominator.dtype} on {state.denominator.device}"
+        raise TypeError(f"state: expected denominator in {dtype} on {query.device}, got {got}")
+    check_position(state.position, N, query.device)
+
+
+def _alike(x: Tensor, y: Tensor) -> bool:
+    return x.dtype == y.dtype and x.device == y.device
 
 
 ACTIVATIONS = ("relu2", "laplace")
@@ -172,7 +197,7 @@ def check_parts(
     dtype: torch.dtype | None,
     query: Tensor,
 ) -> None:
-    """A state of `kind` whose parts have the expected shapes, of `dtype` (None: any) on query's device."""
+    """A state of `kind` whose parts have the expected shapes, rows first, of `dtype` (None: any) on query's device."""
     if state is None:
         return
     if not isinstance(state, kind):
@@ -189,3 +214,4 @@ def check_parts(
                 f"state: expected {dtype or part.dtype} on {query.device}, got {part.dtype} on {part.device}; "
                 "move it with state.to(device)"
             )
+    check_position(state.position, next(iter(expected.values()))[0], query.device)  # type: ignore[attr-defined]

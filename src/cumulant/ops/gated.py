@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from ..kernels import reference
 from ..kernels.transforms import needs_formula, readable, without_autocast
-from .checks import Sizes, check_activation, check_attention, check_bias, check_dropout, check_parts
+from .checks import Sizes, check_activation, check_attention, check_bias, check_dropout, check_key_mask, check_parts
 from .dispatch import Choice, reasons, resolve
 from .sdpa_names import hint_at_names
 from .state import KeyValueState
@@ -223,6 +223,8 @@ def _check(
     B, G = sizes.B, sizes.G
     expected = {"key": (B, G, past, sizes.K), "value": (B, G, past, sizes.V)}
     check_parts(state, KeyValueState, expected, None, query)
+    if state is not None:
+        check_key_mask(state.mask, B, past, query.device, name="state.mask")
     T, S = sizes.T, past + sizes.S
     if bias is not None and cu_seqlens is not None and readable(cu_seqlens):
         T = S = max(int(cu_seqlens.diff().max()), min(bias.shape[-2:], default=0) if isinstance(bias, Tensor) else 0)
