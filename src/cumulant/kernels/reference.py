@@ -54,6 +54,23 @@ def dot_similarity(q: Tensor, k: Tensor) -> Tensor:
     return product(q, k.mT)
 
 
+def level_features(features: Features, exponential: bool) -> Features:
+    """`features` of queries, each query's times a number that brings its largest near 1: quotients of sums are the
+    same, and 1e-20 times 1e-20 has few digits in fp32.
+
+    exponential: exp(x) below zero, so that the number is added to x.
+    """
+
+    def leveled(x: Tensor) -> Tensor:
+        if exponential:
+            return features(x - x.detach().amax(-1, keepdim=True).clamp(min=torch.finfo(x.dtype).min / 2, max=0))
+        top = x.detach().abs().amax(-1, keepdim=True)
+        power = torch.ldexp(torch.ones_like(top), torch.frexp(top).exponent.clamp(min=-100, max=100))
+        return features(x / power.where(top.isfinite(), 1))
+
+    return leveled
+
+
 def quadratic_attention(
     query: Tensor,
     key: Tensor,
@@ -61,12 +78,14 @@ def quadratic_attention(
     *,
     similarity: Similarity,
     features: Features,
+    query_features: Features | None = None,
     normalize: bool,
     is_causal: bool,
     key_mask: Tensor | None = None,
     state: Sums | None = None,
 ) -> tuple[Tensor, Sums]:
-    """Weights of every query on every key, then their (normalised) sum of values, in fp32 (fp64 for fp64)."""
+    """Weights of every query on every key, then their (normalised) sum of values, in fp32 (fp64 for fp64).
+    query_features: where they differ from the keys'."""
     groups = query.shape[1] // key.shape[1]
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     q, k, v = query.to(dtype), key.to(dtype), value.to(dtype)
@@ -81,7 +100,7 @@ def quadratic_attention(
         weights = weights.tril()
     numerator, denominator = product(weights, v), weights.sum(-1)
     if state is not None:
-        phi_q = features(q)
+        phi_q = (query_features or features)(q)
         numerator = numerator + product(phi_q, state[0].repeat_interleave(groups, 1))
         if state[1] is not None:
             denominator = denominator + product(phi_q, state[1].repeat_interleave(groups, 1)[..., None])[..., 0]
@@ -138,8 +157,8 @@ def packed(
 
 
 def _divide(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """Plain division; zero where the denominator is zero (nothing to attend to)."""
-    empty = denominator == 0
+    """Plain division; zero where the denominator is below the smallest normal number (nothing to attend to)."""
+    empty = denominator.abs() < torch.finfo(denominator.dtype).tiny
     return torch.where(empty[..., None], 0, numerator / torch.where(empty, 1, denominator)[..., None])
 
 

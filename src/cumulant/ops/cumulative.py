@@ -46,7 +46,7 @@ def attend(
     state: LinearState | None,
     return_state: bool,
 ) -> tuple[Tensor, LinearState]:
-    """Output ``[B, H, T, V]`` and the state after these keys (meaningless unless `return_state`)."""
+    """Output ``[B, H, T, V]``, in query's dtype, and the state after these keys (meaningless unless `return_state`)."""
     numerator = None if state is None else state.numerator
     denominator = None if state is None or not kernel.normalize else state.denominator
     if impl == "reference":
@@ -104,7 +104,7 @@ def attend(
             CHUNK,
         )
         sums = S, z if kernel.normalize else None
-    return out, LinearState(*sums, count_tokens(key, key_mask, cu_seqlens, state))
+    return out.to(query.dtype), LinearState(*sums, count_tokens(key, key_mask, cu_seqlens, state))
 
 
 def choose(impl: str, query: Tensor, order: int, *, S: int, is_causal: bool, stateful: bool) -> tuple[str, str]:
@@ -157,16 +157,21 @@ def _reference(
 ) -> tuple[Tensor, reference.Sums]:
     from .feature_maps import elementwise
 
+    query_features = None
     if kernel.order:
         features = reference.taylor_features(kernel.order, kernel.constant_term)
         similarity = reference.taylor_similarity(kernel.order, kernel.constant_term)
     else:
         features = partial(elementwise, kernel.activation)
-        similarity = lambda q, k: reference.dot_similarity(features(q), features(k))  # noqa: E731
+        query_features = (
+            reference.level_features(features, kernel.activation == "elu") if kernel.normalize else features
+        )
+        similarity = lambda q, k: reference.dot_similarity(query_features(q), features(k))  # noqa: E731
     run = partial(
         reference.quadratic_attention,
         similarity=similarity,
         features=features,
+        query_features=query_features,
         normalize=kernel.normalize,
         is_causal=kernel.is_causal,
     )

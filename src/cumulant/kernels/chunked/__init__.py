@@ -43,8 +43,8 @@ def chunked_attention(
     is_causal: bool,
     chunk: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Output ``[B,H,T,V]``, its denominators ``[B,H,T]``, and the state: numerator ``[N,G,F,V]``, denominator
-    ``[N,G,F]``. Denominators are empty when not normalised, the state when not wanted."""
+    """Output ``[B,H,T,V]``, in the dtype of sums, its denominators ``[B,H,T]``, and the state: numerator ``[N,G,F,V]``,
+    denominator ``[N,G,F]``. Denominators are empty when not normalised, the state when not wanted."""
     spec = Spec(order, constant_term, activation, scale, normalize, is_causal, chunk)
     with torch.autocast(query.device.type, enabled=False):
         t = _tokens(query, key, value, key_mask, cu_seqlens, spec)
@@ -76,7 +76,7 @@ def _(
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     F, dtype = size_of(K, order, constant_term), compute_dtype(query.dtype)
     return (
-        query.new_empty(B, H, T, V),
+        query.new_empty((B, H, T, V), dtype=dtype),
         query.new_empty((B, H, T) if normalize else (0,), dtype=dtype),
         query.new_empty((N, G, F, V) if want_state else (0,), dtype=dtype),
         query.new_empty((N, G, F) if want_state and normalize else (0,), dtype=dtype),

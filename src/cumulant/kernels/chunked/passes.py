@@ -3,14 +3,16 @@
 Shapes, with ``n`` sequences alive, ``G`` key/value heads, ``M = (H/G) * C`` query rows, ``C`` keys in a chunk:
 ``q [n,G,K,M]``, ``k [n,G,K,C]`` (token-minor), ``v [n,G,C,V]``, state ``S [n,G,F,V]``, ``Z [n,G,F]``.
 
-Only the inputs, the output and the denominators are kept for the backward pass. It walks the chunks twice: forwards,
+Only the inputs, the output and the denominators are kept for the backward pass, the last two in fp32 at least: where
+outputs hardly depend on the query, the gradient at a denominator, -(dout · out) / z, all but cancels in the queries'
+gradients, and an output rounded to 16 bits would leave noise there. It walks the chunks twice: forwards,
 rebuilding S, for the queries' gradients and everything inside a chunk; then backwards, carrying the gradient of the
 state, for the keys' and values' gradients across chunks. Features exist for one chunk at a time.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -72,6 +74,26 @@ class Tokens(NamedTuple):
         return k.contiguous(), v.masked_fill(~mask.mT, 0), mask
 
 
+def _level(t: Tokens) -> tuple[Tokens, Tensor | float]:
+    """The same attention with queries whose largest feature is near 1, and what the gradient at them is multiplied by.
+
+    Where features are the activated vectors, and outputs quotients, a query's may be multiplied by any number. So
+    products with small keys, and quotients by them, neither vanish nor overflow: 1e-20 times 1e-20 has few digits in
+    fp32.
+    """
+    spec = t.spec
+    if spec.order or not spec.normalize:
+        return t, 1.0
+    x, finite = t.query.to(t.dtype) * spec.scale, torch.finfo(t.dtype)
+    if spec.activation == "elu":  # exp(x) below zero: what is added to x multiplies it
+        top = x.amax(-1, keepdim=True).clamp(min=finite.min / 2, max=0)
+        return t._replace(query=x - top, spec=replace(spec, scale=1.0)), spec.scale
+    top = (x if spec.activation == "relu" else x.abs()).amax(-1, keepdim=True)
+    power = top / (2 * torch.frexp(top).mantissa)  # of two, so that nothing is rounded
+    power = power.masked_fill(~(power.isfinite() & (top > 0)), 1).clamp(min=finite.tiny)
+    return t._replace(query=x / power, spec=replace(spec, scale=1.0)), spec.scale / power
+
+
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -89,8 +111,8 @@ def _hide(spec: Spec, c: Chunk, x: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _divide(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """Zero where the denominator is zero: nothing to attend to."""
-    empty = denominator == 0
+    """Zero where the denominator is, or has lost its digits below the smallest normal number: nothing to attend to."""
+    empty = denominator.abs() < torch.finfo(denominator.dtype).tiny
     return (numerator / denominator.masked_fill(empty, 1)[..., None]).masked_fill_(empty[..., None], 0)
 
 
@@ -131,13 +153,13 @@ def _read(phi: Tensor, S: Tensor, Z: Tensor | None) -> tuple[Tensor, Tensor | No
 def forward(
     t: Tokens, S0: Tensor | None, Z0: Tensor | None, want_state: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Output ``[B,H,T,V]``, denominators ``[B,H,T]`` (None if not normalised) and, if wanted, the state after the last
-    token."""
-    features = t.expansion()
+    """Output ``[B,H,T,V]``, in the dtype of sums, denominators ``[B,H,T]`` (None if not normalised) and, if wanted, the
+    state after the last token."""
+    features, (t, _) = t.expansion(), _level(t)
     _B, H, T, V = *t.query.shape[:3], t.value.shape[-1]
     if T == 1 and S0 is not None and want_state and t.spec.is_causal and t.queries.order is None:
         return _step(t, features, S0, Z0)
-    out = t.queries.new(H, T, V, t.query, t.query.dtype)
+    out = t.queries.new(H, T, V, t.query, t.dtype)
     den = t.queries.new(H, T, 1, t.query, t.dtype) if t.spec.normalize else None
     local = t.spec.is_causal or _one_block(t, S0, want_state)
     if local:
@@ -181,7 +203,7 @@ def _step(
     y, z = _read(features.expand(q), S, Z)
     y = y if z is None else _divide(y, z)
     shape = t.query.shape[:3]
-    out = y.view(*shape, v.shape[-1]).to(t.query.dtype, copy=True)  # a view could not be changed in place
+    out = y.view(*shape, v.shape[-1]).clone()  # a view could not be changed in place
     return out, None if z is None else z.view(shape), S, Z
 
 
@@ -219,7 +241,7 @@ def backward(
     state: tuple[Tensor, Tensor | None],
     want_state: bool,
 ) -> Grads:
-    features = t.expansion()
+    features, dtype, (t, factor) = t.expansion(), t.query.dtype, _level(t)
     (_, H, T, K), (_, G, keys, _) = t.query.shape, t.key.shape
     dq = t.queries.new(H, T, K, t.query, t.dtype)
     dk = t.keys.new(G, keys, K, t.key, t.dtype)
@@ -263,7 +285,7 @@ def backward(
             _accumulate_grad(features, t.q(c), dy, dz, dS, dZ, c.rows)
     finish_q, finish_k = t.queries.finish, t.keys.finish
     return Grads(
-        finish_q(dq).to(t.query.dtype),
+        finish_q(dq).mul_(factor).to(dtype),
         finish_k(dk).to(t.key.dtype),
         finish_k(dv).to(t.value.dtype),
         None if S0 is None else unsort_rows(dS, t.keys),

@@ -14,8 +14,8 @@ struct Array {
   int64_t batch, head, row;
 };
 
-// One call of linear or Taylor attention, forwards or backwards. Reals that are not inputs or outputs of the layer (sums,
-// denominators) are float, or double where the inputs are.
+// One call of linear or Taylor attention, forwards or backwards. Reals that are not inputs, or their gradients (sums,
+// denominators, outputs and the gradients at them), are float, or double where the inputs are.
 struct Attention {
   int64_t B, N, H, G, T, S, K, V, F;  // N sequences: B, or those packed into one row
   int64_t chunk;                      // tokens a chunk, at most CHUNK

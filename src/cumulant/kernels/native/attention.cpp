@@ -32,12 +32,12 @@ class Call {
   explicit Call(const Attention& attention) : a(attention), k(kernels(attention.isa, attention.type)), real(a.type == F64 ? 8 : 4) {}
 
   bool forward() {
-    use_large_pages(a.out.data, size_t(a.B * a.H * a.T * a.V) * bytes_of(a.type));
+    use_large_pages(a.out.data, size_t(a.B * a.H * a.T * a.V) * real);
     if (a.is_causal && !a.offsets && a.T == 1 && a.numerator && a.final_numerator) {
       each_row([&](Segment s) { add(k.step, s, before(s.row), after(s.row)); });
       return run();
     }
-    clear_behind(a.out, a.H, a.T, a.V);
+    clear_behind(a.out, a.H, a.T, a.V, real);
     if (a.normalize) clear_denominators();
     return a.is_causal ? forward_causal() : forward_both();
   }
@@ -46,9 +46,9 @@ class Call {
     use_large_pages(a.dquery.data, size_t(a.B * a.H * a.T * a.K) * bytes_of(a.type));
     use_large_pages(a.dkey.data, size_t(a.B * a.G * a.S * a.K) * bytes_of(a.type));
     use_large_pages(a.dvalue.data, size_t(a.B * a.G * a.S * a.V) * bytes_of(a.type));
-    clear_behind(a.dquery, a.H, a.T, a.K);
-    clear_behind(a.dkey, a.G, a.S, a.K);
-    clear_behind(a.dvalue, a.G, a.S, a.V);
+    clear_behind(a.dquery, a.H, a.T, a.K, bytes_of(a.type));
+    clear_behind(a.dkey, a.G, a.S, a.K, bytes_of(a.type));
+    clear_behind(a.dvalue, a.G, a.S, a.V, bytes_of(a.type));
     return a.is_causal ? backward_causal() : backward_both();
   }
 
@@ -235,9 +235,8 @@ class Call {
   }
 
   // Zeros in the rows behind the last packed sequence.
-  void clear_behind(const Array& x, int64_t heads, int64_t length, int64_t width) const {
+  void clear_behind(const Array& x, int64_t heads, int64_t length, int64_t width, size_t size) const {
     if (!a.offsets) return;
-    const size_t size = bytes_of(a.type);
     for (int64_t h = 0; h < heads; h++)
       for (int64_t t = a.offsets[a.N]; t < length; t++)
         std::memset(static_cast<char*>(x.data) + size_t(h * x.head + t * x.row) * size, 0, size_t(width) * size);

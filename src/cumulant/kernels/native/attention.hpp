@@ -15,7 +15,7 @@ constexpr int SLAB = 78;
 template <class R> struct Workspace {
   int64_t used = 0;
   R *q, *k, *v, *rows, *scores, *dscores, *phi, *dphi, *out, *S, *Z, *z, *ones, *constant, *powers;
-  R *v_turned, *dy_turned, *dy, *dz, *dq, *dk, *dv;
+  R *v_turned, *dy_turned, *dy, *dz, *dq, *dk, *dv, *level;
   int64_t stride;  // of rows of values
 
   Workspace(const Attention& a, R* base) {
@@ -32,7 +32,7 @@ template <class R> struct Workspace {
     dy = take(V * CHUNK), dy_turned = take(V * CHUNK), dv = take(V * CHUNK);
     scores = take(CHUNK * CHUNK), dscores = take(CHUNK * CHUNK);
     phi = take(SLAB * CHUNK), dphi = take(SLAB * CHUNK);
-    z = take(CHUNK), dz = take(CHUNK), ones = take(CHUNK), constant = take(CHUNK);
+    z = take(CHUNK), dz = take(CHUNK), level = take(CHUNK), ones = take(CHUNK), constant = take(CHUNK);
     powers = take(2 * MAX_ORDER * CHUNK);
     // One causal chunk without a state is the quadratic form alone: no sums, however many features there would be.
     const bool sums = !a.is_causal || a.T > a.chunk || a.numerator || a.denominator || a.final_numerator ||
@@ -68,18 +68,22 @@ template <class R> struct Pass {
     const int n = count(at), m = next < s.begin || next >= s.end ? 0 : count(next);
     ahead.clear();
     for (int r = 0; r < R_heads; r++) {
-      if (needs & OUT) expect(a.out, head(r), at, n, s.from, columns, true);
+      if (needs & OUT) expect(a.out, head(r), at, n, s.from, columns, true, reals());
       if (needs & DQUERY) expect(a.dquery, head(r), at, n, 0, K, true);
       if (needs & QUERY) expect(a.query, head(r), next, m, 0, K);
-      if (needs & UPSTREAM) expect(a.dout, head(r), next, m, 0, V);
-      if (needs & UPSTREAM && a.normalize) expect(a.out, head(r), next, m, 0, V);
+      if (needs & UPSTREAM) expect(a.dout, head(r), next, m, 0, V, false, reals());
+      if (needs & UPSTREAM && a.normalize) expect(a.out, head(r), next, m, 0, V, false, reals());
     }
     if (needs & DKEY) expect(a.dkey, s.group, at, n, 0, K, true), expect(a.dvalue, s.group, at, n, 0, V, true);
     if (needs & KEY) expect(a.key, s.group, next, m, 0, K);
     if (needs & VALUE) expect(a.value, s.group, next, m, s.from, columns);
   }
+  static constexpr int reals() { return sizeof(R) == 4 ? F32 : F64; }
   void expect(const Array& x, int64_t h, int64_t at, int n, int64_t from, int width, bool written = false) {
-    const int size = a.type == F64 ? 8 : a.type == F32 ? 4 : 2;
+    expect(x, h, at, n, from, width, written, a.type);
+  }
+  void expect(const Array& x, int64_t h, int64_t at, int n, int64_t from, int width, bool written, int type) {
+    const int size = type == F64 ? 8 : type == F32 ? 4 : 2;
     const int64_t offset = s.batch * x.batch + h * x.head + (s.first + at) * x.row + from;
     ahead.add((const char*)x.data + offset * size, x.row * size, n, width * size, written);
   }
@@ -90,6 +94,12 @@ template <class R> struct Pass {
     const int64_t offset = s.batch * x.batch + h * x.head + (s.first + at) * x.row;
     return {x, a.type, offset, n, masked ? mask : nullptr};
   }
+  // Of outputs and the gradients at them, which are reals whatever the inputs are.
+  Rows reals_of(const Array& x, int64_t h, int64_t at, int n) const {
+    Rows rows = rows_of(x, h, at, n, false);
+    rows.type = reals();
+    return rows;
+  }
   Monomials<R> monomials(const R* x, const R* constant, int n) const {
     return Monomials<R>(x, constant, K, n, a.order, a.constant_term, w.powers);
   }
@@ -98,7 +108,19 @@ template <class R> struct Pass {
 
   void read_query(int r, int64_t at, int n) {
     read_turned(rows_of(a.query, head(r), at, n, false), K, w.rows, w.q);
-    activate(w.q, K, n, R(a.scale), a.activation);
+    if (levels()) level(w.q, K, n, R(a.scale), a.activation, w.level);
+    activate(w.q, K, n, levels() ? R(1) : R(a.scale), a.activation);
+  }
+
+  // Whether a query's features may be multiplied by any number, as outputs are quotients.
+  bool levels() const { return a.normalize && a.order == 0; }
+
+  // Gradients at features -> at queries, in place.
+  void query_gradient(R* grad, int n) const {
+    activate_backward(w.q, grad, K, n, R(a.scale), a.activation);
+    if (!levels() || a.activation == ELU) return;
+    for (int d = 0; d < K; d++)
+      for (int i = 0; i < n; i += W) store(grad + d * CHUNK + i, load(grad + d * CHUNK + i) * load(w.level + i));
   }
 
   // Keys, and `constant`, the feature of degree 0: what is masked, or behind the last token, counts for nothing.
@@ -132,7 +154,7 @@ template <class R> struct Pass {
 
   // Gradients at the numerators, dy = dout / z, and at the denominators, dz = -(dout . out) / z.
   void read_upstream(int r, int64_t at, int n) {
-    const Rows upstream = rows_of(a.dout, head(r), at, n, false), x = rows_of(a.out, head(r), at, n, false);
+    const Rows upstream = reals_of(a.dout, head(r), at, n), x = reals_of(a.out, head(r), at, n);
     for (int i = 0; i < CHUNK; i++) w.dz[i] = 0;
     Matrix<const R> dout{w.dy, w.stride}, out{w.rows, w.stride};
     if (a.normalize && upstream.plain<R>(V)) {
@@ -149,23 +171,29 @@ template <class R> struct Pass {
       Vec<R> total{};
       for (int d = 0; d < V; d += W) total += load(dout.row(i) + d) * load(out.row(i) + d);
       divide(dout.row(i), V, denominators[i], w.dy + i * w.stride);
-      w.dz[i] = denominators[i] == 0 ? R(0) : -sum<R>(total) / denominators[i];
+      w.dz[i] = vanishes(denominators[i]) ? R(0) : -sum<R>(total) / denominators[i];
     }
   }
 
-  // to = row / z, zero where z is: nothing to attend to.
+  // Zero, or without its digits, below the smallest normal number.
+  static bool vanishes(R z) {
+    constexpr R least = sizeof(R) == 4 ? R(1.1754943508222875e-38) : R(2.2250738585072014e-308);
+    return z < least && z > -least;
+  }
+
+  // to = row / z, zero where z vanishes: nothing to attend to.
   static void divide(const R* row, int n, R z, R* to) {
-    const bool tiny = z < R(1e-30) && z > R(-1e-30);  // its reciprocal may overflow
-    const R inverse = z == 0 ? R(0) : R(1) / z;
+    const bool tiny = z < R(1e-30) && z > R(-1e-30), none = vanishes(z);  // its reciprocal may overflow
+    const R inverse = none ? R(0) : R(1) / z;
     for (int d = 0; d < n; d += W) {
       const Vec<R> x = load(row + d);
-      store(to + d, z == 0 ? Vec<R>{} : tiny ? x / z : x * inverse);
+      store(to + d, none ? Vec<R>{} : tiny ? x / z : x * inverse);
     }
   }
 
   // out [n, columns], over z if that is wanted, to the array.
   void write_out(int r, int64_t at, int n, R* out, const R* z) {
-    const Rows x = rows_of(a.out, head(r), at, n, false);
+    const Rows x = reals_of(a.out, head(r), at, n);
     const bool direct = x.plain<R>(columns);
     for (int i = 0; a.normalize && i < n; i++)
       divide(out + i * w.stride, columns, z[i], direct ? x.at<R>() + i * x.array.row + s.from : out + i * w.stride);

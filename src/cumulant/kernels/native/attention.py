@@ -128,9 +128,9 @@ def _forward(
     chunk: int,
     span: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Output ``[B,H,T,V]``, its denominators ``[B,H,T]``, and the state: numerator ``[N,G,F,V]``, denominator
-    ``[N,G,F]``. Denominators are empty when not normalised, the state when neither wanted nor needed: in both
-    directions it always is.
+    """Output ``[B,H,T,V]``, in the dtype of sums, its denominators ``[B,H,T]``, and the state: numerator ``[N,G,F,V]``,
+    denominator ``[N,G,F]``. Denominators are empty when not normalised, the state when neither wanted nor needed: in
+    both directions it always is.
 
     chunk: tokens a chunk, at most 64; span: the fewest tokens that a thread takes when a sequence is shared out.
     """
@@ -142,7 +142,7 @@ def _forward(
         not normalize or (numerator is None) == (denominator is None), "denominator", "with the numerator", denominator
     )
     want_state = want_state or not is_causal
-    out = new_heads(query, query.shape[1], V, c.dtype)
+    out = new_heads(query, query.shape[1], V, c.real)
     den = query.new_empty(query.shape[:3] if normalize else (0,), dtype=c.real)
     S = query.new_empty((c.N, G, c.F, V) if want_state else (0,), dtype=c.real)
     Z = query.new_empty((c.N, G, c.F) if want_state and normalize else (0,), dtype=c.real)
@@ -152,7 +152,7 @@ def _forward(
     if want_state:
         a.final_numerator, a.final_denominator = pointer(S), pointer(Z) if normalize else None
     call("cumulant_attention_forward", a)
-    return out.to(query.dtype), den, S, Z
+    return out, den, S, Z
 
 
 native_attention = torch.library.custom_op("cumulant::native_attention", _forward, mutates_args=(), device_types="cpu")
@@ -187,7 +187,7 @@ def _(
     F, state = _size(K, order, constant_term), want_state or not is_causal
     dtype = real(torch.promote_types(torch.promote_types(query.dtype, key.dtype), value.dtype))
     return (
-        new_heads(query, H, V),
+        new_heads(query, H, V, dtype),
         query.new_empty((B, H, T) if normalize else (0,), dtype=dtype),
         query.new_empty((N, G, F, V) if state else (0,), dtype=dtype),
         query.new_empty((N, G, F) if state and normalize else (0,), dtype=dtype),
@@ -231,7 +231,7 @@ def native_attention_backward(
     c.check_sums(G, V, dnumerator=dnumerator, ddenominator=ddenominator if normalize else None)
     if not is_causal:
         c.check_sums(G, V, final_numerator=final_numerator, final_denominator=final_denominator if normalize else None)
-    a.out, a.dout = c.array(out), c.array(dout)
+    a.out, a.dout = c.array(out, c.real), c.array(dout, c.real)
     a.dquery, a.dkey, a.dvalue = array(dq), array(dk), array(dv)
     a.denominators = c.pointer(denominators, c.real)
     a.numerator, a.denominator = c.pointer(numerator, c.real), c.pointer(denominator, c.real)

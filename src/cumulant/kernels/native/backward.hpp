@@ -52,7 +52,7 @@ template <class R> void query_backward(const Attention& a, const Segment& s, voi
       else
         zero(w.dq, p.K * CHUNK);
       if (past) p.sums_backward(w.q, n, w.dy_turned, w.dz, w.dq);
-      activate_backward(w.q, w.dq, p.K, n, R(a.scale), a.activation);
+      p.query_gradient(w.dq, n);
       write_turned(p.rows_of(a.dquery, p.head(r), at, n, false), p.K, w.dq, w.rows);
     }
     if (a.is_causal && at + n < s.end) {

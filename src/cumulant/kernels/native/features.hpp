@@ -11,6 +11,34 @@
 namespace cumulant {
 namespace CUMULANT_ISA {
 
+// In place: queries times `scale`, and times or plus what brings their largest feature near 1, so that products with small
+// keys, and quotients by them, neither vanish nor overflow. Powers of two, of which `level` holds each token's, or, for
+// elu + 1, which below zero is an exponential, what is added.
+template <class R> void level(R* x, int K, int n, R scale, int activation, R* level) {
+  typedef typename Simd<R>::I I;
+  constexpr int W = LANES<R>, MANTISSA = sizeof(R) == 4 ? 23 : 52, HIGHEST = sizeof(R) == 4 ? 254 : 2046;  // exponents
+  constexpr R lowest = sizeof(R) == 4 ? R(-3.4028234663852886e38) : R(-1.7976931348623157e308);
+  for (int i = 0; i < n; i += W) {
+    Vec<R> top = activation == ELU ? splat(lowest) : Vec<R>{};
+    for (int d = 0; d < K; d++) {
+      const Vec<R> y = load(x + d * CHUNK + i) * scale, size = activation == IDENTITY ? (y < R(0) ? -y : y) : y;
+      store(x + d * CHUNK + i, y);
+      top = size > top ? size : top;
+    }
+    if (activation == ELU) {
+      top = top > R(0) ? Vec<R>{} : top;
+      for (int d = 0; d < K; d++) store(x + d * CHUNK + i, load(x + d * CHUNK + i) - top);
+      store(level + i, -top);
+      continue;
+    }
+    I exponent = HIGHEST - ((I)top >> MANTISSA);  // top is not negative
+    exponent = exponent < 1 ? exponent - exponent + 1 : exponent;
+    const Vec<R> factor = (Vec<R>)(exponent << MANTISSA);
+    for (int d = 0; d < K; d++) store(x + d * CHUNK + i, load(x + d * CHUNK + i) * factor);
+    store(level + i, factor);
+  }
+}
+
 // In place, of x times `scale`.
 template <class R> void activate(R* x, int K, int n, R scale, int activation) {
   constexpr int W = LANES<R>;

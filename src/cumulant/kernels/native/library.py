@@ -136,8 +136,8 @@ class Held:
         self.dtype, self.real = dtype, real(dtype)
         self._tensors: list[Tensor] = []
 
-    def array(self, x: Tensor) -> Array:
-        x = settled(x).to(self.dtype)
+    def array(self, x: Tensor, dtype: torch.dtype | None = None) -> Array:
+        x = settled(x).to(dtype or self.dtype)
         x = x if x.stride(-1) == 1 else x.contiguous()
         self._tensors.append(x)
         return array(x)
@@ -180,7 +180,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     except OSError as error:
         return None, f"its kernels cannot be loaded: {error}"
     size = ctypes.sizeof
-    if library.cumulant_abi() != 1 + size(Attention) + (size(Elita) << 9) + (size(MixedChunk) << 18) + (
+    if library.cumulant_abi() != 2 + size(Attention) + (size(Elita) << 9) + (size(MixedChunk) << 18) + (
         (size(Instruction) + size(Program) + size(Pointwise)) << 12
     ):
         return None, "its kernels were compiled from another version of cumulant: install it again"

@@ -1,0 +1,57 @@
+"""Gradients where outputs cancel and where products of inputs leave fp32's range, in every dtype."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import cumulant as cm
+
+from .cases import IMPLEMENTATIONS, error
+
+by_impl = pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+ROUNDING = {torch.float32: 6e-8, torch.bfloat16: 4e-3, torch.float16: 5e-4}  # of one rounding
+
+
+def gradients(op, inputs: list[Tensor], weight: Tensor, **options) -> list[Tensor]:
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    return list(torch.autograd.grad((op(*leaves, **options).double() * weight).sum(), leaves))
+
+
+@by_impl
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("dtype", list(ROUNDING), ids=str)
+def test_gradients_of_outputs_that_hardly_depend_on_the_query(impl: str, dtype: torch.dtype, is_causal: bool):
+    """relu, two features: most queries have one that counts, or none, and their outputs do not depend on its size."""
+    torch.manual_seed(0)
+    inputs = [torch.randn(1, 2, 129, K).to(dtype) for K in (2, 2, 8)]
+    weight = torch.randn(1, 2, 129, 8, dtype=torch.float64)
+    options = {"feature_map": "relu", "is_causal": is_causal}
+    exact = gradients(cm.linear_attention, [x.double() for x in inputs], weight, impl="reference", **options)
+    own = gradients(cm.linear_attention, inputs, weight, impl="reference", **options)
+    found = gradients(cm.linear_attention, inputs, weight, impl=impl, **options)
+    for actual, plain, wanted in zip(found, own, exact):
+        assert error(actual, wanted) <= 4 * max(error(plain, wanted), ROUNDING[dtype])
+
+
+@by_impl
+@pytest.mark.parametrize("feature_map", ["relu", "elu", "identity"])
+@pytest.mark.parametrize(("query", "key"), [(1e-20, 1e-20), (1e-30, 1e-5), (1e-37, 1.0), (1e-3, 1e-30)])
+def test_features_whose_products_leave_fp32(impl: str, feature_map: str, query: float, key: float):
+    torch.manual_seed(0)
+    q, k, v = torch.randn(1, 2, 70, 4), torch.randn(1, 2, 70, 4), torch.randn(1, 2, 70, 8)
+    if feature_map == "elu":
+        q, k = q + torch.tensor(query).log(), k + torch.tensor(key).log()
+    elif feature_map == "identity":
+        q, k = (q.abs() + 0.1) * query, (k.abs() + 0.1) * key
+    else:
+        q, k = q * query, k * key
+    weight = torch.randn(1, 2, 70, 8, dtype=torch.float64)
+    wide = [x.double() for x in (q, k, v)]
+    exact = gradients(cm.linear_attention, wide, weight, feature_map=feature_map, impl="reference")
+    found = gradients(cm.linear_attention, [q, k, v], weight, feature_map=feature_map, impl=impl)
+    out = cm.linear_attention(q, k, v, feature_map, impl=impl)
+    assert error(out, cm.linear_attention(*wide, feature_map, impl="reference")) < 3e-6
+    for actual, wanted in zip(found, exact):
+        assert error(actual, wanted) < 1e-5
