@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,6 +48,12 @@ def attend(
     return_state: bool,
 ) -> tuple[Tensor, LinearState]:
     """Output ``[B, H, T, V]``, in query's dtype, and the state after these keys (meaningless unless `return_state`)."""
+    if impl == "native" and value.shape[3] == 0:  # its kernels need a channel: one of zeros, taken away again
+        wider = torch.nn.functional.pad(value, (0, 1))
+        past = None if state is None else replace(state, numerator=torch.nn.functional.pad(state.numerator, (0, 1)))
+        rest: dict[str, Any] = {"key_mask": key_mask, "cu_seqlens": cu_seqlens, "return_state": return_state}
+        out, end = attend(impl, kernel, query, key, wider, state=past, **rest)
+        return out[..., :0], replace(end, numerator=end.numerator[..., :0])
     numerator = None if state is None else state.numerator
     denominator = None if state is None or not kernel.normalize else state.denominator
     if impl == "reference":

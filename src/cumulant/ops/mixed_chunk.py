@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -115,6 +116,13 @@ def _run(
     options: tuple[bool, int, str, bool, bool],
     dropout_p: float,
 ) -> Any:
+    if inputs[4].shape[3] == 0:  # the kernels need a channel: one of zeros, taken away again
+        pad = partial(torch.nn.functional.pad, pad=(0, 1))
+        if state is not None:
+            state = replace(state, numerator=pad(state.numerator), value=pad(state.value))
+        results = _run(chosen, (*inputs[:4], pad(inputs[4])), bias, key_mask, cu_seqlens, state, options, dropout_p)
+        out, numerator, quad_key, lin_key, value = results
+        return out[..., :0], numerator[..., :0], quad_key, lin_key, value[..., :0]
     past = (None,) * 5 if state is None else _parts(state)
     if needs_formula(torch.compiler.is_compiling()):
         from ..kernels.differentiable.mixed_chunk import attention
@@ -131,8 +139,6 @@ def _run(
 
 
 def _obstacle(value: Tensor, dropout_p: float) -> str:
-    if value.shape[3] == 0:
-        return "its kernels need at least one channel of values"
     return native_obstacle(value) or ("its kernels have no dropout" if dropout_p else "")
 
 

@@ -158,18 +158,22 @@ def _step(
     rest = Open(*(x.clone(memory_format=torch.contiguous_format) for x in past.rest))
     for buffer, x in zip(rest, (quad_key, lin_key, value), strict=True):
         buffer[at] = x[:, :, 0].to(dtype)
-    scores = (quad_query.to(dtype) * (1 / g)).reshape(B, G, H // G, -1) @ rest.quad_key.mT
+    scores = (quad_query.to(dtype) * (1 / g)).reshape(B, G, H // G, quad_query.shape[3]) @ rest.quad_key.mT
     if bias is not None:
         scores += bias[:, fill].transpose(0, 1).expand(B, H, g).reshape(scores.shape)
     y = activate(spec.activation, scores) @ rest.value  # slots still empty hold values of zero
-    y += (lin_query.to(dtype) * (1 / g)).reshape(B, G, H // G, -1) @ past.numerator
+    y += (lin_query.to(dtype) * (1 / g)).reshape(B, G, H // G, lin_query.shape[3]) @ past.numerator
     S = past.numerator.clone(memory_format=torch.contiguous_format)
     closed = (fill == g - 1).nonzero()[:, 0]
     if len(closed):
         S[closed] += rest.lin_key[closed].mT @ rest.value[closed]
         for buffer in rest:
             buffer[closed] = 0
-    return y.reshape(B, H, 1, -1).to(value.dtype, copy=True), S, rest  # no view, which could not be changed in place
+    return (
+        y.reshape(B, H, 1, value.shape[3]).to(value.dtype, copy=True),
+        S,
+        rest,
+    )  # no view, which could not be changed in place
 
 
 def _past(numerator: Tensor | None, *parts: Tensor | None) -> Past | None:
