@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 
@@ -71,7 +71,7 @@ def _from_fields(kind: type) -> Callable[[Callable[..., None]], Callable[..., No
                 f.name,
                 inspect.Parameter.KEYWORD_ONLY,
                 default=f.default,
-                annotation=Annotated[hints[f.name], typer.Option(help=f.metadata["help"])],
+                annotation=Annotated[_option_type(hints[f.name]), typer.Option(help=f.metadata["help"])],
             )
             for f in fields(kind)
         ]
@@ -80,6 +80,11 @@ def _from_fields(kind: type) -> Callable[[Callable[..., None]], Callable[..., No
         return command
 
     return decorate
+
+
+def _option_type(hint: Any) -> Any:
+    """The type of a field as an option's: one that takes a value or a list of them may be repeated."""
+    return list[str] | None if list[str] in get_args(hint) else hint
 
 
 @app.command(cls=StrictCommand)
@@ -131,8 +136,9 @@ Device = Annotated[str, typer.Option(help="auto, cpu or cuda")]
 def evaluate(
     checkpoint: Checkpoint,
     data: Annotated[
-        str | None, typer.Option(help="text to score, whole; default: the run's held-out text", callback=expanded)
+        list[str] | None, typer.Option(help="text to score, whole; may be repeated; default: the run's held-out text")
     ] = None,
+    encoding: Annotated[str | None, typer.Option(help="encoding of the files, if it is not UTF-8")] = None,
     context: Annotated[list[int] | None, typer.Option(help="window in tokens; give it several times")] = None,
     whole: Annotated[bool, typer.Option(help="also carry the state over each whole document")] = True,
     batch: Annotated[int, typer.Option(help="windows at a time")] = 16,
@@ -147,18 +153,21 @@ def evaluate(
     quiet()
     from .text.checkpoint import load_checkpoint
     from .text.corpus import load_documents
-    from .text.evaluate import evaluate_whole, evaluate_windowed
+    from .text.evaluate import evaluate_whole, evaluate_windowed, notice_of_cost
     from .text.tokens import read_tokens, tokenize
 
     model, tokenizer = load_checkpoint(checkpoint, device)
-    if data is not None:
-        text = tokenize(load_documents(data, text_column=text_column), tokenizer)
+    if data:
+        documents = load_documents(data, text_column=text_column, encoding=encoding)
+        text = tokenize(documents, tokenizer)
     elif (Path(checkpoint) / "tokens" / "tokens.json").is_file():
         text = read_tokens(Path(checkpoint) / "tokens")[1]
     else:
         raise ValueError(f"data: {checkpoint} keeps no held-out text; pass --data")
     scores = {f"windows of {n} tokens": evaluate_windowed(model, text, n, batch_size=batch) for n in context or [256]}
     if whole:
+        if notice := notice_of_cost(model, text):
+            print(notice, file=sys.stderr)
         scores["whole documents"] = evaluate_whole(model, text)
     if json_line:
         print(json.dumps(finite({name: score.as_dict() for name, score in scores.items()}), allow_nan=False))

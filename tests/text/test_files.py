@@ -128,3 +128,50 @@ def test_folders_that_are_left_out(tmp_path):
     (tmp_path / "run" / "options.json").write_text("{}" * 100)
     assert len(load_corpus(str(tmp_path), exclude=[tmp_path / "run"]).train) == 1
     assert len(load_documents(str(tmp_path))) == 2
+
+
+def test_training_and_scoring_take_several_files_in_their_encoding(tmp_path, capfd, monkeypatch):
+    """The run's own folder inside the folder it reads is left out of the text."""
+    from cumulant.cli import app
+
+    monkeypatch.chdir(tmp_path)
+    Path("a.txt").write_bytes("Fluß und Hügel\n".encode("latin-1") * 300)
+    Path("b.txt").write_bytes("über Täler\n".encode("latin-1") * 300)
+    Path("sub").mkdir()
+    small = ["--width", "16", "--depth", "1", "--heads", "2", "--context", "16", "--batch", "2", "--steps", "2"]
+
+    def run(*arguments):
+        app([*arguments], standalone_mode=False)
+        return capfd.readouterr().out
+
+    both = ["--data", "a.txt", "--data", "b.txt", "--encoding", "latin-1"]
+    assert "in 2 documents" in run("train", *both, "--output", "run", *small)
+    assert "9,000" in run("evaluate", "run", *both)  # bytes of both as UTF-8
+    with pytest.raises(ValueError, match="a.txt is not UTF-8 text.*--encoding"):
+        run("evaluate", "run", "--data", "a.txt")
+    with pytest.raises(ValueError, match="--encoding latin-1"):
+        run("train", "--data", "a.txt", "--output", "other", *small)
+    for path in ("a.txt", "b.txt"):
+        Path("sub", path).write_text(f"{path}: text of a folder\n" * 200)
+    monkeypatch.chdir(tmp_path / "sub")
+    first = run("train", "--data", ".", "--output", "run", *small)
+    again = run("train", "--data", ".", "--output", "run", *small[:-1], "4", "--resume")
+    assert "in 2 documents" in first
+    assert "in 2 documents" in again
+    assert "resuming run from checkpoint-2" in again
+
+
+def test_the_cost_of_whole_documents_is_said():
+    from types import SimpleNamespace
+
+    import numpy as np
+
+    from cumulant.text.evaluate import LONG, notice_of_cost
+    from cumulant.text.tokens import TokenFile
+
+    def notice(kind, longest):
+        text = TokenFile(np.zeros(longest + 10, dtype=np.uint16), np.array([0, 10]), longest)
+        return notice_of_cost(SimpleNamespace(config=SimpleNamespace(layer_types=[kind])), text)
+
+    assert "the longest has 16,385 tokens" in notice("full_attention", LONG + 1)
+    assert notice("full_attention", LONG) == notice("cumulant_state", 10 * LONG) == ""

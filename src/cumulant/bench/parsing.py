@@ -19,7 +19,7 @@ class StrictCommand(TyperCommand):
                 ctx.fail(f"{parameter.opts[0]}: given {times} times, but it takes one value; give it once")
         if extra and any("--data" in p.opts for p in order):
             ctx.fail(
-                f"--data: {len(extra)} more names after it, {extra[0]} the first; quote a pattern ('*.txt'), or name "
-                "the folder"
+                f"--data: {len(extra)} more names after it, {extra[0]} the first; quote a pattern ('*.txt'), "
+                "repeat --data, or name the folder"
             )
         return list(super().parse_args(ctx, args))

@@ -22,6 +22,8 @@ from transformers import DynamicCache, PreTrainedModel
 
 from .tokens import Ids, TokenFile
 
+LONG = 16_384  # tokens of a document that softmax attention reads in some seconds
+
 
 @dataclass(frozen=True)
 class Score:
@@ -120,3 +122,15 @@ def evaluate_whole(model: PreTrainedModel, text: TokenFile, *, piece: int = 4096
             nats += _nats(logits, ids[:, 1:])
             count += ids.shape[1] - 1
     return _score(nats, count, text)
+
+
+def notice_of_cost(model: PreTrainedModel, text: TokenFile) -> str:
+    """What to say before `evaluate_whole`, if attention to all of a long document makes it slow; else nothing."""
+    longest = int(np.diff([*text.starts, len(text.ids)]).max())
+    if longest <= LONG or "full_attention" not in model.config.layer_types:
+        return ""
+    return (
+        f"whole documents: the longest has {longest:,} tokens, and softmax attention takes time that grows with "
+        "their square; "
+        "--no-whole leaves them out"
+    )

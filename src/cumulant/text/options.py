@@ -31,9 +31,12 @@ class TrainingOptions:
     """What to train, on what, how; the command line's options are these fields. Checked on construction."""
 
     output: str = option("runs/model", "folder for checkpoints, logs and the final model")
-    data: str | None = option(
-        None, "file, folder, glob, enwik8, or id of a Hugging Face dataset; default: Python's standard library"
+    data: str | list[str] | None = option(  # noqa: RUF009
+        None,
+        "file, folder, glob, several of these (repeat it), - for standard input, enwik8, or id of a Hugging Face "
+        "dataset; default: Python's standard library",
     )
+    encoding: str | None = option(None, "encoding of the files, if it is not UTF-8; for example latin-1")
     heldout: float = option(0.05, "share of the text held out for evaluation")
     text_column: str = option("text", "column of a dataset that holds the text")
     tokenizer: str | None = option(None, "a tokenizer.json or a folder with one; default: bytes")

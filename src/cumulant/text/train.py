@@ -137,7 +137,13 @@ def _prepare_text(run: Run, given: Collection[str], arguments: TrainingArguments
         if options.resume and "data" not in given:
             _begin(run, load_tokenizer(output), arguments)
             return
-        corpus = load_corpus(options.data, heldout=options.heldout, text_column=options.text_column)
+        corpus = load_corpus(
+            options.data,
+            heldout=options.heldout,
+            text_column=options.text_column,
+            encoding=options.encoding,
+            exclude=[output],
+        )
         for line in corpus.describe():
             say(line)
         if options.resume:
