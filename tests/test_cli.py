@@ -97,7 +97,7 @@ def test_info():
         ),
         (["train", "--data", "/no/such/file"], "data: no such file or folder: /no/such/file"),
         (["train", "--tokenizer", "/no/such"], "tokenizer: no tokenizer.json at /no/such"),
-        (["train", "--data", "a", "--data", "b"], "--data: given 2 times, but it takes one value; give it once"),
+        (["train", "--steps", "3", "--steps", "4"], "--steps: given 2 times, but it takes one value; give it once"),
         (["train", "--data", "a.txt", "b.txt"], "--data: 1 more names after it, b.txt the first; quote a pattern"),
         (["train", "--heads", "3", "--data", "/no/such"], "--heads: 3 must divide width=256"),
         (["train", "--weight-decay", "inf"], "--weight-decay: expected a finite number, 0 or more, got inf"),
