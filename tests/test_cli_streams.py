@@ -101,7 +101,7 @@ def test_ctrl_c_leaves_the_state(model, tmp_path):
     )
     process.stdout.read(30)  # it has begun
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=240)  # a busy machine
     assert process.returncode == 130
     assert errors.decode() == f"cumulant: stopped; go on with: --load-state {state}\n"
     assert [p.name for p in tmp_path.iterdir()] == ["s"]
@@ -172,7 +172,7 @@ def test_narrow_terminals_and_markup(model, tmp_path, command):
     assert code == 0
     assert "…" not in printed
     assert f"{out}: report.html" in printed
-    assert re.search(r"softmax [\d.,]+", printed)
+    assert re.search(r"softmax[ │]+[\d.,]+", printed)  # in a table or, where that is too wide, in a line
 
 
 def test_a_file_is_not_a_model(tmp_path, command):
@@ -205,7 +205,7 @@ def test_a_model_that_has_diverged_is_one_line(model, tmp_path, command):
     shutil.copytree(model, copy)
     weights = {name: x * torch.nan for name, x in load_file(copy / "model.safetensors").items()}
     save_file(weights, copy / "model.safetensors", {"format": "pt"})
-    assert "nan" in one_line(command("generate", copy, "--prompt", "a"))
+    assert "that run diverged" in one_line(command("generate", copy, "--prompt", "a"))
 
 
 @pytest.mark.parametrize(

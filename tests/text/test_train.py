@@ -343,7 +343,7 @@ def test_checkpoints_that_do_not_fit(run, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_new_tokens": 0}, "max_new_tokens: expected at least 1, got 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens: expected 1 to 2,147,483,647, got 0"),
         ({"temperature": -1}, "temperature: expected 0"),
         ({"top_p": 0}, "top_p: expected a probability above 0"),
         ({"top_k": -2}, "top_k: expected 0"),

@@ -63,7 +63,9 @@ def level_features(features: Features, exponential: bool) -> Features:
 
     def leveled(x: Tensor) -> Tensor:
         if exponential:
-            return features(x - x.detach().amax(-1, keepdim=True).clamp(min=torch.finfo(x.dtype).min / 2, max=0))
+            return features(
+                x - x.detach().amax(-1, keepdim=True).clamp_max(0.0).clamp_min(torch.finfo(x.dtype).min / 2)
+            )
         top = x.detach().abs().amax(-1, keepdim=True)
         power = torch.ldexp(torch.ones_like(top), torch.frexp(top).exponent.clamp(min=-100, max=100))
         return features(x / power.where(top.isfinite(), 1))

@@ -37,9 +37,7 @@ class Choice:
 
 def automatic() -> str:
     """What "auto" means: CUMULANT_IMPL, or else "reference" in an export to ONNX and "auto" anywhere else."""
-    if not _environment.get(_key):
-        return "auto"
-    name = os.environ[VARIABLE]
+    name = os.environ[VARIABLE] if _environment.get(_key) else "auto"
     if name not in ("auto", "native", "torch", "reference"):
         raise ValueError(f"{VARIABLE}: expected 'auto', 'native', 'torch' or 'reference', got {name!r}")
     return "reference" if name == "auto" and exports_to_onnx() else name
