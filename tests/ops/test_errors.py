@@ -145,7 +145,10 @@ def test_many_features_and_few_tokens(is_causal):
         return cm.explain(cm.taylor_attention, *inputs(1, 1, T, K, 8, G=1, dtype=torch.float32), order, **sizes)
 
     many = chosen(100, 16, 4)
-    assert str(many).startswith("torch: the fastest available here: one block of 100 tokens, the quadratic form;")
+    assert str(many) == (
+        "torch: the fastest available here: one block of 100 tokens, the quadratic form; "
+        "query read as B = 1 rows, H = 1 heads, T = 100 tokens"
+    )
     assert chosen(100, 16, 2).impl == "native"  # 153 features
     assert chosen(129, 16, 4).impl == "native"
     assert chosen(50, 16, 4).impl == ("native" if is_causal else "torch")  # causal, one native block needs none either
@@ -173,7 +176,9 @@ def test_explain():
         cm.taylor_attention(*elsewhere, impl="native")
     long = inputs(1, 1, 4096, 16, 8, G=1, dtype=torch.float32)
     choice = cm.explain(cm.taylor_attention, *long, is_causal=True, impl="torch")
-    assert str(choice).startswith("torch: asked for: chunks of 128 tokens, 153 features; query read as B = 1 rows")
+    assert str(choice) == (
+        "torch: asked for: chunks of 128 tokens, 153 features; query read as B = 1 rows, H = 1 heads, T = 4096 tokens"
+    )
     assert cm.explain(cm.linear_attention, q, k, v, impl="reference").impl == "reference"
     context = (*inputs(T=5)[:1], *inputs(T=7)[1:])
     assert "chunks of 128 tokens" in cm.explain(cm.taylor_attention, *context, impl="torch").reason

@@ -24,15 +24,18 @@ def gradients(op, inputs: list[Tensor], weight: Tensor, **options) -> list[Tenso
 @pytest.mark.parametrize("dtype", list(ROUNDING), ids=str)
 def test_gradients_of_outputs_that_hardly_depend_on_the_query(impl: str, dtype: torch.dtype, is_causal: bool):
     """relu, two features: most queries have one that counts, or none, and their outputs do not depend on its size."""
-    torch.manual_seed(0)
-    inputs = [torch.randn(1, 2, 129, K).to(dtype) for K in (2, 2, 8)]
-    weight = torch.randn(1, 2, 129, 8, dtype=torch.float64)
     options = {"feature_map": "relu", "is_causal": is_causal}
-    exact = gradients(cm.linear_attention, [x.double() for x in inputs], weight, impl="reference", **options)
-    own = gradients(cm.linear_attention, inputs, weight, impl="reference", **options)
-    found = gradients(cm.linear_attention, inputs, weight, impl=impl, **options)
-    for actual, plain, wanted in zip(found, own, exact):
-        assert error(actual, wanted) <= 4 * max(error(plain, wanted), ROUNDING[dtype])
+    found, own = torch.zeros(3), torch.zeros(3)
+    for seed in range(8):  # of one draw, where most of a gradient cancels, an error says little
+        torch.manual_seed(seed)
+        inputs = [torch.randn(1, 2, 129, K).to(dtype) for K in (2, 2, 8)]
+        weight = torch.randn(1, 2, 129, 8, dtype=torch.float64)
+        wide = [x.double() for x in inputs]
+        exact = gradients(cm.linear_attention, wide, weight, impl="reference", **options)
+        for total, name in ((found, impl), (own, "reference")):
+            grads = gradients(cm.linear_attention, inputs, weight, impl=name, **options)
+            total.add_(torch.tensor([error(a, b) ** 2 / 8 for a, b in zip(grads, exact)]))
+    assert (found.sqrt() <= 2 * own.sqrt().clamp(min=ROUNDING[dtype])).all()
 
 
 @by_impl
