@@ -125,6 +125,7 @@ def test_info():
         (["recall", "--mechanism", "mamba"], "mechanism: expected one of softmax, window-16,"),
         (["recall", "--workers", "-1"], "workers: expected at least 1, got -1"),
         (["recall", "--pairs", "100"], "length: expected an even number of at least 400"),
+        (["bench", "accuracy", "--seed", "1", "--seed", "2"], "--seed: given 2 times, but it takes one value"),
         (["bench", "--recipe", "mine"], "recipe: expected one of fair, implementations, blog, got 'mine'"),
         (["bench", "--mechanism", "mamba"], "mechanism: expected one of softmax, naive softmax, linear,"),
         (["bench", "--dtype", "fp8"], "dtype: expected one of fp32, bf16, fp16, fp64, got 'fp8'"),

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from .console import Console, expanded
+from .parsing import StrictCommand
 
 console = Console()
 Output = Annotated[
@@ -98,7 +99,7 @@ def speed(
     run(chosen, place, device=choose_device(device), threads=threads, force=force, console=console)
 
 
-@bench.command()
+@bench.command(cls=StrictCommand)
 def accuracy(
     output: Output = None,
     length: Annotated[list[int] | None, typer.Option(help="tokens; give it several times")] = None,
@@ -118,7 +119,7 @@ def accuracy(
     run(settings, _folder(output, "accuracy"), device=choose_device(device), force=force, console=console)
 
 
-@bench.command()
+@bench.command(cls=StrictCommand)
 def approximation(
     output: Output = None,
     model: Annotated[
