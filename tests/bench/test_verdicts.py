@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
+import time
 
 import pytest
 
 from cumulant.bench import speed
+from cumulant.bench.load import Load
 from cumulant.bench.speed import PASSES, Recipe
 from cumulant.bench.verdicts import CANNOT_TELL, answers, crossing, interval
 
@@ -87,3 +91,22 @@ def test_rounds_take_turns(monkeypatch):
     rows = speed._measure_group(recipe, next(recipe.groups()), "cpu", {})
     assert asked == ["softmax", "linear", "flash", "softmax", "linear", "softmax", "linear"]
     assert {cell[2]: row["runs"] for cell, row in rows.items()} == {"softmax": 3, "linear": 3, "flash": 1}
+
+
+def test_times_that_agree_beside_other_work_are_no_verdict():
+    """Time slices of a busy machine are all alike: 8.0 ms, whatever is measured."""
+    rows = [cell("softmax", T, 7.97, 8.0, "decode") for T in (512, 8192)]
+    rows += [cell("linear", T, 0.2, 0.21, "decode") for T in (512, 8192)]
+    assert "linear beats softmax" in answers([{**row, "others": 0.02} for row in rows], NAMES)[0]
+    assert answers([{**row, "others": 0.9} for row in rows], NAMES) == [f"On this machine, decode: {CANNOT_TELL}."]
+
+
+def test_the_load_of_other_processes_is_seen():
+    busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        load = Load()
+        time.sleep(1.5)
+        assert load.processors() > 0.25
+    finally:
+        busy.kill()
+        busy.wait()

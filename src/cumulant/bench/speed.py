@@ -19,6 +19,7 @@ from rich.live import Live
 
 from .console import as_table
 from .folder import Folder, Row
+from .load import Load
 from .memory import available, measured
 from .page import Page, Picture, TableOf, write
 from .subjects import SUBJECTS, Shape, Subject
@@ -137,12 +138,14 @@ def run(recipe: Recipe, output: str, *, device: str, threads: int, force: bool, 
 def _measure_group(recipe: Recipe, cells: list[Cell], device: str, done: dict[Cell, Row]) -> dict[Cell, Row]:
     """A row for each cell, measured in turn, `ROUNDS` times over. One whose runs are long is measured once: little that
     comes and goes in the meantime is as long."""
+    load = Load()
     found: dict[Cell, list[Row]] = {cell: [_measure(recipe, cell, device, done)] for cell in cells}
     for _ in range(ROUNDS - 1):
         for cell, rows in found.items():
             if rows[-1]["status"] == "measured" and min(rows[-1]["times"]) < recipe.budget:
                 rows.append(_measure(recipe, cell, device, done, weigh=False))
-    return {cell: _merged(rows) for cell, rows in found.items()}
+    others = round(load.processors(), 2)
+    return {cell: {**_merged(rows), "others": others} for cell, rows in found.items()}
 
 
 def _measure(recipe: Recipe, cell: Cell, device: str, done: dict[Cell, Row], weigh: bool = True) -> Row:

@@ -14,6 +14,7 @@ from .folder import Row
 PASSES = ("forward", "training", "decode")  # training: forward and backward; decode: one more token
 BASELINE = "softmax"
 SCATTER = 1.5  # the most of a cell's time over the least, from which on it tells nothing
+OTHERS = 0.25  # processors taken by other processes, from which on times tell nothing, however well they agree
 CANNOT_TELL = "these measurements scatter too much to tell; close other programs"
 
 Interval = tuple[float, float]
@@ -64,16 +65,11 @@ def answers(rows: list[Row], mechanisms: list[str]) -> list[str]:
 
 
 def _scattered(rows: list[Row], kind: str, mechanisms: list[str]) -> bool:
-    """Whether half of a pass's cells tell nothing."""
-    spreads = [
-        high / low if low > 0 else float("inf")
-        for low, high in (
-            interval(row)
-            for row in rows
-            if row["pass"] == kind and row["mechanism"] in mechanisms and row["status"] == "measured"
-        )
-    ]
-    return statistics.median(spreads) > SCATTER
+    """Whether half of a pass's cells tell nothing, by their own times or by what else ran beside them."""
+    cells = [r for r in rows if r["pass"] == kind and r["mechanism"] in mechanisms and r["status"] == "measured"]
+    spreads = [high / low if low > 0 else float("inf") for low, high in map(interval, cells)]
+    others = statistics.median(float(row.get("others", 0.0)) for row in cells)
+    return statistics.median(spreads) > SCATTER or others > OTHERS
 
 
 def _verdict(rows: list[Row], kind: str, mechanism: str) -> str:
