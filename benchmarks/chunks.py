@@ -1,4 +1,4 @@
-"""Times of the chunk-parallel implementation by chunk length: the table in docs/log.md.
+"""Times of the chunk-parallel implementation by chunk length: the table in docs/log/foundation.md.
 
 python benchmarks/chunks.py
 """
