@@ -1,4 +1,4 @@
-"""One token onto FLASH's open group, native beside PyTorch, by how full the group is: the figures in docs/log/evidence.md.
+"""One token onto FLASH's open group, native beside PyTorch, by how full the group is: figures in docs/log/evidence.md.
 
 B sequences, values of V channels.
 
