@@ -2,11 +2,16 @@
 
 With ``m_t = log Σ_{j≤t} exp(c_j)``, the running mean ``u_t = Σ_{j≤t} exp(c_j - m_t) v_j`` moves towards each value by a
 gate, ``u_t = u_{t-1} + a_t (v_t - u_{t-1})``, ``a_t = exp(c_t - m_t)``, and ``out_t = u_t + g_t (v_t - u_t)`` with
-``g_t = σ(s_t - r_t - m_t)``. Logits enter only through a and g, two numbers a token, which are all that the backward
-pass keeps beside inputs and outputs:
+``g_t = σ(s_t - r_t - m_t)``. The backward pass keeps the inputs and two numbers a token: the odds of the gates,
+``a / (1 - a)``, which tell both a and 1 - a to the last digit. It forms the means again. With Q the gradient of u, and
+M that of m:
 
-    Q_t = (1 - g_t) dout_t + (1 - a_{t+1}) Q_{t+1},   q_t the same of out_t · dout_t
-    dv_t = a_t Q_t + g_t dout_t,   dc_t = a_t (Q_t · v_t - q_t),   ds_t = g_t dout_t · (v_t - out_t) = -dr_t
+    Q_t = (1 - g_t) dout_t + (1 - a_{t+1}) Q_{t+1},   dv_t = a_t Q_t + g_t dout_t
+    ds_t = g_t (1 - g_t) dout_t · (v_t - u_t) = -dr_t
+    b_t = a_t Q_t · (v_t - u_t),   M_t = -ds_t - b_{t+1} + (1 - a_{t+1}) M_{t+1},   dc_t = b_t + a_t M_t
+
+Values enter by their distance from the mean, ``v_t - u_t = (1 - a_t) (v_t - u_{t-1})``. So the gradient of a logit that
+hardly matters is a small product, and not a difference of large sums.
 
 Shapes: ``c [B,G,T]``, ``r, s [B,G,R,T]`` for the R = H / G heads of a group, ``v [B,G,T,V]``. Where nothing has been
 seen, m is -inf and u zero.
@@ -19,15 +24,15 @@ from torch import Tensor
 
 from ..transforms import mappable
 from .passes import compute_dtype
-from .recurrence import carried, scan, segment_maximum, steps
+from .recurrence import Advance, carried, scan, segment_maximum, steps
 
 Past = tuple[Tensor, Tensor] | None  # m [B,G], u [B,G,V], in fp64
 
 
 def _gates(
-    c: Tensor, r: Tensor, s: Tensor, first: Tensor | None, past: Past, dtype: torch.dtype, chunk: int
+    c: Tensor, r: Tensor, s: Tensor, first: Tensor | None, past: Past, chunk: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """a ``[B,G,T]``, g ``[B,G,R,T]``, and the last m ``[B,G]`` in fp64.
+    """The odds of a ``[B,G,T]``, of g ``[B,G,R,T]``, and the last m ``[B,G]``, in fp64.
 
     Sums are of ``exp(c_j - M_t)`` with the running maximum M: differences of logits are taken before anything is
     rounded, so that large logits lose nothing. In fp64, so that light keys behind a heavy one are not lost, a few at a
@@ -42,17 +47,26 @@ def _gates(
     if first is not None:
         decay = decay.masked_fill(first, 0)
     new = (c - top).double().exp()
-    total = scan(decay, new, torch.full_like(new[..., 0], 0.0 if past is None else 1.0), chunk)
+    start = torch.full_like(new[..., :1], 0.0 if past is None else 1.0)
+    total = scan(decay, new, start[..., 0], chunk)
     m = top + total.log()
-    g = torch.sigmoid((s.double() - r.double() - m[:, :, None]).to(dtype)).masked_fill(s == -torch.inf, 0)
-    a = new / total.clamp(min=0.5)  # sums are at least 1, but zero where nothing was seen
-    return a.to(dtype), g, m[..., -1].clone()
+    key_odds = new / (decay * torch.cat((start, total[..., :-1]), -1))
+    return key_odds.masked_fill(new == 0, 0), _own_odds(r, s, m), m[..., -1].clone()
+
+
+def _own_odds(r: Tensor, s: Tensor, m: Tensor) -> Tensor:
+    return (s.double() - r.double() - m[:, :, None]).exp().masked_fill(s == -torch.inf, 0)
+
+
+def _share(odds: Tensor) -> Tensor:
+    """a from a / (1 - a), which may be infinite; 1 - a is ``1 / (1 + odds)``."""
+    return 1 / (1 + 1 / odds)
 
 
 def _forward(
     c: Tensor, r: Tensor, s: Tensor, v: Tensor, first: Tensor | None, past: Past, chunk: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """out ``[B,H,T,V]``, a, g, and the state after all tokens."""
+    """out ``[B,H,T,V]``, the odds of a and g, and the state after all tokens."""
     (B, G, T, V), R, dtype = v.shape, r.shape[2], compute_dtype(v.dtype)
     out = _new_heads(v, G * R)
     y = out.unflatten(1, (G, R))
@@ -62,19 +76,24 @@ def _forward(
         return out, v.new_empty(B, G, T, dtype=dtype), v.new_empty(B, G, R, T, dtype=dtype), m, u0.clone()
     if T == 1 and past is not None:
         return _step(c, r, s, v, past, out)
-    a, g, m = _gates(c, r, s, first, past, dtype, chunk)
-    decay = _decay(a, first)
-    each = decay.to(dtype)
-
-    def advance(h: Tensor, at: slice) -> None:
-        x, weight = v[:, :, at].to(dtype), a[:, :, at, None]
-        h.lerp_(x, weight) if first is None else h.mul_(each[:, :, at, None]).addcmul_(x, weight)
-
+    key_odds, own_odds, m = _gates(c, r, s, first, past, chunk)
+    a, decay, g = _share(key_odds).to(dtype), _decay(key_odds, first), _share(own_odds).to(dtype)
+    advance = _towards(v, a, None if first is None else decay.to(dtype))
     u, end = carried(advance, decay, u0, chunk, dtype=dtype)
     for at, n in steps(T, chunk):
         advance(u[:, :, :n], at)
         y[:, :, :, at] = torch.lerp(u[:, :, None, :n], v[:, :, None, at].to(dtype), g[:, :, :, at, None])
-    return out, a, g, m, end
+    return out, key_odds.to(dtype), own_odds.to(dtype), m, end
+
+
+def _towards(v: Tensor, a: Tensor, decay: Tensor | None) -> Advance:
+    """What moves means towards the values. decay: 1 - a, where it is not just that because sequences begin."""
+
+    def advance(h: Tensor, at: slice) -> None:
+        x, weight = v[:, :, at].to(h.dtype), a[:, :, at, None]
+        h.lerp_(x, weight) if decay is None else h.mul_(decay[:, :, at, None]).addcmul_(x, weight)
+
+    return advance
 
 
 def _step(
@@ -84,15 +103,16 @@ def _step(
     are smaller than its last digit."""
     x, dtype, (m0, u0) = v.double(), compute_dtype(v.dtype), past
     m = torch.logaddexp(m0[..., None], c.double())
-    a = (c - m).exp().masked_fill(c == -torch.inf, 0)
-    g = torch.sigmoid(s.double() - r.double() - m[:, :, None]).masked_fill(s == -torch.inf, 0)
-    u = torch.lerp(u0[:, :, None], x, a[..., None])
-    out.copy_(torch.lerp(u[:, :, None], x[:, :, None], g[..., None]).flatten(1, 2))
-    return out, a.to(dtype), g.to(dtype), m.squeeze(-1).clone(), u.squeeze(2).clone()
+    key_odds = (c.double() - m0[..., None]).exp().masked_fill(c == -torch.inf, 0)
+    own_odds = _own_odds(r, s, m)
+    u = torch.lerp(u0[:, :, None], x, _share(key_odds)[..., None])
+    out.copy_(torch.lerp(u[:, :, None], x[:, :, None], _share(own_odds)[..., None]).flatten(1, 2))
+    return out, key_odds.to(dtype), own_odds.to(dtype), m.squeeze(-1).clone(), u.squeeze(2).clone()
 
 
-def _decay(a: Tensor, first: Tensor | None) -> Tensor:
-    decay = 1 - a.double()
+def _decay(key_odds: Tensor, first: Tensor | None) -> Tensor:
+    """1 - a, in fp64; 0 where a sequence begins."""
+    decay = 1 / (1 + key_odds.double())
     return decay if first is None else decay.masked_fill(first, 0)
 
 
@@ -107,30 +127,25 @@ def _backward(
     v: Tensor,
     first: Tensor | None,
     past: Past,
-    out: Tensor,
-    a: Tensor,
-    g: Tensor,
-    end: Tensor,
+    key_odds: Tensor,
+    own_odds: Tensor,
     dout: Tensor,
     dm: Tensor | None,
     du: Tensor | None,
     chunk: int,
 ) -> tuple[Tensor, ...]:
     """Gradients of c ``[B,G,T]``, s ``[B,G,R,T]``, v ``[B,G,T,V]``, and of the state, whether there is one or not."""
-    (B, G, T), R, dtype = a.shape, g.shape[2], a.dtype
-    dy, y = dout.unflatten(1, (G, R)), out.unflatten(1, (G, R))
-    dv, keep = _new_heads(v, G), 1 - g
-    dc, ds, own = torch.empty_like(a), torch.empty_like(g), torch.empty_like(g)
-    du = torch.zeros_like(end) if du is None else du
-    dq = (du * end).sum(-1) if dm is None else (du * end).sum(-1) - dm
+    (B, G, T, V), R, dtype = v.shape, own_odds.shape[2], key_odds.dtype
+    dm = v.new_zeros(B, G, dtype=torch.float64) if dm is None else dm
+    du = v.new_zeros(B, G, V, dtype=torch.float64) if du is None else du
+    dv, ds, by_key = _new_heads(v, G), torch.empty_like(own_odds), torch.empty_like(key_odds)
     if T == 0 or B == 0:
-        return dc, ds, dv, torch.zeros_like(dq) if dm is None else dm.clone(), du.clone()
-    for at, _ in steps(T, chunk):
-        own[:, :, :, at] = (dy[:, :, :, at].to(dtype) * y[:, :, :, at]).sum(-1)
-    decay = _decay(a, first)
+        return by_key, ds, dv, dm.clone(), du.clone()
+    dy, a, g, keep = dout.unflatten(1, (G, R)), _share(key_odds), _share(own_odds), 1 / (1 + own_odds)
+    decay = _decay(key_odds, first)
+    apart = _distances(v, a, decay, first, None if past is None else past[1], chunk)
     after = torch.cat((decay[:, :, 1:], torch.ones_like(decay[:, :, :1])), -1)
     each = after.to(dtype)
-    q = scan(after, (keep * own).sum(2), dq.to(dtype), chunk, reverse=True)
 
     def advance(h: Tensor, at: slice) -> None:
         h.mul_(each[:, :, at, None])
@@ -143,14 +158,30 @@ def _backward(
     for at, n in steps(T, chunk, reverse=True):
         h = Q[:, :, :n]
         advance(h, at)
-        x, upstream, gate = v[:, :, at].to(dtype), dy[:, :, :, at].to(dtype), g[:, :, :, at]
-        dc[:, :, at] = a[:, :, at] * ((h * x).sum(-1) - q[:, :, at])
-        ds[:, :, :, at] = gate * ((upstream * x[:, :, None]).sum(-1) - own[:, :, :, at])
+        gap, upstream, gate = apart[:, :, at], dy[:, :, :, at].to(dtype), g[:, :, :, at]
+        by_key[:, :, at] = a[:, :, at] * (h * gap).sum(-1)
+        ds[:, :, :, at] = gate * keep[:, :, :, at] * (upstream * gap[:, :, None]).sum(-1)
         dv[:, :, at] = torch.addcmul((upstream * gate[..., None]).sum(2), h, a[:, :, at, None])
+    later = torch.cat((by_key[:, :, 1:], torch.zeros_like(by_key[:, :, :1])), -1)
+    M = scan(after, -ds.sum(2) - later, dm.to(dtype), chunk, reverse=True)
+    dc = torch.addcmul(by_key, a, M)
     if past is None:
-        return dc, ds, dv, dq, dpast
-    reached = (past[0] != -torch.inf) * decay[:, :, 0]
-    return dc, ds, dv, reached * ((dpast * past[1]).sum(-1) - q[:, :, 0]), reached[..., None] * dpast
+        return dc, ds, dv, dm.clone(), dpast
+    reached, kept = past[0] != -torch.inf, decay[:, :, 0]
+    return dc, ds, dv, reached * (kept * M[:, :, 0] - by_key[:, :, 0]), (reached * kept)[..., None] * dpast
+
+
+def _distances(v: Tensor, a: Tensor, decay: Tensor, first: Tensor | None, start: Tensor | None, chunk: int) -> Tensor:
+    """v - u ``[B,G,T,V]``, as 1 - a times the distance from the mean before: exact where a is near 1."""
+    found, each = a.new_empty(v.shape), decay.to(a.dtype)
+    start = decay.new_zeros(*v.shape[:2], v.shape[3]) if start is None else start
+    advance = _towards(v, a, None if first is None else each)
+    u, _ = carried(advance, decay, start, chunk, dtype=a.dtype)
+    for at, n in steps(v.shape[2], chunk):
+        h = u[:, :, :n]
+        found[:, :, at] = (v[:, :, at].to(h.dtype) - h).mul_(each[:, :, at, None])
+        advance(h, at)
+    return found
 
 
 @torch.library.custom_op("cumulant::elita_attention", mutates_args=())
@@ -164,8 +195,8 @@ def elita_attention(
     mean: Tensor | None,
     chunk: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Output ``[B,H,T,V]``, the gates a ``[B,G,T]`` and g ``[B,G,R,T]``, and the state after all tokens: m ``[B,G]``
-    and u ``[B,G,V]``, in fp64.
+    """Output ``[B,H,T,V]``, the odds of the gates a ``[B,G,T]`` and g ``[B,G,R,T]``, and the state after all tokens:
+    m ``[B,G]`` and u ``[B,G,V]``, in fp64.
 
     key_logit ``[B,G,T]``, query_logit and self_logit ``[B,H,T]`` of one dtype, fp32 or fp64, -inf where a key or a
     token itself has no weight; first ``[T]``: True where a sequence begins that sees nothing before it.
@@ -173,8 +204,8 @@ def elita_attention(
     past = None if log_weight is None or mean is None else (log_weight, mean)
     r, s = (x.unflatten(1, (value.shape[1], -1)) for x in (query_logit, self_logit))
     with torch.autocast(value.device.type, enabled=False):
-        out, a, g, m, u = _forward(key_logit, r, s, value, first, past, chunk)
-    return out, a.contiguous(), g.contiguous(), m, u.contiguous()
+        out, key_odds, own_odds, m, u = _forward(key_logit, r, s, value, first, past, chunk)
+    return out, key_odds.contiguous(), own_odds.contiguous(), m, u.contiguous()
 
 
 @elita_attention.register_fake
@@ -203,54 +234,55 @@ def elita_attention_backward(
     dout: Tensor,
     dlog_weight: Tensor | None,
     dmean: Tensor | None,
+    key_logit: Tensor,
+    query_logit: Tensor,
+    self_logit: Tensor,
     value: Tensor,
     first: Tensor | None,
     log_weight: Tensor | None,
     mean: Tensor | None,
-    out: Tensor,
-    a: Tensor,
-    g: Tensor,
-    final_mean: Tensor,
-    dtype: torch.dtype,
+    key_odds: Tensor,
+    own_odds: Tensor,
     chunk: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of the three logits, in `dtype`, of the values and of the state."""
+    """Gradients of the three logits, of the values and of the state.
+
+    The logits are not read. They are arguments so that asking for gradients of these gradients is an error: without
+    them, those would be taken for zero.
+    """
     past = None if log_weight is None or mean is None else (log_weight, mean)
     with torch.autocast(value.device.type, enabled=False):
-        found = _backward(value, first, past, out, a, g, final_mean, dout, dlog_weight, dmean, chunk)
+        found = _backward(value, first, past, key_odds, own_odds, dout, dlog_weight, dmean, chunk)
     dc, ds, dv, dm, du = found
-    ds = ds.flatten(1, 2).to(dtype)
-    return dc.to(dtype), -ds, ds, dv, dm, du
+    ds = ds.flatten(1, 2).to(key_logit.dtype)
+    return dc.to(key_logit.dtype), -ds, ds, dv, dm, du
 
 
 @elita_attention_backward.register_fake
-def _(dout, dlog_weight, dmean, value, first, log_weight, mean, out, a, g, final_mean, dtype, chunk):  # type: ignore[no-untyped-def]
+def _(dout, dlog_weight, dmean, key_logit, query_logit, self_logit, value, *rest):  # type: ignore[no-untyped-def]
+    B, G, _, V = value.shape
     return (
-        a.new_empty(a.shape, dtype=dtype),
-        a.new_empty(out.shape[:3], dtype=dtype),
-        a.new_empty(out.shape[:3], dtype=dtype),
-        _new_heads(value, value.shape[1]),
-        final_mean.new_empty(final_mean.shape[:2], dtype=torch.float64),
-        final_mean.new_empty(final_mean.shape),
+        *(x.new_empty(x.shape) for x in (key_logit, query_logit, self_logit)),
+        _new_heads(value, G),
+        value.new_empty((B, G), dtype=torch.float64),
+        value.new_empty((B, G, V), dtype=torch.float64),
     )
 
 
 def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    key_logit, _, _, value, first, log_weight, mean, ctx.chunk = inputs
-    out, a, g, _, final_mean = output
-    ctx.mark_non_differentiable(a, g)
-    ctx.dtype = key_logit.dtype
-    ctx.save_for_backward(value, first, log_weight, mean, out, a, g, final_mean)
+    *tensors, ctx.chunk = inputs
+    _, key_odds, own_odds, _, _ = output
+    ctx.mark_non_differentiable(key_odds, own_odds)
+    ctx.save_for_backward(*tensors, key_odds, own_odds)
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx, dout, _da, _dg, dm, du):  # type: ignore[no-untyped-def]
-    saved = ctx.saved_tensors
+def _differentiate(ctx, dout, _key, _own, dm, du):  # type: ignore[no-untyped-def]
+    _, query_logit, _, value, _, log_weight, mean, *_ = ctx.saved_tensors
     if dout is None:
-        dout = torch.zeros_like(saved[4])
-    *grads, dm0, du0 = _mapped_backward(dout, dm, du, *saved, ctx.dtype, ctx.chunk)
-    stateful = saved[2] is not None
-    return *grads, None, dm0 if stateful else None, du0 if stateful else None, None
+        dout = value.new_zeros((*query_logit.shape, value.shape[-1]))
+    *grads, dm0, du0 = _mapped_backward(dout, dm, du, *ctx.saved_tensors, ctx.chunk)
+    return *grads, None, None if log_weight is None else dm0, None if mean is None else du0, None
 
 
 elita_attention.register_autograd(_differentiate, setup_context=_save)
