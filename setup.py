@@ -2,7 +2,7 @@
 
 They are one plain shared library, without Python's or torch's headers, compiled once for each instruction set. It
 chooses among them when it runs, so a wheel serves every machine of its platform and every Python. CXX names the
-compiler, and CXXFLAGS adds flags.
+compiler, and CXXFLAGS adds flags. A wheel without the kernels serves every platform, and is tagged so.
 """
 
 import os
@@ -10,6 +10,7 @@ import platform
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -18,6 +19,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 SOURCES = Path("src/cumulant/kernels/native")
+KERNELS = "cumulant.kernels.native._kernels"
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 INSTRUCTIONS = {
@@ -28,6 +30,8 @@ FLAGS = ["-std=c++17", "-O3", "-fPIC", "-pthread", "-ffp-contract=fast", "-Wall"
 
 
 def compiler():
+    if sys.platform == "win32":  # GCC's 32-byte vectors on its stack are misaligned there, and MSVC takes other flags
+        raise CompileError("the native CPU kernels are not built on Windows: PyTorch's operators take their place")
     wanted = os.environ.get("CXX")
     for name in shlex.split(wanted)[:1] if wanted else ("c++", "g++", "clang++"):
         if shutil.which(name):
@@ -63,13 +67,14 @@ class BuildKernels(build_ext):
 
 class Wheel(bdist_wheel):
     def get_tag(self):
-        return "py3", "none", super().get_tag()[2]
+        built = Path(self.get_finalized_command("build_ext").get_ext_fullpath(KERNELS))
+        return "py3", "none", super().get_tag()[2] if built.exists() else "any"
 
 
 setup(
     ext_modules=[
         Extension(
-            "cumulant.kernels.native._kernels",
+            KERNELS,
             [str(path) for path in sorted(SOURCES.glob("*.cpp"))],
             depends=[str(path) for path in sorted(SOURCES.glob("*.hpp"))],
             optional=True,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 from functools import lru_cache
 from pathlib import Path
 
@@ -173,6 +174,8 @@ def pointer(x: Tensor | None) -> int | None:
 @lru_cache(maxsize=1)
 def _load() -> tuple[ctypes.CDLL | None, str]:
     """The library, or why there is none."""
+    if sys.platform == "win32":
+        return None, "its kernels are not built on Windows"
     if not PATH.exists():
         return None, "its kernels were not compiled: no C++ compiler (GCC, Clang) when cumulant was installed"
     try:
