@@ -78,9 +78,11 @@ sanitize: $(INSTALLED)  ## the native kernels' tests under the address and undef
 	@LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitize/lib \
 		$(BIN)/python -m pytest -n 2 -m "not slow" -k native tests/ops
 
-docs: $(INSTALLED)  ## the documentation as pages, in site/; a broken link is an error
+docs: $(INSTALLED)  ## the documentation as pages, in site/; a dead link is an error
 	@echo "== documentation"
-	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@$(BIN)/python docs/tools/links.py site
+	@echo "open site/index.html in a browser; it needs no server and no network"
 
 demo: $(INSTALLED)  ## train a small model on Python's own source, sample from it, measure it (about two minutes)
 	@$(BIN)/python examples/demo.py

@@ -9,6 +9,7 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
+LENGTHS = {1024: "1k", 8192: "8k", 32768: "32k", 131072: "128k and more"}  # of docs/choosing.md
 BLOCK = re.compile(r"(?:<!-- needs (\w+) -->\n)?```python\n(.*?)```", re.DOTALL)
 
 
@@ -69,3 +70,28 @@ def test_choosing_says_what_was_measured():
     page = (ROOT / "docs" / "choosing.md").read_text()
     line = f"Taylor attention recalls {few} from {kept} kB and {more} from {of_more}, Based {based} from {of_based};"
     assert line in page
+
+
+def test_choosing_by_length_says_what_was_measured():
+    """The tables' times and states of one attention layer are the report's."""
+    from cumulant.bench.folder import Folder
+
+    rows = Folder.open(str(ROOT / "docs/reports/bench")).rows()
+    found = {(row["pass"], row["mechanism"], row["length"]): row for row in rows if row.get("median")}
+    table = (ROOT / "docs" / "choosing.md").read_text()
+    lines = {length: table.split(f"\n| {name} |")[1].split("\n")[0] for length, name in LENGTHS.items()}
+    for length, line in lines.items():
+        training, taylor, softmax = (
+            found.get((kind, mechanism, length))
+            for kind, mechanism in (("training", "taylor"), ("decode", "taylor"), ("decode", "softmax"))
+        )
+        assert f"{training['median'] * 1e3:#.3g}".rstrip(".") + " ms" in line
+        assert f"{taylor['median'] * 1e6:.0f} µs" in line
+        assert f"{softmax['median'] * 1e6:,.0f} µs" in line
+        if length > 1024:
+            assert f"{taylor['peak_bytes'] / 2**20:.1f} MiB" in line
+            assert f"{softmax['peak_bytes'] / 2**20:.0f} MiB" in line
+    assert f"softmax {found['training', 'softmax', 1024]['median'] * 1e3:.1f} ms" in lines[1024]
+    assert f"softmax {found['training', 'softmax', 8192]['median'] * 1e3:,.0f} ms" in lines[8192]
+    assert f"{found['training', 'softmax', 16384]['median'] * 1e3:,.0f} ms at 16k" in lines[32768]
+    assert f"{found['training', 'elita', 131072]['median'] * 1e3:.0f} ms" in lines[131072]

@@ -3,18 +3,32 @@
 import re
 from pathlib import Path
 
+README = (Path(__file__).parent.parent / "README.md").read_text()
+
 
 def test_the_examples_run():
-    text = (Path(__file__).parent.parent / "README.md").read_text()
-    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     scope = {}
     exec(blocks[0], scope)
     assert scope["out"].shape == (1, 8, 1000, 64)
-    scope["x"], scope["more"] = (scope["torch"].randn(1, n, 512) for n in (5, 2))
     exec(blocks[1], scope)
-    assert scope["mixer"](scope["more"], state=scope["state"], return_state=True)[0].shape == (1, 2, 512)
+    assert scope["rest"].shape == (1, 8, 100, 64)
     exec(blocks[2], scope)
+    assert scope["y"].shape == (1, 100, 512)
+    exec(blocks[3], scope)
     assert scope["y"].shape == (2, 10, 512)
     assert round(scope["context"].nbytes / 1e6, 1) == 0.6
     assert scope["images"].shape == (2, 32, 24, 24)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
+
+
+def test_the_first_screen_has_what_a_newcomer_needs():
+    """Above the first heading of its own: a picture, how to install without CUDA, a call, the two commands."""
+    first = README.split("\n## ")[0]
+    picture = re.search(r"!\[[^]]+\]\((docs/figures/[^)]+)\)", first)
+    assert (Path(__file__).parent.parent / picture[1]).is_file()
+    assert "whl/cpu" in first
+    assert "3 to 4 GB" in first
+    assert "```python\nimport torch" in first
+    assert "make demo" in first
+    assert "make test" in first

@@ -1,6 +1,7 @@
-"""Draws docs/figures/elita_positions.png: the position logits P(i, j) of every layer and head of a trained model.
+"""Draws docs/figures/elita_positions.png: a model's position logits P(i, j).
 
-Read off the model's own module. After `cumulant compare --recipe elita-wikitext --output runs/compare`:
+There is one picture for every layer and head of the trained model. After
+`cumulant compare --recipe elita-wikitext --output runs/compare`:
 
     python docs/figures/elita_positions.py runs/compare/runs/elita-RATE-0
 """
@@ -22,25 +23,53 @@ def logits(position: torch.nn.Module, length: int) -> torch.Tensor:
     """``[H, T, T]``, P(i, j) = P₂(i) + P₁(j) for j ≤ i; NaN above."""
     key, query = position(torch.arange(length))
     both = query.T[:, :, None] + key.T[:, None, :]
-    return both.masked_fill(torch.ones(length, length, dtype=torch.bool).triu(1), torch.nan)
+    return both.masked_fill(
+        torch.ones(length, length, dtype=torch.bool).triu(1), torch.nan
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", help="folder of a trained model with ELiTA mixers")
-    parser.add_argument("--output", default=str(Path(__file__).with_name("elita_positions.png")))
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "run", help="folder of a trained model with ELiTA mixers"
+    )
+    parser.add_argument(
+        "--output",
+        default=str(Path(__file__).with_name("elita_positions.png")),
+    )
     options = parser.parse_args()
     model, _ = load_checkpoint(options.run, "cpu")
-    mixers = [block.mixer for block in model.model.layers if hasattr(block.mixer, "position")]
-    pictures = [logits(mixer.position, int(mixer.position.horizon)) for mixer in mixers]
+    mixers = [
+        block.mixer
+        for block in model.model.layers
+        if hasattr(block.mixer, "position")
+    ]
+    pictures = [
+        logits(mixer.position, int(mixer.position.horizon))
+        for mixer in mixers
+    ]
     size = max(float(p.nan_to_num().abs().max()) for p in pictures)
     rows, columns = len(pictures), len(pictures[0])
     figure, axes = plt.subplots(
-        rows, columns, figsize=(2.3 * columns + 1, 2.3 * rows), squeeze=False, sharex=True, sharey=True
+        rows,
+        columns,
+        figsize=(2.3 * columns + 1, 2.3 * rows),
+        squeeze=False,
+        sharex=True,
+        sharey=True,
     )
     for row, picture in zip(axes, pictures, strict=True):
         for axis, head in zip(row, picture, strict=True):
-            image = axis.imshow(head, cmap="RdBu_r", vmin=-size, vmax=size, interpolation="nearest")
+            image = axis.imshow(
+                head,
+                cmap="RdBu_r",
+                vmin=-size,
+                vmax=size,
+                interpolation="nearest",
+            )
             axis.set(xticks=[], yticks=[])
     for i, row in enumerate(axes):
         row[0].set_ylabel(f"layer {i + 1}\nquery i")
