@@ -10,6 +10,8 @@ import signal
 import sys
 from collections.abc import Sequence
 
+from .streams import prepare_streams, silence
+
 EXTRA = "pip install 'cumulant[text]', or in a checkout: pip install -e '.[text]'"
 MISTAKES = (ValueError, TypeError, OSError, ModuleNotFoundError)  # what the messages of this package are raised as
 # What goes wrong in the libraries underneath: their words will do.
@@ -21,7 +23,7 @@ def main() -> None:
 
     CUMULANT_DEBUG=1 shows the traceback instead.
     """
-    _prepare_streams()
+    prepare_streams()
     arguments = sys.argv[1:] or ["--help"]
     try:
         code = run(arguments)
@@ -84,16 +86,6 @@ def describe(error: Exception, arguments: Sequence[str] = ()) -> str:
     return f"{option}{colon}{rest}" if typed else message
 
 
-def silence(stream: object) -> None:
-    """Send what a stream still holds to nowhere: its reader is gone."""
-    try:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, stream.fileno())  # type: ignore[attr-defined]
-        os.close(nowhere)
-    except (OSError, ValueError, AttributeError):  # not a file: nothing to redirect
-        return
-
-
 def _is_expected(error: Exception) -> bool:
     return isinstance(error, FAILURES) or hasattr(error, "format_message") or _comes_from(error, "safetensors")
 
@@ -110,16 +102,6 @@ def _speaks(error: Exception) -> bool:
         return True
     echo = any(word in str(error).lower() for word in ("gloo", "nccl", "connection", "tcpstore"))
     return not (isinstance(error, MISTAKES) or hasattr(error, "format_message") or echo)
-
-
-def _prepare_streams() -> None:
-    """Standard output and error that take any text, also where they are closed or have few characters."""
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        if stream is None:
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
-        elif hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
 
 
 if __name__ == "__main__":

@@ -14,10 +14,10 @@ from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 
-from .__main__ import main, silence
 from .bench.commands import bench, compare, hush, quiet, recall, report
 from .bench.console import Console, expanded, print_table
 from .bench.parsing import StrictCommand
+from .streams import silence
 from .text.options import TrainingOptions
 from .text.recipes import RECIPES, from_recipe
 from .text.runs import STARTED, finite
@@ -261,7 +261,3 @@ def run_command(arguments: Sequence[str]) -> int:
         if isinstance(end.__context__, BrokenPipeError):
             raise end.__context__ from None
         raise
-
-
-if __name__ == "__main__":
-    main()
