@@ -199,7 +199,7 @@ def by_length(repeats: int) -> list[dict[str, object]]:
 
 
 def draw(rows: list[dict[str, object]], folder: Path) -> None:
-    from cumulant.bench.plots import pyplot
+    from cumulant.bench.reports.plots import pyplot
 
     plt = pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained", sharey=True)

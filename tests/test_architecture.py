@@ -10,6 +10,8 @@ import pytest
 
 import cumulant as cm
 
+from .import_graph import folder_graph, import_circles, import_graph
+
 ROOT = Path(cm.__file__).parent
 # what each part may import from the package
 ALLOWED = {
@@ -56,6 +58,42 @@ def test_import_rules(part):
                 assert inside, f"{path.relative_to(ROOT)} imports {module}"
             else:
                 assert target in ALLOWED[part] | {"__version__"}, f"{path.relative_to(ROOT)} imports {module}"
+
+
+def test_no_import_circles():
+    assert import_circles(import_graph(ROOT)) == []
+
+
+def test_measurements_do_not_import_one_another():
+    """In `bench`, a measurement's folder imports what all share, and itself."""
+    graph = folder_graph(import_graph(ROOT), "cumulant.bench")
+    shared = {"reports", "dtypes", "console", "parsing"}
+    measurements = {name for name in graph if (ROOT / "bench" / name).is_dir()} - shared
+    assert measurements >= {"speed", "accuracy", "approximation", "recall", "compare"}
+    for name in measurements:
+        assert graph[name] <= shared, name
+    assert graph["reports"] == set()
+    assert graph["dtypes"] <= {"reports"}
+    assert import_circles(graph) == []
+
+
+@pytest.mark.parametrize(
+    ("files", "circle"),
+    [
+        ({"a": "from . import b", "b": "def f():\n    from .a import x"}, ["p.a", "p.b"]),
+        (
+            {"a": "from .b import x", "b": "import typing\nif typing.TYPE_CHECKING:\n    from p import a"},
+            ["p.a", "p.b"],
+        ),
+        ({"a": "import p.b", "b": "from .c import x", "c": "from p.a import y"}, ["p.a", "p.b", "p.c"]),
+        ({"a": "from . import b", "b": "from .c import x", "c": ""}, None),
+    ],
+)
+def test_circles_are_found(files, circle, tmp_path):
+    (tmp_path / "p").mkdir()
+    for name, text in {"__init__": "", **files}.items():
+        (tmp_path / "p" / f"{name}.py").write_text(text)
+    assert import_circles(import_graph(tmp_path / "p")) == ([circle] if circle else [])
 
 
 def test_public_names():

@@ -55,8 +55,8 @@ def test_links_lead_somewhere(page):
 
 def test_choosing_says_what_was_measured():
     """Recall of 32 pairs behind a short convolution, by mechanism: the page's figures are the report's."""
-    from cumulant.bench.folder import Folder
-    from cumulant.bench.recall import best
+    from cumulant.bench.recall.best import best
+    from cumulant.bench.reports.folder import Folder
 
     found = {(b.mechanism, b.width): b for b in best(Folder.open(str(ROOT / "docs/reports/recall")).rows()) if b.conv}
 

@@ -8,9 +8,11 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from cumulant.bench import accuracy
-from cumulant.bench.accuracy import IMPLEMENTATIONS, OPERATIONS, Settings, measure
-from cumulant.bench.reports import draw
+from cumulant.bench.accuracy import measure as accuracy
+from cumulant.bench.accuracy import subjects
+from cumulant.bench.accuracy.measure import Settings, measure
+from cumulant.bench.accuracy.subjects import IMPLEMENTATIONS, OPERATIONS
+from cumulant.bench.redraw import redraw
 
 EXPECTED = {"fp32": (1e-9, 3e-6), "bf16": (1e-4, 3e-3), "fp16": (1e-5, 4e-4), "fp64": (0, 1e-14)}
 
@@ -26,8 +28,8 @@ def test_errors_are_those_of_the_dtype(operation, dtype):
 
 
 def test_long_texts_leave_out_what_is_quadratic_or_slow(monkeypatch):
-    monkeypatch.setattr(accuracy, "QUADRATIC", 50)
-    monkeypatch.setattr(accuracy, "STEPWISE", 50)
+    monkeypatch.setattr(subjects, "QUADRATIC", 50)
+    monkeypatch.setattr(subjects, "STEPWISE", 50)
     assert {row["implementation"] for row in measure("linear", 100, "fp32", 0, "cpu")} == {"torch", "native"}
 
 
@@ -54,7 +56,7 @@ def test_a_run_and_its_report(tmp_path, monkeypatch):
     monkeypatch.setattr(accuracy, "measure", lambda *_: pytest.fail("measured again"))
     accuracy.run(settings, str(tmp_path), device="cpu", force=False, console=console)
     (tmp_path / "accuracy.svg").unlink()
-    draw(str(tmp_path), console)
+    redraw(str(tmp_path), console)
     assert (tmp_path / "report.html").read_text() == page
 
 

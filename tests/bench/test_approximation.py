@@ -6,8 +6,8 @@ import sys
 import pytest
 import torch
 
-from cumulant.bench import approximation as bench
-from cumulant.bench.folder import Folder
+from cumulant.bench.approximation import cases, trained
+from cumulant.bench.reports.folder import Folder
 from cumulant.models import CumulantForCausalLM, from_preset
 from cumulant.text.options import TrainingOptions
 from cumulant.text.train import train
@@ -21,12 +21,12 @@ def draw(*shape, seed=0):
 
 def test_a_case_is_its_formula():
     """By loops: the weights of one query, their average of the values, and the distance over all outputs."""
-    q, k, v = (draw(1, 1, bench.LENGTH, n, seed=n) for n in (6, 6, 4))
-    k = 0.5 * draw(1, 1, bench.LENGTH, 6, seed=1)
-    found = bench.measure(q, k, v, "random")
+    q, k, v = (draw(1, 1, cases.LENGTH, n, seed=n) for n in (6, 6, 4))
+    k = 0.5 * draw(1, 1, cases.LENGTH, 6, seed=1)
+    found = cases.measure_orders(q, k, v, "random")
     squares, seen = 0.0, 0
-    outs = {"exact": [], **{order: [] for order in bench.ORDERS}}
-    for t in range(bench.LENGTH):
+    outs = {"exact": [], **{order: [] for order in cases.ORDERS}}
+    for t in range(cases.LENGTH):
         x = (k[0, 0, : t + 1] @ q[0, 0, t]) / math.sqrt(6)
         squares, seen = squares + float(x.square().sum()), seen + t + 1
         for name, out in outs.items():
@@ -40,8 +40,8 @@ def test_a_case_is_its_formula():
 
 
 def test_orders_converge_where_scores_are_small():
-    q, k, v = (draw(2, 1, bench.LENGTH, 8, seed=s) for s in range(3))
-    errors = [c.error for c in bench.measure(0.1 * q, k, v, "random")]
+    q, k, v = (draw(2, 1, cases.LENGTH, 8, seed=s) for s in range(3))
+    errors = [c.error for c in cases.measure_orders(0.1 * q, k, v, "random")]
     assert errors == sorted(errors, reverse=True)
     assert errors[4] < 1e-4 < errors[2] < 0.02 < errors[0]
 
@@ -51,7 +51,7 @@ def test_recorded_queries_and_keys_are_the_model_s(preset):
     """With the values, they give what the mixer's own attention gives, scale included; and nothing is left behind."""
     torch.manual_seed(0)
     model = CumulantForCausalLM(from_preset(preset, num_key_value_heads=2, **SMALL)).eval()
-    ids = torch.randint(0, 40, (2, bench.LENGTH))
+    ids = torch.randint(0, 40, (2, cases.LENGTH))
     mixer = model.model.layers[1].mixer
     values, outs = [], []
     own = mixer.attend
@@ -62,12 +62,12 @@ def test_recorded_queries_and_keys_are_the_model_s(preset):
         return outs[-1]
 
     mixer.attend = spy
-    with torch.inference_mode(), bench.recorded(model) as found:
+    with torch.inference_mode(), trained.recorded_heads(model) as found:
         model(ids, use_cache=False)
     assert list(found) == ["model.layers.0.mixer", "model.layers.1.mixer"]
     q, k = found["model.layers.1.mixer"]
     v = values[0].repeat_interleave(2, 1)
-    expected = bench.exact(q, k, v) if preset == "softmax" else bench.approximate(q, k, v, 2)
+    expected = cases.softmax_output(q, k, v) if preset == "softmax" else cases.taylor_output(q, k, v, 2)
     assert torch.allclose(outs[0], expected, atol=1e-5)
     assert "attend" not in vars(model.model.layers[0].mixer)
 
@@ -86,19 +86,19 @@ def run(tmp_path_factory):
 
 @pytest.fixture
 def cli(monkeypatch, capsys):
-    from cumulant import cli
+    from cumulant.__main__ import main
 
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["cumulant", *map(str, arguments)])
         with pytest.raises(SystemExit) as stop:
-            cli.main()
+            main()
         return stop.value.code, *capsys.readouterr()
 
     return call
 
 
 def test_the_command_writes_table_pictures_and_numbers(cli, run, tmp_path, monkeypatch):
-    monkeypatch.setattr(bench, "DIMS", (16, 64))
+    monkeypatch.setattr(cases, "DIMS", (16, 64))
     code, out, _ = cli("bench", "approximation", "--output", tmp_path / "out", "--model", run)
     assert code == 0
     assert "order 2 is" in out
@@ -113,7 +113,8 @@ def test_the_command_writes_table_pictures_and_numbers(cli, run, tmp_path, monke
     assert cli("bench", "approximation", "--output", tmp_path / "again", "--model", run)[0] == 0
     assert Folder.open(str(tmp_path / "again")).rows() == kept.rows()
     with monkeypatch.context() as patch:  # what is there is not measured again
-        patch.setattr(bench, "measure", None)
+        patch.setattr(cases, "measure_orders", None)
+        patch.setattr(trained, "measure_orders", None)
         assert cli("bench", "approximation", "--output", tmp_path / "out", "--model", run)[0] == 0
     (tmp_path / "drawn").mkdir()
     (tmp_path / "drawn" / "rows.jsonl").write_text((tmp_path / "out" / "rows.jsonl").read_text())
@@ -127,15 +128,15 @@ def test_the_command_writes_table_pictures_and_numbers(cli, run, tmp_path, monke
 
 def test_other_weights_are_another_measurement(run, tmp_path):
     weights = run / "model.safetensors"
-    before, kept = bench.digest(str(run)), weights.read_bytes()
+    before, kept = trained.weights_digest(str(run)), weights.read_bytes()
     model = CumulantForCausalLM.from_pretrained(run)
     model.model.layers[0].mixer.out_proj.weight.data.mul_(2)
     try:
         model.save_pretrained(run)
-        assert bench.digest(str(run)) != before
+        assert trained.weights_digest(str(run)) != before
     finally:
         weights.write_bytes(kept)
-    assert bench.digest(str(run)) == before
+    assert trained.weights_digest(str(run)) == before
 
 
 def test_mistakes(cli, run, tmp_path, monkeypatch):
@@ -148,7 +149,7 @@ def test_mistakes(cli, run, tmp_path, monkeypatch):
     (run / "kept").rename(run / "tokens")
     assert code == 2
     assert "keeps no held-out text; give the folder of a training run" in err
-    with torch.inference_mode(), bench.recorded(model) as found:
+    with torch.inference_mode(), trained.recorded_heads(model) as found:
         model(torch.zeros(1, 4, dtype=torch.int64), use_cache=False)
     assert not found
     monkeypatch.setitem(sys.modules, "matplotlib", None)
@@ -167,17 +168,17 @@ def test_mistakes(cli, run, tmp_path, monkeypatch):
 
 def test_it_trains_only_what_is_missing(cli, run, tmp_path, monkeypatch):
     """A missing plotting library is told before anything is trained; what was cut short goes on."""
-    trained = []
-    monkeypatch.setattr("cumulant.text.train.train", lambda options, say: trained.append(options.resume))
+    resumed = []
+    monkeypatch.setattr("cumulant.text.train.train", lambda options, say: resumed.append(options.resume))
     with monkeypatch.context() as missing:
         missing.setitem(sys.modules, "matplotlib", None)
         assert "plots need matplotlib" in cli("bench", "approximation", "--output", tmp_path)[2]
-    assert not trained
+    assert not resumed
     (tmp_path / "models" / "softmax").mkdir(parents=True)
     (tmp_path / "models" / "softmax" / "options.json").write_text((run / "options.json").read_text())
-    bench.train_small(tmp_path, "softmax", print)
-    bench.train_small(tmp_path, "taylor", print)
-    assert trained == [True, False]
+    trained.train_small_model(tmp_path, "softmax", print)
+    trained.train_small_model(tmp_path, "taylor", print)
+    assert resumed == [True, False]
 
 
 @pytest.mark.slow

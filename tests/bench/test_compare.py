@@ -13,11 +13,12 @@ import torch
 from rich.console import Console
 from torch.nn import functional as F
 
-from cumulant.bench import compare as bench
-from cumulant.bench import compare_report, reports
-from cumulant.bench.compare_report import Mean, best_rate, results
-from cumulant.bench.folder import Folder
-from cumulant.bench.recipes import RECIPES, Mechanism, configuration, find
+from cumulant.bench.compare import report as compare_report
+from cumulant.bench.compare import work as bench
+from cumulant.bench.compare.recipes import RECIPES, Mechanism, configuration, find
+from cumulant.bench.compare.results import Mean, best_rate, results
+from cumulant.bench.redraw import redraw
+from cumulant.bench.reports.folder import Folder
 from cumulant.models import CumulantForCausalLM
 from cumulant.text.checkpoint import load_checkpoint
 from cumulant.text.tokens import read_tokens
@@ -330,7 +331,7 @@ def test_more_rates_add_to_what_is_there(recipe, done, tmp_path, monkeypatch):
 
 def test_it_is_drawn_again_from_its_rows(done, tmp_path):
     (tmp_path / "rows.jsonl").write_text((done / "rows.jsonl").read_text())
-    reports.draw(str(tmp_path), Note())
+    redraw(str(tmp_path), Note())
     assert (tmp_path / "report.md").read_text() == (done / "report.md").read_text()
     for name in ("curves", "sweep", "contexts", "copying"):
         assert (tmp_path / f"compare_{name}.svg").read_bytes() == (done / f"compare_{name}.svg").read_bytes()
@@ -341,11 +342,11 @@ def test_a_part_is_drawn_without_what_is_missing(done, tmp_path):
     lines = (done / "rows.jsonl").read_text().splitlines(keepends=True)
     first = next(i for i, line in enumerate(lines) if '"run"' in line)
     (tmp_path / "rows.jsonl").write_text("".join(lines[: first + 1]))
-    reports.draw(str(tmp_path), Note())
+    redraw(str(tmp_path), Note())
     assert not (tmp_path / "compare_contexts.svg").exists()
     (tmp_path / "rows.jsonl").write_text("".join(lines[:first]))
     with pytest.raises(ValueError, match="has no finished run yet"):
-        reports.draw(str(tmp_path), Note())
+        redraw(str(tmp_path), Note())
 
 
 def made(ends):
@@ -372,7 +373,7 @@ def drawn(found, tmp_path, settings):
     shape = {"baseline": "softmax", "context": 4, "batch": 1, "accumulate": 1, "data": "x", "recipe": "tiny"}
     folder = Folder.start(str(tmp_path), "compare", shape | settings)
     folder.append(text, *found)
-    reports.draw(str(tmp_path), Note())
+    redraw(str(tmp_path), Note())
     return (tmp_path / "report.md").read_text()
 
 
@@ -380,11 +381,11 @@ def test_a_seed_that_diverged_is_told(tmp_path):
     found = made({("softmax", 0.1, seed): 2.0 for seed in range(3)} | {("far", 0.1, 0): 1.5, ("far", 0.1, 1): math.nan})
     page = drawn(found, tmp_path, {})
     assert "| far | diverged | diverged | 0.1 | 2 |" in page
-    assert "Apart from softmax at 95% over the seeds: none." in page
+    assert "Different from softmax at 95% over the seeds: none." in page
 
 
 def test_seeds_evaluated_at_other_steps_are_drawn_together():
-    from cumulant.bench.compare_plots import _seeds
+    from cumulant.bench.compare.plots import _seeds
 
     steps, values = _seeds([[(3, 4.0), (6, 1.0), (8, 1.0)], [(4, 2.0), (8, 0.0)]])
     assert steps.tolist() == [4, 8]
@@ -406,9 +407,12 @@ def test_what_a_context_is_worth_comes_first(tmp_path):
         copies = [[32, second, 2.0, 48], [64, 0.1, 2.0, 48]]  # 64 + 2 * 48 is more than 128
         found.append({**row, "contexts": contexts, "copying": copies})
     page = drawn(found, tmp_path, {"context": 128})
-    assert "The same tokens in windows of 256 tokens, less in the 128 trained on: softmax +1.000, far +0.000." in page
     assert (
-        "A span seen before, with 32 tokens between, costs, of what it costs if it was not: softmax 50%, far 75%."
+        "Change of the loss on the same tokens, from windows of 128 tokens as in training to 256: softmax +1.000, "
+        "far +0.000." in page
+    )
+    assert (
+        "Loss on a span that stands 32 tokens earlier as well, relative to one that does not: softmax 50%, far 75%."
     ) in page
 
 
@@ -420,7 +424,7 @@ def test_mechanisms_that_only_diverged_are_told(tmp_path):
 
 def test_where_models_differ_is_told(done):
     page = (done / "report.md").read_text()
-    assert "Where models differ from softmax's: elita: feed_forward elita, " in page
+    assert "Models differ from softmax's in: elita: feed_forward elita, " in page
     assert "elita, 2 wraps: feed_forward elita, " in page
     assert "wraps 2." in page
 
@@ -442,7 +446,7 @@ def test_what_is_apart_and_what_is_at_the_end_of_the_sweep():
     assert not Mean.of([0.5]).is_apart()
     settings = {"baseline": "softmax", "context": 4, "batch": 1, "accumulate": 1, "data": "x"}
     answer = compare_report._answer(list(found.values()), settings, {"steps": 10})
-    assert answer[1] == "Apart from softmax at 95% over the seeds: far (+0.2067)."
+    assert answer[1] == "Different from softmax at 95% over the seeds: far (+0.2067)."
 
 
 def test_mistakes(recipe, done, tmp_path):

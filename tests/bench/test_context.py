@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from cumulant.bench.context import _places, copying, loss_by_context
+from cumulant.bench.compare.context import _starts, copying, loss_by_context
 from cumulant.text.tokenizer import byte_tokenizer
 
 VOCABULARY = 257
@@ -64,7 +64,7 @@ def test_bytes_are_those_of_the_tokens_scored(text):
 
 
 def test_nothing_else_in_a_window_has_a_part_of_the_span():
-    places = _places(60, 4, 11, 500)
+    places = _starts(60, 4, 11, 500)
     for span, other, between in places:
         own = {*range(span, span + 4)}
         assert not own & {*range(other, other + 4)}

@@ -9,9 +9,10 @@ import sys
 import pytest
 from rich.console import Console
 
-from cumulant.bench.folder import LINES, Folder, environment, revision
-from cumulant.bench.page import Page, TableOf, write
-from cumulant.bench.reports import draw
+from cumulant.bench.redraw import redraw
+from cumulant.bench.reports.environment import environment, revision
+from cumulant.bench.reports.folder import ROWS_FILE, Folder
+from cumulant.bench.reports.page import Page, TableOf, write
 
 
 def test_rows_are_kept_and_found_again(tmp_path):
@@ -26,7 +27,7 @@ def test_rows_are_kept_and_found_again(tmp_path):
 def test_a_line_cut_short_is_lost_alone(tmp_path):
     folder = Folder.start(str(tmp_path), "test", {})
     folder.append({"x": 1})
-    with (tmp_path / LINES).open("a") as lines:
+    with (tmp_path / ROWS_FILE).open("a") as lines:
         lines.write('{"x": 2')
     assert folder.rows() == [{"x": 1}]
     folder.append({"x": 3}, {"x": 4})
@@ -46,7 +47,7 @@ def test_other_measurements_are_not_overwritten(tmp_path):
 
 def test_a_folder_that_another_process_fills_is_refused(tmp_path):
     script = f"""
-from cumulant.bench.folder import Folder
+from cumulant.bench.reports.folder import Folder
 folder = Folder.start({str(tmp_path)!r}, "test", {{}})
 folder.append({{"x": 1}})
 print("begun", flush=True)
@@ -96,7 +97,7 @@ def test_what_may_become_more_goes_on(tmp_path):
 def test_another_environment_is_noted(tmp_path, monkeypatch):
     """Rows that come later, from another revision or machine, are told from the first; the page says so."""
     first = {**environment(), "time": "noon", "revision": "a1", "threads": 2}
-    monkeypatch.setattr("cumulant.bench.folder.environment", lambda: dict(first))
+    monkeypatch.setattr("cumulant.bench.reports.folder.environment", lambda: dict(first))
     Folder.start(str(tmp_path), "test", {"threads": 1, "device": "cpu"}).append({"x": 1})
     first["time"] = "one"
     again = Folder.start(str(tmp_path), "test", {"threads": 1, "device": "cpu"})
@@ -118,10 +119,10 @@ def test_another_environment_is_noted(tmp_path, monkeypatch):
 def test_the_revision_covers_the_whole_package(tmp_path, monkeypatch):
     package = tmp_path / "src" / "cumulant"
     (package / "bench").mkdir(parents=True)
-    (package / "bench" / "folder.py").write_text("")
+    (package / "bench" / "a.py").write_text("")
     (package / "ops.py").write_text("")
     git = ["git", "-c", "user.name=a", "-c", "user.email=a@b.c", "-C", str(tmp_path)]
-    monkeypatch.setattr("cumulant.bench.folder.__file__", str(package / "bench" / "folder.py"))
+    monkeypatch.setattr("cumulant.bench.reports.environment.PACKAGE", package)
     assert revision() is None
     subprocess.run([*git, "init", "-q"], check=True)
     subprocess.run([*git, "add", "."], check=True)
@@ -180,4 +181,4 @@ ROW = {"length": 8, "pass": "forward", "mechanism": "linear", "status": "measure
 def test_rows_that_no_command_wrote(lines, message, tmp_path):
     (tmp_path / "rows.jsonl").write_text("\n".join(lines) + "\n")
     with pytest.raises(ValueError, match=message):
-        draw(str(tmp_path), Console(file=io.StringIO()))
+        redraw(str(tmp_path), Console(file=io.StringIO()))

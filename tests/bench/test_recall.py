@@ -10,10 +10,14 @@ import pytest
 import torch
 from rich.console import Console
 
-from cumulant.bench import recall
-from cumulant.bench.mqar import MECHANISMS, POWER, Setting, Task, accuracy, answers, build, state_bytes, train
-from cumulant.bench.recall import Sweep, best, report
-from cumulant.bench.reports import draw
+from cumulant.bench.recall import sweep as recall
+from cumulant.bench.recall.best import best
+from cumulant.bench.recall.mechanisms import MECHANISMS, Setting, build
+from cumulant.bench.recall.report import report
+from cumulant.bench.recall.sweep import Sweep
+from cumulant.bench.recall.task import POWER, Task
+from cumulant.bench.recall.training import accuracy, answers, state_bytes, train
+from cumulant.bench.redraw import redraw
 
 TASK = Task(length=32, vocabulary=64, pairs=(2, 8))
 TINY = Sweep(("softmax", "linear"), (True,), (16,), (1e-3, 1e-2), 1, 2, 32, 64, (2, 8))
@@ -119,12 +123,12 @@ def test_a_sweep_and_its_report(tmp_path, monkeypatch):
     assert {path.name for path in folder.path.iterdir()} == names
     page = (folder.path / "report.html").read_text()
 
-    monkeypatch.setattr(recall, "_train", lambda left, *_: pytest.fail("trained again") if left else None)
+    monkeypatch.setattr(recall, "_train_all", lambda left, *_: pytest.fail("trained again") if left else None)
     recall.run(TINY, output, workers=1, device="cpu", force=False, console=console)
     for path in folder.path.iterdir():
         if path.name != "rows.jsonl":
             path.unlink()
-    draw(output, console)
+    redraw(output, console)
     assert (folder.path / "report.html").read_text() == page
     with pytest.raises(ValueError, match="another measurement"):
         recall.run(replace(TINY, steps=3), output, workers=1, device="cpu", force=False, console=console)
@@ -135,7 +139,7 @@ def test_an_interruption_keeps_what_is_done(tmp_path, monkeypatch):
         folder.append({**recall.asdict(left[0]), **train(left[0])})
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(recall, "_train", one)
+    monkeypatch.setattr(recall, "_train_all", one)
     console = Console(file=io.StringIO())
     with pytest.raises(KeyboardInterrupt):
         recall.run(TINY, str(tmp_path / "runs"), workers=1, device="cpu", force=False, console=console)

@@ -9,12 +9,13 @@ import pytest
 import torch
 from rich.console import Console
 
-from cumulant.bench import memory, speed, subjects
-from cumulant.bench.folder import Folder
-from cumulant.bench.reports import draw
-from cumulant.bench.speed import RECIPES, Recipe
-from cumulant.bench.subjects import SUBJECTS, Shape
-from cumulant.bench.verdicts import PASSES, answers, crossing
+from cumulant.bench.redraw import redraw
+from cumulant.bench.reports.folder import Folder
+from cumulant.bench.speed import measure as speed
+from cumulant.bench.speed import memory, subjects
+from cumulant.bench.speed.recipes import FAIR, RECIPES, Recipe
+from cumulant.bench.speed.subjects import SUBJECTS, Shape
+from cumulant.bench.speed.verdicts import PASSES, answers, crossing
 
 TINY = Recipe(tuple(SUBJECTS), PASSES, (8, 16), batch=2, heads=2, dim=8, repeats=3, budget=0.01)
 
@@ -60,7 +61,7 @@ def test_a_run_and_its_report(tmp_path, monkeypatch):
     for path in folder.path.iterdir():
         if path.name != "rows.jsonl":
             path.unlink()
-    draw(str(folder.path), Console(file=io.StringIO()))
+    redraw(str(folder.path), Console(file=io.StringIO()))
     assert (folder.path / "report.html").read_text() == page
     assert {path.suffix for path in folder.path.glob("[!.]*")} == {".jsonl", ".html", ".md", ".png", ".svg"}
 
@@ -148,7 +149,7 @@ def test_implementations_stand_beside_pytorch_s():
     assert answers(rows, ["linear", "linear, torch"]) == [
         "Times as fast as PyTorch's operations: linear forward 0.5 (at 64) to 4."
     ]
-    assert all(f"{name}, torch" in RECIPES["implementations"].mechanisms for name in speed.MECHANISMS[1:])
+    assert all(f"{name}, torch" in RECIPES["implementations"].mechanisms for name in FAIR[1:])
 
 
 @pytest.mark.parametrize("name", [name for name in SUBJECTS if name.endswith(", torch")])

@@ -9,10 +9,10 @@ import time
 
 import pytest
 
-from cumulant.bench import speed
-from cumulant.bench.load import Load
-from cumulant.bench.speed import PASSES, Recipe
-from cumulant.bench.verdicts import CANNOT_TELL, answers, crossing, interval
+from cumulant.bench.speed import measure as speed
+from cumulant.bench.speed.load import Load
+from cumulant.bench.speed.recipes import Recipe
+from cumulant.bench.speed.verdicts import CANNOT_TELL, PASSES, answers, crossing, interval
 
 NAMES = ["softmax", "linear"]
 

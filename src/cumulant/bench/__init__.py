@@ -1,1 +1,1 @@
-"""Measurements that anyone can repeat: `cumulant bench`."""
+"""Measurements that anyone can repeat: `cumulant bench`, `recall` and `compare`."""

@@ -86,7 +86,8 @@ def speed(
     from dataclasses import replace
 
     from ..text.options import choose_device
-    from .speed import RECIPES, run
+    from .speed.measure import run
+    from .speed.recipes import RECIPES
 
     if recipe not in RECIPES:
         raise ValueError(f"recipe: expected one of {', '.join(RECIPES)}, got {recipe!r}")
@@ -112,7 +113,7 @@ def accuracy(
     """Error against float64 by length, up to a million tokens, for every implementation and dtype."""
     quiet()
     from ..text.options import choose_device
-    from .accuracy import Settings, run
+    from .accuracy.measure import Settings, run
 
     given = {"lengths": length, "dtypes": dtype, "operations": operation}
     settings = Settings(**_chosen(given), seed=seed)
@@ -135,7 +136,7 @@ def approximation(
     minutes on two cores).
     """
     quiet()
-    from .approximation import run
+    from .approximation.measure import run
 
     place = _folder(output, "approximation", quick)
     run(place, model or [], quick=quick, seed=seed, force=force, console=console)
@@ -175,9 +176,9 @@ def compare(
     quiet()
     from dataclasses import replace
 
-    from .compare import SCORED, SCORED_QUICKLY
-    from .compare import compare as run
-    from .recipes import find
+    from .compare.recipes import find
+    from .compare.work import SCORED, SCORED_QUICKLY
+    from .compare.work import compare as run
 
     if steps is not None and epochs is not None:
         raise ValueError("steps: pass either steps or epochs, not both")
@@ -223,7 +224,7 @@ def recall(
     from dataclasses import replace
 
     from ..text.options import choose_device
-    from .recall import FULL, QUICK, run
+    from .recall.sweep import FULL, QUICK, run
 
     given = {
         "mechanisms": mechanism, "widths": width, "learning_rates": learning_rate, "pairs": pairs, "seeds": seeds,
@@ -241,6 +242,6 @@ def report(
 ) -> None:
     """Draw a report's plots and page again from its rows, without measuring anything."""
     quiet()
-    from .reports import draw
+    from .redraw import redraw
 
-    draw(folder, console)
+    redraw(folder, console)

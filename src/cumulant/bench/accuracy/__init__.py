@@ -1,0 +1,1 @@
+"""`cumulant bench accuracy`: error against float64 by length."""

@@ -1,0 +1,1 @@
+"""`cumulant bench approximation`: the distance of Taylor attention from softmax attention."""

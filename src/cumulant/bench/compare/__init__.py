@@ -1,0 +1,1 @@
+"""`cumulant compare`: mechanisms trained on one text under one budget."""

@@ -1,0 +1,275 @@
+"""What `cumulant compare` trains: mechanisms under one budget.
+
+A mechanism of several recipes is defined once, and recipes change its fields where they must. A new mechanism is an
+entry in the recipe that compares it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+
+from ...models import CumulantConfig, CumulantForCausalLM, from_preset
+from ..reports import palette
+from ..reports.palette import Style
+
+TOLERANCE = 0.02  # relative, of the number of parameters
+QUICK_STEPS = 40
+
+
+@dataclass(frozen=True)
+class Mechanism:
+    """A preset, and the fields of its configuration that differ. The width of its feed-forward is fitted to the budget.
+
+    style: in pictures; None: one that no other mechanism of the picture has.
+    """
+
+    name: str
+    preset: str
+    fields: dict[str, Any] = field(default_factory=dict)
+    style: Style | None = None
+
+    def with_fields(self, **fields: Any) -> Mechanism:
+        return replace(self, fields={**self.fields, **fields})
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Mechanisms on the same tokens in the same order, with the same optimizer, in models of the same width and size.
+
+    Each keeps what its preset has beside it (short convolutions, norms, feed-forwards): see `differences`.
+
+    baseline: the mechanism that the others are compared with. learning_rates: each mechanism is trained with all of
+    them from the first seed, and with its best one from the others. parameters: of every model, within 2%. vocabulary:
+    tokens of a byte-level BPE trained on the text; 0: bytes. data: the text that is used if none is named; None:
+    Python's standard library. heldout: the share of it that is held out. steps: of `batch` x `accumulate` windows of
+    `context` tokens; 0: as many as make `epochs` passes. evaluations: points of the curve. reach: the trained models
+    are also tested at this multiple of `context`. shared: fields of all models. training: fields of `TrainingOptions`.
+    """
+
+    mechanisms: tuple[Mechanism, ...]
+    learning_rates: tuple[float, ...]
+    width: int
+    depth: int
+    heads: int
+    parameters: int
+    context: int
+    batch: int
+    accumulate: int = 1
+    steps: int = 0
+    epochs: float = 1.0
+    seeds: int = 3
+    vocabulary: int = 0
+    data: str | None = None
+    heldout: float = 0.02
+    evaluations: int = 8
+    reach: int = 4
+    baseline: str = "softmax"
+    shared: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not (self.learning_rates and all(0 < rate < math.inf for rate in self.learning_rates)):
+            raise ValueError(f"learning_rate: expected numbers above 0, got {list(self.learning_rates)}")
+        if len(set(self.learning_rates)) < len(self.learning_rates):
+            raise ValueError(f"learning_rate: each once, got {list(self.learning_rates)}")
+        styles = [m.style for m in self.mechanisms if m.style is not None]
+        if len(set(styles)) < len(styles):
+            raise ValueError(f"style: two of {', '.join(m.name for m in self.mechanisms)} share one")
+        if self.seeds < 1:
+            raise ValueError(f"seeds: expected at least 1, got {self.seeds}")
+        if self.steps < 0:
+            raise ValueError(f"steps: expected at least 1, or 0 for as many as the epochs take, got {self.steps}")
+        if not 0 < self.epochs < math.inf:
+            raise ValueError(f"epochs: expected a number above 0, got {self.epochs}")
+
+    @property
+    def step_tokens(self) -> int:
+        return self.context * self.batch * self.accumulate
+
+    def settings(self) -> dict[str, Any]:
+        """What a folder keeps of the comparison: everything but the styles."""
+        found = asdict(self)
+        for mechanism in found["mechanisms"]:
+            del mechanism["style"]
+        return found
+
+    def chosen(self, names: list[str]) -> Comparison:
+        """Only the mechanisms named, and the baseline."""
+        known = [m.name for m in self.mechanisms]
+        for name in names:
+            if name not in known:
+                raise ValueError(f"mechanism: expected one of {', '.join(known)}, got {name!r}")
+        kept = tuple(m for m in self.mechanisms if not names or m.name in (*names, self.baseline))
+        return replace(self, mechanisms=kept)
+
+    def quick(self) -> Comparison:
+        """A trial run: a few steps on a fourth of the tokens. It does not say which mechanism is better."""
+        return replace(
+            self,
+            context=max(self.context // 4, 1),
+            accumulate=1,
+            steps=QUICK_STEPS,
+            seeds=2,
+            evaluations=2,
+        )
+
+
+SOFTMAX = Mechanism("softmax", "softmax", style=palette.BLACK)
+TAYLOR = Mechanism("taylor", "taylor", style=palette.BLUE)
+LINEAR = Mechanism("linear", "linear", style=palette.ORANGE)
+FLASH = Mechanism("flash", "flash", style=palette.GREEN)
+FLASH_LAPLACE = FLASH.with_fields(gated_activation="laplace")
+ELITA = Mechanism("elita", "elita", style=palette.PINK)
+
+RECIPES = {
+    # A context that softmax can still afford, in sizes that two cores train in three quarters of an hour.
+    "long-context": Comparison(
+        mechanisms=(
+            SOFTMAX,
+            TAYLOR,
+            LINEAR,
+            Mechanism("taylor, no convolution", "taylor", {"conv_size": 0}, palette.BLUE.variant()),
+            Mechanism("based", "based", style=palette.VERMILION),
+            FLASH.with_fields(num_hidden_layers=6),
+            Mechanism("window-64", "softmax", {"mixers": ["sliding_window"]}, palette.SLATE),
+        ),
+        learning_rates=(1e-3, 2e-3, 4e-3, 8e-3),
+        width=128,
+        depth=3,
+        heads=4,
+        parameters=830_000,
+        context=1024,
+        batch=4,
+        steps=300,
+        vocabulary=1024,
+    ),
+    # FLASH-pytorch's train.py: enwik8, 8 layers of 512, sequences of 1024 bytes, 16 a step, 100,000 steps at 2e-4 (as
+    # in `cumulant.text.recipes`), beside a transformer with rotary positions and SwiGLU, which FLASH's paper claims to
+    # equal at 512 to 8192 tokens. As there, two FLASH layers stand against one of attention and feed-forward.
+    "flash-enwik8": Comparison(
+        mechanisms=(
+            SOFTMAX,
+            FLASH_LAPLACE.with_fields(group_size=256, num_hidden_layers=8),
+            TAYLOR,
+            LINEAR,
+        ),
+        learning_rates=(2e-4, 5e-4, 1e-3),
+        width=512,
+        depth=4,
+        heads=8,
+        parameters=13_400_000,
+        context=1024,
+        batch=4,
+        accumulate=4,
+        steps=100_000,
+        data="enwik8",
+        evaluations=20,
+        shared={"tie_word_embeddings": False, "logits_bias": True},
+        training={"warmup": 0.01, "weight_decay": 0.0, "clip": 0.5},
+    ),
+    # The same at a size that two cores train in half an hour, on bytes of any text.
+    "flash-enwik8-small": Comparison(
+        mechanisms=(
+            SOFTMAX,
+            FLASH_LAPLACE.with_fields(group_size=128, num_hidden_layers=6),
+            TAYLOR,
+            LINEAR,
+        ),
+        learning_rates=(2e-3, 4e-3, 8e-3, 1.6e-2),
+        width=128,
+        depth=3,
+        heads=4,
+        parameters=763_000,
+        context=512,
+        batch=8,
+        steps=350,
+        data="enwik8",
+        heldout=0.01,
+        shared={"tie_word_embeddings": False, "logits_bias": True},
+        training={"weight_decay": 0.0, "clip": 0.5},
+    ),
+    # ELiTA's README, 2023: fewer than 300K parameters, sequences of 256, 128 a step, Adam with min(1e-3, 1e-2 /
+    # sqrt(step)) and betas 0.9 and 0.99, one epoch of WikiText, against a transformer with rotary positions and SwiGLU.
+    # Sizes, vocabulary, initial weights, seeds and which WikiText are not stated there: these are ours, as are three
+    # of the rates.
+    "elita-wikitext": Comparison(
+        mechanisms=(
+            SOFTMAX,
+            ELITA,
+            Mechanism("elita without Q", "elita", {"query_logit": False}, palette.PINK.variant(1)),
+            Mechanism("elita, 3 wraps", "elita", {"wraps": 3}, palette.PINK.variant(2)),
+            TAYLOR,
+            LINEAR,
+        ),
+        learning_rates=(1e-3, 3e-3, 1e-2, 3e-2),
+        width=64,
+        depth=3,
+        heads=4,
+        parameters=275_000,
+        context=256,
+        batch=128,
+        vocabulary=2048,
+        data="hf:Salesforce/wikitext:wikitext-2-raw-v1",
+        heldout=0.05,
+        shared={"initializer_range": 0.08},
+        training={"schedule": "capped_inverse_sqrt", "adam_beta2": 0.99, "weight_decay": 0.0},
+    ),
+}
+
+
+STYLES = {m.name: m.style for recipe in RECIPES.values() for m in recipe.mechanisms if m.style is not None}
+
+
+def find(name: str) -> Comparison:
+    """The recipe of that name."""
+    if name not in RECIPES:
+        raise ValueError(f"recipe: expected one of {', '.join(RECIPES)}, got {name!r}")
+    return RECIPES[name]
+
+
+def configuration(recipe: Comparison, mechanism: Mechanism, vocab_size: int) -> CumulantConfig:
+    """The mechanism's model; its feed-forward has the width that gives the recipe's number of parameters.
+
+    Raises:
+        ValueError: no width comes within 2% of that number.
+    """
+    fields = {
+        "vocab_size": vocab_size,
+        "hidden_size": recipe.width,
+        "num_hidden_layers": recipe.depth,
+        "num_attention_heads": recipe.heads,
+        "horizon": recipe.context,
+        **recipe.shared,
+        **mechanism.fields,
+    }
+    one, two = (_parameters(from_preset(mechanism.preset, **fields, intermediate_size=n)) for n in (1, 2))
+    width = max(1 + round((recipe.parameters - one) / (two - one)), 1) if two > one else 1
+    config = from_preset(mechanism.preset, **fields, intermediate_size=width)
+    found = _parameters(config)
+    if abs(found / recipe.parameters - 1) > TOLERANCE:
+        raise ValueError(
+            f"{mechanism.name}: has {found:,} parameters at the nearest width of its feed-forward, {width}, not "
+            f"{recipe.parameters:,} within {TOLERANCE:.0%}; change the recipe's width or depth"
+        )
+    return config
+
+
+def differences(config: CumulantConfig, baseline: CumulantConfig) -> dict[str, Any]:
+    """The fields of the configuration that differ from the baseline's, but for the width of the feed-forward."""
+    own, other = config.to_diff_dict(), baseline.to_diff_dict()
+    left = {"preset", "intermediate_size", "layer_types"}
+    return {
+        name: getattr(config, name)
+        for name in sorted(own.keys() | other.keys())
+        if name not in left and getattr(config, name) != getattr(baseline, name)
+    }
+
+
+def _parameters(config: CumulantConfig) -> int:
+    with torch.device("meta"):
+        count: int = CumulantForCausalLM(config).num_parameters()
+    return count

@@ -1,0 +1,119 @@
+"""What the rows of `cumulant compare` say about each mechanism: its best rate, means over seeds, differences."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..reports.folder import Row
+
+# Student's t at 95%, by number of seeds
+T95 = {2: 12.7, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
+
+
+@dataclass(frozen=True)
+class Mean:
+    """The mean of `count` values and its standard error, which is nan for one value and where a run diverged."""
+
+    value: float
+    error: float
+    count: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Mean:
+        if not all(map(math.isfinite, values)):
+            return cls(math.inf, math.nan, len(values))
+        error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+        return cls(statistics.fmean(values), error, len(values))
+
+    def text(self, *, sign: bool = False) -> str:
+        if not math.isfinite(self.value):
+            return "diverged"
+        value = f"{self.value:{'+' if sign else ''}.4f}"
+        return value if math.isnan(self.error) else f"{value} ± {self.error:.4f}"
+
+    def is_apart(self) -> bool:
+        """Whether it differs from 0 at 95%."""
+        return abs(self.value) > T95.get(self.count, 2.2) * self.error  # False for one value
+
+
+@dataclass(frozen=True)
+class Result:
+    """A mechanism with its best learning rate; losses are in bits per byte of the held-out text.
+
+    final: at the end of training. difference: from the baseline's run of the same seed. curve: by step, of each seed.
+    sweep: at the end by learning rate, from the first seed. cost, contexts, copying: see `work`; means over seeds.
+    """
+
+    mechanism: str
+    rate: float
+    final: Mean
+    difference: Mean | None
+    curve: list[list[tuple[int, float]]]
+    sweep: dict[float, float]
+    parameters: int
+    cost: Row
+    contexts: list[tuple[int, int, float]]
+    copying: list[tuple[int, float, float, int]]
+
+    @property
+    def at_edge(self) -> bool:
+        """Whether the best learning rate is the least or the greatest of the sweep."""
+        return len(self.sweep) > 1 and self.rate in (min(self.sweep), max(self.sweep))
+
+
+def final(run: Row) -> float:
+    """Bits per byte of the held-out text after the last step; infinite for a run that diverged."""
+    value = float(run["heldout"][-1][1])
+    return value if math.isfinite(value) else math.inf
+
+
+def sweep(runs: list[Row], mechanism: str) -> dict[float, float]:
+    """The final loss by learning rate, from the first seed."""
+    return {run["learning_rate"]: final(run) for run in runs if run["mechanism"] == mechanism and run["seed"] == 0}
+
+
+def best_rate(runs: list[Row], mechanism: str) -> float:
+    """The learning rate with the least final loss from the first seed."""
+    found = sweep(runs, mechanism)
+    return min(found, key=lambda rate: found[rate])
+
+
+def results(rows: list[Row], baseline: str) -> list[Result]:
+    """A result for each mechanism that has been trained, in the order of the recipe."""
+    runs = [row for row in rows if row["row"] == "run"]
+    costs = {row["mechanism"]: row for row in rows if row["row"] == "cost"}
+    rates = {name: best_rate(runs, name) for name in costs if sweep(runs, name)}
+    base = {run["seed"]: final(run) for run in _with_rate(runs, baseline, rates.get(baseline))}
+    found = []
+    for name, rate in rates.items():
+        own = _with_rate(runs, name, rate)
+        ends = {run["seed"]: final(run) for run in own}
+        differences = [end - base[seed] for seed, end in ends.items() if seed in base]
+        asked = _with_rate([row for row in rows if row["row"] == "context"], name, rate)
+        found.append(
+            Result(
+                name,
+                rate,
+                Mean.of(list(ends.values())),
+                Mean.of(differences) if differences and name != baseline else None,
+                [run["heldout"] for run in own],
+                sweep(runs, name),
+                own[0]["parameters"],
+                costs[name],
+                [(int(a), int(b), x) for a, b, x, _ in _means([row["contexts"] for row in asked])],
+                [(int(d), x, y, int(span)) for d, x, y, span in _means([row["copying"] for row in asked])],
+            )
+        )
+    return found
+
+
+def _with_rate(rows: list[Row], mechanism: str, rate: float | None) -> list[Row]:
+    return [row for row in rows if (row["mechanism"], row["learning_rate"]) == (mechanism, rate)]
+
+
+def _means(tables: list[list[list[float]]]) -> list[list[float]]:
+    """The mean of several tables, entry by entry."""
+    return [[statistics.fmean(cells) for cells in zip(*rows, strict=True)] for rows in zip(*tables, strict=True)]

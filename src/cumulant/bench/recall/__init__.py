@@ -1,0 +1,1 @@
+"""`cumulant recall`: multi-query associative recall."""

@@ -1,0 +1,1 @@
+"""What all measurements share: the folder of rows, the page, and the style of pictures."""

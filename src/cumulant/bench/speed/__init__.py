@@ -1,0 +1,1 @@
+"""`cumulant bench`: time and memory of each mechanism by length."""

@@ -1,0 +1,29 @@
+"""How many processors other processes take during a measurement."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import psutil
+
+
+class Load:
+    """Counts from its creation on.
+
+    Times that agree do not show that a machine is busy, because a scheduler's time slices all have the same length.
+    """
+
+    def __init__(self) -> None:
+        self._process = psutil.Process(os.getpid())
+        self._start = self._now()
+
+    def _now(self) -> tuple[float, float]:
+        every, own = psutil.cpu_times(), self._process.cpu_times()
+        busy = every.user + every.system + getattr(every, "steal", 0.0)
+        return time.perf_counter(), busy - own.user - own.system
+
+    def processors(self) -> float:
+        """Mean number of processors that other processes, or other machines on the same hardware, took."""
+        (before, taken), (after, then) = self._start, self._now()
+        return max((then - taken) / max(after - before, 1e-9), 0.0)

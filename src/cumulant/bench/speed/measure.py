@@ -1,0 +1,201 @@
+"""`cumulant bench`: runs each mechanism in each pass at each length, and keeps its times and memory.
+
+A row is a cell (length, pass, mechanism). A cell that would take too long, as the shorter lengths say, or too much
+memory becomes a row that says so, and the measurement goes on.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from rich.console import Console, RenderableType
+from rich.live import Live
+
+from ..console import as_table
+from ..dtypes import DTYPES
+from ..reports.folder import Folder, Row
+from ..reports.plots import pyplot
+from .load import Load
+from .memory import available, measured
+from .recipes import Cell, Recipe
+from .report import REPORT, report
+from .subjects import SUBJECTS, Shape, Subject
+from .verdicts import number
+
+# A cell is measured so often, with the other mechanisms between: the spread shows what else ran in the meantime.
+ROUNDS = 3
+
+
+def run(recipe: Recipe, output: str, *, device: str, threads: int, force: bool, console: Console) -> Folder:
+    """Measure the cells that the folder lacks, and draw the report."""
+    if threads < 0:
+        raise ValueError(f"threads: expected at least 1, or 0 for all, got {threads}")
+    if threads:
+        torch.set_num_threads(threads)
+    pyplot()  # refuses before anything is measured
+    settings = {**asdict(recipe), "device": device, "threads": torch.get_num_threads()}
+    folder = Folder.start(output, REPORT.command, settings, force=force)
+    done = {(row["length"], row["pass"], row["mechanism"]): row for row in folder.rows(REPORT.fields)}
+    try:
+        with Live(_progress(recipe, done, console), console=console, refresh_per_second=2) as live:
+            for group in recipe.groups():
+                rows = _measure_group(recipe, [cell for cell in group if cell not in done], device, done)
+                folder.append(*rows.values())
+                done |= rows
+                live.update(_progress(recipe, done, console))
+    finally:
+        if done:
+            report(folder, console)
+    return folder
+
+
+def _measure_group(recipe: Recipe, cells: list[Cell], device: str, done: dict[Cell, Row]) -> dict[Cell, Row]:
+    """A row for each cell. Cells are measured in turn, `ROUNDS` times; a cell whose runs are long is measured once, as
+    disturbances are shorter than its runs."""
+    load = Load()
+    found: dict[Cell, list[Row]] = {cell: [_measure(recipe, cell, device, done)] for cell in cells}
+    for _ in range(ROUNDS - 1):
+        for cell, rows in found.items():
+            if rows[-1]["status"] == "measured" and min(rows[-1]["times"]) < recipe.budget:
+                rows.append(_measure(recipe, cell, device, done, weigh=False))
+    others = round(load.processors(), 2)
+    return {cell: {**_merged(rows), "others": others} for cell, rows in found.items()}
+
+
+def _measure(recipe: Recipe, cell: Cell, device: str, done: dict[Cell, Row], weigh: bool = True) -> Row:
+    """One round: the seconds of each run and, with `weigh`, the memory of one; or the reason why there are none."""
+    T, kind, mechanism = cell
+    row: Row = {"length": T, "pass": kind, "mechanism": mechanism}
+    shape = Shape(recipe.batch, recipe.heads, T, recipe.dim, DTYPES[recipe.dtype].torch, device, recipe.causal)
+    expected = _expected(recipe, cell, done)
+    if expected > recipe.seconds:
+        why = "as at the length before" if expected == math.inf else f"about {expected:.0f} s a run"
+        return {**row, "status": "too long", "why": why}
+    needed, room = _bytes(shape, kind, mechanism), available(device)
+    if room is not None and needed > 0.8 * room:
+        return {**row, "status": "out of memory", "why": f"about {needed / 2**30:.1f} GiB of {room / 2**30:.1f}"}
+    try:
+        times, peak = _times(recipe, shape, kind, mechanism, weigh)
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        return {**row, "status": "out of memory", "why": str(error).splitlines()[0]}
+    return {**row, "status": "measured", "times": times, "peak_bytes": peak}
+
+
+def _merged(rounds: list[Row]) -> Row:
+    """One row of all rounds. low, high: the least and the greatest median of a round; of one run, if there was one
+    round."""
+    last = rounds[-1]
+    if last["status"] != "measured":
+        return last
+    medians = [statistics.median(row["times"]) for row in rounds]
+    if len(medians) == 1:
+        medians = last["times"]
+    times = [t for row in rounds for t in row["times"]]
+    peaks = [row["peak_bytes"] for row in rounds if row["peak_bytes"] is not None]
+    return {
+        **{name: last[name] for name in ("length", "pass", "mechanism", "status")},
+        "median": statistics.median(times), "mean": statistics.mean(times),
+        "deviation": statistics.stdev(times) if len(times) > 1 else 0.0, "runs": len(times),
+        "low": min(medians), "high": max(medians), "peak_bytes": max(peaks, default=None),
+    }  # fmt: skip
+
+
+def _expected(recipe: Recipe, cell: Cell, done: dict[Cell, Row]) -> float:
+    """Seconds that a run will take, as the longest shorter length says; infinite if that was too long itself."""
+    T, kind, mechanism = cell
+    before = [
+        row for row in done.values() if (row["pass"], row["mechanism"]) == (kind, mechanism) and row["length"] < T
+    ]
+    if not before:
+        return 0.0
+    last = max(before, key=lambda row: row["length"])
+    power = 2 if SUBJECTS[mechanism].quadratic and kind != "decode" else 1
+    if last["status"] == "measured":
+        return float(last["median"] * (T / last["length"]) ** power)
+    if last["status"] != "too long":
+        return 0.0
+    return math.inf
+
+
+def _bytes(shape: Shape, kind: str, mechanism: str) -> float:
+    """Bytes that a run holds at least: inputs, outputs, gradients and, where all are kept, the T × T weights."""
+    numbers = 4 * shape.B * shape.H * shape.T * shape.d * (2 if kind == "training" else 1)
+    weights = SUBJECTS[mechanism].weights * shape.B * shape.H * shape.T * (1 if kind == "decode" else shape.T)
+    return float(numbers + weights) * torch.empty(0, dtype=shape.dtype).element_size()
+
+
+def _times(
+    recipe: Recipe, shape: Shape, kind: str, mechanism: str, weigh: bool = True
+) -> tuple[list[float], int | None]:
+    """Seconds of each run after one that warms up, and bytes: the peak of a run, or what decoding keeps of the
+    context."""
+    torch.manual_seed(0)
+    subject = SUBJECTS[mechanism]
+    if kind == "decode":
+        with torch.inference_mode():
+            step, held = subject.step(shape)
+            return _repeat(recipe, step, shape.device), held
+    times = _repeat(recipe, _call(shape, kind, subject), shape.device)
+    if not weigh:
+        return times, None
+    with measured(shape.device) as peak:
+        _seconds(_call(shape, kind, subject), shape.device)
+        return times, peak()
+
+
+def _repeat(recipe: Recipe, call: Callable[[], Any], device: str) -> list[float]:
+    first = _seconds(call, device)
+    if first > recipe.seconds:
+        return [first]
+    times, limit = [_seconds(call, device)], time.perf_counter() + recipe.budget / ROUNDS
+    while len(times) < -(-recipe.repeats // ROUNDS) and time.perf_counter() < limit:
+        times.append(_seconds(call, device))
+    return times
+
+
+def _call(shape: Shape, kind: str, subject: Subject) -> Callable[[], Any]:
+    inputs = subject.inputs(shape)
+    if kind == "forward":
+        return torch.inference_mode()(lambda: subject.run(inputs, shape.causal))
+    leaves = tuple(x.requires_grad_() for x in inputs)
+
+    def train() -> None:
+        out = subject.run(leaves, shape.causal)
+        torch.autograd.grad(out, leaves, torch.ones_like(out))
+
+    return train
+
+
+def _seconds(call: Callable[[], Any], device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    call()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def _progress(recipe: Recipe, done: dict[Cell, Row], console: Console) -> RenderableType:
+    """A table of the times measured so far."""
+    rows = []
+    for kind in recipe.passes:
+        for T in sorted(recipe.lengths):
+            cells = [done.get((T, kind, mechanism)) for mechanism in recipe.mechanisms]
+            if any(cells):
+                rows.append((kind, f"{T:,}", *map(_cell_text, cells)))
+    return as_table(console, ("pass", "tokens", *recipe.mechanisms), rows, "milliseconds")
+
+
+def _cell_text(row: Row | None) -> str:
+    if row is None:
+        return "not yet"
+    return number(row["median"] * 1e3, 3) if row["status"] == "measured" else str(row["status"])

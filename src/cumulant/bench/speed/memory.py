@@ -1,0 +1,51 @@
+"""How much memory is free, and how much a block of code takes."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def available(device: str) -> int | None:
+    """Bytes that can still be allocated; None where the system does not tell."""
+    if device.startswith("cuda"):
+        return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return None
+
+
+@contextmanager
+def measured(device: str) -> Iterator[Callable[[], int | None]]:
+    """Yields a function that returns the peak since the start, less the bytes at the start.
+
+    The bytes are the allocator's on CUDA and the process's on Linux; elsewhere the function returns None.
+    """
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
+        start = torch.cuda.memory_allocated()
+        yield lambda: torch.cuda.max_memory_allocated() - start
+        return
+    gc.collect()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # gives freed memory back; or its reuse would not be seen
+        _CLEAR.write_text("5", encoding="ascii")  # sets the peak back to the present size
+        before = _field("VmRSS")
+    except (OSError, AttributeError, TypeError):  # another system, another C library
+        yield lambda: None
+        return
+    yield lambda: max(_field("VmHWM") - before, 0)
+
+
+def _field(name: str) -> int:
+    lines = _STATUS.read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
