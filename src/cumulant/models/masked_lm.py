@@ -20,7 +20,10 @@ class CumulantForMaskedLM(CumulantWithLogits):
     """Masked language model of mixers that see both ways; `Trainer`, `save_pretrained`, `AutoModelForMaskedLM` work as
     with any other.
 
-    >>> model = CumulantForMaskedLM(from_preset("flash", is_causal=False, vocab_size=30000))
+    >>> from cumulant.models import from_preset
+    >>> config = from_preset("flash", is_causal=False, vocab_size=300, hidden_size=64, num_hidden_layers=2)
+    >>> CumulantForMaskedLM(config)(torch.randint(300, (1, 10))).logits.shape
+    torch.Size([1, 10, 300])
     """
 
     def __init__(self, config: CumulantConfig):

@@ -28,7 +28,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 def from_preset(name: str, **overrides: Any) -> CumulantConfig:
     """The configuration of a preset, one of `PRESETS`, any field overridden.
 
-    >>> from_preset("based", hidden_size=512, num_hidden_layers=12)
+    >>> from_preset("based", hidden_size=512, num_hidden_layers=6).mixers
+    ['short_convolution', 'taylor', 'sliding_window']
     """
     if name not in PRESETS:
         raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, got {name!r}")

@@ -119,8 +119,9 @@ def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Choice:
 
     The arguments are checked as in the call itself, so a bad call raises the same error.
 
-    >>> cm.explain(cm.taylor_attention, q, k, v, is_causal=True)
-    Choice(impl='native', reason='the fastest available here: chunks of 64 tokens, 153 features; query read as B = 1
+    >>> q, k, v = (torch.randn(1, 8, 1000, 16) for _ in range(3))
+    >>> cm.explain(cm.taylor_attention, q, k, v, is_causal=True, impl="reference")
+    Choice(impl='reference', reason='asked for: the quadratic form, T x S weights; query read as B = 1
     rows, H = 8 heads, T = 1000 tokens')
     """
     plan = getattr(op, "plan", None)
