@@ -74,7 +74,7 @@ def test_choosing_says_what_was_measured():
 
 def test_choosing_by_length_says_what_was_measured():
     """The tables' times and states of one attention layer are the report's."""
-    from cumulant.bench.folder import Folder
+    from cumulant.bench.reports.folder import Folder
 
     rows = Folder.open(str(ROOT / "docs/reports/bench")).rows()
     found = {(row["pass"], row["mechanism"], row["length"]): row for row in rows if row.get("median")}
