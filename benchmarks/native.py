@@ -10,6 +10,7 @@ causal product) and of pytorch-fast-transformers. The causal product needs pytor
     python benchmarks/native.py --threads 2
     python benchmarks/native.py --threads 2 --lengths            # time by length, and from where each is the faster
     python benchmarks/native.py --threads 2 --lengths --plot docs/figures
+    python benchmarks/native.py --draw docs/figures              # the picture again, from its rows
 """
 
 from __future__ import annotations
@@ -199,25 +200,27 @@ def by_length(repeats: int) -> list[dict[str, object]]:
 
 
 def draw(rows: list[dict[str, object]], folder: Path) -> None:
-    from cumulant.bench.reports.plots import pyplot
+    """Nanoseconds by length: a panel for each mechanism and pass, in the styles of `cumulant bench`."""
+    from cumulant.bench.reports.plots import add_legend, label_ticks, panel_column, save
+    from cumulant.bench.speed.subjects import SUBJECTS
 
-    plt = pyplot()
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained", sharey=True)
-    styles = {"native": ("#0072B2", "s"), "torch": ("#E69F00", "o"), "sdpa": ("#000000", "^")}
-    for axis, name in zip(axes, ("taylor-2", "elu+1")):
-        for peer, (colour, marker) in styles.items():
-            points = [(r["T"], r["seconds"][peer]) for r in rows if r["mechanism"] == name]  # type: ignore[index]
-            for which, line in (("forward", "-"), ("both", "--")):
-                label = f"{peer.replace('sdpa', 'softmax (SDPA)')}, {which.replace('both', 'both passes')}"
-                xs, ys = zip(*((T, t[which] / T / 16 * 1e9) for T, t in points))
-                axis.plot(xs, ys, line, color=colour, marker=marker, markersize=4, label=label)
-        axis.set(xscale="log", yscale="log", xlabel="tokens", title=name)
-        axis.set_xscale("log", base=2)
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel("ns a token and head")
-    axes[1].legend(frameon=False, fontsize=8)
-    for suffix in ("png", "svg"):
-        figure.savefig(folder / f"native.{suffix}", dpi=150, bbox_inches="tight")
+    figure, panels = panel_column(4, sharey=True)
+    cases = [(name, which) for name in ("taylor-2", "elu+1") for which in ("forward", "both")]
+    for panel, (name, which) in zip(panels, cases, strict=True):
+        subject = "taylor" if name == "taylor-2" else "linear"
+        own = [row for row in rows if row["mechanism"] == name]
+        lengths = [row["T"] for row in own]
+        for peer, label, drawn_as in (
+            ("native", "native", subject),
+            ("torch", "torch", f"{subject}, torch"),
+            ("sdpa", "fused softmax", "softmax"),
+        ):
+            times = [row["seconds"][peer][which] / row["T"] / 16 * 1e9 for row in own]  # type: ignore[index]
+            panel.plot(lengths, times, label=label, **SUBJECTS[drawn_as].style.options())
+        panel.set(xscale="log", yscale="log", xlabel="tokens", ylabel="ns a token and head")
+        label_ticks(panel.xaxis, lengths[::2], "{:,}")
+        add_legend(panel, f"{name}, {'forward' if which == 'forward' else 'forward and backward'}")
+    save(figure, folder, "native", [".svg"])
 
 
 def main() -> None:
@@ -225,8 +228,13 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--lengths", action="store_true", help="time by length instead of the table")
-    parser.add_argument("--plot", type=Path, help="folder for the picture of --lengths")
+    parser.add_argument("--plot", type=Path, help="folder for the rows and the picture of --lengths")
+    parser.add_argument("--draw", type=Path, help="only draw the picture again, from the rows in this folder")
     options = parser.parse_args()
+    if options.draw:
+        lines = (options.draw / "native.jsonl").read_text().splitlines()
+        draw([json.loads(line) for line in lines], options.draw)
+        return
     torch.set_num_threads(options.threads)
     rate, bandwidth = library.multiply_rate(options.threads), copy_rate()
     print(
@@ -235,6 +243,7 @@ def main() -> None:
     )
     rows = by_length(options.repeats) if options.lengths else table(options.repeats, rate, bandwidth)
     if options.plot:
+        (options.plot / "native.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         draw(rows, options.plot)
     hardware = {"threads": options.threads, "instructions": library.instructions(), "rate": rate, "copy": bandwidth}
     print(json.dumps({"torch": torch.__version__, **hardware, "rows": rows}))

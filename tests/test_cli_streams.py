@@ -40,7 +40,7 @@ def model(tmp_path_factory):
 @pytest.fixture
 def command(monkeypatch, capfd):
     """Run a command in this process: exit code, standard output, standard error."""
-    for module, name in ((cli, "quiet"), (cli, "hush"), (commands, "quiet")):
+    for module, name in ((cli, "silence_libraries"), (cli, "silence_warnings"), (commands, "silence_libraries")):
         monkeypatch.setattr(module, name, lambda: None)  # they are for the whole process
     library.disable_progress_bar()
 

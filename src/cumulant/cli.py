@@ -14,7 +14,7 @@ from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 
-from .bench.commands import bench, compare, hush, quiet, recall, report
+from .bench.commands import bench, compare, recall, report, silence_libraries, silence_warnings
 from .bench.console import Console, expanded, print_table
 from .bench.parsing import StrictCommand
 from .streams import silence
@@ -109,7 +109,7 @@ def train(
         checked = from_recipe(recipe, **{name: value for name, value in options.items() if name in given})
         # a run that goes on is only held to what a recipe says of its model; its lengths are the run's
         given |= set(RECIPES[recipe]) - (RUN_LENGTH if checked.resume else set())
-    quiet()
+    silence_libraries()
     from .text.train import train as run
 
     try:
@@ -150,7 +150,7 @@ def evaluate(
     for name, least in (("context", min(context or [256])), ("batch", batch)):
         if least < 1:
             raise ValueError(f"{name}: expected at least 1, got {least}")
-    quiet()
+    silence_libraries()
     from .text.checkpoint import load_checkpoint
     from .text.corpus import load_documents
     from .text.evaluate import evaluate_whole, evaluate_windowed, notice_of_cost
@@ -196,7 +196,7 @@ def generate(
     device: Device = "auto",
 ) -> None:
     """Generate text, streaming it to standard output, with a state of constant size."""
-    quiet()
+    silence_libraries()
     from .ops.state import check_writable
     from .text.checkpoint import load_checkpoint
     from .text.generate import SamplingOptions
@@ -252,7 +252,7 @@ def info(json_line: Annotated[bool, typer.Option("--json", help="one JSON line")
 
 def run_command(arguments: Sequence[str]) -> int:
     """Run one command; its exit code."""
-    hush()
+    silence_warnings()
     try:
         return int(app(list(arguments), standalone_mode=False) or 0)
     except typer.Abort:

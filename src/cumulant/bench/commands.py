@@ -13,15 +13,15 @@ console = Console()
 Output = Annotated[
     str | None,
     typer.Option(
-        help="folder for the rows, the plots and the page; default: runs/ and what is measured", callback=expanded
+        help="folder for the rows, the plots and the page; default: runs/ and the measurement's name", callback=expanded
     ),
 ]
 Force = Annotated[bool, typer.Option("--force", help="replace another report in that folder")]
 Device = Annotated[str, typer.Option(help="cpu or cuda; auto: a GPU if there is one")]
 
 
-def hush() -> None:
-    """No warnings but errors from the libraries underneath, also while they are imported."""
+def silence_warnings() -> None:
+    """Only errors from the libraries underneath, no warnings, also while they are imported."""
     import logging
     import warnings
 
@@ -29,9 +29,9 @@ def hush() -> None:
     warnings.filterwarnings("ignore")
 
 
-def quiet() -> None:
-    """Also none that they print themselves, and no progress bars for loading and saving."""
-    hush()
+def silence_libraries() -> None:
+    """No warnings from the libraries underneath, and no progress bars when they load and save."""
+    silence_warnings()
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -39,13 +39,13 @@ def quiet() -> None:
 
 
 def _chosen(given: dict[str, Any]) -> dict[str, Any]:
-    """Options that were given, several values of one as a tuple."""
+    """The options that were given; several values of one option as a tuple."""
     named = {name: value for name, value in given.items() if value is not None}
     return {name: tuple(value) if isinstance(value, list) else value for name, value in named.items()}
 
 
 def _folder(output: str | None, name: str, quick: bool = False) -> str:
-    """The folder named, or one for each thing that is measured."""
+    """The folder that was named, or the measurement's own."""
     return output or f"runs/{name}{'-quick' if quick else ''}"
 
 
@@ -61,7 +61,7 @@ bench = typer.Typer(
 def speed(
     context: typer.Context,
     recipe: Annotated[
-        str, typer.Option(help="what is measured: fair, implementations, or blog, a published experiment")
+        str, typer.Option(help="fair; implementations: auto against PyTorch's operations; blog: a published experiment")
     ] = "fair",
     output: Output = None,
     quick: Annotated[bool, typer.Option("--quick", help="few lengths and runs: under a minute")] = False,
@@ -72,17 +72,17 @@ def speed(
     length: Annotated[list[int] | None, typer.Option(help="tokens; give it several times")] = None,
     batch: Annotated[int | None, typer.Option(help="sequences")] = None,
     heads: Annotated[int | None, typer.Option(help="heads")] = None,
-    dim: Annotated[int | None, typer.Option(help="numbers in a head's value")] = None,
+    dim: Annotated[int | None, typer.Option(help="numbers in the value of a head")] = None,
     dtype: Annotated[str | None, typer.Option(help="fp32, bf16, fp16 or fp64")] = None,
-    seconds: Annotated[float | None, typer.Option(help="the most that one run may take")] = None,
+    seconds: Annotated[float | None, typer.Option(help="the most that a single run may take")] = None,
     threads: Annotated[int, typer.Option(help="CPU threads; 0: as many as PyTorch takes")] = 0,
     device: Device = "auto",
     force: Force = False,
 ) -> None:
-    """Time and memory of every mechanism by length, on this machine; and other measurements that anyone can repeat."""
+    """Time and memory of every mechanism by length, on this machine. Without a subcommand it measures speed."""
     if context.invoked_subcommand is not None:
         return
-    quiet()
+    silence_libraries()
     from dataclasses import replace
 
     from ..text.options import choose_device
@@ -111,7 +111,7 @@ def accuracy(
     force: Force = False,
 ) -> None:
     """Error against float64 by length, up to a million tokens, for every implementation and dtype."""
-    quiet()
+    silence_libraries()
     from ..text.options import choose_device
     from .accuracy.measure import Settings, run
 
@@ -130,12 +130,12 @@ def approximation(
     seed: Annotated[int, typer.Option(help="seed of queries, keys and values", min=0, max=2**63 - 1)] = 0,
     force: Force = False,
 ) -> None:
-    """How far Taylor attention is from softmax attention, by order, size of scores, head dim, alpha, and when trained.
+    """How far Taylor attention is from softmax attention, by order, size of the scores, head dim, and alpha.
 
-    Without --model a small softmax and a small Taylor model are trained on Python's standard library first (about two
-    minutes on two cores).
+    The heads of trained models are measured as well. Without --model it first trains a small softmax model and a small
+    Taylor model on Python's standard library (about two minutes on two cores).
     """
-    quiet()
+    silence_libraries()
     from .approximation.measure import run
 
     place = _folder(output, "approximation", quick)
@@ -152,28 +152,28 @@ def compare(
     ] = "long-context",
     output: Output = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="two minutes: three mechanisms, 40 short steps; settles nothing")
+        bool, typer.Option("--quick", help="two minutes: three mechanisms, 40 short steps; too little to compare them")
     ] = False,
     mechanism: Annotated[
         list[str] | None, typer.Option(help="only this one and the baseline; give it several times")
     ] = None,
     learning_rate: Annotated[
-        list[float] | None, typer.Option(help="peak rate, the best of several is taken; give it several times")
+        list[float] | None, typer.Option(help="peak rate; the best of several is used; give it several times")
     ] = None,
     seeds: Annotated[int | None, typer.Option(help="seeds of weights and order")] = None,
     steps: Annotated[int | None, typer.Option(help="optimizer steps of each run")] = None,
-    epochs: Annotated[float | None, typer.Option(help="the same in passes over the text")] = None,
+    epochs: Annotated[float | None, typer.Option(help="passes over the text, instead of --steps")] = None,
     heldout: Annotated[
         float | None, typer.Option(help="share of the text held out for evaluation; enwik8 and datasets have their own")
     ] = None,
     device: Device = "auto",
     force: Force = False,
 ) -> None:
-    """Train mechanisms on one text under one budget and set them side by side. Options left out are the recipe's.
+    """Train mechanisms on one text under one budget, and compare them. Options left out are the recipe's.
 
-    The same command again goes on where it stopped; with more learning rates or seeds it adds those.
+    The same command continues where it stopped. With more learning rates or seeds it adds those.
     """
-    quiet()
+    silence_libraries()
     from dataclasses import replace
 
     from .compare.recipes import find
@@ -199,7 +199,7 @@ def compare(
 
 def recall(
     output: Output = None,
-    quick: Annotated[bool, typer.Option("--quick", help="three mechanisms on the setting that separates them")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="three mechanisms at one width: five minutes")] = False,
     mechanism: Annotated[list[str] | None, typer.Option(help="only this one; give it several times")] = None,
     width: Annotated[list[int] | None, typer.Option(help="channels; give it several times")] = None,
     learning_rate: Annotated[list[float] | None, typer.Option(help="peak rate; give it several times")] = None,
@@ -215,11 +215,12 @@ def recall(
     device: Device = "auto",
     force: Force = False,
 ) -> None:
-    """Multi-query associative recall: which mechanisms find what they have read, and how much state it takes.
+    """Recall test (multi-query associative recall): accuracy of each mechanism, and the size of its state.
 
-    Learning rates are swept and the best one reported. The same command again goes on where it stopped.
+    Each mechanism is trained with several learning rates, and the best is reported. The same command continues where
+    it stopped.
     """
-    quiet()
+    silence_libraries()
     import os
     from dataclasses import replace
 
@@ -238,10 +239,10 @@ def recall(
 
 
 def report(
-    folder: Annotated[str, typer.Argument(help="what recall, bench or compare has left", callback=expanded)],
+    folder: Annotated[str, typer.Argument(help="a folder that bench, recall or compare has filled", callback=expanded)],
 ) -> None:
-    """Draw a report's plots and page again from its rows, without measuring anything."""
-    quiet()
+    """Draw the plots and the page of a folder again from its rows. It measures nothing."""
+    silence_libraries()
     from .redraw import redraw
 
     redraw(folder, console)

@@ -1,4 +1,4 @@
-"""What the commands print: users' words as they are, and numbers whole."""
+"""What the commands print: text of users without markup, and numbers that are never cut."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rich.text import Text
 
 
 class Console(rich.console.Console):
-    """rich's, without its markup: a path may hold ``[x]`` or ``:cat:``."""
+    """rich's console without markup, as a path may contain ``[x]`` or ``:cat:``."""
 
     def __init__(self, **options: Any):
         super().__init__(markup=False, emoji=False, highlight=False, **options)
@@ -23,7 +23,7 @@ class Console(rich.console.Console):
 def as_table(
     console: rich.console.Console, headings: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None
 ) -> RenderableType:
-    """A table where the terminal is wide enough, else a line a row, broken between words: no number is ever cut."""
+    """A table if the terminal is wide enough, else one line for each row, which breaks between words."""
     table = Table(title=title)
     for heading in headings:
         table.add_column(Text(heading))

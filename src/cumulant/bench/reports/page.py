@@ -61,7 +61,8 @@ h1 { font-size: 1.5rem; line-height: 1.2 } h2 { font-size: 1.15rem; margin-top: 
 .wide { overflow-x: auto } table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums }
 th, td { padding: .25rem .6rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap }
 th:first-child, td:first-child { text-align: left } th { border-bottom: 2px solid #888 }
-figure { margin: 1.5rem 0 } figure img { width: 100%; max-width: 34rem } figcaption { color: #444; font-size: .9rem }
+.pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); gap: 1rem 2rem }
+figure { margin: 1rem 0 } figure img { width: 100%; max-width: 34rem } figcaption { color: #444; font-size: .9rem }
 footer { margin-top: 2rem; color: #444; font-size: .85rem }
 footer dt { font-weight: 600 } footer dd { margin: 0 0 .3rem }
 """
@@ -82,10 +83,12 @@ def write(folder: Folder, page: Page, console: Console | None = None) -> Path:
 def _html(folder: Folder, page: Page) -> str:
     text = html.escape
     parts = [f"<h1>{text(page.title)}</h1>", *(f'<p class="answer">{text(line)}</p>' for line in page.answer)]
+    parts.append('<div class="pictures">')
     for picture in page.pictures:
         caption, image = text(picture.caption), (folder.path / f"{picture.name}.svg").read_bytes()
         source = f"data:image/svg+xml;base64,{base64.b64encode(image).decode()}"
         parts.append(f'<figure><img alt="{caption}" src="{source}"><figcaption>{caption}</figcaption></figure>')
+    parts.append("</div>")
     for table in page.tables:
         head = "".join(f"<th>{text(cell)}</th>" for cell in table.headings)
         body = "".join(f"<tr>{''.join(f'<td>{text(cell)}</td>' for cell in row)}</tr>" for row in table.rows)

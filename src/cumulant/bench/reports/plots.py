@@ -83,9 +83,9 @@ def label_ticks(axis: Any, ticks: Sequence[float], form: str = "{:g}") -> None:
     axis.set_minor_locator(pyplot().matplotlib.ticker.NullLocator())
 
 
-def save(figure: Any, folder: Path, name: str) -> str:
-    """Write the figure as PNG and SVG; the name again."""
-    for path in (folder / f"{name}.png", folder / f"{name}.svg"):
+def save(figure: Any, folder: Path, name: str, suffixes: Sequence[str] = (".png", ".svg")) -> str:
+    """Write the figure as PNG and SVG, or with the suffixes given; the name again."""
+    for path in (folder / f"{name}{suffix}" for suffix in suffixes):
         metadata = {"Date": None} if path.suffix == ".svg" else None
         figure.savefig(path, dpi=150, bbox_inches="tight", metadata=metadata)
     pyplot().close(figure)
