@@ -273,12 +273,14 @@ def test_memory_of_gated_attention_is_linear_in_the_length():
     assert used < 256
 
 
-def test_elita_keeps_two_numbers_a_token():
-    """Beside values and outputs, for the backward pass."""
+@by_impl
+def test_elita_keeps_two_numbers_a_token(impl):
+    """Beside inputs, for the backward pass; the native kernels also a mean in fp64 of every 16 tokens."""
     logits = [torch.randn(1, 2, 1000, requires_grad=True) for _ in range(3)]
     value = torch.randn(1, 2, 1000, 16, requires_grad=True)
-    used = kept(cm.elita_attention, *logits, value)
-    assert used <= (2 * value.numel() + 2 * 2 * 1000) * 4 + 2 * 16 * 8 + 64
+    used = kept(lambda *x: cm.elita_attention(*x, impl=impl), *logits, value)
+    means = 8 * 2 * (1000 // 16 + 2) * 16 if impl == "native" else 0
+    assert used <= sum(x.numel() for x in (*logits, value)) * 4 + 2 * 2 * 1000 * 4 + means + 64
 
 
 def test_memory_of_elita_is_linear_in_the_length():

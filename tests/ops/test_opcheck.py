@@ -124,10 +124,8 @@ def mixed_backward(inputs: tuple[Any, ...], out: tuple[Tensor, ...], native_one:
     return torch.randn_like(out[0]), *upstream, *inputs[:at], *inputs[at + 1 :]
 
 
-def logits_backward(inputs: tuple[Any, ...], out: tuple[Tensor, ...], native_one: bool) -> tuple[Any, ...]:
+def logits_backward(inputs: tuple[Any, ...], out: tuple[Tensor, ...], _: bool) -> tuple[Any, ...]:
     upstream = (torch.randn_like(x) for x in (out[0], *out[-2:]))
-    if native_one:
-        return *upstream, *inputs[3:7], *out[:3], out[4], inputs[0].dtype, inputs[7]
     return *upstream, *inputs[:7], *out[1:-2], inputs[7]
 
 

@@ -94,7 +94,7 @@ def _run(chosen: str, inputs: Inputs, first: Tensor | None, state: ElitaState | 
     elif chosen == "native":
         from ..kernels.native.elita import attention as native
 
-        out, _, _, log_weight, mean = native(*inputs, first, *past, SPAN)
+        out, log_weight, mean = native(*inputs, first, *past, SPAN)
     else:
         from ..kernels.chunked.elita import attention as chunked
 

@@ -33,8 +33,8 @@ struct Attention {
   void *dfinal_numerator, *dfinal_denominator, *dnumerator, *ddenominator;
 };
 
-// One call of ELiTA's attention. Logits are float or double (`logits`), gates float (double where the values are); what the
-// recurrences carry is always double.
+// One call of ELiTA's attention. Logits are float or double (`logits`), odds float (double where the values are: `gates`);
+// what the recurrences carry is always double.
 struct Elita {
   int64_t B, H, G, T, V;
   int64_t span;
@@ -42,7 +42,8 @@ struct Elita {
   Array value, out;
   const void *key_logit, *query_logit, *self_logit;  // [B, G, T], [B, H, T], [B, H, T]
   const uint8_t* first;                              // [T]: 1 where a sequence begins
-  void *a, *g;                                       // [B, G, T], [B, H, T]
+  void *key_odds, *own_odds;  // [B, G, T], [B, H, T]: of the gates, a / (1 - a); forwards, null: not kept
+  double* means;              // [B, G, T / 16 + 2, V]: before each block of 16 tokens; forwards, null: not kept
   const double *log_weight, *mean;                   // [B, G], [B, G, V]: the state that came in
   double *final_log_weight, *final_mean;             // and goes out
   // backwards
@@ -53,7 +54,8 @@ struct Elita {
 };
 
 // Tokens begin .. end - 1 of one row and head; the state before them (backwards: the gradients after them) and after. Both
-// are [2 + V] numbers: m, how many sequences begin here, and u; or q, the product of all decays and Q. `passing`: nothing else is wanted.
+// are [2 + V] numbers: m, how many sequences begin here, and u; or the gradient of m, the product of all decays and the
+// gradient of u. `passing`: nothing else is wanted, and of gradients not that of m.
 struct ElitaSegment {
   int64_t batch, group, begin, end;
   const double* start;

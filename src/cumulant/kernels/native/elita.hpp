@@ -2,8 +2,11 @@
 // the values, PANEL at a time, whose means stay in registers.
 //
 // With the running log-sum m of the key logits c: a = exp(c - m), g = sigmoid(s - r - m), u += a (v - u),
-// out = u + g (v - u). Backwards, with Q = sum_r (1 - g) dout + carry and q the same of out . dout:
-// dv = a Q + sum_r g dout, dc = a (Q . v - q), ds = g dout . (v - out), and the carry is (1 - a) Q. All in double: a mean in
+// out = u + g (v - u). Backwards, with the gradient Q of u, Q = sum_r (1 - g) dout + carry, and the gradient M of m:
+// dv = a Q + sum_r g dout, and the carry is (1 - a) Q;
+// ds = g (1 - g) dout . (v - u), b = a Q . (v - u), M = -sum_r ds + carry, dc = b + a M, and the carry is (1 - a) M - b.
+// v - u is (1 - a) times the distance from the mean before, and both a and 1 - a come from the odds a / (1 - a): so
+// gradients of logits that hardly matter are small products, and not differences of large sums. All in double: a mean in
 // float would stop moving once its steps are smaller than its last digit.
 #pragma once
 
@@ -12,7 +15,7 @@
 namespace cumulant {
 namespace CUMULANT_ISA {
 
-constexpr int BLOCK = 16;  // tokens whose rows of doubles stay in the first cache
+constexpr int BLOCK = 16;  // tokens whose rows of doubles stay in the first cache; ELITA_BLOCK in library.py
 constexpr int COLUMNS = CUMULANT_BYTES == 64 ? 8 : 4;  // vectors of doubles that a panel spans
 constexpr int WIDTH = COLUMNS * LANES<double>;
 constexpr double LOWEST = -1.7976931348623157e308, INFINITE = __builtin_inf();
@@ -20,12 +23,18 @@ constexpr double LOWEST = -1.7976931348623157e308, INFINITE = __builtin_inf();
 // Scratch: rows of a panel for BLOCK tokens, for values, outputs and their gradients; numbers a token.
 struct ElitaScratch {
   alignas(64) double v[BLOCK * WIDTH], x[BLOCK * WIDTH], y[BLOCK * WIDTH];
-  alignas(64) double a[BLOCK], g[BLOCK], top[BLOCK], total[BLOCK], decay[BLOCK], fresh[BLOCK], logit[BLOCK];
+  alignas(64) double a[BLOCK], odds[BLOCK], top[BLOCK], total[BLOCK], decay[BLOCK], fresh[BLOCK], logit[BLOCK];
   alignas(64) double keep[BLOCK], by_value[BLOCK], own[BLOCK], own_total[BLOCK], grad[BLOCK];
 };
 
+// And behind it: columns of all panels, and for each query head three numbers a token.
 inline int64_t elita_scratch(const Elita& e) {
-  return int64_t(sizeof(ElitaScratch)) + int64_t(sizeof(double)) * (e.V + WIDTH + e.H / e.G * 2 * BLOCK);
+  return int64_t(sizeof(ElitaScratch)) + int64_t(sizeof(double)) * (e.V + WIDTH + e.H / e.G * 3 * BLOCK);
+}
+
+// The means before the block that begins at token t: [V].
+INLINE double* kept_means(const Elita& e, const ElitaSegment& s, int64_t t) {
+  return e.means + ((s.batch * e.G + s.group) * (e.T / BLOCK + 2) + t / BLOCK) * e.V;
 }
 
 template <int N> struct Count {
@@ -88,14 +97,16 @@ INLINE void key_gates(const Elita& e, const ElitaSegment& s, int64_t t, int n, d
   exponentials(w.decay, w.decay, n);
   exponentials(w.fresh, w.fresh, n);
   for (int i = 0; i < n; i++) {
-    total = w.decay[i] * total + w.fresh[i];
+    const double before = w.decay[i] * total;
+    total = before + w.fresh[i];
     w.total[i] = total;
+    w.odds[i] = w.fresh[i] > 0 ? w.fresh[i] / before : 0;
     w.a[i] = w.fresh[i] / larger(total, 0.5);  // sums are at least 1, but zero where nothing was seen
   }
 }
 
-// g = 1 / (1 + total exp(r + top - s)) for one query head.
-INLINE void own_gates(const Elita& e, const ElitaSegment& s, int64_t h, int64_t t, int n, ElitaScratch& w) {
+// Odds 1 / (total exp(r + top - s)) for one query head, and its gates g.
+INLINE void own_gates(const Elita& e, const ElitaSegment& s, int64_t h, int64_t t, int n, ElitaScratch& w, double* g) {
   read_row<double>(e.query_logit, (s.batch * e.H + h) * e.T + t, e.logits, n, w.grad);
   read_row<double>(e.self_logit, (s.batch * e.H + h) * e.T + t, e.logits, n, w.own);
   for (int i = 0; i < n; i++) {
@@ -106,9 +117,11 @@ INLINE void own_gates(const Elita& e, const ElitaSegment& s, int64_t h, int64_t 
   exponentials(w.keep, w.keep, n);
   for (int i = 0; i < n; i++) {
     const double x = w.keep[i];
-    w.g[i] = w.own[i] == -INFINITE ? 0 : w.logit[i] > 0 ? x / (x + w.total[i]) : 1 / (1 + w.total[i] * x);
+    const double odds = w.own[i] == -INFINITE ? 0 : w.logit[i] > 0 ? x / w.total[i] : 1 / (w.total[i] * x);
+    w.own[i] = odds;
+    g[i] = 1 / (1 + 1 / odds);
   }
-  write_row<double>(e.g, (s.batch * e.H + h) * e.T + t, e.gates, n, w.g);
+  if (e.own_odds) write_row<double>(e.own_odds, (s.batch * e.H + h) * e.T + t, e.gates, n, w.own);
 }
 
 // Moves the means of a panel over n tokens; every token's mean goes to w.x.
@@ -140,17 +153,18 @@ template <class Run> INLINE void by_vectors(int width, Run run) {
 inline void elita_forward(const Elita& e, const ElitaSegment& s, void* scratch) {
   ElitaScratch& w = *(ElitaScratch*)scratch;
   double* const means = (double*)((char*)scratch + sizeof(ElitaScratch));  // [V], to whole panels
-  const int64_t heads = e.H / e.G;
+  const int64_t heads = e.H / e.G, panels = (e.V + WIDTH - 1) / WIDTH * WIDTH;
+  double* const gates = means + panels;  // [heads, BLOCK]
   const bool seen = s.start && s.start[0] != -INFINITE;
   double top = seen ? s.start[0] : LOWEST, total = seen ? 1 : 0;
-  for (int64_t d = 0; d < e.V; d++) means[d] = s.start ? s.start[2 + d] : 0;
-  for (int64_t d = e.V; d % WIDTH; d++) means[d] = 0;
+  for (int64_t d = 0; d < panels; d++) means[d] = s.start && d < e.V ? s.start[2 + d] : 0;
   for (int64_t t = s.begin; t < s.end; t += BLOCK) {
     const int n = int(smaller<int64_t>(BLOCK, s.end - t));
     key_gates(e, s, t, n, top, total, w);
     if (!s.passing) {
-      write_row<double>(e.a, (s.batch * e.G + s.group) * e.T + t, e.gates, n, w.a);
-      for (int64_t r = 0; r < heads; r++) own_gates(e, s, s.group * heads + r, t, n, w);
+      if (e.key_odds) write_row<double>(e.key_odds, (s.batch * e.G + s.group) * e.T + t, e.gates, n, w.odds);
+      if (e.means) memcpy(kept_means(e, s, t), means, sizeof(double) * size_t(e.V));
+      for (int64_t r = 0; r < heads; r++) own_gates(e, s, s.group * heads + r, t, n, w, gates + r * BLOCK);
     }
     for (int64_t from = 0; from < e.V; from += WIDTH) {
       const int width = int(smaller<int64_t>(WIDTH, e.V - from));
@@ -158,14 +172,13 @@ inline void elita_forward(const Elita& e, const ElitaSegment& s, void* scratch) 
       by_vectors(width, [&](auto N) { advance<N.value>(e, t, n, means + from, w); });
       const int used = rounded(width);
       for (int64_t r = 0; !s.passing && r < heads; r++) {
-        const int64_t h = s.group * heads + r;
-        if (heads > 1) read_row<double>(e.g, (s.batch * e.H + h) * e.T + t, e.gates, n, w.g);
+        const double* const g = gates + r * BLOCK;
         for (int i = 0; i < n; i++)
           for (int d = 0; d < used; d += LANES<double>) {
             const Vec<double> u = load(w.x + i * WIDTH + d);
-            store(w.y + i * WIDTH + d, u + w.g[i] * (load(w.v + i * WIDTH + d) - u));
+            store(w.y + i * WIDTH + d, u + g[i] * (load(w.v + i * WIDTH + d) - u));
           }
-        write_panel(e.out, e.type, s.batch, h, t, n, from, width, w.y);
+        write_panel(e.out, e.type, s.batch, s.group * heads + r, t, n, from, width, w.y);
       }
     }
   }
@@ -176,14 +189,32 @@ inline void elita_forward(const Elita& e, const ElitaSegment& s, void* scratch) 
   for (int64_t d = 0; d < e.V; d++) s.stop[2 + d] = means[d];
 }
 
-// The gradients of a panel's means over n tokens, backwards: Q of every token goes to w.y, Q . v and dv (but for the
-// query heads' own part, which stands in w.x) to their places.
-template <int N> void retreat(const Elita& e, int64_t t, int n, double* carry, ElitaScratch& w) {
+// The values of a panel in w.v become their distances v - u from the means; `before`: the means before the n tokens.
+template <int N> void distances(const Elita& e, int64_t t, int n, const double* before, ElitaScratch& w) {
+  constexpr int W = LANES<double>;
+  Vec<double> u[N];
+  for (int d = 0; d < N; d++) u[d] = load(before + d * W);
+  for (int i = 0; i < n; i++) {
+    const double a = w.a[i], decay = w.decay[i];
+    const bool first = e.first && e.first[t + i];
+    for (int d = 0; d < N; d++) {
+      double* const at = w.v + i * WIDTH + d * W;
+      if (first) u[d] = Vec<double>{};
+      const Vec<double> apart = load(at) - u[d];
+      store(at, decay * apart);
+      u[d] += a * apart;
+    }
+  }
+}
+
+// The gradients of a panel's means over n tokens, backwards, from sums of (1 - g) dout in w.y: Q . (v - u), whose second
+// factor stands in w.v, and dv, whose part of the query heads stands in w.x.
+template <int N> void retreat(int n, double* carry, ElitaScratch& w) {
   constexpr int W = LANES<double>;
   Vec<double> Q[N];
   for (int d = 0; d < N; d++) Q[d] = load(carry + d * W);
   for (int i = n - 1; i >= 0; i--) {
-    const double a = w.a[i], decay = e.first && e.first[t + i] ? 0 : 1 - a;
+    const double a = w.a[i], decay = w.decay[i];
     Vec<double> by_value{};
     for (int d = 0; d < N; d++) {
       const int at = i * WIDTH + d * W;
@@ -197,72 +228,87 @@ template <int N> void retreat(const Elita& e, int64_t t, int n, double* carry, E
   for (int d = 0; d < N; d++) store(carry + d * W, Q[d]);
 }
 
+// a and 1 - a from a's odds, for a block; `gates`: g, 1 - g and zeros for each query head.
+INLINE void read_gates(const Elita& e, const ElitaSegment& s, int64_t t, int n, ElitaScratch& w, double* gates) {
+  read_row<double>(e.key_odds, (s.batch * e.G + s.group) * e.T + t, e.gates, n, w.odds);
+  for (int i = 0; i < n; i++) {
+    w.a[i] = 1 / (1 + 1 / w.odds[i]);
+    w.decay[i] = e.first && e.first[t + i] ? 0 : 1 / (1 + w.odds[i]);
+  }
+  const int64_t heads = e.H / e.G;
+  for (int64_t r = 0; r < heads; r++, gates += 3 * BLOCK) {
+    read_row<double>(e.own_odds, (s.batch * e.H + s.group * heads + r) * e.T + t, e.gates, n, w.own);
+    for (int i = 0; i < n; i++) {
+      gates[i] = 1 / (1 + 1 / w.own[i]);
+      gates[BLOCK + i] = 1 / (1 + w.own[i]);
+      gates[2 * BLOCK + i] = 0;
+    }
+  }
+}
+
+// What one query head adds to a panel: g dout to w.x, (1 - g) dout to w.y, dout . (v - u) to the third row of its gates.
+INLINE void gather(const Elita& e, const ElitaSegment& s, int64_t h, int64_t t, int n, int64_t from, int width, double* gates, ElitaScratch& w) {
+  alignas(64) double dout[WIDTH];
+  const int used = rounded(width);
+  for (int i = 0; i < n; i++) {
+    read_panel(e.dout, e.type, s.batch, h, t + i, 1, from, width, dout);
+    const double g = gates[i], keep = gates[BLOCK + i];
+    Vec<double> by_value{};
+    for (int d = 0; d < used; d += LANES<double>) {
+      const int at = i * WIDTH + d;
+      const Vec<double> y = load(dout + d);
+      by_value += y * load(w.v + at);
+      store(w.x + at, load(w.x + at) + g * y);
+      store(w.y + at, load(w.y + at) + keep * y);
+    }
+    gates[2 * BLOCK + i] += sum<double>(by_value);
+  }
+}
+
 inline void elita_backward(const Elita& e, const ElitaSegment& s, void* scratch) {
-  constexpr int W = LANES<double>;
   ElitaScratch& w = *(ElitaScratch*)scratch;
   const int64_t heads = e.H / e.G, panels = (e.V + WIDTH - 1) / WIDTH * WIDTH;
-  double* const carry = (double*)((char*)scratch + sizeof(ElitaScratch));  // [V]
-  double* const dots = carry + panels;                                     // [heads, 2, BLOCK]: dout . out, dout . v
-  double q = s.start ? s.start[0] : 0, product = 1;
+  double* const carry = (double*)((char*)scratch + sizeof(ElitaScratch));  // [V], to whole panels
+  double* const gates = carry + panels;                                    // [heads, 3, BLOCK]
+  double M = s.start ? s.start[0] : 0, product = 1;
   for (int64_t d = 0; d < panels; d++) carry[d] = s.start && d < e.V ? s.start[2 + d] : 0;
   for (int64_t blocks = (s.end - s.begin + BLOCK - 1) / BLOCK; blocks > 0; blocks--) {
     const int64_t t = s.begin + (blocks - 1) * BLOCK;
     const int n = int(smaller<int64_t>(BLOCK, s.end - t));
-    read_row<double>(e.a, (s.batch * e.G + s.group) * e.T + t, e.gates, n, w.a);
-    zero(dots, heads * 2 * BLOCK);
+    read_gates(e, s, t, n, w, gates);
     zero(w.by_value, BLOCK);
     for (int64_t from = 0; from < e.V; from += WIDTH) {
-      const int width = int(smaller<int64_t>(WIDTH, e.V - from)), used = rounded(width);
+      const int width = int(smaller<int64_t>(WIDTH, e.V - from));
       zero(w.x, BLOCK * WIDTH);
       zero(w.y, BLOCK * WIDTH);
       read_panel(e.value, e.type, s.batch, s.group, t, n, from, width, w.v);
-      for (int64_t r = 0; r < heads; r++) {
-        const int64_t h = s.group * heads + r;
-        double *own = dots + r * 2 * BLOCK, *by_value = own + BLOCK;
-        alignas(64) double dout[WIDTH], out[WIDTH];
-        read_row<double>(e.g, (s.batch * e.H + h) * e.T + t, e.gates, n, w.g);
-        for (int i = 0; i < n; i++) {
-          read_panel(e.dout, e.type, s.batch, h, t + i, 1, from, width, dout);
-          read_panel(e.out, e.type, s.batch, h, t + i, 1, from, width, out);
-          Vec<double> with_out{}, with_value{};
-          const double g = w.g[i];
-          for (int d = 0; d < used; d += W) {
-            const int at = i * WIDTH + d;
-            const Vec<double> y = load(dout + d);
-            with_out += y * load(out + d);
-            with_value += y * load(w.v + at);
-            store(w.x + at, load(w.x + at) + g * y);
-            store(w.y + at, load(w.y + at) + (1 - g) * y);
-          }
-          own[i] += sum<double>(with_out);
-          by_value[i] += sum<double>(with_value);
-        }
+      if (!s.passing) {
+        alignas(64) double before[WIDTH] = {};
+        memcpy(before, kept_means(e, s, t) + from, sizeof(double) * size_t(width));
+        by_vectors(width, [&](auto N) { distances<N.value>(e, t, n, before, w); });
       }
-      by_vectors(width, [&](auto N) { retreat<N.value>(e, t, n, carry + from, w); });
+      for (int64_t r = 0; r < heads; r++) gather(e, s, s.group * heads + r, t, n, from, width, gates + r * 3 * BLOCK, w);
+      by_vectors(width, [&](auto N) { retreat<N.value>(n, carry + from, w); });
       if (!s.passing) write_panel(e.dvalue, e.type, s.batch, s.group, t, n, from, width, w.x);
     }
     zero(w.own_total, BLOCK);
     for (int64_t r = 0; r < heads; r++) {
-      const int64_t at = (s.batch * e.H + s.group * heads + r) * e.T + t;
-      const double *own = dots + r * 2 * BLOCK, *by_value = own + BLOCK;
-      read_row<double>(e.g, at, e.gates, n, w.g);
-      for (int i = 0; i < n; i++) {
-        w.own_total[i] += (1 - w.g[i]) * own[i];
-        w.grad[i] = w.g[i] * (by_value[i] - own[i]);
-      }
-      if (!s.passing) write_row<double>(e.dself_logit, at, e.gates, n, w.grad);
+      const double* const g = gates + r * 3 * BLOCK;
+      for (int i = 0; i < n; i++) w.grad[i] = g[i] * g[BLOCK + i] * g[2 * BLOCK + i];
+      for (int i = 0; i < n; i++) w.own_total[i] += w.grad[i];
+      if (!s.passing) write_row<double>(e.dself_logit, (s.batch * e.H + s.group * heads + r) * e.T + t, e.gates, n, w.grad);
     }
     for (int i = n - 1; i >= 0; i--) {
-      const double decay = e.first && e.first[t + i] ? 0 : 1 - w.a[i];
-      q += w.own_total[i];
-      w.grad[i] = w.a[i] * (w.by_value[i] - q);
-      q *= decay;
-      product *= decay;
+      const double b = w.a[i] * w.by_value[i];
+      M -= w.own_total[i];
+      w.grad[i] = b + w.a[i] * M;
+      M = w.decay[i] * M - b;
+      product *= w.decay[i];
     }
     if (!s.passing) write_row<double>(e.dkey_logit, (s.batch * e.G + s.group) * e.T + t, e.gates, n, w.grad);
   }
   if (!s.stop) return;
-  s.stop[0] = q;
+  s.stop[0] = M;
   s.stop[1] = product;
   for (int64_t d = 0; d < e.V; d++) s.stop[2 + d] = carry[d];
 }

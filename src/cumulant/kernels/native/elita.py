@@ -1,4 +1,8 @@
-"""The operator of ELiTA's attention on the native kernels; its arguments and results are those of `chunked.elita`."""
+"""The operator of ELiTA's attention on the native kernels.
+
+Arguments and results are those of `chunked.elita`, but for the means that are kept for the backward pass. It walks
+backwards, and would need a walk forwards of its own to form them again.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ from torch import Tensor
 
 from ..transforms import mappable
 from .library import (
+    ELITA_BLOCK,
     TYPES,
     Elita,
     Held,
@@ -58,7 +63,7 @@ class _Call(Held):
         a.log_weight, a.mean = (self.pointer(x, torch.float64) for x in (log_weight, mean))
 
 
-def _forward(
+def _call(
     key_logit: Tensor,
     query_logit: Tensor,
     self_logit: Tensor,
@@ -67,13 +72,9 @@ def _forward(
     log_weight: Tensor | None,
     mean: Tensor | None,
     span: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Output ``[B,H,T,V]``, the gates a ``[B,G,T]`` and g ``[B,H,T]``, and the state after all tokens: m ``[B,G]`` and
-    u ``[B,G,V]``, in fp64.
-
-    key_logit ``[B,G,T]``, query_logit and self_logit ``[B,H,T]`` of one dtype, fp32 or fp64, -inf where a key or a
-    token itself has no weight; first ``[T]``: True where a sequence begins that sees nothing before it.
-    """
+    kept: tuple[Tensor, Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output and the state after all tokens; what the backward pass needs goes to `kept`."""
     (B, G, T, V), H = value.shape, query_logit.shape[1]
     check_inputs(
         key_logit=(key_logit, (B, G, T)), query_logit=(query_logit, (B, H, T)), self_logit=(self_logit, (B, H, T))
@@ -81,26 +82,61 @@ def _forward(
     c = _Call(value, H, key_logit.dtype, first, log_weight, mean, span)
     a = c.arguments
     out = new_heads(value, H, V)
-    gates = (value.new_empty(B, heads, T, dtype=c.real) for heads in (G, H))
-    key_gate, own_gate = gates
     final = value.new_empty(B, G, dtype=torch.float64), value.new_empty(B, G, V, dtype=torch.float64)
-    a.out, a.a, a.g = array(out), pointer(key_gate), pointer(own_gate)
+    a.out = array(out)
+    if kept is not None:
+        a.key_odds, a.own_odds, a.means = (pointer(x) for x in kept)
     a.key_logit, a.query_logit, a.self_logit = (
         c.pointer(x, key_logit.dtype) for x in (key_logit, query_logit, self_logit)
     )
     a.final_log_weight, a.final_mean = (pointer(x) for x in final)
     call("cumulant_elita_forward", a)
-    return out, key_gate, own_gate, *final
+    return out, *final
 
 
-elita_attention = torch.library.custom_op(
-    "cumulant::native_elita_attention", _forward, mutates_args=(), device_types="cpu"
-)
+def _new_kept(value: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Empty odds of the gates, ``[B,G,T]`` and ``[B,H,T]``, and means before every block of tokens.
+
+    One or two rows of means are never used: under `torch.export` a size that may be 1 would bound T.
+    """
+    (B, G, T, V), dtype = value.shape, real(value.dtype)
+    return (
+        value.new_empty((B, G, T), dtype=dtype),
+        value.new_empty((B, heads, T), dtype=dtype),
+        value.new_empty((B, G, T // ELITA_BLOCK + 2, V), dtype=torch.float64),
+    )
 
 
-def attention(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`elita_attention`, without an operator's cost where nothing watches."""
-    return (_forward if unwatched(*arguments[:7]) else _mapped)(*arguments)
+@torch.library.custom_op("cumulant::native_elita_attention", mutates_args=(), device_types="cpu")
+def elita_attention(
+    key_logit: Tensor,
+    query_logit: Tensor,
+    self_logit: Tensor,
+    value: Tensor,
+    first: Tensor | None,
+    log_weight: Tensor | None,
+    mean: Tensor | None,
+    span: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Output ``[B,H,T,V]``, the odds of the gates a ``[B,G,T]`` and g ``[B,H,T]``, the means before every block of 16
+    tokens ``[B,G,T // 16 + 2,V]``, and the state after all tokens: m ``[B,G]`` and u ``[B,G,V]``. Means and state
+    are in fp64.
+
+    key_logit ``[B,G,T]``, query_logit and self_logit ``[B,H,T]`` of one dtype, fp32 or fp64, -inf where a key or a
+    token itself has no weight; first ``[T]``: True where a sequence begins that sees nothing before it.
+    """
+    kept = _new_kept(value, query_logit.shape[1])
+    kept[2][:, :, value.shape[2] // ELITA_BLOCK :] = 0
+    out, m, u = _call(key_logit, query_logit, self_logit, value, first, log_weight, mean, span, kept)
+    return out, *kept, m, u
+
+
+def attention(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Output and state of `elita_attention`, without an operator's cost where nothing watches."""
+    if unwatched(*arguments[:7]):
+        return _call(*arguments)
+    out, *_, m, u = _mapped(*arguments)
+    return out, m, u
 
 
 @elita_attention.register_fake
@@ -113,12 +149,11 @@ def _(
     log_weight: Tensor | None,
     mean: Tensor | None,
     span: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    (B, G, T, V), H, dtype = value.shape, query_logit.shape[1], real(value.dtype)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    (B, G, _, V), H = value.shape, query_logit.shape[1]
     return (
         new_heads(value, H, V),
-        value.new_empty((B, G, T), dtype=dtype),
-        value.new_empty((B, H, T), dtype=dtype),
+        *_new_kept(value, H),
         value.new_empty((B, G), dtype=torch.float64),
         value.new_empty((B, G, V), dtype=torch.float64),
     )
@@ -129,31 +164,40 @@ def elita_attention_backward(
     dout: Tensor,
     dlog_weight: Tensor | None,
     dmean: Tensor | None,
+    key_logit: Tensor,
+    query_logit: Tensor,
+    self_logit: Tensor,
     value: Tensor,
     first: Tensor | None,
     log_weight: Tensor | None,
     mean: Tensor | None,
-    out: Tensor,
-    a: Tensor,
-    g: Tensor,
-    final_mean: Tensor,
-    dtype: torch.dtype,
+    key_odds: Tensor,
+    own_odds: Tensor,
+    means: Tensor,
     span: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of the three logits, in `dtype`, of the values and of the state."""
-    (B, G, T, V), H = value.shape, out.shape[1]
-    check_inputs(dout=(dout, (B, H, T, V)), out=(out, (B, H, T, V)), a=(a, (B, G, T)), g=(g, (B, H, T)))
-    check_inputs(final_mean=(final_mean, (B, G, V)))
+    """Gradients of the three logits, of the values and of the state.
+
+    The logits are not read. They are arguments so that asking for gradients of these gradients is an error: without
+    them, those would be taken for zero.
+    """
+    (B, G, T, V), H, dtype = value.shape, query_logit.shape[1], key_logit.dtype
+    check_inputs(dout=(dout, (B, H, T, V)), key_odds=(key_odds, (B, G, T)), own_odds=(own_odds, (B, H, T)))
+    check_inputs(means=(means, (B, G, T // ELITA_BLOCK + 2, V)))
     for name, x, shape in (("dlog_weight", dlog_weight, (B, G)), ("dmean", dmean, (B, G, V))):
         if x is not None:
             check_inputs(**{name: (x, shape)})
     c = _Call(value, H, dtype, first, log_weight, mean, span)
     e = c.arguments
-    dv, dc, ds = new_heads(value, G, V), torch.empty_like(a), torch.empty_like(g)
-    dm, du = final_mean.new_empty(B, G), final_mean.new_empty(B, G, V)
-    e.out, e.dout, e.dvalue = c.array(out), c.array(dout), array(dv)
-    e.a, e.g = c.pointer(a, c.real), c.pointer(g, c.real)
-    e.dkey_logit, e.dself_logit, e.final_mean = pointer(dc), pointer(ds), c.pointer(final_mean, torch.float64)
+    dv, dc, ds = new_heads(value, G, V), value.new_empty(B, G, T, dtype=c.real), value.new_empty(B, H, T, dtype=c.real)
+    dm, du = means.new_empty(B, G), means.new_empty(B, G, V)
+    e.dout, e.dvalue = c.array(dout), array(dv)
+    e.key_odds, e.own_odds, e.means = (
+        c.pointer(key_odds, c.real),
+        c.pointer(own_odds, c.real),
+        c.pointer(means, torch.float64),
+    )
+    e.dkey_logit, e.dself_logit = pointer(dc), pointer(ds)
     e.dfinal_log_weight, e.dfinal_mean = (c.pointer(x, torch.float64) for x in (dlog_weight, dmean))
     if log_weight is not None:
         e.dlog_weight, e.dmean = pointer(dm), pointer(du)
@@ -163,32 +207,29 @@ def elita_attention_backward(
 
 
 @elita_attention_backward.register_fake
-def _(dout, dlog_weight, dmean, value, first, log_weight, mean, out, a, g, final_mean, dtype, span):  # type: ignore[no-untyped-def]
+def _(dout, dlog_weight, dmean, key_logit, query_logit, self_logit, value, *rest):  # type: ignore[no-untyped-def]
+    B, G, _, V = value.shape
     return (
-        a.new_empty(a.shape, dtype=dtype),
-        a.new_empty(out.shape[:3], dtype=dtype),
-        a.new_empty(out.shape[:3], dtype=dtype),
-        new_heads(value, *value.shape[1::2]),
-        final_mean.new_empty(final_mean.shape[:2]),
-        final_mean.new_empty(final_mean.shape),
+        *(x.new_empty(x.shape) for x in (key_logit, query_logit, self_logit)),
+        new_heads(value, G, V),
+        value.new_empty((B, G), dtype=torch.float64),
+        value.new_empty((B, G, V), dtype=torch.float64),
     )
 
 
 def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    key_logit, _, _, value, first, log_weight, mean, ctx.span = inputs
-    out, a, g, _, final_mean = output
-    ctx.mark_non_differentiable(a, g)
-    ctx.dtype = key_logit.dtype
-    ctx.save_for_backward(value, first, log_weight, mean, out, a, g, final_mean)
+    *tensors, ctx.span = inputs
+    _, *kept, _, _ = output
+    ctx.mark_non_differentiable(*kept)
+    ctx.save_for_backward(*tensors, *kept)
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx, dout, _da, _dg, dm, du):  # type: ignore[no-untyped-def]
-    value, first, log_weight, mean, out, a, g, final_mean = ctx.saved_tensors
-    dout = torch.zeros_like(out) if dout is None else dout
-    *grads, dm0, du0 = _backward(
-        dout, dm, du, value, first, log_weight, mean, out, a, g, final_mean, ctx.dtype, ctx.span
-    )
+def _differentiate(ctx, dout, _key, _own, _means, dm, du):  # type: ignore[no-untyped-def]
+    _, query_logit, _, value, _, log_weight, mean, *_ = ctx.saved_tensors
+    if dout is None:
+        dout = value.new_zeros((*query_logit.shape, value.shape[-1]))
+    *grads, dm0, du0 = _backward(dout, dm, du, *ctx.saved_tensors, ctx.span)
     return *grads, None, None if log_weight is None else dm0, None if mean is None else du0, None
 
 

@@ -27,7 +27,7 @@ double multiply_rate(const Kernels& k, int threads) {
 extern "C" {
 // Changes with the structs that are handed over, and by hand (the last number) with what the kernels do to what they point at.
 int cumulant_abi() {
-  return int(2 + sizeof(cumulant::Attention) + (sizeof(cumulant::Elita) << 9) + (sizeof(cumulant::MixedChunk) << 18) +
+  return int(3 + sizeof(cumulant::Attention) + (sizeof(cumulant::Elita) << 9) + (sizeof(cumulant::MixedChunk) << 18) +
              ((sizeof(cumulant::Instruction) + sizeof(cumulant::Program) + sizeof(cumulant::Pointwise)) << 12));
 }
 int cumulant_supports(int isa) { return cumulant::supported(isa); }

@@ -17,6 +17,7 @@ PATH = Path(__file__).with_name("_kernels.so")
 INSTRUCTIONS = ("baseline", "avx2", "avx512")  # in the order of `Isa` in library.cpp
 TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 CHUNK = 64  # tokens that scratch matrices hold
+ELITA_BLOCK = 16  # tokens between two means that ELiTA keeps
 MAX_ORDER = 8
 GRAIN = 1_000_000  # multiplications that a further thread must be worth
 _i64, _i32, _pointer = ctypes.c_int64, ctypes.c_int32, ctypes.c_void_p
@@ -47,7 +48,8 @@ class Elita(ctypes.Structure):
         *((name, _i64) for name in ("B", "H", "G", "T", "V", "span")),
         *((name, _i32) for name in ("type", "logits", "gates", "threads", "isa")),
         *((name, Array) for name in ("value", "out")),
-        *((name, _pointer) for name in ("key_logit", "query_logit", "self_logit", "first", "a", "g")),
+        *((name, _pointer) for name in ("key_logit", "query_logit", "self_logit", "first")),
+        *((name, _pointer) for name in ("key_odds", "own_odds", "means")),
         *((name, _pointer) for name in ("log_weight", "mean", "final_log_weight", "final_mean")),
         *((name, Array) for name in ("dout", "dvalue")),
         *((name, _pointer) for name in ("dkey_logit", "dself_logit", "dfinal_log_weight", "dfinal_mean")),
@@ -183,7 +185,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     except OSError as error:
         return None, f"its kernels cannot be loaded: {error}"
     size = ctypes.sizeof
-    if library.cumulant_abi() != 2 + size(Attention) + (size(Elita) << 9) + (size(MixedChunk) << 18) + (
+    if library.cumulant_abi() != 3 + size(Attention) + (size(Elita) << 9) + (size(MixedChunk) << 18) + (
         (size(Instruction) + size(Program) + size(Pointwise)) << 12
     ):
         return None, "its kernels were compiled from another version of cumulant: install it again"
