@@ -95,3 +95,16 @@ def test_choosing_by_length_says_what_was_measured():
     assert f"softmax {found['training', 'softmax', 8192]['median'] * 1e3:,.0f} ms" in lines[8192]
     assert f"{found['training', 'softmax', 16384]['median'] * 1e3:,.0f} ms at 16k" in lines[32768]
     assert f"{found['training', 'elita', 131072]['median'] * 1e3:.0f} ms" in lines[131072]
+
+
+def test_approximation_says_what_was_measured():
+    """The table of the page is the report's."""
+    from cumulant.bench.approximation.report import REPORT, percent, read_cases, summary
+    from cumulant.bench.reports.folder import Folder
+
+    folder = Folder.open(str(ROOT / "docs/reports/approximation"))
+    page = (ROOT / "docs" / "approximation.md").read_text()
+    lines = [line for line in page.splitlines() if re.match(r"\| (random|LayerNorm|softmax|taylor), ?", line)]
+    found = summary(read_cases(folder.rows(REPORT.fields)))
+    expected = [f"| {' | '.join([name, *map(percent, errors.values())])} |" for name, errors in found.items()]
+    assert lines == expected

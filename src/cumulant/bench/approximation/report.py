@@ -6,10 +6,14 @@ import statistics
 
 from rich.console import Console
 
-from ..reports.folder import Folder
+from ..reports.folder import Folder, Row
 from ..reports.page import Page, Picture, Report, TableOf, write
 from .cases import LENGTH, SIZES, Case, order_name
 from .plots import draw_error, draw_exponential
+
+
+def read_cases(rows: list[Row]) -> list[Case]:
+    return [Case(**{name: value for name, value in row.items() if name != "model"}) for row in rows]
 
 
 def summary(cases: list[Case]) -> dict[str, dict[int, float]]:
@@ -42,8 +46,7 @@ def percent(error: float) -> str:
 
 def report(folder: Folder, console: Console | None = None) -> Page:
     """Pictures and page from the folder's rows."""
-    found = folder.rows(REPORT.fields)
-    cases = [Case(**{name: value for name, value in row.items() if name != "model"}) for row in found]
+    cases = read_cases(folder.rows(REPORT.fields))
     rows = summary(cases)
     one, two = rows["random, size 1"], rows["random, size 2"]
     page = Page(
