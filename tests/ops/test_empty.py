@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from itertools import product
 from typing import Any
 
@@ -128,3 +130,21 @@ def test_empty_sequences(case: Case, impl: str, is_causal: bool, bounds: list[in
         assert state.position.tolist() == lengths
         more = case.run(q, k, v, is_causal, cu_seqlens=cu_seqlens, state=state, impl=impl)[1]
         assert [x.shape for x in sums_of(more)] == [x.shape for x in sums_of(state)]
+
+
+NO_COLUMNS = """
+import torch
+from cumulant.kernels.native.attention import native_attention
+for is_causal in (True, False):
+    q, k, v = (torch.randn(1, 2, 20, d, requires_grad=True) for d in (3, 3, 0))
+    arguments = None, None, None, None, True, 0, True, "elu", 1.0, True, is_causal, 16, 16
+    out, *_, denominator = native_attention(q, k, v, *arguments)
+    (out.sum() + denominator.sum()).backward()
+    print(*out.shape, float(denominator.isfinite().all()), float(q.grad.isfinite().all()))
+"""
+
+
+def test_the_native_operator_ends_without_columns_of_values():
+    """Called directly; in a process of its own, as a loop that does not end could not be stopped."""
+    made = subprocess.run([sys.executable, "-c", NO_COLUMNS], capture_output=True, text=True, check=True, timeout=120)
+    assert made.stdout.splitlines() == ["1 2 20 0 1.0 1.0"] * 2

@@ -108,7 +108,7 @@ class Call {
   }
   // The same over all columns in `columns` parts.
   void add_columns(Kernels::Kernel* kernel, Segment s, Sums start, Sums stop, int64_t columns) {
-    const int64_t width = ((a.V + columns - 1) / columns + 15) / 16 * 16;
+    const int64_t width = std::max<int64_t>(16, ((a.V + columns - 1) / columns + 15) / 16 * 16);
     for (s.from = 0; s.from < std::max<int64_t>(a.V, 1); s.from += width) {
       s.to = std::min(a.V, s.from + width);
       add(kernel, s, start, stop);
