@@ -17,10 +17,13 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
+from cumulant.bench.reports import palette
+
 matplotlib.rcParams["svg.hashsalt"] = "cumulant"  # same picture, same file
 matplotlib.rcParams["font.size"] = 11
 
-BLACK, ORANGE, BLUE, GREEN = "#000000", "#E69F00", "#0072B2", "#009E73"
+BLACK, ORANGE = palette.BLACK.colour, palette.ORANGE.colour
+BLUE, GREEN = palette.BLUE.colour, palette.GREEN.colour
 PALE = {
     ORANGE: "#F9E4B5",
     BLUE: "#BFDCEE",

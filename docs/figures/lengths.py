@@ -15,14 +15,16 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import NullFormatter
 
+from cumulant.bench.reports.palette import BLACK, BLUE, ORANGE
+
 matplotlib.rcParams["svg.hashsalt"] = "cumulant"  # same picture, same file
 matplotlib.rcParams["font.size"] = 13
 
 HERE = Path(__file__).parent
-STYLES = {  # colours and markers of the bench's pictures
-    "softmax": ("fused softmax", "#000000", "o"),
-    "linear": ("elu + 1", "#E69F00", "^"),
-    "taylor": ("Taylor", "#0072B2", "s"),
+SHOWN = {
+    "softmax": ("fused softmax", BLACK),
+    "linear": ("elu + 1", ORANGE),
+    "taylor": ("Taylor", BLUE),
 }
 PANELS = {  # pass, value, title, unit
     "training": ("median", "training step, seconds", 1.0),
@@ -45,7 +47,7 @@ def main() -> None:
     rows = measured_rows()
     for axis, (kind, panel) in zip(axes, PANELS.items(), strict=True):
         value, title, unit = panel
-        for mechanism, (label, colour, marker) in STYLES.items():
+        for mechanism, (label, style) in SHOWN.items():
             points = sorted(
                 (row["length"], row[value] / unit)
                 for row in rows
@@ -53,8 +55,7 @@ def main() -> None:
                 and row.get(value)
             )
             lengths, values = zip(*points, strict=True)
-            style = {"color": colour, "marker": marker, "markersize": 5}
-            axis.plot(lengths, values, label=label, **style)
+            axis.plot(lengths, values, label=label, **style.options())
         axis.set(xscale="log", yscale="log", title=title, xlabel="tokens")
         axis.set_xticks([1024, 16384, 262144], ["1k", "16k", "256k"])
         axis.xaxis.set_minor_formatter(NullFormatter())
