@@ -56,7 +56,7 @@ def main() -> None:
     figure, axes = plt.subplots(
         rows,
         columns,
-        figsize=(2.3 * columns + 1, 2.3 * rows),
+        figsize=(1.2 * columns + 0.8, 1.25 * rows),
         squeeze=False,
         sharex=True,
         sharey=True,
