@@ -25,6 +25,11 @@ TOLERANCE = {
     torch.float16: 5e-4,
 }
 
+# Relative error of one rounding of random numbers, and bound on the error of outputs and gradients, as a multiple of
+# the error that the plain quadratic form in that dtype has itself (test_gradient_errors).
+ROUNDING = {torch.float32: 1e-7, torch.bfloat16: 1.7e-3, torch.float16: 2.1e-4}
+GRADIENT_TOLERANCE = {torch.float32: 4.0, torch.bfloat16: 1.5, torch.float16: 1.5}
+
 
 @dataclass(frozen=True)
 class Case:

@@ -120,16 +120,17 @@ def short_convolution(x: Tensor, weight: Tensor, tail: Tensor | None = None, off
 
 
 def _convolution(x: Tensor, weight: Tensor, tail: Tensor | None, offset: Tensor | None) -> Tensor:
-    n, T = weight.shape[0] - 1, x.shape[1]
+    n, T, dtype = weight.shape[0] - 1, x.shape[1], x.dtype
     tail = x.new_zeros(x.shape[0], n, x.shape[2]) if tail is None else tail
-    buffer = torch.cat((tail, x), 1)
-    y = x * weight[0]
+    wide = torch.promote_types(dtype, torch.float32)  # of half numbers, the sum is rounded once, not at every tap
+    weight, buffer = weight.to(wide), torch.cat((tail, x), 1).to(wide)
+    y = buffer[:, n:] * weight[0]
     for j in range(1, n + 1):
         tap = buffer[:, n - j : n - j + T]
         if offset is not None:
             tap = tap.masked_fill((offset < j)[:, None], 0)
         y = torch.addcmul(y, tap, weight[j])
-    return y
+    return y.to(dtype)
 
 
 class _Convolution(torch.autograd.Function):
