@@ -36,6 +36,9 @@ def linear_attention(
     ``out_i = φ(q_i)ᵀ Σ_j φ(k_j) v_jᵀ / (φ(q_i)ᵀ Σ_j φ(k_j))``, over j ≤ i if `is_causal`, else over all j;
     ``normalize=False`` leaves out the denominator.
 
+    A value that is NaN or infinite reaches every output of later tokens, and earlier ones of its chunk (up to 128
+    tokens), as ``0 · NaN`` does in softmax attention.
+
     Args:
         query: ``[B, H, T, K]``; fp16, bf16, fp32 or fp64. Sums are taken in fp32 (fp64 for fp64).
         key: ``[B, G, S, K]``; the G key/value heads divide H, query head h uses key head ``h // (H / G)``.
@@ -45,7 +48,8 @@ def linear_attention(
         is_causal: query i sees keys up to i (and all of `state`); needs S = T.
         scale: factor of the query before its feature map, by default 1.
         normalize: divide by the sum of weights.
-        key_mask: ``[B, S]`` bool, True = attend. Masked keys count for nothing, whatever they hold.
+        key_mask: ``[B, S]`` bool, True = attend. Masked keys count for nothing, whatever they hold; queries must
+            be finite.
         cu_seqlens: ``[N + 1]`` int32/int64, offsets of N sequences packed end to end along T (then B = 1); they do not
             see each other. Rows after the last offset come out as zeros. States have N rows.
         state: sums over earlier keys, from `return_state`.

@@ -49,7 +49,8 @@ def mixed_chunk_attention(
         is_causal: the first sum over j ≤ i,  L_i = 1/g Σ_{c(j) < c(i)} s_j v_jᵀ
         else:      L_i = 1/n Σ_j s_j v_jᵀ over all n tokens
 
-    f is relu² or the Laplace function of `gated_attention`. Nothing is normalised.
+    f is relu² or the Laplace function of `gated_attention`. Nothing is normalised. A value that is NaN or infinite
+    reaches every output of later tokens, and earlier ones of its group, as ``0 · NaN`` does in softmax attention.
 
     Args:
         quad_query, lin_query: ``[B, H, T, K]``; the two may differ in K; fp16, bf16, fp32 or fp64. Sums are taken in

@@ -57,6 +57,13 @@ def taylor_attention(
     is needed. Odd orders, and any order without the constant, can have negative weights and vanishing denominators;
     nothing is clamped.
 
+    Range: sums are taken in fp32 (fp64 for fp64). Results are exact to rounding while the sums over keys of
+    ``|x|^order`` and of ``|k|^order |v|`` stay below 3.4e38; beyond, NaN or zeros come out. Any fp16 numbers fit orders
+    1 to 3 at K = 64, with values of ordinary size; order 4 does not.
+
+    A value that is NaN or infinite reaches every output of later tokens, and earlier ones of its chunk (up to 128
+    tokens), as ``0 · NaN`` does in softmax attention.
+
     Args:
         query: ``[B, H, T, K]``; fp16, bf16, fp32 or fp64. Sums are taken in fp32 (fp64 for fp64).
         key: ``[B, G, S, K]``; the G key/value heads divide H, query head h uses key head ``h // (H / G)``.
@@ -65,7 +72,8 @@ def taylor_attention(
         is_causal: query i sees keys up to i (and all of `state`); needs S = T.
         scale: factor of q·k, by default ``1 / sqrt(K)``.
         constant_term: False drops the term of degree 0 (Mercat's "subtract one").
-        key_mask: ``[B, S]`` bool, True = attend. Masked keys count for nothing, whatever they hold.
+        key_mask: ``[B, S]`` bool, True = attend. Masked keys count for nothing, whatever they hold; queries must
+            be finite.
         cu_seqlens: ``[N + 1]`` int32/int64, offsets of N sequences packed end to end along T (then B = 1); they do not
             see each other. Rows after the last offset come out as zeros. States have N rows.
         state: sums over earlier keys, from `return_state`.
