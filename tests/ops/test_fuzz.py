@@ -177,7 +177,7 @@ def differentiate(out: Tensor, weight: Tensor, leaves: list[Tensor]) -> list[Ten
 
 
 def check(call: Call) -> None:
-    B, T, S = call.sizes[0], call.sizes[3], call.sizes[4]
+    B, S = call.sizes[0], call.sizes[4]
     given_numbers = draw_inputs(call)
     if call.layout == "expanded":
         given_numbers = [x[:1].expand_as(x) for x in given_numbers]

@@ -48,37 +48,11 @@ def test_outputs_and_gradients_are_as_exact_as_the_references(case: Case, dtype:
             exact = differentiate(case, [x.double() for x in inputs], weight, is_causal, "reference")
             for impl, total in squares.items():
                 found = differentiate(case, inputs, weight, is_causal, impl)
-                total += torch.tensor([error(a, b) ** 2 for a, b in zip(found, exact, strict=True)])
+                total.add_(torch.tensor([error(a, b) ** 2 for a, b in zip(found, exact, strict=True)]))
         bound = GRADIENT_TOLERANCE[dtype] * (squares["reference"] / DRAWS).sqrt().clamp(min=ROUNDING[dtype])
         for impl, total in squares.items():
             found = (total / DRAWS).sqrt()
             assert (found <= bound).all(), (impl, is_causal, (found / bound).tolist())
-
-
-@by_dtype
-@pytest.mark.parametrize(
-    ("operation", "formula", "shapes", "roundings"),
-    [
-        (pointwise.short_convolution, lambda x, w: _by_convolution(x, w), [(2, 300, 16), (4, 16)], 1),
-        (pointwise.swiglu, lambda x, up: F.silu(x) * up, [(2, 300, 16)] * 2, 2),  # silu(x), and its product
-        (lambda x, w: pointwise.rms_norm(x, w, 1e-6), lambda x, w: _by_mean(x, w), [(2, 300, 16), (16,)], 1),
-        (lambda x, _: pointwise.turn(x[:, None], *_angles()), lambda x, _: _by_complex(x), [(2, 300, 16), (1,)], 1),
-    ],
-    ids=["short_convolution", "swiglu", "rms_norm", "turn"],
-)
-def test_operations_beside_attention(operation, formula, shapes, roundings: int, dtype: torch.dtype):
-    """These round once for every operation that their formula has: halves are added in fp32."""
-    generator = torch.Generator().manual_seed(0)
-    narrow = [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
-    wide = [x.detach().double().requires_grad_() for x in narrow]
-    y, exact = operation(*narrow), formula(*wide)
-    dout = torch.randn(exact.shape, generator=generator).to(dtype)
-    found = torch.autograd.grad(y, narrow, dout.view(y.shape), allow_unused=True)
-    expected = torch.autograd.grad(exact, wide, dout.double(), allow_unused=True)
-    for a, b in zip((y.view(exact.shape), *found), (exact, *expected), strict=True):
-        if b is not None:
-            assert a.dtype == dtype
-            assert error(a, b) <= 1.2 * roundings**0.5 * (ROUNDING[dtype] if dtype != torch.float32 else 3e-7)
 
 
 def _by_convolution(x: Tensor, weight: Tensor) -> Tensor:
@@ -102,6 +76,32 @@ def _by_complex(x: Tensor) -> Tensor:
 
 
 @by_dtype
+@pytest.mark.parametrize(
+    ("operation", "formula", "shapes", "roundings"),
+    [
+        (pointwise.short_convolution, _by_convolution, [(2, 300, 16), (4, 16)], 1),
+        (pointwise.swiglu, lambda x, up: F.silu(x) * up, [(2, 300, 16)] * 2, 2),  # silu(x), and its product
+        (lambda x, w: pointwise.rms_norm(x, w, 1e-6), _by_mean, [(2, 300, 16), (16,)], 1),
+        (lambda x, _: pointwise.turn(x[:, None], *_angles()), lambda x, _: _by_complex(x), [(2, 300, 16), (1,)], 1),
+    ],
+    ids=["short_convolution", "swiglu", "rms_norm", "turn"],
+)
+def test_operations_beside_attention(operation, formula, shapes, roundings: int, dtype: torch.dtype):
+    """These round once for every operation that their formula has: halves are added in fp32."""
+    generator = torch.Generator().manual_seed(0)
+    narrow = [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
+    wide = [x.detach().double().requires_grad_() for x in narrow]
+    y, exact = operation(*narrow), formula(*wide)
+    dout = torch.randn(exact.shape, generator=generator).to(dtype)
+    found = torch.autograd.grad(y, narrow, dout.view(y.shape), allow_unused=True)
+    expected = torch.autograd.grad(exact, wide, dout.double(), allow_unused=True)
+    for a, b in zip((y.view(exact.shape), *found), (exact, *expected), strict=True):
+        if b is not None:
+            assert a.dtype == dtype
+            assert error(a, b) <= 1.2 * roundings**0.5 * (ROUNDING[dtype] if dtype != torch.float32 else 3e-7)
+
+
+@by_dtype
 @pytest.mark.parametrize("impl", ["torch", "native"])
 @pytest.mark.parametrize("lengths", [[35, 35], [1] * 20], ids=["halves", "steps"])
 def test_gradients_through_states(impl: str, lengths: list[int], dtype: torch.dtype):
@@ -122,6 +122,6 @@ def test_gradients_through_states(impl: str, lengths: list[int], dtype: torch.dt
             out = torch.cat(outs, 2)
             found = [out, *torch.autograd.grad((out.double() * weight).sum(), leaves)]
             for total, results in zip(squares, (found, whole), strict=True):
-                total += torch.tensor([error(a, b) ** 2 for a, b in zip(results, exact, strict=True)])
+                total.add_(torch.tensor([error(a, b) ** 2 for a, b in zip(results, exact, strict=True)]))
         found, own = (squares / DRAWS).sqrt()
         assert (found <= GRADIENT_TOLERANCE[dtype] * own.clamp(min=ROUNDING[dtype])).all(), (case.name, found / own)
