@@ -151,6 +151,7 @@ def evaluate(
         if least < 1:
             raise ValueError(f"{name}: expected at least 1, got {least}")
     silence_libraries()
+    from .text.chat import chat_renderer
     from .text.checkpoint import load_checkpoint
     from .text.corpus import load_documents
     from .text.evaluate import evaluate_whole, evaluate_windowed, notice_of_cost
@@ -158,8 +159,9 @@ def evaluate(
 
     model, tokenizer = load_checkpoint(checkpoint, device)
     if data:
-        documents = load_documents(data, text_column=text_column, encoding=encoding)
-        text = tokenize(documents, tokenizer)
+        chat = chat_renderer(tokenizer)
+        documents = load_documents(data, text_column=text_column, encoding=encoding, chat=chat)
+        text = tokenize(documents, tokenizer, control_tokens=documents.is_chat)
     elif (Path(checkpoint) / "tokens" / "tokens.json").is_file():
         text = read_tokens(Path(checkpoint) / "tokens")[1]
     else:
@@ -190,6 +192,9 @@ def generate(
     top_k: Annotated[int, typer.Option(help="only the k likeliest tokens; 0: all")] = 0,
     top_p: Annotated[float, typer.Option(help="only the likeliest tokens that hold this probability")] = 0.95,
     seed: Annotated[int | None, typer.Option(help="the same text each time")] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="the prompt is a message: answer it, by the chat template")
+    ] = False,
     save_state: Annotated[str | None, typer.Option(help="leave the state in this file", callback=expanded)] = None,
     load_state: Annotated[str | None, typer.Option(help="go on from the state in this file", callback=expanded)] = None,
     stats: Annotated[bool, typer.Option(help="tokens/s, state bytes and peak memory, to standard error")] = False,
@@ -209,7 +214,7 @@ def generate(
     if prompt is None:
         prompt = _piped_text()
     try:
-        result = run(model, tokenizer, prompt, options, load=load_state, save=save_state, stream=True)
+        result = run(model, tokenizer, prompt, options, load=load_state, save=save_state, stream=True, chat=chat)
     except (KeyboardInterrupt, BrokenPipeError):
         if save_state is not None:
             print(f"cumulant: stopped; go on with: --load-state {save_state}", file=sys.stderr)

@@ -7,18 +7,17 @@ import os
 import re
 import sysconfig
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
+from .chat import Chat
 from .enwik8 import ENWIK8, load_enwik8
 from .files import STANDARD_INPUT, NotText, read_files, read_text
 
 STDLIB = "stdlib"
 LEAST_HELDOUT = 128  # bytes: bits per byte of less say nothing
 _SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib2to3"}
-Chat = Callable[[list[dict[str, Any]]], str]
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,8 @@ class Corpus:
     """Documents, already split.
 
     name: what was asked for. train, heldout: documents as UTF-8 bytes. digest: SHA-256 over all of them, in order.
-    skipped: files left out, each with the reason. notes: what else was done to the documents.
+    skipped: files left out, each with the reason. notes: what else was done to the documents. is_chat: they are chats,
+    written by a template, whose control tokens are to be read.
     """
 
     name: str
@@ -35,6 +35,7 @@ class Corpus:
     digest: str
     skipped: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    is_chat: bool = False
 
     @property
     def sizes(self) -> tuple[int, int]:
@@ -74,7 +75,7 @@ def load_corpus(
         text_column: column of a dataset that holds the text.
         encoding: of the files, if it is not UTF-8.
         exclude: folders left out of those that are read, such as that of the run itself.
-        chat: makes text of a row that holds chat messages, such as a tokenizer's chat template.
+        chat: makes text of a row that holds chat messages: see `chat_renderer`.
 
     Raises:
         ValueError: nothing there, nothing but binary data, or too little to split.
@@ -93,17 +94,25 @@ def load_corpus(
     return _corpus(name, train, held, skipped, notes)
 
 
+class Documents(list[bytes]):
+    """Texts as UTF-8 bytes. is_chat: they are chats, as in `Corpus`."""
+
+    is_chat = False
+
+
 def load_documents(
     data: str | Sequence[str], *, text_column: str = "text", encoding: str | None = None, chat: Chat | None = None
-) -> list[bytes]:
+) -> Documents:
     """All documents of `data`, as in `load_corpus`, unsplit."""
     sources = _sources(data)
     if sources == [ENWIK8] and not Path(ENWIK8).exists():
-        return list(load_enwik8())
+        return Documents(load_enwik8())
     if len(sources) == 1 and _is_dataset(sources[0]):
         splits, held_split, _ = _dataset(sources[0], text_column, chat)
-        return [*splits["train"], *(splits[held_split] if held_split else [])]
-    return [text for _, text in _read(sources, encoding, ())[0]]
+        documents = Documents([*splits["train"], *(splits[held_split] if held_split else [])])
+        documents.is_chat = splits["train"].is_chat
+        return documents
+    return Documents(text for _, text in _read(sources, encoding, ())[0])
 
 
 def _sources(data: str | Sequence[str] | None) -> list[str]:
@@ -206,17 +215,17 @@ def _from_dataset(data: str, heldout: float, text_column: str, chat: Chat | None
     splits, held_split, notes = _dataset(data, text_column, chat)
     train = splits["train"]
     if held_split is None:
-        train, held = _split([(str(i), text) for i, text in enumerate(train)], heldout, notes)
-        return _corpus(data, train, held, [], notes)
+        kept, held = _split([(str(i), text) for i, text in enumerate(train)], heldout, notes)
+        return replace(_corpus(data, kept, held, [], notes), is_chat=train.is_chat)
     known = set(train)
     held = [text for text in splits[held_split] if text not in known]
     if len(held) < len(splits[held_split]):
         again = len(splits[held_split]) - len(held)
         notes.append(f"{again} documents of the split {held_split!r} are in the training split, and not held out")
-    return _corpus(data, train, held, [], notes)
+    return replace(_corpus(data, train, held, [], notes), is_chat=train.is_chat)
 
 
-def _dataset(data: str, text_column: str, chat: Chat | None) -> tuple[dict[str, list[bytes]], str | None, list[str]]:
+def _dataset(data: str, text_column: str, chat: Chat | None) -> tuple[dict[str, Documents], str | None, list[str]]:
     """The documents of a dataset's splits, the name of its own held-out split, notes."""
     import datasets
 
@@ -251,24 +260,37 @@ def _find_on_hub(identifier: str) -> None:
 
 def _rows(
     split: Iterable[dict[str, object]], column: str, identifier: str, chat: Chat | None, notes: list[str]
-) -> list[bytes]:
-    """Texts of a column; rows that hold none are counted."""
+) -> Documents:
+    """Texts of a column; rows that hold none are counted, and chats that would be read as other than they are."""
     names = getattr(split, "column_names", [])
     if column not in names:
         raise ValueError(f"text_column: the dataset {identifier!r} has no column {column!r}; it has {', '.join(names)}")
-    documents, without = [], 0
+    documents, kinds, without, unsafe = Documents(), set(), 0, 0
     for row in split:
         value = row[column]
         if value is None:
             without += 1
             continue
-        documents.append(_as_text(value, column, identifier, chat).encode())
+        text = _as_text(value, column, identifier, chat)
+        kinds.add(type(value))
+        if text is None:
+            unsafe += 1
+        elif text:
+            documents.append(text.encode())
+    if len(kinds) > 1:
+        raise ValueError(
+            f"text_column: the column {column!r} of {identifier!r} holds texts and chats; name one of them"
+        )
+    documents.is_chat = list in kinds
     if without:
         notes.append(f"{without} rows without text (null) left out")
-    return [text for text in documents if text]
+    if unsafe:
+        notes.append(f"{unsafe} chats left out, as their messages hold control tokens of the tokenizer")
+    return documents
 
 
-def _as_text(value: object, column: str, identifier: str, chat: Chat | None) -> str:
+def _as_text(value: object, column: str, identifier: str, chat: Chat | None) -> str | None:
+    """None for a chat that `chat` does not render."""
     if isinstance(value, str):
         return value
     messages = (

@@ -20,6 +20,7 @@ from transformers import DynamicCache, PreTrainedTokenizerFast, StoppingCriteria
 
 from ..models import CumulantForCausalLM, cache_bytes, export_state, import_state
 from ..ops.state import check_writable, load_state, save_state
+from .chat import end_of_turn, render_prompt
 from .stream import IncrementalDecoder, Output
 from .tokenizer import encode
 
@@ -80,10 +81,12 @@ def generate(
     load: str | None = None,
     save: str | None = None,
     stream: bool = False,
+    chat: bool = False,
 ) -> Generation:
     """Continue `prompt`; an empty one starts a new text.
 
     Args:
+        chat: the prompt is a user's message, rendered by the tokenizer's chat template; the answer ends with its turn.
         load: file of a state to go on from (`save_state`); the prompt is appended to what it has seen. The texts of
             two such runs, joined, are that of one.
         save: file to leave the state in, of a size that does not depend on the context (softmax models aside). It is
@@ -97,17 +100,18 @@ def generate(
     if save is not None:
         check_writable(save)
     past = _read_past(model, load)
-    ids = [*past.unread, *_prompt_ids(tokenizer, prompt)]
+    ids = [*past.unread, *_prompt_ids(tokenizer, prompt, chat)]
     if not ids:
         ids = [tokenizer.eos_token_id]
     decoder = IncrementalDecoder(tokenizer, past.tokens, past.given)
     decoder.read_prompt(ids[len(past.unread) :])
     output, cache = Output(decoder, stream=stream), past.cache
+    ends = _ends(model, tokenizer) if chat else None
     started = prompted = time.perf_counter()
     with _held_back(save is not None) as stop:
         read = prefill(model, torch.tensor([ids[:-1]], dtype=torch.long, device=model.device), cache, stop)
         prompted = time.perf_counter()
-        new = _continue(model, cache, ids[-1], options, output, stop) if read == len(ids) - 1 else []
+        new = _continue(model, cache, ids[-1], options, output, stop, ends) if read == len(ids) - 1 else []
         seconds = time.perf_counter() - prompted
         output.close(goes_on=save is not None)
         if save is not None:
@@ -126,7 +130,7 @@ def generate(
     )
 
 
-def _prompt_ids(tokenizer: PreTrainedTokenizerFast, prompt: str) -> list[int]:
+def _prompt_ids(tokenizer: PreTrainedTokenizerFast, prompt: str, chat: bool) -> list[int]:
     try:
         prompt.encode()
     except UnicodeEncodeError as error:
@@ -134,8 +138,16 @@ def _prompt_ids(tokenizer: PreTrainedTokenizerFast, prompt: str) -> list[int]:
             f"prompt: expected UTF-8 text, got the byte 0x{ord(prompt[error.start]) & 0xFF:02x} at character "
             f"{error.start}"
         ) from error
-    ids: list[int] = encode(tokenizer, [prompt.encode()])[0].tolist()  # as the text it was trained on
+    text = render_prompt(tokenizer, prompt) if chat else prompt
+    ids: list[int] = encode(tokenizer, [text.encode()], control_tokens=chat)[0].tolist()  # as the text trained on
     return ids
+
+
+def _ends(model: CumulantForCausalLM, tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """Tokens that end an answer: those that end a text, and that of the template."""
+    usual, turn = model.generation_config.eos_token_id, end_of_turn(tokenizer)
+    found = usual if isinstance(usual, list) else [usual, turn]
+    return sorted({int(i) for i in (*found, turn) if i is not None})
 
 
 def _continue(
@@ -145,6 +157,7 @@ def _continue(
     options: SamplingOptions,
     output: Output,
     stop: Callable[[], bool],
+    ends: list[int] | None,
 ) -> list[int]:
     """The tokens drawn after `token`, which the model has not read yet, as it has not read the last of them."""
     if options.seed is not None:
@@ -153,6 +166,8 @@ def _continue(
     if options.temperature > 0:
         chosen = {"temperature": options.temperature, "top_k": options.top_k, "top_p": options.top_p}
         sampling = {"do_sample": True, **chosen}
+    if ends is not None:
+        sampling["eos_token_id"] = ends
     ids: Tensor = model.generate(
         torch.tensor([[token]], device=model.device),
         attention_mask=torch.ones(1, cache.get_seq_length() + 1, dtype=torch.long, device=model.device),

@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from .chat import read_chat_template
+
 END = "<|endoftext|>"
 LONGEST_WORD = 128  # characters: merging takes the square of a word's length, and text may come without spaces
 
@@ -50,7 +52,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     """From a ``tokenizer.json`` or a folder that holds one; its end-of-text token is kept, or added.
 
     Of what the file sets, only what makes text into tokens counts: truncation, padding, tokens put around a text, a
-    space put before it and random merges are dropped. Settings beside it (tokenizer_config.json) are not read.
+    space put before it and random merges are dropped. Of the settings beside it only a chat template is read.
     """
     file = Path(path)
     file = file / "tokenizer.json" if file.is_dir() else file
@@ -69,7 +71,12 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     end = next((t for t in (END, "</s>", "<eos>", "<|end_of_text|>") if tokenizer.token_to_id(t) is not None), END)
     tokenizer = _with_token(tokenizer, end)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=end, bos_token=end, pad_token=end, split_special_tokens=True
+        tokenizer_object=tokenizer,
+        eos_token=end,
+        bos_token=end,
+        pad_token=end,
+        split_special_tokens=True,
+        chat_template=read_chat_template(file.parent),
     )
 
 
@@ -129,10 +136,13 @@ def is_bytes(tokenizer: PreTrainedTokenizerFast) -> bool:
     return len(tokenizer) == 257 and tokenizer.convert_tokens_to_ids(_byte_characters()[0]) == 0
 
 
-def encode(tokenizer: PreTrainedTokenizerFast, documents: list[bytes]) -> list[NDArray[np.uint32]]:
+def encode(
+    tokenizer: PreTrainedTokenizerFast, documents: list[bytes], *, control_tokens: bool = False
+) -> list[NDArray[np.uint32]]:
     """Ids of each document: of all of it and of nothing else.
 
     No special tokens are added, and none are read: ``<|endoftext|>`` in a text is the characters it is written with.
+    control_tokens: read them after all, in chats that a template has written.
     Truncation, padding and the like, which a call of the tokenizer may have left in it, do not count.
     """
     if is_bytes(tokenizer):
@@ -140,7 +150,7 @@ def encode(tokenizer: PreTrainedTokenizerFast, documents: list[bytes]) -> list[N
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()
-    backend.encode_special_tokens = True
+    backend.encode_special_tokens = not control_tokens
     encoded: list[NDArray[np.uint32]] = []
     for first in range(0, len(documents), 256):  # an encoding takes many times the memory of its ids
         texts = [text.decode() for text in documents[first : first + 256]]

@@ -36,10 +36,12 @@ class TokenFile:
     lost: float = 0.0
 
 
-def tokenize(documents: list[bytes], tokenizer: PreTrainedTokenizerFast, *, measure: bool = True) -> TokenFile:
-    """Documents as tokens, in memory; `measure` what the tokenizer loses of them."""
+def tokenize(
+    documents: list[bytes], tokenizer: PreTrainedTokenizerFast, *, measure: bool = True, control_tokens: bool = False
+) -> TokenFile:
+    """Documents as tokens, in memory; `measure` what the tokenizer loses of them. control_tokens: see `encode`."""
     end = np.array([tokenizer.eos_token_id], dtype=np.uint32)
-    encoded = encode(tokenizer, documents)
+    encoded = encode(tokenizer, documents, control_tokens=control_tokens)
     pieces = [np.concatenate((end, ids)) for ids in encoded]
     starts = np.cumsum([0, *map(len, pieces[:-1])])
     lost = share_lost(tokenizer, documents, encoded) if measure else 0.0
@@ -51,9 +53,14 @@ def write_tokens(folder: Path, corpus: Corpus, tokenizer: PreTrainedTokenizerFas
     written, text shorter than a window of `context` tokens."""
     index = folder / "tokens.json"
     key = {"digest": corpus.digest, "tokenizer": _fingerprint(tokenizer)}
-    if index.is_file() and json.loads(index.read_text()).get("key") == key:
+    if corpus.is_chat:
+        key["control_tokens"] = "read"
+    if _key(index) == key:
         return
-    splits = {"train": tokenize(corpus.train, tokenizer, measure=False), "heldout": tokenize(corpus.heldout, tokenizer)}
+    splits = {
+        name: tokenize(documents, tokenizer, measure=name == "heldout", control_tokens=corpus.is_chat)
+        for name, documents in (("train", corpus.train), ("heldout", corpus.heldout))
+    }
     RandomWindows(splits["train"], context, 1, seed=0)
     folder.mkdir(parents=True, exist_ok=True)
     index.unlink(missing_ok=True)  # from here on, until it is back, the folder counts as empty
@@ -71,8 +78,18 @@ def write_tokens(folder: Path, corpus: Corpus, tokenizer: PreTrainedTokenizerFas
 def check_tokens(folder: Path, corpus: Corpus) -> None:
     """A run that goes on needs the text it was started with."""
     index = folder / "tokens.json"
-    if not index.is_file() or json.loads(index.read_text())["key"]["digest"] != corpus.digest:
+    if _key(index).get("digest") != corpus.digest:
         raise ValueError(f"data: {corpus.name} is not the text that the run in {folder.parent} was started with")
+
+
+def _key(index: Path) -> dict[str, Any]:
+    """Of which text and tokenizer the tokens are; of none, where nothing is written or it cannot be read."""
+    try:
+        found = json.loads(index.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    key = found.get("key") if isinstance(found, dict) else None
+    return key if isinstance(key, dict) else {}
 
 
 def read_tokens(folder: Path) -> tuple[TokenFile, TokenFile]:

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ..models import CumulantConfig, CumulantForCausalLM, from_preset
+from .chat import Chat, chat_renderer
 from .checkpoint import checkpoint_folder, unused_ids
 from .corpus import Corpus, load_corpus
 from .evaluate import Score
@@ -143,6 +144,7 @@ def _prepare_text(run: Run, given: Collection[str], arguments: TrainingArguments
             text_column=options.text_column,
             encoding=options.encoding,
             exclude=[output],
+            chat=_chat(options),
         )
         for line in corpus.describe():
             say(line)
@@ -212,6 +214,13 @@ def _tokenizer(options: TrainingOptions, corpus: Corpus | None, say: Callable[[s
         say(f"tokenizer: training a byte-level BPE of {options.train_bpe} tokens")
         return train_bpe(corpus.train, options.train_bpe)
     return byte_tokenizer()
+
+
+def _chat(options: TrainingOptions) -> Chat | None:
+    """By the template of the tokenizer that the run is to use; one that is trained here has none."""
+    if options.resume:
+        return chat_renderer(load_tokenizer(options.output))
+    return chat_renderer(_tokenizer(options, None, lambda _: None))
 
 
 def _configuration(
