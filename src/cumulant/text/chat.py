@@ -19,8 +19,8 @@ Chat = Callable[[Messages], str | None]
 
 
 def read_chat_template(folder: Path) -> str | None:
-    """The template beside a ``tokenizer.json``: ``chat_template.jinja``, or one in ``tokenizer_config.json``. Of several
-    it is the one named "default"."""
+    """The template beside a ``tokenizer.json``, in ``chat_template.jinja`` or in ``tokenizer_config.json``; of several
+    there the one named "default"."""
     file, settings = folder / "chat_template.jinja", folder / "tokenizer_config.json"
     try:
         if file.is_file():
