@@ -34,10 +34,8 @@ def linear_attention(
     """Attention with weights ``φ(q)·φ(k)``, in O(T) time and memory.
 
     ``out_i = φ(q_i)ᵀ Σ_j φ(k_j) v_jᵀ / (φ(q_i)ᵀ Σ_j φ(k_j))``, over j ≤ i if `is_causal`, else over all j;
-    ``normalize=False`` leaves out the denominator.
-
-    A value that is NaN or infinite reaches every output of later tokens, and earlier ones of its chunk (up to 128
-    tokens), as ``0 · NaN`` does in softmax attention.
+    ``normalize=False`` leaves out the denominator. A NaN or infinite value reaches later outputs, and earlier ones of
+    its chunk (at most 128 tokens).
 
     Args:
         query: ``[B, H, T, K]``; fp16, bf16, fp32 or fp64. Sums are taken in fp32 (fp64 for fp64).
