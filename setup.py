@@ -11,6 +11,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -51,9 +52,12 @@ class BuildKernels(build_ext):
         flags = [*FLAGS, *(["-DCUMULANT_X86"] if X86 else []), *shlex.split(os.environ.get("CXXFLAGS", ""))]
         units = [(f"kernels-{isa}", "kernels.cpp", [f"-DCUMULANT_ISA={isa}", *f]) for isa, f in INSTRUCTIONS.items()]
         units += [(path.stem, path.name, []) for path in sorted(SOURCES.glob("*.cpp")) if path.stem != "kernels"]
+        commands = []
         for name, source, extra in units:
             objects.append(temporary / f"{name}.o")
-            self.execute([*compiler(), *flags, *extra, "-c", SOURCES / source, "-o", objects[-1]])
+            commands.append([*compiler(), *flags, *extra, "-c", SOURCES / source, "-o", objects[-1]])
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # each command is a process
+            list(pool.map(self.execute, commands))
         self.execute([*compiler(), *flags, "-shared", *objects, "-o", output])
 
     def execute(self, command):
