@@ -201,7 +201,7 @@ def by_length(repeats: int) -> list[dict[str, object]]:
 
 def draw(rows: list[dict[str, object]], folder: Path) -> None:
     """Nanoseconds by length: a panel for each mechanism and pass, in the styles of `cumulant bench`."""
-    from cumulant.bench.reports.plots import add_legend, label_ticks, panel_column, save
+    from cumulant.bench.reports.plots import add_legend, label_ticks, panel_column, save_figure
     from cumulant.bench.speed.subjects import SUBJECTS
 
     figure, panels = panel_column(4, sharey=True)
@@ -216,11 +216,11 @@ def draw(rows: list[dict[str, object]], folder: Path) -> None:
             ("sdpa", "fused softmax", "softmax"),
         ):
             times = [row["seconds"][peer][which] / row["T"] / 16 * 1e9 for row in own]  # type: ignore[index]
-            panel.plot(lengths, times, label=label, **SUBJECTS[drawn_as].style.options())
+            panel.plot(lengths, times, label=label, **SUBJECTS[drawn_as].style.line_options())
         panel.set(xscale="log", yscale="log", xlabel="tokens", ylabel="ns a token and head")
         label_ticks(panel.xaxis, lengths[::2], "{:,}")
         add_legend(panel, f"{name}, {'forward' if which == 'forward' else 'forward and backward'}")
-    save(figure, folder, "native", [".svg"])
+    save_figure(figure, folder, "native", [".svg"])
 
 
 def main() -> None:

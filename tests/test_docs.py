@@ -59,14 +59,16 @@ def test_links_lead_somewhere(page):
 
 def test_choosing_says_what_was_measured():
     """Recall of 32 pairs behind a short convolution, by mechanism: the page's figures are the report's."""
-    from cumulant.bench.recall.best import best
+    from cumulant.bench.recall.best import best_rates
     from cumulant.bench.reports.folder import Folder
 
-    found = {(b.mechanism, b.width): b for b in best(Folder.open(str(ROOT / "docs/reports/recall")).rows()) if b.conv}
+    found = {
+        (b.mechanism, b.width): b for b in best_rates(Folder.open(str(ROOT / "docs/reports/recall")).rows()) if b.conv
+    }
 
     def figures(mechanism):
         b = found[mechanism, 64]
-        return f"{b.hardest:.0%}", f"{b.state_bytes / 1000:.3g}"
+        return f"{b.hardest_accuracy:.0%}", f"{b.state_bytes / 1000:.3g}"
 
     few, kept = figures("taylor-8")
     more, of_more = figures("taylor-16")
@@ -103,12 +105,12 @@ def test_choosing_by_length_says_what_was_measured():
 
 def test_approximation_says_what_was_measured():
     """The table of the page is the report's."""
-    from cumulant.bench.approximation.report import REPORT, percent, read_cases, summary
+    from cumulant.bench.approximation.report import REPORT, as_percent, median_errors, read_cases
     from cumulant.bench.reports.folder import Folder
 
     folder = Folder.open(str(ROOT / "docs/reports/approximation"))
     page = (ROOT / "docs" / "approximation.md").read_text()
     lines = [line for line in page.splitlines() if re.match(r"\| (random|LayerNorm|softmax|taylor), ?", line)]
-    found = summary(read_cases(folder.rows(REPORT.fields)))
-    expected = [f"| {' | '.join([name, *map(percent, errors.values())])} |" for name, errors in found.items()]
+    found = median_errors(read_cases(folder.rows(REPORT.fields)))
+    expected = [f"| {' | '.join([name, *map(as_percent, errors.values())])} |" for name, errors in found.items()]
     assert lines == expected

@@ -8,7 +8,7 @@ python docs/figures/elita_wikitext.py
 from pathlib import Path
 
 from cumulant.bench.compare.recipes import STYLES
-from cumulant.bench.reports.plots import panel_column, save
+from cumulant.bench.reports.plots import panel_column, save_figure
 
 # bits per byte of the held-out text after 96 steps, from seeds 0, 1 and 2
 LOSSES = {
@@ -24,7 +24,7 @@ LOSSES = {
 def main() -> None:
     figure, (panel,) = panel_column(1, height=2.4)
     for place, (name, losses) in enumerate(LOSSES.items()):
-        style = {**STYLES[name].options(), "linestyle": ""}
+        style = {**STYLES[name].line_options(), "linestyle": ""}
         panel.plot(losses, [place] * len(losses), **style)
         mean = sum(losses) / len(losses)
         panel.plot(
@@ -36,7 +36,7 @@ def main() -> None:
     panel.set_yticks(range(len(LOSSES)), LOSSES)
     panel.invert_yaxis()
     panel.set(xlabel="held-out bits per byte: three seeds and their mean")
-    save(figure, Path(__file__).parent, "elita_wikitext", [".svg"])
+    save_figure(figure, Path(__file__).parent, "elita_wikitext", [".svg"])
 
 
 if __name__ == "__main__":

@@ -83,7 +83,7 @@ def arrow(
     )
 
 
-def save(figure: Any, name: str) -> None:
+def save_figure(figure: Any, name: str) -> None:
     path = Path(__file__).with_name(f"{name}.svg")
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
@@ -120,7 +120,7 @@ def draw_whole_split_step() -> None:
     axis.text(7, 81.5, "tokens of one call", va="center", fontsize=10)
     arrow(axis, (47, 81.5), (54, 81.5), color=BLUE)
     axis.text(56, 81.5, "state of fixed size", va="center", fontsize=10)
-    save(figure, "whole_split_step")
+    save_figure(figure, "whole_split_step")
 
 
 def draw_chunk_walk() -> None:
@@ -212,7 +212,7 @@ def draw_chunk_walk() -> None:
         text="outputs of this chunk;\nthen its keys join S and z",
         fontsize=10,
     )
-    save(figure, "chunk_walk")
+    save_figure(figure, "chunk_walk")
 
 
 def draw_mixer_block() -> None:
@@ -282,7 +282,7 @@ def draw_mixer_block() -> None:
         color=BLUE,
         fontsize=10,
     )
-    save(figure, "mixer_block")
+    save_figure(figure, "mixer_block")
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from matplotlib.colors import ListedColormap
 
 import cumulant as cm
 from cumulant.bench.reports.palette import BLUE, NAVY, ORANGE
-from cumulant.bench.reports.plots import add_legend, panel_column, save
+from cumulant.bench.reports.plots import add_legend, panel_column, save_figure
 
 TOKENS, GROUP = 24, 6
 FORMS = {
@@ -74,7 +74,7 @@ def main() -> None:
                 [], [], linestyle="", color=colour, label=name, **square
             )
         add_legend(panel, title)
-    save(figure, Path(__file__).parent, "mixed_chunk", [".svg"])
+    save_figure(figure, Path(__file__).parent, "mixed_chunk", [".svg"])
 
 
 if __name__ == "__main__":

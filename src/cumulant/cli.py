@@ -15,7 +15,7 @@ from typing import Annotated, Any, get_args, get_type_hints
 import typer
 
 from .bench.commands import bench, compare, recall, report, silence_libraries, silence_warnings
-from .bench.console import Console, expanded, print_table
+from .bench.console import Console, expand_home, print_table
 from .bench.parsing import StrictCommand
 from .streams import silence
 from .text.options import TrainingOptions
@@ -128,7 +128,7 @@ def _way_on(output: str) -> str:
     return "training had not begun; the same command starts it"
 
 
-Checkpoint = Annotated[str, typer.Argument(help="folder of a trained model", callback=expanded)]
+Checkpoint = Annotated[str, typer.Argument(help="folder of a trained model", callback=expand_home)]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda")]
 
 
@@ -195,8 +195,10 @@ def generate(
     chat: Annotated[
         bool, typer.Option("--chat", help="the prompt is a message: answer it, by the chat template")
     ] = False,
-    save_state: Annotated[str | None, typer.Option(help="leave the state in this file", callback=expanded)] = None,
-    load_state: Annotated[str | None, typer.Option(help="go on from the state in this file", callback=expanded)] = None,
+    save_state: Annotated[str | None, typer.Option(help="leave the state in this file", callback=expand_home)] = None,
+    load_state: Annotated[
+        str | None, typer.Option(help="go on from the state in this file", callback=expand_home)
+    ] = None,
     stats: Annotated[bool, typer.Option(help="tokens/s, state bytes and peak memory, to standard error")] = False,
     device: Device = "auto",
 ) -> None:

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from cumulant.bench.accuracy import measure as accuracy
 from cumulant.bench.accuracy import subjects
-from cumulant.bench.accuracy.measure import Settings, measure
+from cumulant.bench.accuracy.measure import Settings, measure_errors
 from cumulant.bench.accuracy.subjects import IMPLEMENTATIONS, OPERATIONS
 from cumulant.bench.redraw import redraw
 
@@ -20,7 +20,7 @@ EXPECTED = {"fp32": (1e-9, 3e-6), "bf16": (1e-4, 3e-3), "fp16": (1e-5, 4e-4), "f
 @pytest.mark.parametrize("dtype", EXPECTED)
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_errors_are_those_of_the_dtype(operation, dtype):
-    rows = measure(operation, 100, dtype, 0, "cpu")
+    rows = measure_errors(operation, 100, dtype, 0, "cpu")
     assert [row["implementation"] for row in rows] == list(IMPLEMENTATIONS)
     least, most = EXPECTED[dtype]
     for row in rows:
@@ -30,7 +30,7 @@ def test_errors_are_those_of_the_dtype(operation, dtype):
 def test_long_texts_leave_out_what_is_quadratic_or_slow(monkeypatch):
     monkeypatch.setattr(subjects, "QUADRATIC", 50)
     monkeypatch.setattr(subjects, "STEPWISE", 50)
-    assert {row["implementation"] for row in measure("linear", 100, "fp32", 0, "cpu")} == {"torch", "native"}
+    assert {row["implementation"] for row in measure_errors("linear", 100, "fp32", 0, "cpu")} == {"torch", "native"}
 
 
 def test_an_error_is_seen(monkeypatch):
@@ -42,7 +42,7 @@ def test_an_error_is_seen(monkeypatch):
         return out + 0.01 if options.get("impl") == "torch" else out
 
     monkeypatch.setitem(OPERATIONS, "linear", wrong)
-    for row in measure("linear", 64, "fp32", 0, "cpu"):
+    for row in measure_errors("linear", 64, "fp32", 0, "cpu"):
         assert (row["error"] > 1e-3) == (row["implementation"] == "torch")
 
 
@@ -53,7 +53,7 @@ def test_a_run_and_its_report(tmp_path, monkeypatch):
     assert len(folder.rows()) == 2 * 2 * 2 * len(IMPLEMENTATIONS)
     page = (tmp_path / "report.html").read_text()
     assert "The largest error up to 64 tokens: fp32 " in page
-    monkeypatch.setattr(accuracy, "measure", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(accuracy, "measure_errors", lambda *_: pytest.fail("measured again"))
     accuracy.run(settings, str(tmp_path), device="cpu", force=False, console=console)
     (tmp_path / "accuracy.svg").unlink()
     redraw(str(tmp_path), console)

@@ -5,61 +5,29 @@ import math
 import shutil
 import statistics
 from dataclasses import replace
-from typing import get_type_hints
 
 import numpy as np
 import pytest
 import torch
-from rich.console import Console
 from torch.nn import functional as F
 
-from cumulant.bench.compare import report as compare_report
 from cumulant.bench.compare import work as bench
-from cumulant.bench.compare.recipes import RECIPES, Mechanism, configuration, find
-from cumulant.bench.compare.results import Mean, best_rate, results
+from cumulant.bench.compare.recipes import configuration, find_recipe
+from cumulant.bench.compare.results import best_rate, results
 from cumulant.bench.redraw import redraw
 from cumulant.bench.reports.folder import Folder
-from cumulant.models import CumulantForCausalLM
 from cumulant.text.checkpoint import load_checkpoint
 from cumulant.text.tokens import read_tokens
 from cumulant.text.trainer import MarkWhole
 
+from .comparisons import NAMES, TINY, Note
+
 pytestmark = pytest.mark.filterwarnings("ignore")
-TINY = replace(
-    RECIPES["elita-wikitext"],
-    mechanisms=(
-        Mechanism("softmax", "softmax"),
-        Mechanism("elita", "elita"),
-        Mechanism("elita, 2 wraps", "elita", {"wraps": 2}),
-    ),
-    learning_rates=(1e-3, 1e-2),
-    vocabulary=300,
-    width=32,
-    depth=2,
-    heads=2,
-    parameters=40_000,
-    context=32,
-    batch=4,
-    epochs=1.0,
-    seeds=2,
-    heldout=0.1,
-    evaluations=3,
-)
-NAMES = [m.name for m in TINY.mechanisms]
-
-
-class Note(Console):
-    def __init__(self):
-        super().__init__()
-        self.lines = []
-
-    def print(self, *parts, **_):
-        self.lines.extend(str(p) for p in parts)
 
 
 def run(recipe, output, **options):
     console = Note()
-    bench.compare("tiny", recipe, str(output), device="cpu", console=console, **options)
+    bench.run("tiny", recipe, str(output), device="cpu", console=console, **options)
     return console.lines
 
 
@@ -96,65 +64,6 @@ def key(row):
 
 def run_folder(done, name, rate, seed):
     return done / "runs" / f"{name.replace(', ', '-').replace(' ', '-')}-{rate:g}-{seed}"
-
-
-CASES = [(name, m) for name in RECIPES for m in RECIPES[name].mechanisms]
-
-
-@pytest.mark.parametrize(("name", "mechanism"), CASES, ids=lambda x: getattr(x, "name", x))
-def test_every_recipe_is_fair(name, mechanism):
-    """Equal parameters within 2%, at least three rates and seeds, and the baseline among the mechanisms."""
-    recipe = find(name)
-    with torch.device("meta"):
-        model = CumulantForCausalLM(configuration(recipe, mechanism, recipe.vocabulary or 257))
-    assert abs(model.num_parameters() / recipe.parameters - 1) < 0.02
-    assert len(recipe.learning_rates) >= 3
-    assert recipe.seeds >= 3
-    assert recipe.baseline in [m.name for m in recipe.mechanisms]
-    assert recipe.quick().baseline in [m.name for m in recipe.quick().mechanisms]
-
-
-@pytest.mark.parametrize("mechanism", RECIPES["elita-wikitext"].mechanisms, ids=lambda m: m.name)
-def test_elita_wikitext_is_its_author_s_setting(mechanism):
-    """Fewer than 300K parameters, sequences of 256, 128 a step, and that optimizer."""
-    recipe = RECIPES["elita-wikitext"]
-    config = configuration(recipe, mechanism, 2048)
-    assert recipe.parameters * 1.02 < 300_000
-    assert (recipe.context, recipe.batch, recipe.epochs, recipe.steps) == (256, 128, 1, 0)
-    assert recipe.training == {"schedule": "capped_inverse_sqrt", "adam_beta2": 0.99, "weight_decay": 0.0}
-    assert 1e-3 in recipe.learning_rates
-    if mechanism.name == "softmax":
-        assert config.rotary
-        assert config.feed_forward == "swiglu"
-    elif mechanism.preset == "elita":
-        assert config.wraps == (3 if "wraps" in mechanism.name else 1)
-        assert config.query_logit == ("without Q" not in mechanism.name)
-    assert config.tie_word_embeddings
-
-
-def test_flash_enwik8_is_flash_pytorch_s_setting():
-    """What `cumulant train --recipe flash-enwik8` trains, with FLASH's own layers and rate in the sweep."""
-    from cumulant.text.recipes import from_recipe
-
-    recipe, published = RECIPES["flash-enwik8"], from_recipe("flash-enwik8")
-    (flash,) = (m for m in recipe.mechanisms if m.name == "flash")
-    config = configuration(recipe, flash, 257)
-    theirs = published.overrides()
-    assert {name: getattr(config, name) for name in theirs} == theirs
-    assert published.learning_rate in recipe.learning_rates
-    assert config.num_hidden_layers == published.depth
-    same = ("data", "width", "context", "batch", "accumulate", "steps")
-    assert [getattr(recipe, name) for name in same] == [getattr(published, name) for name in same]
-    assert recipe.training == {name: getattr(published, name) for name in recipe.training}
-
-
-def test_wraps_add_no_layers():
-    wrapped = configuration(TINY, TINY.mechanisms[2], 300)
-    assert wrapped.wraps == 2
-    once = configuration(TINY, TINY.mechanisms[1], 300)
-    models = [CumulantForCausalLM(c) for c in (once, wrapped)]
-    assert [len(m.model.layers) for m in models] == [2, 2]
-    assert models[1].num_parameters() - models[0].num_parameters() == 2 * 32
 
 
 def test_all_rates_from_the_first_seed_then_the_best_from_the_others(done):
@@ -267,7 +176,7 @@ def test_the_same_command_again_trains_nothing(recipe, done, monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("done again")
 
-    for name in ("train", "measure", "copying", "loss_by_context"):
+    for name in ("train", "measure_costs", "loss_on_copies", "loss_by_context"):
         monkeypatch.setattr(bench, name, refuse)
     run(recipe, done)
     assert (done / "rows.jsonl").read_text() == before
@@ -349,79 +258,6 @@ def test_a_part_is_drawn_without_what_is_missing(done, tmp_path):
         redraw(str(tmp_path), Note())
 
 
-def made(ends):
-    """Rows of runs that ended so: (mechanism, rate, seed) -> bits per byte."""
-    cost = {"row": "cost", "seconds": 1.0, "kept_bytes": 1, "state_bytes": 1, "differs": {}}
-    names = dict.fromkeys(name for name, _, _ in ends)
-    return [cost | {"mechanism": name} for name in names] + [
-        {"row": "run", "mechanism": m, "learning_rate": rate, "seed": seed, "parameters": 1, "heldout": [[1, x]]}
-        for (m, rate, seed), x in ends.items()
-    ]
-
-
-def test_a_run_that_diverged_is_no_best_rate():
-    found = made({("softmax", 1.0, 0): math.nan, ("softmax", 0.1, 0): 2.0, ("softmax", 0.01, 0): 3.0})
-    (result,) = results(found, "softmax")
-    assert result.rate == 0.1
-    assert not result.at_edge
-    assert result.sweep[1.0] == math.inf
-
-
-def drawn(found, tmp_path, settings):
-    """The page of these rows."""
-    text = {"row": "text", "bytes": 9, "heldout_bytes": 9, "steps": 1}
-    shape = {"baseline": "softmax", "context": 4, "batch": 1, "accumulate": 1, "data": "x", "recipe": "tiny"}
-    folder = Folder.start(str(tmp_path), "compare", shape | settings)
-    folder.append(text, *found)
-    redraw(str(tmp_path), Note())
-    return (tmp_path / "report.md").read_text()
-
-
-def test_a_seed_that_diverged_is_told(tmp_path):
-    found = made({("softmax", 0.1, seed): 2.0 for seed in range(3)} | {("far", 0.1, 0): 1.5, ("far", 0.1, 1): math.nan})
-    page = drawn(found, tmp_path, {})
-    assert "| far | diverged | diverged | 0.1 | 2 |" in page
-    assert "Different from softmax at 95% over the seeds: none." in page
-
-
-def test_seeds_evaluated_at_other_steps_are_drawn_together():
-    from cumulant.bench.compare.plots import _seeds
-
-    steps, values = _seeds([[(3, 4.0), (6, 1.0), (8, 1.0)], [(4, 2.0), (8, 0.0)]])
-    assert steps.tolist() == [4, 8]
-    assert values.tolist() == [[3.0, 1.0], [2.0, 0.0]]
-
-
-def test_seeds_that_diverged_on_both_sides_are_told(tmp_path):
-    ends = {("softmax", 0.1, 0): 2.0, ("softmax", 0.1, 1): 2.0, ("softmax", 0.1, 2): math.nan}
-    ends |= {("far", 0.1, 0): 2.0, ("far", 0.1, 1): math.inf, ("far", 0.1, 2): 2.0}
-    assert "| far | diverged | diverged | 0.1 | 3 |" in drawn(made(ends), tmp_path, {})
-
-
-def test_what_a_context_is_worth_comes_first(tmp_path):
-    """Beyond the training length against within it; the farthest span that was read within it."""
-    found = made({("softmax", 0.1, 0): 2.0, ("far", 0.1, 0): 2.0})
-    for name, beyond, second in (("softmax", 3.0, 1.0), ("far", 2.0, 1.5)):
-        row = {"row": "context", "mechanism": name, "learning_rate": 0.1, "seed": 0}
-        contexts = [[32, 64, 2.5, 100], [64, 128, 2.0, 100], [128, 256, beyond, 100]]
-        copies = [[32, second, 2.0, 48], [64, 0.1, 2.0, 48]]  # 64 + 2 * 48 is more than 128
-        found.append({**row, "contexts": contexts, "copying": copies})
-    page = drawn(found, tmp_path, {"context": 128})
-    assert (
-        "Change of the loss on the same tokens, from windows of 128 tokens as in training to 256: softmax +1.000, "
-        "far +0.000." in page
-    )
-    assert (
-        "Loss on a span that stands 32 tokens earlier as well, relative to one that does not: softmax 50%, far 75%."
-    ) in page
-
-
-def test_mechanisms_that_only_diverged_are_told(tmp_path):
-    found = made({("softmax", 1.0, 0): math.nan, ("softmax", 0.1, 0): math.inf, ("far", 0.1, 0): math.nan})
-    page = drawn(found, tmp_path, {})
-    assert "softmax diverged, far diverged" in page
-
-
 def test_where_models_differ_is_told(done):
     page = (done / "report.md").read_text()
     assert "Models differ from softmax's in: elita: feed_forward elita, " in page
@@ -429,29 +265,9 @@ def test_where_models_differ_is_told(done):
     assert "wraps 2." in page
 
 
-def test_what_is_apart_and_what_is_at_the_end_of_the_sweep():
-    ends = {("softmax", 0.1, seed): 2.0 + 0.1 * seed for seed in range(3)}
-    ends |= {("near", 0.1, seed): 2.0 + 0.1 * seed + (0.01, -0.01, 0.02)[seed] for seed in range(3)}
-    ends |= {("far", 0.1, seed): 2.2 + 0.1 * seed + (0.01, -0.01, 0.02)[seed] for seed in range(3)}
-    ends |= {("far", 1.0, 0): 4.0}
-    found = {r.mechanism: r for r in results(made(ends), "softmax")}
-    assert not found["near"].difference.is_apart()
-    assert found["far"].difference.is_apart()  # paired by seed: the seeds' own spread does not count
-    assert found["far"].final.error > found["far"].difference.error
-    assert found["far"].at_edge
-    assert not found["near"].at_edge  # there was nothing to sweep
-    other = {r.mechanism: r for r in results(made(ends), "far")}  # wherever the baseline stands among the rows
-    assert other["softmax"].difference.value == pytest.approx(-found["far"].difference.value)
-    assert other["far"].difference is None
-    assert not Mean.of([0.5]).is_apart()
-    settings = {"baseline": "softmax", "context": 4, "batch": 1, "accumulate": 1, "data": "x"}
-    answer = compare_report._answer(list(found.values()), settings, {"steps": 10})
-    assert answer[1] == "Different from softmax at 95% over the seeds: far (+0.2067)."
-
-
 def test_mistakes(recipe, done, tmp_path):
     with pytest.raises(ValueError, match=r"recipe: expected one of long-context, flash-enwik8, .*, got 'gpt'"):
-        find("gpt")
+        find_recipe("gpt")
     with pytest.raises(ValueError, match="mechanism: expected one of softmax, elita, elita, 2 wraps, got 'mamba'"):
         recipe.chosen(["mamba"])
     for changed, message in (
@@ -487,7 +303,7 @@ def test_a_mistake_in_the_text_can_be_mended(recipe, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"data: .* tokens are not one step of 4 x 32; pass more text"):
         run(replace(recipe, epochs=0.001), tmp_path / "new")
 
-    monkeypatch.setattr(bench, "measure", enough)
+    monkeypatch.setattr(bench, "measure_costs", enough)
     with pytest.raises(Enough):
         run(recipe, tmp_path / "new")
     (text,) = rows(tmp_path / "new", "text")
@@ -499,7 +315,7 @@ def test_force_begins_anew(recipe, done, tmp_path, monkeypatch):
     output = tmp_path / "out"
     shutil.copytree(done, output)
 
-    monkeypatch.setattr(bench, "measure", enough)
+    monkeypatch.setattr(bench, "measure_costs", enough)
     with pytest.raises(Enough):
         run(replace(recipe, seeds=3), output, force=True)
     assert [row["row"] for row in Folder.open(str(output)).rows()] == ["text"]
@@ -508,7 +324,7 @@ def test_force_begins_anew(recipe, done, tmp_path, monkeypatch):
 
 def test_no_more_of_the_heldout_text_is_scored_than_asked(recipe, tmp_path, monkeypatch):
     """Its beginning, in tokens and bytes that belong together."""
-    monkeypatch.setattr(bench, "measure", enough)
+    monkeypatch.setattr(bench, "measure_costs", enough)
     with pytest.raises(Enough):
         run(recipe, tmp_path / "new", scored=100)
     (text,) = rows(tmp_path / "new", "text")
@@ -518,21 +334,9 @@ def test_no_more_of_the_heldout_text_is_scored_than_asked(recipe, tmp_path, monk
     assert text["heldout_bytes"] == len(tokenizer.decode(ids, skip_special_tokens=True).encode())
     seen = []
     monkeypatch.setattr(bench, "train", lambda options, text, say: seen.append(text.heldout) or enough())
-    monkeypatch.setattr(bench, "measure", lambda configs, **_: {})
+    monkeypatch.setattr(bench, "measure_costs", lambda configs, **_: {})
     with pytest.raises(Enough):
         run(recipe, tmp_path / "new")  # as it was begun
     assert len(seen[0].ids) == 101
     assert seen[0].text_bytes == text["heldout_bytes"]
     assert list(seen[0].starts) == [0]
-
-
-def test_only_the_mechanisms_named_and_the_baseline():
-    names = [m.name for m in TINY.chosen(["elita, 2 wraps"]).mechanisms]
-    assert names == ["softmax", "elita, 2 wraps"]
-
-
-def test_the_command_line_names_every_recipe():
-    from cumulant import cli
-
-    (option,) = get_type_hints(cli.compare, include_extras=True)["recipe"].__metadata__
-    assert option.help.rpartition(": ")[2] == ", ".join(RECIPES)

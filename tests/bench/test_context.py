@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from cumulant.bench.compare.context import _starts, copying, loss_by_context
+from cumulant.bench.compare.context import _draw_starts, loss_by_context, loss_on_copies
 from cumulant.text.tokenizer import byte_tokenizer
 
 VOCABULARY = 257
@@ -64,7 +64,7 @@ def test_bytes_are_those_of_the_tokens_scored(text):
 
 
 def test_nothing_else_in_a_window_has_a_part_of_the_span():
-    places = _starts(60, 4, 11, 500)
+    places = _draw_starts(60, 4, 11, 500)
     for span, other, between in places:
         own = {*range(span, span + 4)}
         assert not own & {*range(other, other + 4)}
@@ -83,14 +83,14 @@ def test_short_texts(text):
 def test_copies_are_told_from_what_a_long_context_is_worth(text):
     """One that knows the end of its window by heart if it began with the same token: 1 bit a byte, 8 otherwise."""
     model = Known(lambda t, row: 0.5 if t >= len(row) - 19 and row[0] == row[-19] else 2.0**-8)
-    near, far = copying(model, text, byte_tokenizer(), [64, 200], span=20, samples=4)
+    near, far = loss_on_copies(model, text, byte_tokenizer(), [64, 200], span=20, samples=4)
     assert (near.distance, far.distance) == (64, 200)
     for found in (near, far):
         assert found.span == 20
         assert found.second == pytest.approx(1, rel=0.01)
         assert found.control == pytest.approx(8, rel=0.01)
     with pytest.raises(ValueError, match="distance: the text has"):
-        copying(model, text, byte_tokenizer(), [4000])
+        loss_on_copies(model, text, byte_tokenizer(), [4000])
 
 
 def test_spans_are_the_same_at_all_distances(text):
@@ -99,7 +99,7 @@ def test_spans_are_the_same_at_all_distances(text):
     model = Known(lambda *_: 0.5)
     model.last = lambda ids: seen.extend(ids) or (ids[:, -1:] + 1) % 256
     text.ids = np.random.default_rng(0).permutation(5000) % 256
-    copying(model, text, byte_tokenizer(), [64, 200], span=20, samples=4)
+    loss_on_copies(model, text, byte_tokenizer(), [64, 200], span=20, samples=4)
     near, far = ([*zip(seen[at : at + 4], seen[at + 4 : at + 8], strict=True)] for at in (0, 8))
     for (second, control), (later, _) in zip(near, far, strict=True):
         assert (len(second), len(later)) == (20 + 64 + 19, 20 + 200 + 19)

@@ -12,7 +12,7 @@ from rich.console import Console
 from cumulant.bench.redraw import redraw
 from cumulant.bench.reports.environment import environment, revision
 from cumulant.bench.reports.folder import ROWS_FILE, Folder
-from cumulant.bench.reports.page import Page, TableOf, write
+from cumulant.bench.reports.page import Page, Table, write_page
 
 
 def test_rows_are_kept_and_found_again(tmp_path):
@@ -109,7 +109,7 @@ def test_another_environment_is_noted(tmp_path, monkeypatch):
     first |= {"time": "three", "revision": "a1"}
     again = Folder.start(str(tmp_path), "test", {"threads": 1, "device": "cpu"})
     assert [e["revision"] for e in again.environments()] == ["a1", "b2", "a1"]
-    page = write(again, Page("t", ["a"])).read_text()
+    page = write_page(again, Page("t", ["a"])).read_text()
     assert "<dt>from three on</dt><dd>revision a1</dd>" in page
     assert "<dt>from two on</dt><dd>revision b2</dd>" in page
     assert "<dt>threads</dt><dd>1</dd>" in page  # what was asked, not what there is
@@ -142,8 +142,8 @@ def test_environment_says_where_it_ran():
 
 def test_pages_are_whole_and_escape_what_they_are_given(tmp_path):
     folder = Folder.start(str(tmp_path), "test", {"note": "<script>"})
-    page = Page("a < b", ["x & y"], [TableOf("t", ("h",), [("<i>",)])], notes=["done"])
-    text = write(folder, page).read_text()
+    page = Page("a < b", ["x & y"], [Table("t", ("h",), [("<i>",)])], notes=["done"])
+    text = write_page(folder, page).read_text()
     assert "<title>a &lt; b</title>" in text
     assert "&lt;i&gt;" in text
     assert "<script>" not in text

@@ -60,7 +60,7 @@ def check_letters(figure, svg):
 def figures(monkeypatch):
     found = []
     for module in MODULES:
-        real = module.save
+        real = module.save_figure
 
         def note(figure, folder, name, real=real):
             found.append(name)
@@ -71,7 +71,7 @@ def figures(monkeypatch):
             check_letters(figure, (folder / f"{name}.svg").read_text())
             return name
 
-        monkeypatch.setattr(module, "save", note)
+        monkeypatch.setattr(module, "save_figure", note)
     return found
 
 

@@ -11,12 +11,12 @@ import torch
 from rich.console import Console
 
 from cumulant.bench.recall import sweep as recall
-from cumulant.bench.recall.best import best
-from cumulant.bench.recall.mechanisms import MECHANISMS, Setting, build
+from cumulant.bench.recall.best import best_rates
+from cumulant.bench.recall.mechanisms import MECHANISMS, Setting, build_model
 from cumulant.bench.recall.report import report
 from cumulant.bench.recall.sweep import Sweep
 from cumulant.bench.recall.task import POWER, Task
-from cumulant.bench.recall.training import accuracy, answers, state_bytes, train
+from cumulant.bench.recall.training import measure_accuracy, question_logits, state_bytes, train_model
 from cumulant.bench.redraw import redraw
 
 TASK = Task(length=32, vocabulary=64, pairs=(2, 8))
@@ -24,7 +24,7 @@ TINY = Sweep(("softmax", "linear"), (True,), (16,), (1e-3, 1e-2), 1, 2, 32, 64, 
 
 
 def draws(task, rows, pairs, seed=0):
-    return task.draw(rows, pairs, np.random.default_rng(seed))
+    return task.draw_sequences(rows, pairs, np.random.default_rng(seed))
 
 
 @pytest.mark.parametrize("pairs", [2, 8])
@@ -89,18 +89,18 @@ def test_impossible_tasks(fields, message):
 @pytest.mark.parametrize("mechanism", MECHANISMS)
 def test_every_mechanism_runs(mechanism, conv):
     torch.manual_seed(0)
-    model = build(Setting(TASK, mechanism, conv, 16, 1e-3, 0, 1)).eval()
+    model = build_model(Setting(TASK, mechanism, conv, 16, 1e-3, 0, 1)).eval()
     tokens, places, _ = draws(TASK, 3, 8)
-    logits = answers(model, tokens, places)
+    logits = question_logits(model, tokens, places)
     assert logits.shape == (3, 8, 64)
     whole = model(input_ids=tokens).logits
     assert torch.allclose(logits, whole.gather(1, places[..., None].expand(-1, -1, 64)), atol=1e-5)
-    assert 0 <= accuracy(model, TASK, 8, 0, rows=32) <= 0.5
+    assert 0 <= measure_accuracy(model, TASK, 8, 0, rows=32) <= 0.5
     assert state_bytes(model, 32) > 0
 
 
 def test_a_model_learns():
-    found = train(Setting(replace(TASK, pairs=(2,)), "softmax", True, 32, 1e-2, 0, 500), every=100)
+    found = train_model(Setting(replace(TASK, pairs=(2,)), "softmax", True, 32, 1e-2, 0, 500), every=100)
     assert found["accuracy"]["2"] > 0.9
     assert found["steps_taken"] <= 500
     assert [point[0] for point in found["curve"]] == list(range(100, found["steps_taken"] + 1, 100))
@@ -136,7 +136,7 @@ def test_a_sweep_and_its_report(tmp_path, monkeypatch):
 
 def test_an_interruption_keeps_what_is_done(tmp_path, monkeypatch):
     def one(left, folder, *_):
-        folder.append({**recall.asdict(left[0]), **train(left[0])})
+        folder.append({**recall.asdict(left[0]), **train_model(left[0])})
         raise KeyboardInterrupt
 
     monkeypatch.setattr(recall, "_train_all", one)
@@ -161,10 +161,10 @@ def test_the_best_rate_is_by_the_mean_over_whole_seeds():
         row("linear", 1e-2, 0, 0.9),
         row("linear", 1e-2, 1, 0.1),
     ]
-    (found,) = best(rows)
+    (found,) = best_rates(rows)
     assert found.learning_rate == 1e-3
     assert found.accuracy["8"] == pytest.approx((0.6, 0.141421), abs=1e-5)
-    (found,) = best([*rows, row("linear", 3e-3, 0, 1.0)])  # its second seed is not there yet
+    (found,) = best_rates([*rows, row("linear", 3e-3, 0, 1.0)])  # its second seed is not there yet
     assert found.learning_rate == 1e-3
 
 

@@ -15,7 +15,7 @@ from cumulant.bench.speed import measure as speed
 from cumulant.bench.speed import memory, subjects
 from cumulant.bench.speed.recipes import FAIR, RECIPES, Recipe
 from cumulant.bench.speed.subjects import SUBJECTS, Shape
-from cumulant.bench.speed.verdicts import PASSES, answers, crossing
+from cumulant.bench.speed.verdicts import PASSES, answers, overtaking_length
 
 TINY = Recipe(tuple(SUBJECTS), PASSES, (8, 16), batch=2, heads=2, dim=8, repeats=3, budget=0.01)
 
@@ -56,7 +56,7 @@ def test_a_run_and_its_report(tmp_path, monkeypatch):
     assert all(row["status"] == "measured" and row["median"] > 0 and row["runs"] >= 1 for row in rows)
     page = (folder.path / "report.html").read_text()
     assert "On this machine, forward: " in page
-    monkeypatch.setattr(speed, "_measure", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(speed, "_measure_cell", lambda *_: pytest.fail("measured again"))
     run(TINY, tmp_path / "bench")
     for path in folder.path.iterdir():
         if path.name != "rows.jsonl":
@@ -68,8 +68,8 @@ def test_a_run_and_its_report(tmp_path, monkeypatch):
 
 def test_too_long_and_too_large(tmp_path, monkeypatch):
     """Cells beyond the limits are rows as well, with the reason, and the run goes on."""
-    monkeypatch.setattr(speed, "_times", lambda recipe, shape, *_: ([shape.T / 100], None))
-    monkeypatch.setattr(speed, "available", lambda device: 2**20)
+    monkeypatch.setattr(speed, "_run_times", lambda recipe, shape, *_: ([shape.T / 100], None))
+    monkeypatch.setattr(speed, "available_bytes", lambda device: 2**20)
     recipe = Recipe(("softmax", "naive softmax", "linear"), ("forward",), (100, 200, 400, 800), heads=1, seconds=5.0)
     rows = {(row["length"], row["mechanism"]): row for row in run(recipe, tmp_path).rows()}
     assert rows[200, "softmax"]["status"] == "measured"  # 4 s expected
@@ -90,23 +90,23 @@ def test_running_out_is_recorded(error, tmp_path, monkeypatch):
     def fail(*_):
         raise error
 
-    monkeypatch.setattr(speed, "_times", fail)
+    monkeypatch.setattr(speed, "_run_times", fail)
     (row,) = run(Recipe(("linear",), ("forward",), (8,)), tmp_path).rows()
     assert row["status"] == "out of memory"
-    monkeypatch.setattr(speed, "_times", lambda *_: (_ for _ in ()).throw(RuntimeError("a bug")))
+    monkeypatch.setattr(speed, "_run_times", lambda *_: (_ for _ in ()).throw(RuntimeError("a bug")))
     with pytest.raises(RuntimeError, match="a bug"):
         run(Recipe(("linear",), ("forward",), (8,)), tmp_path / "other")
 
 
 def test_an_interruption_keeps_finished_rows(tmp_path, monkeypatch):
-    measure = speed._measure
+    measure = speed._measure_cell
 
     def second(recipe, cell, *rest, **options):
         if cell[0] == 16:
             raise KeyboardInterrupt
         return measure(recipe, cell, *rest, **options)
 
-    monkeypatch.setattr(speed, "_measure", second)
+    monkeypatch.setattr(speed, "_measure_cell", second)
     with pytest.raises(KeyboardInterrupt):
         run(TINY, tmp_path)
     assert len(Folder.open(str(tmp_path)).rows()) == 3 * len(SUBJECTS)
@@ -132,7 +132,7 @@ def cells(mechanism, times):
 )
 def test_crossings(own, expected):
     rows = [*cells("softmax", {1: 1.0, 2: 2.0, 4: 4.0, 8: 16.0}), *cells("linear", own)]
-    assert crossing(rows, "forward", "linear") == expected
+    assert overtaking_length(rows, "forward", "linear") == expected
 
 
 def test_the_answer_names_crossing_and_ratio():
@@ -171,12 +171,12 @@ def test_a_named_implementation_is_the_one_that_runs(name, monkeypatch):
 
 
 def test_memory_is_measured():
-    with memory.measured("cpu") as peak:
+    with memory.peak_memory("cpu") as peak:
         held = torch.ones(50_000_000)
         found = peak()
     del held
     assert found is None or 190e6 < found < 260e6
-    assert memory.available("cpu") is None or memory.available("cpu") > 2**20
+    assert memory.available_bytes("cpu") is None or memory.available_bytes("cpu") > 2**20
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 from cumulant.bench.speed import measure as speed
 from cumulant.bench.speed.load import Load
 from cumulant.bench.speed.recipes import Recipe
-from cumulant.bench.speed.verdicts import CANNOT_TELL, PASSES, answers, crossing, interval
+from cumulant.bench.speed.verdicts import CANNOT_TELL, PASSES, answers, overtaking_length, time_interval
 
 NAMES = ["softmax", "linear"]
 
@@ -25,7 +25,7 @@ def cell(mechanism, T, low, high, kind="forward"):
 def test_intervals_that_part():
     rows = [cell("softmax", 8, 1.0, 1.1), cell("linear", 8, 2.0, 2.2)]
     rows += [cell("softmax", 16, 4.0, 4.4), cell("linear", 16, 2.0, 2.2)]
-    assert crossing(rows, "forward", "linear") == 16
+    assert overtaking_length(rows, "forward", "linear") == 16
     (line,) = answers(rows, NAMES)
     assert line == "On this machine, forward: linear beats softmax from T = 16 (1.8 to 2.2 times as fast at 16)."
     (line,) = answers(rows[:2], NAMES)
@@ -38,7 +38,7 @@ def test_intervals_that_overlap_are_no_verdict():
         (line,) = answers([cell("softmax", 8, 4.0, 4.4), cell("linear", 8, *own)], NAMES)
         assert line == f"On this machine, forward: whether linear beats softmax, {CANNOT_TELL}."
     rows = [cell("softmax", 8, 4.0, 4.4), cell("linear", 8, 3.0, 4.1), cell("softmax", 16, 8.0, 8.1)]
-    assert crossing([*rows, cell("linear", 16, 3.0, 3.1)], "forward", "linear") == 16
+    assert overtaking_length([*rows, cell("linear", 16, 3.0, 3.1)], "forward", "linear") == 16
 
 
 def test_a_pass_that_scatters_says_nothing_and_the_others_speak():
@@ -51,8 +51,8 @@ def test_a_pass_that_scatters_says_nothing_and_the_others_speak():
 
 def test_rows_without_rounds_have_their_deviation():
     old = {"median": 2.0, "deviation": 0.5}
-    assert interval(old) == (1.5, 2.5)
-    assert interval({"median": 2.0, "deviation": 9.0})[0] == 0.0
+    assert time_interval(old) == (1.5, 2.5)
+    assert time_interval({"median": 2.0, "deviation": 9.0})[0] == 0.0
 
 
 @pytest.mark.parametrize("faster", [0.5, 1.0, 2.0])
@@ -61,12 +61,12 @@ def test_on_a_busy_machine_nothing_wrong_is_said(faster, monkeypatch, tmp_path):
     for seed in range(20):
         noise = random.Random(seed)
 
-        def times(recipe, shape, kind, mechanism, weigh=True, noise=noise):
+        def times(recipe, shape, kind, mechanism, with_memory=True, noise=noise):
             slow = noise.choice([1.0, 1.0, 3.0, 10.0])
             true = 1.0 if mechanism == "softmax" else 1 / faster
             return [true * slow * noise.uniform(1.0, 1.2) for _ in range(3)], None
 
-        monkeypatch.setattr(speed, "_times", times)
+        monkeypatch.setattr(speed, "_run_times", times)
         recipe = Recipe(("softmax", "linear"), PASSES, (8, 16, 32), seconds=1e3, budget=1e3)
         done = {}
         for group in recipe.groups():
@@ -82,11 +82,11 @@ def test_rounds_take_turns(monkeypatch):
     """Every mechanism is measured before one is measured again; runs as long as all of the budget are not repeated."""
     asked = []
 
-    def times(recipe, shape, kind, mechanism, weigh=True):
+    def times(recipe, shape, kind, mechanism, with_memory=True):
         asked.append(mechanism)
         return [9.0 if mechanism == "flash" else 0.1], None
 
-    monkeypatch.setattr(speed, "_times", times)
+    monkeypatch.setattr(speed, "_run_times", times)
     recipe = Recipe(("softmax", "linear", "flash"), ("forward",), (8,))
     rows = speed._measure_group(recipe, next(recipe.groups()), "cpu", {})
     assert asked == ["softmax", "linear", "flash", "softmax", "linear", "softmax", "linear"]
@@ -106,7 +106,7 @@ def test_the_load_of_other_processes_is_seen():
     try:
         load = Load()
         time.sleep(1.5)
-        assert load.processors() > 0.25
+        assert load.busy_processors() > 0.25
     finally:
         busy.kill()
         busy.wait()

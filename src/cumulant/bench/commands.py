@@ -6,14 +6,15 @@ from typing import Annotated, Any
 
 import typer
 
-from .console import Console, expanded
+from .console import Console, expand_home
 from .parsing import StrictCommand
 
 console = Console()
 Output = Annotated[
     str | None,
     typer.Option(
-        help="folder for the rows, the plots and the page; default: runs/ and the measurement's name", callback=expanded
+        help="folder for the rows, the plots and the page; default: runs/ and the measurement's name",
+        callback=expand_home,
     ),
 ]
 Force = Annotated[bool, typer.Option("--force", help="replace another report in that folder")]
@@ -38,13 +39,13 @@ def silence_libraries() -> None:
     logging.set_verbosity_error()
 
 
-def _chosen(given: dict[str, Any]) -> dict[str, Any]:
+def _given_options(given: dict[str, Any]) -> dict[str, Any]:
     """The options that were given; several values of one option as a tuple."""
     named = {name: value for name, value in given.items() if value is not None}
     return {name: tuple(value) if isinstance(value, list) else value for name, value in named.items()}
 
 
-def _folder(output: str | None, name: str, quick: bool = False) -> str:
+def _output_folder(output: str | None, name: str, quick: bool = False) -> str:
     """The folder that was named, or the measurement's own."""
     return output or f"runs/{name}{'-quick' if quick else ''}"
 
@@ -95,8 +96,8 @@ def speed(
         "mechanisms": mechanism, "passes": passes, "lengths": length, "batch": batch, "heads": heads, "dim": dim,
         "dtype": dtype, "seconds": seconds,
     }  # fmt: skip
-    chosen = replace(RECIPES[recipe].quick() if quick else RECIPES[recipe], **_chosen(given))
-    place = _folder(output, "bench" if recipe == "fair" else recipe, quick)
+    chosen = replace(RECIPES[recipe].quick() if quick else RECIPES[recipe], **_given_options(given))
+    place = _output_folder(output, "bench" if recipe == "fair" else recipe, quick)
     run(chosen, place, device=choose_device(device), threads=threads, force=force, console=console)
 
 
@@ -116,8 +117,8 @@ def accuracy(
     from .accuracy.measure import Settings, run
 
     given = {"lengths": length, "dtypes": dtype, "operations": operation}
-    settings = Settings(**_chosen(given), seed=seed)
-    run(settings, _folder(output, "accuracy"), device=choose_device(device), force=force, console=console)
+    settings = Settings(**_given_options(given), seed=seed)
+    run(settings, _output_folder(output, "accuracy"), device=choose_device(device), force=force, console=console)
 
 
 @bench.command(cls=StrictCommand)
@@ -138,7 +139,7 @@ def approximation(
     silence_libraries()
     from .approximation.measure import run
 
-    place = _folder(output, "approximation", quick)
+    place = _output_folder(output, "approximation", quick)
     run(place, model or [], quick=quick, seed=seed, force=force, console=console)
 
 
@@ -176,13 +177,12 @@ def compare(
     silence_libraries()
     from dataclasses import replace
 
-    from .compare.recipes import find
-    from .compare.work import SCORED, SCORED_QUICKLY
-    from .compare.work import compare as run
+    from .compare.recipes import find_recipe
+    from .compare.work import SCORED, SCORED_QUICKLY, run
 
     if steps is not None and epochs is not None:
         raise ValueError("steps: pass either steps or epochs, not both")
-    chosen = find(recipe)
+    chosen = find_recipe(recipe)
     if quick:
         mechanism = mechanism or [m.name for m in chosen.mechanisms[:3]]
         chosen = chosen.quick()
@@ -193,8 +193,16 @@ def compare(
         "heldout": heldout,
     }  # fmt: skip
     scored = SCORED_QUICKLY if quick else SCORED
-    place = _folder(output, recipe, quick)
-    run(recipe, replace(chosen, **_chosen(given)), place, scored=scored, device=device, force=force, console=console)
+    place = _output_folder(output, recipe, quick)
+    run(
+        recipe,
+        replace(chosen, **_given_options(given)),
+        place,
+        scored=scored,
+        device=device,
+        force=force,
+        console=console,
+    )
 
 
 def recall(
@@ -231,15 +239,17 @@ def recall(
         "mechanisms": mechanism, "widths": width, "learning_rates": learning_rate, "pairs": pairs, "seeds": seeds,
         "steps": steps, "length": length, "vocabulary": vocabulary, "conv": None if conv is None else [conv],
     }  # fmt: skip
-    sweep = replace(QUICK if quick else FULL, **_chosen(given))
+    sweep = replace(QUICK if quick else FULL, **_given_options(given))
     place = choose_device(device)
     if workers == 0:
         workers = 1 if place == "cuda" else os.cpu_count() or 1
-    run(sweep, _folder(output, "recall", quick), workers=workers, device=place, force=force, console=console)
+    run(sweep, _output_folder(output, "recall", quick), workers=workers, device=place, force=force, console=console)
 
 
 def report(
-    folder: Annotated[str, typer.Argument(help="a folder that bench, recall or compare has filled", callback=expanded)],
+    folder: Annotated[
+        str, typer.Argument(help="a folder that bench, recall or compare has filled", callback=expand_home)
+    ],
 ) -> None:
     """Draw the plots and the page of a folder again from its rows. It measures nothing."""
     silence_libraries()

@@ -40,6 +40,6 @@ def print_table(console: rich.console.Console, headings: Sequence[str], rows: Se
     console.print(as_table(console, headings, rows))
 
 
-def expanded(path: str | None) -> str | None:
+def expand_home(path: str | None) -> str | None:
     """A path with ``~`` for the home folder, which shells leave alone in ``--output=~/runs``."""
     return None if path is None else os.path.expanduser(path)

@@ -48,7 +48,7 @@ def run(settings: Settings, output: str, *, device: str, force: bool, console: C
             for operation in settings.operations:
                 for dtype in settings.dtypes:
                     if (operation, length, dtype) not in done:
-                        for row in measure(operation, length, dtype, settings.seed, device):
+                        for row in measure_errors(operation, length, dtype, settings.seed, device):
                             folder.append(row)
             console.print(f"{length:,} tokens", highlight=False)
     finally:
@@ -58,7 +58,7 @@ def run(settings: Settings, output: str, *, device: str, force: bool, console: C
 
 
 @torch.inference_mode()
-def measure(operation: str, length: int, dtype: str, seed: int, device: str) -> list[Row]:
+def measure_errors(operation: str, length: int, dtype: str, seed: int, device: str) -> list[Row]:
     """A row for each implementation that can run."""
     generator = torch.Generator(device).manual_seed(seed)
     shape = {"generator": generator, "device": device}

@@ -9,7 +9,7 @@ from typing import Any
 from ..dtypes import DTYPES
 from ..reports.folder import Row
 from ..reports.palette import BLACK, GREY
-from ..reports.plots import add_legend, panel_column, save
+from ..reports.plots import add_legend, panel_column, save_figure
 from .subjects import IMPLEMENTATIONS
 
 
@@ -29,7 +29,7 @@ def draw(rows: list[Row], folder: Path) -> str:
         _name_colours_and_markers(panel, points)
         panel.set(xscale="log", yscale="log", xlabel="tokens", ylabel="error against float64")
         add_legend(panel, operation)
-    return save(figure, folder, "accuracy")
+    return save_figure(figure, folder, "accuracy")
 
 
 def _name_colours_and_markers(panel: Any, lines: Iterable[tuple[str, str]]) -> None:

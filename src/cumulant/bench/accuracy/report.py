@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 
 from ..reports.folder import Folder, Row
-from ..reports.page import Page, Picture, Report, TableOf, write
+from ..reports.page import Page, Picture, Report, Table, write_page
 from .plots import draw
 from .subjects import QUADRATIC, STEPWISE
 
@@ -25,11 +25,11 @@ def report(folder: Folder, console: Console | None = None) -> Page:
             f"{QUADRATIC:,} tokens, and one token at a time (steps) up to {STEPWISE:,}.",
         ],
     )
-    write(folder, page, console)
+    write_page(folder, page, console)
     return page
 
 
-def _table(rows: list[Row], operation: str) -> TableOf:
+def _table(rows: list[Row], operation: str) -> Table:
     """A line for each dtype and implementation, a column for each length."""
     cells = {
         (row["dtype"], row["implementation"], row["length"]): row["error"]
@@ -42,7 +42,7 @@ def _table(rows: list[Row], operation: str) -> TableOf:
     for dtype, implementation in lines:
         errors = (cells.get((dtype, implementation, T)) for T in lengths)
         body.append((dtype, implementation, *("" if error is None else f"{error:.1e}" for error in errors)))
-    return TableOf(operation, ("dtype", "implementation", *(f"{T:,}" for T in lengths)), body)
+    return Table(operation, ("dtype", "implementation", *(f"{T:,}" for T in lengths)), body)
 
 
 def _answer(rows: list[Row]) -> list[str]:

@@ -59,7 +59,7 @@ class Implementation:
     run: Callable[[Operation, list[Tensor]], Tensor]
 
 
-def _with(impl: str) -> Callable[[Operation, list[Tensor]], Tensor]:
+def _by_implementation(impl: str) -> Callable[[Operation, list[Tensor]], Tensor]:
     def run(operation: Operation, inputs: list[Tensor]) -> Tensor:
         out: Tensor = operation(*inputs, impl=impl)
         return out
@@ -76,9 +76,13 @@ def _in_steps(operation: Operation, inputs: list[Tensor]) -> Tensor:
 
 
 _IMPLEMENTATIONS = (
-    Implementation("reference", "reference", "x", lambda inputs: inputs[0].shape[2] <= QUADRATIC, _with("reference")),
-    Implementation("torch", "torch", "s", lambda inputs: True, _with("torch")),
-    Implementation("native", "native", "o", lambda inputs: not native_obstacle(inputs[0]), _with("native")),
+    Implementation(
+        "reference", "reference", "x", lambda inputs: inputs[0].shape[2] <= QUADRATIC, _by_implementation("reference")
+    ),
+    Implementation("torch", "torch", "s", lambda inputs: True, _by_implementation("torch")),
+    Implementation(
+        "native", "native", "o", lambda inputs: not native_obstacle(inputs[0]), _by_implementation("native")
+    ),
     Implementation("one token at a time", "steps", "^", lambda inputs: inputs[0].shape[2] <= STEPWISE, _in_steps),
 )
 IMPLEMENTATIONS = {implementation.name: implementation for implementation in _IMPLEMENTATIONS}

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..reports.palette import BLACK, Style, styles_for
-from ..reports.plots import add_legend, label_ticks, panel_column, save
+from ..reports.plots import add_legend, label_ticks, panel_column, save_figure
 from .cases import ORDERS, SIZES, STYLES, Case, order_name
 
 ERROR = "error against softmax attention"
@@ -33,7 +33,7 @@ def draw_exponential(folder: Path) -> str:
     differences.set(xlabel="score x", ylabel="|expansion / exp(x) − 1|", yscale="log", ylim=(1e-4, 100))
     add_legend(weights, "exp and its Taylor expansions")
     add_legend(differences, "relative error of a weight")
-    return save(figure, folder, "exponential")
+    return save_figure(figure, folder, "exponential")
 
 
 def draw_error(cases: list[Case], folder: Path) -> str:
@@ -49,14 +49,18 @@ def draw_error(cases: list[Case], folder: Path) -> str:
         _draw_line(by_dim, order, style, [(c.head_dim, c.error) for c in at_one])
         normalised = [c for c in cases if c.kind == "normalised" and c.order == order and c.head_dim == 16]
         _draw_line(by_alpha, order, style, [(c.alpha or 1, c.error) for c in normalised])
-    _finish(by_size, "random q and k, K = 16", "size of the scores (root mean square)", (0.125, 0.25, 0.5, 1, 2, 4))
-    _finish(by_dim, "random q and k, scores of size 1", "head dim K", (4, 8, 16, 32, 64))
-    _finish(by_alpha, "LayerNorm of q and k, scores / (α √K), K = 16", "α", (0.5, 1, 2, 3, 4, 6))
+    _finish_panel(
+        by_size, "random q and k, K = 16", "size of the scores (root mean square)", (0.125, 0.25, 0.5, 1, 2, 4)
+    )
+    _finish_panel(by_dim, "random q and k, scores of size 1", "head dim K", (4, 8, 16, 32, 64))
+    _finish_panel(by_alpha, "LayerNorm of q and k, scores / (α √K), K = 16", "α", (0.5, 1, 2, 3, 4, 6))
     for panel in heads:
         _draw_heads(panel, trained)
-        _finish(panel, "each head of trained models", "size of the scores (root mean square)", (0.5, 1, 2, 3, 4, 6))
+        _finish_panel(
+            panel, "each head of trained models", "size of the scores (root mean square)", (0.5, 1, 2, 3, 4, 6)
+        )
         panel.set_ylim(0.1, HIGHEST)
-    return save(figure, folder, "error")
+    return save_figure(figure, folder, "error")
 
 
 def _styles(cases: list[Case]) -> dict[int, Style]:
@@ -68,30 +72,30 @@ def _styles(cases: list[Case]) -> dict[int, Style]:
 
 def _draw_line(panel: Any, order: int, style: Style, points: list[tuple[float, float]]) -> None:
     if points:
-        panel.plot(*zip(*sorted(points), strict=True), label=order_name(order), **style.options())
+        panel.plot(*zip(*sorted(points), strict=True), label=order_name(order), **style.line_options())
 
 
 def _draw_heads(panel: Any, cases: list[Case]) -> None:
     """A column of marks for each head, filled by model; errors above the axis are drawn at its upper end."""
-    models = [_model(case) for case in cases]
+    models = [_model_name(case) for case in cases]
     fills = {model: FILLS[i % len(FILLS)] for i, model in enumerate(dict.fromkeys(models))}
     styles = _styles(cases)
     for model, fill in fills.items():
         for order, style in styles.items():
             own = [c for c, of in zip(cases, models, strict=True) if c.order == order and of == model]
-            options = {**style.options(), "linestyle": "", "fillstyle": fill}
+            options = {**style.line_options(), "linestyle": "", "fillstyle": fill}
             label = order_name(order) if model == models[0] else None
             panel.plot([c.size for c in own], [min(c.error, 0.95 * HIGHEST) for c in own], label=label, **options)
     for model, fill in fills.items():
         panel.plot([], [], linestyle="", marker="s", color="black", fillstyle=fill, label=f"{model} model")
 
 
-def _model(case: Case) -> str:
+def _model_name(case: Case) -> str:
     """The model that a trained head belongs to."""
     return (case.where or "").rpartition(", layer")[0]
 
 
-def _finish(panel: Any, title: str, x: str, ticks: Sequence[float]) -> None:
+def _finish_panel(panel: Any, title: str, x: str, ticks: Sequence[float]) -> None:
     panel.set(xlabel=x, ylabel=ERROR, xscale="log", yscale="log", ylim=(1e-6, HIGHEST))
     label_ticks(panel.xaxis, ticks)
     add_legend(panel, title)

@@ -7,7 +7,7 @@ import statistics
 from rich.console import Console
 
 from ..reports.folder import Folder, Row
-from ..reports.page import Page, Picture, Report, TableOf, write
+from ..reports.page import Page, Picture, Report, Table, write_page
 from .cases import LENGTH, SIZES, Case, order_name
 from .plots import draw_error, draw_exponential
 
@@ -16,7 +16,7 @@ def read_cases(rows: list[Row]) -> list[Case]:
     return [Case(**{name: value for name, value in row.items() if name != "model"}) for row in rows]
 
 
-def summary(cases: list[Case]) -> dict[str, dict[int, float]]:
+def median_errors(cases: list[Case]) -> dict[str, dict[int, float]]:
     """The lines of the table: settings, and the error of each order there."""
     orders = sorted({c.order for c in cases})
 
@@ -39,7 +39,7 @@ def summary(cases: list[Case]) -> dict[str, dict[int, float]]:
     return rows
 
 
-def percent(error: float) -> str:
+def as_percent(error: float) -> str:
     """Three digits; above 1000% only that."""
     return f"{100 * error:.3g}%" if error < 10 else "> 1000%"
 
@@ -47,19 +47,19 @@ def percent(error: float) -> str:
 def report(folder: Folder, console: Console | None = None) -> Page:
     """Pictures and page from the folder's rows."""
     cases = read_cases(folder.rows(REPORT.fields))
-    rows = summary(cases)
+    rows = median_errors(cases)
     one, two = rows["random, size 1"], rows["random, size 2"]
     page = Page(
         "How near Taylor attention comes to softmax attention",
         [
-            f"Taylor attention of order 2 is {percent(one[2])} from softmax attention at scores of size 1 and "
-            f"{percent(two[2])} at 2; order 4 is {percent(one[4])} and {percent(two[4])}."
+            f"Taylor attention of order 2 is {as_percent(one[2])} from softmax attention at scores of size 1 and "
+            f"{as_percent(two[2])} at 2; order 4 is {as_percent(one[4])} and {as_percent(two[4])}."
         ],
         [
-            TableOf(
+            Table(
                 "Error",
                 ("q and k, size of scores", *map(order_name, one)),
-                [(name, *map(percent, errors.values())) for name, errors in rows.items()],
+                [(name, *map(as_percent, errors.values())) for name, errors in rows.items()],
             )
         ],
         [
@@ -73,7 +73,7 @@ def report(folder: Folder, console: Console | None = None) -> Page:
             "the heads of a layer.",
         ],
     )
-    write(folder, page, console)
+    write_page(folder, page, console)
     return page
 
 

@@ -59,7 +59,7 @@ def loss_by_context(
         nats, together = 0.0, max(1, batch_tokens // size)
         for at in range(0, len(starts), together):
             rows = [text.ids[start : start + size + 1].astype(np.int64) for start in starts[at : at + together]]
-            losses = _nats(model, torch.from_numpy(np.stack(rows)).to(model.device))
+            losses = _token_losses(model, torch.from_numpy(np.stack(rows)).to(model.device))
             nats += float(losses[:, -step:].sum())
         found.append(Stretch(size - step, size, nats / math.log(2) / text_bytes, len(starts) * step))
     return found
@@ -77,7 +77,7 @@ class Copying:
 
 
 @torch.inference_mode()
-def copying(
+def loss_on_copies(
     model: PreTrainedModel,
     text: TokenFile,
     tokenizer: PreTrainedTokenizerFast,
@@ -100,7 +100,7 @@ def copying(
     if len(ids) < 4 * (farthest + length):
         raise ValueError(f"distance: the text has {len(ids):,} tokens, too few for spans {farthest:,} tokens apart")
     model.eval()
-    starts = np.array(_starts(len(ids), length, farthest, samples))
+    starts = np.array(_draw_starts(len(ids), length, farthest, samples))
     pieces, others = (np.stack([ids[at : at + length] for at in starts[:, i]]).astype(np.int64) for i in (0, 1))
     size = int(token_sizes(tokenizer)[pieces[:, 1:]].sum())  # a span's first token follows other text
     found = []
@@ -110,14 +110,14 @@ def copying(
         bits = []
         for before in (pieces, others):
             windows = torch.from_numpy(np.concatenate((before, between, pieces), 1)).to(model.device)
-            nats = sum(float(_nats(model, part)[:, 1 - length :].sum()) for part in windows.split(together))
+            nats = sum(float(_token_losses(model, part)[:, 1 - length :].sum()) for part in windows.split(together))
             bits.append(nats / math.log(2) / size)
         second, control = bits
         found.append(Copying(distance, second, control, length))
     return found
 
 
-def _starts(size: int, span: int, between: int, samples: int) -> list[tuple[int, int, int]]:
+def _draw_starts(size: int, span: int, between: int, samples: int) -> list[tuple[int, int, int]]:
     """Where a span, another span, and the text between begin; neither of the latter two overlaps the span."""
     draw = np.random.default_rng(0)
     found: list[tuple[int, int, int]] = []
@@ -128,7 +128,7 @@ def _starts(size: int, span: int, between: int, samples: int) -> list[tuple[int,
     return found
 
 
-def _nats(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+def _token_losses(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
     """Loss of every token after the first: ``[B, T + 1]`` -> ``[B, T]``, in fp64."""
     logits = model(input_ids=ids[:, :-1], use_cache=False).logits.float()
     losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..reports.palette import Style, styles_for
-from ..reports.plots import add_legend, label_ticks, panel_column, pyplot, save
+from ..reports.plots import add_legend, label_ticks, panel_column, pyplot, save_figure
 from .recipes import STYLES
 from .results import Result
 
@@ -32,7 +32,7 @@ def draw_curves(found: list[Result], settings: dict[str, Any], folder: Path) -> 
         style = styles[result.mechanism]
         for panel, scale in zip(panels, (1.0, result.cost["seconds"] * settings["accumulate"] / unit), strict=True):
             x = steps * scale
-            panel.plot(x, values.mean(0), label=result.mechanism, **style.options())
+            panel.plot(x, values.mean(0), label=result.mechanism, **style.line_options())
             panel.fill_between(x, values.min(0), values.max(0), color=style.colour, alpha=0.15, linewidth=0)
     late = np.concatenate([values.ravel() for values in ends])
     late = late[np.isfinite(late)]
@@ -42,7 +42,7 @@ def draw_curves(found: list[Result], settings: dict[str, Any], folder: Path) -> 
     for panel, x, title in zip(panels, ("step", name), ("by step", "by time in training steps"), strict=True):
         panel.set(xlabel=x, ylabel=LOSS)
         add_legend(panel, title)
-    return save(figure, folder, "compare_curves")
+    return save_figure(figure, folder, "compare_curves")
 
 
 def _seeds(curves: list[list[tuple[int, float]]]) -> tuple[np.ndarray, np.ndarray]:
@@ -92,7 +92,7 @@ def _draw_panel(
     styles = _styles(found)
     figure, (panel,) = panel_column(1, height=2.8)
     for mechanism, points in lines.items():
-        panel.plot(*zip(*points, strict=True), label=mechanism, **styles[mechanism].options())
+        panel.plot(*zip(*points, strict=True), label=mechanism, **styles[mechanism].line_options())
     if context is not None:
         panel.axvline(context, color="#666666", linestyle="--", linewidth=1, label="training length")
     panel.set(xscale="log", xlabel=axes[0], ylabel=axes[1])
@@ -100,4 +100,4 @@ def _draw_panel(
     if percent:
         panel.yaxis.set_major_formatter(pyplot().matplotlib.ticker.PercentFormatter(1))
     add_legend(panel)
-    return save(figure, folder, name)
+    return save_figure(figure, folder, name)

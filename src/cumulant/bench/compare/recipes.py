@@ -224,7 +224,7 @@ RECIPES = {
 STYLES = {m.name: m.style for recipe in RECIPES.values() for m in recipe.mechanisms if m.style is not None}
 
 
-def find(name: str) -> Comparison:
+def find_recipe(name: str) -> Comparison:
     """The recipe of that name."""
     if name not in RECIPES:
         raise ValueError(f"recipe: expected one of {', '.join(RECIPES)}, got {name!r}")
@@ -246,10 +246,10 @@ def configuration(recipe: Comparison, mechanism: Mechanism, vocab_size: int) -> 
         **recipe.shared,
         **mechanism.fields,
     }
-    one, two = (_parameters(from_preset(mechanism.preset, **fields, intermediate_size=n)) for n in (1, 2))
+    one, two = (_parameter_count(from_preset(mechanism.preset, **fields, intermediate_size=n)) for n in (1, 2))
     width = max(1 + round((recipe.parameters - one) / (two - one)), 1) if two > one else 1
     config = from_preset(mechanism.preset, **fields, intermediate_size=width)
-    found = _parameters(config)
+    found = _parameter_count(config)
     if abs(found / recipe.parameters - 1) > TOLERANCE:
         raise ValueError(
             f"{mechanism.name}: has {found:,} parameters at the nearest width of its feed-forward, {width}, not "
@@ -269,7 +269,7 @@ def differences(config: CumulantConfig, baseline: CumulantConfig) -> dict[str, A
     }
 
 
-def _parameters(config: CumulantConfig) -> int:
+def _parameter_count(config: CumulantConfig) -> int:
     with torch.device("meta"):
         count: int = CumulantForCausalLM(config).num_parameters()
     return count

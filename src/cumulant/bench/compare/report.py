@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 
 from ..reports.folder import Folder, Row
-from ..reports.page import Page, Picture, Report, TableOf, write
+from ..reports.page import Page, Picture, Report, Table, write_page
 from .plots import draw_contexts, draw_copying, draw_curves, draw_sweep
 from .results import Result, results
 
@@ -24,24 +24,24 @@ def report(folder: Folder, console: Console | None = None) -> Page:
         Picture(draw_curves(found, settings, folder.path), "Held-out loss during training, by step and by time"),
         Picture(draw_sweep(found, folder.path), "Held-out loss at the end by learning rate, from the first seed"),
     ]
-    tables = [_table(found, settings)]
+    tables = [_final_table(found, settings)]
     in_context, copied = [r for r in found if r.contexts], [r for r in found if r.copying]
     if in_context:
         caption = f"Loss on the same tokens in longer windows; trained on windows of {context:,}"
         pictures.append(Picture(draw_contexts(in_context, context, folder.path), caption))
-        tables.append(_contexts(in_context))
+        tables.append(_context_table(in_context))
     if copied:
         caption = "Loss on spans of 128 bytes that stand earlier in the window, relative to spans that do not"
         pictures.append(Picture(draw_copying(copied, context, folder.path), caption))
-        tables.append(_copying(copied))
+        tables.append(_copying_table(copied))
     answer = [
-        *_answer(found, settings, text),
-        *_beyond(in_context, context),
-        *_copied(copied, context),
+        *_answer_lines(found, settings, text),
+        *_longer_context_lines(in_context, context),
+        *_copying_lines(copied, context),
     ]
     title = f"Mechanisms on one text: {settings['recipe']}, on {settings['data']}"
     page = Page(title, answer, tables, pictures, _notes(found, settings, text))
-    write(folder, page, console)
+    write_page(folder, page, console)
     return page
 
 
@@ -69,14 +69,14 @@ def _step_tokens(settings: dict[str, Any]) -> int:
     return tokens
 
 
-def _answer(found: list[Result], settings: dict[str, Any], text: Row) -> list[str]:
+def _answer_lines(found: list[Result], settings: dict[str, Any], text: Row) -> list[str]:
     ranked = sorted(found, key=lambda result: result.final.value)
     said = ", ".join(f"{result.mechanism} {result.final.text()}" for result in ranked)
     tokens = text["steps"] * _step_tokens(settings)
     lines = [f"Bits per byte of {settings['data']} after {tokens:,} tokens: {said}."]
     others = [(r.mechanism, r.difference) for r in ranked if r.difference is not None and r.difference.count > 1]
     if others:
-        apart = [f"{name} ({difference.value:+.4f})" for name, difference in others if difference.is_apart()]
+        apart = [f"{name} ({difference.value:+.4f})" for name, difference in others if difference.differs_from_zero()]
         lines.append(f"Different from {settings['baseline']} at 95% over the seeds: {', '.join(apart) or 'none'}.")
     edge = [f"{result.mechanism} ({result.rate:g})" for result in found if result.at_edge]
     if edge:
@@ -84,7 +84,7 @@ def _answer(found: list[Result], settings: dict[str, Any], text: Row) -> list[st
     return lines
 
 
-def _beyond(tested: list[Result], context: int) -> list[str]:
+def _longer_context_lines(tested: list[Result], context: int) -> list[str]:
     """The change of the loss on the same tokens, from windows as in training to the longest ones."""
     lasts = [last for _, last, _ in tested[0].contexts] if tested else []
     if context not in lasts[:-1]:
@@ -97,7 +97,7 @@ def _beyond(tested: list[Result], context: int) -> list[str]:
     ]
 
 
-def _copied(tested: list[Result], context: int) -> list[str]:
+def _copying_lines(tested: list[Result], context: int) -> list[str]:
     """The relative loss on repeated spans, at the greatest distance within the training length."""
     inside = [i for i, c in enumerate(tested[0].copying) if c[0] + 2 * c[3] <= context] if tested else []
     if not inside:
@@ -108,7 +108,7 @@ def _copied(tested: list[Result], context: int) -> list[str]:
     return [f"Loss on a span that stands {between:,} tokens earlier as well, relative to one that does not: {each}."]
 
 
-def _table(found: list[Result], settings: dict[str, Any]) -> TableOf:
+def _final_table(found: list[Result], settings: dict[str, Any]) -> Table:
     headings = (
         "mechanism",
         "bits per byte",
@@ -138,21 +138,21 @@ def _table(found: list[Result], settings: dict[str, Any]) -> TableOf:
                 f"{r.parameters:,}",
             )
         )
-    return TableOf("At the end of training", headings, rows)
+    return Table("At the end of training", headings, rows)
 
 
-def _contexts(tested: list[Result]) -> TableOf:
+def _context_table(tested: list[Result]) -> Table:
     headings = ("mechanism", *(f"{a:,}–{b:,}" for a, b, _ in tested[0].contexts))
     rows = [(r.mechanism, *(f"{x:.3f}" for _, _, x in r.contexts)) for r in tested]
-    return TableOf("Bits per byte of the same tokens, by number of tokens before them", headings, rows)
+    return Table("Bits per byte of the same tokens, by number of tokens before them", headings, rows)
 
 
-def _copying(tested: list[Result]) -> TableOf:
+def _copying_table(tested: list[Result]) -> Table:
     headings = ("mechanism", *(f"{distance:,} between" for distance, *_ in tested[0].copying))
     rows = [(r.mechanism, *(f"{x:.3f} of {y:.3f}" for _, x, y, _ in r.copying)) for r in tested]
     span = tested[0].copying[0][3]
     title = f"Bits per byte of repeated spans of {span} tokens and of the same, not repeated, by tokens between"
-    return TableOf(title, headings, rows)
+    return Table(title, headings, rows)
 
 
 REPORT = Report("compare", ("row",), report)

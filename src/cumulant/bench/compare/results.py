@@ -22,7 +22,7 @@ class Mean:
     count: int
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> Mean:
+    def from_values(cls, values: Sequence[float]) -> Mean:
         if not all(map(math.isfinite, values)):
             return cls(math.inf, math.nan, len(values))
         error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
@@ -34,7 +34,7 @@ class Mean:
         value = f"{self.value:{'+' if sign else ''}.4f}"
         return value if math.isnan(self.error) else f"{value} ± {self.error:.4f}"
 
-    def is_apart(self) -> bool:
+    def differs_from_zero(self) -> bool:
         """Whether it differs from 0 at 95%."""
         return abs(self.value) > T95.get(self.count, 2.2) * self.error  # False for one value
 
@@ -64,20 +64,20 @@ class Result:
         return len(self.sweep) > 1 and self.rate in (min(self.sweep), max(self.sweep))
 
 
-def final(run: Row) -> float:
+def final_loss(run: Row) -> float:
     """Bits per byte of the held-out text after the last step; infinite for a run that diverged."""
     value = float(run["heldout"][-1][1])
     return value if math.isfinite(value) else math.inf
 
 
-def sweep(runs: list[Row], mechanism: str) -> dict[float, float]:
+def losses_by_rate(runs: list[Row], mechanism: str) -> dict[float, float]:
     """The final loss by learning rate, from the first seed."""
-    return {run["learning_rate"]: final(run) for run in runs if run["mechanism"] == mechanism and run["seed"] == 0}
+    return {run["learning_rate"]: final_loss(run) for run in runs if run["mechanism"] == mechanism and run["seed"] == 0}
 
 
 def best_rate(runs: list[Row], mechanism: str) -> float:
     """The learning rate with the least final loss from the first seed."""
-    found = sweep(runs, mechanism)
+    found = losses_by_rate(runs, mechanism)
     return min(found, key=lambda rate: found[rate])
 
 
@@ -85,26 +85,26 @@ def results(rows: list[Row], baseline: str) -> list[Result]:
     """A result for each mechanism that has been trained, in the order of the recipe."""
     runs = [row for row in rows if row["row"] == "run"]
     costs = {row["mechanism"]: row for row in rows if row["row"] == "cost"}
-    rates = {name: best_rate(runs, name) for name in costs if sweep(runs, name)}
-    base = {run["seed"]: final(run) for run in _with_rate(runs, baseline, rates.get(baseline))}
+    rates = {name: best_rate(runs, name) for name in costs if losses_by_rate(runs, name)}
+    base = {run["seed"]: final_loss(run) for run in _with_rate(runs, baseline, rates.get(baseline))}
     found = []
     for name, rate in rates.items():
         own = _with_rate(runs, name, rate)
-        ends = {run["seed"]: final(run) for run in own}
+        ends = {run["seed"]: final_loss(run) for run in own}
         differences = [end - base[seed] for seed, end in ends.items() if seed in base]
         asked = _with_rate([row for row in rows if row["row"] == "context"], name, rate)
         found.append(
             Result(
                 name,
                 rate,
-                Mean.of(list(ends.values())),
-                Mean.of(differences) if differences and name != baseline else None,
+                Mean.from_values(list(ends.values())),
+                Mean.from_values(differences) if differences and name != baseline else None,
                 [run["heldout"] for run in own],
-                sweep(runs, name),
+                losses_by_rate(runs, name),
                 own[0]["parameters"],
                 costs[name],
-                [(int(a), int(b), x) for a, b, x, _ in _means([row["contexts"] for row in asked])],
-                [(int(d), x, y, int(span)) for d, x, y, span in _means([row["copying"] for row in asked])],
+                [(int(a), int(b), x) for a, b, x, _ in _mean_table([row["contexts"] for row in asked])],
+                [(int(d), x, y, int(span)) for d, x, y, span in _mean_table([row["copying"] for row in asked])],
             )
         )
     return found
@@ -114,6 +114,6 @@ def _with_rate(rows: list[Row], mechanism: str, rate: float | None) -> list[Row]
     return [row for row in rows if (row["mechanism"], row["learning_rate"]) == (mechanism, rate)]
 
 
-def _means(tables: list[list[list[float]]]) -> list[list[float]]:
+def _mean_table(tables: list[list[list[float]]]) -> list[list[float]]:
     """The mean of several tables, entry by entry."""
     return [[statistics.fmean(cells) for cells in zip(*rows, strict=True)] for rows in zip(*tables, strict=True)]

@@ -22,7 +22,7 @@ class Cost:
     state_bytes: int
 
 
-def measure(
+def measure_costs(
     configs: dict[str, CumulantConfig], *, batch: int, context: int, device: str = "cpu", rounds: int = 5
 ) -> dict[str, Cost]:
     """Medians of `rounds` steps. Mechanisms take turns, so that other programs slow all of them alike."""
@@ -59,11 +59,11 @@ def _kept_bytes(model: CumulantForCausalLM, ids: torch.Tensor) -> int:
     """Bytes of all tensors that a step keeps for its backward pass, without the weights."""
     found: dict[int, int] = {}
 
-    def note(x: torch.Tensor) -> torch.Tensor:
+    def add_storage(x: torch.Tensor) -> torch.Tensor:
         found[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
         return x
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+    with torch.autograd.graph.saved_tensors_hooks(add_storage, lambda x: x):
         loss = _loss(model, ids)
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     del loss

@@ -34,17 +34,17 @@ from ...text.train import Text, train
 from ...text.trainer import Diverged
 from ..reports.folder import Folder, Row
 from ..reports.plots import pyplot
-from .context import SHORTEST, copying, loss_by_context
+from .context import SHORTEST, loss_by_context, loss_on_copies
 from .recipes import Comparison, Mechanism, configuration, differences
 from .report import REPORT, report
 from .results import best_rate
-from .step_cost import measure
+from .step_cost import measure_costs
 
 SPAN = 128  # bytes that are to be copied
 SCORED, SCORED_QUICKLY = 250_000, 20_000  # tokens of the held-out text, at most
 
 
-def compare(
+def run(
     name: str,
     recipe: Comparison,
     output: str,
@@ -67,16 +67,16 @@ def compare(
     settings = {"recipe": name, **recipe.settings(), **identity, "device": place}
     folder = Folder.start(output, REPORT.command, settings, force=force, extends=("learning_rates", "seeds"))
     try:
-        text, steps = _prepare(recipe, corpus, folder, scored)
+        text, steps = _prepare_text(recipe, corpus, folder, scored)
         configs = {m.name: configuration(recipe, m, len(text.tokenizer)) for m in recipe.mechanisms}
-        Work(recipe, corpus, text, steps, configs, folder, place, console).do()
+        ComparisonRun(recipe, corpus, text, steps, configs, folder, place, console).run_all()
     finally:
         if any(row["row"] == "run" for row in folder.rows()):
             report(folder, console)
     return folder
 
 
-def _prepare(recipe: Comparison, corpus: Corpus, folder: Folder, scored: int) -> tuple[Text, int]:
+def _prepare_text(recipe: Comparison, corpus: Corpus, folder: Folder, scored: int) -> tuple[Text, int]:
     """The text as tokens, with the held-out part that is scored, and the number of training steps."""
     place = folder.path / "text"
     done = next((row for row in folder.rows() if row["row"] == "text"), None)
@@ -88,8 +88,8 @@ def _prepare(recipe: Comparison, corpus: Corpus, folder: Folder, scored: int) ->
         write_tokens(place, corpus, tokenizer, context=recipe.context)
     tokenizer, (training, heldout) = load_tokenizer(place), read_tokens(place)
     if done is not None:
-        return Text(tokenizer, training, _beginning(heldout, done["heldout_tokens"], tokenizer)), int(done["steps"])
-    text = Text(tokenizer, training, _beginning(heldout, scored, tokenizer))
+        return Text(tokenizer, training, _first_tokens(heldout, done["heldout_tokens"], tokenizer)), int(done["steps"])
+    text = Text(tokenizer, training, _first_tokens(heldout, scored, tokenizer))
     windows = (len(text.train.ids) - 1) // recipe.context
     steps = recipe.steps or int(recipe.epochs * windows / (recipe.batch * recipe.accumulate))
     if steps < 1:
@@ -103,7 +103,7 @@ def _prepare(recipe: Comparison, corpus: Corpus, folder: Folder, scored: int) ->
     return text, steps
 
 
-def _beginning(text: TokenFile, tokens: int, tokenizer: PreTrainedTokenizerFast) -> TokenFile:
+def _first_tokens(text: TokenFile, tokens: int, tokenizer: PreTrainedTokenizerFast) -> TokenFile:
     """The first documents of the text, the last one cut, with `tokens` tokens to predict."""
     if len(text.ids) <= tokens + 1:
         return text
@@ -112,8 +112,8 @@ def _beginning(text: TokenFile, tokens: int, tokenizer: PreTrainedTokenizerFast)
 
 
 @dataclass(frozen=True)
-class Work:
-    """A comparison that is under way. `do` measures what its folder lacks."""
+class ComparisonRun:
+    """A comparison that is under way. `run_all` measures what its folder lacks."""
 
     recipe: Comparison
     corpus: Corpus
@@ -127,31 +127,31 @@ class Work:
     def say(self, line: str) -> None:
         self.console.print(line, highlight=False, soft_wrap=True)
 
-    def rows(self, kind: str) -> list[Row]:
+    def rows_of(self, kind: str) -> list[Row]:
         return [row for row in self.folder.rows() if row["row"] == kind]
 
-    def do(self) -> None:
+    def run_all(self) -> None:
         recipe, text = self.recipe, self.text
         self.say(
             f"{self.corpus.name}: {len(text.train.ids):,} tokens to train on, {text.heldout.text_bytes:,} bytes held "
             f"out; {self.steps:,} steps of {recipe.step_tokens:,} tokens"
         )
-        if not self.rows("cost"):
+        if not self.rows_of("cost"):
             self.measure_costs()
         mechanisms = {m.name: m for m in recipe.mechanisms}
-        trained = {(r["mechanism"], r["learning_rate"], r["seed"]) for r in self.rows("run")}
-        for name, rate, seed in self.plan():
+        trained = {(r["mechanism"], r["learning_rate"], r["seed"]) for r in self.rows_of("run")}
+        for name, rate, seed in self.runs_in_order():
             if (name, rate, seed) not in trained:
-                self.train(mechanisms[name], rate, seed)
-        asked = {(r["mechanism"], r["learning_rate"], r["seed"]) for r in self.rows("context")}
-        best = {name: best_rate(self.rows("run"), name) for name in mechanisms}
+                self.train_model(mechanisms[name], rate, seed)
+        asked = {(r["mechanism"], r["learning_rate"], r["seed"]) for r in self.rows_of("context")}
+        best = {name: best_rate(self.rows_of("run"), name) for name in mechanisms}
         for seed in range(recipe.seeds):
             for name in mechanisms:
                 place = self.run_folder(name, best[name], seed) / f"checkpoint-{self.steps}"
                 if (name, best[name], seed) not in asked and place.is_dir():  # a run that diverged has none
                     self.measure_context(name, best[name], seed)
 
-    def plan(self) -> Iterator[tuple[str, float, int]]:
+    def runs_in_order(self) -> Iterator[tuple[str, float, int]]:
         """Runs (mechanism, learning rate, seed) in order: the sweep, then the other seeds.
 
         All mechanisms are trained before the next rate or seed, so that they can be compared at any time.
@@ -162,11 +162,11 @@ class Work:
                 yield name, rate, 0
         for seed in range(1, self.recipe.seeds):
             for name in names:
-                yield name, best_rate(self.rows("run"), name), seed
+                yield name, best_rate(self.rows_of("run"), name), seed
 
     def measure_costs(self) -> None:
         sizes = {"batch": self.recipe.batch, "context": self.recipe.context}
-        found = measure(self.configs, **sizes, device=self.device)
+        found = measure_costs(self.configs, **sizes, device=self.device)
         base = self.configs[self.recipe.baseline]
         differs = {name: differences(config, base) for name, config in self.configs.items()}
         rows = ({"mechanism": name, "differs": differs[name], **asdict(cost)} for name, cost in found.items())
@@ -175,7 +175,7 @@ class Work:
     def run_folder(self, name: str, rate: float, seed: int) -> Path:
         return self.folder.path / "runs" / f"{name.replace(', ', '-').replace(' ', '-')}-{rate:g}-{seed}"
 
-    def train(self, mechanism: Mechanism, rate: float, seed: int) -> None:
+    def train_model(self, mechanism: Mechanism, rate: float, seed: int) -> None:
         """Train one model, from the start or from where an interruption left it, and write its row."""
         recipe, output = self.recipe, self.run_folder(mechanism.name, rate, seed)
         fields = {**recipe.shared, **mechanism.fields}
@@ -244,8 +244,8 @@ class Work:
         while length > len(text.ids) - 1:
             length //= 2
         stretches = loss_by_context(model, text, self.text.tokenizer, length) if length >= SHORTEST else []
-        distances = [d for d in self.distances() if 4 * (d + SPAN) <= len(text.ids)]
-        copies = copying(model, text, self.text.tokenizer, distances, span=SPAN) if distances else []
+        distances = [d for d in self.copying_distances() if 4 * (d + SPAN) <= len(text.ids)]
+        copies = loss_on_copies(model, text, self.text.tokenizer, distances, span=SPAN) if distances else []
         self.folder.append(
             {
                 "row": "context",
@@ -257,7 +257,7 @@ class Work:
             }
         )
 
-    def distances(self) -> list[int]:
+    def copying_distances(self) -> list[int]:
         """Distances of copied spans: powers of two times an eighth of the context, up to beyond it."""
         found, last = [], self.recipe.context * self.recipe.reach
         distance = max(self.recipe.context // 8, 1)

@@ -24,12 +24,12 @@ class Best:
     seconds: float
 
     @property
-    def hardest(self) -> float:
+    def hardest_accuracy(self) -> float:
         """Accuracy at the most pairs."""
         return list(self.accuracy.values())[-1][0]
 
 
-def best(rows: list[Row]) -> list[Best]:
+def best_rates(rows: list[Row]) -> list[Best]:
     """For each mechanism and width, the learning rate with the highest mean accuracy at the most pairs."""
     groups: dict[tuple[str, bool, int], dict[float, list[Row]]] = {}
     for row in rows:
@@ -39,7 +39,7 @@ def best(rows: list[Row]) -> list[Best]:
     for (mechanism, conv, width), rates in groups.items():
         candidates = [_summary(mechanism, conv, width, rate, own) for rate, own in rates.items()]
         most = max(candidate.seeds for candidate in candidates)  # a rate that lacks seeds is not compared yet
-        found.append(max((c for c in candidates if c.seeds == most), key=lambda c: c.hardest))
+        found.append(max((c for c in candidates if c.seeds == most), key=lambda c: c.hardest_accuracy))
     return found
 
 

@@ -65,7 +65,7 @@ class Setting:
     batch: int = 32
 
 
-def build(setting: Setting) -> CumulantForCausalLM:
+def build_model(setting: Setting) -> CumulantForCausalLM:
     """A model of two layers (based: three, with its sliding window) of one head, without feed-forwards."""
     mechanism = MECHANISMS[setting.mechanism]
     fields, mixers = dict(mechanism.fields), [mechanism.mixer, mechanism.mixer]

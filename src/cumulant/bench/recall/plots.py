@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..reports.palette import styles_for
-from ..reports.plots import add_legend, panel_column, pyplot, save
+from ..reports.plots import add_legend, panel_column, pyplot, save_figure
 from .best import Best
 from .mechanisms import STYLES
 
@@ -28,11 +28,11 @@ def _panels(found: list[Best], label: str, **options: Any) -> tuple[Any, dict[bo
 def _save(figure: Any, panels: dict[bool, Any], folder: Path, name: str) -> str:
     for conv, panel in panels.items():
         add_legend(panel, FORMS[conv])
-    return save(figure, folder, name)
+    return save_figure(figure, folder, name)
 
 
 def _styles(found: list[Best]) -> dict[str, dict[str, Any]]:
-    return {name: style.options() for name, style in styles_for([b.mechanism for b in found], STYLES).items()}
+    return {name: style.line_options() for name, style in styles_for([b.mechanism for b in found], STYLES).items()}
 
 
 def draw_state(found: list[Best], folder: Path) -> str:
@@ -46,7 +46,7 @@ def draw_state(found: list[Best], folder: Path) -> str:
     for conv, panel in panels.items():
         for name, style in styles.items():
             own = sorted((b for b in found if b.mechanism == name and b.conv == conv), key=lambda b: b.state_bytes)
-            panel.plot([b.state_bytes for b in own], [b.hardest for b in own], label=name, **style)
+            panel.plot([b.state_bytes for b in own], [b.hardest_accuracy for b in own], label=name, **style)
         panel.xaxis.set_major_formatter(ticker.EngFormatter("B", sep=" "))
         panel.xaxis.set_minor_formatter(ticker.NullFormatter())
         panel.set_xticks(ticks)
@@ -62,7 +62,7 @@ def draw_pairs(found: list[Best], folder: Path) -> str:
             own = [b for b in found if b.mechanism == name and b.conv == conv]
             if not own:
                 continue
-            b = max(own, key=lambda b: b.hardest)
+            b = max(own, key=lambda b: b.hardest_accuracy)
             means, deviations = zip(*b.accuracy.values(), strict=True)
             pairs = [int(n) for n in b.accuracy]
             panel.errorbar(pairs, means, yerr=deviations if b.seeds > 1 else None, capsize=3, label=name, **style)

@@ -5,14 +5,14 @@ from __future__ import annotations
 from rich.console import Console
 
 from ..reports.folder import Folder
-from ..reports.page import Page, Picture, Report, TableOf, write
-from .best import Best, best
+from ..reports.page import Page, Picture, Report, Table, write_page
+from .best import Best, best_rates
 from .plots import FORMS, draw_pairs, draw_state
 
 
 def report(folder: Folder, console: Console | None = None) -> Page:
     """Pictures and page from the folder's rows."""
-    found = best(folder.rows(REPORT.fields))
+    found = best_rates(folder.rows(REPORT.fields))
     pairs = list(found[0].accuracy)
     page = Page(
         "Recall test: accuracy and state of each mechanism",
@@ -32,7 +32,7 @@ def report(folder: Folder, console: Console | None = None) -> Page:
             "the others' does not.",
         ],
     )
-    write(folder, page, console)
+    write_page(folder, page, console)
     return page
 
 
@@ -40,18 +40,16 @@ def _answer(found: list[Best], most: str) -> list[str]:
     """Accuracy of each mechanism at its best width, the best first."""
     top: dict[str, Best] = {}
     for b in found:
-        if b.mechanism not in top or b.hardest > top[b.mechanism].hardest:
+        if b.mechanism not in top or b.hardest_accuracy > top[b.mechanism].hardest_accuracy:
             top[b.mechanism] = b
-    ranked = sorted(top.values(), key=lambda b: -b.hardest)
+    ranked = sorted(top.values(), key=lambda b: -b.hardest_accuracy)
     both = len({b.conv for b in found}) > 1
-    said = ", ".join(
-        f"{b.mechanism} {b.hardest:.0%} ({b.state_bytes / 1000:,.0f} kB{', alone' if both and not b.conv else ''})"
-        for b in ranked
-    )
+    states = [f"{b.state_bytes / 1000:,.0f} kB{', alone' if both and not b.conv else ''}" for b in ranked]
+    said = ", ".join(f"{b.mechanism} {b.hardest_accuracy:.0%} ({state})" for b, state in zip(ranked, states))
     return [f"Accuracy on {most} pairs in one context, and the size of the state: {said}."]
 
 
-def _table(found: list[Best], conv: bool) -> TableOf:
+def _table(found: list[Best], conv: bool) -> Table:
     pairs = list(found[0].accuracy)
     headings = (
         "mechanism",
@@ -74,7 +72,7 @@ def _table(found: list[Best], conv: bool) -> TableOf:
                 (b.mechanism, str(b.width), *each, f"{b.learning_rate:g}", str(b.seeds), f"{b.state_bytes / 1000:,.1f}",
                  f"{b.parameters:,}", f"{b.seconds:.0f}")
             )  # fmt: skip
-    return TableOf(FORMS[conv], headings, rows)
+    return Table(FORMS[conv], headings, rows)
 
 
 REPORT = Report("recall", ("mechanism", "conv", "width", "learning_rate", "seed", "accuracy"), report)

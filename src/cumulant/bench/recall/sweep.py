@@ -23,7 +23,7 @@ from ..reports.plots import pyplot
 from .mechanisms import MECHANISMS, Setting
 from .report import REPORT, report
 from .task import Task
-from .training import train
+from .training import train_model
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,8 @@ def run(sweep: Sweep, output: str, *, workers: int, device: str, force: bool, co
     wanted = list(sweep.settings())
     pyplot()  # refuses before anything is trained
     folder = Folder.start(output, REPORT.command, asdict(sweep), force=force)
-    done = {_key(row) for row in folder.rows(REPORT.fields)}
-    left = [setting for setting in wanted if _key(asdict(setting)) not in done]
+    done = {_run_key(row) for row in folder.rows(REPORT.fields)}
+    left = [setting for setting in wanted if _run_key(asdict(setting)) not in done]
     try:
         _train_all(left, folder, workers, device, console)
     finally:
@@ -90,7 +90,7 @@ def _train_all(left: list[Setting], folder: Folder, workers: int, device: str, c
     with Progress(*columns, console=console) as progress:
         bar = progress.add_task("runs", total=len(left))
         try:
-            runs: dict[Future[Row], Setting] = {pool.submit(train, setting, device): setting for setting in left}
+            runs: dict[Future[Row], Setting] = {pool.submit(train_model, setting, device): setting for setting in left}
             for future in as_completed(runs):
                 setting = runs[future]
                 try:
@@ -121,6 +121,6 @@ def _prepare_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process ends the run
 
 
-def _key(row: Row) -> tuple[Any, ...]:
+def _run_key(row: Row) -> tuple[Any, ...]:
     """What tells a run from the others of its sweep."""
     return tuple(row[name] for name in ("mechanism", "conv", "width", "learning_rate", "seed"))

@@ -36,7 +36,7 @@ class Task:
         if max(self.pairs) > self.vocabulary // 2 - 1:
             raise ValueError(f"vocabulary: {self.vocabulary} tokens hold no {max(self.pairs)} different keys")
 
-    def draw(self, rows: int, pairs: int, random: Generator) -> tuple[Tensor, Tensor, Tensor]:
+    def draw_sequences(self, rows: int, pairs: int, random: Generator) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens ``[rows, length]``; positions of the questions, and their answers, ``[rows, pairs]``."""
         half = self.vocabulary // 2
 

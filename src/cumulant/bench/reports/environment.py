@@ -29,7 +29,7 @@ def environment() -> dict[str, Any]:
         "processor": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "memory_bytes": memory(),
+        "memory_bytes": memory_bytes(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
 
@@ -60,7 +60,7 @@ def processor() -> str:
         return platform.processor() or platform.machine()
 
 
-def memory() -> int | None:
+def memory_bytes() -> int | None:
     """Bytes of main memory."""
     if sys.platform == "win32":
         return None

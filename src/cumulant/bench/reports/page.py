@@ -15,7 +15,7 @@ from .folder import Folder
 
 
 @dataclass(frozen=True)
-class TableOf:
+class Table:
     """A table of text. Every row is as long as the headings."""
 
     title: str
@@ -37,7 +37,7 @@ class Page:
 
     title: str
     answer: list[str]
-    tables: list[TableOf] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
     pictures: list[Picture] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -68,7 +68,7 @@ footer dt { font-weight: 600 } footer dd { margin: 0 0 .3rem }
 """
 
 
-def write(folder: Folder, page: Page, console: Console | None = None) -> Path:
+def write_page(folder: Folder, page: Page, console: Console | None = None) -> Path:
     """Write ``report.html``, and ``report.md``, the same without pictures; print the answer."""
     target = folder.path / "report.html"
     _write_file(target, _html(folder, page))

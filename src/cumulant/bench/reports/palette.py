@@ -29,7 +29,7 @@ class Style:
         line, fill = VARIANTS[number % len(VARIANTS)]
         return replace(self, line=line, fill=fill)
 
-    def options(self) -> dict[str, Any]:
+    def line_options(self) -> dict[str, Any]:
         """Arguments for matplotlib's ``plot`` and ``errorbar``."""
         return {
             "color": self.colour,

@@ -83,7 +83,7 @@ def label_ticks(axis: Any, ticks: Sequence[float], form: str = "{:g}") -> None:
     axis.set_minor_locator(pyplot().matplotlib.ticker.NullLocator())
 
 
-def save(figure: Any, folder: Path, name: str, suffixes: Sequence[str] = (".png", ".svg")) -> str:
+def save_figure(figure: Any, folder: Path, name: str, suffixes: Sequence[str] = (".png", ".svg")) -> str:
     """Write the figure as PNG and SVG, or with the suffixes given; the name again."""
     for path in (folder / f"{name}{suffix}" for suffix in suffixes):
         metadata = {"Date": None} if path.suffix == ".svg" else None

@@ -23,7 +23,7 @@ class Load:
         busy = every.user + every.system + getattr(every, "steal", 0.0)
         return time.perf_counter(), busy - own.user - own.system
 
-    def processors(self) -> float:
+    def busy_processors(self) -> float:
         """Mean number of processors that other processes, or other machines on the same hardware, took."""
         (before, taken), (after, then) = self._start, self._now()
         return max((then - taken) / max(after - before, 1e-9), 0.0)

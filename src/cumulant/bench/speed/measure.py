@@ -22,11 +22,11 @@ from ..dtypes import DTYPES
 from ..reports.folder import Folder, Row
 from ..reports.plots import pyplot
 from .load import Load
-from .memory import available, measured
+from .memory import available_bytes, peak_memory
 from .recipes import Cell, Recipe
 from .report import REPORT, report
 from .subjects import SUBJECTS, Shape, Subject
-from .verdicts import number
+from .verdicts import format_number
 
 # A cell is measured so often, with the other mechanisms between: the spread shows what else ran in the meantime.
 ROUNDS = 3
@@ -43,12 +43,12 @@ def run(recipe: Recipe, output: str, *, device: str, threads: int, force: bool, 
     folder = Folder.start(output, REPORT.command, settings, force=force)
     done = {(row["length"], row["pass"], row["mechanism"]): row for row in folder.rows(REPORT.fields)}
     try:
-        with Live(_progress(recipe, done, console), console=console, refresh_per_second=2) as live:
+        with Live(_progress_table(recipe, done, console), console=console, refresh_per_second=2) as live:
             for group in recipe.groups():
                 rows = _measure_group(recipe, [cell for cell in group if cell not in done], device, done)
                 folder.append(*rows.values())
                 done |= rows
-                live.update(_progress(recipe, done, console))
+                live.update(_progress_table(recipe, done, console))
     finally:
         if done:
             report(folder, console)
@@ -59,29 +59,29 @@ def _measure_group(recipe: Recipe, cells: list[Cell], device: str, done: dict[Ce
     """A row for each cell. Cells are measured in turn, `ROUNDS` times; a cell whose runs are long is measured once, as
     disturbances are shorter than its runs."""
     load = Load()
-    found: dict[Cell, list[Row]] = {cell: [_measure(recipe, cell, device, done)] for cell in cells}
+    found: dict[Cell, list[Row]] = {cell: [_measure_cell(recipe, cell, device, done)] for cell in cells}
     for _ in range(ROUNDS - 1):
         for cell, rows in found.items():
             if rows[-1]["status"] == "measured" and min(rows[-1]["times"]) < recipe.budget:
-                rows.append(_measure(recipe, cell, device, done, weigh=False))
-    others = round(load.processors(), 2)
-    return {cell: {**_merged(rows), "others": others} for cell, rows in found.items()}
+                rows.append(_measure_cell(recipe, cell, device, done, with_memory=False))
+    others = round(load.busy_processors(), 2)
+    return {cell: {**_merge_rounds(rows), "others": others} for cell, rows in found.items()}
 
 
-def _measure(recipe: Recipe, cell: Cell, device: str, done: dict[Cell, Row], weigh: bool = True) -> Row:
-    """One round: the seconds of each run and, with `weigh`, the memory of one; or the reason why there are none."""
+def _measure_cell(recipe: Recipe, cell: Cell, device: str, done: dict[Cell, Row], with_memory: bool = True) -> Row:
+    """One round: the seconds of each run, and the memory of one if asked; or the reason why there are none."""
     T, kind, mechanism = cell
     row: Row = {"length": T, "pass": kind, "mechanism": mechanism}
     shape = Shape(recipe.batch, recipe.heads, T, recipe.dim, DTYPES[recipe.dtype].torch, device, recipe.causal)
-    expected = _expected(recipe, cell, done)
+    expected = _expected_seconds(recipe, cell, done)
     if expected > recipe.seconds:
         why = "as at the length before" if expected == math.inf else f"about {expected:.0f} s a run"
         return {**row, "status": "too long", "why": why}
-    needed, room = _bytes(shape, kind, mechanism), available(device)
+    needed, room = _least_bytes(shape, kind, mechanism), available_bytes(device)
     if room is not None and needed > 0.8 * room:
         return {**row, "status": "out of memory", "why": f"about {needed / 2**30:.1f} GiB of {room / 2**30:.1f}"}
     try:
-        times, peak = _times(recipe, shape, kind, mechanism, weigh)
+        times, peak = _run_times(recipe, shape, kind, mechanism, with_memory)
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
@@ -89,7 +89,7 @@ def _measure(recipe: Recipe, cell: Cell, device: str, done: dict[Cell, Row], wei
     return {**row, "status": "measured", "times": times, "peak_bytes": peak}
 
 
-def _merged(rounds: list[Row]) -> Row:
+def _merge_rounds(rounds: list[Row]) -> Row:
     """One row of all rounds. low, high: the least and the greatest median of a round; of one run, if there was one
     round."""
     last = rounds[-1]
@@ -108,7 +108,7 @@ def _merged(rounds: list[Row]) -> Row:
     }  # fmt: skip
 
 
-def _expected(recipe: Recipe, cell: Cell, done: dict[Cell, Row]) -> float:
+def _expected_seconds(recipe: Recipe, cell: Cell, done: dict[Cell, Row]) -> float:
     """Seconds that a run will take, as the longest shorter length says; infinite if that was too long itself."""
     T, kind, mechanism = cell
     before = [
@@ -125,15 +125,15 @@ def _expected(recipe: Recipe, cell: Cell, done: dict[Cell, Row]) -> float:
     return math.inf
 
 
-def _bytes(shape: Shape, kind: str, mechanism: str) -> float:
+def _least_bytes(shape: Shape, kind: str, mechanism: str) -> float:
     """Bytes that a run holds at least: inputs, outputs, gradients and, where all are kept, the T × T weights."""
     numbers = 4 * shape.B * shape.H * shape.T * shape.d * (2 if kind == "training" else 1)
     weights = SUBJECTS[mechanism].weights * shape.B * shape.H * shape.T * (1 if kind == "decode" else shape.T)
     return float(numbers + weights) * torch.empty(0, dtype=shape.dtype).element_size()
 
 
-def _times(
-    recipe: Recipe, shape: Shape, kind: str, mechanism: str, weigh: bool = True
+def _run_times(
+    recipe: Recipe, shape: Shape, kind: str, mechanism: str, with_memory: bool = True
 ) -> tuple[list[float], int | None]:
     """Seconds of each run after one that warms up, and bytes: the peak of a run, or what decoding keeps of the
     context."""
@@ -142,16 +142,16 @@ def _times(
     if kind == "decode":
         with torch.inference_mode():
             step, held = subject.step(shape)
-            return _repeat(recipe, step, shape.device), held
-    times = _repeat(recipe, _call(shape, kind, subject), shape.device)
-    if not weigh:
+            return _time_repeatedly(recipe, step, shape.device), held
+    times = _time_repeatedly(recipe, _make_call(shape, kind, subject), shape.device)
+    if not with_memory:
         return times, None
-    with measured(shape.device) as peak:
-        _seconds(_call(shape, kind, subject), shape.device)
+    with peak_memory(shape.device) as peak:
+        _seconds(_make_call(shape, kind, subject), shape.device)
         return times, peak()
 
 
-def _repeat(recipe: Recipe, call: Callable[[], Any], device: str) -> list[float]:
+def _time_repeatedly(recipe: Recipe, call: Callable[[], Any], device: str) -> list[float]:
     first = _seconds(call, device)
     if first > recipe.seconds:
         return [first]
@@ -161,7 +161,7 @@ def _repeat(recipe: Recipe, call: Callable[[], Any], device: str) -> list[float]
     return times
 
 
-def _call(shape: Shape, kind: str, subject: Subject) -> Callable[[], Any]:
+def _make_call(shape: Shape, kind: str, subject: Subject) -> Callable[[], Any]:
     inputs = subject.inputs(shape)
     if kind == "forward":
         return torch.inference_mode()(lambda: subject.run(inputs, shape.causal))
@@ -184,7 +184,7 @@ def _seconds(call: Callable[[], Any], device: str) -> float:
     return time.perf_counter() - started
 
 
-def _progress(recipe: Recipe, done: dict[Cell, Row], console: Console) -> RenderableType:
+def _progress_table(recipe: Recipe, done: dict[Cell, Row], console: Console) -> RenderableType:
     """A table of the times measured so far."""
     rows = []
     for kind in recipe.passes:
@@ -198,4 +198,4 @@ def _progress(recipe: Recipe, done: dict[Cell, Row], console: Console) -> Render
 def _cell_text(row: Row | None) -> str:
     if row is None:
         return "not yet"
-    return number(row["median"] * 1e3, 3) if row["status"] == "measured" else str(row["status"])
+    return format_number(row["median"] * 1e3, 3) if row["status"] == "measured" else str(row["status"])

@@ -13,7 +13,7 @@ import torch
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
-def available(device: str) -> int | None:
+def available_bytes(device: str) -> int | None:
     """Bytes that can still be allocated; None where the system does not tell."""
     if device.startswith("cuda"):
         return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
@@ -25,7 +25,7 @@ def available(device: str) -> int | None:
 
 
 @contextmanager
-def measured(device: str) -> Iterator[Callable[[], int | None]]:
+def peak_memory(device: str) -> Iterator[Callable[[], int | None]]:
     """Yields a function that returns the peak since the start, less the bytes at the start.
 
     The bytes are the allocator's on CUDA and the process's on Linux; elsewhere the function returns None.
@@ -39,13 +39,13 @@ def measured(device: str) -> Iterator[Callable[[], int | None]]:
     try:
         ctypes.CDLL(None).malloc_trim(0)  # gives freed memory back; or its reuse would not be seen
         _CLEAR.write_text("5", encoding="ascii")  # sets the peak back to the present size
-        before = _field("VmRSS")
+        before = _status_bytes("VmRSS")
     except (OSError, AttributeError, TypeError):  # another system, another C library
         yield lambda: None
         return
-    yield lambda: max(_field("VmHWM") - before, 0)
+    yield lambda: max(_status_bytes("VmHWM") - before, 0)
 
 
-def _field(name: str) -> int:
+def _status_bytes(name: str) -> int:
     lines = _STATUS.read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))

@@ -7,9 +7,9 @@ from typing import Any
 
 from ..reports.folder import Row
 from ..reports.palette import styles_for
-from ..reports.plots import add_legend, label_ticks, panel_column, save
+from ..reports.plots import add_legend, label_ticks, panel_column, save_figure
 from .subjects import SUBJECTS
-from .verdicts import BASELINE, crossing
+from .verdicts import BASELINE, overtaking_length
 
 STYLES = {name: subject.style for name, subject in SUBJECTS.items()}
 
@@ -26,7 +26,9 @@ def _draw_lines(
         for name in mechanisms:
             points = _points(rows, kind, name, field)
             if points:
-                panel.plot([T for T, _ in points], [x / unit for _, x in points], label=name, **styles[name].options())
+                panel.plot(
+                    [T for T, _ in points], [x / unit for _, x in points], label=name, **styles[name].line_options()
+                )
         panel.set(xscale="log", yscale="log", xlabel="tokens", ylabel=label)
         lengths = sorted({row["length"] for row in rows if row["pass"] == kind and row.get(field)})
         label_ticks(panel.xaxis, lengths[:: -(-len(lengths) // 4)], "{:,}")
@@ -36,7 +38,7 @@ def _draw_lines(
 def _save(figure: Any, panels: dict[str, Any], folder: Path, name: str) -> str:
     for kind, panel in panels.items():
         add_legend(panel, kind)
-    return save(figure, folder, name)
+    return save_figure(figure, folder, name)
 
 
 def _points(rows: list[Row], kind: str, mechanism: str, field: str) -> list[tuple[int, float]]:
@@ -54,7 +56,7 @@ def draw_times(rows: list[Row], mechanisms: list[str], folder: Path) -> str:
         overtaking = []
         for name in mechanisms:
             points = _points(rows, kind, name, "median")
-            ahead = None if name == BASELINE or not points else crossing(rows, kind, name)
+            ahead = None if name == BASELINE or not points else overtaking_length(rows, kind, name)
             if ahead is not None and ahead != points[0][0]:
                 overtaking.append((ahead, dict(points)[ahead] * 1e3, styles[name].colour))
         for length, time, colour in overtaking:

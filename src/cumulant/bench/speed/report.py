@@ -5,9 +5,9 @@ from __future__ import annotations
 from rich.console import Console
 
 from ..reports.folder import Folder, Row
-from ..reports.page import Page, Picture, Report, TableOf, write
+from ..reports.page import Page, Picture, Report, Table, write_page
 from .plots import draw_memory, draw_times
-from .verdicts import answers, number
+from .verdicts import answers, format_number
 
 TIMES = "Time by length; a ring marks the length from which a mechanism is faster than softmax"
 MEMORY = "Most memory held during a run, with its inputs; in decoding, the memory that the context takes"
@@ -38,16 +38,16 @@ def report(folder: Folder, console: Console | None = None) -> Page:
             "more memory than there is.",
         ],
     )
-    write(folder, page, console)
+    write_page(folder, page, console)
     return page
 
 
-def _table(rows: list[Row], mechanisms: list[str], kind: str) -> TableOf:
+def _table(rows: list[Row], mechanisms: list[str], kind: str) -> Table:
     cells = {(row["length"], row["mechanism"]): row for row in rows if row["pass"] == kind}
     lines = []
     for T in sorted({T for T, _ in cells}):
         lines.append((f"{T:,}", *(_cell_text(cells.get((T, name))) for name in mechanisms)))
-    return TableOf(f"{kind}, milliseconds", ("tokens", *mechanisms), lines)
+    return Table(f"{kind}, milliseconds", ("tokens", *mechanisms), lines)
 
 
 def _cell_text(row: Row | None) -> str:
@@ -56,7 +56,7 @@ def _cell_text(row: Row | None) -> str:
         return ""
     if row["status"] != "measured":
         return f"{row['status']}: {row['why']}" if row["status"] == "out of memory" else str(row["status"])
-    return f"{number(row['median'] * 1e3, 4)} ± {number(row['deviation'] * 1e3, 2)}"
+    return f"{format_number(row['median'] * 1e3, 4)} ± {format_number(row['deviation'] * 1e3, 2)}"
 
 
 REPORT = Report("bench", ("length", "pass", "mechanism", "status"), report)

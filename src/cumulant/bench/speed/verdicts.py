@@ -20,7 +20,7 @@ CANNOT_TELL = "these measurements scatter too much to tell; close other programs
 Interval = tuple[float, float]
 
 
-def interval(row: Row) -> Interval:
+def time_interval(row: Row) -> Interval:
     """The row's times. A row of an earlier version, which had no rounds: a deviation around its median."""
     if "low" in row:
         return float(row["low"]), float(row["high"])
@@ -28,10 +28,12 @@ def interval(row: Row) -> Interval:
     return max(row["median"] - deviation, 0.0), row["median"] + deviation
 
 
-def pairs(rows: list[Row], kind: str, mechanism: str, other: str = BASELINE) -> list[tuple[int, Interval, Interval]]:
+def compared_intervals(
+    rows: list[Row], kind: str, mechanism: str, other: str = BASELINE
+) -> list[tuple[int, Interval, Interval]]:
     """The lengths at which both were measured, each with the interval of the mechanism and of the other."""
     found = {
-        (row["length"], row["mechanism"]): interval(row)
+        (row["length"], row["mechanism"]): time_interval(row)
         for row in rows
         if row["pass"] == kind and row["status"] == "measured"
     }
@@ -39,11 +41,11 @@ def pairs(rows: list[Row], kind: str, mechanism: str, other: str = BASELINE) -> 
     return [(T, found[T, mechanism], found[T, other]) for T in lengths]
 
 
-def crossing(rows: list[Row], kind: str, mechanism: str) -> int | None:
+def overtaking_length(rows: list[Row], kind: str, mechanism: str) -> int | None:
     """The least length from which the mechanism is clearly faster than softmax, at all lengths where both were
     measured."""
     ahead = None
-    for T, (_, most), (least, _) in reversed(pairs(rows, kind, mechanism)):
+    for T, (_, most), (least, _) in reversed(compared_intervals(rows, kind, mechanism)):
         if most >= least:
             break
         ahead = T
@@ -54,41 +56,41 @@ def answers(rows: list[Row], mechanisms: list[str]) -> list[str]:
     """For each pass, from which length each mechanism beats softmax, and by how much at the greatest common length."""
     found = []
     for kind in PASSES:
-        others = [m for m in mechanisms if m != BASELINE and pairs(rows, kind, m)]
+        others = [m for m in mechanisms if m != BASELINE and compared_intervals(rows, kind, m)]
         if not others:
             continue
-        if _scattered(rows, kind, [BASELINE, *others]):
+        if _is_scattered(rows, kind, [BASELINE, *others]):
             found.append(f"On this machine, {kind}: {CANNOT_TELL}.")
         else:
             found.append(f"On this machine, {kind}: {'; '.join(_verdict(rows, kind, m) for m in others)}.")
     return [*found, *_against_torch(rows, mechanisms)] or ["Nothing to compare with softmax was measured yet."]
 
 
-def _scattered(rows: list[Row], kind: str, mechanisms: list[str]) -> bool:
+def _is_scattered(rows: list[Row], kind: str, mechanisms: list[str]) -> bool:
     """Whether half of a pass's cells scatter too much, or too much else ran beside half of them."""
     cells = [r for r in rows if r["pass"] == kind and r["mechanism"] in mechanisms and r["status"] == "measured"]
-    spreads = [high / low if low > 0 else float("inf") for low, high in map(interval, cells)]
+    spreads = [high / low if low > 0 else float("inf") for low, high in map(time_interval, cells)]
     others = statistics.median(float(row.get("others", 0.0)) for row in cells)
     return statistics.median(spreads) > SCATTER or others > OTHERS
 
 
 def _verdict(rows: list[Row], kind: str, mechanism: str) -> str:
-    T, own, softmax = pairs(rows, kind, mechanism)[-1]
-    ahead = crossing(rows, kind, mechanism)
+    T, own, softmax = compared_intervals(rows, kind, mechanism)[-1]
+    ahead = overtaking_length(rows, kind, mechanism)
     if ahead:
-        return f"{mechanism} beats softmax from T = {ahead:,} ({_times(own, softmax)} times as fast at {T:,})"
+        return f"{mechanism} beats softmax from T = {ahead:,} ({_speed_ratio(own, softmax)} times as fast at {T:,})"
     if own[0] > softmax[1]:
-        return f"{mechanism} does not beat softmax ({_times(own, softmax)} times as fast at {T:,})"
+        return f"{mechanism} does not beat softmax ({_speed_ratio(own, softmax)} times as fast at {T:,})"
     return f"whether {mechanism} beats softmax, {CANNOT_TELL}"
 
 
-def _times(own: Interval, other: Interval) -> str:
+def _speed_ratio(own: Interval, other: Interval) -> str:
     """The quotient of the times as text, from the least to the greatest that the intervals allow."""
     least, most = other[0] / own[1], other[1] / max(own[0], 1e-12)
-    low, high = number(least, 2), number(most, 2)
+    low, high = format_number(least, 2), format_number(most, 2)
     if low != high:
         return f"{low} to {high}"
-    return number((least + most) / 2, 3)
+    return format_number((least + most) / 2, 3)
 
 
 def _against_torch(rows: list[Row], mechanisms: list[str]) -> list[str]:
@@ -96,17 +98,17 @@ def _against_torch(rows: list[Row], mechanisms: list[str]) -> list[str]:
     lengths."""
     parts = []
     for name, kind in product((m for m in mechanisms if f"{m}, torch" in mechanisms), PASSES):
-        ratios = {T: (other, own) for T, own, other in pairs(rows, kind, name, f"{name}, torch")}
-        if ratios and _scattered(rows, kind, [name, f"{name}, torch"]):
+        ratios = {T: (other, own) for T, own, other in compared_intervals(rows, kind, name, f"{name}, torch")}
+        if ratios and _is_scattered(rows, kind, [name, f"{name}, torch"]):
             parts.append(f"{name} {kind}: {CANNOT_TELL}")
         elif ratios:
             middle = {T: sum(other) / sum(own) for T, (other, own) in ratios.items()}
             least = min(middle, key=lambda T: middle[T])
-            most = number(max(middle.values()), 2)
-            parts.append(f"{name} {kind} {number(middle[least], 2)} (at {least:,}) to {most}")
+            most = format_number(max(middle.values()), 2)
+            parts.append(f"{name} {kind} {format_number(middle[least], 2)} (at {least:,}) to {most}")
     return [f"Times as fast as PyTorch's operations: {'; '.join(parts)}."] if parts else []
 
 
-def number(x: float, digits: int) -> str:
+def format_number(x: float, digits: int) -> str:
     """With so many significant digits, all digits before the point, and no exponent."""
     return f"{x:,.0f}" if x >= 10 ** (digits - 1) else f"{x:.{digits}g}"

@@ -1,0 +1,38 @@
+"""A comparison that takes seconds, and a console that keeps its lines."""
+
+from dataclasses import replace
+
+from rich.console import Console
+
+from cumulant.bench.compare.recipes import RECIPES, Mechanism
+
+TINY = replace(
+    RECIPES["elita-wikitext"],
+    mechanisms=(
+        Mechanism("softmax", "softmax"),
+        Mechanism("elita", "elita"),
+        Mechanism("elita, 2 wraps", "elita", {"wraps": 2}),
+    ),
+    learning_rates=(1e-3, 1e-2),
+    vocabulary=300,
+    width=32,
+    depth=2,
+    heads=2,
+    parameters=40_000,
+    context=32,
+    batch=4,
+    epochs=1.0,
+    seeds=2,
+    heldout=0.1,
+    evaluations=3,
+)
+NAMES = [m.name for m in TINY.mechanisms]
+
+
+class Note(Console):
+    def __init__(self):
+        super().__init__()
+        self.lines = []
+
+    def print(self, *parts, **_):
+        self.lines.extend(str(p) for p in parts)

@@ -1,0 +1,81 @@
+"""What `cumulant compare` trains: recipes that are fair, and those that are published settings."""
+
+from typing import get_type_hints
+
+import pytest
+import torch
+
+from cumulant.bench.compare.recipes import RECIPES, configuration, find_recipe
+from cumulant.models import CumulantForCausalLM
+
+from .comparisons import TINY
+
+CASES = [(name, m) for name in RECIPES for m in RECIPES[name].mechanisms]
+
+
+@pytest.mark.parametrize(("name", "mechanism"), CASES, ids=lambda x: getattr(x, "name", x))
+def test_every_recipe_is_fair(name, mechanism):
+    """Equal parameters within 2%, at least three rates and seeds, and the baseline among the mechanisms."""
+    recipe = find_recipe(name)
+    with torch.device("meta"):
+        model = CumulantForCausalLM(configuration(recipe, mechanism, recipe.vocabulary or 257))
+    assert abs(model.num_parameters() / recipe.parameters - 1) < 0.02
+    assert len(recipe.learning_rates) >= 3
+    assert recipe.seeds >= 3
+    assert recipe.baseline in [m.name for m in recipe.mechanisms]
+    assert recipe.quick().baseline in [m.name for m in recipe.quick().mechanisms]
+
+
+@pytest.mark.parametrize("mechanism", RECIPES["elita-wikitext"].mechanisms, ids=lambda m: m.name)
+def test_elita_wikitext_is_its_author_s_setting(mechanism):
+    """Fewer than 300K parameters, sequences of 256, 128 a step, and that optimizer."""
+    recipe = RECIPES["elita-wikitext"]
+    config = configuration(recipe, mechanism, 2048)
+    assert recipe.parameters * 1.02 < 300_000
+    assert (recipe.context, recipe.batch, recipe.epochs, recipe.steps) == (256, 128, 1, 0)
+    assert recipe.training == {"schedule": "capped_inverse_sqrt", "adam_beta2": 0.99, "weight_decay": 0.0}
+    assert 1e-3 in recipe.learning_rates
+    if mechanism.name == "softmax":
+        assert config.rotary
+        assert config.feed_forward == "swiglu"
+    elif mechanism.preset == "elita":
+        assert config.wraps == (3 if "wraps" in mechanism.name else 1)
+        assert config.query_logit == ("without Q" not in mechanism.name)
+    assert config.tie_word_embeddings
+
+
+def test_flash_enwik8_is_flash_pytorch_s_setting():
+    """What `cumulant train --recipe flash-enwik8` trains, with FLASH's own layers and rate in the sweep."""
+    from cumulant.text.recipes import from_recipe
+
+    recipe, published = RECIPES["flash-enwik8"], from_recipe("flash-enwik8")
+    (flash,) = (m for m in recipe.mechanisms if m.name == "flash")
+    config = configuration(recipe, flash, 257)
+    theirs = published.overrides()
+    assert {name: getattr(config, name) for name in theirs} == theirs
+    assert published.learning_rate in recipe.learning_rates
+    assert config.num_hidden_layers == published.depth
+    same = ("data", "width", "context", "batch", "accumulate", "steps")
+    assert [getattr(recipe, name) for name in same] == [getattr(published, name) for name in same]
+    assert recipe.training == {name: getattr(published, name) for name in recipe.training}
+
+
+def test_wraps_add_no_layers():
+    wrapped = configuration(TINY, TINY.mechanisms[2], 300)
+    assert wrapped.wraps == 2
+    once = configuration(TINY, TINY.mechanisms[1], 300)
+    models = [CumulantForCausalLM(c) for c in (once, wrapped)]
+    assert [len(m.model.layers) for m in models] == [2, 2]
+    assert models[1].num_parameters() - models[0].num_parameters() == 2 * 32
+
+
+def test_only_the_mechanisms_named_and_the_baseline():
+    names = [m.name for m in TINY.chosen(["elita, 2 wraps"]).mechanisms]
+    assert names == ["softmax", "elita, 2 wraps"]
+
+
+def test_the_command_line_names_every_recipe():
+    from cumulant import cli
+
+    (option,) = get_type_hints(cli.compare, include_extras=True)["recipe"].__metadata__
+    assert option.help.rpartition(": ")[2] == ", ".join(RECIPES)
