@@ -13,10 +13,11 @@ from cumulant.bench.dtypes import DTYPES
 from cumulant.bench.recall import mechanisms
 from cumulant.bench.redraw import redraw
 from cumulant.bench.reports.palette import BLACK, BLUE, PALETTE, Style, by_name, styles_for
-from cumulant.bench.speed import plots as speed_plots
-from cumulant.bench.speed.subjects import Linear, Softmax
+from cumulant.bench.speed import measure, plots
+from cumulant.bench.speed.recipes import Recipe
+from cumulant.bench.speed.subjects import SUBJECTS, Linear, Softmax
 
-TABLES = (speed_plots.STYLES, mechanisms.STYLES, recipes.STYLES)
+TABLES = ({name: subject.style for name, subject in SUBJECTS.items()}, mechanisms.STYLES, recipes.STYLES)
 
 
 def test_a_colour_has_one_marker():
@@ -50,6 +51,21 @@ def test_a_mechanism_without_a_style_is_no_mechanism():
     two = (recipes.Mechanism("a", "linear", style=BLUE), recipes.Mechanism("b", "taylor", style=BLUE))
     with pytest.raises(ValueError, match="style: two of a, b share one"):
         recipes.Comparison(two, (1e-3,), 8, 1, 1, 1000, 8, 1)
+
+
+def test_a_new_mechanism_is_one_entry(tmp_path, monkeypatch):
+    """From the measurement to the page, and drawn in its own style."""
+    style = PALETTE[-1]
+    monkeypatch.setitem(SUBJECTS, "new", Linear("new", style))
+    drawn = []
+    monkeypatch.setattr(plots, "add_legend", lambda panel, title: drawn.extend(panel.lines))
+    recipe = Recipe(("softmax", "new"), ("forward",), (8, 16), heads=1, dim=8, repeats=1, budget=0.01)
+    console = Console(file=io.StringIO())
+    folder = measure.run(recipe, str(tmp_path), device="cpu", threads=0, force=False, console=console)
+    assert {row["mechanism"] for row in folder.rows()} == {"softmax", "new"}
+    looks = {line.get_label(): (line.get_color(), line.get_marker()) for line in drawn}
+    assert looks["new"] == (style.colour, style.marker)
+    assert "new" in (tmp_path / "report.md").read_text()
 
 
 def test_names_that_nobody_knows_get_free_styles():

@@ -6,19 +6,21 @@ from pathlib import Path
 from typing import Any
 
 from ..reports.folder import Row
-from ..reports.palette import styles_for
+from ..reports.palette import Style, styles_for
 from ..reports.plots import add_legend, label_ticks, panel_column, save_figure
 from .subjects import SUBJECTS
 from .verdicts import BASELINE, overtaking_length
 
-STYLES = {name: subject.style for name, subject in SUBJECTS.items()}
+
+def _styles(mechanisms: list[str]) -> dict[str, Style]:
+    return styles_for(mechanisms, {name: subject.style for name, subject in SUBJECTS.items()})
 
 
 def _draw_lines(
     rows: list[Row], mechanisms: list[str], field: str, unit: float, label: str
 ) -> tuple[Any, dict[str, Any]]:
     """A panel for each pass whose rows have the field, with a line for each mechanism, in `unit`s by length."""
-    styles = styles_for(mechanisms, STYLES)
+    styles = _styles(mechanisms)
     kinds = list(dict.fromkeys(row["pass"] for row in rows if row.get(field)))
     figure, axes = panel_column(len(kinds))
     panels = dict(zip(kinds, axes, strict=True))
@@ -49,7 +51,7 @@ def _points(rows: list[Row], kind: str, mechanism: str, field: str) -> list[tupl
 
 def draw_times(rows: list[Row], mechanisms: list[str], folder: Path) -> str:
     """Milliseconds by length; a ring where a mechanism becomes faster than softmax."""
-    styles = styles_for(mechanisms, STYLES)
+    styles = _styles(mechanisms)
     figure, panels = _draw_lines(rows, mechanisms, "median", 1e-3, "milliseconds")
     ring = {"marker": "o", "fillstyle": "none", "linestyle": ""}
     for kind, panel in panels.items():
