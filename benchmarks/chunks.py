@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 import cumulant as cm
-from cumulant.ops import cumulative
+from cumulant.kernels.torch import attention
 
 
 def milliseconds(call: Callable[[], object], repeats: int = 5) -> float:
@@ -38,7 +38,7 @@ def main() -> None:
         plain = [torch.randn(*shape, dim) for dim in dims]
         leaves = [x.clone().requires_grad_() for x in plain]
         for chunk in (32, 64, 128, 256):
-            cumulative.CHUNK = chunk
+            attention.CHUNK = chunk
             forward = milliseconds(lambda: op(*plain, is_causal=True))  # noqa: B023 (called at once)
             both = milliseconds(lambda: op(*leaves, is_causal=True).sum().backward())  # noqa: B023
             table.add_row(name, str(chunk), f"{forward:.0f}", f"{both:.0f}")

@@ -3,7 +3,7 @@
     python benchmarks/thresholds.py
 
 A row is one layer's Taylor attention, 8 heads, V = 64: native time over PyTorch's, medians of runs in turns. It is what
-`cumulant.ops.cumulative.MANY` rests on. The last line is JSON.
+`cumulant.kernels.native.attention.MANY` rests on. The last line is JSON.
 """
 
 from __future__ import annotations

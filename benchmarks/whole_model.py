@@ -25,7 +25,7 @@ from cumulant.ops import pointwise, step
 from cumulant.text.generate import fill_cache
 
 MATRICES = ("mkldnn::_linear_pointwise", "aten::mm", "aten::addmm", "aten::bmm")
-ATTENTION = ("cumulant::native_attention", "cumulant::native_attention_backward", "GeneratedBackwardFor_cumulant")
+ATTENTION = ("cumulant::attention", "cumulant::attention_backward", "GeneratedBackwardFor_cumulant")
 
 
 @contextmanager

@@ -55,20 +55,6 @@ def test_short_convolution_is_conv1d():
     assert torch.allclose(nn.ShortConvolution(5, 4)(x.float())[0], x.float(), atol=0.5)  # near the identity at first
 
 
-@pytest.mark.parametrize("window", [1, 3, 8, 50])
-@pytest.mark.parametrize("groups", [4, 2])
-def test_windows_are_banded_attention(window, groups):
-    torch.manual_seed(0)
-    mixer = nn.SlidingWindowAttention(16, 4, window=window, num_kv_heads=groups).double()
-    x = torch.randn(2, 21, 16, dtype=torch.float64)
-    q, k, v = mixer.q_proj(x), mixer.k_proj(x), mixer.v_proj(x)
-    q, k, v = (y.unflatten(-1, (-1, 4)).transpose(1, 2) for y in (q, k, v))
-    distance = torch.arange(21)[:, None] - torch.arange(21)
-    band = (distance >= 0) & (distance < window)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=band, enable_gqa=True)
-    assert torch.allclose(mixer(x), mixer.out_proj(out.transpose(1, 2).flatten(2)), atol=1e-12)
-
-
 def test_window_state_is_bounded():
     mixer = nn.SlidingWindowAttention(16, 4, window=8)
     state = None

@@ -377,11 +377,11 @@ def test_copies_and_files(tmp_path, runs):
     assert len(runs) == 3
     mixer.owner, mixer.conv.callback = [mixer], mixer.extra_repr
     mixer(x[:, 3:], state=state, return_state=True)
-    before, gone = len(steps._laid), weakref.ref(mixer)
+    before, gone = len(steps._compiled), weakref.ref(mixer)
     del mixer
     gc.collect()
     assert gone() is None
-    assert len(steps._laid) < before
+    assert len(steps._compiled) < before
 
 
 def test_two_threads_with_one_model():

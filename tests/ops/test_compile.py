@@ -2,21 +2,26 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
 import cumulant as cm
-from cumulant.kernels import chunked
-from cumulant.kernels.chunked.elita import elita_attention as elita_kernel
-from cumulant.kernels.chunked.gated import gated_attention as gated_kernel
-from cumulant.kernels.chunked.mixed_chunk import mixed_chunk_attention as mixed_chunk
-from cumulant.kernels.native.attention import native_attention
-from cumulant.kernels.native.elita import elita_attention as native_elita
-from cumulant.kernels.native.mixed_chunk import mixed_chunk_attention as native_mixed_chunk
-from cumulant.ops import cumulative, elita, gated
+from cumulant.kernels.operators import attention, elita, gated, mixed_chunk
+from cumulant.kernels.spec import (
+    AttentionInputs,
+    AttentionSpec,
+    ElitaInputs,
+    ElitaSpec,
+    GatedInputs,
+    GatedSpec,
+    MixedChunkInputs,
+    MixedChunkSpec,
+)
 
 from .cases import CASES, CHUNK, assert_close, elita_logits, linear_part, sums_of
+from .walking import walk
 
 NAMES = (
     "taylor-2",
@@ -33,13 +38,14 @@ by_case = pytest.mark.parametrize("case", COMPILED, ids=lambda c: c.name)
 by_impl = pytest.mark.parametrize("impl", ["torch", "native"])
 
 
+def opcheck(operator, *call):
+    torch.library.opcheck(operator.forward, operator.arguments(*call))
+
+
 @pytest.fixture(autouse=True)
 def _short_chunks(monkeypatch):
-    monkeypatch.setattr(cumulative, "CHUNK", CHUNK)
-    monkeypatch.setattr(cumulative, "NATIVE_CHUNK", CHUNK)
-    monkeypatch.setattr(cumulative, "SPAN", CHUNK)
-    monkeypatch.setattr(gated, "BLOCK", CHUNK)
-    monkeypatch.setattr(elita, "CHUNK", 4)
+    walk(monkeypatch, chunk=CHUNK, span=CHUNK, block=CHUNK)
+    walk(monkeypatch, elita_chunk=4)
     torch._dynamo.reset()
 
 
@@ -106,8 +112,8 @@ def test_export(case, impl):
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("length", [7, 20], ids=["one chunk", "two chunks"])
 @pytest.mark.parametrize("states", ["in and out", "out", "none", "packed"])
-@pytest.mark.parametrize("op", [chunked.chunked_attention, native_attention], ids=["torch", "native"])
-def test_opcheck(is_causal, normalize, length, states, op):
+@by_impl
+def test_opcheck(is_causal, normalize, length, states, impl):
     """Schema, fake kernels, autograd registration and AOT dispatch agree with the implementation, also in which states
     are empty."""
     q, k, v = CASES[1].inputs(1, T=length, requires_grad=True)
@@ -116,8 +122,9 @@ def test_opcheck(is_causal, normalize, length, states, op):
     mask = torch.rand(1, length) > 0.3
     bounds = torch.tensor([0, 3, length]) if states == "packed" else None
     wanted = states in ("in and out", "out")
-    arguments = (q, k, v, mask, bounds, S, Z, wanted, 0, True, "elu", 0.5, normalize, is_causal, CHUNK)
-    torch.library.opcheck(op, arguments if op is chunked.chunked_attention else (*arguments, CHUNK))
+    inputs = AttentionInputs(q, k, v, mask, bounds, S, Z)
+    spec = AttentionSpec(0, True, "elu", 0.5, normalize, is_causal, wanted or (impl == "native" and not is_causal))
+    opcheck(attention.OPERATOR, impl, inputs, replace(spec, chunk=CHUNK, span=CHUNK))
 
 
 @pytest.mark.parametrize("order", [0, 2])
@@ -125,9 +132,8 @@ def test_heads_lie_inside_tokens(order):
     """Splitting a projection into heads and joining the outputs again copies nothing, forwards or backwards."""
     x = [torch.randn(2, 70, heads * 6) for heads in (4, 2, 2)]
     q, k, v = (part.unflatten(-1, (-1, 6)).transpose(1, 2).requires_grad_() for part in x)
-    torch.library.opcheck(
-        native_attention, (q, k, v, None, None, None, None, False, order, True, "elu", 0.5, True, True, 32, 32)
-    )
+    spec = AttentionSpec(order, True, "elu", 0.5, True, True, False, chunk=32, span=32)
+    opcheck(attention.OPERATOR, "native", AttentionInputs(q, k, v), spec)
     out = cm.taylor_attention(q, k, v, is_causal=True) if order else cm.linear_attention(q, k, v, is_causal=True)
     assert out.transpose(1, 2).is_contiguous()
     for gradient in torch.autograd.grad(out, (q, k, v), torch.ones_like(out)):
@@ -155,12 +161,8 @@ def test_opcheck_mixed_chunks(is_causal, length, states, impl):
             return_state=True,
         )
         past = [x.requires_grad_() if x.is_floating_point() else x for x in start.tensors().values()]
-    tensors = (q, k, lin_q, lin_k, v, bias, mask, bounds, *past)
-    options = (states in ("in and out", "out"), 8, "laplace", is_causal, True)
-    if impl == "native":
-        torch.library.opcheck(native_mixed_chunk, (*tensors, *options, 8))
-    else:
-        torch.library.opcheck(mixed_chunk, (*tensors, None, *options, 0.0))
+    spec = MixedChunkSpec(8, "laplace", is_causal, True, 0.0, states in ("in and out", "out"), span=8)
+    opcheck(mixed_chunk.OPERATOR, impl, MixedChunkInputs(q, k, lin_q, lin_k, v, bias, mask, bounds, *past), spec)
 
 
 @pytest.mark.parametrize("is_causal", [True, False])
@@ -170,20 +172,22 @@ def test_opcheck_gated(is_causal, packed):
     bias = torch.randn(1, 4, 20, 20, dtype=torch.float64, requires_grad=True)
     bounds = torch.tensor([0, 3, 20]) if packed else None
     scale = torch.rand(1, 20, dtype=torch.float64)
-    torch.library.opcheck(gated_kernel, (q, k, v, scale, bias, bounds, None, "laplace", is_causal, 0.0, 8))
+    inputs = GatedInputs(q, k, v, scale, bias, bounds)
+    opcheck(gated.OPERATOR, "torch", inputs, GatedSpec("laplace", is_causal, 0.0, block=8))
 
 
 @pytest.mark.parametrize("length", [0, 1, 7, 37])
 @pytest.mark.parametrize("states", ["in", "none", "packed"])
-@pytest.mark.parametrize("op", [elita_kernel, native_elita], ids=["torch", "native"])
-def test_opcheck_elita(length, states, op):
+@by_impl
+def test_opcheck_elita(length, states, impl):
     case = next(c for c in CASES if c.name == "elita-own")
     q, k, v = case.inputs(1, T=length, requires_grad=True)
     logits = [x.detach().requires_grad_() for x in elita_logits(case, q, k)]
     first = torch.rand(length) > 0.7 if states == "packed" else None
     m = torch.randn(1, 2, dtype=torch.float64, requires_grad=True) if states == "in" else None
     u = torch.randn(1, 2, 3, dtype=torch.float64, requires_grad=True) if states == "in" else None
-    torch.library.opcheck(op, (*logits, v, first, m, u, 4))
+    spec = ElitaSpec(chunk=4, span=4, block=16 if impl == "native" else 0)
+    opcheck(elita.OPERATOR, impl, ElitaInputs(*logits, v, first, m, u), spec)
 
 
 @pytest.mark.parametrize("is_causal", [True, False])

@@ -10,9 +10,9 @@ from torch import Tensor
 
 import cumulant as cm
 from cumulant.kernels.native import library
-from cumulant.ops import elita
 
 from .cases import IMPLEMENTATIONS
+from .walking import walk
 
 NAMES = ("key_logit", "query_logit", "self_logit", "value", "log_weight", "mean")
 CALLS = ("plain", "grouped", "state", "masked", "packed", "packed states", "one token")
@@ -28,8 +28,7 @@ BOUNDS = torch.tensor([0, 1, 20, 41])
 
 @pytest.fixture(autouse=True)
 def _short_chunks(monkeypatch):
-    monkeypatch.setattr(elita, "CHUNK", 4)
-    monkeypatch.setattr(elita, "SPAN", 8)
+    walk(monkeypatch, elita_chunk=4, elita_span=8)
 
 
 def draw(call: str, large: str, size: float, dtype: torch.dtype, seed: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -95,7 +94,7 @@ def test_gradients_at_large_logits(dtype: torch.dtype, size: float, large: str, 
 def test_gradients_of_a_sequence_in_parts(size: float, starts: list[int], monkeypatch):
     """Three threads, each of which takes a part, with a state before them all: what crosses the parts' edges."""
     monkeypatch.setattr(library, "GRAIN", 1)
-    monkeypatch.setattr(elita, "SPAN", 64)
+    walk(monkeypatch, elita_span=64)
     torch.manual_seed(0)
     given = {n: size * torch.randn(1, 1, 300, dtype=torch.float64) for n in NAMES[:3]}
     given |= {"value": torch.randn(1, 1, 300, V, dtype=torch.float64)}

@@ -134,11 +134,12 @@ def test_empty_sequences(case: Case, impl: str, is_causal: bool, bounds: list[in
 
 NO_COLUMNS = """
 import torch
-from cumulant.kernels.native.attention import native_attention
+from cumulant.kernels.operators.attention import attention
+from cumulant.kernels.spec import AttentionInputs, AttentionSpec
 for is_causal in (True, False):
     q, k, v = (torch.randn(1, 2, 20, d, requires_grad=True) for d in (3, 3, 0))
-    arguments = None, None, None, None, True, 0, True, "elu", 1.0, True, is_causal, 16, 16
-    out, *_, denominator = native_attention(q, k, v, *arguments)
+    spec = AttentionSpec(0, True, "elu", 1.0, True, is_causal, True, chunk=16, span=16)
+    out, *_, denominator = attention("native", AttentionInputs(q, k, v), spec)
     (out.sum() + denominator.sum()).backward()
     print(*out.shape, float(denominator.isfinite().all()), float(q.grad.isfinite().all()))
 """

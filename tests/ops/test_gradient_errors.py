@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import cumulant as cm
-from cumulant.ops import cumulative, elita, gated, pointwise
+from cumulant.ops import pointwise
 
 from .cases import CASES, CHUNK, GRADIENT_TOLERANCE, ROUNDING, Case, error
+from .walking import walk
 
 DRAWS = 4
 by_dtype = pytest.mark.parametrize("dtype", list(GRADIENT_TOLERANCE), ids=str)
@@ -23,12 +24,7 @@ by_dtype = pytest.mark.parametrize("dtype", list(GRADIENT_TOLERANCE), ids=str)
 
 @pytest.fixture(autouse=True)
 def _short_chunks(monkeypatch):
-    monkeypatch.setattr(cumulative, "CHUNK", CHUNK)
-    monkeypatch.setattr(cumulative, "NATIVE_CHUNK", CHUNK)
-    monkeypatch.setattr(cumulative, "SPAN", CHUNK)
-    monkeypatch.setattr(gated, "BLOCK", CHUNK)
-    monkeypatch.setattr(elita, "SPAN", 1)
-    monkeypatch.setattr(elita, "CHUNK", 4)
+    walk(monkeypatch, chunk=CHUNK, span=CHUNK, block=CHUNK, elita_span=1, elita_chunk=4)
 
 
 def differentiate(case: Case, inputs: list[Tensor], weight: Tensor, is_causal: bool, impl: str) -> list[Tensor]:

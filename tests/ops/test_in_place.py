@@ -11,9 +11,10 @@ from torch import Tensor
 
 import cumulant as cm
 from cumulant import nn
-from cumulant.ops import bilinear, cumulative, elita, gated, pointwise, project
+from cumulant.ops import bilinear, pointwise, project
 
 from .cases import CASES, CHUNK, IMPLEMENTATIONS, Case, assert_close, elita_logits, linear_part, sums_of
+from .walking import walk
 
 NAMES = ("taylor-2", "linear-elu", "linear-softmax", "linear-callable", "gated-laplace", "mixed-bias", "elita-own")
 SOME = [c for c in CASES if c.name in NAMES]
@@ -24,10 +25,8 @@ CALLS = ("causal", "bidirectional", "masked", "packed", "one head", "one token",
 
 @pytest.fixture(autouse=True)
 def _short_chunks(monkeypatch):
-    monkeypatch.setattr(cumulative, "CHUNK", CHUNK)
-    monkeypatch.setattr(cumulative, "NATIVE_CHUNK", CHUNK)
-    monkeypatch.setattr(gated, "BLOCK", CHUNK)
-    monkeypatch.setattr(elita, "CHUNK", 4)
+    walk(monkeypatch, chunk=CHUNK, block=CHUNK)
+    walk(monkeypatch, elita_chunk=4)
 
 
 def results(case: Case, call: str, impl: str, grad: bool) -> list[Tensor]:

@@ -13,8 +13,7 @@ from torch import Tensor
 
 import cumulant as cm
 from cumulant.kernels import reference
-from cumulant.kernels.chunked.features import Expansion
-from cumulant.ops import cumulative, elita, gated
+from cumulant.kernels.torch.features import Expansion
 
 from .cases import (
     BY_TOKEN,
@@ -34,6 +33,7 @@ from .cases import (
     sums_of,
     tensors_of,
 )
+from .walking import walk
 
 by_impl = pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 by_case = pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
@@ -53,12 +53,8 @@ by_form = forms(CASES)
 
 @pytest.fixture(autouse=True)
 def _short_chunks(monkeypatch):
-    monkeypatch.setattr(cumulative, "CHUNK", CHUNK)
-    monkeypatch.setattr(cumulative, "NATIVE_CHUNK", CHUNK)
-    monkeypatch.setattr(cumulative, "SPAN", CHUNK)
-    monkeypatch.setattr(gated, "BLOCK", CHUNK)
-    monkeypatch.setattr(elita, "SPAN", 1)
-    monkeypatch.setattr(elita, "CHUNK", 4)  # chunks of chunks as well
+    walk(monkeypatch, chunk=CHUNK, span=CHUNK, block=CHUNK)
+    walk(monkeypatch, elita_span=1, elita_chunk=4)  # chunks of chunks as well
 
 
 def gradients(out: Any, wrt: tuple[Tensor, ...]) -> list[Tensor]:
@@ -106,8 +102,7 @@ def test_gradients_equal_the_reference(case: Case, is_causal: bool, length: int)
 @forms([c for c in CASES if c.name != "linear-relu"])
 def test_gradcheck(case: Case, impl: str, is_causal: bool, monkeypatch):
     """Finite differences, through inputs, states in and states out."""
-    monkeypatch.setattr(cumulative, "CHUNK", 3)
-    monkeypatch.setattr(cumulative, "NATIVE_CHUNK", 3)
+    walk(monkeypatch, chunk=3)
     q, k, v = case.inputs(1, 2, 5, 2, 2, G=1, requires_grad=True)
     start = case.run(q.detach(), k.detach(), v.detach(), is_causal, impl=impl)[1]
     parts = [] if start is None else [x.clone().requires_grad_() for x in sums_of(start)]
@@ -127,7 +122,7 @@ def test_double_backward_is_refused_in_one_piece(case: Case, impl: str):
     q, k, v = case.inputs(T=5, requires_grad=True)
     out = case(q, k, v, is_causal=True, impl=impl)
     (grad,) = torch.autograd.grad(out.sum(), q, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"_attention_backward.default but no autograd formula"):
+    with pytest.raises(RuntimeError, match=r"attention_backward.default but no autograd formula"):
         torch.autograd.grad(grad.square().sum(), q)
 
 

@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -19,12 +20,13 @@ from hypothesis import strategies as st
 
 import cumulant as cm
 from cumulant.kernels.native import library
-from cumulant.kernels.native.attention import native_attention
-from cumulant.kernels.native.elita import elita_attention
-from cumulant.ops import cumulative, elita
+from cumulant.kernels.operators.attention import attention
+from cumulant.kernels.operators.elita import elita
+from cumulant.kernels.spec import AttentionInputs, AttentionSpec, ElitaInputs, ElitaSpec
 from cumulant.ops.state import MixedChunkState
 
 from .cases import TOLERANCE, assert_close, error, inputs
+from .walking import walk
 
 ROOT = Path(__file__).parents[2]
 
@@ -196,16 +198,15 @@ def test_rounding_to_half_precision_is_torchs(name, dtype, monkeypatch):
     # each token attends to itself alone: out = v
     logits = torch.zeros(1, 1, len(every)), torch.zeros(1, 1, len(every)), torch.zeros(1, 1, len(every))
     alone = torch.ones(len(every), dtype=torch.bool)
-    out = elita_attention(*logits, value, alone, None, None, 512)[0]
+    out = elita("native", ElitaInputs(*logits, value, alone), ElitaSpec(span=512, block=16)).out
     finite = every.isfinite()
     assert torch.equal(out[0, 0, finite, 0], every[finite])
     # numbers between two of the format: the sum of both, halved by attending to both
     pairs = torch.stack((every[finite][:-1], every[finite][1:]), 1).reshape(1, 1, -1, 1)
     bounds = torch.arange(0, pairs.shape[2] + 1, 2)
     key = torch.ones_like(pairs)
-    packed = native_attention(
-        key, key, pairs, None, bounds, None, None, False, 0, True, "identity", 1.0, True, True, 64, 512
-    )[0].to(dtype)
+    spec = AttentionSpec(0, True, "identity", 1.0, True, True, False, chunk=64, span=512)
+    packed = attention("native", AttentionInputs(key, key, pairs, cu_seqlens=bounds), spec).out.to(dtype)
     middle = (pairs.float()[0, 0, ::2, 0] + pairs.float()[0, 0, 1::2, 0]) * 0.5
     assert torch.equal(packed[0, 0, 1::2, 0], middle.to(dtype))
 
@@ -246,8 +247,8 @@ def test_one_block_forms_no_features_however_many_they_would_be():
 @pytest.mark.parametrize("is_causal", [True, False])
 def test_sharing_out_a_sequence_changes_nothing(threads, heads, op, is_causal, monkeypatch):
     """However many threads share the columns and the parts of sequences, states going in and out."""
-    monkeypatch.setattr(cumulative, "SPAN", 32)
-    monkeypatch.setattr(elita, "SPAN", 32)
+    walk(monkeypatch, span=32)
+    walk(monkeypatch, elita_span=32)
     torch.set_num_threads(threads)
     H, G = heads
     q, k, v = (x.requires_grad_() for x in inputs(1, H, 333, 5, 70, G=G))
@@ -263,8 +264,8 @@ def test_sharing_out_a_sequence_changes_nothing(threads, heads, op, is_causal, m
 @pytest.mark.parametrize("bounds", [[0, 100, 100, 333], [0, 300]], ids=str)
 @pytest.mark.parametrize("op", [linear, by_gates])
 def test_sharing_out_packed_sequences_changes_nothing(bounds, op, monkeypatch):
-    monkeypatch.setattr(cumulative, "SPAN", 32)
-    monkeypatch.setattr(elita, "SPAN", 32)
+    walk(monkeypatch, span=32)
+    walk(monkeypatch, elita_span=32)
     torch.set_num_threads(5)
     q, k, v = (x.requires_grad_() for x in inputs(1, 1, 333, 5, 6, G=1))
     results = []
@@ -322,9 +323,10 @@ print((out - exact).abs().max().item() < 1e-12)
 def arguments(**changes):
     q, k, v = inputs(2, 4, 10, 3, 5, dtype=torch.float32)
     given = {"query": q, "key": k, "value": v, "key_mask": None, "cu_seqlens": None, "numerator": None}
-    given |= {"denominator": None, "want_state": True, "order": 2, "constant_term": True, "activation": "identity"}
-    given |= {"scale": 1.0, "normalize": True, "is_causal": True, "chunk": 64, "span": 512}
-    return given | changes
+    given |= {"denominator": None, "returns_state": True, "order": 2, "constant_term": True, "activation": "identity"}
+    given |= {"scale": 1.0, "normalize": True, "is_causal": True, "chunk": 64, "span": 512} | changes
+    spec = AttentionSpec(**{field.name: given.pop(field.name) for field in fields(AttentionSpec)})
+    return "native", AttentionInputs(**given), spec
 
 
 @pytest.mark.parametrize(
@@ -350,14 +352,14 @@ def arguments(**changes):
 )
 def test_what_does_not_fit_never_reaches_the_kernels(changes, message):
     with pytest.raises(ValueError, match=message):
-        native_attention(**arguments(**changes))
+        attention(*arguments(**changes))
 
 
 @pytest.mark.parametrize("bounds", [[0, 5, 3, 10], [1, 10], [0, 11], [-1, 10]])
 def test_packed_offsets_that_do_not_fit_never_reach_the_kernels(bounds):
-    x = {name: arguments()[name][:1] for name in ("query", "key", "value")}
+    x = {name: getattr(arguments()[1], name)[:1] for name in ("query", "key", "value")}
     with pytest.raises(ValueError, match="cu_seqlens: expected offsets that rise from 0 to at most 10"):
-        native_attention(**arguments(**x, cu_seqlens=torch.tensor(bounds)))
+        attention(*arguments(**x, cu_seqlens=torch.tensor(bounds)))
 
 
 @pytest.mark.parametrize(
@@ -374,9 +376,10 @@ def test_packed_offsets_that_do_not_fit_never_reach_the_kernels(bounds):
 def test_elita_that_does_not_fit_never_reaches_the_kernels(changes, message):
     given = {"key_logit": torch.zeros(2, 2, 10), "query_logit": torch.zeros(2, 4, 10)}
     given |= {"self_logit": torch.zeros(2, 4, 10), "value": torch.zeros(2, 2, 10, 5)}
-    given |= {"first": None, "log_weight": None, "mean": None, "span": 512}
+    given |= {"span": 512} | changes
+    spec = ElitaSpec(span=given.pop("span"), block=16)
     with pytest.raises(ValueError, match=message):
-        elita_attention(**given | changes)
+        elita("native", ElitaInputs(**given), spec)
 
 
 @st.composite
@@ -430,8 +433,9 @@ def test_fuzz(x):
     mask = torch.rand(B, x["S"]) > 0.3 if x["masked"] else None
     cuts = sorted(torch.randint(0, x["T"] + 1, (3,)).tolist())
     bounds = torch.tensor([0, *cuts]) if x["packed"] else None
-    options = (x["order"], True, "elu" if x["order"] == 0 else "identity", 0.5, True, x["is_causal"])
-    out, _, S, Z = native_attention(q, k, v, mask, bounds, None, None, True, *options, x["chunk"], x["span"])
+    activation = "elu" if x["order"] == 0 else "identity"
+    spec = AttentionSpec(x["order"], True, activation, 0.5, True, x["is_causal"], True, x["chunk"], x["span"])
+    out, _, S, Z = attention("native", AttentionInputs(q, k, v, mask, bounds), spec)
     wide = [y.detach().double().requires_grad_() for y in (q, k, v)]
     rest = {"is_causal": x["is_causal"], "scale": 0.5, "key_mask": mask, "cu_seqlens": bounds, "impl": "torch"}
     if x["order"]:

@@ -4,6 +4,7 @@ memory."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,13 +12,21 @@ import torch
 from torch import Tensor
 
 from cumulant.kernels.bilinear import bilinear, bilinear_backward
-from cumulant.kernels.chunked import chunked_attention, chunked_attention_backward
-from cumulant.kernels.chunked.elita import elita_attention, elita_attention_backward
-from cumulant.kernels.chunked.gated import gated_attention, gated_attention_backward
-from cumulant.kernels.chunked.mixed_chunk import mixed_chunk_attention, mixed_chunk_attention_backward
-from cumulant.kernels.native import attention as native
-from cumulant.kernels.native import elita as native_elita
-from cumulant.kernels.native import mixed_chunk as native_mixed
+from cumulant.kernels.operators import attention as attention_operator
+from cumulant.kernels.operators import elita as elita_operator
+from cumulant.kernels.operators import gated as gated_operator
+from cumulant.kernels.operators import mixed_chunk as mixed_chunk_operator
+from cumulant.kernels.operators.operator import Operator
+from cumulant.kernels.spec import (
+    AttentionInputs,
+    AttentionSpec,
+    ElitaInputs,
+    ElitaSpec,
+    GatedInputs,
+    GatedSpec,
+    MixedChunkInputs,
+    MixedChunkSpec,
+)
 
 from .cases import CHUNK
 
@@ -67,18 +76,18 @@ def sums_dtype(layout: str) -> torch.dtype:
     return torch.float32 if layout == "half" else torch.float64
 
 
-def attention(layout: str, is_causal: bool, native_one: bool) -> tuple[Any, ...]:
+def attention(layout: str, is_causal: bool) -> tuple[Any, ...]:
     (B, H, G, T), K, V = sizes(layout), 5, 3
     q, k, v = (tensor((B, n, T, d), layout) for n, d in ((H, K), (G, K), (G, V)))
     wide = "plain" if layout == "half" else layout
     S = tensor((B, G, K, V), wide, sums_dtype(layout))
     Z = tensor((B, G, K), wide, sums_dtype(layout)).detach().abs().add(1).requires_grad_()
     mask = torch.rand(T, B).gt(0.3).T
-    chunks = (CHUNK, CHUNK) if native_one else (CHUNK,)
-    return q, k, v, mask, None, S, Z, is_causal, 0, True, "elu", 0.5, True, is_causal, *chunks
+    spec = AttentionSpec(0, True, "elu", 0.5, True, is_causal, True, chunk=CHUNK, span=CHUNK)
+    return AttentionInputs(q, k, v, mask, None, S, Z), spec
 
 
-def mixed(layout: str, is_causal: bool, native_one: bool) -> tuple[Any, ...]:
+def mixed(layout: str, is_causal: bool) -> tuple[Any, ...]:
     (B, H, G, T), K, L, V, g = sizes(layout), 5, 4, 3, 8
     five = [tensor((B, n, T, d), layout) for n, d in ((H, K), (G, K), (H, L), (G, L), (G, V))]
     bias = tensor((H, g, g), "plain" if layout == "half" else layout)
@@ -87,70 +96,47 @@ def mixed(layout: str, is_causal: bool, native_one: bool) -> tuple[Any, ...]:
         shapes = ((B, G, L, V), (B, G, g, K), (B, G, g, L), (B, G, g, V))
         position = torch.arange(3, 3 + B)
         past = (*(tensor(x, "plain" if layout == "half" else layout, sums_dtype(layout)) for x in shapes), position)
-    options = (is_causal, g, "laplace", is_causal, True)
-    return (*five, bias, None, None, *past, *options, 8) if native_one else (
-        *five, bias, None, None, *past, None, *options, 0.0
-    )  # fmt: skip
+    spec = MixedChunkSpec(g, "laplace", is_causal, True, 0.0, is_causal, span=8)
+    return MixedChunkInputs(*five, bias, None, None, *past), spec
 
 
-def logits(layout: str, *_: bool) -> tuple[Any, ...]:
+def logits(layout: str, _: bool) -> tuple[Any, ...]:
     (B, H, G, T), V = sizes(layout), 3
     wide = "plain" if layout == "half" else layout
     three = [tensor((B, n, T), wide, sums_dtype(layout)) for n in (G, H, H)]
     past = tensor((B, G), "plain"), tensor((B, G, V), wide)
-    return *three, tensor((B, G, T, V), layout), None, *past, 4
+    spec = ElitaSpec(chunk=4, span=4, block=16)
+    return ElitaInputs(*three, tensor((B, G, T, V), layout), None, *past), spec
 
 
-def gated(layout: str, is_causal: bool, _: bool) -> tuple[Any, ...]:
+def torch_logits(layout: str, _: bool) -> tuple[Any, ...]:
+    inputs, spec = logits(layout, _)
+    return inputs, replace(spec, block=0)
+
+
+def gates(layout: str, is_causal: bool) -> tuple[Any, ...]:
     B, H, G, T = sizes(layout)
     q, k, v = (tensor((B, n, T, d), layout) for n, d in ((H, 5), (G, 5), (G, 3)))
     bias, scale = tensor((B, H, T, T), layout), torch.rand(B, T, dtype=sums_dtype(layout))
-    return q, k, v, scale, bias, None, None, "laplace", is_causal, 0.0, 8
+    return GatedInputs(q, k, v, scale, bias), GatedSpec("laplace", is_causal, 0.0, block=8)
 
 
-def outer(layout: str, *_: bool) -> tuple[Any, ...]:
-    rows = 0 if layout in ("empty batch", "no tokens") else 6
-    return tensor((rows, 3), layout), tensor((rows, 2), layout), tensor((4, 6), layout)
-
-
-def attention_backward(inputs: tuple[Any, ...], out: tuple[Tensor, ...], native_one: bool) -> tuple[Any, ...]:
-    upstream = (torch.randn_like(out[0]), None, None)
-    return *upstream, *inputs[:7], *out, *inputs[8 if native_one else 7 :]
-
-
-def mixed_backward(inputs: tuple[Any, ...], out: tuple[Tensor, ...], native_one: bool) -> tuple[Any, ...]:
-    upstream = (torch.randn_like(x) if x.numel() else None for x in out[1:])
-    at = 13 if native_one else 14
-    return torch.randn_like(out[0]), *upstream, *inputs[:at], *inputs[at + 1 :]
-
-
-def logits_backward(inputs: tuple[Any, ...], out: tuple[Tensor, ...], _: bool) -> tuple[Any, ...]:
-    upstream = (torch.randn_like(x) for x in (out[0], *out[-2:]))
-    return *upstream, *inputs[:7], *out[1:-2], inputs[7]
-
-
-def simple_backward(inputs: tuple[Any, ...], out: Any, _: bool) -> tuple[Any, ...]:
-    return torch.randn_like(out), *inputs
-
-
-ROWS: dict[str, tuple[Any, Any, Callable[..., Any], Callable[..., Any]]] = {
-    "torch": (chunked_attention, chunked_attention_backward, attention, attention_backward),
-    "native": (native.native_attention, native.native_attention_backward, attention, attention_backward),
-    "mixed torch": (mixed_chunk_attention, mixed_chunk_attention_backward, mixed, mixed_backward),
-    "mixed native": (
-        native_mixed.mixed_chunk_attention, native_mixed.mixed_chunk_attention_backward, mixed, mixed_backward,
-    ),
-    "elita torch": (elita_attention, elita_attention_backward, logits, logits_backward),
-    "elita native": (native_elita.elita_attention, native_elita.elita_attention_backward, logits, logits_backward),
-    "gated": (gated_attention, gated_attention_backward, gated, simple_backward),
-    "bilinear": (bilinear, bilinear_backward, outer, simple_backward),
-}  # fmt: skip
+# of operations, by implementation
+OPERATORS: dict[str, tuple[Operator[Any, Any, Any], str, Callable[..., Any]]] = {
+    "torch": (attention_operator.OPERATOR, "torch", attention),
+    "native": (attention_operator.OPERATOR, "native", attention),
+    "mixed torch": (mixed_chunk_operator.OPERATOR, "torch", mixed),
+    "mixed native": (mixed_chunk_operator.OPERATOR, "native", mixed),
+    "elita torch": (elita_operator.OPERATOR, "torch", torch_logits),
+    "elita native": (elita_operator.OPERATOR, "native", logits),
+    "gated": (gated_operator.OPERATOR, "torch", gates),
+}
 
 
 def all_rows() -> list[Any]:
     return [
         pytest.param(name, layout, marks=() if layout in QUICK else pytest.mark.slow)
-        for name in ROWS
+        for name in OPERATORS
         for layout in LAYOUTS
     ]
 
@@ -158,11 +144,26 @@ def all_rows() -> list[Any]:
 @pytest.mark.parametrize(("name", "layout"), all_rows())
 @pytest.mark.filterwarnings("ignore")
 def test_operators_are_what_they_promise(name: str, layout: str):
-    forward, backward, arguments, backward_arguments = ROWS[name]
     for is_causal in (True, False):
-        inputs = arguments(layout, is_causal, "native" in name)
-        torch.library.opcheck(forward, inputs)
+        operator, impl, arguments = OPERATORS[name]
+        inputs, spec = arguments(layout, is_causal)
+        torch.library.opcheck(operator.forward, operator.arguments(impl, inputs, spec))
         with torch.no_grad():
-            detached = tuple(x.detach() if isinstance(x, Tensor) else x for x in inputs)
-            out = forward(*detached)
-            torch.library.opcheck(backward, backward_arguments(detached, out, "native" in name))
+            inputs = type(inputs)(*(x if x is None else x.detach() for x in inputs))
+            found = operator.forward(*operator.arguments(impl, inputs, spec))
+            outputs = operator.outputs(*(found if isinstance(found, tuple) else (found,)))
+            first, *rest = outputs
+            upstream = (torch.randn_like(first), *(torch.randn_like(x) if x.numel() else None for x in rest))
+            call = operator.backward_arguments(impl, operator.outputs(*upstream), inputs, outputs, spec)
+            torch.library.opcheck(operator.backward, call)
+
+
+@pytest.mark.parametrize("layout", [pytest.param(x, marks=() if x in QUICK else pytest.mark.slow) for x in LAYOUTS])
+@pytest.mark.filterwarnings("ignore")
+def test_bilinear_operators_are_what_they_promise(layout: str):
+    rows = 0 if layout in ("empty batch", "no tokens") else 6
+    inputs = tensor((rows, 3), layout), tensor((rows, 2), layout), tensor((4, 6), layout)
+    torch.library.opcheck(bilinear, inputs)
+    with torch.no_grad():
+        a, b, weight = (x.detach() for x in inputs)
+        torch.library.opcheck(bilinear_backward, (torch.randn_like(bilinear(a, b, weight)), a, b, weight))

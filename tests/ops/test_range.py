@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import cumulant as cm
-from cumulant.ops import cumulative
+from cumulant.kernels.torch.attention import CHUNK
 
 from .cases import IMPLEMENTATIONS, error
 
@@ -62,7 +62,7 @@ def test_a_value_that_is_not_finite_reaches_its_chunk(impl: str, junk: float):
     bad[:, :, 256:] = junk
     for op in (cm.linear_attention, cm.taylor_attention, mixed_chunk):
         out, plain = (op(q, k, x, is_causal=True, impl=impl) for x in (bad, v))
-        assert torch.equal(out[:, :, : 256 - cumulative.CHUNK], plain[:, :, : 256 - cumulative.CHUNK])
+        assert torch.equal(out[:, :, : 256 - CHUNK], plain[:, :, : 256 - CHUNK])
         assert not out[:, :, -1].isfinite().any()
 
 

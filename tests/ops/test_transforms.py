@@ -12,9 +12,9 @@ from torch.autograd import forward_ad
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
 
 import cumulant as cm
-from cumulant.ops import cumulative, elita, gated
 
 from .cases import CASES, Case, assert_close, error, sums_of
+from .walking import walk
 
 # torch.func's first jvp compiles decompositions with torch.jit.script, which warns
 # and its linearize about constants
@@ -37,11 +37,8 @@ Function = Callable[..., tuple[Tensor, ...]]
 
 @pytest.fixture(autouse=True)
 def _short_chunks(monkeypatch):
-    monkeypatch.setattr(cumulative, "CHUNK", 4)
-    monkeypatch.setattr(cumulative, "NATIVE_CHUNK", 4)
-    monkeypatch.setattr(gated, "BLOCK", 4)
-    monkeypatch.setattr(elita, "CHUNK", 2)
-    monkeypatch.setattr(elita, "BLOCK", 4)
+    walk(monkeypatch, chunk=4, block=4)
+    walk(monkeypatch, elita_chunk=2, elita_block=4)
 
 
 def function(case: Case, form: str, impl: str, T: int = 11, sizes: tuple[int, ...] = (4, 3, 2)) -> Any:

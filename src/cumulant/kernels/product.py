@@ -87,10 +87,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return out.view(*x.shape[:-1], weight.shape[0])
 
 
-def ordinary(*tensors: Tensor | None) -> bool:
+def is_plain_call(*tensors: Tensor | None) -> bool:
     """Plain tensors in a plain call: nothing traces, transforms or counts it."""
-    if torch.compiler.is_compiling() or not all(x is None or _held(x) for x in tensors):
+    if torch.compiler.is_compiling():
         return False
+    for x in tensors:
+        if x is not None and not _owns_numbers(x):
+            return False
     return (
         torch._C._get_tracing_state() is None
         and forward_ad._current_level < 0
@@ -99,15 +102,15 @@ def ordinary(*tensors: Tensor | None) -> bool:
     )
 
 
-def _held(x: Tensor) -> bool:
+def _owns_numbers(x: Tensor) -> bool:
     """Its memory holds its numbers: not their negatives, not none, not those of many tensors that are mapped over."""
     plain = type(x) in (Tensor, Parameter) and not torch._C._dispatch_isTensorSubclassLike(x)
     return plain and not x.is_neg() and not x._is_zerotensor()
 
 
 def _plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Ordinary tensors that fit each other."""
-    if not ordinary(x, weight, bias) or x.dim() == 0:
+    """Plain tensors that fit each other, in a plain call."""
+    if not is_plain_call(x, weight, bias) or x.dim() == 0:
         return False
     fits = x.shape[-1:] == weight.shape[1:] and weight.dtype == x.dtype and weight.device == x.device
     if bias is not None:

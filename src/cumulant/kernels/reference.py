@@ -195,6 +195,23 @@ def gated_attention(
     return product(torch.nn.functional.dropout(weights, dropout_p), v).to(query.dtype)
 
 
+def sliding_window_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, window: int, key_mask: Tensor | None = None
+) -> Tensor:
+    """softmax(q·k / √K) over the query's own token and the window - 1 tokens before it; masked ones do not count, and
+    get zeros. ``[B, H, T, K]``, ``[B, G, T, K]``, ``[B, G, T, V]`` -> ``[B, H, T, V]``."""
+    (B, _, T, K), groups = query.shape, query.shape[1] // key.shape[1]
+    seen = query.new_ones(B, T, dtype=torch.bool) if key_mask is None else key_mask
+    hidden = ~seen[:, None, :, None]
+    q, k, v = (x.masked_fill(hidden, 0) for x in (query, key, value))
+    place = seen.cumsum(1)  # of each token among those that count
+    ahead = place[:, :, None] - place[:, None]
+    visible = (ahead >= 0) & (ahead < window) & seen[:, None] & seen[:, :, None]
+    scores = product(q, k.repeat_interleave(groups, 1).mT) / math.sqrt(K)
+    weights = _softmax(scores.masked_fill(~visible[:, None], -math.inf))
+    return product(weights, v.repeat_interleave(groups, 1))
+
+
 MixedSums = tuple[
     Tensor, Tensor, Tensor, Tensor
 ]  # sums [B,G,K,V]; of the open group quad_key, lin_key, value [B,G,g,·]

@@ -47,6 +47,11 @@ def readable(*tensors: Tensor | None) -> bool:
     return all(x is None or _has_values(x) for x in tensors)
 
 
+def longest_sequence(cu_seqlens: Tensor | None, length: int) -> int:
+    """Tokens of the longest packed sequence; `length` where none are packed, or nothing can be read."""
+    return length if cu_seqlens is None or not readable(cu_seqlens) else int(cu_seqlens.diff().max())
+
+
 def _has_values(x: Tensor) -> bool:
     if not transformed():
         return type(x) in (Tensor, Parameter) and not x.is_meta

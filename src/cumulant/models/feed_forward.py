@@ -6,13 +6,13 @@ from torch import Tensor, nn
 
 from ..nn import ElitaFeedForward
 from ..nn.projection import project
-from ..nn.step import Layer, steppable
+from ..nn.step import StepBuilder, known_to_programs
 from ..ops.pointwise import swiglu
 from ..ops.step import Vector
 from .config import CumulantConfig
 
 
-@steppable
+@known_to_programs
 class FeedForward(nn.Module):
     """SwiGLU, ``W_down(silu(W_gate x) ⊙ W_up x)``, or GELU, ``W_down gelu(W_up x)``."""
 
@@ -30,15 +30,15 @@ class FeedForward(nn.Module):
         out: Tensor = project(self.out_proj, hidden)
         return out
 
-    def lay(self, layer: Layer, x: Vector, onto: Vector | None) -> Vector:
-        """See `cumulant.nn.step`."""
-        layer.take(self)
+    def emit_step(self, builder: StepBuilder, x: Vector, residual: Vector | None) -> Vector:
+        """See `cumulant.nn.step.EmitsStep`."""
+        builder.rely_on(self)
         if self.gate_proj is None:
-            hidden = layer.program.activate("gelu", layer.project(self.up_proj, x))
+            hidden = builder.program.activate("gelu", builder.project(self.up_proj, x))
         else:
-            gate, up = layer.project(self.gate_proj, x), layer.project(self.up_proj, x)
-            hidden = layer.program.activate("swiglu", gate, up)
-        return layer.project(self.out_proj, hidden, onto, add=onto is not None)
+            gate, up = builder.project(self.gate_proj, x), builder.project(self.up_proj, x)
+            hidden = builder.program.activate("swiglu", gate, up)
+        return builder.project(self.out_proj, hidden, residual, add=residual is not None)
 
 
 class LogitFeedForward(nn.Module):

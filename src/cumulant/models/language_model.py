@@ -25,7 +25,7 @@ from ..nn import (
 from ..nn.feature_maps import LearnedFeatureMap
 from ..nn.norms import make_norm
 from ..nn.projection import project
-from ..nn.step import Layer, step, step_mixer, steppable
+from ..nn.step import StepBuilder, known_to_programs, step, step_mixer, steps_with_state
 from ..ops.step import Vector
 from .cache import prepare_cache, read_state, record_input, write_state
 from .config import CumulantConfig
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
-@steppable
+@known_to_programs
 class CumulantBlock(GradientCheckpointingLayer):  # type: ignore[misc]
     """``x + mixer(norm(x))``, then ``x + feed_forward(norm(x))`` if there is one."""
 
@@ -84,7 +84,7 @@ class CumulantBlock(GradientCheckpointingLayer):  # type: ignore[misc]
         if past_key_values is not None:
             state = read_state(past_key_values, slot, past_mask)
             record_input(past_key_values, slot, self, x, key_mask)
-        if state is not None and key_mask is None and hasattr(self.mixer, "parts"):
+        if state is not None and key_mask is None and steps_with_state(type(self.mixer)):
             stepped = step_mixer(self.mixer, x, state, self)
             if stepped is not None:
                 write_state(past_key_values, slot, stepped[1], length)
@@ -97,7 +97,7 @@ class CumulantBlock(GradientCheckpointingLayer):  # type: ignore[misc]
             write_state(past_key_values, slot, state, length)
         x = x + self.dropout(h)
         if self.feed_forward is not None:
-            fed = step(self, x, lay="lay_feed_forward")
+            fed = step(self, x, emit=CumulantBlock.emit_feed_forward)
             x = x + self.dropout(self.feed_forward(self.feed_forward_norm(x))) if fed is None else fed[0]
         return x
 
@@ -105,16 +105,16 @@ class CumulantBlock(GradientCheckpointingLayer):  # type: ignore[misc]
         """The mixer's state alone, after inputs ``x [B, T, D]`` of this block."""
         return self.mixer(self.mixer_norm(x), key_mask=key_mask, state=state, return_state=True)[1]
 
-    def lay(self, layer: Layer, x: Vector, onto: Vector | None) -> Vector:
-        """See `cumulant.nn.step`."""
-        layer.child(self.mixer, layer.norm(self.mixer_norm, x), x)
-        return self.lay_feed_forward(layer, x, onto)
+    def emit_step(self, builder: StepBuilder, x: Vector, residual: Vector | None) -> Vector:
+        """See `cumulant.nn.step.EmitsStep`."""
+        builder.emit(self.mixer, builder.norm(self.mixer_norm, x), x)
+        return self.emit_feed_forward(builder, x, residual)
 
-    def lay_feed_forward(self, layer: Layer, x: Vector, onto: Vector | None) -> Vector:
-        layer.take(self)
-        layer.drop(self.dropout)
+    def emit_feed_forward(self, builder: StepBuilder, x: Vector, residual: Vector | None) -> Vector:
+        builder.rely_on(self)
+        builder.require_no_dropout(self.dropout)
         if self.feed_forward is not None:
-            layer.child(self.feed_forward, layer.norm(self.feed_forward_norm, x), x)
+            builder.emit(self.feed_forward, builder.norm(self.feed_forward_norm, x), x)
         return x
 
 

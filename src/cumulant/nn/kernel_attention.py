@@ -27,7 +27,7 @@ from .padding import (
 from .projection import project
 from .rotary import RotaryEmbedding
 from .short_convolution import ShortConvolution
-from .step import Layer, step_mixer
+from .step import StepBuilder, step_mixer
 from .token_shift import token_shift
 
 
@@ -184,45 +184,46 @@ class KernelAttention(nn.Module):
         """`attend` as `Program.attend` knows it; None where steps take the ordinary path."""
         return None
 
-    def lay(self, layer: Layer, x: Vector, onto: Vector | None) -> Vector:
-        """See `cumulant.nn.step`."""
-        layer.take(self)
-        program, kernel = layer.program, self.kernel()
+    def emit_step(self, builder: StepBuilder, x: Vector, residual: Vector | None) -> Vector:
+        """See `cumulant.nn.step.EmitsStep`."""
+        builder.rely_on(self)
+        program, kernel = builder.program, self.kernel()
         if kernel is None or not self.is_causal or self.out_proj is None:
             raise Unsuitable
-        layer.drop(self.dropout)
+        builder.require_no_dropout(self.dropout)
         x = program.shift(x) if self.shift_tokens else x
-        h = x if self.norm is None else layer.norm(self.norm, x)
+        h = x if self.norm is None else builder.norm(self.norm, x)
         mixed = program.vector(sum(self._sizes))
         for projection, part in zip((self.q_proj, self.k_proj, self.v_proj), mixed.split(*self._sizes), strict=True):
-            layer.project(projection, h, part)
+            builder.project(projection, h, part)
         if self.conv is not None:
-            layer.take(self.conv)
+            builder.rely_on(self.conv)
             mixed = program.convolve(mixed, self.conv.weight)
         both, v = mixed.split(sum(self._sizes[:2]), self._sizes[2])
         if self.qk_norm:
             both = program.norm(both, "layernorm", 1e-5, heads=self.num_heads + self.num_kv_heads)
         if self.rotary is not None:
-            layer.take(self.rotary)
+            builder.rely_on(self.rotary)
             program.rotate(both, self.head_dim, self.rotary.base)
         q, k = both.split(*self._sizes[:2])
         y = program.attend(q, k, v, self.num_heads, self.num_kv_heads, **kernel)
         if self.gate_proj is not None:
-            program.gate(y, layer.project(self.gate_proj, x))
-        return layer.project(self.out_proj, y, onto, add=onto is not None)
+            program.gate(y, builder.project(self.gate_proj, x))
+        return builder.project(self.out_proj, y, residual, add=residual is not None)
 
-    def parts(self, state: object) -> list[Tensor | None]:
-        """A state's tensors in the order of `lay`; none of another mixer's state."""
+    def state_tensors(self, state: object) -> list[Tensor | None]:
+        """A state's tensors in the order of `emit_step`; none of another mixer's state."""
         if not isinstance(state, KernelAttentionState):
             return []
         local = ([state.shift] if self.shift_tokens else []) + ([] if self.conv is None else [state.conv])
         return [*local, state.sums.numerator, *([] if state.sums.denominator is None else [state.sums.denominator])]
 
-    def assembled(self, parts: list[Tensor], position: Tensor) -> KernelAttentionState:
-        """The state of which these are the parts."""
-        shift = parts.pop(0) if self.shift_tokens else None
-        conv = None if self.conv is None else parts.pop(0)
-        return KernelAttentionState(LinearState(parts[0], parts[1] if len(parts) > 1 else None, position), shift, conv)
+    def state_from_tensors(self, tensors: list[Tensor], position: Tensor) -> KernelAttentionState:
+        """The state of which these are the tensors."""
+        shift = tensors.pop(0) if self.shift_tokens else None
+        conv = None if self.conv is None else tensors.pop(0)
+        numerator, *rest = tensors
+        return KernelAttentionState(LinearState(numerator, rest[0] if rest else None, position), shift, conv)
 
     def encode_context(
         self, context: Tensor, *, context_mask: Tensor | None = None, state: KernelAttentionState | None = None

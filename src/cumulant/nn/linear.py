@@ -11,12 +11,12 @@ from ..ops.linear import linear_attention
 from ..ops.state import LinearState
 from .feature_maps import HedgehogFeatureMap, RebasedFeatureMap
 from .kernel_attention import KernelAttention
-from .step import steppable
+from .step import known_to_programs
 
 LEARNED = {"hedgehog": HedgehogFeatureMap, "rebased": RebasedFeatureMap}
 
 
-@steppable
+@known_to_programs
 class LinearAttention(KernelAttention):
     """Multi-head kernelised linear attention (`cumulant.linear_attention`), state ``G · F · (V + 1)`` numbers.
 

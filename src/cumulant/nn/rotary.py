@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.pointwise import turn
-from .step import steppable
+from .step import known_to_programs
 
 
-@steppable
+@known_to_programs
 class RotaryEmbedding(nn.Module):
     """Rotates neighbouring pairs of dimensions by position-dependent angles (Su et al. 2021, "RoFormer", eq. 34).
 

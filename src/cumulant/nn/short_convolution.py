@@ -12,10 +12,10 @@ from ..ops.state import State, register
 from ..ops.step import Vector
 from .padding import check_input, check_state, clear_slack, compact, last_tokens, offsets, restore
 from .projection import project
-from .step import Layer, step_mixer, steppable
+from .step import StepBuilder, known_to_programs, step_mixer
 
 
-@steppable
+@known_to_programs
 class ShortConvolution(nn.Module):
     """Depthwise causal convolution: ``y_t = Σ_{j < size} w_j ⊙ x_{t-j}``, zeros before the first token.
 
@@ -79,7 +79,7 @@ class ConvolutionState(State):
 register(ConvolutionState)
 
 
-@steppable
+@known_to_programs
 class GatedShortConvolution(nn.Module):
     """Gated convolution mixer, ``out(conv(in(x)) ⊙ gate(x))``: Based's third kind of layer, causal, with a tiny state.
 
@@ -125,20 +125,20 @@ class GatedShortConvolution(nn.Module):
         count = x.new_full((x.shape[0],), x.shape[1], dtype=torch.int64) if rows is None else rows.tokens
         return y, ConvolutionState(tail, count if state is None else count + state.position)
 
-    def lay(self, layer: Layer, x: Vector, onto: Vector | None) -> Vector:
-        """See `cumulant.nn.step`."""
-        layer.take(self)
-        layer.take(self.conv)
-        content, gate = layer.project(self.in_proj, x).split(self.dim, self.dim)
-        mixed = layer.program.activate("product", layer.program.convolve(content, self.conv.weight), gate)
-        return layer.project(self.out_proj, mixed, onto, add=onto is not None)
+    def emit_step(self, builder: StepBuilder, x: Vector, residual: Vector | None) -> Vector:
+        """See `cumulant.nn.step.EmitsStep`."""
+        builder.rely_on(self)
+        builder.rely_on(self.conv)
+        content, gate = builder.project(self.in_proj, x).split(self.dim, self.dim)
+        mixed = builder.program.activate("product", builder.program.convolve(content, self.conv.weight), gate)
+        return builder.project(self.out_proj, mixed, residual, add=residual is not None)
 
     @staticmethod
-    def parts(state: object) -> list[Tensor | None]:
-        """A state's tensors in the order of `lay`; none of another mixer's state."""
+    def state_tensors(state: object) -> list[Tensor | None]:
+        """A state's tensors in the order of `emit_step`; none of another mixer's state."""
         return [state.tail] if isinstance(state, ConvolutionState) else []
 
     @staticmethod
-    def assembled(parts: list[Tensor], position: Tensor) -> ConvolutionState:
-        """The state of which these are the parts."""
-        return ConvolutionState(parts[0], position)
+    def state_from_tensors(tensors: list[Tensor], position: Tensor) -> ConvolutionState:
+        """The state of which these are the tensors."""
+        return ConvolutionState(tensors[0], position)

@@ -10,10 +10,10 @@ from torch import Tensor
 from ..ops.state import LinearState
 from ..ops.taylor import check_order, taylor_attention
 from .kernel_attention import KernelAttention
-from .step import steppable
+from .step import known_to_programs
 
 
-@steppable
+@known_to_programs
 class TaylorAttention(KernelAttention):
     """Multi-head Taylor attention (`cumulant.taylor_attention`): softmax attention with the exponential expanded to
     `order`, in linear time, with a state of ``G · F · (V + 1)`` numbers.

@@ -1,4 +1,7 @@
-"""Which implementation runs. An explicit `impl` is honoured or refused; "auto" chooses by device, dtype and shape.
+"""Which implementation runs. An explicit `impl` is honoured or refused; "auto" takes the first that nothing hinders.
+
+An operation makes a plan of its call and then runs it. `explain` calls the operation with an `impl` that only asks, and
+is handed the plan's choice before anything runs.
 
 The environment variable CUMULANT_IMPL says what "auto" means: the name of an implementation stands for every call that
 names none, and is honoured or refused in the same way.
@@ -8,16 +11,19 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
+from ..kernels.backends import BACKENDS, implementation
+from ..kernels.native import library
 from ..kernels.transforms import needs_formula, transformed
 
-IMPLEMENTATIONS = ("reference", "torch", "native", "triton")
+WORKING = (*BACKENDS, "reference")  # the fastest first
+PLANNED = ("triton",)  # names that a later version will know
 VARIABLE = "CUMULANT_IMPL"
 # Every call asks, and os.environ takes as long as a small layer where a variable is not set: ask the dict behind it.
 _environment: Any = getattr(os.environ, "_data", os.environ)
@@ -38,8 +44,8 @@ class Choice:
 def automatic() -> str:
     """What "auto" means: CUMULANT_IMPL, or else "reference" in an export to ONNX and "auto" anywhere else."""
     name = os.environ[VARIABLE] if _environment.get(_key) else "auto"
-    if name not in ("auto", "native", "torch", "reference"):
-        raise ValueError(f"{VARIABLE}: expected 'auto', 'native', 'torch' or 'reference', got {name!r}")
+    if name not in ("auto", *WORKING):
+        raise ValueError(f"{VARIABLE}: expected {_listed('auto', *WORKING)}, got {name!r}")
     return "reference" if name == "auto" and exports_to_onnx() else name
 
 
@@ -56,24 +62,92 @@ def exports_to_onnx() -> bool:
 exports_to_onnx._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def resolve(impl: str, obstacle: str = "this operation has no native kernels") -> str:
-    """The implementation to run for a request; `obstacle`: why the native kernels cannot, empty where they can."""
+def _listed(*names: str) -> str:
+    quoted = [repr(name) for name in names]
+    return f"{', '.join(quoted[:-1])} or {quoted[-1]}"
+
+
+def resolve(impl: str, obstacles: Mapping[str, str]) -> str:
+    """The implementation to run for a request. obstacles: what stands in the way of each, the fastest first; empty
+    where nothing does."""
     name = "impl"
     if impl == "auto":
         name, impl = VARIABLE, automatic()
         if impl == "auto":
-            return "torch" if obstacle else "native"
-    if impl in ("torch", "native") and exports_to_onnx():
+            return next(each for each, obstacle in obstacles.items() if not obstacle)
+    if impl in BACKENDS and exports_to_onnx():
         raise ValueError(f"{name}: {impl!r} runs operators of its own, which ONNX has not; use 'auto' or 'reference'")
-    if impl in ("torch", "reference"):
-        return impl
-    if impl == "native" and not obstacle:
-        return impl
-    if impl in IMPLEMENTATIONS:
-        reason = f"cannot run this call: {obstacle}" if impl == "native" else "is not part of this version of cumulant"
-        working = "'torch', 'reference'" if obstacle else "'native', 'torch', 'reference'"
-        raise ValueError(f"{name}: {impl!r} {reason}; these work: {working}")
-    raise ValueError(f"{name}: expected 'auto', 'reference', 'torch', 'native' or 'triton', got {impl!r}")
+    if impl not in (*WORKING, *PLANNED):
+        raise ValueError(
+            f"{name}: expected {_listed('auto', 'reference', *reversed(BACKENDS), *PLANNED)}, got {impl!r}"
+        )
+    obstacle = obstacles.get(impl, "is not part of this version of cumulant")
+    if not obstacle:
+        return str(impl)
+    reason = f"cannot run this call: {obstacle}" if impl in obstacles else obstacle
+    working = ", ".join(repr(each) for each, other in obstacles.items() if not other)
+    raise ValueError(f"{name}: {impl!r} {reason}; these work: {working}")
+
+
+Spec = TypeVar("Spec")
+
+
+@dataclass(frozen=True)
+class Plan(Generic[Spec]):
+    """How one call will run: by which implementation, and with what specification."""
+
+    impl: str
+    spec: Spec
+
+
+def make_plan(operation: str, impl: str, inputs: Any, spec: Spec) -> Plan[Spec]:
+    """The plan for an operation's call. operation: the module that implementations have for it."""
+    free = impl == "auto" and automatic() == "auto"
+    chosen = resolve(impl, _obstacles(operation, inputs, spec, free))
+    module = None if chosen == "reference" else implementation(chosen, operation)
+    plan = Plan(chosen, spec if module is None else module.prepared(inputs, spec))
+    if type(impl) is _Question:
+        work = "the quadratic form, T x S weights" if module is None else module.describe(inputs, plan.spec)
+        raise _Answer(Choice(chosen, f"{_wish(impl)}: {work}"))
+    return plan
+
+
+def _obstacles(operation: str, inputs: Any, spec: Any, free: bool) -> dict[str, str]:
+    """What stands in the way of each implementation; where the choice is free, also that another is the faster."""
+    found = {}
+    for name in BACKENDS:
+        module = implementation(name, operation)
+        if module is None:
+            found[name] = f"this operation has no {name} kernels"
+            continue
+        found[name] = module.obstacle(inputs, spec)
+        if free and not found[name] and hasattr(module, "slower"):
+            found[name] = module.slower(inputs, spec)
+    return {**found, "reference": ""}
+
+
+def _wish(impl: str) -> str:
+    if impl != "auto":
+        return "asked for"
+    return f"asked for by {VARIABLE}" if automatic() != "auto" else "the fastest available here"
+
+
+class _Question(str):
+    """An `impl` whose plan is wanted, and no run."""
+
+
+class _Answer(Exception):
+    def __init__(self, choice: Choice):
+        self.choice = choice
+
+
+Operation = TypeVar("Operation", bound=Callable[..., Any])
+
+
+def operation(op: Operation) -> Operation:
+    """A function that makes a plan before it computes anything, so that it can be explained."""
+    op.is_operation = True  # type: ignore[attr-defined]
+    return op
 
 
 def plainly_called() -> bool:
@@ -89,29 +163,7 @@ def native_by_default(x: Tensor) -> bool:
 
 def native_obstacle(x: Tensor) -> str:
     """Why the native kernels cannot take tensors such as `x`; empty where they can."""
-    if x.device.type != "cpu":
-        return f"its kernels are for the CPU, and the inputs are on {x.device}"
-    return _missing()
-
-
-def _missing() -> str:
-    from ..kernels.native.library import missing
-
-    return missing()
-
-
-_missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def reasons(impl: str, work: str, obstacle: str = "this operation has no native kernels") -> Choice:
-    """`resolve`, and why; `work`: what the chosen implementation does, unless it is the reference."""
-    chosen = resolve(impl, obstacle)
-    asked = "the fastest available here"
-    if impl != "auto":
-        asked = "asked for"
-    elif automatic() != "auto":
-        asked = f"asked for by {VARIABLE}"
-    return Choice(chosen, f"{asked}: {'the quadratic form, T x S weights' if chosen == 'reference' else work}")
+    return library.obstacle(x)
 
 
 def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Choice:
@@ -124,13 +176,17 @@ def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Choice:
     Choice(impl='reference', reason='asked for: the quadratic form, T x S weights; query read as B = 1
     rows, H = 8 heads, T = 1000 tokens')
     """
-    plan = getattr(op, "plan", None)
-    if plan is None:
+    if not getattr(op, "is_operation", False):
         raise TypeError(f"op: expected an operation such as cumulant.taylor_attention, got {op!r}")
     bound = inspect.signature(op).bind(*args, **kwargs)
     bound.apply_defaults()
-    choice: Choice = plan(**bound.arguments)
-    return Choice(choice.impl, f"{choice.reason}; {_as_read(bound.arguments)}")
+    impl = bound.arguments["impl"]
+    bound.arguments["impl"] = _Question(impl) if isinstance(impl, str) else impl
+    try:
+        op(*bound.args, **bound.kwargs)
+    except _Answer as answer:
+        return Choice(answer.choice.impl, f"{answer.choice.reason}; {_as_read(bound.arguments)}")
+    raise AssertionError(f"{op!r} ran without a plan")
 
 
 def _as_read(arguments: dict[str, Any]) -> str:

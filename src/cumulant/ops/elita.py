@@ -8,18 +8,17 @@ import torch
 from torch import Tensor
 
 from ..kernels import reference
-from ..kernels.transforms import needs_formula, readable, without_autocast
+from ..kernels.operators.elita import elita
+from ..kernels.spec import ElitaInputs, ElitaSpec
+from ..kernels.transforms import readable, without_autocast
 from .checks import FLOATS, check_cu_seqlens, check_key_mask, check_parts
 from .cumulative import count_tokens
-from .dispatch import Choice, native_obstacle, reasons, resolve
+from .dispatch import Plan, make_plan, operation
 from .sdpa_names import hint_at_names
 from .state import ElitaState
 
-CHUNK = 8
-BLOCK = 64  # tokens whose weights exist at a time, where derivatives are those of the formula
-SPAN = 4096  # the fewest tokens that a thread of the native kernels takes when one sequence is shared out
 
-
+@operation
 @hint_at_names
 def elita_attention(
     key_logit: Tensor,
@@ -68,43 +67,30 @@ def elita_attention(
     of logits.
     """
     _check(key_logit, query_logit, self_logit, value, key_mask, cu_seqlens, state)
-    inputs = (key_logit, query_logit, self_logit, value)
-    chosen = resolve(impl, native_obstacle(value))
-    if chosen == "reference":
-        out, sums = _reference(inputs, key_mask, cu_seqlens, state)
+    past = () if state is None else (state.log_weight, state.mean)
+    logits = (key_logit, query_logit, self_logit)
+    plan = make_plan("elita", impl, ElitaInputs(*logits, value, None, *past), ElitaSpec())
+    tokens = (*logits, value)
+    if plan.impl == "reference":
+        out, sums = _reference(tokens, key_mask, cu_seqlens, state)
     elif cu_seqlens is not None and (state is not None or return_state):
-        out, sums = _packed_with_states(chosen, inputs, key_mask, cu_seqlens, state)
+        out, sums = _packed_with_states(plan, tokens, key_mask, cu_seqlens, state)
     else:
-        out, sums = _run(chosen, _prepared(inputs, key_mask, cu_seqlens), _first(value.shape[2], cu_seqlens), state)
+        first = _first(value.shape[2], cu_seqlens)
+        found = elita(plan.impl, ElitaInputs(*_prepared(tokens, key_mask, cu_seqlens), first, *past), plan.spec)
+        out, sums = found.out, (found.final_log_weight, found.final_mean)
     if not return_state:
         return out
     return out, ElitaState(*sums, count_tokens(value, key_mask, cu_seqlens, state))
 
 
-Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
+Tokens = tuple[Tensor, Tensor, Tensor, Tensor]  # three logits and the values
 Sums = tuple[Tensor, Tensor]
 
 
-def _run(chosen: str, inputs: Inputs, first: Tensor | None, state: ElitaState | None) -> tuple[Tensor, Sums]:
-    past = (None, None) if state is None else (state.log_weight, state.mean)
-    if needs_formula(torch.compiler.is_compiling()):
-        from ..kernels.differentiable.elita import attention
-
-        out, log_weight, mean = attention(*inputs, first, past[0], past[1], BLOCK)
-    elif chosen == "native":
-        from ..kernels.native.elita import attention as native
-
-        out, log_weight, mean = native(*inputs, first, *past, SPAN)
-    else:
-        from ..kernels.chunked.elita import attention as chunked
-
-        out, _, _, log_weight, mean = chunked(*inputs, first, *past, CHUNK)
-    return out, (log_weight, mean)
-
-
-def _prepared(inputs: Inputs, key_mask: Tensor | None, cu_seqlens: Tensor | None) -> Inputs:
+def _prepared(tokens: Tokens, key_mask: Tensor | None, cu_seqlens: Tensor | None) -> Tokens:
     """Logits in fp32 at least; what is masked, or behind the last sequence, without weight, whatever it holds."""
-    c, r, s, v = inputs
+    c, r, s, v = tokens
     dtype = torch.promote_types(torch.promote_types(c.dtype, v.dtype), torch.float32)
     c, r, s = c.to(dtype), r.to(dtype), s.to(dtype)
     hidden = None if key_mask is None else ~key_mask
@@ -131,10 +117,10 @@ def _first(length: int, cu_seqlens: Tensor | None) -> Tensor | None:
 
 
 def _packed_with_states(
-    chosen: str, inputs: Inputs, key_mask: Tensor | None, cu_seqlens: Tensor, state: ElitaState | None
+    plan: Plan[ElitaSpec], tokens: Tokens, key_mask: Tensor | None, cu_seqlens: Tensor, state: ElitaState | None
 ) -> tuple[Tensor, Sums]:
     """Each sequence between two more places: one that holds its state, and one that reads the mean at its end."""
-    c, r, s, v = _prepared(inputs, key_mask, cu_seqlens)
+    c, r, s, v = _prepared(tokens, key_mask, cu_seqlens)
     G, T, N = c.shape[1], c.shape[2], cu_seqlens.shape[0] - 1
     bounds, index = cu_seqlens.long(), torch.arange(T, device=v.device)
     number = torch.searchsorted(bounds[1:], index, right=True)  # of each token's sequence, N behind the last
@@ -153,11 +139,11 @@ def _packed_with_states(
     r, s = spread(r.double(), 0.0), spread(s.double(), -torch.inf)
     first = torch.zeros(size, dtype=torch.bool, device=v.device).index_fill(0, starts, True)
     first = first | (torch.arange(size, device=v.device) == bounds[-1] + 2 * N)
-    out, _ = _run(chosen, (c, r, s, values), first, None)
+    out = elita(plan.impl, ElitaInputs(c, r, s, values, first), plan.spec).out
     mean = (
         out[0, :: out.shape[1] // G].index_select(1, ends).transpose(0, 1).clone(memory_format=torch.contiguous_format)
     )
-    return out.index_select(2, place).to(inputs[3].dtype), (_log_sums(c[0], first, N), mean)
+    return out.index_select(2, place).to(tokens[3].dtype), (_log_sums(c[0], first, N), mean)
 
 
 def _log_sums(c: Tensor, first: Tensor, N: int) -> Tensor:
@@ -175,23 +161,23 @@ def _log_sums(c: Tensor, first: Tensor, N: int) -> Tensor:
 
 
 def _reference(
-    inputs: Inputs, key_mask: Tensor | None, cu_seqlens: Tensor | None, state: ElitaState | None
+    tokens: Tokens, key_mask: Tensor | None, cu_seqlens: Tensor | None, state: ElitaState | None
 ) -> tuple[Tensor, Sums]:
     """The whole batch, or each packed sequence by itself."""
-    with without_autocast(inputs[3]):
+    with without_autocast(tokens[3]):
         if cu_seqlens is None:
             past = None if state is None else (state.log_weight, state.mean)
-            return reference.elita_attention(*inputs, key_mask=key_mask, state=past)
+            return reference.elita_attention(*tokens, key_mask=key_mask, state=past)
         outs, ends, bounds = [], [], cu_seqlens.tolist()
         for i, (a, b) in enumerate(pairwise(bounds)):
             row = None if state is None else (state.log_weight[i : i + 1], state.mean[i : i + 1])
             mask = None if key_mask is None else key_mask[:, a:b]
-            c, r, s, v = (x[:, :, a:b] for x in inputs)
+            c, r, s, v = (x[:, :, a:b] for x in tokens)
             out, sums = reference.elita_attention(c, r, s, v, key_mask=mask, state=row)
             outs.append(out)
             ends.append(sums)
-    value = inputs[3]
-    outs.append(value.new_zeros(1, inputs[1].shape[1], value.shape[2] - bounds[-1], value.shape[3]))
+    value = tokens[3]
+    outs.append(value.new_zeros(1, tokens[1].shape[1], value.shape[2] - bounds[-1], value.shape[3]))
     log_weights, means = zip(*ends, strict=True)
     return torch.cat(outs, 2), (torch.cat(log_weights), torch.cat(means))
 
@@ -250,27 +236,3 @@ def _check_finite(logits: tuple[tuple[str, Tensor], ...], key_mask: Tensor | Non
             found = x[~good.expand_as(x)][0].item()
             kinds = "below +inf, -inf for no weight" if name != "query_logit" else "finite"
             raise ValueError(f"{name}: expected logits {kinds}, got {found}; an earlier layer may have overflowed")
-
-
-def _explain(
-    key_logit: Tensor,
-    query_logit: Tensor,
-    self_logit: Tensor,
-    value: Tensor,
-    *,
-    key_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    state: ElitaState | None,
-    return_state: bool,
-    impl: str,
-) -> Choice:
-    _check(key_logit, query_logit, self_logit, value, key_mask, cu_seqlens, state)
-    obstacle = native_obstacle(value)
-    if value.shape[2] == 1 and state is not None:
-        return reasons(impl, "one token onto a state", obstacle)
-    if resolve(impl, obstacle) == "native":
-        return reasons(impl, "a recurrence, two gates a token", obstacle)
-    return reasons(impl, f"chunks of {CHUNK} tokens, side by side", obstacle)
-
-
-elita_attention.plan = _explain  # type: ignore[attr-defined]

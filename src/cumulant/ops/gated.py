@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -10,15 +11,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..kernels import reference
-from ..kernels.transforms import needs_formula, readable, without_autocast
+from ..kernels.operators.gated import gated
+from ..kernels.spec import GatedInputs, GatedSpec
+from ..kernels.transforms import readable, without_autocast
 from .checks import Sizes, check_activation, check_attention, check_bias, check_dropout, check_key_mask, check_parts
-from .dispatch import Choice, reasons, resolve
+from .dispatch import make_plan, operation
 from .sdpa_names import hint_at_names
 from .state import KeyValueState
 
-BLOCK = 128  # queries whose weights exist at a time
 
-
+@operation
 @hint_at_names
 def gated_attention(
     query: Tensor,
@@ -85,7 +87,6 @@ def gated_attention(
         state,
         return_state,
     )
-    chosen = resolve(impl)
     if cu_seqlens is not None:
         slack = (torch.arange(sizes.S, device=key.device) >= cu_seqlens[-1])[:, None]
         query, key, value = (x.masked_fill(slack, 0) for x in (query, key, value))
@@ -93,17 +94,10 @@ def gated_attention(
     key, value = seen.key, seen.value
     scale = _scale(length_scale, query, key.shape[2], is_causal, seen.mask, cu_seqlens)
     bias = None if bias is None else bias[(None,) * (4 - bias.dim())]
-    if chosen == "reference":
-        out = _reference(query, key, value, activation, scale, bias, is_causal, dropout_p, cu_seqlens)
-    elif needs_formula(torch.compiler.is_compiling()):
-        from ..kernels.differentiable.gated import attention
-
-        out = attention(query, key, value, scale, bias, cu_seqlens, activation, is_causal, dropout_p, BLOCK)
-    else:
-        from ..kernels.chunked.gated import attention as chunked
-
-        seed = torch.randint(2**62, (1,)) if dropout_p else None
-        out = chunked(query, key, value, scale, bias, cu_seqlens, seed, activation, is_causal, dropout_p, BLOCK)
+    inputs = GatedInputs(query, key, value, scale, bias, cu_seqlens)
+    plan = make_plan("gated", impl, inputs, GatedSpec(activation, is_causal, float(dropout_p)))
+    by_reference = plan.impl == "reference"
+    out = _reference(inputs, plan.spec) if by_reference else gated(plan.impl, inputs, plan.spec).out
     return (out, seen) if return_state else out
 
 
@@ -158,28 +152,20 @@ def _scale(
     return 1 / count.clamp(min=1).to(dtype)
 
 
-def _reference(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    activation: str,
-    scale: Tensor,
-    bias: Tensor | None,
-    is_causal: bool,
-    dropout_p: float,
-    cu_seqlens: Tensor | None,
-) -> Tensor:
-    T, options = query.shape[2], {"activation": activation, "is_causal": is_causal, "dropout_p": dropout_p}
-    with without_autocast(query):
-        if cu_seqlens is None:
-            return reference.gated_attention(query, key, value, scale=scale, bias=bias, **options)  # type: ignore[arg-type]
-        outs, bounds = [], cu_seqlens.tolist()
+def _reference(x: GatedInputs, spec: GatedSpec) -> Tensor:
+    """The whole batch, or each packed sequence by itself."""
+    run = partial(
+        reference.gated_attention, activation=spec.activation, is_causal=spec.is_causal, dropout_p=spec.dropout_p
+    )
+    with without_autocast(x.query):
+        if x.cu_seqlens is None:
+            return run(x.query, x.key, x.value, scale=x.scale, bias=x.bias)
+        outs, bounds = [], x.cu_seqlens.tolist()
         for a, b in pairwise(bounds):
-            part = [x[:, :, a:b] for x in (query, key, value)]
-            own = None if bias is None else bias[..., : b - a, : b - a]
-            rows = scale if scale.shape[1] == 1 else scale[:, a:b]
-            outs.append(reference.gated_attention(*part, scale=rows, bias=own, **options))  # type: ignore[arg-type]
-        outs.append(query.new_zeros(1, query.shape[1], T - bounds[-1], value.shape[3]))
+            bias = None if x.bias is None else x.bias[..., : b - a, : b - a]
+            scale = x.scale if x.scale.shape[1] == 1 else x.scale[:, a:b]
+            outs.append(run(*(t[:, :, a:b] for t in (x.query, x.key, x.value)), scale=scale, bias=bias))
+        outs.append(x.query.new_zeros(1, x.query.shape[1], x.query.shape[2] - bounds[-1], x.value.shape[3]))
         return torch.cat(outs, 2)
 
 
@@ -232,39 +218,3 @@ def _check(
         shapes = ((T, S), (1, T, S), (sizes.H, T, S), *((b, h, T, S) for b in (1, B) for h in (1, sizes.H)))
         check_bias(bias, shapes, "[T, S], [H, T, S] or [B, H, T, S]", query)
     return sizes
-
-
-def _explain(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    activation: str,
-    is_causal: bool,
-    length_scale: float | Tensor | None,
-    bias: Tensor | None,
-    dropout_p: float,
-    key_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    state: KeyValueState | None,
-    return_state: bool,
-    impl: str,
-) -> Choice:
-    _check(
-        query,
-        key,
-        value,
-        activation,
-        is_causal,
-        length_scale,
-        bias,
-        dropout_p,
-        key_mask,
-        cu_seqlens,
-        state,
-        return_state,
-    )
-    return reasons(impl, f"{BLOCK} queries at a time on all their keys")
-
-
-gated_attention.plan = _explain  # type: ignore[attr-defined]

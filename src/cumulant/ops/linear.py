@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .checks import Sizes, check_attention, check_linear_state
-from .cumulative import Kernel, attend, choose, plan
-from .dispatch import Choice
+from ..kernels.spec import AttentionSpec
+from .checks import check_attention, check_linear_state
+from .cumulative import attend, attention_inputs
+from .dispatch import make_plan, operation
 from .feature_maps import ELEMENTWISE, FeatureMap, apply_maps, check_feature_map, softmax_features
 from .sdpa_names import hint_at_names
 from .state import LinearState
 
 
+@operation
 @hint_at_names
 def linear_attention(
     query: Tensor,
@@ -65,47 +68,42 @@ def linear_attention(
     """
     sizes = check_attention(query, key, value, is_causal=is_causal, key_mask=key_mask, cu_seqlens=cu_seqlens)
     check_feature_map(feature_map)
-    q, k, denominator, dtype = query, key, None, query.dtype
-    kernel = Kernel(0, True, "identity", 1.0 if scale is None else float(scale), normalize, is_causal)
-    if isinstance(feature_map, str) and feature_map in ELEMENTWISE:
-        kernel = replace(kernel, activation=feature_map)
-        _check_state(sizes, sizes.K, normalize, query, cu_seqlens, state)
-    else:
-        q, k = _clear(q if scale is None else q * scale, k, key_mask, cu_seqlens)
-        kernel = replace(kernel, scale=1.0)
-        if not isinstance(feature_map, str):
-            q, k = apply_maps(feature_map, q, k)
-        _check_state(sizes, k.shape[-1], normalize, query, cu_seqlens, state)
-        if feature_map == "softmax" and normalize:
-            kernel = replace(kernel, normalize=False)
-            past = None if state is None else state.denominator
-            q, k, denominator = softmax_features(
-                q,
-                k,
-                is_causal=is_causal,
-                key_mask=key_mask,
-                cu_seqlens=cu_seqlens,
-                denominator=past,
-                return_state=return_state,
-            )
-        elif feature_map == "softmax":
-            wide = torch.promote_types(dtype, torch.float32)
-            q, k = q.to(wide).softmax(-1), k.to(wide).exp()
-    out, total = attend(
-        choose(impl, query, 0, S=sizes.S, is_causal=is_causal, stateful=state is not None or return_state)[0],
-        kernel,
-        q,
-        k,
-        value,
-        key_mask=key_mask,
-        cu_seqlens=cu_seqlens,
-        state=state,
-        return_state=return_state,
+    named = feature_map if isinstance(feature_map, str) else ""
+    elementwise, dtype = named in ELEMENTWISE, query.dtype
+    scale = 1.0 if scale is None else float(scale)
+    q, k = query, key
+    if not elementwise:
+        q, k = _clear(q if scale == 1.0 else q * scale, k, key_mask, cu_seqlens)
+    if not isinstance(feature_map, str):
+        q, k = apply_maps(feature_map, q, k)
+    rows = sizes.B if cu_seqlens is None else len(cu_seqlens) - 1
+    check_linear_state(state, rows, sizes, k.shape[-1], normalize, query)
+    by_softmax = named == "softmax" and normalize  # whose features need no further normaliser
+    inputs = attention_inputs(
+        q, k, value, key_mask=key_mask, cu_seqlens=cu_seqlens, state=state, normalize=normalize and not by_softmax
     )
+    spec = AttentionSpec(
+        order=0,
+        constant_term=True,
+        activation=named if elementwise else "identity",
+        scale=scale if elementwise else 1.0,
+        normalize=normalize and not by_softmax,
+        is_causal=is_causal,
+        returns_state=return_state,
+    )
+    plan, denominator = make_plan("attention", impl, inputs, spec), None
+    if by_softmax:
+        past = None if state is None else state.denominator
+        masks: dict[str, Any] = {"is_causal": is_causal, "key_mask": key_mask, "cu_seqlens": cu_seqlens}
+        q, k, denominator = softmax_features(q, k, denominator=past, return_state=return_state, **masks)
+    elif named == "softmax":
+        wide = torch.promote_types(dtype, torch.float32)
+        q, k = q.to(wide).softmax(-1), k.to(wide).exp()
+    out, end = attend(plan, inputs._replace(query=q, key=k), state)
     if denominator is not None:
-        total = replace(total, denominator=denominator)
+        end = replace(end, denominator=denominator)
     out = out.to(dtype)
-    return (out, total) if return_state else out
+    return (out, end) if return_state else out
 
 
 def _clear(query: Tensor, key: Tensor, key_mask: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -114,43 +112,3 @@ def _clear(query: Tensor, key: Tensor, key_mask: Tensor | None, cu_seqlens: Tens
         slack = (torch.arange(key.shape[2], device=key.device) >= cu_seqlens[-1])[:, None]
         query, key = query.masked_fill(slack, 0), key.masked_fill(slack, 0)
     return query, key if key_mask is None else key.masked_fill(~key_mask[:, None, :, None], 0)
-
-
-def _check_state(
-    sizes: Sizes, features: int, normalize: bool, query: Tensor, cu_seqlens: Tensor | None, state: LinearState | None
-) -> None:
-    rows = sizes.B if cu_seqlens is None else len(cu_seqlens) - 1
-    check_linear_state(state, rows, sizes, features, normalize, query)
-
-
-def _explain(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    feature_map: FeatureMap,
-    *,
-    is_causal: bool,
-    scale: float | None,
-    normalize: bool,
-    key_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    state: LinearState | None,
-    return_state: bool,
-    impl: str,
-) -> Choice:
-    sizes = check_attention(query, key, value, is_causal=is_causal, key_mask=key_mask, cu_seqlens=cu_seqlens)
-    check_feature_map(feature_map)
-    features = sizes.K if isinstance(feature_map, str) else apply_maps(feature_map, query, key)[1].shape[-1]
-    _check_state(sizes, features, normalize, query, cu_seqlens, state)
-    return plan(
-        impl,
-        query,
-        0,
-        S=sizes.S,
-        is_causal=is_causal,
-        stateful=state is not None or return_state or cu_seqlens is not None,
-        features=features,
-    )
-
-
-linear_attention.plan = _explain  # type: ignore[attr-defined]

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..kernels import reference
-from ..kernels.transforms import needs_formula, without_autocast
+from ..kernels.operators.mixed_chunk import mixed_chunk
+from ..kernels.spec import MixedChunkInputs, MixedChunkOutputs, MixedChunkSpec
+from ..kernels.transforms import without_autocast
 from .checks import Sizes, check_activation, check_attention, check_bias, check_dropout, check_group_size, check_parts
 from .cumulative import count_tokens
-from .dispatch import Choice, native_obstacle, reasons, resolve
+from .dispatch import Plan, make_plan, operation
 from .sdpa_names import hint_at_names
 from .state import MixedChunkState
 
-SPAN = 512  # the fewest tokens that a thread of the native kernels takes when one sequence is shared out
 
-
+@operation
 @hint_at_names
 def mixed_chunk_attention(
     quad_query: Tensor,
@@ -80,95 +81,71 @@ def mixed_chunk_attention(
 
     Source: Hua et al. 2022, "Transformer Quality in Linear Time", section 3.
     """
-    inputs = (quad_query, quad_key, lin_query, lin_key, value)
-    _check(inputs, group_size, is_causal, activation, bias, dropout_p, key_mask, cu_seqlens, state, return_state)
-    reduced = reduce_group_non_causal_attn or is_causal
+    tokens = (quad_query, quad_key, lin_query, lin_key, value)
+    _check(tokens, group_size, is_causal, activation, bias, dropout_p, key_mask, cu_seqlens, state, return_state)
     bias = None if bias is None else bias[(None,) * (3 - bias.dim())]
-    chosen = resolve(impl, _obstacle(value, dropout_p))
-    if chosen == "reference":
-        run = partial(
-            reference.mixed_chunk_attention,
-            activation=activation,
-            group_size=group_size,
-            is_causal=is_causal,
-            reduce_groups=reduced,
-            bias=bias,
-            dropout_p=dropout_p,
-        )
+    inputs = MixedChunkInputs(*tokens, bias, key_mask, cu_seqlens, **_past(state))
+    reduced = reduce_group_non_causal_attn or is_causal
+    spec = MixedChunkSpec(group_size, activation, is_causal, reduced, float(dropout_p), return_state)
+    plan = make_plan("mixed_chunk", impl, inputs, spec)
+    if plan.impl == "reference":
         with without_autocast(value):
-            out, parts = _reference(run, inputs, key_mask, cu_seqlens, state)
+            found = _reference(inputs, spec)
     else:
-        options = (return_state, group_size, activation, is_causal, reduced)
-        out, *parts = _run(chosen, inputs, bias, key_mask, cu_seqlens, state, options, dropout_p)
+        found = _run(plan, inputs)
     if not return_state:
-        return out
-    numerator, open_quad_key, open_lin_key, open_value = parts
-    position = count_tokens(value, key_mask, cu_seqlens, state)
-    return out, MixedChunkState(numerator, open_quad_key, open_lin_key, open_value, position)
+        return found.out
+    return found.out, MixedChunkState(*found.state, count_tokens(value, key_mask, cu_seqlens, state))
 
 
-def _run(
-    chosen: str,
-    inputs: tuple[Tensor, ...],
-    bias: Tensor | None,
-    key_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    state: MixedChunkState | None,
-    options: tuple[bool, int, str, bool, bool],
-    dropout_p: float,
-) -> Any:
-    if inputs[4].shape[3] == 0:  # the kernels need a channel: one of zeros, taken away again
-        pad = partial(torch.nn.functional.pad, pad=(0, 1))
-        if state is not None:
-            state = replace(state, numerator=pad(state.numerator), value=pad(state.value))
-        results = _run(chosen, (*inputs[:4], pad(inputs[4])), bias, key_mask, cu_seqlens, state, options, dropout_p)
-        out, numerator, quad_key, lin_key, value = results
-        return out[..., :0], numerator[..., :0], quad_key, lin_key, value[..., :0]
-    past = (None,) * 5 if state is None else _parts(state)
-    if needs_formula(torch.compiler.is_compiling()):
-        from ..kernels.differentiable.mixed_chunk import attention
-
-        return attention(inputs, bias, key_mask, cu_seqlens, past, *options[1:], dropout_p)
-    if chosen == "native":
-        from ..kernels.native.mixed_chunk import attention as native
-
-        return native(*inputs, bias, key_mask, cu_seqlens, *past, *options, SPAN)
-    from ..kernels.chunked.mixed_chunk import attention as chunked
-
-    seed = torch.randint(2**62, (1,)) if dropout_p else None
-    return chunked(*inputs, bias, key_mask, cu_seqlens, *past, seed, *options, float(dropout_p))
+def _past(state: MixedChunkState | None) -> dict[str, Tensor]:
+    if state is None:
+        return {}
+    return {
+        "numerator": state.numerator,
+        "open_quad_key": state.quad_key,
+        "open_lin_key": state.lin_key,
+        "open_value": state.value,
+        "position": state.position,
+    }
 
 
-def _obstacle(value: Tensor, dropout_p: float) -> str:
-    return native_obstacle(value) or ("its kernels have no dropout" if dropout_p else "")
+def _run(plan: Plan[MixedChunkSpec], inputs: MixedChunkInputs) -> MixedChunkOutputs:
+    if inputs.value.shape[3] > 0:
+        return mixed_chunk(plan.impl, inputs, plan.spec)
+    # kernels need a channel: one of zeros, taken away again
+    wide = {name: getattr(inputs, name) for name in ("value", "numerator", "open_value")}
+    wide = {name: None if x is None else pad(x, (0, 1)) for name, x in wide.items()}
+    out, numerator, quad_key, lin_key, value = mixed_chunk(plan.impl, inputs._replace(**wide), plan.spec)
+    return MixedChunkOutputs(out[..., :0], numerator[..., :0], quad_key, lin_key, value[..., :0])
 
 
-def _parts(state: MixedChunkState) -> tuple[Tensor, ...]:
-    return state.numerator, state.quad_key, state.lin_key, state.value, state.position
-
-
-def _reference(
-    run: Any,
-    inputs: tuple[Tensor, ...],
-    key_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    state: MixedChunkState | None,
-) -> tuple[Tensor, list[Tensor]]:
+def _reference(x: MixedChunkInputs, spec: MixedChunkSpec) -> MixedChunkOutputs:
     """The whole batch, or each packed sequence by itself."""
-    if cu_seqlens is None:
-        past = (None, None) if state is None else (_parts(state)[:4], state.position)
-        out, parts = run(*inputs, key_mask=key_mask, state=past[0], position=past[1])
-        return out, list(parts)
-    outs, ends, bounds = [], [], cu_seqlens.tolist()
+    run = partial(
+        reference.mixed_chunk_attention,
+        activation=spec.activation,
+        group_size=spec.group_size,
+        is_causal=spec.is_causal,
+        reduce_groups=spec.reduce_groups,
+        bias=x.bias,
+        dropout_p=spec.dropout_p,
+    )
+    past: Any = None if x.numerator is None else x.sums
+    if x.cu_seqlens is None:
+        out, sums = run(*x.tokens, key_mask=x.key_mask, state=past, position=x.position)
+        return MixedChunkOutputs(out, *sums)
+    outs, ends, bounds = [], [], x.cu_seqlens.tolist()
     for i, (a, b) in enumerate(pairwise(bounds)):
-        row = None if state is None else state.map(lambda x, i=i: x[i : i + 1])  # type: ignore[misc]
-        mask = None if key_mask is None else key_mask[:, a:b]
-        out, parts = _reference(run, tuple(x[:, :, a:b] for x in inputs), mask, None, row)
+        row = None if past is None else tuple(s[i : i + 1] for s in past)
+        position = None if x.position is None else x.position[i : i + 1]
+        mask = None if x.key_mask is None else x.key_mask[:, a:b]
+        out, sums = run(*(t[:, :, a:b] for t in x.tokens), key_mask=mask, state=row, position=position)
         outs.append(out)
-        ends.append(parts)
-    value = inputs[4]
-    outs.append(value.new_zeros(1, inputs[0].shape[1], value.shape[2] - bounds[-1], value.shape[3]))
-    return torch.cat(outs, 2), [torch.cat(x) for x in zip(*ends, strict=True)]
+        ends.append(sums)
+    slack = x.value.shape[2] - bounds[-1]
+    outs.append(x.value.new_zeros(1, x.quad_query.shape[1], slack, x.value.shape[3]))
+    return MixedChunkOutputs(torch.cat(outs, 2), *(torch.cat(parts) for parts in zip(*ends, strict=True)))
 
 
 def _check(
@@ -212,35 +189,3 @@ def _check(
     }
     check_parts(state, MixedChunkState, expected, torch.promote_types(value.dtype, torch.float32), value)
     return sizes
-
-
-def _explain(
-    quad_query: Tensor,
-    quad_key: Tensor,
-    lin_query: Tensor,
-    lin_key: Tensor,
-    value: Tensor,
-    *,
-    group_size: int,
-    is_causal: bool,
-    activation: str,
-    bias: Tensor | None,
-    reduce_group_non_causal_attn: bool,
-    dropout_p: float,
-    key_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    state: MixedChunkState | None,
-    return_state: bool,
-    impl: str,
-) -> Choice:
-    inputs = (quad_query, quad_key, lin_query, lin_key, value)
-    sizes = _check(
-        inputs, group_size, is_causal, activation, bias, dropout_p, key_mask, cu_seqlens, state, return_state
-    )
-    obstacle = _obstacle(value, dropout_p)
-    if sizes.T == 1 and state is not None and return_state:
-        return reasons(impl, f"one token onto a state, {group_size} slots of the open group", obstacle)
-    return reasons(impl, f"groups of {group_size} tokens, one after another", obstacle)
-
-
-mixed_chunk_attention.plan = _explain  # type: ignore[attr-defined]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..kernels.product import ordinary
+from ..kernels.product import is_plain_call
 from .dispatch import native_by_default
 
 LEAST = 1 << 14  # numbers below which PyTorch's operators are as fast
@@ -26,7 +26,7 @@ def _native(x: Tensor, *others: Tensor | None) -> bool:
         and all(y is None or (y.dtype == torch.float32 and y.device.type == "cpu") for y in (x, *others))
         and not torch.is_autocast_enabled("cpu")
         and native_by_default(x)
-        and ordinary(x, *others)
+        and is_plain_call(x, *others)
     )
 
 
@@ -43,7 +43,7 @@ def _by_formula(formula: Callable[..., Tensor], inputs: Sequence[Tensor | None],
 
 def _by_kernel(dout: Tensor) -> bool:
     """Whether a backward pass is one of plain numbers, neither to be differentiated nor mapped over."""
-    return not torch.is_grad_enabled() and ordinary(dout)
+    return not torch.is_grad_enabled() and is_plain_call(dout)
 
 
 def swiglu(x: Tensor, up: Tensor) -> Tensor:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .checks import Sizes, check_attention, check_linear_state
-from .cumulative import Kernel, attend, choose, plan
-from .dispatch import Choice
+from ..kernels import spec as kernels
+from ..kernels.spec import AttentionSpec
+from .checks import check_attention, check_linear_state
+from .cumulative import attend, attention_inputs
+from .dispatch import make_plan, operation
 from .sdpa_names import hint_at_names
 from .state import LinearState
 
@@ -21,10 +23,7 @@ def feature_count(dim: int, order: int, *, constant_term: bool = True) -> int:
     check_order(order)
     if dim < 1:
         raise ValueError(f"dim: expected at least 1, got {dim}")
-    size = 1
-    for p in range(1, order + 1):  # math.comb does not trace
-        size = size * (dim + p) // p
-    return size if constant_term else size - 1
+    return kernels.feature_count(dim, order, constant_term)
 
 
 def check_order(order: object) -> None:
@@ -33,6 +32,7 @@ def check_order(order: object) -> None:
         raise ValueError(f"order: expected an integer of at least 1, got {got}")
 
 
+@operation
 @hint_at_names
 def taylor_attention(
     query: Tensor,
@@ -89,69 +89,13 @@ def taylor_attention(
     Sources: Arora et al. 2023, "Zoology" (Based); Mercat 2020, "Higher Order Linear Transformer"; Keles et al. 2022,
     arXiv 2209.04881.
     """
-    sizes, kernel = _check(query, key, value, order, is_causal, scale, constant_term, key_mask, cu_seqlens, state)
-    stateful = state is not None or return_state or cu_seqlens is not None
-    out, state = attend(
-        choose(impl, query, order, S=sizes.S, is_causal=is_causal, stateful=stateful)[0],
-        kernel,
-        query,
-        key,
-        value,
-        key_mask=key_mask,
-        cu_seqlens=cu_seqlens,
-        state=state,
-        return_state=return_state,
-    )
-    return (out, state) if return_state else out
-
-
-def _check(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    order: int,
-    is_causal: bool,
-    scale: float | None,
-    constant_term: bool,
-    key_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    state: LinearState | None,
-) -> tuple[Sizes, Kernel]:
     sizes = check_attention(query, key, value, is_causal=is_causal, key_mask=key_mask, cu_seqlens=cu_seqlens)
     check_order(order)
     features = feature_count(sizes.K, order, constant_term=constant_term)
     rows = sizes.B if cu_seqlens is None else len(cu_seqlens) - 1
     check_linear_state(state, rows, sizes, features, True, query)
     scale = sizes.K**-0.5 if scale is None else float(scale)
-    return sizes, Kernel(order, constant_term, "identity", scale, True, is_causal)
-
-
-def _explain(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    order: int,
-    *,
-    is_causal: bool,
-    scale: float | None,
-    constant_term: bool,
-    key_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    state: LinearState | None,
-    return_state: bool,
-    impl: str,
-) -> Choice:
-    sizes, _ = _check(query, key, value, order, is_causal, scale, constant_term, key_mask, cu_seqlens, state)
-    features = feature_count(sizes.K, order, constant_term=constant_term)
-    return plan(
-        impl,
-        query,
-        order,
-        S=sizes.S,
-        is_causal=is_causal,
-        stateful=state is not None or return_state or cu_seqlens is not None,
-        features=features,
-    )
-
-
-taylor_attention.plan = _explain  # type: ignore[attr-defined]
+    inputs = attention_inputs(query, key, value, key_mask=key_mask, cu_seqlens=cu_seqlens, state=state, normalize=True)
+    spec = AttentionSpec(order, constant_term, "identity", scale, True, is_causal, return_state)
+    out, end = attend(make_plan("attention", impl, inputs, spec), inputs, state)
+    return (out, end) if return_state else out

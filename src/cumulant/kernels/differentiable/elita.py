@@ -5,30 +5,25 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..spec import ElitaInputs, ElitaOutputs, ElitaSpec
 from ..transforms import without_autocast
 
+BLOCK = 64  # tokens whose weights exist at a time
 
-def attention(
-    key_logit: Tensor,
-    query_logit: Tensor,
-    self_logit: Tensor,
-    value: Tensor,
-    first: Tensor | None,
-    log_weight: Tensor | None,
-    mean: Tensor | None,
-    chunk: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Output ``[B,H,T,V]`` and the state after all tokens; arguments are those of `chunked.elita`. In fp64."""
-    (B, G, T, V), H = value.shape, query_logit.shape[1]
+
+def attention(inputs: ElitaInputs, spec: ElitaSpec) -> ElitaOutputs:
+    """Outputs and the state after all tokens; in fp64, and without the odds."""
+    value, first, log_weight, mean = inputs.value, inputs.first, inputs.log_weight, inputs.mean
+    (B, G, T, V), H = value.shape, inputs.query_logit.shape[1]
     with without_autocast(value):
-        c, r, s = (x.double() for x in (key_logit, query_logit, self_logit))
+        c, r, s = (x.double() for x in (inputs.key_logit, inputs.query_logit, inputs.self_logit))
         r, s, v = r.unflatten(1, (G, H // G)), s.unflatten(1, (G, H // G)), value.double()
         m = c.new_full((B, G), -torch.inf) if log_weight is None else log_weight
         u = v.new_zeros(B, G, V) if mean is None else mean
         number = None if first is None else first.cumsum(0)  # of each token's sequence
         outs, before = [value.new_zeros(B, H, 0, V)], None
-        for start in range(0, T, chunk):
-            at = slice(start, start + chunk)
+        for start in range(0, T, BLOCK):
+            at = slice(start, start + BLOCK)
             inside = None if number is None else number[at]
             m_all, u_all = _chunk(c[:, :, at], v[:, :, at], m, u, inside, before)
             g = _gate(s[:, :, :, at], r[:, :, :, at], m_all[:, :, None])[..., None]
@@ -36,7 +31,8 @@ def attention(
             outs.append(y.flatten(1, 2).to(value.dtype))
             m, u = m_all[:, :, -1], u_all[:, :, -1]
             before = None if inside is None else inside[-1]
-        return torch.cat(outs, 2), m.clone(), u.clone()
+        none = m.new_empty(0)
+        return ElitaOutputs(torch.cat(outs, 2), none, none, none, m.clone(), u.clone())
 
 
 def _chunk(

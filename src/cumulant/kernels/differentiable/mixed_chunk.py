@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -10,59 +9,28 @@ import torch
 from torch import Tensor
 from torch.nn.functional import dropout, pad
 
+from ..spec import MixedChunkInputs, MixedChunkOutputs, MixedChunkSpec, accumulation_dtype
 from ..transforms import without_autocast
-from . import compute_dtype, each_sequence
 from .gated import activate
+from .packed import each_sequence
 
 
-def attention(
-    tokens: tuple[Tensor, ...],
-    bias: Tensor | None,
-    key_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    past: tuple[Tensor | None, ...],
-    group_size: int,
-    activation: str,
-    is_causal: bool,
-    reduce_groups: bool,
-    dropout_p: float,
-) -> tuple[Tensor, ...]:
-    """Output ``[B,H,T,V]`` and the parts of a state: sums, and the open group's keys and values.
-
-    tokens: quad_query, quad_key, lin_query, lin_key, value; past: the parts of the state that came in and its position,
-    or None for each.
-    """
-    run: Callable[..., tuple[Tensor, ...]] = partial(
-        _attend, bias=bias, group_size=group_size, activation=activation, is_causal=is_causal,
-        reduce_groups=reduce_groups, dropout_p=dropout_p,
-    )  # fmt: skip
-    with without_autocast(tokens[0]):
-        if cu_seqlens is None:
-            return run(*tokens, key_mask, *past)
-        return each_sequence(run, tokens, key_mask, cu_seqlens, past)
+def attention(inputs: MixedChunkInputs, spec: MixedChunkSpec) -> MixedChunkOutputs:
+    """Outputs and the state after all tokens."""
+    run = partial(_attend, spec=spec)
+    with without_autocast(inputs.value):
+        if inputs.cu_seqlens is None:
+            return run(inputs)
+        by_token = ("quad_query", "quad_key", "lin_query", "lin_key", "value")
+        state = ("numerator", "open_quad_key", "open_lin_key", "open_value", "position")
+        found: MixedChunkOutputs = each_sequence(run, inputs, by_token, state)
+        return found
 
 
-def _attend(
-    quad_query: Tensor,
-    quad_key: Tensor,
-    lin_query: Tensor,
-    lin_key: Tensor,
-    value: Tensor,
-    key_mask: Tensor | None,
-    S: Tensor | None,
-    open_quad_key: Tensor | None,
-    open_lin_key: Tensor | None,
-    open_value: Tensor | None,
-    position: Tensor | None,
-    *,
-    bias: Tensor | None,
-    group_size: int,
-    activation: str,
-    is_causal: bool,
-    reduce_groups: bool,
-    dropout_p: float,
-) -> tuple[Tensor, ...]:
-    (B, H, T, _), G, g, dtype = quad_query.shape, value.shape[1], group_size, compute_dtype(value.dtype)
+def _attend(inputs: MixedChunkInputs, spec: MixedChunkSpec) -> MixedChunkOutputs:
+    (quad_query, quad_key, lin_query, lin_key, value), (S, *still_open) = inputs.tokens, inputs.sums
+    bias, key_mask, position, is_causal = inputs.bias, inputs.key_mask, inputs.position, spec.is_causal
+    (B, H, T, _), G, g, dtype = quad_query.shape, value.shape[1], spec.group_size, accumulation_dtype(value)
     seen = value.new_ones(B, T, dtype=torch.bool) if key_mask is None else key_mask
     fill = torch.zeros_like(seen.sum(1)) if position is None else position % g
     groups = -(-(T + (0 if position is None else g - 1)) // g)
@@ -79,25 +47,25 @@ def _attend(
         first: Tensor = pad(still_open[:, :, None], (0, 0, 0, 0, 0, groups - 1))
         return y + first
 
-    k, s, v = slotted(quad_key, open_quad_key), slotted(lin_key, open_lin_key), slotted(value, open_value)
+    k, s, v = (slotted(x, rest) for x, rest in zip((quad_key, lin_key, value), still_open, strict=True))
     q, r = (slotted(x).unflatten(1, (G, H // G)) for x in (quad_query, lin_query))
     scores = q @ k[:, :, None].mT / g
     if bias is not None:
         scores = scores + bias.to(dtype).expand(H, g, g).unflatten(0, (G, H // G))[:, :, None]
-    weights = activate(activation, scores)
+    weights = activate(spec.activation, scores)
     weights = weights.tril() if is_causal else weights
-    weights = dropout(weights, dropout_p) if dropout_p else weights
+    weights = dropout(weights, spec.dropout_p) if spec.dropout_p else weights
     out, own = weights @ v[:, :, None], s.mT @ v  # own: each group's sum
     S = own.new_zeros(own[:, :, 0].shape if groups else (B, G, s.shape[-1], v.shape[-1])) if S is None else S
     if is_causal:
         before = torch.cat((S[:, :, None], S[:, :, None] + own.cumsum(2)), 2)[:, :, :groups]
         out = out + r @ before[:, :, None] / g
     else:
-        sums = own.sum(2, keepdim=True) if reduce_groups else own
+        sums = own.sum(2, keepdim=True) if spec.reduce_groups else own
         out = out + r @ sums[:, :, None] / seen.sum(1).clamp(min=1).view(B, 1, 1, 1, 1, 1)
     out = pad(out.flatten(1, 2).flatten(2, 3), (0, 0, 0, 1))  # the last row is that of tokens that are none
     out = out.gather(2, place.expand(B, H, T, out.shape[-1])).to(value.dtype)
-    return out, *_end(S, own, (k, s, v), fill + seen.sum(1), g)
+    return MixedChunkOutputs(out, *_end(S, own, (k, s, v), fill + seen.sum(1), g))
 
 
 def _end(S: Tensor, own: Tensor, parts: tuple[Tensor, ...], tokens: Tensor, g: int) -> list[Any]:

@@ -1,1 +1,1 @@
-"""Native CPU kernels, in C++ behind plain C functions: `library` loads them, the other modules are their operators."""
+"""Kernels in C++ for the CPU, behind a plain C interface."""

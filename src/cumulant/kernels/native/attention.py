@@ -1,4 +1,4 @@
-"""The operator of linear and Taylor attention on the native kernels.
+"""Linear and Taylor attention on the native kernels.
 
 The C++ walks each sequence a chunk at a time: the tokens' features are formed in the first cache, a slab at a time, and
 multiplied at once with the sums, so that memory is read and written once. See docs/kernels.md.
@@ -6,273 +6,164 @@ multiplied at once with the sums, so that memory is read and written once. See d
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from ..transforms import mappable
+from ..spec import AttentionInputs, AttentionOutputs, AttentionSpec, feature_count, new_heads, sequence_count
+from ..transforms import longest_sequence
+from . import library
 from .library import (
-    CHUNK,
     MAX_ORDER,
     TYPES,
+    Arguments,
     Attention,
-    Held,
     array,
     call,
     check_inputs,
     instruction_set,
-    need,
-    new_heads,
     pointer,
-    real,
+    require,
     threads,
-    unwatched,
 )
 
 ACTIVATIONS = ("identity", "elu", "relu")
+CHUNK = 64
+SHORT_CHUNK = 48  # causal, without Taylor features: less is done inside chunks, beside small sums
+SPAN = 512
+# Features beyond which PyTorch's quadratic form, which needs none, is the faster one for so few tokens.
+MANY, FEW_TOKENS = 600, 128
 
 
-def _size(K: int, order: int, constant_term: bool) -> int:
-    """C(K + order, order) Taylor features, one fewer without the constant; K for the identity (order 0)."""
-    if order == 0:
-        return K
-    size = 1
-    for p in range(1, order + 1):
-        size = size * (K + p) // p
-    return size if constant_term else size - 1
+def obstacle(inputs: AttentionInputs, spec: AttentionSpec) -> str:
+    K = inputs.query.shape[-1]
+    if elsewhere := library.obstacle(inputs.query):
+        return elsewhere
+    if spec.order > MAX_ORDER:
+        return f"its kernels go up to order {MAX_ORDER}, and this is order {spec.order}"
+    if spec.order > 3 and math.comb(K + spec.order, spec.order) >= 2**31:
+        return f"its kernels go up to 2**31 features, and these are more: K = {K}, order {spec.order}"
+    return ""
 
 
-def _check(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    options: tuple[int, bool, str, float, bool, bool, int, int],
-) -> None:
+def slower(inputs: AttentionInputs, spec: AttentionSpec) -> str:
+    """Why PyTorch's quadratic form is the faster one; empty where it is not."""
+    stateful = inputs.numerator is not None or spec.returns_state or inputs.cu_seqlens is not None
+    if spec.order <= 1 or stateful or torch.compiler.is_compiling():
+        return ""
+    (T, K), S = inputs.query.shape[2:], inputs.key.shape[2]
+    features = math.comb(K + spec.order, spec.order)
+    if features > MANY and T == S <= FEW_TOKENS and (not spec.is_causal or T > CHUNK):
+        return f"it would form {features} features, which take longer than all {T} x {S} weights"
+    return ""
+
+
+def prepared(inputs: AttentionInputs, spec: AttentionSpec) -> AttentionSpec:
+    """In both directions the sums are there anyhow, and kept for the backward pass."""
+    chunk = min(CHUNK, SHORT_CHUNK) if spec.is_causal and spec.order == 0 else CHUNK
+    return replace(spec, chunk=chunk, span=SPAN, returns_state=spec.returns_state or not spec.is_causal)
+
+
+def describe(inputs: AttentionInputs, spec: AttentionSpec) -> str:
+    T, K = inputs.query.shape[2:]
+    length = longest_sequence(inputs.cu_seqlens, T)
+    if length <= spec.chunk and spec.is_causal:
+        return f"one block of {length} tokens, the quadratic form"
+    return f"chunks of {spec.chunk} tokens, {feature_count(K, spec.order, spec.constant_term)} features"
+
+
+def _check(x: AttentionInputs, spec: AttentionSpec) -> None:
     """What the C++ takes for granted."""
-    order, constant_term, activation, _, _, is_causal, chunk, span = options
-    (B, H, T, K), (G, S), V = query.shape, key.shape[1:3], value.shape[-1]
-
-    check_inputs(query=(query, (B, H, T, K)), key=(key, (B, G, S, K)), value=(value, (B, G, S, V)))
-    need(G > 0 and H % G == 0, "key", f"heads that divide query's {H}", G)
-    need(max(H * K, G * V, 1) < 2**31, "value", "fewer than 2**31 numbers a token", max(H * K, G * V))
-    need(not is_causal or T == S, "key", f"{T} tokens, as many as queries", S)
-    if key_mask is not None:
-        need(key_mask.shape == (B, S), "key_mask", str([B, S]), list(key_mask.shape))
-    need(0 <= order <= MAX_ORDER, "order", f"at most {MAX_ORDER}", order)
-    need(_size(K, order, constant_term) < 2**31, "order", "fewer than 2**31 features", order)
-    need(activation in ACTIVATIONS, "activation", f"one of {ACTIVATIONS}", activation)
-    need(1 <= chunk <= CHUNK, "chunk", f"1 to {CHUNK}", chunk)
-    need(span >= 1, "span", "at least 1", span)
-    if cu_seqlens is not None:
-        bounds = cu_seqlens.tolist()
+    (B, H, T, K), (G, S), V = x.query.shape, x.key.shape[1:3], x.value.shape[-1]
+    check_inputs(query=(x.query, (B, H, T, K)), key=(x.key, (B, G, S, K)), value=(x.value, (B, G, S, V)))
+    require(G > 0 and H % G == 0, "key", f"heads that divide query's {H}", G)
+    require(max(H * K, G * V, 1) < 2**31, "value", "fewer than 2**31 numbers a token", max(H * K, G * V))
+    require(not spec.is_causal or T == S, "key", f"{T} tokens, as many as queries", S)
+    if x.key_mask is not None:
+        require(x.key_mask.shape == (B, S), "key_mask", str([B, S]), list(x.key_mask.shape))
+    require(0 <= spec.order <= MAX_ORDER, "order", f"at most {MAX_ORDER}", spec.order)
+    features = feature_count(K, spec.order, spec.constant_term)
+    require(features < 2**31, "order", "fewer than 2**31 features", spec.order)
+    require(spec.activation in ACTIVATIONS, "activation", f"one of {ACTIVATIONS}", spec.activation)
+    require(1 <= spec.chunk <= library.CHUNK, "chunk", f"1 to {library.CHUNK}", spec.chunk)
+    require(spec.span >= 1, "span", "at least 1", spec.span)
+    if x.cu_seqlens is not None:
+        bounds = x.cu_seqlens.tolist()
         rising = bounds == sorted(bounds) and len(bounds) > 0 and bounds[0] == 0 and bounds[-1] <= T
-        need(rising and B == 1 and T == S, "cu_seqlens", f"offsets that rise from 0 to at most {T}, and B = 1", bounds)
+        wanted = f"offsets that rise from 0 to at most {T}, and B = 1"
+        require(rising and B == 1 and T == S, "cu_seqlens", wanted, bounds)
 
 
-class _Call(Held):
-    """The arguments of one call."""
+class _Call(Arguments):
+    """The arguments of one call, forwards or backwards."""
 
-    def __init__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        key_mask: Tensor | None,
-        cu_seqlens: Tensor | None,
-        options: tuple[int, bool, str, float, bool, bool, int, int],
-    ):
-        _check(query, key, value, key_mask, cu_seqlens, options)
-        order, constant_term, activation, scale, normalize, is_causal, chunk, span = options
-        (B, H, T, K), (_, G, S, _), V = query.shape, key.shape, value.shape[3]
-        super().__init__(torch.promote_types(torch.promote_types(query.dtype, key.dtype), value.dtype))
-        self.N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        self.F = _size(K, order, constant_term)
-        a = self.arguments = Attention(
-            B, self.N, H, G, T, S, K, V, self.F, chunk, span,
-            TYPES[self.dtype], order, constant_term, ACTIVATIONS.index(activation),
-            normalize, is_causal, threads(max(T, S) * B * H * (self.F * V + chunk * (K + V))), instruction_set(),
-            scale,
+    def __init__(self, x: AttentionInputs, spec: AttentionSpec):
+        _check(x, spec)
+        (B, H, T, K), (_, G, S, _), V = x.query.shape, x.key.shape, x.value.shape[3]
+        super().__init__(torch.promote_types(torch.promote_types(x.query.dtype, x.key.dtype), x.value.dtype))
+        F = feature_count(K, spec.order, spec.constant_term)
+        self.sums = sequence_count(B, x.cu_seqlens), G, F
+        self.check_sums(V, numerator=x.numerator, denominator=x.denominator)
+        both = (x.numerator is None) == (x.denominator is None)
+        require(not spec.normalize or both, "denominator", "with the numerator", x.denominator)
+        a = self.attention = Attention(
+            B=B, N=self.sums[0], H=H, G=G, T=T, S=S, K=K, V=V, F=F, chunk=spec.chunk, span=spec.span,
+            type=TYPES[self.dtype], order=spec.order, constant_term=spec.constant_term,
+            activation=ACTIVATIONS.index(spec.activation), normalize=spec.normalize, is_causal=spec.is_causal,
+            threads=threads(max(T, S) * B * H * (F * V + spec.chunk * (K + V))), isa=instruction_set(),
+            scale=spec.scale,
         )  # fmt: skip
-        a.query, a.key, a.value = (self.array(x) for x in (query, key, value))
-        if key_mask is not None:
-            a.key_mask = self.pointer(key_mask, torch.bool)
-        if cu_seqlens is not None:
-            a.offsets = self.pointer(cu_seqlens.to("cpu"), torch.int64)
+        a.query, a.key, a.value = (self.array(t) for t in (x.query, x.key, x.value))
+        if x.key_mask is not None:
+            a.key_mask = self.pointer(x.key_mask, torch.bool)
+        if x.cu_seqlens is not None:
+            a.offsets = self.pointer(x.cu_seqlens.to("cpu"), torch.int64)
+        a.numerator, a.denominator = (self.pointer(s, self.sums_dtype) for s in (x.numerator, x.denominator))
 
-    def check_sums(self, G: int, V: int, **sums: Tensor | None) -> None:
+    def check_sums(self, V: int, **sums: Tensor | None) -> None:
         """Numerators ``[N, G, F, V]`` and denominators ``[N, G, F]``, by the ends of their names."""
         for name, x in sums.items():
             if x is not None:
-                shape = (self.N, G, self.F)
-                check_inputs(**{name: (x, (*shape, V) if name.endswith("numerator") else shape)})
+                check_inputs(**{name: (x, (*self.sums, V) if name.endswith("numerator") else self.sums)})
 
 
-def _forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    numerator: Tensor | None,
-    denominator: Tensor | None,
-    want_state: bool,
-    order: int,
-    constant_term: bool,
-    activation: str,
-    scale: float,
-    normalize: bool,
-    is_causal: bool,
-    chunk: int,
-    span: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Output ``[B,H,T,V]``, in the dtype of sums, its denominators ``[B,H,T]``, and the state: numerator ``[N,G,F,V]``,
-    denominator ``[N,G,F]``. Denominators are empty when not normalised, the state when neither wanted nor needed: in
-    both directions it always is.
-
-    chunk: tokens a chunk, at most 64; span: the fewest tokens that a thread takes when a sequence is shared out.
-    """
-    options = (order, constant_term, activation, scale, normalize, is_causal, chunk, span)
-    c = _Call(query, key, value, key_mask, cu_seqlens, options)
-    a, G, V = c.arguments, key.shape[1], value.shape[3]
-    c.check_sums(G, V, numerator=numerator, denominator=denominator)
-    need(
-        not normalize or (numerator is None) == (denominator is None), "denominator", "with the numerator", denominator
-    )
-    want_state = want_state or not is_causal
-    out = new_heads(query, query.shape[1], V, c.real)
-    den = query.new_empty(query.shape[:3] if normalize else (0,), dtype=c.real)
-    S = query.new_empty((c.N, G, c.F, V) if want_state else (0,), dtype=c.real)
-    Z = query.new_empty((c.N, G, c.F) if want_state and normalize else (0,), dtype=c.real)
-    a.out = array(out)
-    a.numerator, a.denominator = c.pointer(numerator, c.real), c.pointer(denominator, c.real)
-    a.denominators = pointer(den)
-    if want_state:
-        a.final_numerator, a.final_denominator = pointer(S), pointer(Z) if normalize else None
+def forward(inputs: AttentionInputs, spec: AttentionSpec) -> AttentionOutputs:
+    """chunk: tokens a chunk, at most 64."""
+    c, outputs = _Call(inputs, spec), spec.new_outputs(inputs)
+    a = c.attention
+    a.out, a.denominators = array(outputs.out), pointer(outputs.denominators)
+    if spec.returns_state:
+        a.final_numerator = pointer(outputs.final_numerator)
+        a.final_denominator = pointer(outputs.final_denominator) if spec.normalize else None
     call("cumulant_attention_forward", a)
-    return out, den, S, Z
+    return outputs
 
 
-native_attention = torch.library.custom_op("cumulant::native_attention", _forward, mutates_args=(), device_types="cpu")
-
-
-def attention(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`native_attention`, without an operator's cost where nothing watches."""
-    return (_forward if unwatched(*arguments[:7]) else _mapped)(*arguments)
-
-
-@native_attention.register_fake
-def _(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    numerator: Tensor | None,
-    denominator: Tensor | None,
-    want_state: bool,
-    order: int,
-    constant_term: bool,
-    activation: str,
-    scale: float,
-    normalize: bool,
-    is_causal: bool,
-    chunk: int,
-    span: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    (B, H, T, K), G, V = query.shape, key.shape[1], value.shape[3]
-    N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    F, state = _size(K, order, constant_term), want_state or not is_causal
-    dtype = real(torch.promote_types(torch.promote_types(query.dtype, key.dtype), value.dtype))
-    return (
-        new_heads(query, H, V, dtype),
-        query.new_empty((B, H, T) if normalize else (0,), dtype=dtype),
-        query.new_empty((N, G, F, V) if state else (0,), dtype=dtype),
-        query.new_empty((N, G, F) if state and normalize else (0,), dtype=dtype),
-    )
-
-
-@torch.library.custom_op("cumulant::native_attention_backward", mutates_args=(), device_types="cpu")
-def native_attention_backward(
-    dout: Tensor,
-    dnumerator: Tensor | None,
-    ddenominator: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    numerator: Tensor | None,
-    denominator: Tensor | None,
-    out: Tensor,
-    denominators: Tensor,
-    final_numerator: Tensor,
-    final_denominator: Tensor,
-    order: int,
-    constant_term: bool,
-    activation: str,
-    scale: float,
-    normalize: bool,
-    is_causal: bool,
-    chunk: int,
-    span: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    options = (order, constant_term, activation, scale, normalize, is_causal, chunk, span)
-    c = _Call(query, key, value, key_mask, cu_seqlens, options)
-    a = c.arguments
-    dq, dk, dv = (new_heads(x, x.shape[1], x.shape[3], c.dtype) for x in (query, key, value))
-    dS, dZ = (query.new_empty(0 if x is None else x.shape, dtype=c.real) for x in (numerator, denominator))
-    shape, G, V = query.shape[:3], key.shape[1], value.shape[3]
-    check_inputs(dout=(dout, (*shape, V)), out=(out, (*shape, V)))
-    need(not normalize or denominators.shape == shape, "denominators", list(shape), list(denominators.shape))
-    c.check_sums(G, V, numerator=numerator, denominator=denominator)
-    c.check_sums(G, V, dnumerator=dnumerator, ddenominator=ddenominator if normalize else None)
-    if not is_causal:
-        c.check_sums(G, V, final_numerator=final_numerator, final_denominator=final_denominator if normalize else None)
-    a.out, a.dout = c.array(out, c.real), c.array(dout, c.real)
+def backward(
+    upstream: AttentionOutputs, inputs: AttentionInputs, outputs: AttentionOutputs, spec: AttentionSpec
+) -> AttentionInputs:
+    c, shape, V = _Call(inputs, spec), inputs.query.shape[:3], inputs.value.shape[3]
+    a = c.attention
+    dout, dS, dz = upstream.out, upstream.final_numerator, upstream.final_denominator if spec.normalize else None
+    check_inputs(dout=(dout, (*shape, V)), out=(outputs.out, (*shape, V)))
+    found = list(outputs.denominators.shape)
+    require(not spec.normalize or found == list(shape), "denominators", list(shape), found)
+    c.check_sums(V, dnumerator=dS, ddenominator=dz)
+    a.out, a.dout = c.array(outputs.out, c.sums_dtype), c.array(dout, c.sums_dtype)
+    a.denominators = c.pointer(outputs.denominators, c.sums_dtype)
+    a.dfinal_numerator, a.dfinal_denominator = c.pointer(dS, c.sums_dtype), c.pointer(dz, c.sums_dtype)
+    if not spec.is_causal:
+        S, z = outputs.final_numerator, outputs.final_denominator if spec.normalize else None
+        c.check_sums(V, final_numerator=S, final_denominator=z)
+        a.final_numerator, a.final_denominator = c.pointer(S, c.sums_dtype), c.pointer(z, c.sums_dtype)
+    dq, dk, dv = (new_heads(t, t.shape[1], t.shape[3], c.dtype) for t in (inputs.query, inputs.key, inputs.value))
+    new = torch.empty_like if spec.normalize else torch.zeros_like
+    past = inputs.numerator, inputs.denominator
+    dS0, dz0 = (None if s is None else new(s, memory_format=torch.contiguous_format) for s in past)
     a.dquery, a.dkey, a.dvalue = array(dq), array(dk), array(dv)
-    a.denominators = c.pointer(denominators, c.real)
-    a.numerator, a.denominator = c.pointer(numerator, c.real), c.pointer(denominator, c.real)
-    a.dfinal_numerator = c.pointer(dnumerator, c.real)
-    a.dfinal_denominator = c.pointer(ddenominator if normalize else None, c.real)
-    if not is_causal:
-        a.final_numerator, a.final_denominator = (c.pointer(x, c.real) for x in (final_numerator, final_denominator))
-    if numerator is not None:
-        a.dnumerator = pointer(dS)
-    if denominator is not None and normalize:
-        a.ddenominator = pointer(dZ)
+    a.dnumerator, a.ddenominator = pointer(dS0), pointer(dz0) if spec.normalize else None
     call("cumulant_attention_backward", a)
-    return dq.to(query.dtype), dk.to(key.dtype), dv.to(value.dtype), dS, dZ
-
-
-@native_attention_backward.register_fake
-def _(dout, dnumerator, ddenominator, query, key, value, key_mask, cu_seqlens, numerator, denominator, *rest):  # type: ignore[no-untyped-def]
-    dtype = real(torch.promote_types(torch.promote_types(query.dtype, key.dtype), value.dtype))
-    dS, dZ = (query.new_empty(0 if x is None else x.shape, dtype=dtype) for x in (numerator, denominator))
-    return *(new_heads(x, x.shape[1], x.shape[3]) for x in (query, key, value)), dS, dZ
-
-
-def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    query, key, value, key_mask, cu_seqlens, numerator, denominator, want_state, *options = inputs
-    ctx.save_for_backward(query, key, value, key_mask, cu_seqlens, numerator, denominator, *output)
-    ctx.want_state, ctx.options = want_state, options
-    ctx.set_materialize_grads(False)
-
-
-def _differentiate(ctx, dout, _ddenominators, dS, dZ):  # type: ignore[no-untyped-def]
-    query, key, value, key_mask, cu_seqlens, S0, Z0, out, den, S, Z = ctx.saved_tensors
-    if dout is None:
-        dout = torch.zeros_like(out)
-    if not ctx.want_state:  # a state that nobody wanted, whatever gradient came for it
-        dS = dZ = None
-    dq, dk, dv, dS0, dZ0 = _backward(
-        dout, dS, dZ, query, key, value, key_mask, cu_seqlens, S0, Z0, out, den, S, Z, *ctx.options
-    )
-    return dq, dk, dv, None, None, dS0 if S0 is not None else None, dZ0 if Z0 is not None else None, *[None] * 9
-
-
-native_attention.register_autograd(_differentiate, setup_context=_save)
-_backward = mappable(native_attention_backward)
-_mapped = mappable(native_attention, _save, _differentiate)
+    dq, dk, dv = dq.to(inputs.query.dtype), dk.to(inputs.key.dtype), dv.to(inputs.value.dtype)
+    return AttentionInputs(dq, dk, dv, numerator=dS0, denominator=dz0)

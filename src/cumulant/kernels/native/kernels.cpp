@@ -26,14 +26,34 @@ template <class R> int64_t multiply(int64_t rounds) {
   return sum<R>(total) > 0 ? rounds * N * LANES<R> * 2 : 0;
 }
 
-#define KERNELS(R)                                                                                          \
-  {                                                                                                         \
-    scratch<R>, multiply<R>, elita_scratch, mixed_scratch<R>, mixed_forward<R>, mixed_step<R>, mixed_sum_keys<R>, mixed_sum_queries<R>, mixed_query_backward<R>, mixed_key_backward<R>, elita_forward, elita_backward, pointwise, instruct, forward<R>, sum_keys<R>, sum_queries<R>, query_backward<R>, key_backward<R>, step<R>        \
-  }
-extern const Kernels singles;
-extern const Kernels doubles;
-const Kernels singles = KERNELS(float);
-const Kernels doubles = KERNELS(double);
+template <class R> constexpr Kernels table() {
+  Kernels k{};
+  k.scratch = scratch<R>;
+  k.multiply = multiply<R>;
+  k.forward = forward<R>;
+  k.step = step<R>;
+  k.sum_keys = sum_keys<R>;
+  k.sum_queries = sum_queries<R>;
+  k.query_backward = query_backward<R>;
+  k.key_backward = key_backward<R>;
+  k.mixed_scratch = mixed_scratch<R>;
+  k.mixed_forward = mixed_forward<R>;
+  k.mixed_step = mixed_step<R>;
+  k.mixed_sum_keys = mixed_sum_keys<R>;
+  k.mixed_sum_queries = mixed_sum_queries<R>;
+  k.mixed_query_backward = mixed_query_backward<R>;
+  k.mixed_key_backward = mixed_key_backward<R>;
+  // these choose their reals themselves, by the types that they are handed
+  k.elita_scratch = elita_scratch;
+  k.elita_forward = elita_forward;
+  k.elita_backward = elita_backward;
+  k.pointwise = pointwise;
+  k.instruct = instruct;
+  return k;
+}
+extern const Kernels singles, doubles;
+const Kernels singles = table<float>();
+const Kernels doubles = table<double>();
 
 }  // namespace CUMULANT_ISA
 }  // namespace cumulant

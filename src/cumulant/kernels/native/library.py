@@ -11,11 +11,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..product import ordinary
+from ..spec import accumulation_dtype
 
 PATH = Path(__file__).with_name("_kernels.so")
 INSTRUCTIONS = ("baseline", "avx2", "avx512")  # in the order of `Isa` in library.cpp
 TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+ABI = 4  # as in library.cpp
 CHUNK = 64  # tokens that scratch matrices hold
 ELITA_BLOCK = 16  # tokens between two means that ELiTA keeps
 MAX_ORDER = 8
@@ -104,7 +105,7 @@ class Program(ctypes.Structure):
     ]
 
 
-def need(condition: bool, name: str, wanted: object, got: object) -> None:
+def require(condition: bool, name: str, wanted: object, got: object) -> None:
     """What the C++ takes for granted; the operations have told users before, in their terms."""
     if not condition:
         raise ValueError(f"{name}: expected {wanted}, got {got}")
@@ -116,31 +117,26 @@ def check_inputs(**inputs: tuple[Tensor, tuple[int, ...]]) -> None:
         numbers = shape[1] * shape[3] if len(shape) == 4 else 0
         if x.dtype in TYPES and x.device.type == "cpu" and x.shape == shape and numbers < 2**31:
             continue  # before the messages below are put together
-        need(x.dtype in TYPES, name, "fp16, bf16, fp32 or fp64", x.dtype)
-        need(x.device.type == "cpu", name, "a tensor on the CPU", x.device)
-        need(x.shape == shape, name, list(shape), list(x.shape))
-        need(numbers < 2**31, name, "fewer than 2**31 numbers a token", list(shape))
+        require(x.dtype in TYPES, name, "fp16, bf16, fp32 or fp64", x.dtype)
+        require(x.device.type == "cpu", name, "a tensor on the CPU", x.device)
+        require(x.shape == shape, name, list(shape), list(x.shape))
+        require(numbers < 2**31, name, "fewer than 2**31 numbers a token", list(shape))
 
 
-def real(dtype: torch.dtype) -> torch.dtype:
-    """What sums of such numbers are taken in."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def settled(x: Tensor) -> Tensor:
-    """Whose memory holds its numbers themselves."""
+def materialized(x: Tensor) -> Tensor:
+    """The same numbers, as they stand in memory: not their negatives, and not zeros that take none."""
     return x.clone() if x.is_neg() or x._is_zerotensor() else x
 
 
-class Held:
+class Arguments:
     """Tensors as the C++ reads them, kept alive for the call: of one dtype, rows of numbers that lie side by side."""
 
     def __init__(self, dtype: torch.dtype):
-        self.dtype, self.real = dtype, real(dtype)
+        self.dtype, self.sums_dtype = dtype, accumulation_dtype(dtype)
         self._tensors: list[Tensor] = []
 
     def array(self, x: Tensor, dtype: torch.dtype | None = None) -> Array:
-        x = settled(x).to(dtype or self.dtype)
+        x = materialized(x).to(dtype or self.dtype)
         x = x if x.stride(-1) == 1 else x.contiguous()
         self._tensors.append(x)
         return array(x)
@@ -149,19 +145,9 @@ class Held:
         """Of the tensor, contiguous."""
         if x is None:
             return None
-        x = settled(x).to(dtype).contiguous()
+        x = materialized(x).to(dtype).contiguous()
         self._tensors.append(x)
         return pointer(x)
-
-
-def new_heads(x: Tensor, heads: int, width: int, dtype: torch.dtype | None = None) -> Tensor:
-    """An empty ``[B, heads, T, width]`` for ``x [B, ., T, .]``, the heads of a token side by side in memory.
-
-    So projections write and read them: views that split and join heads cost no copies, of outputs or of gradients. It
-    is no view itself, as autograd would refuse to change one in place.
-    """
-    B, _, T, _ = x.shape
-    return x.new_empty_strided((B, heads, T, width), (T * heads * width, width, heads * width, 1), dtype=dtype)
 
 
 def array(x: Tensor) -> Array:
@@ -171,6 +157,24 @@ def array(x: Tensor) -> Array:
 
 def pointer(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
+
+
+STRUCTURES = (Array, Attention, Elita, MixedChunk, Pointwise, Instruction, Program)
+
+
+def expected_layout() -> str:
+    """Where the fields of all structs lie: a line each, as `cumulant_layout` of layout.cpp says it of its own."""
+    lines = []
+    for structure in STRUCTURES:
+        names = [field[0] for field in structure._fields_]
+        offsets = [f"{name}:{getattr(structure, name).offset}" for name in names]
+        lines.append(" ".join([structure.__name__, *offsets, f"size:{ctypes.sizeof(structure)}\n"]))
+    return "".join(lines)
+
+
+def _layout(library: ctypes.CDLL) -> str:
+    library.cumulant_layout.restype = ctypes.c_char_p
+    return bytes(library.cumulant_layout()).decode()
 
 
 @lru_cache(maxsize=1)
@@ -184,10 +188,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         library = ctypes.CDLL(os.fspath(PATH))
     except OSError as error:
         return None, f"its kernels cannot be loaded: {error}"
-    size = ctypes.sizeof
-    if library.cumulant_abi() != 3 + size(Attention) + (size(Elita) << 9) + (size(MixedChunk) << 18) + (
-        (size(Instruction) + size(Program) + size(Pointwise)) << 12
-    ):
+    if library.cumulant_abi() != ABI or _layout(library) != expected_layout():
         return None, "its kernels were compiled from another version of cumulant: install it again"
     entry = _openmp()
     if entry is not None:
@@ -206,9 +207,20 @@ def _openmp() -> int | None:
         return None
 
 
+def obstacle(x: Tensor) -> str:
+    """Why these kernels cannot take tensors such as `x`; empty where they can."""
+    if x.device.type != "cpu":
+        return f"its kernels are for the CPU, and the inputs are on {x.device}"
+    return missing()
+
+
 def missing() -> str:
     """Why the native kernels cannot run here; empty if they can."""
     return _load()[1]
+
+
+# What torch.compiler.assume_constant_result does, which would import all of torch.compile with this file.
+missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @lru_cache(maxsize=1)
@@ -245,14 +257,8 @@ def multiply_rate(threads: int, dtype: torch.dtype = torch.float32) -> float:
     return float(rate(TYPES[dtype], instruction_set(), threads))
 
 
-def unwatched(*tensors: Tensor | None) -> bool:
-    """Whether an operator may be called as the plain function it is: nothing differentiates, traces or counts it."""
-    differentiated = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    return not differentiated and ordinary(*tensors)
-
-
 def call(function: str, arguments: ctypes.Structure, *more: int | None) -> None:
-    status = getattr(loaded(), function)(ctypes.byref(arguments), *(_pointer(x) for x in more))
+    status = getattr(loaded(), function)(ctypes.byref(arguments), *map(_pointer, more))
     if status == 1:
         raise MemoryError("impl 'native': not enough memory for the sums of its threads")
     if status:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .library import Array, Pointwise, array, call, instruction_set, need, new_heads, pointer, settled, threads
+from ..spec import new_heads
+from .library import Array, Pointwise, array, call, instruction_set, materialized, pointer, require, threads
 
 OPERATIONS = (
     "swiglu_forward", "swiglu_backward", "rmsnorm_forward", "rmsnorm_backward", "convolve_forward",
@@ -39,9 +40,11 @@ def _rows(x: Tensor) -> Array:
 
 def _ready(x: Tensor, *shape: int) -> Tensor:
     """Such a tensor of fp32 on the CPU, its last dimension's numbers side by side."""
-    need(x.shape == shape, "a tensor", list(shape), list(x.shape))
-    need(x.dtype == torch.float32 and x.device.type == "cpu", "a tensor", "fp32 on the CPU", f"{x.dtype} on {x.device}")
-    x = settled(x)
+    require(x.shape == shape, "a tensor", list(shape), list(x.shape))
+    require(
+        x.dtype == torch.float32 and x.device.type == "cpu", "a tensor", "fp32 on the CPU", f"{x.dtype} on {x.device}"
+    )
+    x = materialized(x)
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
@@ -110,7 +113,7 @@ def convolve_backward(
 def _convolution(x: Tensor, weight: Tensor, tail: Tensor | None, offset: Tensor | None) -> dict[str, object]:
     (B, T, n), taps = x.shape, weight.shape[0]
     if offset is not None:
-        need(offset.shape == (T,) and offset.dtype == torch.int64, "offset", f"int64 [{T}]", list(offset.shape))
+        require(offset.shape == (T,) and offset.dtype == torch.int64, "offset", f"int64 [{T}]", list(offset.shape))
         offset = offset.contiguous()
     return {
         "B": B, "T": T, "n": n, "taps": taps, "x": _ready(x, B, T, n), "weight": _flat(weight, taps, n),

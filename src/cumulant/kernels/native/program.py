@@ -1,6 +1,6 @@
 """Programs: one token through a whole layer in one call, for decoding, where Python would take longer than the numbers.
 
-A program is a list of instructions on vectors, which modules lay down once; it then runs token by token. fp32, without
+A program is a list of instructions on vectors, which modules write once; it then runs token by token. fp32, without
 gradients.
 """
 
@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from .attention import ACTIVATIONS, _size
-from .library import CHUNK, MAX_ORDER, Attention, Instruction, _pointer, call, instruction_set, need, pointer
+from ..spec import feature_count
+from .attention import ACTIVATIONS
+from .library import CHUNK, MAX_ORDER, Attention, Instruction, _pointer, call, instruction_set
 from .library import Program as Arguments
 
 OPERATIONS = ("norm", "matrix", "convolution", "shift", "rotary", "attend", "gate", "activate")  # as in abi.hpp
@@ -120,7 +121,7 @@ class Program:
         sizes = query.size == heads * K and key.size == groups * K and value.size == groups * V
         if not sizes or order > MAX_ORDER or activation not in ACTIVATIONS or features >= 2**31:
             raise Unsuitable
-        F = _size(K, order, constant_term)
+        F = feature_count(K, order, constant_term)
         state = self._state(groups, F, V)
         if normalize:
             self._state(groups, F)
@@ -149,19 +150,20 @@ class Program:
     def end(self, output: Vector) -> None:
         """Nothing more follows; `output` comes out."""
         self._output = output
-        self._laid = (Instruction * len(self._instructions))(*self._instructions)
+        self._written = (Instruction * len(self._instructions))(*self._instructions)
 
     def suits(self, x: Tensor, states: Sequence[Tensor | None]) -> bool:
         """Whether it can run on these states: fp32 tensors of the right shapes."""
+        if len(states) != len(self.states):
+            return False
         rows = x.shape[0]
-        return len(states) == len(self.states) and all(
-            s is not None
-            and s.shape == (rows, *shape)
-            and s.dtype == torch.float32
-            and s.is_contiguous()
-            and s.device.type == "cpu"
-            for s, shape in zip(states, self.states, strict=True)
-        )
+        # no generator, whose calls would cost more than the checks
+        for s, shape in zip(states, self.states, strict=True):
+            if s is None or s.shape != (rows, *shape) or s.dtype != torch.float32:
+                return False
+            if not s.is_contiguous() or s.device.type != "cpu":
+                return False
+        return True
 
     def run(self, x: Tensor, states: Sequence[Tensor], position: Tensor | None) -> tuple[Tensor, list[Tensor]]:
         """``x [B, ..., dim]``, contiguous, at ``position [B]`` -> ``[B, output]`` and the new states.
@@ -169,13 +171,15 @@ class Program:
         Only rotations need a position.
         """
         rows, output = x.shape[0], self._output
-        need(position is not None or not self._rotates, "position", "[B]", None)
-        out, after = x.new_empty(rows, output.size), [torch.empty_like(s) for s in states]
+        if position is None and self._rotates:
+            raise ValueError("position: expected [B], got None")
+        at = None if position is None else position.data_ptr()
+        out, after = x.new_empty(rows, output.size), list(map(torch.empty_like, states))
         pointers = _pointer * len(states)
         arguments = Arguments(
             rows, self._width, len(self._instructions), self.input.size, output.start, output.size,
-            torch.get_num_threads(), instruction_set(), self._laid, pointer(position), pointer(x), pointer(out),
-            pointers(*(s.data_ptr() for s in states)), pointers(*(s.data_ptr() for s in after)),
+            torch.get_num_threads(), instruction_set(), self._written, at, x.data_ptr(), out.data_ptr(),
+            pointers(*map(Tensor.data_ptr, states)), pointers(*map(Tensor.data_ptr, after)),
         )  # fmt: skip
         call("cumulant_program", arguments)
         return out, after

@@ -9,62 +9,34 @@ from itertools import combinations_with_replacement
 import torch
 from torch import Tensor
 
+from ..spec import AttentionInputs, AttentionOutputs, AttentionSpec
 from ..transforms import without_autocast
-from . import compute_dtype, each_sequence
+from .packed import each_sequence
+
+CHUNK = 128
 
 
-def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    numerator: Tensor | None,
-    denominator: Tensor | None,
-    order: int,
-    constant_term: bool,
-    activation: str,
-    scale: float,
-    normalize: bool,
-    is_causal: bool,
-    chunk: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Output ``[B,H,T,V]`` and the state after all keys, ``[N,G,F,V]`` and ``[N,G,F]``, the latter also where outputs
-    are not normalised."""
-    run = partial(
-        _attend, order=order, constant_term=constant_term, activation=activation, scale=scale, normalize=normalize,
-        is_causal=is_causal, chunk=chunk,
-    )  # fmt: skip
-    with without_autocast(query):
-        if cu_seqlens is None:
-            return run(query, key, value, key_mask, numerator, denominator)
-        out, S, Z = each_sequence(run, (query, key, value), key_mask, cu_seqlens, (numerator, denominator))
-        return out, S, Z
+def attention(inputs: AttentionInputs, spec: AttentionSpec) -> AttentionOutputs:
+    """Outputs and the state after all keys, its denominator also where outputs are not normalised."""
+    run = partial(_attend, spec=spec)
+    with without_autocast(inputs.query):
+        if inputs.cu_seqlens is None:
+            return run(inputs)
+        found: AttentionOutputs = each_sequence(run, inputs, ("query", "key", "value"), ("numerator", "denominator"))
+        return found
 
 
-def _attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_mask: Tensor | None,
-    S: Tensor | None,
-    Z: Tensor | None,
-    *,
-    order: int,
-    constant_term: bool,
-    activation: str,
-    scale: float,
-    normalize: bool,
-    is_causal: bool,
-    chunk: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _attend(inputs: AttentionInputs, spec: AttentionSpec) -> AttentionOutputs:
+    query, key, value, key_mask = inputs.query, inputs.key, inputs.value, inputs.key_mask
+    S, Z = inputs.numerator, inputs.denominator
     (B, H, T, _), (G, tokens), V = query.shape, key.shape[1:3], value.shape[3]
-    dtype, hidden = compute_dtype(query.dtype), None
-    q, k, v = _activate(query.to(dtype) * scale, activation), key.to(dtype), value.to(dtype)
+    order, constant_term, chunk = spec.order, spec.constant_term, CHUNK
+    dtype, hidden = inputs.dtype, None
+    q, k, v = _activate(query.to(dtype) * spec.scale, spec.activation), key.to(dtype), value.to(dtype)
     if key_mask is not None:
         hidden = ~key_mask[:, None, :, None]
         k, v = k.masked_fill(hidden, 0), v.masked_fill(hidden, 0)
-    k = _activate(k, activation)
+    k = _activate(k, spec.activation)
     q = q.unflatten(1, (G, H // G))
     fresh, features = S is None, _expand(k[:, :, :0], order, constant_term).shape[-1]
     S = k.new_zeros(B, G, features, V) if S is None else S
@@ -77,7 +49,7 @@ def _attend(
         phi = seen(_expand(k[:, :, at], order, constant_term), at)
         return S + phi.mT @ v[:, :, at], Z + phi.sum(2)
 
-    if not is_causal:
+    if not spec.is_causal:
         for start in range(0, tokens, chunk):
             S, Z = joined(S, Z, slice(start, start + chunk))
     outs = [query.new_zeros(B, H, 0, V)]
@@ -85,17 +57,17 @@ def _attend(
         at = slice(start, start + chunk)
         part = q[:, :, :, at]
         y, z = k.new_zeros(()), k.new_zeros(())
-        if is_causal:
+        if spec.is_causal:
             weights = _polynomial(part @ k[:, :, None, at].mT, order, constant_term)
             weights = weights.tril() if hidden is None else weights.tril().masked_fill(hidden[:, :, None, at].mT, 0)
             y, z = weights @ v[:, :, None, at], weights.sum(-1)
-        if not is_causal or start or not fresh:
+        if not spec.is_causal or start or not fresh:
             phi = _expand(part, order, constant_term)
             y, z = y + phi @ S[:, :, None], z + (phi @ Z[:, :, None, :, None]).squeeze(-1)
-        if is_causal:
+        if spec.is_causal:
             S, Z = joined(S, Z, at)
-        outs.append((_divide(y, z) if normalize else y).flatten(1, 2).to(query.dtype))
-    return torch.cat(outs, 2), S, Z
+        outs.append((_divide(y, z) if spec.normalize else y).flatten(1, 2).to(query.dtype))
+    return AttentionOutputs(torch.cat(outs, 2), S.new_empty(0), S, Z)
 
 
 def _divide(numerator: Tensor, denominator: Tensor) -> Tensor:

@@ -7,24 +7,15 @@ pass, which walks the groups twice, as `passes` does; weights exist for one grou
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..product import matmul
+from ..spec import MixedChunkSpec
 from .layout import Chunk, Dense, Packed, sort_rows, unsort_rows
 from .weights import activate, activate_with_slope, bias_rows, dropped, hide_later
-
-
-@dataclass(frozen=True)
-class MixedSpec:
-    group_size: int
-    activation: str
-    is_causal: bool
-    reduce_groups: bool
-    dropout_p: float
 
 
 class Loaded(NamedTuple):
@@ -50,7 +41,7 @@ class Groups(NamedTuple):
     queries: Dense | Packed
     keys: Dense | Packed
     lengths: Tensor  # [N] on the host, in the layout's order: tokens of each sequence, those of an open group included
-    spec: MixedSpec
+    spec: MixedChunkSpec
     dtype: torch.dtype
 
     @property
@@ -128,12 +119,12 @@ def new_open(t: Groups) -> Open:
     return Open(*(x.new_zeros(*shape, x.shape[-1], dtype=t.dtype) for x in (t.quad_key, t.lin_key, t.value)))
 
 
-def forward(t: Groups, S0: Tensor | None, want_state: bool) -> tuple[Tensor, Tensor, Open | None]:
+def forward_groups(t: Groups, S0: Tensor | None) -> tuple[Tensor, Tensor, Open | None]:
     """Output in the aligned layout, the sums over whole groups, and the open group if a state is wanted."""
     H, T, V = t.quad_query.shape[1], t.quad_query.shape[2], t.value.shape[-1]
     out = t.queries.new(H, T, V, t.value, t.value.dtype)
     S = initial_sums(t, S0)
-    rest = new_open(t) if want_state else None
+    rest = new_open(t) if t.spec.returns_state else None
     if t.summed and not t.spec.is_causal:
         _sum_all(t, S)
     for i, a, c in t.chunks():
@@ -152,7 +143,7 @@ def forward(t: Groups, S0: Tensor | None, want_state: bool) -> tuple[Tensor, Ten
         t.queries.store(out, a, y)
         if t.spec.is_causal:
             closed = t.closed(c)
-            if want_state or i + 1 < len(t.queries.chunks):
+            if t.spec.returns_state or i + 1 < len(t.queries.chunks):
                 accumulate(S, closed, x.lin_key, x.value)
             if rest is not None and closed < n:
                 for buffer, part in zip(rest, (x.quad_key, x.lin_key, x.value), strict=True):
@@ -174,7 +165,9 @@ class MixedGrads(NamedTuple):
     S: Tensor
 
 
-def backward(t: Groups, dout: Tensor, S0: Tensor | None, dS_final: Tensor | None, drest: Open | None) -> MixedGrads:
+def backward_groups(
+    t: Groups, dout: Tensor, S0: Tensor | None, dS_final: Tensor | None, drest: Open | None
+) -> MixedGrads:
     heads, tokens, seen = t.quad_query.shape[1], t.quad_query.shape[2], t.quad_key.shape[2]
     grads = MixedGrads(
         t.queries.new(heads, tokens, t.quad_query.shape[-1], t.value, t.dtype),

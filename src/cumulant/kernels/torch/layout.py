@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..spec import new_heads
+
 
 @dataclass(frozen=True)
 class Chunk:
@@ -45,7 +47,7 @@ class Dense:
         return None if key_mask is None else key_mask[:, c.start : c.start + c.length]
 
     def new(self, heads: int, length: int, dim: int, like: Tensor, dtype: torch.dtype) -> Tensor:
-        return like.new_empty(self.batch, heads, length, dim, dtype=dtype)
+        return new_heads(like, heads, dim, dtype, length)
 
     def finish(self, out: Tensor) -> Tensor:
         return out
@@ -111,10 +113,12 @@ class Packed:
         return key_mask[0][c.index.clamp(max=key_mask.shape[1] - 1)] & c.valid
 
     def new(self, heads: int, length: int, dim: int, like: Tensor, dtype: torch.dtype) -> Tensor:
-        return like.new_zeros(1, heads, length + 1, dim, dtype=dtype)  # the last row takes what has no token
+        # the last row takes what has no token
+        return like.new_zeros(1, length + 1, heads, dim, dtype=dtype).transpose(1, 2)
 
     def finish(self, out: Tensor) -> Tensor:
-        return out[:, :, :-1].clone(memory_format=torch.contiguous_format)  # never a view
+        tokens = out[:, :, :-1]
+        return new_heads(tokens, *tokens.shape[1::2]).copy_(tokens)  # never a view
 
 
 def sort_rows(x: Tensor | None, layout: Dense | Packed) -> Tensor | None:

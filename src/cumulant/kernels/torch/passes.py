@@ -12,50 +12,36 @@ state, for the keys' and values' gradients across chunks. Features exist for one
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..spec import AttentionInputs, AttentionOutputs, AttentionSpec
 from .features import Expansion, activate, activate_vjp
 from .layout import Chunk, Dense, Packed, sort_rows, unsort_rows
-
-
-@dataclass(frozen=True)
-class Spec:
-    order: int  # 0: the features are the (activated) vectors themselves; p: Taylor features up to degree p
-    constant_term: bool
-    activation: str
-    scale: float
-    normalize: bool
-    is_causal: bool
-    chunk: int
 
 
 class Tokens(NamedTuple):
     """The inputs with what it takes to read a chunk of them."""
 
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    key_mask: Tensor | None
+    inputs: AttentionInputs
     queries: Dense | Packed
     keys: Dense | Packed
-    spec: Spec
+    spec: AttentionSpec
     dtype: torch.dtype
 
     @property
     def groups(self) -> int:
-        return self.key.shape[1]
+        return self.inputs.key.shape[1]
 
     def expansion(self) -> Expansion:
-        return Expansion.get(
-            self.key.shape[-1], self.spec.order, self.spec.constant_term, self.dtype, self.query.device
-        )
+        key, spec = self.inputs.key, self.spec
+        return Expansion.get(key.shape[-1], spec.order, spec.constant_term, self.dtype, key.device)
 
     def q(self, c: Chunk) -> Tensor:
-        x = self.queries.load(self.query, c, self.groups, self.dtype).mT.contiguous()
+        x = self.queries.load(self.inputs.query, c, self.groups, self.dtype).mT.contiguous()
         return activate(x if self.spec.scale == 1.0 else x * self.spec.scale, self.spec.activation)
 
     def grad_q(self, activated: Tensor, grad: Tensor) -> Tensor:
@@ -64,9 +50,9 @@ class Tokens(NamedTuple):
 
     def kv(self, c: Chunk) -> tuple[Tensor, Tensor, Tensor | None]:
         """Key, value and mask ``[n, 1, 1, C]`` of a chunk. What is masked is zero, even where the input is NaN."""
-        k = self.keys.load(self.key, c, self.groups, self.dtype).mT
-        v = self.keys.load(self.value, c, self.groups, self.dtype)
-        mask = self.keys.mask(self.key_mask, c)
+        k = self.keys.load(self.inputs.key, c, self.groups, self.dtype).mT
+        v = self.keys.load(self.inputs.value, c, self.groups, self.dtype)
+        mask = self.keys.mask(self.inputs.key_mask, c)
         if mask is None:
             return activate(k.contiguous(), self.spec.activation), v, None
         mask = mask[:, None, None, :]
@@ -84,18 +70,18 @@ def _level(t: Tokens) -> tuple[Tokens, Tensor | float]:
     spec = t.spec
     if spec.order or not spec.normalize:
         return t, 1.0
-    x, finite = t.query.to(t.dtype) * spec.scale, torch.finfo(t.dtype)
+    x, finite = t.inputs.query.to(t.dtype) * spec.scale, torch.finfo(t.dtype)
+
+    def scaled(query: Tensor) -> Tokens:
+        return t._replace(inputs=t.inputs._replace(query=query), spec=replace(spec, scale=1.0))
+
     if spec.activation == "elu":  # exp(x) below zero: what is added to x multiplies it
         top = x.amax(-1, keepdim=True).clamp(min=finite.min / 2, max=0)
-        return t._replace(query=x - top, spec=replace(spec, scale=1.0)), spec.scale
+        return scaled(x - top), spec.scale
     top = (x if spec.activation == "relu" else x.abs()).amax(-1, keepdim=True)
     power = top / (2 * torch.frexp(top).mantissa)  # of two, so that nothing is rounded
     power = power.masked_fill(~(power.isfinite() & (top > 0)), 1).clamp(min=finite.tiny)
-    return t._replace(query=x / power, spec=replace(spec, scale=1.0)), spec.scale / power
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
+    return scaled(x / power), spec.scale / power
 
 
 def _expand(features: Expansion, k: Tensor, mask: Tensor | None) -> Tensor:
@@ -103,7 +89,7 @@ def _expand(features: Expansion, k: Tensor, mask: Tensor | None) -> Tensor:
     return phi if mask is None or features.order == 0 else phi * mask
 
 
-def _hide(spec: Spec, c: Chunk, x: Tensor, mask: Tensor | None) -> Tensor:
+def _hide(spec: AttentionSpec, c: Chunk, x: Tensor, mask: Tensor | None) -> Tensor:
     """Zero, in place, where a query must not look inside its chunk: at later keys, at masked keys. x ``[n,G,M,C]``."""
     if spec.is_causal and c.length > 1:
         x.unflatten(2, (-1, c.length)).tril_()
@@ -123,22 +109,21 @@ def _accumulate(S: Tensor, Z: Tensor | None, n: int, phi: Tensor, v: Tensor) -> 
         Z[:n] += phi.sum(-1)
 
 
-def _initial(
-    t: Tokens, features: Expansion, S0: Tensor | None, Z0: Tensor | None, needed: bool
-) -> tuple[Tensor, Tensor | None]:
+def _initial(t: Tokens, features: Expansion, needed: bool) -> tuple[Tensor, Tensor | None]:
     """The sums before the first token; empty unless `needed`."""
-    S, Z = sort_rows(S0, t.keys), sort_rows(Z0, t.keys)
+    S, Z = sort_rows(t.inputs.numerator, t.keys), sort_rows(t.inputs.denominator, t.keys)
     if S is None:
-        shape = (t.keys.batch, t.groups, features.size, t.value.shape[-1]) if needed else (0, 0, 0, 0)
-        S = t.value.new_zeros(shape, dtype=t.dtype)
+        value = t.inputs.value
+        shape = (t.keys.batch, t.groups, features.size, value.shape[-1]) if needed else (0, 0, 0, 0)
+        S = value.new_zeros(shape, dtype=t.dtype)
     if Z is None and t.spec.normalize:
         Z = S.new_zeros(S.shape[:3])
     return S, Z
 
 
-def _context(t: Tokens, features: Expansion, S0: Tensor | None, Z0: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def _context(t: Tokens, features: Expansion) -> tuple[Tensor, Tensor | None]:
     """The sums over all keys, for attention in both directions."""
-    S, Z = _initial(t, features, S0, Z0, needed=True)
+    S, Z = _initial(t, features, needed=True)
     for c in t.keys.chunks:
         k, v, mask = t.kv(c)
         _accumulate(S, Z, c.rows, _expand(features, k, mask), v)
@@ -150,22 +135,19 @@ def _read(phi: Tensor, S: Tensor, Z: Tensor | None) -> tuple[Tensor, Tensor | No
     return phi.mT @ S, None if Z is None else (Z[:, :, None] @ phi).squeeze(2)
 
 
-def forward(
-    t: Tokens, S0: Tensor | None, Z0: Tensor | None, want_state: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Output ``[B,H,T,V]``, in the dtype of sums, denominators ``[B,H,T]`` (None if not normalised) and, if wanted, the
-    state after the last token."""
+def forward(t: Tokens) -> AttentionOutputs:
     features, (t, _) = t.expansion(), _level(t)
-    _B, H, T, V = *t.query.shape[:3], t.value.shape[-1]
-    if T == 1 and S0 is not None and want_state and t.spec.is_causal and t.queries.order is None:
-        return _step(t, features, S0, Z0)
-    out = t.queries.new(H, T, V, t.query, t.dtype)
-    den = t.queries.new(H, T, 1, t.query, t.dtype) if t.spec.normalize else None
-    local = t.spec.is_causal or _one_block(t, S0, want_state)
+    (query, _, value, *_), S0, wanted = t.inputs, t.inputs.numerator, t.spec.returns_state
+    _B, H, T, V = *query.shape[:3], value.shape[-1]
+    if T == 1 and S0 is not None and wanted and t.spec.is_causal and t.queries.order is None:
+        return _step(t, features, S0, t.inputs.denominator)
+    out = t.queries.new(H, T, V, query, t.dtype)
+    den = t.queries.new(H, T, 1, query, t.dtype) if t.spec.normalize else None
+    local = t.spec.is_causal or _one_block(t)
     if local:
-        S, Z = _initial(t, features, S0, Z0, needed=want_state or len(t.keys.chunks) > 1)
+        S, Z = _initial(t, features, needed=wanted or len(t.keys.chunks) > 1)
     else:
-        S, Z = _context(t, features, S0, Z0)
+        S, Z = _context(t, features)
     for i, c in enumerate(t.queries.chunks):
         q, n = t.q(c), c.rows
         z: Tensor | None
@@ -176,7 +158,7 @@ def forward(
                 y_state, z_state = _read(features.expand(q), S[:n], None if Z is None else Z[:n])
                 y = y.add_(y_state)
                 z = z.add_(z_state) if z is not None and z_state is not None else None
-            if want_state or i + 1 < len(t.queries.chunks):
+            if wanted or i + 1 < len(t.queries.chunks):
                 _accumulate(S, Z, n, _expand(features, k, mask), v)
         else:
             y, z = _read(features.expand(q), S[:n], None if Z is None else Z[:n])
@@ -184,16 +166,18 @@ def forward(
             t.queries.store(den, c, z[..., None])
             y = _divide(y, z)
         t.queries.store(out, c, y)
-    if den is not None:
-        den = t.queries.finish(den).squeeze(-1)
-    if not want_state:
-        return t.queries.finish(out), den, None, None
-    return t.queries.finish(out), den, unsort_rows(S, t.keys), None if Z is None else unsort_rows(Z, t.keys)
+    den = None if den is None else t.queries.finish(den)[..., 0].contiguous()
+    if not wanted:
+        return _outputs(t.queries.finish(out), den, None, None)
+    return _outputs(t.queries.finish(out), den, unsort_rows(S, t.keys), None if Z is None else unsort_rows(Z, t.keys))
 
 
-def _step(
-    t: Tokens, features: Expansion, S0: Tensor, Z0: Tensor | None
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+def _outputs(out: Tensor, den: Tensor | None, S: Tensor | None, Z: Tensor | None) -> AttentionOutputs:
+    """With something empty for what is None."""
+    return AttentionOutputs(out, *(out.new_empty(0) if x is None else x for x in (den, S, Z)))
+
+
+def _step(t: Tokens, features: Expansion, S0: Tensor, Z0: Tensor | None) -> AttentionOutputs:
     """One token onto a state: update, then read."""
     (c,) = t.queries.chunks
     q, (k, v, mask) = t.q(c), t.kv(c)
@@ -202,69 +186,48 @@ def _step(
     Z = None if Z0 is None else Z0.contiguous() + phi.squeeze(-1)
     y, z = _read(features.expand(q), S, Z)
     y = y if z is None else _divide(y, z)
-    shape = t.query.shape[:3]
+    shape = t.inputs.query.shape[:3]
     out = y.view(*shape, v.shape[-1]).clone()  # a view could not be changed in place
-    return out, None if z is None else z.view(shape), S, Z
+    return _outputs(out, None if z is None else z.view(shape), S, Z)
 
 
-def _one_block(t: Tokens, S0: Tensor | None, want_state: bool) -> bool:
+def _one_block(t: Tokens) -> bool:
     """Bidirectional and short: the quadratic form in one block is cheaper than features."""
     one = len(t.keys.chunks) == 1 and len(t.queries.chunks) == 1
-    return one and S0 is None and not want_state and t.keys is t.queries
+    return one and t.inputs.numerator is None and not t.spec.returns_state and t.keys is t.queries
 
 
 def _local(
-    spec: Spec, features: Expansion, c: Chunk, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
+    spec: AttentionSpec, features: Expansion, c: Chunk, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """Numerator and denominator of a chunk's queries over the chunk's own keys, by the quadratic form."""
     weights = _hide(spec, c, features.polynomial(q.mT @ k), mask)
     return weights @ v, weights.sum(-1) if spec.normalize else None
 
 
-class Grads(NamedTuple):
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    S: Tensor | None  # of the state that came in
-    Z: Tensor | None
+def backward(t: Tokens, upstream: AttentionOutputs, outputs: AttentionOutputs) -> AttentionInputs:
+    """Gradients of the inputs, for gradients at the output and, perhaps, at the state that came out."""
+    features, (level, factor) = t.expansion(), _level(t)
+    given, t = t.inputs, level
+    (_, H, T, K), (_, G, keys, _), V = given.query.shape, given.key.shape, given.value.shape[3]
+    dq = t.queries.new(H, T, K, given.query, t.dtype)
+    dk, dv = t.keys.new(G, keys, K, given.key, t.dtype), t.keys.new(G, keys, V, given.value, t.dtype)
+    at_outputs = _Upstream(t, upstream.out, outputs)
+    S, Z, local = _sums_before(t, features, outputs)
+    from_numerator = sort_rows(upstream.final_numerator, t.keys)
+    from_denominator = sort_rows(upstream.final_denominator, t.keys) if t.spec.normalize else None
+    from_state = from_numerator is not None or from_denominator is not None
+    dS = torch.zeros_like(S) if from_numerator is None else from_numerator
+    dZ = torch.zeros_like(Z) if from_denominator is None and Z is not None else from_denominator
 
-
-def backward(
-    t: Tokens,
-    dout: Tensor,
-    dS_final: Tensor | None,
-    dZ_final: Tensor | None,
-    out: Tensor,
-    den: Tensor | None,
-    S0: Tensor | None,
-    Z0: Tensor | None,
-    state: tuple[Tensor, Tensor | None],
-    want_state: bool,
-) -> Grads:
-    features, dtype, (t, factor) = t.expansion(), t.query.dtype, _level(t)
-    (_, H, T, K), (_, G, keys, _) = t.query.shape, t.key.shape
-    dq = t.queries.new(H, T, K, t.query, t.dtype)
-    dk = t.keys.new(G, keys, K, t.key, t.dtype)
-    dv = t.keys.new(G, keys, t.value.shape[3], t.value, t.dtype)
-    upstream = _Upstream(t, dout, out, den)
-    local = t.spec.is_causal or _one_block(t, S0, want_state)
-    if local:
-        S, Z = _initial(t, features, S0, Z0, needed=want_state or len(t.keys.chunks) > 1)
-    elif want_state:
-        S, Z = (s if s is None else sort_rows(s, t.keys) for s in state)  # type: ignore[assignment]
-    else:
-        S, Z = _context(t, features, S0, Z0)
-    dS, dZ = sort_rows(dS_final, t.keys), sort_rows(dZ_final, t.keys)
-    dS = torch.zeros_like(S) if dS is None else dS
-    dZ = torch.zeros_like(Z) if dZ is None and Z is not None else dZ
-
+    # Forwards in time: queries read S as the forward pass did, which is rebuilt chunk by chunk.
     for i, c in enumerate(t.queries.chunks):
         n, q = c.rows, t.q(c)
-        dy, dz = upstream.load(c)
+        dy, dz = at_outputs.load(c)
         if local:
             k, v, mask = t.kv(c)
         grad_q = _local_backward(t, features, c, q, k, v, mask, dy, dz, dk, dv) if local else torch.zeros_like(q)
-        if not local or S0 is not None or i > 0:
+        if not local or given.numerator is not None or i > 0:  # y += φ(q)ᵀ S, z += φ(q) · Z
             dphi = S[:n] @ dy.mT
             if dz is not None and Z is not None:
                 dphi.addcmul_(Z[:n, :, :, None], dz[:, :, None, :])
@@ -272,32 +235,44 @@ def backward(
         t.queries.store(dq, c, t.grad_q(q, grad_q))
         if local and i + 1 < len(t.queries.chunks):
             _accumulate(S, Z, n, _expand(features, k, mask), v)
-        if not local:
+        if not local:  # every query reads the same sums, so that their gradient is complete before any key asks
             _accumulate_grad(features, q, dy, dz, dS, dZ, n)
 
-    from_state = dS_final is not None or dZ_final is not None
-    across = (want_state and from_state) or not local or len(t.keys.chunks) > 1 or S0 is not None
-    for i, c in reversed(list(enumerate(t.keys.chunks))) if across else ():
+    # Backwards in time: keys and values reach all later queries through S, whose gradient grows with each chunk.
+    across = (t.spec.returns_state and from_state) or not local or len(t.keys.chunks) > 1
+    for i, c in reversed(list(enumerate(t.keys.chunks))) if across or given.numerator is not None else ():
         k, v, mask = t.kv(c)
         _keys_backward(t, features, c, k, v, mask, dS, dZ, dk, dv, accumulate=local)
-        if local and (i > 0 or S0 is not None):
-            dy, dz = upstream.load(c)
+        if local and (i > 0 or given.numerator is not None):
+            dy, dz = at_outputs.load(c)
             _accumulate_grad(features, t.q(c), dy, dz, dS, dZ, c.rows)
-    finish_q, finish_k = t.queries.finish, t.keys.finish
-    return Grads(
-        finish_q(dq).mul_(factor).to(dtype),
-        finish_k(dk).to(t.key.dtype),
-        finish_k(dv).to(t.value.dtype),
-        None if S0 is None else unsort_rows(dS, t.keys),
-        None if Z0 is None or dZ is None else unsort_rows(dZ, t.keys),
+    # What is left in dS after the first chunk is the gradient of the state that came in.
+    return AttentionInputs(
+        t.queries.finish(dq).mul_(factor).to(given.query.dtype),
+        t.keys.finish(dk).to(given.key.dtype),
+        t.keys.finish(dv).to(given.value.dtype),
+        numerator=None if given.numerator is None else unsort_rows(dS, t.keys),
+        denominator=None if given.denominator is None or dZ is None else unsort_rows(dZ, t.keys),
     )
+
+
+def _sums_before(t: Tokens, features: Expansion, outputs: AttentionOutputs) -> tuple[Tensor, Tensor | None, bool]:
+    """The sums that the first chunk reads, and whether chunks see their own keys by the quadratic form."""
+    if t.spec.is_causal or _one_block(t):
+        return *_initial(t, features, needed=t.spec.returns_state or len(t.keys.chunks) > 1), True
+    if not t.spec.returns_state:
+        return *_context(t, features), False
+    S = sort_rows(outputs.final_numerator, t.keys)
+    assert S is not None
+    return S, sort_rows(outputs.final_denominator, t.keys) if t.spec.normalize else None, False
 
 
 class _Upstream:
     """Gradients at numerator and denominator of a chunk: dy = dout / z, dz = -(dout · out) / z."""
 
-    def __init__(self, t: Tokens, dout: Tensor, out: Tensor, den: Tensor | None):
-        self.t, self.dout, self.out, self.den = t, dout, out, den
+    def __init__(self, t: Tokens, dout: Tensor, outputs: AttentionOutputs):
+        self.t, self.dout, self.out = t, dout, outputs.out
+        self.den = outputs.denominators if t.spec.normalize else None
 
     def load(self, c: Chunk) -> tuple[Tensor, Tensor | None]:
         t = self.t

@@ -19,14 +19,31 @@ seen, m is -inf and u zero.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from ..transforms import mappable
-from .passes import compute_dtype
+from ..spec import ElitaInputs, ElitaOutputs, ElitaSpec, accumulation_dtype, new_heads
+from ..transforms import without_autocast
 from .recurrence import Advance, carried, scan, segment_maximum, steps
 
+CHUNK = 8
 Past = tuple[Tensor, Tensor] | None  # m [B,G], u [B,G,V], in fp64
+
+
+def obstacle(inputs: ElitaInputs, spec: ElitaSpec) -> str:
+    return ""
+
+
+def prepared(inputs: ElitaInputs, spec: ElitaSpec) -> ElitaSpec:
+    return replace(spec, chunk=CHUNK)
+
+
+def describe(inputs: ElitaInputs, spec: ElitaSpec) -> str:
+    if inputs.value.shape[2] == 1 and inputs.past is not None:
+        return "one token onto a state"
+    return f"chunks of {spec.chunk} tokens, side by side"
 
 
 def _gates(
@@ -67,8 +84,8 @@ def _forward(
     c: Tensor, r: Tensor, s: Tensor, v: Tensor, first: Tensor | None, past: Past, chunk: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """out ``[B,H,T,V]``, the odds of a and g, and the state after all tokens."""
-    (B, G, T, V), R, dtype = v.shape, r.shape[2], compute_dtype(v.dtype)
-    out = _new_heads(v, G * R)
+    (B, G, T, V), R, dtype = v.shape, r.shape[2], accumulation_dtype(v)
+    out = new_heads(v, G * R, V)
     y = out.unflatten(1, (G, R))
     u0 = v.new_zeros(B, G, V, dtype=torch.float64) if past is None else past[1]
     if T == 0 or B == 0:
@@ -101,7 +118,7 @@ def _step(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`_forward` of one token onto a state, without chunks. In fp64: in fp32 a mean would stop moving once its steps
     are smaller than its last digit."""
-    x, dtype, (m0, u0) = v.double(), compute_dtype(v.dtype), past
+    x, dtype, (m0, u0) = v.double(), accumulation_dtype(v), past
     m = torch.logaddexp(m0[..., None], c.double())
     key_odds = (c.double() - m0[..., None]).exp().masked_fill(c == -torch.inf, 0)
     own_odds = _own_odds(r, s, m)
@@ -114,13 +131,6 @@ def _decay(key_odds: Tensor, first: Tensor | None) -> Tensor:
     """1 - a, in fp64; 0 where a sequence begins."""
     decay = 1 / (1 + key_odds.double())
     return decay if first is None else decay.masked_fill(first, 0)
-
-
-def _new_heads(v: Tensor, heads: int) -> Tensor:
-    """``[B, heads, T, V]``, the heads of a token side by side in memory, as projections write and read them. No
-    view, as autograd would refuse to change one in place."""
-    B, _, T, V = v.shape
-    return v.new_empty_strided((B, heads, T, V), (T * heads * V, V, heads * V, 1))
 
 
 def _backward(
@@ -138,7 +148,7 @@ def _backward(
     (B, G, T, V), R, dtype = v.shape, own_odds.shape[2], key_odds.dtype
     dm = v.new_zeros(B, G, dtype=torch.float64) if dm is None else dm
     du = v.new_zeros(B, G, V, dtype=torch.float64) if du is None else du
-    dv, ds, by_key = _new_heads(v, G), torch.empty_like(own_odds), torch.empty_like(key_odds)
+    dv, ds, by_key = new_heads(v, G, V), torch.empty_like(own_odds), torch.empty_like(key_odds)
     if T == 0 or B == 0:
         return by_key, ds, dv, dm.clone(), du.clone()
     dy, a, g, keep = dout.unflatten(1, (G, R)), _share(key_odds), _share(own_odds), 1 / (1 + own_odds)
@@ -184,107 +194,30 @@ def _distances(v: Tensor, a: Tensor, decay: Tensor, first: Tensor | None, start:
     return found
 
 
-@torch.library.custom_op("cumulant::elita_attention", mutates_args=())
-def elita_attention(
-    key_logit: Tensor,
-    query_logit: Tensor,
-    self_logit: Tensor,
-    value: Tensor,
-    first: Tensor | None,
-    log_weight: Tensor | None,
-    mean: Tensor | None,
-    chunk: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Output ``[B,H,T,V]``, the odds of the gates a ``[B,G,T]`` and g ``[B,G,R,T]``, and the state after all tokens:
-    m ``[B,G]`` and u ``[B,G,V]``, in fp64.
-
-    key_logit ``[B,G,T]``, query_logit and self_logit ``[B,H,T]`` of one dtype, fp32 or fp64, -inf where a key or a
-    token itself has no weight; first ``[T]``: True where a sequence begins that sees nothing before it.
-    """
-    past = None if log_weight is None or mean is None else (log_weight, mean)
-    r, s = (x.unflatten(1, (value.shape[1], -1)) for x in (query_logit, self_logit))
-    with torch.autocast(value.device.type, enabled=False):
-        out, key_odds, own_odds, m, u = _forward(key_logit, r, s, value, first, past, chunk)
-    return out, key_odds.contiguous(), own_odds.contiguous(), m, u.contiguous()
+def forward(inputs: ElitaInputs, spec: ElitaSpec) -> ElitaOutputs:
+    value = inputs.value
+    r, s = (x.unflatten(1, (value.shape[1], -1)) for x in (inputs.query_logit, inputs.self_logit))
+    with without_autocast(value):
+        out, key_odds, own_odds, m, u = _forward(inputs.key_logit, r, s, value, inputs.first, inputs.past, spec.chunk)
+    means = m.new_empty(0)
+    own_odds = own_odds.contiguous().view(inputs.query_logit.shape)
+    return ElitaOutputs(out, key_odds.contiguous(), own_odds, means, m, u.contiguous())
 
 
-@elita_attention.register_fake
-def _(
-    key_logit: Tensor,
-    query_logit: Tensor,
-    self_logit: Tensor,
-    value: Tensor,
-    first: Tensor | None,
-    log_weight: Tensor | None,
-    mean: Tensor | None,
-    chunk: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    (B, G, T, V), H, dtype = value.shape, query_logit.shape[1], compute_dtype(value.dtype)
-    return (
-        _new_heads(value, H),
-        value.new_empty((B, G, T), dtype=dtype),
-        value.new_empty((B, G, H // G, T), dtype=dtype),
-        value.new_empty((B, G), dtype=torch.float64),
-        value.new_empty((B, G, V), dtype=torch.float64),
-    )
-
-
-@torch.library.custom_op("cumulant::elita_attention_backward", mutates_args=())
-def elita_attention_backward(
-    dout: Tensor,
-    dlog_weight: Tensor | None,
-    dmean: Tensor | None,
-    key_logit: Tensor,
-    query_logit: Tensor,
-    self_logit: Tensor,
-    value: Tensor,
-    first: Tensor | None,
-    log_weight: Tensor | None,
-    mean: Tensor | None,
-    key_odds: Tensor,
-    own_odds: Tensor,
-    chunk: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of the three logits, of the values and of the state.
-
-    The logits are not read. They are arguments so that asking for gradients of these gradients is an error: without
-    them, those would be taken for zero.
-    """
-    past = None if log_weight is None or mean is None else (log_weight, mean)
-    with torch.autocast(value.device.type, enabled=False):
-        found = _backward(value, first, past, key_odds, own_odds, dout, dlog_weight, dmean, chunk)
-    dc, ds, dv, dm, du = found
-    ds = ds.flatten(1, 2).to(key_logit.dtype)
-    return dc.to(key_logit.dtype), -ds, ds, dv, dm, du
-
-
-@elita_attention_backward.register_fake
-def _(dout, dlog_weight, dmean, key_logit, query_logit, self_logit, value, *rest):  # type: ignore[no-untyped-def]
-    B, G, _, V = value.shape
-    return (
-        *(x.new_empty(x.shape) for x in (key_logit, query_logit, self_logit)),
-        _new_heads(value, G),
-        value.new_empty((B, G), dtype=torch.float64),
-        value.new_empty((B, G, V), dtype=torch.float64),
-    )
-
-
-def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    *tensors, ctx.chunk = inputs
-    _, key_odds, own_odds, _, _ = output
-    ctx.mark_non_differentiable(key_odds, own_odds)
-    ctx.save_for_backward(*tensors, key_odds, own_odds)
-    ctx.set_materialize_grads(False)
-
-
-def _differentiate(ctx, dout, _key, _own, dm, du):  # type: ignore[no-untyped-def]
-    _, query_logit, _, value, _, log_weight, mean, *_ = ctx.saved_tensors
-    if dout is None:
-        dout = value.new_zeros((*query_logit.shape, value.shape[-1]))
-    *grads, dm0, du0 = _mapped_backward(dout, dm, du, *ctx.saved_tensors, ctx.chunk)
-    return *grads, None, None if log_weight is None else dm0, None if mean is None else du0, None
-
-
-elita_attention.register_autograd(_differentiate, setup_context=_save)
-_mapped_backward = mappable(elita_attention_backward)
-attention = mappable(elita_attention, _save, _differentiate)
+def backward(upstream: ElitaOutputs, inputs: ElitaInputs, outputs: ElitaOutputs, spec: ElitaSpec) -> ElitaInputs:
+    value, dtype = inputs.value, inputs.key_logit.dtype
+    own_odds = outputs.own_odds.unflatten(1, (value.shape[1], -1))
+    with without_autocast(value):
+        dc, ds, dv, dm, du = _backward(
+            value,
+            inputs.first,
+            inputs.past,
+            outputs.key_odds,
+            own_odds,
+            upstream.out,
+            upstream.final_log_weight,
+            upstream.final_mean,
+            spec.chunk,
+        )
+    ds = ds.flatten(1, 2).to(dtype)
+    return ElitaInputs(dc.to(dtype), -ds, ds, dv, None, *((dm, du) if inputs.past is not None else ()))

@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..spec import feature_count
+
 
 def activate(x: Tensor, activation: str) -> Tensor:
     if activation == "elu":
@@ -27,16 +29,6 @@ def activate_vjp(activated: Tensor, grad: Tensor, activation: str) -> Tensor:
     if activation == "elu":
         return grad * activated.clamp(max=1)
     return grad * (activated > 0) if activation == "relu" else grad
-
-
-def size_of(dim: int, order: int, constant_term: bool) -> int:
-    """C(dim + order, order) Taylor features, one fewer without the constant; `dim` for the identity (order 0)."""
-    if order == 0:
-        return dim
-    size = 1
-    for p in range(1, order + 1):  # math.comb does not trace
-        size = size * (dim + p) // p
-    return size if constant_term else size - 1
 
 
 @lru_cache(maxsize=64)
@@ -88,7 +80,7 @@ class Expansion:
         self.dtype, self.device = dtype, device
         degrees = [math.comb(dim + p - 1, p) for p in range(2, order + 1)]
         self.sizes = [dim] if order == 0 else [int(constant_term), dim, *degrees]
-        self.size = size_of(dim, order, constant_term)
+        self.size = feature_count(dim, order, constant_term)
 
     @cached_property
     def tables(self) -> list[_Degree]:

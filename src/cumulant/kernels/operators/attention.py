@@ -1,0 +1,29 @@
+"""Linear and Taylor attention."""
+
+from __future__ import annotations
+
+import torch
+
+from ..spec import AttentionInputs, AttentionOutputs, AttentionSpec
+from ..transforms import needs_formula
+from .operator import Operator
+
+OPERATOR = Operator(
+    "attention",
+    "attention",
+    AttentionInputs,
+    AttentionOutputs,
+    AttentionSpec,
+    differentiable=("query", "key", "value", "numerator", "denominator"),
+    carriers=("out", "final_numerator", "final_denominator"),
+    saved_outputs=AttentionOutputs._fields,
+)
+
+
+def attention(impl: str, inputs: AttentionInputs, spec: AttentionSpec) -> AttentionOutputs:
+    """The outputs by implementation `impl`, or where derivatives need it by a formula of plain operators."""
+    if needs_formula(torch.compiler.is_compiling()):
+        from ..differentiable.attention import attention as formula
+
+        return formula(inputs, spec)
+    return OPERATOR(impl, inputs, spec)

@@ -1,0 +1,31 @@
+"""ELiTA's attention."""
+
+from __future__ import annotations
+
+import torch
+
+from ..spec import ElitaInputs, ElitaOutputs, ElitaSpec
+from ..transforms import needs_formula
+from .operator import Operator
+
+# The logits are not read backwards. They are saved so that asking for gradients of these gradients is an error: without
+# them, those would be taken for zero.
+OPERATOR = Operator(
+    "elita_attention",
+    "elita",
+    ElitaInputs,
+    ElitaOutputs,
+    ElitaSpec,
+    differentiable=("key_logit", "query_logit", "self_logit", "value", "log_weight", "mean"),
+    carriers=("out", "final_log_weight", "final_mean"),
+    saved_outputs=("key_odds", "own_odds", "means"),
+)
+
+
+def elita(impl: str, inputs: ElitaInputs, spec: ElitaSpec) -> ElitaOutputs:
+    """The outputs by implementation `impl`, or where derivatives need it by a formula of plain operators."""
+    if needs_formula(torch.compiler.is_compiling()):
+        from ..differentiable.elita import attention as formula
+
+        return formula(inputs, spec)
+    return OPERATOR(impl, inputs, spec)

@@ -1,0 +1,211 @@
+"""One operation as `torch.library` operators, for all implementations at once: schema, fake kernel, gradients, `vmap`.
+
+Everything follows from the operation's classes in `spec.py`. An implementation is a module with two functions,
+
+    forward(inputs, spec) -> outputs
+    backward(upstream, inputs, outputs, spec) -> gradients of the inputs
+
+where upstream and gradients have the classes of outputs and inputs, with None where there is nothing. A third,
+`forward_only`, may leave out what the backward pass reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import fields
+from typing import Any, Generic, TypeVar, get_type_hints
+
+import torch
+from torch import Tensor
+
+from ..backends import implementation
+from ..product import is_plain_call
+from ..transforms import mappable
+
+Inputs = TypeVar("Inputs", bound=tuple[Any, ...])
+Outputs = TypeVar("Outputs", bound=tuple[Any, ...])
+Spec = TypeVar("Spec")
+
+# How a schema calls what an annotation calls otherwise.
+_TYPES = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    bool: "bool",
+    int: "SymInt",
+    float: "float",
+    str: "str",
+    torch.dtype: "ScalarType",
+}
+
+
+def _typed(kind: type, names: Iterable[str]) -> list[str]:
+    hints = get_type_hints(kind)
+    return [f"{_TYPES[hints[name]]} {name}" for name in names]
+
+
+def _schema(arguments: list[str], results: int) -> str:
+    returned = ", ".join(["Tensor"] * results)
+    return f"({', '.join(arguments)}) -> {returned if results == 1 else f'({returned})'}"
+
+
+def _returned(tensors: Sequence[Tensor | None], like: Tensor) -> Any:
+    """As an operator returns them: an empty tensor for None, and no tuple of one."""
+    found = tuple(like.new_empty(0) if x is None else x for x in tensors)
+    return found if len(found) > 1 else found[0]
+
+
+def _several(returned: Any) -> Sequence[Tensor]:
+    return returned if isinstance(returned, tuple | list) else (returned,)
+
+
+def _filled(kind: Any, names: Sequence[str], given: Iterator[Any]) -> Any:
+    """`kind` with the next tensors under these names, and None under its others."""
+    found = {name: next(given) for name in names}
+    return kind(*(found.get(name) for name in kind._fields))
+
+
+class Operator(Generic[Inputs, Outputs, Spec]):
+    """An operation as an operator ``cumulant::<name>``, and its backward pass as ``cumulant::<name>_backward``.
+
+    module: where implementations have it.
+    differentiable: inputs that have gradients.
+    carriers: outputs whose gradients the backward pass takes, the first of which is the output proper.
+    saved_inputs, saved_outputs: what is kept for the backward pass; the rest reaches it as None.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        module: str,
+        inputs: type[Inputs],
+        outputs: type[Outputs],
+        spec: type[Spec],
+        *,
+        differentiable: Sequence[str],
+        carriers: Sequence[str] = ("out",),
+        saved_inputs: Sequence[str] | None = None,
+        saved_outputs: Sequence[str] = (),
+    ):
+        self.module = module
+        self._inputs: Any = inputs
+        self.outputs: Any = outputs
+        self._spec: Any = spec
+        self._input_names: Sequence[str] = inputs._fields  # type: ignore[attr-defined]
+        self._output_names: Sequence[str] = outputs._fields  # type: ignore[attr-defined]
+        self._options = [field.name for field in fields(spec)]  # type: ignore[arg-type]
+        self._differentiable, self._carriers = differentiable, carriers
+        self._saved_inputs = self._input_names if saved_inputs is None else saved_inputs
+        self._saved_outputs = saved_outputs
+        options = [*_typed(spec, self._options), "str impl"]
+        forward = [*_typed(inputs, self._input_names), *options]
+        backward = [
+            *(f"{'Tensor?' if i else 'Tensor'} d{name}" for i, name in enumerate(carriers)),
+            *_typed(inputs, self._saved_inputs),
+            *(f"Tensor {name}" for name in saved_outputs),
+            *options,
+        ]
+        self.forward = self._operator(name, _schema(forward, len(self._output_names)), self._run, self._fake)
+        self.backward = self._operator(
+            f"{name}_backward", _schema(backward, len(differentiable)), self._run_backward, self._fake_backward
+        )
+        self.forward.register_autograd(self._differentiate, setup_context=self._save)
+        self._mapped_backward = mappable(self.backward)
+        self._mapped = mappable(self.forward, self._save, self._differentiate)
+
+    @staticmethod
+    def _operator(name: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+        operator = torch.library.custom_op(f"cumulant::{name}", run, mutates_args=(), schema=schema)
+        operator.register_fake(fake)
+        return operator
+
+    def __call__(self, impl: str, inputs: Inputs, spec: Spec) -> Outputs:
+        """The outputs, by implementation `impl`; without an operator's cost where nothing asks for one."""
+        if self._runs_directly(inputs):
+            module = implementation(impl, self.module)
+            found: Outputs = getattr(module, "forward_only", module.forward)(inputs, spec)
+            return found
+        results = self._mapped(*self.arguments(impl, inputs, spec))
+        found = self.outputs(*_several(results))
+        return found
+
+    @staticmethod
+    def _runs_directly(inputs: Inputs) -> bool:
+        """Whether the operator may be left out: nothing differentiates, traces, transforms or counts the call."""
+        tensors = [x for x in inputs if x is not None]
+        differentiated = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+        return not differentiated and is_plain_call(*tensors)
+
+    def arguments(self, impl: str, inputs: Inputs, spec: Spec) -> list[Any]:
+        """A call's arguments in the order of the schema of `forward`."""
+        return [*inputs, *self._values(spec), impl]
+
+    def backward_arguments(
+        self, impl: str, upstream: Outputs, inputs: Inputs, outputs: Outputs, spec: Spec
+    ) -> list[Any]:
+        """And in that of `backward`."""
+        sources = (upstream, self._carriers), (inputs, self._saved_inputs), (outputs, self._saved_outputs)
+        tensors = [getattr(source, name) for source, names in sources for name in names]
+        return [*tensors, *self._values(spec), impl]
+
+    def _values(self, spec: Spec) -> list[Any]:
+        return [getattr(spec, name) for name in self._options]
+
+    # The operators themselves: `arguments` are those of the schemas.
+
+    def _called(self, arguments: Sequence[Any]) -> tuple[Inputs, Spec, str]:
+        n = len(self._input_names)
+        return self._inputs(*arguments[:n]), self._spec(*arguments[n:-1]), arguments[-1]
+
+    def _run(self, *arguments: Any) -> Any:
+        inputs, spec, impl = self._called(arguments)
+        return _returned(implementation(impl, self.module).forward(inputs, spec), inputs[0])
+
+    def _fake(self, *arguments: Any) -> Any:
+        inputs, spec, _ = self._called(arguments)
+        return _returned(spec.new_outputs(inputs), inputs[0])  # type: ignore[attr-defined]
+
+    def _called_back(self, arguments: Sequence[Any]) -> tuple[Outputs, Inputs, Outputs, Spec, str]:
+        given = iter(arguments)
+        upstream = _filled(self.outputs, self._carriers, given)
+        inputs = _filled(self._inputs, self._saved_inputs, given)
+        outputs = _filled(self.outputs, self._saved_outputs, given)
+        *options, impl = given
+        return upstream, inputs, outputs, self._spec(*options), impl
+
+    def _run_backward(self, *arguments: Any) -> Any:
+        upstream, inputs, outputs, spec, impl = self._called_back(arguments)
+        gradients = implementation(impl, self.module).backward(upstream, inputs, outputs, spec)
+        return _returned([getattr(gradients, name) for name in self._differentiable], arguments[0])
+
+    def _fake_backward(self, *arguments: Any) -> Any:
+        _, inputs, outputs, spec, _ = self._called_back(arguments)
+        gradients = spec.new_gradients(inputs, outputs)  # type: ignore[attr-defined]
+        return _returned([getattr(gradients, name) for name in self._differentiable], arguments[0])
+
+    # Differentiation by autograd: the same two functions outside and inside `torch.func`.
+
+    def _save(self, ctx: Any, inputs: Sequence[Any], output: Any) -> None:
+        given, spec, impl = self._called(inputs)
+        found = self.outputs(*_several(output))
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(
+            *(getattr(found, name) for name in self._output_names if name not in self._carriers)
+        )
+        kept = [getattr(given, name) for name in self._saved_inputs]
+        ctx.save_for_backward(*kept, *(getattr(found, name) for name in self._saved_outputs))
+        ctx.spec, ctx.impl, ctx.given = spec, impl, [x is not None for x in given]
+        ctx.out_shape, ctx.out_dtype = found[0].shape, found[0].dtype
+
+    def _differentiate(self, ctx: Any, *gradients: Any) -> Any:
+        saved = ctx.saved_tensors  # once: checkpointing hands them out a single time
+        by_name = dict(zip(self._output_names, gradients, strict=True))
+        dout, *rest = (by_name[name] for name in self._carriers)
+        if dout is None:
+            like = next(x for x in saved if x is not None)
+            dout = like.new_zeros(ctx.out_shape, dtype=ctx.out_dtype)
+        if not getattr(ctx.spec, "returns_state", True):  # a state that nobody wanted, whatever gradient came for it
+            rest = [None] * len(rest)
+        found = self._mapped_backward(dout, *rest, *saved, *self._values(ctx.spec), ctx.impl)
+        ours = dict(zip(self._differentiable, found, strict=True))
+        wanted = zip(self._input_names, ctx.given, strict=True)
+        return *(ours.get(name) if given else None for name, given in wanted), *[None] * (len(self._options) + 1)

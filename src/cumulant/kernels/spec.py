@@ -1,0 +1,296 @@
+"""What each operation is to the kernels: its options, and its tensors by name. Letters are those of DESIGN.md.
+
+An operation has three classes. `...Spec` holds what is no tensor; `...Inputs` and `...Outputs` name the tensors.
+Gradients come under the same names: those at outputs as `...Outputs`, those of inputs as `...Inputs`, None where there
+is none. The operators (`operators/`) make their schemas from these classes: a new argument is written down here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+def accumulation_dtype(*tensors: Tensor | torch.dtype) -> torch.dtype:
+    """What sums of such numbers are taken in: fp64 if any of them is fp64, else fp32."""
+    dtypes = (x if isinstance(x, torch.dtype) else x.dtype for x in tensors)
+    return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
+def feature_count(dim: int, order: int, constant_term: bool) -> int:
+    """C(dim + order, order) Taylor features, one fewer without the constant; `dim` for the identity (order 0)."""
+    if order == 0:
+        return dim
+    size = 1
+    for p in range(1, order + 1):  # math.comb does not trace
+        size = size * (dim + p) // p
+    return size if constant_term else size - 1
+
+
+def new_heads(x: Tensor, heads: int, width: int, dtype: torch.dtype | None = None, length: int | None = None) -> Tensor:
+    """An empty ``[B, heads, T, width]`` for ``x [B, ., T, .]``, the heads of a token side by side in memory. `length`
+    takes the place of T.
+
+    So projections write and read them: views that split and join heads cost no copies, of outputs or of gradients. It
+    is no view itself, as autograd would refuse to change one in place.
+    """
+    B, T = x.shape[0], x.shape[2] if length is None else length
+    return x.new_empty_strided((B, heads, T, width), (T * heads * width, width, heads * width, 1), dtype=dtype)
+
+
+def copy_heads(x: Tensor) -> Tensor:
+    """``x [B, heads, T, width]`` in fresh memory of that layout."""
+    return new_heads(x, x.shape[1], x.shape[3]).copy_(x)
+
+
+def sequence_count(batch: int, cu_seqlens: Tensor | None) -> int:
+    """N: rows of the batch, or the sequences packed into its one row."""
+    return batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+
+
+class AttentionInputs(NamedTuple):
+    """Linear and Taylor attention. numerator and denominator are the state that comes in."""
+
+    query: Tensor  # [B, H, T, K]
+    key: Tensor  # [B, G, S, K]
+    value: Tensor  # [B, G, S, V]
+    key_mask: Tensor | None = None  # [B, S] bool
+    cu_seqlens: Tensor | None = None  # [N + 1]
+    numerator: Tensor | None = None  # [N, G, F, V]
+    denominator: Tensor | None = None  # [N, G, F]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of sums."""
+        return accumulation_dtype(self.query, self.key, self.value)
+
+
+class AttentionOutputs(NamedTuple):
+    """All in the dtype of sums. What is not asked for is empty, ``[0]``."""
+
+    out: Tensor  # [B, H, T, V]
+    denominators: Tensor  # [B, H, T], where outputs are normalised
+    final_numerator: Tensor  # [N, G, F, V], the state after these keys
+    final_denominator: Tensor  # [N, G, F]
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """Linear and Taylor attention: elementwise `activation`, then Taylor features up to `order`."""
+
+    order: int  # 0: the features are the activated vectors themselves
+    constant_term: bool
+    activation: str  # "identity", "elu" or "relu"
+    scale: float  # of the query, before its activation
+    normalize: bool
+    is_causal: bool
+    returns_state: bool  # the state comes out: asked for, or kept for the backward pass
+    chunk: int = 0  # tokens that are walked at a time, which each implementation chooses
+    span: int = 0  # the fewest tokens that a thread takes when one sequence is shared out
+
+    def new_outputs(self, x: AttentionInputs) -> AttentionOutputs:
+        """Empty outputs, laid out in memory as every implementation lays them out."""
+        (B, H, T, K), G, V = x.query.shape, x.key.shape[1], x.value.shape[3]
+        N, F = sequence_count(B, x.cu_seqlens), feature_count(K, self.order, self.constant_term)
+        normalized = self.returns_state and self.normalize
+        return AttentionOutputs(
+            new_heads(x.query, H, V, x.dtype),
+            x.query.new_empty((B, H, T) if self.normalize else (0,), dtype=x.dtype),
+            x.query.new_empty((N, G, F, V) if self.returns_state else (0,), dtype=x.dtype),
+            x.query.new_empty((N, G, F) if normalized else (0,), dtype=x.dtype),
+        )
+
+    def new_gradients(self, x: AttentionInputs, y: AttentionOutputs) -> AttentionInputs:
+        """Empty gradients of the inputs, likewise."""
+        dq, dk, dv = (new_heads(t, t.shape[1], t.shape[3]) for t in (x.query, x.key, x.value))
+        dS, dz = (None if s is None else s.new_empty(s.shape) for s in (x.numerator, x.denominator))
+        return AttentionInputs(dq, dk, dv, numerator=dS, denominator=dz)
+
+
+class MixedChunkInputs(NamedTuple):
+    """Mixed chunk attention. The state that comes in: sums over whole groups, and the tokens of the open group."""
+
+    quad_query: Tensor  # [B, H, T, K]
+    quad_key: Tensor  # [B, G, T, K]
+    lin_query: Tensor  # [B, H, T, L]
+    lin_key: Tensor  # [B, G, T, L]
+    value: Tensor  # [B, G, T, V]
+    bias: Tensor | None = None  # [1 or H, g, g]
+    key_mask: Tensor | None = None  # [B, T] bool
+    cu_seqlens: Tensor | None = None  # [N + 1]
+    numerator: Tensor | None = None  # [N, G, L, V]
+    open_quad_key: Tensor | None = None  # [N, G, g, K]
+    open_lin_key: Tensor | None = None  # [N, G, g, L]
+    open_value: Tensor | None = None  # [N, G, g, V]
+    position: Tensor | None = None  # [N], tokens so far
+    seed: Tensor | None = None  # [1], of dropout
+
+    @property
+    def tokens(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        return self.quad_query, self.quad_key, self.lin_query, self.lin_key, self.value
+
+    @property
+    def sums(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """The state but for its position."""
+        return self.numerator, self.open_quad_key, self.open_lin_key, self.open_value
+
+    @property
+    def covers_tokens(self) -> bool:
+        """Whether every token belongs to some sequence, so that every row of the results gets written."""
+        return self.key_mask is None and self.cu_seqlens is None
+
+
+class MixedChunkOutputs(NamedTuple):
+    """The state is in the dtype of sums, and empty where it is not asked for."""
+
+    out: Tensor  # [B, H, T, V], in value's dtype
+    final_numerator: Tensor
+    final_quad_key: Tensor
+    final_lin_key: Tensor
+    final_value: Tensor
+
+    @property
+    def state(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.final_numerator, self.final_quad_key, self.final_lin_key, self.final_value
+
+
+@dataclass(frozen=True)
+class MixedChunkSpec:
+    """Mixed chunk attention."""
+
+    group_size: int
+    activation: str  # "relu2" or "laplace"
+    is_causal: bool
+    reduce_groups: bool  # not causal: the linear part sums over all groups, not over the token's own alone
+    dropout_p: float
+    returns_state: bool
+    span: int = 0  # the fewest tokens that a thread takes when one sequence is shared out
+
+    def state_shapes(self, x: MixedChunkInputs) -> tuple[tuple[int, ...], ...]:
+        (B, G, _, V), K, L = x.value.shape, x.quad_key.shape[3], x.lin_key.shape[3]
+        rows = sequence_count(B, x.cu_seqlens), G
+        g = self.group_size
+        return (*rows, L, V), (*rows, g, K), (*rows, g, L), (*rows, g, V)
+
+    def new_outputs(self, x: MixedChunkInputs) -> MixedChunkOutputs:
+        shapes = self.state_shapes(x) if self.returns_state else ((0,),) * 4
+        state = (x.value.new_empty(shape, dtype=accumulation_dtype(x.value)) for shape in shapes)
+        return MixedChunkOutputs(new_heads(x.value, x.quad_query.shape[1], x.value.shape[3]), *state)
+
+    def new_gradients(self, x: MixedChunkInputs, y: MixedChunkOutputs) -> MixedChunkInputs:
+        tokens = [new_heads(t, t.shape[1], t.shape[3]) for t in x.tokens]
+        bias, *state = (None if t is None else t.new_empty(t.shape) for t in (x.bias, *x.sums))
+        return mixed_chunk_gradients(tokens, bias, state)
+
+
+def mixed_chunk_gradients(
+    tokens: Sequence[Tensor], bias: Tensor | None, sums: Sequence[Tensor | None]
+) -> MixedChunkInputs:
+    """Gradients under the names of the inputs: of `tokens`, of the bias, and of the state but for its position."""
+    quad_query, quad_key, lin_query, lin_key, value = tokens
+    numerator, open_quad_key, open_lin_key, open_value = sums
+    return MixedChunkInputs(
+        quad_query,
+        quad_key,
+        lin_query,
+        lin_key,
+        value,
+        bias,
+        None,
+        None,
+        numerator,
+        open_quad_key,
+        open_lin_key,
+        open_value,
+    )
+
+
+class GatedInputs(NamedTuple):
+    """Gated attention."""
+
+    query: Tensor  # [B, H, T, K]
+    key: Tensor  # [B, G, S, K]
+    value: Tensor  # [B, G, S, V]
+    scale: Tensor  # [B or 1, T or 1], 1 / n
+    bias: Tensor | None = None  # [B or 1, H or 1, T, S]
+    cu_seqlens: Tensor | None = None  # [N + 1]
+    seed: Tensor | None = None  # [1], of dropout
+
+
+class GatedOutputs(NamedTuple):
+    out: Tensor  # [B, H, T, V], in query's dtype
+
+
+@dataclass(frozen=True)
+class GatedSpec:
+    """Gated attention."""
+
+    activation: str  # "relu2" or "laplace"
+    is_causal: bool
+    dropout_p: float
+    block: int = 0  # queries whose weights exist at a time, which each implementation chooses
+
+    def new_outputs(self, x: GatedInputs) -> GatedOutputs:
+        return GatedOutputs(new_heads(x.query, x.query.shape[1], x.value.shape[3]))
+
+    def new_gradients(self, x: GatedInputs, y: GatedOutputs) -> GatedInputs:
+        dq, dk, dv = (new_heads(t, t.shape[1], t.shape[3]) for t in (x.query, x.key, x.value))
+        return GatedInputs(dq, dk, dv, None, None if x.bias is None else x.bias.new_empty(x.bias.shape))  # type: ignore[arg-type]
+
+
+class ElitaInputs(NamedTuple):
+    """ELiTA's attention. Logits are of one dtype, fp32 or fp64; -inf where a key or a token itself has no weight."""
+
+    key_logit: Tensor  # c, [B, G, T]
+    query_logit: Tensor  # r, [B, H, T]
+    self_logit: Tensor  # s, [B, H, T]
+    value: Tensor  # [B, G, T, V]
+    first: Tensor | None = None  # [T] bool: a sequence begins that sees nothing before it
+    log_weight: Tensor | None = None  # m [B, G], in fp64: the state that comes in
+    mean: Tensor | None = None  # u [B, G, V], in fp64
+
+    @property
+    def past(self) -> tuple[Tensor, Tensor] | None:
+        return None if self.log_weight is None or self.mean is None else (self.log_weight, self.mean)
+
+
+class ElitaOutputs(NamedTuple):
+    """The odds a / (1 - a) of the gates a and g, in the dtype of sums, are what the backward pass reads."""
+
+    out: Tensor  # [B, H, T, V], in value's dtype
+    key_odds: Tensor  # of a, [B, G, T]
+    own_odds: Tensor  # of g, [B, H, T]
+    means: Tensor  # u before every block of tokens, [B, G, T // block + 2, V] in fp64; empty without blocks
+    final_log_weight: Tensor
+    final_mean: Tensor
+
+
+@dataclass(frozen=True)
+class ElitaSpec:
+    """ELiTA's attention, which has no options but those of its implementations."""
+
+    chunk: int = 0  # tokens that are walked side by side
+    span: int = 0  # the fewest tokens that a thread takes when one sequence is shared out
+    block: int = 0  # tokens between two means that are kept; 0 for none
+
+    def new_outputs(self, x: ElitaInputs) -> ElitaOutputs:
+        (B, G, T, V), H, dtype = x.value.shape, x.query_logit.shape[1], accumulation_dtype(x.value)
+        # One or two rows of means are never used: under torch.export a size that may be 1 would bound T.
+        means = (B, G, T // self.block + 2, V) if self.block else (0,)
+        return ElitaOutputs(
+            new_heads(x.value, H, V),
+            x.value.new_empty((B, G, T), dtype=dtype),
+            x.value.new_empty((B, H, T), dtype=dtype),
+            x.value.new_empty(means, dtype=torch.float64),
+            x.value.new_empty((B, G), dtype=torch.float64),
+            x.value.new_empty((B, G, V), dtype=torch.float64),
+        )
+
+    def new_gradients(self, x: ElitaInputs, y: ElitaOutputs) -> ElitaInputs:
+        dc, dr, ds = (t.new_empty(t.shape) for t in (x.key_logit, x.query_logit, x.self_logit))
+        dm, du = (None if s is None else s.new_empty(s.shape) for s in (x.log_weight, x.mean))
+        return ElitaInputs(dc, dr, ds, new_heads(x.value, *x.value.shape[1::2]), None, dm, du)

@@ -1,0 +1,1 @@
+"""Chunk-parallel implementation in plain PyTorch: O(T) time and memory, any device."""

@@ -1,0 +1,60 @@
+"""Linear and Taylor attention, a chunk of tokens at a time."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from ..spec import AttentionInputs, AttentionOutputs, AttentionSpec, feature_count
+from ..transforms import longest_sequence, without_autocast
+from . import passes
+from .layout import Dense, Packed
+
+CHUNK = 128
+
+
+def obstacle(inputs: AttentionInputs, spec: AttentionSpec) -> str:
+    return ""
+
+
+def prepared(inputs: AttentionInputs, spec: AttentionSpec) -> AttentionSpec:
+    """In both directions the sums over many keys are kept for the backward pass, which else would sum them again, as it
+    does in compiled graphs, made for any length."""
+    kept = spec.returns_state
+    if not spec.is_causal and inputs.cu_seqlens is None and not torch.compiler.is_compiling():
+        kept |= max(inputs.query.shape[2], inputs.key.shape[2]) > CHUNK
+    return replace(spec, chunk=CHUNK, returns_state=kept)
+
+
+def describe(inputs: AttentionInputs, spec: AttentionSpec) -> str:
+    (T, K), S = inputs.query.shape[2:], inputs.key.shape[2]
+    length = longest_sequence(inputs.cu_seqlens, T)
+    stateful = inputs.numerator is not None or spec.returns_state
+    if length <= spec.chunk and T == S and (spec.is_causal or not stateful):
+        return f"one block of {length} tokens, the quadratic form"
+    features = feature_count(K, spec.order, spec.constant_term)
+    return f"chunks of {spec.chunk} tokens, {features} features"
+
+
+def _tokens(inputs: AttentionInputs, spec: AttentionSpec) -> passes.Tokens:
+    T, S = inputs.query.shape[2], inputs.key.shape[2]
+    queries: Dense | Packed
+    if inputs.cu_seqlens is None:
+        queries = Dense(inputs.query.shape[0], T, spec.chunk)
+    else:
+        queries = Packed.offsets(inputs.cu_seqlens, T, spec.chunk)
+    keys = queries if S == T else Dense(inputs.key.shape[0], S, spec.chunk)
+    return passes.Tokens(inputs, queries, keys, spec, inputs.dtype)
+
+
+def forward(inputs: AttentionInputs, spec: AttentionSpec) -> AttentionOutputs:
+    with without_autocast(inputs.query):
+        return passes.forward(_tokens(inputs, spec))
+
+
+def backward(
+    upstream: AttentionOutputs, inputs: AttentionInputs, outputs: AttentionOutputs, spec: AttentionSpec
+) -> AttentionInputs:
+    with without_autocast(inputs.query):
+        return passes.backward(_tokens(inputs, spec), upstream, outputs)

@@ -1,0 +1,21 @@
+"""How the implementations walk tokens, made short, so that short sequences are walked in several pieces."""
+
+from __future__ import annotations
+
+from typing import Any
+
+PLACES = {
+    "chunk": ("torch.attention.CHUNK", "native.attention.CHUNK", "differentiable.attention.CHUNK"),
+    "span": ("native.attention.SPAN",),
+    "elita_chunk": ("torch.elita.CHUNK",),
+    "elita_span": ("native.elita.SPAN",),
+    "elita_block": ("differentiable.elita.BLOCK",),
+    "block": ("torch.gated.BLOCK", "differentiable.gated.BLOCK"),
+}
+
+
+def walk(monkeypatch: Any, **sizes: int) -> None:
+    """chunk, span: of linear and Taylor attention; block: of gated attention; the others: ELiTA's."""
+    for kind, size in sizes.items():
+        for place in PLACES[kind]:
+            monkeypatch.setattr(f"cumulant.kernels.{place}", size)
