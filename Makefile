@@ -6,7 +6,7 @@ INSTALLED := .venv/.installed
 # PyTorch's wheels without CUDA, taken on Linux where there is no NVIDIA GPU; `make install TORCH_CPU=` does without
 TORCH_CPU ?= https://download.pytorch.org/whl/cpu
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
-NATIVE := $(wildcard src/cumulant/kernels/native/*.?pp)
+NATIVE := $(wildcard src/cumulant/kernels/native/src/*.?pp)
 
 .DEFAULT_GOAL := help
 .PHONY: help install check format format-native test test-all test-torch coverage sanitize docs demo dist clean

@@ -19,7 +19,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
-SOURCES = Path("src/cumulant/kernels/native")
+SOURCES = Path("src/cumulant/kernels/native/src")
 KERNELS = "cumulant.kernels.native._kernels"
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
@@ -50,8 +50,8 @@ class BuildKernels(build_ext):
         for folder in (output.parent, temporary):
             folder.mkdir(parents=True, exist_ok=True)
         flags = [*FLAGS, *(["-DCUMULANT_X86"] if X86 else []), *shlex.split(os.environ.get("CXXFLAGS", ""))]
-        units = [(f"kernels-{isa}", "kernels.cpp", [f"-DCUMULANT_ISA={isa}", *f]) for isa, f in INSTRUCTIONS.items()]
-        units += [(path.stem, path.name, []) for path in sorted(SOURCES.glob("*.cpp")) if path.stem != "kernels"]
+        units = [(f"kernels-{isa}", "kernel_table.cpp", [f"-DCUMULANT_ISA={isa}", *f]) for isa, f in INSTRUCTIONS.items()]
+        units += [(path.stem, path.name, []) for path in sorted(SOURCES.glob("*.cpp")) if path.stem != "kernel_table"]
         commands = []
         for name, source, extra in units:
             objects.append(temporary / f"{name}.o")

@@ -1,4 +1,4 @@
-"""The compiled kernels: finding and loading them, and the structs that cross the C boundary (`abi.hpp`)."""
+"""The compiled kernels: finding and loading them, and the structs that cross the C boundary (`src/abi.hpp`)."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from torch import Tensor
 from ..spec import accumulation_dtype
 
 PATH = Path(__file__).with_name("_kernels.so")
-INSTRUCTIONS = ("baseline", "avx2", "avx512")  # in the order of `Isa` in library.cpp
+INSTRUCTIONS = ("baseline", "avx2", "avx512")  # in the order of `Isa` in src/library.cpp
 TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-ABI = 4  # as in library.cpp
+ABI = 4  # as in src/library.cpp
 CHUNK = 64  # tokens that scratch matrices hold
 ELITA_BLOCK = 16  # tokens between two means that ELiTA keeps
 MAX_ORDER = 8
@@ -163,7 +163,7 @@ STRUCTURES = (Array, Attention, Elita, MixedChunk, Pointwise, Instruction, Progr
 
 
 def expected_layout() -> str:
-    """Where the fields of all structs lie: a line each, as `cumulant_layout` of layout.cpp says it of its own."""
+    """Where the fields of all structs lie: a line each, as `cumulant_layout` of struct_layout.cpp says it of its own."""
     lines = []
     for structure in STRUCTURES:
         names = [field[0] for field in structure._fields_]

@@ -5,7 +5,7 @@
 // dw = dy v + dz, d(q . k) = dw p'(q . k). The two passes share nothing, so that they can run beside each other.
 #pragma once
 
-#include "attention.hpp"
+#include "attention_chunk.hpp"
 
 namespace cumulant {
 namespace CUMULANT_ISA {

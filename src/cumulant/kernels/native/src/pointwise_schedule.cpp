@@ -1,5 +1,5 @@
 // Shares the tokens of a pointwise operation out over threads, and adds up what they find of the weights' gradients.
-#include "dispatch.hpp"
+#include "instruction_sets.hpp"
 #include "parallel.hpp"
 
 #include <algorithm>

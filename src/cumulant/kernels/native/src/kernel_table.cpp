@@ -1,9 +1,9 @@
 // The kernels of one instruction set: compiled once for each, with its flags and its name as CUMULANT_ISA.
-#include "backward.hpp"
-#include "elita.hpp"
-#include "forward.hpp"
-#include "mixed_chunk.hpp"
-#include "mixed_step.hpp"
+#include "attention_backward.hpp"
+#include "elita_recurrence.hpp"
+#include "attention_forward.hpp"
+#include "mixed_chunk_groups.hpp"
+#include "mixed_chunk_step.hpp"
 #include "pointwise.hpp"
 #include "program.hpp"
 

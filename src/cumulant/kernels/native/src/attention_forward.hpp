@@ -1,7 +1,7 @@
 // Outputs, the keys' sums, and one token's step.
 #pragma once
 
-#include "attention.hpp"
+#include "attention_chunk.hpp"
 
 namespace cumulant {
 namespace CUMULANT_ISA {

@@ -4,7 +4,7 @@
 // time: SLAB rows of CHUNK tokens, beside SLAB rows of S, stay in the first cache.
 #pragma once
 
-#include "features.hpp"
+#include "taylor_features.hpp"
 
 namespace cumulant {
 namespace CUMULANT_ISA {

@@ -1,5 +1,5 @@
 // The C functions beside the operations: what the library is, what the machine can do.
-#include "dispatch.hpp"
+#include "instruction_sets.hpp"
 #include "parallel.hpp"
 
 #include <algorithm>
@@ -25,7 +25,7 @@ double multiply_rate(const Kernels& k, int threads) {
 }  // namespace cumulant
 
 extern "C" {
-// Counted up by hand with what the kernels do to what the structs point at; layout.cpp tells when the structs differ.
+// Counted up by hand with what the kernels do to what the structs point at; struct_layout.cpp tells when the structs differ.
 int cumulant_abi() { return 4; }
 int cumulant_supports(int isa) { return cumulant::supported(isa); }
 void cumulant_use_openmp(void* entry) { cumulant::openmp() = reinterpret_cast<cumulant::OpenMP>(entry); }

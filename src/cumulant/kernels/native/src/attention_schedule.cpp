@@ -2,7 +2,7 @@
 //
 // Sequences of every key/value head run beside each other. When those are fewer than the threads, the columns of the values
 // are shared out too (outputs only), then the sequences: each part's sums first, their running totals, then all parts at once.
-#include "dispatch.hpp"
+#include "instruction_sets.hpp"
 #include "parallel.hpp"
 
 #include <algorithm>

@@ -2,7 +2,7 @@
 // state that goes out as they pass.
 #pragma once
 
-#include "mixed_chunk.hpp"
+#include "mixed_chunk_groups.hpp"
 
 namespace cumulant {
 namespace CUMULANT_ISA {

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "abi.hpp"
-#include "product.hpp"
+#include "matrix_product.hpp"
 
 namespace cumulant {
 namespace CUMULANT_ISA {

@@ -1,5 +1,5 @@
 // Runs a program: one token, for every row of the batch, through the instructions of a layer.
-#include "dispatch.hpp"
+#include "instruction_sets.hpp"
 #include "parallel.hpp"
 
 #include <algorithm>

@@ -1,5 +1,5 @@
-// Mixed chunk attention: shares a call out over threads, as attention.cpp does. Parts of sequences are whole groups.
-#include "dispatch.hpp"
+// Mixed chunk attention: shares a call out over threads, as attention_schedule.cpp does. Parts of sequences are whole groups.
+#include "instruction_sets.hpp"
 #include "parallel.hpp"
 
 #include <algorithm>

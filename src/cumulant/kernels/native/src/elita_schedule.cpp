@@ -2,7 +2,7 @@
 //
 // Rows of key/value heads run beside each other. When those are fewer than the threads, sequences are cut into parts: how
 // each part moves what it is handed (means forwards, gradients backwards), then what every part is handed, then the parts.
-#include "dispatch.hpp"
+#include "instruction_sets.hpp"
 #include "parallel.hpp"
 
 #include <algorithm>
