@@ -50,7 +50,9 @@ class BuildKernels(build_ext):
         for folder in (output.parent, temporary):
             folder.mkdir(parents=True, exist_ok=True)
         flags = [*FLAGS, *(["-DCUMULANT_X86"] if X86 else []), *shlex.split(os.environ.get("CXXFLAGS", ""))]
-        units = [(f"kernels-{isa}", "kernel_table.cpp", [f"-DCUMULANT_ISA={isa}", *f]) for isa, f in INSTRUCTIONS.items()]
+        units = [
+            (f"kernels-{isa}", "kernel_table.cpp", [f"-DCUMULANT_ISA={isa}", *f]) for isa, f in INSTRUCTIONS.items()
+        ]
         units += [(path.stem, path.name, []) for path in sorted(SOURCES.glob("*.cpp")) if path.stem != "kernel_table"]
         commands = []
         for name, source, extra in units:

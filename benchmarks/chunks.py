@@ -36,7 +36,7 @@ def main() -> None:
     table = Table("case", "chunk", "forward ms", "forward + backward ms")
     for name, (op, shape, dims) in cases.items():
         plain = [torch.randn(*shape, dim) for dim in dims]
-        leaves = [docs/log.md.clone().requires_grad_() for x in plain]
+        leaves = [x.clone().requires_grad_() for x in plain]
         for chunk in (32, 64, 128, 256):
             attention.CHUNK = chunk
             forward = milliseconds(lambda: op(*plain, is_causal=True))  # noqa: B023 (called at once)

@@ -22,7 +22,6 @@ from ..kernels.backends import BACKENDS, implementation
 from ..kernels.native import library
 from ..kernels.transforms import needs_formula, transformed
 
-WORKING = (*BACKENDS, "reference")  # the fastest first
 PLANNED = ("triton",)  # names that a later version will know
 VARIABLE = "CUMULANT_IMPL"
 # Every call asks, and os.environ takes as long as a small layer where a variable is not set: ask the dict behind it.
@@ -44,8 +43,8 @@ class Choice:
 def automatic() -> str:
     """What "auto" means: CUMULANT_IMPL, or else "reference" in an export to ONNX and "auto" anywhere else."""
     name = os.environ[VARIABLE] if _environment.get(_key) else "auto"
-    if name not in ("auto", *WORKING):
-        raise ValueError(f"{VARIABLE}: expected {_listed('auto', *WORKING)}, got {name!r}")
+    if name not in ("auto", *BACKENDS, "reference"):
+        raise ValueError(f"{VARIABLE}: expected {_listed('auto', *BACKENDS, 'reference')}, got {name!r}")
     return "reference" if name == "auto" and exports_to_onnx() else name
 
 
@@ -77,7 +76,7 @@ def resolve(impl: str, obstacles: Mapping[str, str]) -> str:
             return next(each for each, obstacle in obstacles.items() if not obstacle)
     if impl in BACKENDS and exports_to_onnx():
         raise ValueError(f"{name}: {impl!r} runs operators of its own, which ONNX has not; use 'auto' or 'reference'")
-    if impl not in (*WORKING, *PLANNED):
+    if impl not in (*BACKENDS, "reference", *PLANNED):
         raise ValueError(
             f"{name}: expected {_listed('auto', 'reference', *reversed(BACKENDS), *PLANNED)}, got {impl!r}"
         )

@@ -163,7 +163,7 @@ STRUCTURES = (Array, Attention, Elita, MixedChunk, Pointwise, Instruction, Progr
 
 
 def expected_layout() -> str:
-    """Where the fields of all structs lie: a line each, as `cumulant_layout` of struct_layout.cpp says it of its own."""
+    """Where the fields of all structs lie: a line each, as `cumulant_layout` in struct_layout.cpp says it."""
     lines = []
     for structure in STRUCTURES:
         names = [field[0] for field in structure._fields_]
