@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..nn import LinearAttention, SoftmaxAttention, TaylorAttention
-from ..nn.padding import check_dtype, check_tensor
+from ..nn.checks import check_dtype, check_tensor
 
 MIXERS = ("taylor", "linear", "softmax", "none")
 

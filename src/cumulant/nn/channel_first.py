@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
+
+import torch
 from torch import Tensor, nn
 
-from .padding import check_tensor
+from .checks import check_floats, check_tensor
 
 
 class ChannelFirst(nn.Module):
@@ -18,6 +21,8 @@ class ChannelFirst(nn.Module):
 
     def __init__(self, module: nn.Module):
         super().__init__()
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"module: expected a mixer, a torch.nn.Module, got {type(module).__name__}")
         self.module = module
 
     def forward(
@@ -30,17 +35,40 @@ class ChannelFirst(nn.Module):
     ) -> Tensor:
         """``x [B, D, ...]`` -> ``[B, D', ...]``; `key_mask` ``[B, ...]`` bool, True where there is something to see;
         `context` ``[B, S, D_c]`` and `context_mask` ``[B, S]`` are tokens, as the mixer takes them."""
-        check_tensor(x, "[B, D, ...]")
-        if x.dim() < 3:
-            raise ValueError(f"x: expected [B, D, ...] with at least one dimension of positions, got {list(x.shape)}")
+        self._check(x)
         shape = x.shape[2:]
-        options = {"context": context, "context_mask": context_mask}
+        options = {"key_mask": key_mask, "context": context, "context_mask": context_mask}
         given = {name: value for name, value in options.items() if value is not None}
+        self._check_options(given)
         if key_mask is not None:
             check_tensor(key_mask, "[B, ...]", "key_mask")
             if key_mask.shape != (x.shape[0], *shape):
                 raise ValueError(f"key_mask: expected [B, ...] = {[x.shape[0], *shape]}, got {list(key_mask.shape)}")
+            if key_mask.dtype != torch.bool:
+                raise TypeError(
+                    f"key_mask: expected a boolean tensor [B, ...], True = attend, got {key_mask.dtype}; "
+                    "try key_mask.bool()"
+                )
             given["key_mask"] = key_mask.flatten(1)
         y: Tensor = self.module(x.flatten(2).mT, **given)
         positions: Tensor = y.mT.unflatten(2, shape)
         return positions
+
+    def _check(self, x: Tensor) -> None:
+        """Before the mixer, whose messages know of tokens alone."""
+        check_floats(x, "[B, D, ...]")
+        if x.dim() < 3:
+            raise ValueError(f"x: expected [B, D, ...] with at least one dimension of positions, got {list(x.shape)}")
+        dim = getattr(self.module, "dim", None)
+        if isinstance(dim, int) and x.shape[1] != dim:
+            hint = "; channels come second, try x.movedim(-1, 1)" if x.shape[-1] == dim else ""
+            raise ValueError(f"x: expected [B, D, ...] with D={dim}, got {list(x.shape)}{hint}")
+
+    def _check_options(self, given: dict[str, Tensor]) -> None:
+        """The mixer takes these arguments."""
+        parameters = inspect.signature(self.module.forward).parameters
+        if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+            return
+        for name in given:
+            if name not in parameters:
+                raise TypeError(f"{name}: {type(self.module).__name__} takes none; leave it out")

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from ..ops.elita import elita_attention
 from ..ops.state import ElitaState
-from .padding import check_input, check_state, clear_slack, hide, offsets, restore
+from .checks import check_counts, check_input, check_state
+from .padding import clear_slack, hide, offsets, restore
 from .position_logits import SinusoidalLogits
 from .projection import project
 
@@ -50,10 +51,9 @@ class ElitaAttention(nn.Module):
         clip: float | None = None,
     ):
         super().__init__()
-        if num_heads < 1 or (head_dim is None and dim % num_heads):
+        check_counts(dim=dim, num_heads=num_heads, head_dim=head_dim)
+        if head_dim is None and dim % num_heads:
             raise ValueError(f"num_heads: {num_heads} must divide dim={dim}, or head_dim must be given")
-        if head_dim is not None and head_dim < 1:
-            raise ValueError(f"head_dim: expected at least 1, got {head_dim}")
         if clip is not None and not clip > 0:
             raise ValueError(f"clip: expected a number above 0 or None, got {clip}")
         self.dim, self.num_heads, self.clip, self.relative = dim, num_heads, clip, horizon is None

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops.bilinear import bilinear
-from .padding import check_features
+from .checks import check_counts, check_features
 from .projection import is_plain, project
 
 
@@ -28,8 +28,7 @@ class ElitaFeedForward(nn.Module):
     def __init__(self, dim: int, hidden: int | None = None, *, factor: int = 8, bias: bool = True):
         super().__init__()
         hidden = dim if hidden is None else hidden
-        if dim < 1 or hidden < 1 or factor < 1:
-            raise ValueError(f"dim: expected dim, hidden and factor of at least 1, got {dim}, {hidden} and {factor}")
+        check_counts(dim=dim, hidden=hidden, factor=factor)
         self.dim, self.hidden, self.factor = dim, hidden, factor
         self.hidden_proj = nn.Linear(dim, hidden, bias=bias)
         self.factor_proj = nn.Linear(dim, factor, bias=bias)

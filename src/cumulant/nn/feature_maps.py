@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .padding import check_dtype, check_tensor
+from .checks import check_counts, check_dtype, check_tensor
 
 
 class LearnedFeatureMap(nn.Module):
@@ -18,6 +18,7 @@ class LearnedFeatureMap(nn.Module):
 
     def __init__(self, num_heads: int, head_dim: int):
         super().__init__()
+        check_counts(num_heads=num_heads, head_dim=head_dim)
         self.num_heads, self.head_dim = num_heads, head_dim
         for name, value in self.initial().items():
             setattr(self, name, nn.Parameter(value))

@@ -11,8 +11,9 @@ from torch import Tensor
 from ..ops.checks import check_bias
 from ..ops.gated import gated_attention
 from ..ops.state import KeyValueState
+from .checks import check_input, check_keys, check_state
 from .gated_unit import GatedUnit, Prepared
-from .padding import check_input, check_state, positions
+from .padding import positions
 
 
 class GatedAttentionUnit(GatedUnit):
@@ -100,6 +101,7 @@ class GatedAttentionUnit(GatedUnit):
         """
         check_input(x, self.qk_proj, self.dim, key_mask, cu_seqlens, state is not None or return_state)
         check_state(state, KeyValueState, x)
+        check_keys(state, 1, self.query_key_dim, self.hidden_dim, x)
         if state is not None or return_state:
             self._check_stateful()
         # A state keeps tokens in their slots; without one, moved out of the way they share one bias.

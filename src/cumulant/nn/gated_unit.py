@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops.checks import check_activation
+from .checks import check_count, check_counts
 from .norms import make_norm
 from .offset_scale import OffsetScale
 from .padding import Rows, clear_slack, compact, hide, offsets, restore
@@ -54,13 +55,12 @@ class GatedUnit(nn.Module):
         count_padding: bool,
     ):
         super().__init__()
+        check_counts(dim=dim, query_key_dim=query_key_dim)
+        check_count("rotary_dim", rotary_dim, 0)
         hidden = int(expansion_factor * dim)
-        if dim < 1 or query_key_dim < 1 or hidden < 1:
-            raise ValueError(
-                f"dim: expected dim, query_key_dim and expansion_factor * dim of at least 1, got {dim}, "
-                f"{query_key_dim} and {hidden}"
-            )
-        if not 0 <= rotary_dim <= query_key_dim or rotary_dim % 2:
+        if hidden < 1:
+            raise ValueError(f"expansion_factor: expected at least 1 / dim = 1 / {dim}, got {expansion_factor}")
+        if not rotary_dim <= query_key_dim or rotary_dim % 2:
             raise ValueError(
                 f"rotary_dim: expected an even number from 0 to query_key_dim={query_key_dim}, got {rotary_dim}"
             )

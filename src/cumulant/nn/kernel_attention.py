@@ -11,19 +11,9 @@ from torch.nn import functional as F
 from ..ops.checks import check_key_mask
 from ..ops.state import LinearState, State, register
 from ..ops.step import Unsuitable, Vector
+from .checks import check_count, check_counts, check_features, check_input, check_part, check_state
 from .norms import RMSNorm
-from .padding import (
-    Rows,
-    check_features,
-    check_input,
-    check_state,
-    clear_slack,
-    compact,
-    hide,
-    offsets,
-    positions,
-    restore,
-)
+from .padding import Rows, clear_slack, compact, hide, offsets, positions, restore
 from .projection import project
 from .rotary import RotaryEmbedding
 from .short_convolution import ShortConvolution
@@ -68,7 +58,7 @@ class KernelAttention(nn.Module):
         num_heads: int,
         *,
         num_kv_heads: int | None,
-        head_dim: int,
+        head_dim: int | None,
         value_dim: int | None,
         context_dim: int | None,
         is_causal: bool,
@@ -84,11 +74,13 @@ class KernelAttention(nn.Module):
         dropout: float,
     ):
         super().__init__()
+        check_counts(dim=dim, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim)
+        check_counts(value_dim=value_dim, context_dim=context_dim)
+        check_count("conv_size", conv_size, 0)
+        head_dim = max(dim // num_heads, 1) if head_dim is None else head_dim
         groups = num_heads if num_kv_heads is None else num_kv_heads
-        if groups < 1 or num_heads < 1 or num_heads % groups:
+        if num_heads % groups:
             raise ValueError(f"num_kv_heads: the {groups} key/value heads must divide the {num_heads} query heads")
-        if head_dim < 1:
-            raise ValueError(f"head_dim: expected at least 1, got {head_dim}")
         if value_dim is None and dim % num_heads:
             raise ValueError(f"num_heads: {num_heads} must divide dim={dim}, or value_dim must be given")
         if conv_size and not is_causal:
@@ -154,6 +146,7 @@ class KernelAttention(nn.Module):
                 return stepped
         check_input(x, self.q_proj, self.dim, key_mask, cu_seqlens, state is not None or return_state)
         check_state(state, KernelAttentionState, x)
+        self._check_local(state, x)
         crossing = self._crosses(x, context, context_mask, cu_seqlens, state, return_state)
         rows: Rows | None = None
         padding, offset = None, None
@@ -213,7 +206,9 @@ class KernelAttention(nn.Module):
 
     def state_tensors(self, state: object) -> list[Tensor | None]:
         """A state's tensors in the order of `emit_step`; none of another mixer's state."""
-        if not isinstance(state, KernelAttentionState):
+        if not isinstance(state, KernelAttentionState) or not isinstance(state.sums, LinearState):
+            return []
+        if self.shift_tokens != (state.shift is not None) or (self.conv is None) != (state.conv is None):
             return []
         local = ([state.shift] if self.shift_tokens else []) + ([] if self.conv is None else [state.conv])
         return [*local, state.sums.numerator, *([] if state.sums.denominator is None else [state.sums.denominator])]
@@ -235,6 +230,15 @@ class KernelAttention(nn.Module):
         check_features(context, self.k_proj, self.context_dim, "[B, S, D]", "context")
         x = context.new_zeros(context.shape[0], 0, self.dim)
         return self(x, context=context, context_mask=context_mask, state=state, return_state=True)[1]  # type: ignore[no-any-return]
+
+    def _check_local(self, state: KernelAttentionState | None, x: Tensor) -> None:
+        """What a state keeps for local mixing is what this module reads."""
+        if state is None:
+            return
+        shift = (x.shape[0], 1, self.dim // 2) if self.shift_tokens else None
+        check_part(state.shift, "shift", "[B, 1, D/2]", shift, x)
+        conv = None if self.conv is None or not self.is_causal else (x.shape[0], self.conv.size - 1, self.conv.dim)
+        check_part(state.conv, "conv", "[B, size - 1, E]", conv, x)
 
     def _crosses(
         self,

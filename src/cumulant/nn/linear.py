@@ -76,7 +76,7 @@ class LinearAttention(KernelAttention):
             dim,
             num_heads,
             num_kv_heads=num_kv_heads,
-            head_dim=dim // max(num_heads, 1) if head_dim is None else head_dim,
+            head_dim=head_dim,
             value_dim=value_dim,
             context_dim=context_dim,
             is_causal=is_causal,

@@ -9,8 +9,9 @@ from torch import Tensor
 from ..ops.checks import check_group_size
 from ..ops.mixed_chunk import mixed_chunk_attention
 from ..ops.state import MixedChunkState, State, register
+from .checks import check_input, check_part, check_state
 from .gated_unit import GatedUnit
-from .padding import check_input, check_state, positions
+from .padding import positions
 from .token_shift import token_shift
 
 
@@ -112,6 +113,9 @@ class MixedChunkAttention(GatedUnit):
         """``x [B, T, D]`` -> ``[B, T, D]``, with `return_state` also the state; see `cumulant.nn` for the protocol."""
         check_input(x, self.qk_proj, self.dim, key_mask, cu_seqlens, state is not None or return_state)
         check_state(state, MixedChunkAttentionState, x)
+        if state is not None:
+            shape = (x.shape[0], 1, (self.dim + 1) // 2) if self.shift_tokens else None
+            check_part(state.shift, "shift", "[B, 1, D / 2]", shape, x)
         if not self.is_causal and (state is not None or return_state):
             raise ValueError(
                 "state: only causal attention carries a state from call to call; build with is_causal=True"

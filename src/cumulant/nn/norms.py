@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.pointwise import rms_norm
+from .checks import check_count, check_floats
 
 NORMS = ("layernorm", "rmsnorm", "scalenorm")
 
@@ -31,6 +32,7 @@ class ScaleNorm(nn.Module):
 
     def __init__(self, dim: int, eps: float = 1e-5):
         super().__init__()
+        check_count("dim", dim)
         self.dim, self.eps = dim, eps
         self.weight = nn.Parameter(torch.ones(1))
 
@@ -39,7 +41,8 @@ class ScaleNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., D]`` -> ``[..., D]``."""
-        if x.shape[-1] != self.dim:
+        check_floats(x, "[..., D]")
+        if x.dim() == 0 or x.shape[-1] != self.dim:
             raise ValueError(f"x: expected [..., D] with D={self.dim}, got {list(x.shape)}")
         wide = x.to(torch.promote_types(x.dtype, torch.float32))  # 1 / eps is beyond fp16
         size = torch.linalg.vector_norm(wide, dim=-1, keepdim=True) * self.dim**-0.5

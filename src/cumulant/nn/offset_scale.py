@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .padding import check_features
+from .checks import check_counts, check_features
 
 
 class OffsetScale(nn.Module):
@@ -18,6 +18,7 @@ class OffsetScale(nn.Module):
 
     def __init__(self, dim: int, uses: int):
         super().__init__()
+        check_counts(dim=dim, uses=uses)
         self.gamma = nn.Parameter(torch.empty(uses, dim))
         self.beta = nn.Parameter(torch.empty(uses, dim))
         nn.init.normal_(self.gamma, std=0.02)

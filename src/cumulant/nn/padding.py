@@ -11,10 +11,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
-
-from ..ops.checks import FLOATS, check_key_mask, check_position
-from ..ops.state import KeyValueState, State
+from torch import Tensor
 
 
 class Rows(NamedTuple):
@@ -23,67 +20,6 @@ class Rows(NamedTuple):
     mask: Tensor
     tokens: Tensor
     inverse: Tensor | None
-
-
-def check_features(x: Tensor, layer: nn.Module, dim: int, letters: str = "[B, T, D]", name: str = "x") -> None:
-    """``x [B, T, D]`` (or ``[..., D]``) is a tensor of numbers that `layer`, the first to read it, can multiply."""
-    check_tensor(x, letters, name)
-    if x.dim() == 0 or x.shape[-1] != dim or ("..." not in letters and x.dim() != 3):
-        raise ValueError(f"{name}: expected {letters} with {letters[-2]}={dim}, got {list(x.shape)}")
-    check_dtype(x, layer, letters, name)
-
-
-def check_tensor(x: object, letters: str, name: str = "x") -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: expected a tensor {letters}, got {type(x).__name__}")
-
-
-def check_dtype(x: Tensor, layer: nn.Module, letters: str, name: str = "x") -> None:
-    """Numbers that `layer` can multiply."""
-    if x.dtype not in FLOATS:
-        raise TypeError(
-            f"{name}: expected {letters} in fp16, bf16, fp32 or fp64, got {x.dtype}; embed or convert it first"
-        )
-    weight = getattr(layer, "weight", None)  # quantised ones, of any other type, convert what they read
-    if not isinstance(weight, Tensor) or weight.dtype not in FLOATS or weight.dtype == x.dtype:
-        return
-    if not torch.is_autocast_enabled(x.device.type):
-        raise TypeError(
-            f"{name}: expected {weight.dtype}, as the module's weights, got {x.dtype}; convert with "
-            f"{name}.to({weight.dtype}), or run under torch.autocast"
-        )
-
-
-def check_input(
-    x: Tensor, layer: nn.Module, dim: int, key_mask: Tensor | None, cu_seqlens: Tensor | None, has_state: bool
-) -> None:
-    """The arguments that every mixer takes; `layer`: its first linear layer."""
-    check_features(x, layer, dim)
-    check_key_mask(key_mask, x.shape[0], x.shape[1], x.device)
-    if cu_seqlens is None:
-        return
-    if x.shape[0] != 1:
-        raise ValueError(f"cu_seqlens: packed sequences need B = 1, got x {list(x.shape)}")
-    if key_mask is not None or has_state:
-        raise ValueError(
-            "cu_seqlens: cannot be combined with key_mask, state or return_state in a module; "
-            "leave masked tokens out of the packed row, or pass a padded batch"
-        )
-
-
-def check_state(state: State | None, kind: type[State], x: Tensor) -> None:
-    """The state is of this mixer's kind, where x is, and has as many rows as the batch."""
-    if state is None:
-        return
-    if not isinstance(state, kind):
-        raise TypeError(f"state: expected a {kind.__name__} from return_state=True, got {type(state).__name__}")
-    position, rows = state.position, x.shape[0]  # type: ignore[attr-defined]
-    found = position.shape[0] if isinstance(position, Tensor) and position.dim() == 1 else rows
-    if found != rows:
-        raise ValueError(f"state: expected {rows} rows, as x has, got {found}; choose rows with state.select(index)")
-    check_position(position, rows, x.device)
-    if isinstance(state, KeyValueState):
-        check_key_mask(state.mask, rows, state.key.shape[2], x.device, name="state.mask")
 
 
 def compact(x: Tensor, key_mask: Tensor) -> tuple[Tensor, Rows]:

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from .checks import check_counts, check_places
+
 
 class SinusoidalLogits(nn.Module):
     """A logit for each position as key and one as query, ``P₁(j)`` and ``P₂(i)``, for every head::
@@ -37,8 +39,7 @@ class SinusoidalLogits(nn.Module):
 
     def __init__(self, num_heads: int, features: int = 16, *, horizon: float = 1024, time: float = 1.0):
         super().__init__()
-        if num_heads < 1 or features < 1:
-            raise ValueError(f"features: expected at least 1 head and 1 sine, got {num_heads} and {features}")
+        check_counts(num_heads=num_heads, features=features)
         check_horizon(horizon)
         if isinstance(time, bool) or not isinstance(time, int | float) or not math.isfinite(time):
             raise ValueError(f"time: expected a finite number, got {time!r}")
@@ -56,7 +57,10 @@ class SinusoidalLogits(nn.Module):
 
     def forward(self, position: Tensor, horizon: Tensor | float | None = None) -> tuple[Tensor, Tensor]:
         """``position [...]`` (integers) -> P₁ and P₂ ``[..., H]`` in fp32; `horizon` in place of the module's own."""
+        check_places(position, "[...]")
         horizon = self.horizon if horizon is None else horizon
+        if not isinstance(horizon, Tensor):
+            check_horizon(horizon)
         tau = (self.time * position.double() / horizon).to(torch.promote_types(self.c.dtype, torch.float32))
         tau = tau[..., None, None]
         with torch.autocast(position.device.type, enabled=False):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.dispatch import plainly_called
+from .checks import check_count, check_counts, check_places
 
 
 class T5RelativePositionBias(nn.Module):
@@ -36,6 +37,7 @@ class T5RelativePositionBias(nn.Module):
         scale: float = 1.0,
     ):
         super().__init__()
+        check_counts(num_heads=num_heads, num_buckets=num_buckets, max_distance=max_distance)
         exact = (num_buckets if is_causal else num_buckets // 2) // 2
         if exact < 1 or max_distance <= exact:
             raise ValueError(
@@ -52,6 +54,7 @@ class T5RelativePositionBias(nn.Module):
 
     def buckets(self, distance: Tensor) -> Tensor:
         """Bucket of each ``distance``, place of the key minus place of the query (int64)."""
+        check_places(distance, "[...]", "distance")
         buckets, back = self.num_buckets, -distance
         later = torch.zeros_like(back)
         if self.is_causal:
@@ -71,6 +74,8 @@ class T5RelativePositionBias(nn.Module):
         `device`: where it is wanted, by default where the weights are, which is elsewhere while they are offloaded.
         """
         keys = queries if keys is None else keys
+        _check_length("queries", queries)
+        _check_length("keys", keys)
         device = self.embedding.weight.device if device is None else device
         bias: Tensor
         if queries == 0 or keys == 0:
@@ -98,6 +103,17 @@ class T5RelativePositionBias(nn.Module):
 
     def at(self, query_position: Tensor, key_position: Tensor) -> Tensor:
         """Bias ``[B, H, T, S]`` at ``query_position [B, T]`` and ``key_position [B, S]``, in any order."""
+        for name, position in (("query_position", query_position), ("key_position", key_position)):
+            letters = "[B, T]" if name == "query_position" else "[B, S]"
+            check_places(position, letters, name)
+            if position.dim() != 2:
+                raise ValueError(f"{name}: expected {letters}, got {list(position.shape)}")
         distance = key_position[:, None] - query_position[:, :, None]
         bias: Tensor = self.embedding(self.buckets(distance)).movedim(-1, 1) * self.scale
         return bias
+
+
+def _check_length(name: str, length: object) -> None:
+    """A number of places, which is a symbol where graphs of any length are made."""
+    if not isinstance(length, torch.SymInt):
+        check_count(name, length, 0)

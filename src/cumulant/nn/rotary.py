@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.pointwise import turn
+from .checks import check_count, check_floats, check_places
 from .step import known_to_programs
 
 
@@ -23,6 +24,7 @@ class RotaryEmbedding(nn.Module):
 
     def __init__(self, dim: int, base: float = 10000.0):
         super().__init__()
+        check_count("dim", dim)
         if dim < 2 or dim % 2:
             raise ValueError(f"dim: rotary embedding needs an even number of dimensions, got {dim}")
         self.dim, self.base = dim, base
@@ -39,11 +41,26 @@ class RotaryEmbedding(nn.Module):
 
     def forward(self, x: Tensor, position: Tensor) -> Tensor:
         """``x [B, H, T, dim]`` at ``position [T]`` or ``[B, T]``."""
-        if x.shape[-1] != self.dim:
-            raise ValueError(f"x: expected [B, H, T, dim] with dim={self.dim}, got {list(x.shape)}")
+        self._check(x, position, "x")
         return turn(x, *self.angles(position))
 
     def both(self, query: Tensor, key: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
         """Queries and keys at the same positions."""
+        self._check(query, position, "query")
+        self._check(key, position, "key")
         cosine, sine = self.angles(position)
         return turn(query, cosine, sine), turn(key, cosine, sine)
+
+    def _check(self, x: Tensor, position: Tensor, name: str) -> None:
+        check_floats(x, "[B, H, T, dim]", name)
+        check_places(position)
+        if x.dim() != 4 or x.shape[-1] != self.dim:
+            raise ValueError(f"{name}: expected [B, H, T, dim] with dim={self.dim}, got {list(x.shape)}")
+        if torch.compiler.is_compiling():  # comparing lengths would fix the graph's
+            return
+        B, T = x.shape[0], x.shape[2]
+        if position.shape not in ((T,), (1, T), (B, T)):
+            raise ValueError(
+                f"position: expected [T] or [B, T], [{T}] or [{B}, {T}] for {name} {list(x.shape)}, "
+                f"got {list(position.shape)}"
+            )

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from ..ops.pointwise import short_convolution
 from ..ops.state import State, register
 from ..ops.step import Vector
-from .padding import check_input, check_state, clear_slack, compact, last_tokens, offsets, restore
+from .checks import check_counts, check_floats, check_input, check_like, check_part, check_state
+from .padding import clear_slack, compact, last_tokens, offsets, restore
 from .projection import project
 from .step import StepBuilder, known_to_programs, step_mixer
 
@@ -28,8 +29,7 @@ class ShortConvolution(nn.Module):
 
     def __init__(self, dim: int, size: int = 4):
         super().__init__()
-        if size < 1:
-            raise ValueError(f"size: a convolution needs at least 1 tap, got {size}")
+        check_counts(dim=dim, size=size)
         self.dim, self.size = dim, size
         self.weight = nn.Parameter(torch.empty(size, dim))
         self.reset_parameters()
@@ -52,8 +52,7 @@ class ShortConvolution(nn.Module):
 
         The channels may come as several tensors, which have their outputs each.
         """
-        if not x or any(part.dim() != 3 for part in x) or sum(part.shape[-1] for part in x) != self.dim:
-            raise ValueError(f"x: expected [B, T, D] with D={self.dim} in all, got {[list(part.shape) for part in x]}")
+        self._check(x, tail)
         sizes, n = [part.shape[-1] for part in x], self.size - 1
         weights = self.weight.to(x[0].dtype).split(sizes, -1)
         tails = [None] * len(x) if tail is None else tail.to(x[0].dtype).split(sizes, -1)
@@ -66,6 +65,17 @@ class ShortConvolution(nn.Module):
         mixed = (short_convolution(*inputs, offset) for inputs in zip(x, weights, tails, strict=True))
         tail = new[0] if len(x) == 1 else torch.cat(new, -1)
         return *mixed, tail.to(self.weight.dtype)  # a state's dtype is that of the weights, under autocast too
+
+    def _check(self, x: tuple[Tensor, ...], tail: Tensor | None) -> None:
+        for part in x:
+            check_floats(part, "[B, T, D]")
+        if not x or any(part.dim() != 3 for part in x) or sum(part.shape[-1] for part in x) != self.dim:
+            raise ValueError(f"x: expected [B, T, D] with D={self.dim} in all, got {[list(part.shape) for part in x]}")
+        if any(part.shape[:2] != x[0].shape[:2] or part.dtype != x[0].dtype for part in x[1:]):
+            got = ", ".join(f"{list(part.shape)} {part.dtype}" for part in x)
+            raise ValueError(f"x: expected tensors with the same B, T and dtype, got {got}")
+        if tail is not None:
+            check_like(tail, "tail: expected", "[B, size - 1, D]", (x[0].shape[0], self.size - 1, self.dim), x[0])
 
 
 @dataclass(frozen=True)
@@ -111,6 +121,9 @@ class GatedShortConvolution(nn.Module):
                 return stepped
         check_input(x, self.in_proj, self.dim, key_mask, cu_seqlens, state is not None or return_state)
         check_state(state, ConvolutionState, x)
+        if state is not None:
+            tail = x.shape[0], self.conv.size - 1, self.dim
+            check_part(state.tail, "tail", "[B, size - 1, D]", tail, x)
         rows, padding, offset = None, None, None
         if key_mask is not None:
             x, rows = compact(x, key_mask)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .checks import check_count, check_places
 from .rotary import RotaryEmbedding
 
 
@@ -22,6 +23,7 @@ class ScaledSinusoidalEmbedding(nn.Module):
 
     def __init__(self, dim: int, base: float = 10000.0):
         super().__init__()
+        check_count("dim", dim)
         if dim < 2 or dim % 2:
             raise ValueError(f"dim: sinusoidal positions need an even number of channels, got {dim}")
         self.dim = dim
@@ -33,5 +35,6 @@ class ScaledSinusoidalEmbedding(nn.Module):
 
     def forward(self, position: Tensor) -> Tensor:
         """``position [T]`` or ``[B, T]`` (integers) -> ``[..., T, D]`` in the scale's dtype."""
+        check_places(position)
         cos, sin = self.angles.angles(position)
         return torch.cat((sin, cos), -1).to(self.scale.dtype) * self.scale

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from ..ops.dispatch import exports_to_onnx, plainly_called
 from ..ops.state import KeyValueState
+from .checks import check_count
 from .padding import compact, restore
 from .softmax import SoftmaxAttention, attend_softmax, attend_visible
 
@@ -34,8 +35,7 @@ class SlidingWindowAttention(SoftmaxAttention):
         super().__init__(
             dim, num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, rotary=rotary, rotary_base=rotary_base
         )
-        if window < 1:
-            raise ValueError(f"window: expected at least 1 token, got {window}")
+        check_count("window", window)
         self.window = window
 
     def forward(

@@ -12,7 +12,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..ops.dispatch import plainly_called
 from ..ops.state import KeyValueState
-from .padding import check_input, check_state, clear_slack, offsets
+from .checks import check_counts, check_input, check_keys, check_state
+from .padding import clear_slack, offsets
 from .projection import project
 from .rotary import RotaryEmbedding
 
@@ -57,8 +58,9 @@ class SoftmaxAttention(nn.Module):
         rotary_base: float = 10000.0,
     ):
         super().__init__()
+        check_counts(dim=dim, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim)
         groups = num_heads if num_kv_heads is None else num_kv_heads
-        if groups < 1 or num_heads < 1 or num_heads % groups:
+        if num_heads % groups:
             raise ValueError(f"num_kv_heads: the {groups} key/value heads must divide the {num_heads} query heads")
         if head_dim is None and dim % num_heads:
             raise ValueError(f"num_heads: {num_heads} must divide dim={dim}, or head_dim must be given")
@@ -83,6 +85,7 @@ class SoftmaxAttention(nn.Module):
         """``x [B, T, D]`` -> ``[B, T, D]``, with `return_state` also the state; see `cumulant.nn` for the protocol."""
         check_input(x, self.q_proj, self.dim, key_mask, cu_seqlens, state is not None or return_state)
         check_state(state, KeyValueState, x)
+        check_keys(state, self.num_kv_heads, self.head_dim, self.head_dim, x)
         if not self.is_causal and (state is not None or return_state):
             raise ValueError(
                 "state: only causal attention carries a state from call to call; build with is_causal=True"

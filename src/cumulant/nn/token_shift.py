@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .checks import check_floats, check_like
 from .padding import last_tokens
 
 
@@ -25,10 +26,16 @@ def token_shift(
         padding: ``[B]`` rows at the end of each row that are padding, left out of the tail.
         first_half: the first half of the channels instead.
     """
+    check_floats(x, "[B, T, D]")
+    if x.dim() != 3:
+        raise ValueError(f"x: expected [B, T, D], got {list(x.shape)}")
     keep, shifted = x.split((x.shape[-1] + 1) // 2, -1)
     if first_half:
         keep, shifted = shifted, keep
-    tail = shifted.new_zeros(shifted.shape[0], 1, shifted.shape[2]) if tail is None else tail.to(shifted.dtype)
+    before = shifted.shape[0], 1, shifted.shape[2]
+    if tail is not None:
+        check_like(tail, "tail: expected", "[B, 1, D/2]", before, x)
+    tail = shifted.new_zeros(before) if tail is None else tail.to(shifted.dtype)
     buffer = torch.cat((tail, shifted), 1)
     previous = buffer[:, :-1]
     if offset is not None:

@@ -31,6 +31,10 @@ def _show(x: object) -> str:
     return str(list(x.shape)) if isinstance(x, Tensor) else type(x).__name__
 
 
+def _shape(part: object) -> tuple[int, ...] | None:
+    return tuple(part.shape) if isinstance(part, Tensor) else None
+
+
 def check_attention(
     query: Tensor,
     key: Tensor,
@@ -133,12 +137,12 @@ def check_linear_state(state: LinearState | None, N: int, sizes: Sizes, F: int, 
     if not isinstance(state, LinearState):
         raise TypeError(f"state: expected a LinearState from return_state=True, got {type(state).__name__}")
     expected = (N, sizes.G, F, sizes.V)
-    if tuple(state.numerator.shape) != expected:
+    if _shape(state.numerator) != expected:
         raise ValueError(
             f"state: expected numerator [B, G, F, V] = {list(expected)}, got {_show(state.numerator)}; "
             "the state comes from another batch, head layout, order or feature map"
         )
-    if normalize and (state.denominator is None or tuple(state.denominator.shape) != expected[:3]):
+    if normalize and _shape(state.denominator) != expected[:3]:
         got = "None (normalize=False)" if state.denominator is None else _show(state.denominator)
         raise ValueError(f"state: expected denominator [B, G, F] = {list(expected[:3])}, got {got}")
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
@@ -204,7 +208,7 @@ def check_parts(
         raise TypeError(f"state: expected a {kind.__name__} from return_state=True, got {type(state).__name__}")
     for name, shape in expected.items():
         part = getattr(state, name)
-        if tuple(part.shape) != shape:
+        if _shape(part) != shape:
             raise ValueError(
                 f"state: expected {name} {list(shape)}, got {_show(part)}; the state comes from another batch, "
                 "head layout or group size"

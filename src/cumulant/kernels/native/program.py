@@ -159,7 +159,7 @@ class Program:
         rows = x.shape[0]
         # no generator, whose calls would cost more than the checks
         for s, shape in zip(states, self.states, strict=True):
-            if s is None or s.shape != (rows, *shape) or s.dtype != torch.float32:
+            if not isinstance(s, Tensor) or s.shape != (rows, *shape) or s.dtype != torch.float32:
                 return False
             if not s.is_contiguous() or s.device.type != "cpu":
                 return False
