@@ -399,13 +399,13 @@ def test_construction_errors():
         nn.TaylorAttention(D, 4, alpha=2, scale=0.5)
     with pytest.raises(ValueError, match="head_dim: expected at least 1, got 0"):
         nn.TaylorAttention(D, 4, head_dim=0)
-    with pytest.raises(ValueError, match="num_kv_heads: the 0 key/value heads must divide the 0 query heads"):
+    with pytest.raises(ValueError, match="num_heads: expected at least 1, got 0"):
         nn.LinearAttention(D, 0)
     with pytest.raises(ValueError, match="dropout: expected a probability below 1, got 1"):
         nn.TaylorAttention(D, 4, dropout=1.0)
     with pytest.raises(TypeError, match="feature_map: expected a pair of callables, for queries and for keys"):
         nn.LinearAttention(D, 4, feature_map=(torch.exp, "elu"))
-    with pytest.raises(ValueError, match="window: expected at least 1 token, got 0"):
+    with pytest.raises(ValueError, match="window: expected at least 1, got 0"):
         nn.SlidingWindowAttention(D, 4, window=0)
     with pytest.raises(ValueError, match="size: a convolution needs at least 1 tap, got 0"):
         nn.GatedShortConvolution(D, size=0)

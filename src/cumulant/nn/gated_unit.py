@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops.checks import check_activation
-from .checks import check_count, check_counts
+from .checks import check_counts
 from .norms import make_norm
 from .offset_scale import OffsetScale
 from .padding import Rows, clear_slack, compact, hide, offsets, restore
@@ -56,14 +56,13 @@ class GatedUnit(nn.Module):
     ):
         super().__init__()
         check_counts(dim=dim, query_key_dim=query_key_dim)
-        check_count("rotary_dim", rotary_dim, 0)
-        hidden = int(expansion_factor * dim)
-        if hidden < 1:
-            raise ValueError(f"expansion_factor: expected at least 1 / dim = 1 / {dim}, got {expansion_factor}")
-        if not rotary_dim <= query_key_dim or rotary_dim % 2:
+        if not isinstance(rotary_dim, int) or rotary_dim % 2 or not 0 <= rotary_dim <= query_key_dim:
             raise ValueError(
                 f"rotary_dim: expected an even number from 0 to query_key_dim={query_key_dim}, got {rotary_dim}"
             )
+        hidden = int(expansion_factor * dim)
+        if hidden < 1:
+            raise ValueError(f"expansion_factor: expected at least 1 / dim = 1 / {dim}, got {expansion_factor}")
         for name, p in (("dropout", dropout), ("out_dropout", out_dropout)):
             if not 0 <= p < 1:
                 raise ValueError(f"{name}: expected a probability below 1, got {p}")
