@@ -407,7 +407,7 @@ def test_construction_errors():
         nn.LinearAttention(D, 4, feature_map=(torch.exp, "elu"))
     with pytest.raises(ValueError, match="window: expected at least 1, got 0"):
         nn.SlidingWindowAttention(D, 4, window=0)
-    with pytest.raises(ValueError, match="size: a convolution needs at least 1 tap, got 0"):
+    with pytest.raises(ValueError, match="size: expected at least 1, got 0"):
         nn.GatedShortConvolution(D, size=0)
 
 
