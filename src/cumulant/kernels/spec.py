@@ -17,8 +17,10 @@ from torch import Tensor
 
 def accumulation_dtype(*tensors: Tensor | torch.dtype) -> torch.dtype:
     """What sums of such numbers are taken in: fp64 if any of them is fp64, else fp32."""
-    dtypes = (x if isinstance(x, torch.dtype) else x.dtype for x in tensors)
-    return torch.float64 if torch.float64 in dtypes else torch.float32
+    for x in tensors:  # a generator would take as long again, several times a call
+        if (x if isinstance(x, torch.dtype) else x.dtype) == torch.float64:
+            return torch.float64
+    return torch.float32
 
 
 def feature_count(dim: int, order: int, constant_term: bool) -> int:
@@ -96,12 +98,12 @@ class AttentionSpec:
         """Empty outputs, laid out in memory as every implementation lays them out."""
         (B, H, T, K), G, V = x.query.shape, x.key.shape[1], x.value.shape[3]
         N, F = sequence_count(B, x.cu_seqlens), feature_count(K, self.order, self.constant_term)
-        normalized = self.returns_state and self.normalize
+        normalized, dtype = self.returns_state and self.normalize, x.dtype
         return AttentionOutputs(
-            new_heads(x.query, H, V, x.dtype),
-            x.query.new_empty((B, H, T) if self.normalize else (0,), dtype=x.dtype),
-            x.query.new_empty((N, G, F, V) if self.returns_state else (0,), dtype=x.dtype),
-            x.query.new_empty((N, G, F) if normalized else (0,), dtype=x.dtype),
+            new_heads(x.query, H, V, dtype),
+            x.query.new_empty((B, H, T) if self.normalize else (0,), dtype=dtype),
+            x.query.new_empty((N, G, F, V) if self.returns_state else (0,), dtype=dtype),
+            x.query.new_empty((N, G, F) if normalized else (0,), dtype=dtype),
         )
 
     def new_gradients(self, x: AttentionInputs, y: AttentionOutputs) -> AttentionInputs:

@@ -122,7 +122,8 @@ def _obstacles(operation: str, inputs: Any, spec: Any, free: bool) -> dict[str, 
         found[name] = module.obstacle(inputs, spec)
         if free and not found[name] and hasattr(module, "slower"):
             found[name] = module.slower(inputs, spec)
-    return {**found, "reference": ""}
+    found["reference"] = ""
+    return found
 
 
 def _wish(impl: str) -> str:

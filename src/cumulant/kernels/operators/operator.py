@@ -131,9 +131,11 @@ class Operator(Generic[Inputs, Outputs, Spec]):
     @staticmethod
     def _runs_directly(inputs: Inputs) -> bool:
         """Whether the operator may be left out: nothing differentiates, traces, transforms or counts the call."""
-        tensors = [x for x in inputs if x is not None]
-        differentiated = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-        return not differentiated and is_plain_call(*tensors)
+        if torch.is_grad_enabled():
+            for x in inputs:
+                if x is not None and x.requires_grad:
+                    return False
+        return is_plain_call(*inputs)
 
     def arguments(self, impl: str, inputs: Inputs, spec: Spec) -> list[Any]:
         """A call's arguments in the order of the schema of `forward`."""
