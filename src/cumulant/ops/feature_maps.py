@@ -94,7 +94,9 @@ def softmax_features(
         first = 0 if denominator is None else denominator[:, :, None]
         total = phi_k.sum(2) if denominator is None else phi_k.sum(2) + denominator
         sums = phi_k.cumsum(2) + first if is_causal else total[:, :, None]
-    sums = sums.repeat_interleave(query.shape[1] // key.shape[1], 1)
+    H, G = query.shape[1], key.shape[1]
+    if H > G:  # chosen, not repeated: the exporter of PyTorch 2.11 takes a repeated tensor's strides for a limit on T
+        sums = sums.index_select(1, torch.arange(H, device=sums.device) // (H // G))
     phi_q = query.to(dtype).softmax(-1) / sums.masked_fill(sums == 0, 1)
     return phi_q, phi_k, total
 
