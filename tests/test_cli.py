@@ -126,6 +126,8 @@ def test_info():
         (["recall", "--workers", "-1"], "workers: expected at least 1, got -1"),
         (["recall", "--pairs", "100"], "length: expected an even number of at least 400"),
         (["bench", "accuracy", "--seed", "1", "--seed", "2"], "--seed: given 2 times, but it takes one value"),
+        (["bench", "--threads", "1", "--quick", "--threads", "2"], "--threads: given 2 times, but it takes one value"),
+        (["bench", "--batch", "1", "--batch", "1", "accuracy"], "--batch: given 2 times, but it takes one value"),
         (["bench", "--recipe", "mine"], "recipe: expected one of fair, implementations, blog, got 'mine'"),
         (["bench", "--mechanism", "mamba"], "mechanism: expected one of softmax, naive softmax, linear,"),
         (["bench", "--dtype", "fp8"], "dtype: expected one of fp32, bf16, fp16, fp64, got 'fp8'"),

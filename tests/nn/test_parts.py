@@ -360,7 +360,7 @@ def test_a_padded_gau_forms_no_bias_a_row():
     mixer = nn.GatedAttentionUnit(16, query_key_dim=6)
     mask = torch.ones(8, 200, dtype=torch.bool)
     mask[0, :5] = False
-    with torch.profiler.profile(record_shapes=True, profile_memory=True) as profile:
+    with torch.profiler.profile(record_shapes=True, profile_memory=True, acc_events=True) as profile:
         mixer(torch.randn(8, 200, 16), key_mask=mask)
         mixer(torch.randn(1, 2000, 16), cu_seqlens=torch.arange(0, 2001, 100))
     largest = max(event.self_cpu_memory_usage for event in profile.events())

@@ -3,7 +3,10 @@
 import errno
 import json
 import math
+import re
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -113,6 +116,24 @@ def test_a_full_disk(text, tmp_path, monkeypatch):
     assert [p.name for p in sorted(output.glob("checkpoint-*"))] == ["checkpoint-2", "checkpoint-4"]
     assert not list(output.rglob("*.tmp"))
     assert train(TrainingOptions(str(output), resume=True), say=lambda _: None).losses[-1][0] == 8
+
+
+def test_a_disk_that_is_really_full(text, tmp_path):
+    """Files of 150 kB at most: the weights fit, the optimizer's state does not."""
+    output = tmp_path / "run"
+    options = "--steps 4 --save-every 2 --context 32 --batch 2 --width 32 --depth 1 --heads 2 --device cpu"
+    line = f"{sys.executable} -m cumulant train --data {text} --output {output}"
+    limited = subprocess.run(
+        ["bash", "-c", f"ulimit -f 150; exec {line} {options}"], capture_output=True, text=True, timeout=200
+    )
+    (said,) = [line for line in limited.stderr.splitlines() if line.startswith("cumulant: ")]
+    assert limited.returncode == 2
+    assert "Traceback" not in limited.stderr
+    assert re.search(r"output: no space left for .*checkpoint-2 .*there is no checkpoint yet; make room", said)
+    assert not list(output.glob("checkpoint-*"))
+    assert not list(output.rglob("*.tmp"))
+    done = subprocess.run([*line.split(), "--resume"], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_padded_vocabulary(text, tmp_path):

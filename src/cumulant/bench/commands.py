@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from .console import Console, expand_home
-from .parsing import StrictCommand
+from .parsing import StrictCommand, StrictGroup
 
 console = Console()
 Output = Annotated[
@@ -51,6 +51,7 @@ def _output_folder(output: str | None, name: str, quick: bool = False) -> str:
 
 
 bench = typer.Typer(
+    cls=StrictGroup,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,

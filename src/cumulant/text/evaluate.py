@@ -52,9 +52,14 @@ def lost_note(lost: float) -> str:
     return f"the tokenizer does not keep the text: {share} of its bytes differ; bits per byte is not comparable"
 
 
-def _score(nats: float, tokens: int, text: TokenFile) -> Score:
+def check_scored(tokens: int, text: TokenFile) -> None:
+    """Refuse a figure by bytes of which some were not scored."""
     if tokens != len(text.ids) - 1:
         raise ValueError(f"text: {tokens} tokens were scored, but the text has {len(text.ids) - 1} to score")
+
+
+def _score(nats: float, tokens: int, text: TokenFile) -> Score:
+    check_scored(tokens, text)
     return Score(nats / math.log(2) / text.text_bytes, nats / tokens, tokens, text.text_bytes, text.lost)
 
 

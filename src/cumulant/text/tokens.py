@@ -103,14 +103,23 @@ def read_tokens(folder: Path) -> tuple[TokenFile, TokenFile]:
         raise ValueError(f"tokens: {index} is damaged ({error!r}); the run's text has to be read anew") from error
     train, heldout = (
         TokenFile(
-            np.load(folder / f"{split}.npy", mmap_mode="r"),
-            np.load(folder / f"{split}-starts.npy"),
+            _load(folder / f"{split}.npy", mapped=True),
+            _load(folder / f"{split}-starts.npy"),
             sizes[split],
             lost[split],
         )
         for split in ("train", "heldout")
     )
     return train, heldout
+
+
+def _load(path: Path, *, mapped: bool = False) -> Ids:
+    try:
+        return np.load(path, mmap_mode="r" if mapped else None)
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(
+            f"tokens: {path} is missing or damaged ({error}); the run's text has to be read anew"
+        ) from error
 
 
 def _fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
-from .evaluate import windowed
+from .evaluate import check_scored, windowed
 from .processes import all_agree
 from .runs import WHOLE, mark_whole, whole_checkpoints
 from .schedule import Leg, rate_at
@@ -74,6 +74,7 @@ class LanguageModelTrainer(Trainer):  # type: ignore[misc]
         nats, count = total.tolist()
         if not math.isfinite(nats):
             raise self.diverged(self.state.global_step, f"the held-out loss is {nats:g}")
+        check_scored(int(count), self.heldout)
         metrics = {
             f"{metric_key_prefix}_loss": nats / count,
             f"{metric_key_prefix}_bits_per_byte": nats / math.log(2) / self.heldout.text_bytes,
@@ -151,6 +152,8 @@ def is_disk_full(error: BaseException | None, place: Path) -> bool:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return True
         if any(words in str(error) for words in ("No space left", "quota exceeded", "File too large")):
+            return True
+        if "unexpected pos" in str(error):  # torch.save's writer found fewer bytes in its file than it wrote
             return True
         if "PytorchStreamWriter failed writing" in str(error) and shutil.disk_usage(place).free < 2**20:
             return True
