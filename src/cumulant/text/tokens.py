@@ -115,11 +115,12 @@ def read_tokens(folder: Path) -> tuple[TokenFile, TokenFile]:
 
 def _load(path: Path, *, mapped: bool = False) -> Ids:
     try:
-        return np.load(path, mmap_mode="r" if mapped else None)
+        array: Ids = np.load(path, mmap_mode="r" if mapped else None)
     except (OSError, ValueError, EOFError) as error:
         raise ValueError(
             f"tokens: {path} is missing or damaged ({error}); the run's text has to be read anew"
         ) from error
+    return array
 
 
 def _fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
