@@ -107,7 +107,8 @@ class KernelAttention(nn.Module):
 
     @property
     def _sizes(self) -> tuple[int, int, int]:
-        return self.q_proj.out_features, self.k_proj.out_features, self.v_proj.out_features
+        keys = self.num_kv_heads * self.head_dim
+        return self.num_heads * self.head_dim, keys, self.num_kv_heads * self.value_dim
 
     def attend(
         self,
