@@ -33,11 +33,11 @@ def test_what_a_tokenizer_loses_is_kept_and_said(tmp_path):
 @pytest.mark.parametrize("content", ["", "[]", "null", "{}", '{"bytes": 3}', '{"bytes": {"train": "x", "heldout": 1}}'])
 def test_broken_notes_of_tokens(content, tmp_path):
     (tmp_path / "tokens.json").write_text(content)
-    with pytest.raises(ValueError, match="tokens: .*tokens.json is damaged"):
+    with pytest.raises(ValueError, match="tokens: .*tokens.json is missing or damaged"):
         read_tokens(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["train.npy", "heldout.npy", "heldout-starts.npy"])
+@pytest.mark.parametrize("name", ["train.npy", "heldout.npy", "heldout-starts.npy", "tokens.json"])
 @pytest.mark.parametrize("damage", ["missing", "empty", "cut"])
 def test_token_arrays_that_cannot_be_read(name, damage, tmp_path):
     corpus = stories(tmp_path)
@@ -72,8 +72,8 @@ def stories(folder):
 def test_no_figure_for_bytes_that_were_not_scored(tmp_path, monkeypatch):
     """As where a tokenizer cuts documents: 64 tokens scored, all bytes divided by."""
     text = tokenize([b"a text of some words. " * 20], byte_tokenizer())
-    model = from_preset("linear", vocab_size=257, hidden_size=16, num_hidden_layers=1, num_attention_heads=1)
-    model = CumulantForCausalLM(model) if not isinstance(model, CumulantForCausalLM) else model
+    config = from_preset("linear", vocab_size=257, hidden_size=16, num_hidden_layers=1, num_attention_heads=1)
+    model = CumulantForCausalLM(config)
     whole = evaluate.windowed
     assert evaluate.evaluate_windowed(model, text, 32).tokens == len(text.ids) - 1
     monkeypatch.setattr(evaluate, "windowed", lambda *a, **k: (whole(*a, **k)[0], 64))

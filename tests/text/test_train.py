@@ -222,6 +222,30 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(text, tmp_path, kind):
     assert losses_in(output) == losses_in(tmp_path / "whole")
 
 
+TWO_PROCESSES = [
+    *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"),
+    *("-m", "cumulant"),
+]
+
+
+def test_two_processes_say_once_what_is_wrong(tmp_path):
+    """Found by the first process alone, which reads the text."""
+    (tmp_path / "short.txt").write_text("a text that is too short for its windows. " * 100)
+    options = ["--data", str(tmp_path / "short.txt"), "--context", "99999", "--device", "cpu"]
+    done = subprocess.run(
+        [*TWO_PROCESSES, "train", *options, "--output", str(tmp_path / "run")],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=200,
+    )
+    assert done.returncode != 0
+    said = [line for line in done.stderr.splitlines() if line.startswith("cumulant: ")]
+    assert len(said) == 1, done.stderr
+    assert "too few for one window of 99999" in said[0]
+    assert not (tmp_path / "run" / "tokens").exists()
+
+
 @pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp"])
 def test_two_processes_equal_one(text, tmp_path, sharded):
     """Over gloo: two processes with half of the batch each take the same two steps as one."""
@@ -229,17 +253,7 @@ def test_two_processes_equal_one(text, tmp_path, sharded):
     common += ["--device", "cpu", "--seed", "3"]
     one = [sys.executable, "-m", "cumulant", "train", *common, "--batch", "8", "--output", str(tmp_path / "one")]
     subprocess.run(one, check=True, capture_output=True)
-    launcher = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        "-m",
-        "cumulant",
-    ]
-    two = [*launcher, "train", *common, "--batch", "4", "--output", str(tmp_path / "two"), *["--fsdp"] * sharded]
+    two = [*TWO_PROCESSES, "train", *common, "--batch", "4", "--output", str(tmp_path / "two"), *["--fsdp"] * sharded]
     subprocess.run(two, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert np.allclose(losses_in(tmp_path / "one"), losses_in(tmp_path / "two"), atol=1e-4)
     scores = [json.loads((tmp_path / n / "result.json").read_text())["bits_per_byte"] for n in ("one", "two")]

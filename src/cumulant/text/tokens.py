@@ -99,8 +99,10 @@ def read_tokens(folder: Path) -> tuple[TokenFile, TokenFile]:
         content = json.loads(index.read_text(encoding="utf-8"))
         sizes = {split: int(content["bytes"][split]) for split in ("train", "heldout")}
         lost = {"train": 0.0, "heldout": float(content.get("lost", 0.0))}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"tokens: {index} is damaged ({error!r}); the run's text has to be read anew") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"tokens: {index} is missing or damaged ({error!r}); the run's text has to be read anew"
+        ) from error
     train, heldout = (
         TokenFile(
             _load(folder / f"{split}.npy", mapped=True),
