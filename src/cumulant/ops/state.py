@@ -13,7 +13,7 @@ import os
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -66,20 +66,7 @@ class State:
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor by its dotted name."""
-        found: dict[str, Tensor] = {}
-
-        def collect(prefix: str, part: Any) -> None:
-            if isinstance(part, Tensor):
-                found[prefix] = part
-            elif isinstance(part, tuple):
-                for i, p in enumerate(part):
-                    collect(f"{prefix}.{i}", p)
-            elif isinstance(part, State):
-                for f in fields(part):
-                    collect(f"{prefix}.{f.name}" if prefix else f.name, getattr(part, f.name))
-
-        collect("", self)
-        return found
+        return dict(_named_tensors("", self))
 
     @property
     def nbytes(self) -> int:
@@ -304,3 +291,15 @@ def load_state(
         raise ValueError(f"{path}: the structure of the state is not a state's; the file is damaged")
     state = _rebuild(structure, "", tensors, str(path))
     return (state, header) if return_metadata else state
+
+
+def _named_tensors(prefix: str, part: Any) -> Iterator[tuple[str, Tensor]]:
+    """Not a nested function: one that calls itself is a cycle, and would hold every tensor until the collector runs."""
+    if isinstance(part, Tensor):
+        yield prefix, part
+    elif isinstance(part, tuple):
+        for i, p in enumerate(part):
+            yield from _named_tensors(f"{prefix}.{i}", p)
+    elif isinstance(part, State):
+        for f in fields(part):
+            yield from _named_tensors(f"{prefix}.{f.name}" if prefix else f.name, getattr(part, f.name))
