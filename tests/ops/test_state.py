@@ -1,8 +1,10 @@
 """States as values: moved, selected, saved, loaded."""
 
+import gc
 import json
 import subprocess
 import sys
+import weakref
 
 import pytest
 import safetensors.torch
@@ -115,3 +117,21 @@ def test_files_that_are_no_states(tmp_path):
         cm.load_state(tmp_path / "missing.safetensors")
     with pytest.raises(TypeError, match="state: expected a cumulant state, got dict"):
         cm.save_state(path, {})
+
+
+def test_tensors_are_let_go_at_once():
+    """A state's tensors, and the graph behind them, live as long as somebody holds them."""
+    q = torch.randn(1, 2, 5, 4, requires_grad=True)
+    _, inner = cm.taylor_attention(q, q, q, is_causal=True, return_state=True)
+    kept = weakref.ref(inner.numerator)
+    gc.disable()
+    try:
+        assert inner.tensors()["numerator"] is inner.numerator
+        large = torch.zeros(3)
+        caught = weakref.ref(large)
+        inner.map(lambda x, also=large: x)
+        del inner, large
+        assert caught() is None
+        assert kept() is None
+    finally:
+        gc.enable()

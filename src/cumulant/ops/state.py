@@ -40,15 +40,7 @@ class State:
 
     def map(self: S, function: Callable[[Tensor], Tensor]) -> S:
         """The same state with `function` applied to every tensor."""
-
-        def apply(part: Any) -> Any:
-            if isinstance(part, State):
-                return part.map(function)
-            if isinstance(part, tuple):
-                return tuple(apply(p) for p in part)
-            return function(part) if isinstance(part, Tensor) else part
-
-        return type(self)(**{f.name: apply(getattr(self, f.name)) for f in fields(self)})
+        return type(self)(**{f.name: _mapped(getattr(self, f.name), function) for f in fields(self)})
 
     def clone(self: S) -> S:
         return self.map(torch.Tensor.clone)
@@ -293,8 +285,18 @@ def load_state(
     return (state, header) if return_metadata else state
 
 
+# Not nested functions: one that calls itself is a cycle, and would hold tensors until the garbage collector runs.
+
+
+def _mapped(part: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(part, State):
+        return part.map(function)
+    if isinstance(part, tuple):
+        return tuple(_mapped(p, function) for p in part)
+    return function(part) if isinstance(part, Tensor) else part
+
+
 def _named_tensors(prefix: str, part: Any) -> Iterator[tuple[str, Tensor]]:
-    """Not a nested function: one that calls itself is a cycle, and would hold every tensor until the collector runs."""
     if isinstance(part, Tensor):
         yield prefix, part
     elif isinstance(part, tuple):
