@@ -58,3 +58,15 @@ def test_features_whose_products_leave_fp32(impl: str, feature_map: str, query: 
     assert error(out, cm.linear_attention(*wide, feature_map, impl="reference")) < 3e-6
     for actual, wanted in zip(found, exact):
         assert error(actual, wanted) < 1e-5
+
+
+@by_impl
+def test_the_slope_of_elu_at_zero(impl: str):
+    """1, from either side: inputs that are exactly 0 are common, as where a row is empty or padded."""
+    q, k, v = torch.zeros(1, 1, 3, 2), torch.zeros(1, 1, 3, 2), torch.tensor([[[[1.0], [2.0], [4.0]]]])
+    exact = gradients(cm.linear_attention, [q.double(), k.double() + 1e-9, v.double()], torch.ones(1, 1, 3, 1).double())
+    for shift in (0.0, 1e-6, -1e-6):
+        found = gradients(cm.linear_attention, [q, k + shift, v], torch.ones(1, 1, 3, 1).double(), impl=impl)
+        for actual, wanted in zip(found, exact):
+            assert (actual.double() - wanted).abs().max() < 1e-5
+    assert exact[1].abs().max() > 0.1

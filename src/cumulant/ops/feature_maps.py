@@ -25,7 +25,8 @@ LEARNED = ("hedgehog", "rebased")  # of cumulant.nn
 
 def elementwise(name: str, x: Tensor) -> Tensor:
     if name == "elu":
-        return x.clamp(max=0).exp() + x.relu()
+        # the slope at 0 is 1 in every version of PyTorch; that of clamp there is 0 from 2.14 on
+        return torch.where(x > 0, x + 1, x.masked_fill(x > 0, 0).exp())
     return torch.relu(x) if name == "relu" else x
 
 

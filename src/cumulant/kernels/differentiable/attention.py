@@ -78,7 +78,8 @@ def _divide(numerator: Tensor, denominator: Tensor) -> Tensor:
 
 def _activate(x: Tensor, activation: str) -> Tensor:
     if activation == "elu":
-        return x.clamp(max=0).exp() + x.relu()
+        # the slope at 0 is 1 in every version of PyTorch; that of clamp there is 0 from 2.14 on
+        return torch.where(x > 0, x + 1, x.masked_fill(x > 0, 0).exp())
     return x.relu() if activation == "relu" else x
 
 
