@@ -187,7 +187,7 @@ def test_measurements_leave_reports(tmp_path):
         "--width", 16, "--workers", 1, "--output", tmp_path / "r",
     )  # fmt: skip
     assert recall.returncode == 0, recall.stderr
-    assert "Of 32 pairs in one context" in recall.stdout
+    assert "Accuracy on 32 pairs in one context" in recall.stdout
     accuracy = cumulant("bench", "accuracy", "--length", 32, "--operation", "elita", "--output", tmp_path / "a")
     assert accuracy.returncode == 0, accuracy.stderr
     for name in "bra":

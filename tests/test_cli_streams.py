@@ -99,6 +99,7 @@ def test_ctrl_c_leaves_the_state(model, tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env={**os.environ, **UTF8},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # also where the tests run in the background
     )
     process.stdout.read(30)  # it has begun
     process.send_signal(signal.SIGINT)
