@@ -16,7 +16,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from cumulant.cli import quiet, say
+from cumulant.bench.commands import silence_libraries
+from cumulant.cli import say
 from cumulant.models import CumulantForCausalLM, cache_bytes, from_preset
 from cumulant.text.checkpoint import load_checkpoint
 from cumulant.text.corpus import load_corpus
@@ -50,7 +51,7 @@ def xz_bits(heldout: bytes) -> float:
 
 
 def main() -> None:
-    quiet()
+    silence_libraries()
     started = time.perf_counter()
     console = Console()
     torch.manual_seed(0)

@@ -1,6 +1,8 @@
 """The README's examples run as they stand."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
@@ -32,3 +34,15 @@ def test_the_first_screen_has_what_a_newcomer_needs():
     assert "```python\nimport torch" in first
     assert "make demo" in first
     assert "make test" in first
+
+
+def test_the_programs_behind_the_commands_import():
+    """`make demo` and the other examples find what they import: renaming a function must not break them."""
+    for path in sorted((Path(__file__).parents[1] / "examples").glob("*.py")):
+        done = subprocess.run(
+            [sys.executable, "-c", f"import runpy; runpy.run_path({str(path)!r}, run_name='imported')"],
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 0, f"{path}: {done.stderr}"
