@@ -90,6 +90,8 @@ class Plain(torch.nn.Module):
 CALLS = {
     "elita": lambda q, k, v, mask: cm.elita_attention(k[..., 0], q[..., 0], q[..., 1], v, key_mask=mask),
     "linear": lambda q, k, v, mask: cm.linear_attention(q, k, v, is_causal=True, key_mask=mask),
+    "relu": lambda q, k, v, mask: cm.linear_attention(q, k, v, "relu", is_causal=True, key_mask=mask),
+    "identity": lambda q, k, v, mask: cm.linear_attention(q.abs() + 0.1, k.abs() + 0.1, v, "identity", key_mask=mask),
     "softmax features": lambda q, k, v, mask: cm.linear_attention(q, k, v, "softmax"),
     "taylor": lambda q, k, v, mask: cm.taylor_attention(q, k, v, is_causal=True, key_mask=mask),
     "order 3": lambda q, k, v, mask: cm.taylor_attention(q, k, v, 3),
@@ -116,7 +118,9 @@ def inputs(B, T):
     return {"q": q, "k": k, "v": v, "mask": mask}
 
 
-@pytest.mark.parametrize("names", [["linear"], pytest.param([*CALLS], marks=pytest.mark.slow)], ids=["one", "all"])
+@pytest.mark.parametrize(
+    "names", [["linear", "relu", "identity"], pytest.param([*CALLS], marks=pytest.mark.slow)], ids=["linear", "all"]
+)
 def test_operations(names, tmp_path):
     heads = {0: Dim.AUTO, 2: Dim.AUTO}
     dynamic = {"q": heads, "k": heads, "v": heads, "mask": ANY}

@@ -67,8 +67,7 @@ def level_features(features: Features, exponential: bool) -> Features:
                 x - x.detach().amax(-1, keepdim=True).clamp_max(0.0).clamp_min(torch.finfo(x.dtype).min / 2)
             )
         top = x.detach().abs().amax(-1, keepdim=True)
-        power = torch.ldexp(torch.ones_like(top), torch.frexp(top).exponent.clamp(min=-100, max=100))
-        return features(x / power.where(top.isfinite(), 1))
+        return features(x / top.where((top > 0) & (top < math.inf), 1))
 
     return leveled
 
