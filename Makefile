@@ -38,6 +38,7 @@ check: $(INSTALLED)  ## format, lint, types, import rules, links in the document
 	@echo "== format and lint"
 	@$(BIN)/ruff format --check --quiet . || { echo "run: make format"; exit 1; }
 	@$(BIN)/ruff check --quiet .
+	@$(BIN)/clang-format --dry-run --Werror $(NATIVE)
 	@echo "== types"
 	@$(BIN)/mypy
 	@echo "== import rules and public names"

@@ -1,8 +1,10 @@
-"""Builds the native CPU kernels where there is a C++ compiler; without one the installation goes on without them.
+"""Builds the native CPU kernels where there is a C++ compiler; without one the installation goes on
+without them.
 
-They are one plain shared library, without Python's or torch's headers, compiled once for each instruction set. It
-chooses among them when it runs, so a wheel serves every machine of its platform and every Python. CXX names the
-compiler, and CXXFLAGS adds flags. A wheel without the kernels serves every platform, and is tagged so.
+They are one plain shared library, without Python's or torch's headers, compiled once for each
+instruction set. It chooses among them when it runs, so a wheel serves every machine of its platform
+and every Python. CXX names the compiler, and CXXFLAGS adds flags. A wheel without the kernels
+serves every platform, and is tagged so.
 """
 
 import os
@@ -25,19 +27,30 @@ X86 = platform.machine().lower() in ("x86_64", "amd64")
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 INSTRUCTIONS = {
     "baseline": [],
-    **({"avx2": AVX2, "avx512": [*AVX2, *(f"-mavx512{x}" for x in ("f", "vl", "bw", "dq"))]} if X86 else {}),
+    **(
+        {"avx2": AVX2, "avx512": [*AVX2, *(f"-mavx512{x}" for x in ("f", "vl", "bw", "dq"))]}
+        if X86
+        else {}
+    ),
 }
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-pthread", "-ffp-contract=fast", "-Wall", "-Wextra"]
 
 
 def compiler():
-    if sys.platform == "win32":  # GCC's 32-byte vectors on its stack are misaligned there, and MSVC takes other flags
-        raise CompileError("the native CPU kernels are not built on Windows: PyTorch's operators take their place")
+    if (
+        sys.platform == "win32"
+    ):  # GCC's 32-byte vectors on its stack are misaligned there, and MSVC takes other flags
+        raise CompileError(
+            "the native CPU kernels are not built on Windows: PyTorch's operators take their place"
+        )
     wanted = os.environ.get("CXX")
     for name in shlex.split(wanted)[:1] if wanted else ("c++", "g++", "clang++"):
         if shutil.which(name):
             return shlex.split(wanted) if wanted else [name]
-    raise CompileError(f"no C++ compiler found ({wanted or 'c++, g++, clang++'}): the native CPU kernels are left out")
+    raise CompileError(
+        f"no C++ compiler found ({wanted or 'c++, g++, clang++'}): the native CPU kernels are"
+        " left out"
+    )
 
 
 class BuildKernels(build_ext):
@@ -49,15 +62,26 @@ class BuildKernels(build_ext):
         temporary = Path(self.build_temp)
         for folder in (output.parent, temporary):
             folder.mkdir(parents=True, exist_ok=True)
-        flags = [*FLAGS, *(["-DCUMULANT_X86"] if X86 else []), *shlex.split(os.environ.get("CXXFLAGS", ""))]
-        units = [
-            (f"kernels-{isa}", "kernel_table.cpp", [f"-DCUMULANT_ISA={isa}", *f]) for isa, f in INSTRUCTIONS.items()
+        flags = [
+            *FLAGS,
+            *(["-DCUMULANT_X86"] if X86 else []),
+            *shlex.split(os.environ.get("CXXFLAGS", "")),
         ]
-        units += [(path.stem, path.name, []) for path in sorted(SOURCES.glob("*.cpp")) if path.stem != "kernel_table"]
+        units = [
+            (f"kernels-{isa}", "kernel_table.cpp", [f"-DCUMULANT_ISA={isa}", *f])
+            for isa, f in INSTRUCTIONS.items()
+        ]
+        units += [
+            (path.stem, path.name, [])
+            for path in sorted(SOURCES.glob("*.cpp"))
+            if path.stem != "kernel_table"
+        ]
         commands = []
         for name, source, extra in units:
             objects.append(temporary / f"{name}.o")
-            commands.append([*compiler(), *flags, *extra, "-c", SOURCES / source, "-o", objects[-1]])
+            commands.append(
+                [*compiler(), *flags, *extra, "-c", SOURCES / source, "-o", objects[-1]]
+            )
         with ThreadPoolExecutor(os.cpu_count()) as pool:  # each command is a process
             list(pool.map(self.execute, commands))
         self.execute([*compiler(), *flags, "-shared", *objects, "-o", output])

@@ -1,6 +1,8 @@
-"""Against pytorch-fast-transformers (compiled, and to be installed beforehand), the same weights: forward and backward.
+"""Against pytorch-fast-transformers (compiled, and to be installed beforehand), the same weights:
+forward and backward.
 
-Median of five calls each, in turn, in one process. dim 512, 8 heads of 64, batch 1, fp32, two threads.
+Median of five calls each, in turn, in one process. dim 512, 8 heads of 64, batch 1, fp32, two
+threads.
 
     python benchmarks/against_fast_transformers.py
 """
@@ -41,16 +43,31 @@ def main() -> None:
         theirs = AttentionLayer(kind(64), 512, 8)
         ours = from_fast_transformers(theirs)
         causal = kind is CausalLinearAttention
-        mask = SimpleNamespace(lower_triangular=causal, all_ones=not causal)  # without its T x T matrix
+        mask = SimpleNamespace(
+            lower_triangular=causal, all_ones=not causal
+        )  # without its T x T matrix
         for length in (1024, 4096, 16384):
             x, lengths = torch.randn(1, length, 512), LengthMask(torch.tensor([length]))
-            torch.testing.assert_close(ours(x), theirs(x, x, x, mask, lengths, lengths), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(
+                ours(x), theirs(x, x, x, mask, lengths, lengths), rtol=1e-4, atol=1e-5
+            )
             for backward in (False, True):
                 a = seconds(lambda: theirs(x, x, x, mask, lengths, lengths), backward)  # noqa: B023
                 b = seconds(lambda: ours(x), backward)  # noqa: B023
                 name = "fwd+bwd" if backward else "forward"
-                results.append({"attention": kind.__name__, "tokens": length, "pass": name, "theirs": a, "ours": b})
-                print(f"{kind.__name__:<22} {length:>7,} {name:<8} {a:>8.3f} {b:>7.3f} {a / b:>6.2f}", flush=True)
+                results.append(
+                    {
+                        "attention": kind.__name__,
+                        "tokens": length,
+                        "pass": name,
+                        "theirs": a,
+                        "ours": b,
+                    }
+                )
+                print(
+                    f"{kind.__name__:<22} {length:>7,} {name:<8} {a:>8.3f} {b:>7.3f} {a / b:>6.2f}",
+                    flush=True,
+                )
     print(json.dumps({"torch": torch.__version__, "results": results}))
 
 

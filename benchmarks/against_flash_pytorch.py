@@ -1,11 +1,13 @@
-"""Against FLASH-pytorch, the same weights: time and memory of its FLASHTransformer, and of one more token.
+"""Against FLASH-pytorch, the same weights: time and memory of its FLASHTransformer, and of one more
+token.
 
-The model of that package's train.py (8 layers of 512, groups of 256, Laplace, token shift, bytes), fp32. Each row is
-one process for each library, in turn: the median of its calls, and the most memory that they took beyond the weights.
-The package generates by running the whole sequence for every token; ours steps on a state.
+The model of that package's train.py (8 layers of 512, groups of 256, Laplace, token shift, bytes),
+fp32. Each row is one process for each library, in turn: the median of its calls, and the most
+memory that they took beyond the weights. The package generates by running the whole sequence for
+every token; ours steps on a state.
 
     python benchmarks/against_flash_pytorch.py
-    python benchmarks/against_flash_pytorch.py --products torch    # without oneDNN, on which ours multiplies
+    python benchmarks/against_flash_pytorch.py --products torch    # both without oneDNN
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ LENGTHS = [1024, 4096, 16384]
 PASSES = ["forward", "fwd+bwd", "decode"]
 
 
-def measure(library: str, length: int, what: str, products: str, depth: int, repeats: int = 3) -> dict[str, float]:
+def measure(
+    library: str, length: int, what: str, products: str, depth: int, repeats: int = 3
+) -> dict[str, float]:
     from flash_pytorch import FLASHTransformer
 
     torch.manual_seed(0)
@@ -75,7 +79,9 @@ def measure(library: str, length: int, what: str, products: str, depth: int, rep
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--products", choices=["onednn", "torch"], default="onednn")
     parser.add_argument("--lengths", nargs="+", type=int, default=LENGTHS)
     parser.add_argument("--passes", nargs="+", choices=PASSES, default=PASSES)
@@ -91,7 +97,12 @@ def main() -> None:
         for what in options.passes:
             found = {}
             for library in ("theirs", "cumulant"):
-                job = {"library": library, "length": length, "what": what, "products": options.products}
+                job = {
+                    "library": library,
+                    "length": length,
+                    "what": what,
+                    "products": options.products,
+                }
                 command = [
                     sys.executable,
                     "-W",
@@ -100,17 +111,22 @@ def main() -> None:
                     "--one",
                     json.dumps({**job, "depth": options.depth}),
                 ]
-                lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+                lines = subprocess.run(
+                    command, capture_output=True, text=True, check=True
+                ).stdout.splitlines()
                 found[library] = json.loads(lines[-1])
             theirs, ours = found["theirs"], found["cumulant"]
             assert abs(theirs["check"] / ours["check"] - 1) < 1e-3, (theirs, ours)
             results.append({"length": length, "pass": what, **found})
             print(
-                f"{length:>7,} {what:<8} {theirs['seconds']:>9.3f} {ours['seconds']:>8.4f} "
-                f"{theirs['seconds'] / ours['seconds']:>7.1f} {theirs['peak_mib']:>11,.0f} {ours['peak_mib']:>9,.0f}",
+                f"{length:>7,} {what:<8} {theirs['seconds']:>9.3f} {ours['seconds']:>8.4f}"
+                f" {theirs['seconds'] / ours['seconds']:>7.1f} {theirs['peak_mib']:>11,.0f}"
+                f" {ours['peak_mib']:>9,.0f}",
                 flush=True,
             )
-    print(json.dumps({"torch": torch.__version__, "products": options.products, "results": results}))
+    print(
+        json.dumps({"torch": torch.__version__, "products": options.products, "results": results})
+    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""Against taylor-series-linear-attention, the same weights: time and memory of attention in both directions and across.
+"""Against taylor-series-linear-attention, the same weights: time and memory of attention in both
+directions and across.
 
-Each row is one process for each library, in turn: the median of its calls, and the most memory that the calls took
-beyond inputs and weights. dim 512, 16 heads of 16, fp32.
+Each row is one process for each library, in turn: the median of its calls, and the most memory that
+the calls took beyond inputs and weights. dim 512, 16 heads of 16, fp32.
 
     python benchmarks/against_taylor_series.py
 """
@@ -25,7 +26,9 @@ from cumulant.interop import from_taylor_series
 SHAPES = [(1024, None), (4096, None), (16384, None), (1024, 65536)]
 
 
-def measure(library: str, queries: int, context: int | None, backward: bool, repeats: int = 3) -> dict[str, float]:
+def measure(
+    library: str, queries: int, context: int | None, backward: bool, repeats: int = 3
+) -> dict[str, float]:
     from taylor_series_linear_attention import TaylorSeriesLinearAttn
 
     torch.manual_seed(0)
@@ -57,7 +60,9 @@ def measure(library: str, queries: int, context: int | None, backward: bool, rep
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
@@ -69,17 +74,25 @@ def main() -> None:
         for backward in (False, True):
             found = {}
             for library in ("theirs", "cumulant"):
-                job = {"library": library, "queries": queries, "context": context, "backward": backward}
+                job = {
+                    "library": library,
+                    "queries": queries,
+                    "context": context,
+                    "backward": backward,
+                }
                 command = [sys.executable, "-W", "ignore", __file__, "--one", json.dumps(job)]
-                lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+                lines = subprocess.run(
+                    command, capture_output=True, text=True, check=True
+                ).stdout.splitlines()
                 found[library] = json.loads(lines[-1])
             theirs, ours = found["theirs"], found["cumulant"]
             assert abs(theirs["check"] / ours["check"] - 1) < 1e-4
             results.append({"queries": queries, "context": context, "backward": backward, **found})
             print(
-                f"{queries:>7,} {context or 'self':>8} {'fwd+bwd' if backward else 'forward':<8} "
-                f"{theirs['seconds']:>9.3f} {ours['seconds']:>8.3f} {theirs['seconds'] / ours['seconds']:>6.1f} "
-                f"{theirs['peak_mib']:>11,.0f} {ours['peak_mib']:>9,.0f}",
+                f"{queries:>7,} {context or 'self':>8} {'fwd+bwd' if backward else 'forward':<8}"
+                f" {theirs['seconds']:>9.3f} {ours['seconds']:>8.3f}"
+                f" {theirs['seconds'] / ours['seconds']:>6.1f} {theirs['peak_mib']:>11,.0f}"
+                f" {ours['peak_mib']:>9,.0f}",
                 flush=True,
             )
     print(json.dumps({"torch": torch.__version__, "results": results}))

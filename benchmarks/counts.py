@@ -1,9 +1,10 @@
-"""Counts of the code itself: what a new argument or a new implementation would touch, and how long things are.
+"""Counts of the code itself: what a new argument or a new implementation would touch, and how long
+things are.
 
 python benchmarks/counts.py [ROOT]
 
-ROOT is a checkout, by default this one. The Python calls of a token are counted in the package that is imported, so run
-it with ROOT/src first in PYTHONPATH. The last line is JSON.
+ROOT is a checkout, by default this one. The Python calls of a token are counted in the package that
+is imported, so run it with ROOT/src first in PYTHONPATH. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -16,11 +17,25 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-OTHER_OPERATIONS = ("bilinear", "elita", "gated", "mixed", "recurrence", "reference_", "taylor", "weights")
-# Functions that are about masks alone, or about another operation: no other argument would go there.
+OTHER_OPERATIONS = (
+    "bilinear",
+    "elita",
+    "gated",
+    "mixed",
+    "recurrence",
+    "reference_",
+    "taylor",
+    "weights",
+)
+# Functions that are about masks alone, or about another operation: no other argument would go
+# there.
 OF_MASKS = ("mask", "count_tokens", "softmax_features", "_clear")
 OF_OTHERS = ("mixed_chunk_attention", "elita_attention", "sliding_window_attention")
-IMPLEMENTATIONS = ("native", "torch", "chunked")  # the last is what torch's folder was called before
+IMPLEMENTATIONS = (
+    "native",
+    "torch",
+    "chunked",
+)  # the last is what torch's folder was called before
 
 
 def functions(tree: ast.AST) -> Iterator[ast.FunctionDef]:
@@ -32,20 +47,31 @@ def body_lines(function: ast.FunctionDef) -> int:
     assert function.end_lineno is not None
     lines = function.end_lineno - function.lineno + 1
     first = function.body[0]
-    if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str):
+    if (
+        isinstance(first, ast.Expr)
+        and isinstance(first.value, ast.Constant)
+        and isinstance(first.value.value, str)
+    ):
         assert first.end_lineno is not None
         lines -= first.end_lineno - first.lineno + 1
     return lines
 
 
 def argument_sites(package: Path, name: str = "key_mask") -> list[str]:
-    """Where a tensor argument of linear attention is declared: parameters, fields of tuples and structs. `key_mask`
-    goes where any other that belongs to keys would."""
-    paths = [*package.glob("ops/*.py"), *package.glob("kernels/**/*.py"), *package.glob("kernels/**/*.?pp")]
+    """Where a tensor argument of linear attention is declared: parameters, fields of tuples and
+    structs. `key_mask` goes where any other that belongs to keys would."""
+    paths = [
+        *package.glob("ops/*.py"),
+        *package.glob("kernels/**/*.py"),
+        *package.glob("kernels/**/*.?pp"),
+    ]
     paths += [package / "nn" / "kernel_attention.py", package / "nn" / "linear.py"]
     found = []
     for path in sorted(paths):
-        if any(other in path.name for other in OTHER_OPERATIONS) or path.name in ("__init__.py", "checks.py"):
+        if any(other in path.name for other in OTHER_OPERATIONS) or path.name in (
+            "__init__.py",
+            "checks.py",
+        ):
             continue
         text, at = path.read_text(), str(path.relative_to(package))
         if path.suffix != ".py":
@@ -68,7 +94,9 @@ def argument_sites(package: Path, name: str = "key_mask") -> list[str]:
 
 
 def implementation_files(package: Path) -> list[str]:
-    """Files outside the implementations' folders that name two of them: where a new one would have to be named too."""
+    """Files outside the implementations' folders that name two of them: where a new one would have
+    to be named too.
+    """
     folders = {name: package / "kernels" / name for name in IMPLEMENTATIONS}
     found = []
     for path in sorted([*package.glob("ops/*.py"), *package.glob("kernels/**/*.py")]):
@@ -76,10 +104,14 @@ def implementation_files(package: Path) -> list[str]:
             continue
         tree = ast.parse(path.read_text())
         for node in ast.walk(tree):  # documentation may name them
-            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(
+                node
+            ):
                 node.body[0] = ast.Pass()
         text = ast.unparse(tree)
-        named = {name for name in IMPLEMENTATIONS if re.search(rf"'{name}'|kernels\.{name}\b", text)}
+        named = {
+            name for name in IMPLEMENTATIONS if re.search(rf"'{name}'|kernels\.{name}\b", text)
+        }
         if len(named - ({"chunked"} if "torch" in named else set())) > 1:
             found.append(str(path.relative_to(package)))
     return found
@@ -104,7 +136,9 @@ def glue_lines(package: Path) -> int:
 
 
 def token_calls() -> dict[str, int]:
-    """Python calls of one token through two Taylor mixers, and through a language model of two layers."""
+    """Python calls of one token through two Taylor mixers, and through a language model of two
+    layers.
+    """
     import torch
     from transformers import DynamicCache
 
@@ -158,14 +192,21 @@ def counts(root: Path) -> dict[str, Any]:
         "files of a new implementation": len(implementation_files(package)),
         "glue lines": glue_lines(package),
         "functions above 60 lines": sum(body_lines(f) > 60 for f in every),
-        "lines above 100 columns, Python": sum(len(line) > 100 for text in python for line in text.splitlines()),
-        "lines above 100 columns, C++": sum(len(line) > 100 for text in cpp for line in text.splitlines()),
+        "lines above 100 columns, Python": sum(
+            len(line) > 100 for text in python for line in text.splitlines()
+        ),
+        "lines above 100 columns, C++": sum(
+            len(line) > 100 for text in cpp for line in text.splitlines()
+        ),
     }
 
 
 def main() -> None:
     root = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parents[1]
-    found = {**counts(root), **{f"Python calls a token, {name}": n for name, n in token_calls().items()}}
+    found = {
+        **counts(root),
+        **{f"Python calls a token, {name}": n for name, n in token_calls().items()},
+    }
     for site in argument_sites(root / "src" / "cumulant"):
         print("argument:", site)
     for path in implementation_files(root / "src" / "cumulant"):

@@ -1,7 +1,8 @@
 """Memory and time of cross attention onto a long context, by number of queries.
 
-Each measurement is a process of its own, so that its peak is its own. "peak" is what the process took at most beyond
-the context, which it was given; "read" is the time of the queries alone, on a state computed before.
+Each measurement is a process of its own, so that its peak is its own. "peak" is what the process
+took at most beyond the context, which it was given; "read" is the time of the queries alone, on a
+state computed before.
 
     python benchmarks/cross_attention.py [--context 1048576] [--queries 1 64 4096 65536]
 """
@@ -25,7 +26,9 @@ DIM, HEADS = 128, 4
 
 
 class Softmax(nn.Module):
-    """The same projections with fused softmax attention; its "state" is the context's keys and values."""
+    """The same projections with fused softmax attention; its "state" is the context's keys and
+    values.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -82,24 +85,45 @@ def measure(mixer: str, context_length: int, queries: int, piece: int) -> dict[s
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--context", type=int, default=1 << 20)
     parser.add_argument("--queries", type=int, nargs="+", default=[1, 64, 4096, 65536])
-    parser.add_argument("--piece", type=int, default=1 << 16, help="tokens of context encoded at a time")
+    parser.add_argument(
+        "--piece", type=int, default=1 << 16, help="tokens of context encoded at a time"
+    )
     parser.add_argument("--mixers", nargs="+", default=list(MIXERS), choices=list(MIXERS))
-    parser.add_argument("--softmax-queries", type=int, default=64, help="largest number for softmax: its time is T x S")
+    parser.add_argument(
+        "--softmax-queries",
+        type=int,
+        default=64,
+        help="largest number for softmax: its time is T x S",
+    )
     parser.add_argument("--one", nargs=2, metavar=("MIXER", "QUERIES"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
-        print(json.dumps(measure(options.one[0], options.context, int(options.one[1]), options.piece)))
+        print(
+            json.dumps(measure(options.one[0], options.context, int(options.one[1]), options.piece))
+        )
         return
     results = []
-    print(f"{'mixer':<8} {'queries':>8} {'peak MiB':>9} {'state bytes':>13} {'encode s':>9} {'read s':>8}")
+    print(
+        f"{'mixer':<8} {'queries':>8} {'peak MiB':>9} {'state bytes':>13} {'encode s':>9}"
+        f" {'read s':>8}"
+    )
     for mixer in options.mixers:
         for queries in options.queries:
             if mixer == "softmax" and queries > options.softmax_queries:
                 continue
-            command = [sys.executable, __file__, "--context", str(options.context), "--piece", str(options.piece)]
+            command = [
+                sys.executable,
+                __file__,
+                "--context",
+                str(options.context),
+                "--piece",
+                str(options.piece),
+            ]
             line = subprocess.run(
                 [*command, "--one", mixer, str(queries)], capture_output=True, text=True, check=True
             ).stdout

@@ -1,7 +1,9 @@
-"""ELiTA's attention and feed-forward against their eager forms: time, and what is kept for the backward pass.
+"""ELiTA's attention and feed-forward against their eager forms: time, and what is kept for the
+backward pass.
 
-The eager attention is the published equation in PyTorch, two cumulative sums of clipped exponentials; the eager
-feed-forward one einsum over its hidden layer. Calls take turns in one process, on the same inputs; medians. fp32.
+The eager attention is the published equation in PyTorch, two cumulative sums of clipped
+exponentials; the eager feed-forward one einsum over its hidden layer. Calls take turns in one
+process, on the same inputs; medians. fp32.
 
     python benchmarks/elita.py --threads 2
 """
@@ -21,7 +23,13 @@ from torch.nn import functional as F
 import cumulant as cm
 from cumulant import nn
 
-ATTENTION = [(128, 4, 256, 16), (16, 4, 256, 64), (8, 8, 1024, 64), (1, 8, 16384, 64), (1, 4, 100_000, 32)]  # B H T V
+ATTENTION = [
+    (128, 4, 256, 16),
+    (16, 4, 256, 64),
+    (8, 8, 1024, 64),
+    (1, 8, 16384, 64),
+    (1, 4, 100_000, 32),
+]  # B H T V
 FEED_FORWARD = [(128 * 256, 64), (4096, 256), (2048, 512)]  # tokens, D
 CONTEXTS = [1_000, 10_000, 100_000]
 
@@ -37,8 +45,12 @@ def eager_feed_forward(module: nn.ElitaFeedForward, x: Tensor) -> Tensor:
     return torch.einsum("ni,nf,dfi->nd", a, b, w) + module.out_proj.bias
 
 
-def side_by_side(ours: Callable[[], Tensor], theirs: Callable[[], Tensor], leaves: list[Tensor], rounds: int) -> dict:
-    """Median seconds of each, forward and forward with backward, and bytes kept for backward beside the leaves."""
+def side_by_side(
+    ours: Callable[[], Tensor], theirs: Callable[[], Tensor], leaves: list[Tensor], rounds: int
+) -> dict:
+    """Median seconds of each, forward and forward with backward, and bytes kept for backward beside
+    the leaves.
+    """
     torch.testing.assert_close(ours(), theirs(), rtol=1e-3, atol=1e-4)
     found: dict[str, dict[str, float]] = {}
     for backward in (False, True):
@@ -51,7 +63,9 @@ def side_by_side(ours: Callable[[], Tensor], theirs: Callable[[], Tensor], leave
                 if backward:
                     torch.autograd.grad(out, leaves, torch.ones_like(out))
                 times[name].append(time.perf_counter() - start)
-        found["both" if backward else "forward"] = {name: statistics.median(t[1:]) for name, t in times.items()}
+        found["both" if backward else "forward"] = {
+            name: statistics.median(t[1:]) for name, t in times.items()
+        }
     own = {x.untyped_storage().data_ptr() for x in leaves}
     found["kept_bytes"] = {}
     for name, run in (("ours", ours), ("eager", theirs)):
@@ -71,9 +85,10 @@ def side_by_side(ours: Callable[[], Tensor], theirs: Callable[[], Tensor], leave
 def show(label: str, found: dict) -> None:
     forward, both, kept = found["forward"], found["both"], found["kept_bytes"]
     print(
-        f"{label:<34} forward {1e3 * forward['ours']:8.1f} ms ({forward['eager'] / forward['ours']:4.1f}x)   "
-        f"with backward {1e3 * both['ours']:8.1f} ms ({both['eager'] / both['ours']:4.1f}x)   "
-        f"kept {kept['ours'] / 2**20:7.1f} of {kept['eager'] / 2**20:7.1f} MiB",
+        f"{label:<34} forward {1e3 * forward['ours']:8.1f} ms"
+        f" ({forward['eager'] / forward['ours']:4.1f}x)   with backward {1e3 * both['ours']:8.1f}"
+        f" ms ({both['eager'] / both['ours']:4.1f}x)   kept {kept['ours'] / 2**20:7.1f} of"
+        f" {kept['eager'] / 2**20:7.1f} MiB",
         flush=True,
     )
 
@@ -83,7 +98,9 @@ def attention(B: int, H: int, T: int, V: int, rounds: int) -> dict:
     logits = [torch.randn(B, H, T).mul_(2).requires_grad_() for _ in range(3)]
     value = torch.randn(B, T, H, V).transpose(1, 2).requires_grad_()
     leaves = [*logits, value]
-    return side_by_side(lambda: cm.elita_attention(*leaves), lambda: eager_attention(*leaves), leaves, rounds)
+    return side_by_side(
+        lambda: cm.elita_attention(*leaves), lambda: eager_attention(*leaves), leaves, rounds
+    )
 
 
 def feed_forward(tokens: int, dim: int, rounds: int) -> dict:
@@ -96,7 +113,9 @@ def feed_forward(tokens: int, dim: int, rounds: int) -> dict:
 
 @torch.inference_mode()
 def steps(context: int, rounds: int) -> dict[str, float]:
-    """Seconds of the next token: onto a state, and by the eager form, which runs all of them again. H = 8, V = 64."""
+    """Seconds of the next token: onto a state, and by the eager form, which runs all of them again.
+    H = 8, V = 64.
+    """
     torch.manual_seed(0)
     inputs = [*(torch.randn(1, 8, context) for _ in range(3)), torch.randn(1, 8, context, 64)]
     last = [x[:, :, -1:] for x in inputs]
@@ -111,11 +130,15 @@ def steps(context: int, rounds: int) -> dict[str, float]:
         whole = eager_attention(*inputs)
         times["eager"].append(time.perf_counter() - start)
     torch.testing.assert_close(out, whole[:, :, -1:], rtol=1e-3, atol=1e-4)
-    return {name: statistics.median(t[1:]) for name, t in times.items()} | {"state_bytes": state.nbytes}
+    return {name: statistics.median(t[1:]) for name, t in times.items()} | {
+        "state_bytes": state.nbytes
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()
@@ -133,8 +156,8 @@ def main() -> None:
         found = steps(context, options.rounds)
         results["steps"].append({"context": context, **found})
         print(
-            f"token {context:>7,}: {1e6 * found['ours']:6.0f} us onto a state of {found['state_bytes']:,.0f} bytes, "
-            f"{1e3 * found['eager']:8.1f} ms by the whole"
+            f"token {context:>7,}: {1e6 * found['ours']:6.0f} us onto a state of"
+            f" {found['state_bytes']:,.0f} bytes, {1e3 * found['eager']:8.1f} ms by the whole"
         )
     print(json.dumps({"torch": torch.__version__, "threads": options.threads, **results}))
 

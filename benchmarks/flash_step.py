@@ -1,4 +1,5 @@
-"""One token onto FLASH's open group, native beside PyTorch, by how full the group is: figures in docs/log/evidence.md.
+"""One token onto FLASH's open group, native beside PyTorch, by how full the group is: figures in
+docs/log/evidence.md.
 
 B sequences, values of V channels.
 
@@ -44,13 +45,22 @@ def main() -> None:
             context = [torch.randn(rows, 1, GROUP + taken, size) for size in sizes]
             token = [torch.randn(rows, 1, 1, size) for size in sizes]
             for activation in ("relu2", "laplace"):
-                fixed = {"group_size": GROUP, "is_causal": True, "activation": activation, "bias": bias}
+                fixed = {
+                    "group_size": GROUP,
+                    "is_causal": True,
+                    "activation": activation,
+                    "bias": bias,
+                }
                 _, state = cm.mixed_chunk_attention(*context, **fixed, return_state=True)
 
                 def step(impl: str, state=state, token=token, fixed=fixed) -> object:  # type: ignore[no-untyped-def]
-                    return cm.mixed_chunk_attention(*token, **fixed, state=state, return_state=True, impl=impl)
+                    return cm.mixed_chunk_attention(
+                        *token, **fixed, state=state, return_state=True, impl=impl
+                    )
 
-                native, torchs = in_turns([lambda step=step: step("native"), lambda step=step: step("torch")])
+                native, torchs = in_turns(
+                    [lambda step=step: step("native"), lambda step=step: step("torch")]
+                )
                 times = f"{native:.0f}", f"{torchs:.0f}", f"{torchs / native:.2f}"
                 table.add_row(str(rows), f"{channels:,}", activation, str(taken), *times)
     Console().print(table)

@@ -1,4 +1,5 @@
-"""What the constant term does for the higher order transformer: held-out bits per byte of two small language models.
+"""What the constant term does for the higher order transformer: held-out bits per byte of two small
+language models.
 
 python benchmarks/higher_order.py [--learning-rate 2e-3]
 """
@@ -13,7 +14,9 @@ from cumulant.text.train import train
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--steps", type=int, default=1000)
     options = parser.parse_args()
@@ -32,7 +35,11 @@ def main() -> None:
             learning_rate=options.learning_rate,
         )
         score = train(run, say=lambda line: None).score
-        print(f"constant term {'kept' if constant else 'dropped'}: {score.bits_per_byte:.3f} bits per byte", flush=True)
+        print(
+            f"constant term {'kept' if constant else 'dropped'}: {score.bits_per_byte:.3f} bits per"
+            " byte",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
-"""Speed of whole models, preset beside preset: training by window; decoding, and the cache's size, by context.
+"""Speed of whole models, preset beside preset: training by window; decoding, and the cache's size,
+by context.
 
     python benchmarks/language_model.py train  --windows 1024 4096 16384
     python benchmarks/language_model.py decode --contexts 1000 10000 100000
 
-All rows in one process, presets side by side at each length, medians over repeats; the last line is JSON.
+All rows in one process, presets side by side at each length, medians over repeats; the last line is
+JSON.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ from cumulant.text.generate import decoding_speed, fill_cache
 
 def build(preset: str, width: int, depth: int) -> CumulantForCausalLM:
     torch.manual_seed(0)
-    return CumulantForCausalLM(from_preset(preset, vocab_size=257, hidden_size=width, num_hidden_layers=depth))
+    return CumulantForCausalLM(
+        from_preset(preset, vocab_size=257, hidden_size=width, num_hidden_layers=depth)
+    )
 
 
 def training_speed(model: CumulantForCausalLM, window: int, repeats: int) -> float:
@@ -60,7 +64,14 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                 cache = fill_cache(model.eval(), length)
                 size = cache_bytes(cache)
                 speed = decoding_speed(model, cache, 20 * arguments.repeats)
-                rows.append({"preset": preset, "context": length, "tokens_per_second": speed, "cache_bytes": size})
+                rows.append(
+                    {
+                        "preset": preset,
+                        "context": length,
+                        "tokens_per_second": speed,
+                        "cache_bytes": size,
+                    }
+                )
     return rows
 
 
@@ -81,9 +92,18 @@ def main() -> None:
     for row in rows:
         table.add_row(*(f"{v:,.0f}" if isinstance(v, int | float) else v for v in row.values()))
     Console().print(table)
-    versions = {"cumulant": cumulant.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
-    machine = {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
-    print(json.dumps({"what": arguments.what, "rows": rows, "versions": versions, "machine": machine}))
+    versions = {
+        "cumulant": cumulant.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    machine = {
+        "processor": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+    }
+    print(
+        json.dumps({"what": arguments.what, "rows": rows, "versions": versions, "machine": machine})
+    )
 
 
 if __name__ == "__main__":

@@ -1,14 +1,16 @@
-"""The native CPU kernels beside their floor and their peers: one run, every row a median, the same inputs.
+"""The native CPU kernels beside their floor and their peers: one run, every row a median, the same
+inputs.
 
-The floor of a row is its multiplications and additions (in the letters of DESIGN.md, a token and head, chunks of 64:
-forward 4 F V + 64 (K + V), backward 10 F V + 64 (4 K + 3 V)) over the rate that the vector units reach in this run from
-registers; the memory's is the bytes that must come and go over the rate of a copy. Peers: the chunk-parallel PyTorch
-implementation, PyTorch's fused softmax attention, and the cores of taylor-series-linear-attention (features, then the
-causal product) and of pytorch-fast-transformers. The causal product needs pytorch-fast-transformers 0.4.0, compiled:
+The floor of a row is its multiplications and additions (in the letters of DESIGN.md, a token and
+head, chunks of 64: forward 4 F V + 64 (K + V), backward 10 F V + 64 (4 K + 3 V)) over the rate that
+the vector units reach in this run from registers; the memory's is the bytes that must come and go
+over the rate of a copy. Peers: the chunk-parallel PyTorch implementation, PyTorch's fused softmax
+attention, and the cores of taylor-series-linear-attention (features, then the causal product) and
+of pytorch-fast-transformers. The causal product needs pytorch-fast-transformers 0.4.0, compiled:
 
     pip install --no-build-isolation pytorch-fast-transformers
     python benchmarks/native.py --threads 2
-    python benchmarks/native.py --threads 2 --lengths            # time by length, and from where each is the faster
+    python benchmarks/native.py --threads 2 --lengths            # time by length, and crossovers
     python benchmarks/native.py --threads 2 --lengths --plot docs/figures
     python benchmarks/native.py --draw docs/figures              # the picture again, from its rows
 """
@@ -79,16 +81,24 @@ LIMIT = 8.0  # seconds that one call of a peer may take
 
 def attention(case: Case, impl: str) -> Attention:
     if case.order:
-        return lambda q, k, v: cm.taylor_attention(q, k, v, case.order, is_causal=case.is_causal, impl=impl)
+        return lambda q, k, v: cm.taylor_attention(
+            q, k, v, case.order, is_causal=case.is_causal, impl=impl
+        )
     return lambda q, k, v: cm.linear_attention(q, k, v, is_causal=case.is_causal, impl=impl)
 
 
 def sdpa(case: Case) -> Attention:
-    return lambda q, k, v: torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=case.is_causal)
+    return lambda q, k, v: torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, is_causal=case.is_causal
+    )
 
 
 def peers(case: Case) -> dict[str, Attention]:
-    found = {"native": attention(case, "native"), "torch": attention(case, "torch"), "sdpa": sdpa(case)}
+    found = {
+        "native": attention(case, "native"),
+        "torch": attention(case, "torch"),
+        "sdpa": sdpa(case),
+    }
     if not case.is_causal:
         return found
     try:
@@ -122,12 +132,18 @@ def seconds(call: Callable[[], object]) -> float:
 
 
 def measure(case: Case, repeats: int, slow: set[str]) -> dict[str, dict[str, float]]:
-    """Median seconds of every peer's forward pass and of both passes, taken in turn; `slow` peers are left out."""
+    """Median seconds of every peer's forward pass and of both passes, taken in turn; `slow` peers
+    are left out.
+    """
     torch.manual_seed(0)
-    q, k, v = (torch.randn(case.B, case.H, case.T, d, requires_grad=True) for d in (case.K, case.K, case.V))
+    q, k, v = (
+        torch.randn(case.B, case.H, case.T, d, requires_grad=True) for d in (case.K, case.K, case.V)
+    )
     upstream = torch.randn(case.B, case.H, case.T, case.V)
 
-    def inputs(name: str) -> tuple[Tensor, ...]:  # PyTorch's fused softmax wants keys as wide as values
+    def inputs(
+        name: str,
+    ) -> tuple[Tensor, ...]:  # PyTorch's fused softmax wants keys as wide as values
         return (*wide, v) if name == "sdpa" else (q, k, v)
 
     def forward(name: str, run: Attention) -> object:
@@ -140,7 +156,11 @@ def measure(case: Case, repeats: int, slow: set[str]) -> dict[str, dict[str, flo
     if case.T > 16384:
         slow = slow | {"sdpa"}  # minutes
     runs = {name: run for name, run in peers(case).items() if name not in slow}
-    wide = [torch.randn(case.B, case.H, case.T, case.V, requires_grad=True) for _ in range(2)] if "sdpa" in runs else []
+    wide = (
+        [torch.randn(case.B, case.H, case.T, case.V, requires_grad=True) for _ in range(2)]
+        if "sdpa" in runs
+        else []
+    )
     times: dict[str, dict[str, list[float]]] = {name: {"forward": [], "both": []} for name in runs}
     for i in range(repeats + 1):
         for name, run in runs.items():
@@ -150,7 +170,10 @@ def measure(case: Case, repeats: int, slow: set[str]) -> dict[str, dict[str, flo
                 taken = seconds(lambda: call(name, run))  # noqa: B023
                 if i or taken > LIMIT / 4:  # the first call warms up
                     times[name][which].append(taken)
-    return {name: {which: statistics.median(x) for which, x in each.items()} for name, each in times.items()}
+    return {
+        name: {which: statistics.median(x) for which, x in each.items()}
+        for name, each in times.items()
+    }
 
 
 def copy_rate() -> float:
@@ -161,24 +184,39 @@ def copy_rate() -> float:
 
 
 def table(repeats: int, rate: float, bandwidth: float) -> list[dict[str, object]]:
-    print("                                      ms   ns/token-head  x floor  memory's   times as fast as")
+    print(
+        "                                      ms   ns/token-head  x floor  memory's   times as"
+        " fast as"
+    )
     rows = []
     for case in CASES:
         found = measure(case, repeats, set())
         forward, backward = case.operations
         for which, operations in (("forward", forward), ("both", forward + backward)):
             own, floor = found["native"][which], operations / rate
-            others = ", ".join(f"{n} {t[which] / own:.1f}" for n, t in found.items() if n != "native")
+            others = ", ".join(
+                f"{n} {t[which] / own:.1f}" for n, t in found.items() if n != "native"
+            )
             per_token = own / (case.B * case.H * case.T) * 1e9
-            memory = f"{case.bytes / bandwidth * 1e3:6.2f} ms" if which == "forward" else "         "
+            memory = (
+                f"{case.bytes / bandwidth * 1e3:6.2f} ms" if which == "forward" else "         "
+            )
             figures = f"{own * 1e3:7.2f} {per_token:12.0f} {own / floor:10.2f}   {memory}"
             print(f"{case.name:<26} {which:<8} {figures}   {others}", flush=True)
-        rows.append({**asdict(case), "seconds": found, "floor": [forward / rate, (forward + backward) / rate]})
+        rows.append(
+            {
+                **asdict(case),
+                "seconds": found,
+                "floor": [forward / rate, (forward + backward) / rate],
+            }
+        )
     return rows
 
 
 def by_length(repeats: int) -> list[dict[str, object]]:
-    """Forward and both passes by length, 16 heads of V = 64; softmax with heads as wide as the mechanism's values."""
+    """Forward and both passes by length, 16 heads of V = 64; softmax with heads as wide as the
+    mechanism's values.
+    """
     rows = []
     print("mechanism     T      native ms           torch       sdpa  (forward, both)")
     for name, K, order in (("taylor-2", 16, 2), ("elu+1", 64, 0)):
@@ -187,7 +225,8 @@ def by_length(repeats: int) -> list[dict[str, object]]:
             peers = {"taylor package", "fast-transformers"}
             found = measure(Case(name, 1, 16, T, K, 64, order), repeats if T < 2048 else 3, peers)
             shown = (
-                f"{found[n]['forward'] * 1e3:8.3f} {found[n]['both'] * 1e3:8.3f}" for n in ("native", "torch", "sdpa")
+                f"{found[n]['forward'] * 1e3:8.3f} {found[n]['both'] * 1e3:8.3f}"
+                for n in ("native", "torch", "sdpa")
             )
             print(f"{name:<9} {T:>6}  ", "  ".join(shown), flush=True)
             rows.append({"mechanism": name, "T": T, "seconds": found})
@@ -200,7 +239,9 @@ def by_length(repeats: int) -> list[dict[str, object]]:
 
 
 def draw(rows: list[dict[str, object]], folder: Path) -> None:
-    """Nanoseconds by length: a panel for each mechanism and pass, in the styles of `cumulant bench`."""
+    """Nanoseconds by length: a panel for each mechanism and pass, in the styles of
+    `cumulant bench`.
+    """
     from cumulant.bench.reports.plots import add_legend, label_ticks, panel_column, save_figure
     from cumulant.bench.speed.subjects import SUBJECTS
 
@@ -224,12 +265,20 @@ def draw(rows: list[dict[str, object]], folder: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--lengths", action="store_true", help="time by length instead of the table")
-    parser.add_argument("--plot", type=Path, help="folder for the rows and the picture of --lengths")
-    parser.add_argument("--draw", type=Path, help="only draw the picture again, from the rows in this folder")
+    parser.add_argument(
+        "--lengths", action="store_true", help="time by length instead of the table"
+    )
+    parser.add_argument(
+        "--plot", type=Path, help="folder for the rows and the picture of --lengths"
+    )
+    parser.add_argument(
+        "--draw", type=Path, help="only draw the picture again, from the rows in this folder"
+    )
     options = parser.parse_args()
     if options.draw:
         lines = (options.draw / "native.jsonl").read_text().splitlines()
@@ -238,14 +287,21 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     rate, bandwidth = library.multiply_rate(options.threads), copy_rate()
     print(
-        f"{options.threads} threads, {library.instructions()}: {rate / 1e9:.0f} GFLOP/s from registers, "
-        f"{bandwidth / 1e9:.0f} GB/s copying"
+        f"{options.threads} threads, {library.instructions()}: {rate / 1e9:.0f} GFLOP/s from"
+        f" registers, {bandwidth / 1e9:.0f} GB/s copying"
     )
-    rows = by_length(options.repeats) if options.lengths else table(options.repeats, rate, bandwidth)
+    rows = (
+        by_length(options.repeats) if options.lengths else table(options.repeats, rate, bandwidth)
+    )
     if options.plot:
         (options.plot / "native.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         draw(rows, options.plot)
-    hardware = {"threads": options.threads, "instructions": library.instructions(), "rate": rate, "copy": bandwidth}
+    hardware = {
+        "threads": options.threads,
+        "instructions": library.instructions(),
+        "rate": rate,
+        "copy": bandwidth,
+    }
     print(json.dumps({"torch": torch.__version__, **hardware, "rows": rows}))
 
 

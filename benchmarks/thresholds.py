@@ -1,9 +1,10 @@
-"""Where the native kernels are not the fastest: few tokens with many features, against PyTorch's quadratic form.
+"""Where the native kernels are not the fastest: few tokens with many features, against PyTorch's
+quadratic form.
 
     python benchmarks/thresholds.py
 
-A row is one layer's Taylor attention, 8 heads, V = 64: native time over PyTorch's, medians of runs in turns. It is what
-`cumulant.kernels.native.attention.MANY` rests on. The last line is JSON.
+A row is one layer's Taylor attention, 8 heads, V = 64: native time over PyTorch's, medians of runs
+in turns. It is what `cumulant.kernels.native.attention.MANY` rests on. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -43,13 +44,30 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    table, rows = Table("directions", "tokens", "K", "order", "features", "forward", "with backward"), []
+    table, rows = (
+        Table("directions", "tokens", "K", "order", "features", "forward", "with backward"),
+        [],
+    )
     for is_causal, lengths in ((True, (100, 128)), (False, (16, 64, 128))):
         for T in lengths:
             for K, order in KERNELS:
-                both = [ratio(K, order, T, is_causal, backward, arguments.repeats) for backward in (False, True)]
-                rows.append(["causal" if is_causal else "both", T, K, order, cm.feature_count(K, order), *both])
-                table.add_row(*(f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in rows[-1]))
+                both = [
+                    ratio(K, order, T, is_causal, backward, arguments.repeats)
+                    for backward in (False, True)
+                ]
+                rows.append(
+                    [
+                        "causal" if is_causal else "both",
+                        T,
+                        K,
+                        order,
+                        cm.feature_count(K, order),
+                        *both,
+                    ]
+                )
+                table.add_row(
+                    *(f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in rows[-1])
+                )
     Console().print(table)
     print(json.dumps({"rows": rows, "threads": arguments.threads, "torch": torch.__version__}))
 

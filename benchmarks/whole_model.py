@@ -1,9 +1,12 @@
-"""Whole models on the native kernels and on PyTorch's operators, the same weights in one run, and where the time goes.
+"""Whole models on the native kernels and on PyTorch's operators, the same weights in one run, and
+where the time goes.
 
-    python benchmarks/whole_model.py    # a training step, a token, a token of `generate`; a profile of the first
+    python benchmarks/whole_model.py
 
-Training is forward and backward on one window; decoding is the model's step at batch 1 behind a context, and
-`model.generate` with sampling. Both ways take turns; medians. The last line is JSON.
+Times a training step, a decoded token and a token of `generate`, and profiles the first.
+
+Training is forward and backward on one window; decoding is the model's step at batch 1 behind a
+context, and `model.generate` with sampling. Both ways take turns; medians. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -45,8 +48,12 @@ def operators(model: CumulantForCausalLM) -> Iterator[None]:
             mixer.impl = impl
 
 
-def compare(model: CumulantForCausalLM, run: Callable[[], float], repeats: int) -> tuple[float, float]:
-    """Median milliseconds by PyTorch's operators and by the native kernels, in turns; `run` says how long it took."""
+def compare(
+    model: CumulantForCausalLM, run: Callable[[], float], repeats: int
+) -> tuple[float, float]:
+    """Median milliseconds by PyTorch's operators and by the native kernels, in turns; `run` says
+    how long it took.
+    """
     times: tuple[list[float], list[float]] = [], []
     for _ in range(repeats + 1):
         with operators(model):
@@ -74,7 +81,11 @@ def decoding(model: CumulantForCausalLM, context: int, steps: int) -> Callable[[
         with torch.inference_mode():
             for _ in range(steps):
                 started = time.perf_counter()
-                token = model(input_ids=token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+                token = (
+                    model(input_ids=token, past_key_values=cache, use_cache=True)
+                    .logits[:, -1:]
+                    .argmax(-1)
+                )
                 times.append(time.perf_counter() - started)
         return statistics.median(times)
 
@@ -84,7 +95,9 @@ def decoding(model: CumulantForCausalLM, context: int, steps: int) -> Callable[[
 def generating(model: CumulantForCausalLM, tokens: int) -> Callable[[], float]:
     def run() -> float:
         started = time.perf_counter()
-        model.generate(torch.zeros(1, 1, dtype=torch.long), max_new_tokens=tokens, do_sample=True, top_p=0.95)
+        model.generate(
+            torch.zeros(1, 1, dtype=torch.long), max_new_tokens=tokens, do_sample=True, top_p=0.95
+        )
         return (time.perf_counter() - started) / tokens
 
     return run
@@ -99,7 +112,9 @@ def shares(run: Callable[[], float], steps: int = 3) -> dict[str, float]:
     events = {event.key: event for event in profile.key_averages()}
     total = sum(event.self_cpu_time_total for event in events.values())
     matrices = sum(events[name].cpu_time_total for name in MATRICES if name in events)
-    attention = sum(e.self_cpu_time_total for name, e in events.items() if name.startswith(ATTENTION))
+    attention = sum(
+        e.self_cpu_time_total for name, e in events.items() if name.startswith(ATTENTION)
+    )
     return {
         "matrix products": matrices / total,
         "attention": attention / total,
@@ -126,10 +141,18 @@ def main() -> None:
     large = build(arguments.preset, vocab_size=32000, hidden_size=768, num_hidden_layers=12).eval()
     train = training(trained, arguments.window)
     rows = {
-        f"training step, width 256, T = {arguments.window}": compare(trained, train, arguments.repeats),
-        "token, width 192, vocabulary 2,048": compare(demo, decoding(demo, arguments.context, 100), arguments.repeats),
-        "token of generate(), the same model": compare(demo, generating(demo, 100), arguments.repeats),
-        "token, width 768, vocabulary 32,000": compare(large, decoding(large, arguments.context, 10), 3),
+        f"training step, width 256, T = {arguments.window}": compare(
+            trained, train, arguments.repeats
+        ),
+        "token, width 192, vocabulary 2,048": compare(
+            demo, decoding(demo, arguments.context, 100), arguments.repeats
+        ),
+        "token of generate(), the same model": compare(
+            demo, generating(demo, 100), arguments.repeats
+        ),
+        "token, width 768, vocabulary 32,000": compare(
+            large, decoding(large, arguments.context, 10), 3
+        ),
     }
     table = Table("", "PyTorch's operators, ms", "native, ms", "ratio")
     for name, (before, after) in rows.items():
@@ -143,7 +166,16 @@ def main() -> None:
     print(f"the last model's {numbers / 1e6:.0f} M weights are read at {speed:.1f} GB/s")
     results = {"milliseconds": rows, "profile": profile, "gigabytes_per_second": speed}
     versions = {"cumulant": cumulant.__version__, "torch": torch.__version__}
-    print(json.dumps({**results, "preset": arguments.preset, "threads": arguments.threads, "versions": versions}))
+    print(
+        json.dumps(
+            {
+                **results,
+                "preset": arguments.preset,
+                "threads": arguments.threads,
+                "versions": versions,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

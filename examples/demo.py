@@ -1,6 +1,7 @@
 """Two minutes from nothing to a small language model of Python: train, score, sample, measure.
 
-Trains a Taylor-attention model on the source of Python's standard library, and says what to type next.
+Trains a Taylor-attention model on the source of Python's standard library, and says what to type
+next.
 """
 
 from __future__ import annotations
@@ -39,10 +40,14 @@ OPTIONS = TrainingOptions(
 
 
 def unigram_bits(train_text: bytes, heldout: bytes) -> float:
-    """Bits per byte of the held-out text under the byte frequencies of the training text (plus one each)."""
+    """Bits per byte of the held-out text under the byte frequencies of the training text (plus one
+    each).
+    """
     counts = Counter(train_text)
     total = len(train_text) + 256
-    return -sum(n * math.log2((counts[byte] + 1) / total) for byte, n in Counter(heldout).items()) / len(heldout)
+    return -sum(
+        n * math.log2((counts[byte] + 1) / total) for byte, n in Counter(heldout).items()
+    ) / len(heldout)
 
 
 def xz_bits(heldout: bytes) -> float:
@@ -77,14 +82,21 @@ def main() -> None:
 
     say("\n== generation by length of context")
     softmax = CumulantForCausalLM(
-        from_preset("softmax", hidden_size=OPTIONS.width, num_hidden_layers=OPTIONS.depth, vocab_size=len(tokenizer))
+        from_preset(
+            "softmax",
+            hidden_size=OPTIONS.width,
+            num_hidden_layers=OPTIONS.depth,
+            vocab_size=len(tokenizer),
+        )
     ).eval()
     speeds = Table("model", "context", "tokens/s", "state or cache")
     for name, subject in (("taylor", model), ("softmax, same size", softmax)):
         for context in (1024, 32768):
             cache = fill_cache(subject, context)
             speed = decoding_speed(subject, cache)
-            speeds.add_row(name, f"{context:,}", f"{speed:,.0f}", f"{cache_bytes(cache) / 2**20:,.2f} MiB")
+            speeds.add_row(
+                name, f"{context:,}", f"{speed:,.0f}", f"{cache_bytes(cache) / 2**20:,.2f} MiB"
+            )
     console.print(speeds)
 
     say(f"\n{time.perf_counter() - started:.0f} seconds in all. Next:")

@@ -1,7 +1,9 @@
-"""TaylorViT learns to read scikit-learn's handwritten digits, beside the same network with less to mix its tokens.
+"""TaylorViT learns to read scikit-learn's handwritten digits, beside the same network with less to
+mix its tokens.
 
-1,797 images of 8 x 8 pixels in 16 patches; 1,437 to train on, moved by up to a pixel, 360 to test on. Prints each
-network's accuracy on the test images, as they are and moved, and one JSON line. About a minute on two cores:
+1,797 images of 8 x 8 pixels in 16 patches; 1,437 to train on, moved by up to a pixel, 360 to test
+on. Prints each network's accuracy on the test images, as they are and moved, and one JSON line.
+About a minute on two cores:
 
     python examples/digits.py
 """
@@ -29,12 +31,16 @@ NETWORKS = {
 
 
 def data(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Training images ``[N, 1, 8, 8]`` in [-1, 1] and labels, then those of the test, a fifth of all, stratified."""
+    """Training images ``[N, 1, 8, 8]`` in [-1, 1] and labels, then those of the test, a fifth of
+    all, stratified.
+    """
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
     digits = load_digits()
-    parts = train_test_split(digits.images, digits.target, test_size=0.2, stratify=digits.target, random_state=seed)
+    parts = train_test_split(
+        digits.images, digits.target, test_size=0.2, stratify=digits.target, random_state=seed
+    )
     train, test, train_labels, test_labels = (torch.from_numpy(p) for p in parts)
     return train[:, None].float() / 8 - 1, train_labels, test[:, None].float() / 8 - 1, test_labels
 
@@ -86,20 +92,26 @@ def fit(name: str, epochs: int, seed: int, batch: int = 64, peak: float = 3e-3) 
     )
     steps = epochs * (len(images) // batch)
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, total_steps=steps, pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, peak, total_steps=steps, pct_start=0.1
+    )
     start = time.perf_counter()
     for _ in range(epochs):
         model.train()
         order = torch.randperm(len(images), generator=generator)
         for chosen in order[: len(order) // batch * batch].view(-1, batch):
-            loss = F.cross_entropy(model(scattered(images[chosen], generator)), labels[chosen], label_smoothing=0.1)
+            loss = F.cross_entropy(
+                model(scattered(images[chosen], generator)), labels[chosen], label_smoothing=0.1
+            )
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
     return {
         "accuracy": accuracy(model, test_images, test_labels),
-        "moved": sum(accuracy(model, moved(test_images, move), test_labels) for move in range(9)) / 9,
+        "moved": (
+            sum(accuracy(model, moved(test_images, move), test_labels) for move in range(9)) / 9
+        ),
         "without attention": accuracy(without_attention(model), test_images, test_labels),
         "parameters": sum(p.numel() for p in model.parameters()),
         "seconds": time.perf_counter() - start,
@@ -107,7 +119,9 @@ def fit(name: str, epochs: int, seed: int, batch: int = 64, peak: float = 3e-3) 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS))
@@ -117,12 +131,22 @@ def main() -> None:
         results[name] = fit(name, options.epochs, options.seed)
         found = results[name]
         print(
-            f"{name:<17} {100 * found['accuracy']:5.1f}% of 360 test images, {100 * found['moved']:5.1f}% moved, "
-            f"{100 * found['without attention']:5.1f}% with attention switched off"
-            f"   {found['parameters']:,} parameters, {found['seconds']:.0f} s",
+            f"{name:<17} {100 * found['accuracy']:5.1f}% of 360 test images,"
+            f" {100 * found['moved']:5.1f}% moved, {100 * found['without attention']:5.1f}% with"
+            f" attention switched off   {found['parameters']:,} parameters,"
+            f" {found['seconds']:.0f} s",
             flush=True,
         )
-    print(json.dumps({"epochs": options.epochs, "seed": options.seed, "torch": torch.__version__, "results": results}))
+    print(
+        json.dumps(
+            {
+                "epochs": options.epochs,
+                "seed": options.seed,
+                "torch": torch.__version__,
+                "results": results,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
     python tests/import_graph.py [src/cumulant [bench]]
 
-prints the numbers for a package (and for a part of it). Imports inside functions and under ``TYPE_CHECKING`` count. The
-tests use the same functions.
+prints the numbers for a package (and for a part of it). Imports inside functions and under
+``TYPE_CHECKING`` count. The tests use the same functions.
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ def import_circles(graph: Graph) -> list[list[str]]:
                 seen.add(name)
                 left += graph[name]
         reached[start] = seen
-    circles = {frozenset(b for b in reached[a] if a in reached[b]) for a in graph if a in reached[a]}
+    circles = {
+        frozenset(b for b in reached[a] if a in reached[b]) for a in graph if a in reached[a]
+    }
     return sorted(sorted(circle) for circle in circles)
 
 
@@ -73,15 +75,22 @@ def folder_graph(graph: Graph, part: str) -> Graph:
 
 
 def main() -> None:
-    root = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parents[1] / "src" / "cumulant"
+    root = (
+        Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parents[1] / "src" / "cumulant"
+    )
     part = ".".join([root.name, *sys.argv[2:]])
     graph = import_graph(root)
     names = {name for name in graph if name == part or name.startswith(f"{part}.")}
     inside = {name: graph[name] & names for name in names}
     circles, folders = import_circles(inside), folder_graph(graph, part)
-    print(f"{part}: {len(inside)} modules, {sum(map(len, inside.values()))} imports, {len(circles)} circles")
+    print(
+        f"{part}: {len(inside)} modules, {sum(map(len, inside.values()))} imports, {len(circles)}"
+        " circles"
+    )
     count = len(import_circles(folders))
-    print(f"side by side: {len(folders)}, {sum(map(len, folders.values()))} imports, {count} circles")
+    print(
+        f"side by side: {len(folders)}, {sum(map(len, folders.values()))} imports, {count} circles"
+    )
     for name, targets in sorted(folders.items()):
         print(f"  {name}: {', '.join(sorted(targets)) or '-'}")
     for circle in circles:

@@ -1,4 +1,6 @@
-"""First steps: help without torch, the commands that need torch alone, and one line that says what is missing."""
+"""First steps: help without torch, the commands that need torch alone, and one line that says what
+is missing.
+"""
 
 import json
 import subprocess
@@ -28,7 +30,8 @@ sys.argv = ["cumulant", *{arguments!r}]
 from cumulant.__main__ import main
 main()
 """
-TEXT = {"typer", "rich", "transformers", "tokenizers", "safetensors", "datasets", "accelerate", "numpy", "matplotlib",
+TEXT = {"typer", "rich", "transformers", "tokenizers", "safetensors", "datasets", "accelerate",
+"numpy", "matplotlib",
         "filelock", "tqdm", "click"}  # fmt: skip
 
 
@@ -44,7 +47,16 @@ def python(script):
         ["--version"],
         *(
             [name, "--help"]
-            for name in ("train", "evaluate", "generate", "compare", "recall", "report", "info", "bench")
+            for name in (
+                "train",
+                "evaluate",
+                "generate",
+                "compare",
+                "recall",
+                "report",
+                "info",
+                "bench",
+            )
         ),
         ["bench", "accuracy", "--help"],
         ["fly"],
@@ -61,22 +73,35 @@ def test_help_and_typing_mistakes_do_not_wait_for_torch(arguments):
 def test_the_public_names_are_there_all_the_same():
     """In the command's own process they load when they are asked for."""
     script = "import sys; sys.argv = ['cumulant']; import cumulant; print('torch' in sys.modules); "
-    script += "print(*(cumulant.__name__ + '.' + n for n in cumulant.__all__ if getattr(cumulant, n) is not None)); "
+    script += (
+        "print(*(cumulant.__name__ + '.' + n for n in cumulant.__all__ if getattr(cumulant, n) is"
+        " not None)); "
+    )
     script += "print(hasattr(cumulant, 'linear'))"
     done = python(script)
-    assert done.stdout.splitlines() == ["False", " ".join(f"cumulant.{n}" for n in cm.__all__), "False"], done.stderr
+    assert done.stdout.splitlines() == [
+        "False",
+        " ".join(f"cumulant.{n}" for n in cm.__all__),
+        "False",
+    ], done.stderr
 
 
 def test_anywhere_else_importing_loads_the_operators():
     """An exported program needs them, and names nothing of this package."""
     done = python("import cumulant, torch; print(torch.ops.cumulant)")
     assert done.returncode == 0
-    assert python("import cumulant, sys; print('cumulant.ops.linear' in sys.modules)").stdout.strip() == "True"
+    assert (
+        python("import cumulant, sys; print('cumulant.ops.linear' in sys.modules)").stdout.strip()
+        == "True"
+    )
 
 
 def test_torch_alone():
     version = python(ALONE.format(missing=TEXT, arguments=["--version"]))
-    assert (version.returncode, version.stdout) == (0, f"cumulant {cm.__version__}\n"), version.stderr
+    assert (version.returncode, version.stdout) == (
+        0,
+        f"cumulant {cm.__version__}\n",
+    ), version.stderr
     info = python(ALONE.format(missing=TEXT, arguments=["info"]))
     assert info.returncode == 0, info.stderr
     assert "impl native" in info.stdout

@@ -1,4 +1,6 @@
-"""The Python in the documentation runs as it stands, page by page; links between pages lead somewhere."""
+"""The Python in the documentation runs as it stands, page by page; links between pages lead
+somewhere.
+"""
 
 import re
 from importlib.util import find_spec
@@ -23,7 +25,9 @@ def stand_in(scope):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("page", [p for p in PAGES if "```python" in p.read_text()], ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "page", [p for p in PAGES if "```python" in p.read_text()], ids=lambda p: p.stem
+)
 def test_code_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     scope, text = {}, page.read_text()
@@ -32,7 +36,9 @@ def test_code_runs(page, tmp_path, monkeypatch):
         if needed and find_spec(needed) is None:
             stand_in(scope)
         else:
-            above = "\n" * text.count("\n", 0, block.start(2))  # so that errors name the page's line
+            above = "\n" * text.count(
+                "\n", 0, block.start(2)
+            )  # so that errors name the page's line
             exec(compile(above + code, str(page), "exec"), scope)
     assert len(scope) > 2
 
@@ -58,12 +64,16 @@ def test_links_lead_somewhere(page):
 
 
 def test_choosing_says_what_was_measured():
-    """Recall of 32 pairs behind a short convolution, by mechanism: the page's figures are the report's."""
+    """Recall of 32 pairs behind a short convolution, by mechanism: the page's figures are the
+    report's.
+    """
     from cumulant.bench.recall.best import best_rates
     from cumulant.bench.reports.folder import Folder
 
     found = {
-        (b.mechanism, b.width): b for b in best_rates(Folder.open(str(ROOT / "docs/reports/recall")).rows()) if b.conv
+        (b.mechanism, b.width): b
+        for b in best_rates(Folder.open(str(ROOT / "docs/reports/recall")).rows())
+        if b.conv
     }
 
     def figures(mechanism):
@@ -74,7 +84,10 @@ def test_choosing_says_what_was_measured():
     more, of_more = figures("taylor-16")
     based, of_based = figures("based")
     page = (ROOT / "docs" / "choosing.md").read_text()
-    line = f"Taylor attention recalls {few} from {kept} kB and {more} from {of_more}, Based {based} from {of_based};"
+    line = (
+        f"Taylor attention recalls {few} from {kept} kB and {more} from {of_more}, Based {based}"
+        f" from {of_based};"
+    )
     assert line in page
 
 
@@ -83,13 +96,21 @@ def test_choosing_by_length_says_what_was_measured():
     from cumulant.bench.reports.folder import Folder
 
     rows = Folder.open(str(ROOT / "docs/reports/bench")).rows()
-    found = {(row["pass"], row["mechanism"], row["length"]): row for row in rows if row.get("median")}
+    found = {
+        (row["pass"], row["mechanism"], row["length"]): row for row in rows if row.get("median")
+    }
     table = (ROOT / "docs" / "choosing.md").read_text()
-    lines = {length: table.split(f"\n| {name} |")[1].split("\n")[0] for length, name in LENGTHS.items()}
+    lines = {
+        length: table.split(f"\n| {name} |")[1].split("\n")[0] for length, name in LENGTHS.items()
+    }
     for length, line in lines.items():
         training, taylor, softmax = (
             found.get((kind, mechanism, length))
-            for kind, mechanism in (("training", "taylor"), ("decode", "taylor"), ("decode", "softmax"))
+            for kind, mechanism in (
+                ("training", "taylor"),
+                ("decode", "taylor"),
+                ("decode", "softmax"),
+            )
         )
         assert f"{training['median'] * 1e3:#.3g}".rstrip(".") + " ms" in line
         assert f"{taylor['median'] * 1e6:.0f} µs" in line
@@ -110,7 +131,14 @@ def test_approximation_says_what_was_measured():
 
     folder = Folder.open(str(ROOT / "docs/reports/approximation"))
     page = (ROOT / "docs" / "approximation.md").read_text()
-    lines = [line for line in page.splitlines() if re.match(r"\| (random|LayerNorm|softmax|taylor), ?", line)]
+    lines = [
+        line
+        for line in page.splitlines()
+        if re.match(r"\| (random|LayerNorm|softmax|taylor), ?", line)
+    ]
     found = median_errors(read_cases(folder.rows(REPORT.fields)))
-    expected = [f"| {' | '.join([name, *map(as_percent, errors.values())])} |" for name, errors in found.items()]
+    expected = [
+        f"| {' | '.join([name, *map(as_percent, errors.values())])} |"
+        for name, errors in found.items()
+    ]
     assert lines == expected

@@ -26,4 +26,6 @@ def test_examples(path):
     for test in doctest.DocTestFinder(exclude_empty=True).find(module, globs=names):
         runner.run(test, out=said.append)
     assert not runner.failures, "".join(said)
-    assert runner.tries == len(re.findall(r"^ *>>> ", path.read_text(encoding="utf-8"), re.MULTILINE))
+    assert runner.tries == len(
+        re.findall(r"^ *>>> ", path.read_text(encoding="utf-8"), re.MULTILINE)
+    )

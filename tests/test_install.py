@@ -1,4 +1,6 @@
-"""`make install`: what it says, and which wheels of PyTorch it takes. pip is a stand-in that notes its arguments."""
+"""`make install`: what it says, and which wheels of PyTorch it takes. pip is a stand-in that notes
+its arguments.
+"""
 
 import os
 import shutil
@@ -45,9 +47,17 @@ def install(tmp_path):
             if text is not None:
                 (tmp_path / name).write_text(text)
                 (tmp_path / name).chmod(0o755)
-        env = {**os.environ, "no_proxy": "127.0.0.1", "PATH": f"{tmp_path / 'tools'}:{os.environ['PATH']}"}
+        env = {
+            **os.environ,
+            "no_proxy": "127.0.0.1",
+            "PATH": f"{tmp_path / 'tools'}:{os.environ['PATH']}",
+        }
         done = subprocess.run(
-            ["make", "install", f"TORCH_CPU={index}"], cwd=tmp_path, capture_output=True, text=True, env=env
+            ["make", "install", f"TORCH_CPU={index}"],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            env=env,
         )
         assert done.returncode == 0, done.stderr
         return done.stdout, log.read_text().splitlines()
@@ -61,7 +71,9 @@ def test_the_wheels_of_torch(install, tmp_path):
     (tmp_path / "index" / "torch").mkdir(parents=True)
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=tmp_path))
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    here, nowhere = (f"http://127.0.0.1:{server.server_port}/{name}" for name in ("index", "nowhere"))
+    here, nowhere = (
+        f"http://127.0.0.1:{server.server_port}/{name}" for name in ("index", "nowhere")
+    )
     said, (torch, rest) = install(here)
     assert "without CUDA, about 0.2 GB" in said
     assert torch.endswith(f"--extra-index-url {here} torch")

@@ -1,4 +1,6 @@
-"""What is handed out: the source distribution, the wheel's tag, and the build where no kernels can be compiled."""
+"""What is handed out: the source distribution, the wheel's tag, and the build where no kernels can
+be compiled.
+"""
 
 import os
 import runpy
@@ -16,7 +18,9 @@ from setuptools.errors import CompileError
 from cumulant.kernels.native import library
 
 ROOT = Path(__file__).parent.parent
-LEFT_OUT = shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info", ".*_cache", ".hypothesis", "build", "dist")
+LEFT_OUT = shutil.ignore_patterns(
+    "*.so", "__pycache__", "*.egg-info", ".*_cache", ".hypothesis", "build", "dist"
+)
 
 
 @pytest.fixture
@@ -27,7 +31,11 @@ def project(tmp_path):
     for path in ROOT.iterdir():
         if path.name in (".ci", ".github", "src", "tests", "docs", "examples", "benchmarks"):
             shutil.copytree(path, copy / path.name, ignore=LEFT_OUT)
-        elif path.is_file() and path.name not in (".git", "PKG-INFO", "setup.cfg") and ".coverage" not in path.name:
+        elif (
+            path.is_file()
+            and path.name not in (".git", "PKG-INFO", "setup.cfg")
+            and ".coverage" not in path.name
+        ):
             shutil.copy(path, copy)
     return copy
 
@@ -36,7 +44,11 @@ def build(project, kind, **env):
     """One distribution of the project, built by its back end."""
     script = f"from setuptools import build_meta; build_meta.build_{kind}('dist')"
     done = subprocess.run(
-        [sys.executable, "-c", script], cwd=project, capture_output=True, text=True, env=os.environ | env
+        [sys.executable, "-c", script],
+        cwd=project,
+        capture_output=True,
+        text=True,
+        env=os.environ | env,
     )
     assert done.returncode == 0, done.stderr
     (made,) = (project / "dist").iterdir()
@@ -87,6 +99,8 @@ def test_metadata_for_an_index():
     assert {"Homepage", "Documentation", "Source", "Issues", "Changelog"} <= set(project["urls"])
     assert all(url.startswith("https://") for url in project["urls"].values())
     classifiers = project["classifiers"]
-    assert not [line for line in classifiers if line.startswith("License")]  # the license field says it
+    assert not [
+        line for line in classifiers if line.startswith("License")
+    ]  # the license field says it
     oldest = project["requires-python"].removeprefix(">=")
     assert f"Programming Language :: Python :: {oldest}" in classifiers

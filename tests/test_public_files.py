@@ -1,4 +1,6 @@
-"""Files for those who come from outside: what they say of versions and commands is what the project has."""
+"""Files for those who come from outside: what they say of versions and commands is what the project
+has.
+"""
 
 import re
 from pathlib import Path
@@ -26,7 +28,9 @@ def jobs():
 
 
 def test_continuous_integration_covers_what_is_declared():
-    """Every Python of the classifiers, the oldest PyTorch, Linux, macOS and Windows; by the command of `.ci/run`."""
+    """Every Python of the classifiers, the oldest PyTorch, Linux, macOS and Windows; by the command
+    of `.ci/run`.
+    """
     every, torch = (jobs()[name]["strategy"]["matrix"] for name in ("all", "torch"))
     assert every["python"] == re.findall(r'Python :: (3\.\d+)"', PROJECT)
     assert {"ubuntu", "macos", "windows"} <= {
@@ -38,14 +42,18 @@ def test_continuous_integration_covers_what_is_declared():
 
 
 def test_continuous_integration_runs_what_the_readme_says():
-    commands = [line for line in (ROOT / ".ci" / "run").read_text().splitlines() if line.startswith("make")]
+    commands = [
+        line for line in (ROOT / ".ci" / "run").read_text().splitlines() if line.startswith("make")
+    ]
     assert commands == ["make check", "make test"]
     assert "make test " in (ROOT / "README.md").read_text()
 
 
 @pytest.mark.parametrize("path", [path for path in TEXTS if path.exists()], ids=lambda p: p.name)
 def test_make_targets_exist(path):
-    named = set(re.findall(r"(?:`|^|run: |\$ |&& )make ([a-z][a-z-]*)", path.read_text(), re.MULTILINE))
+    named = set(
+        re.findall(r"(?:`|^|run: |\$ |&& )make ([a-z][a-z-]*)", path.read_text(), re.MULTILINE)
+    )
     assert named <= TARGETS, f"{path.name} names {named - TARGETS}"
 
 

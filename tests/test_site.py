@@ -24,7 +24,9 @@ def site(folder, body):
     (folder / "log").mkdir()
     (folder / "picture.svg").write_text("<svg/>")
     (folder / "index.html").write_text(f"<html><body id='top'>{body}</body></html>")
-    (folder / "log" / "page.html").write_text("<h2 id='heading'>Heading</h2><a href='../index.html#top'>up</a>")
+    (folder / "log" / "page.html").write_text(
+        "<h2 id='heading'>Heading</h2><a href='../index.html#top'>up</a>"
+    )
     return tool("links").dead_links(folder)
 
 
@@ -65,7 +67,10 @@ def test_dead_links_are_found(tmp_path, body):
 def test_formulas_become_mathml():
     pytest.importorskip("latex2mathml", reason="pip install '.[docs]'")
     write = tool("formulas").on_page_content
-    page = write(r'<p>a <span class="arithmatex">\(x \le y\)</span></p><div class="arithmatex">\[\frac{1}{2}\]</div>')
+    page = write(
+        r'<p>a <span class="arithmatex">\(x \le y\)</span></p><div'
+        r' class="arithmatex">\[\frac{1}{2}\]</div>'
+    )
     assert page.count("<math") == 2
     assert "<mfrac>" in page
     assert 'display="block"' in page
@@ -102,8 +107,12 @@ def test_the_site_defines_every_letter():
 
 def documented(obj):
     """The names under "Args" of a docstring, where an entry may name several."""
-    part = re.search(r"^Args:\n((?:    .*\n|\n)+)", inspect.cleandoc(obj.__doc__ or "") + "\n", re.MULTILINE)
-    entries = re.findall(r"^    (\w[\w, ]*?)(?: \([^)]*\))?: ", part[1] if part else "", re.MULTILINE)
+    part = re.search(
+        r"^Args:\n((?:    .*\n|\n)+)", inspect.cleandoc(obj.__doc__ or "") + "\n", re.MULTILINE
+    )
+    entries = re.findall(
+        r"^    (\w[\w, ]*?)(?: \([^)]*\))?: ", part[1] if part else "", re.MULTILINE
+    )
     return {name.strip() for entry in entries for name in entry.split(",")}
 
 
@@ -113,12 +122,18 @@ def accepted(obj):
     return {name for maker in makers for name in inspect.signature(maker).parameters}
 
 
-@pytest.mark.parametrize("module", ["cumulant", "cumulant.nn", "cumulant.models", "cumulant.interop"])
+@pytest.mark.parametrize(
+    "module", ["cumulant", "cumulant.nn", "cumulant.models", "cumulant.interop"]
+)
 def test_documented_arguments_exist(module):
-    """mkdocstrings cannot check entries that name several parameters (mkdocs.yml turns its warnings off)."""
+    """mkdocstrings cannot check entries that name several parameters (mkdocs.yml turns its warnings
+    off).
+    """
     module = importlib.import_module(module)
     public = [getattr(module, name) for name in module.__all__]
     callables = [x for x in public if inspect.isclass(x) or inspect.isfunction(x)]
-    unknown = {x.__name__: documented(x) - accepted(x) for x in callables if documented(x) - accepted(x)}
+    unknown = {
+        x.__name__: documented(x) - accepted(x) for x in callables if documented(x) - accepted(x)
+    }
     assert not unknown
     assert sum(len(documented(x)) for x in callables) > 10

@@ -1,7 +1,8 @@
-"""What one acceleration costs, forwards and backwards, contracted directly or by way of the Christoffel symbols.
+"""What one acceleration costs, forwards and backwards, contracted directly or by way of the
+Christoffel symbols.
 
-32 points, the learned metric. Prints the median time of 20 and by how much the first grew the peak of the process, so
-one way and one size a process:
+32 points, the learned metric. Prints the median time of 20 and by how much the first grew the peak
+of the process, so one way and one size a process:
 
     OMP_NUM_THREADS=1 python examples/geodesic/cost.py 64 symbols
 """
@@ -28,7 +29,9 @@ def by_symbols(metric: Metric, x: Tensor, v: Tensor) -> Tensor:
 WAYS = {"contraction": acceleration, "symbols": by_symbols}
 
 
-def measure(dim: int, way: str, points: int = 32, rank: int = 4, hidden: int = 64) -> tuple[float, float]:
+def measure(
+    dim: int, way: str, points: int = 32, rank: int = 4, hidden: int = 64
+) -> tuple[float, float]:
     """Seconds, and MiB of peak memory."""
     torch.manual_seed(0)
 
@@ -50,7 +53,9 @@ def measure(dim: int, way: str, points: int = 32, rank: int = 4, hidden: int = 6
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("dim", type=int)
     parser.add_argument("way", choices=WAYS)
     options = parser.parse_args()

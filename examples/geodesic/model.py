@@ -1,4 +1,5 @@
-"""A language model whose state is a velocity: a token is a point, the next one is predicted where its geodesic ends.
+"""A language model whose state is a velocity: a token is a point, the next one is predicted where
+its geodesic ends.
 
 B rows, T tokens, V in the vocabulary, D dimensions of embedding space.
 """
@@ -21,11 +22,13 @@ def at_least_one(**numbers: int) -> None:
 
 
 class LearnedMetric(nn.Module):
-    """``g(x) = diag(exp s(x)) + U(x) U(x)ᵀ``: points ``[..., D]`` to positive definite matrices ``[..., D, D]``.
+    """``g(x) = diag(exp s(x)) + U(x) U(x)ᵀ``: points ``[..., D]`` to positive definite matrices
+    ``[..., D, D]``.
 
-    ``s [D]`` and ``√D U [D, rank]`` are tanh of the outputs of a network with one hidden layer of tanh units, so the
-    eigenvalues of ``g`` lie between 1/e and e + rank whatever is learned. The last layer starts small: ``g`` starts
-    near the identity, and not at it, where ``U Uᵀ`` would have no gradient.
+    ``s [D]`` and ``√D U [D, rank]`` are tanh of the outputs of a network with one hidden layer of
+    tanh units, so the eigenvalues of ``g`` lie between 1/e and e + rank whatever is learned. The
+    last layer starts small: ``g`` starts near the identity, and not at it, where ``U Uᵀ`` would
+    have no gradient.
     """
 
     def __init__(self, dim: int, rank: int, hidden: int) -> None:
@@ -47,17 +50,18 @@ class LearnedMetric(nn.Module):
 class GeodesicLanguageModel(nn.Module):
     """Next-token logits by motion in embedding space, token by token.
 
-    For token t with embedding ``e_t`` and the velocity ``w_{t-1}`` in which the last motion ended (zero before the
-    first token):
+    For token t with embedding ``e_t`` and the velocity ``w_{t-1}`` in which the last motion ended
+    (zero before the first token):
 
         f, c     = halves of A [e_t; w_{t-1}] + a
         v_t      = speed · n / |n|,   n = sigmoid(f) ∘ w_{t-1} + c
-        x_t, w_t = end point and end velocity, after unit time, of the geodesic from e_t with velocity v_t
-        logits_t = scale · x_t Eᵀ + b,   E the embedding matrix
+        x_t, w_t = end point and end velocity, after unit time, of the geodesic from e_t with
+        velocity v_t logits_t = scale · x_t Eᵀ + b,   E the embedding matrix
 
-    The velocity ``w_T [B, D]`` is all that is carried. ``steps`` is the integration's. ``flat`` has no metric and
-    moves in straight lines: ``x_t = e_t + v_t``, ``w_t = v_t``; seeded alike, its other weights start the same.
-    ``checkpointing`` keeps each token's ``e_t`` and ``v_t`` for ``backward()``, which integrates again.
+    The velocity ``w_T [B, D]`` is all that is carried. ``steps`` is the integration's. ``flat`` has
+    no metric and moves in straight lines: ``x_t = e_t + v_t``, ``w_t = v_t``; seeded alike, its
+    other weights start the same. ``checkpointing`` keeps each token's ``e_t`` and ``v_t`` for
+    ``backward()``, which integrates again.
     """
 
     def __init__(
@@ -73,7 +77,9 @@ class GeodesicLanguageModel(nn.Module):
         super().__init__()
         at_least_one(vocab_size=vocab_size, dim=dim, rank=rank, steps=steps, hidden=hidden)
         self.steps, self.checkpointing = steps, checkpointing
-        self.embedding = nn.Parameter(torch.randn(vocab_size, dim) * dim**-0.5)  # points at about 1 from the origin
+        self.embedding = nn.Parameter(
+            torch.randn(vocab_size, dim) * dim**-0.5
+        )  # points at about 1 from the origin
         self.update = nn.Linear(2 * dim, 2 * dim)
         self.speed = nn.Parameter(torch.tensor(2.0))
         self.scale = nn.Parameter(torch.tensor(1.0))
@@ -81,14 +87,18 @@ class GeodesicLanguageModel(nn.Module):
         self.metric = None if flat else LearnedMetric(dim, rank, hidden)
 
     def forward(self, ids: Tensor, velocity: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Logits ``[B, T, V]`` of the tokens after ``ids [B, T]``, and the velocity ``[B, D]`` to go on with."""
+        """Logits ``[B, T, V]`` of the tokens after ``ids [B, T]``, and the velocity ``[B, D]`` to
+        go on with.
+        """
         dim = self.embedding.shape[1]
         if ids.ndim != 2 or not ids.shape[1]:
             raise ValueError(f"ids: expected [B, T] with T at least 1, got {list(ids.shape)}")
         if velocity is None:
             velocity = self.embedding.new_zeros(len(ids), dim)
         if velocity.shape != (len(ids), dim):
-            raise ValueError(f"velocity: expected [B, D] = {[len(ids), dim]}, got {list(velocity.shape)}")
+            raise ValueError(
+                f"velocity: expected [B, D] = {[len(ids), dim]}, got {list(velocity.shape)}"
+            )
         points = []
         for e in self.embedding[ids].unbind(1):
             x, velocity = self.move(e, self.steer(e, velocity))
@@ -96,15 +106,28 @@ class GeodesicLanguageModel(nn.Module):
         return self.scale * torch.stack(points, 1) @ self.embedding.T + self.bias, velocity
 
     def steer(self, e: Tensor, w: Tensor) -> Tensor:
-        """The velocity ``[B, D]`` in which to leave the token at ``e`` after arriving with ``w``."""
+        """The velocity ``[B, D]`` in which to leave the token at ``e`` after
+        arriving with ``w``.
+        """
         f, c = self.update(torch.cat((e, w), -1)).chunk(2, -1)
         return self.speed * F.normalize(torch.sigmoid(f) * w + c, dim=-1)
 
     def move(self, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """End point and end velocity, ``[B, D]`` each, after unit time from ``x`` with velocity ``v``."""
+        """End point and end velocity, ``[B, D]`` each, after unit time from ``x`` with velocity
+        ``v``.
+        """
         if self.metric is None:
             return x + v, v
         if self.checkpointing and torch.is_grad_enabled():
-            # the other kind of checkpoint hooks into saved tensors, which torch.func.vjp does not support
-            return checkpoint(geodesic, self.metric, x, v, self.steps, use_reentrant=True, preserve_rng_state=False)
+            # the other kind of checkpoint hooks into saved tensors, which torch.func.vjp does not
+            # support
+            return checkpoint(
+                geodesic,
+                self.metric,
+                x,
+                v,
+                self.steps,
+                use_reentrant=True,
+                preserve_rng_state=False,
+            )
         return geodesic(self.metric, x, v, self.steps)

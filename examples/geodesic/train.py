@@ -1,7 +1,9 @@
-"""Trains the geodesic language model on the bytes of a text, beside the same model moving in straight lines.
+"""Trains the geodesic language model on the bytes of a text, beside the same model moving in
+straight lines.
 
-The last tenth of the text is held out. Prints each model's bits per byte, seconds a step and peak memory; for geodesics
-also how curved the motion is and how true the integration; then one JSON line. A minute or two on one core:
+The last tenth of the text is held out. Prints each model's bits per byte, seconds a step and peak
+memory; for geodesics also how curved the motion is and how true the integration; then one JSON
+line. A minute or two on one core:
 
     OMP_NUM_THREADS=1 python examples/geodesic/train.py
 """
@@ -28,7 +30,10 @@ from model import GeodesicLanguageModel
 
 MODELS = ("straight", "geodesic")  # in this order: the peak memory of a process never falls
 ROWS = 64  # places in the held-out text from which it is read in parallel
-FILES = "argparse difflib doctest inspect mailbox optparse pickle shutil subprocess tarfile typing unittest/mock"
+FILES = (
+    "argparse difflib doctest inspect mailbox optparse pickle shutil subprocess tarfile typing"
+    " unittest/mock"
+)
 
 
 def standard_library() -> bytes:
@@ -38,11 +43,15 @@ def standard_library() -> bytes:
 
 
 def data(text: bytes, options: argparse.Namespace) -> tuple[Tensor, Tensor]:
-    """The text to train on as ``[batch, N]`` consecutive bytes a row, and the held-out tenth as ``[64, L]``."""
+    """The text to train on as ``[batch, N]`` consecutive bytes a row, and the held-out tenth as
+    ``[64, L]``.
+    """
     heldout = len(text) // 10
     least = max(-(-options.batch * (options.context + 1) * 10 // 9), 10 * 2 * ROWS)
     if len(text) < least:
-        raise ValueError(f"data: expected at least {least:,} bytes for this batch and context, got {len(text):,}")
+        raise ValueError(
+            f"data: expected at least {least:,} bytes for this batch and context, got {len(text):,}"
+        )
     ids = torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
     train, test = ids[: len(ids) - heldout], ids[len(ids) - heldout :]
     length = max(2, options.heldout // ROWS)
@@ -52,7 +61,9 @@ def data(text: bytes, options: argparse.Namespace) -> tuple[Tensor, Tensor]:
 
 def peak_mib() -> float:
     """The process's largest memory so far."""
-    unit = 2**20 if sys.platform == "darwin" else 2**10  # ru_maxrss is in bytes on macOS, in KiB elsewhere
+    unit = (
+        2**20 if sys.platform == "darwin" else 2**10
+    )  # ru_maxrss is in bytes on macOS, in KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
@@ -63,15 +74,18 @@ def bits_per_byte(model: GeodesicLanguageModel, rows: Tensor, window: int = 64) 
         for i in range(0, rows.shape[1] - 1, window):
             ids = rows[:, i : i + window + 1]
             logits, velocity = model(ids[:, :-1], velocity)
-            nats += float(F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum"))
+            nats += float(
+                F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
+            )
     return nats / (len(rows) * (rows.shape[1] - 1)) / math.log(2)
 
 
 def motion(model: GeodesicLanguageModel, rows: Tensor) -> tuple[float, float]:
     """Over the moves from all bytes of ``rows [N, L]``, the medians of two ratios.
 
-    By how much the energy ``vᵀ g v``, which a geodesic conserves, differs at the end from the start; and how far from
-    ``e + v``, the end of the straight line, the end point lies, in units of the line's length ``|v|``.
+    By how much the energy ``vᵀ g v``, which a geodesic conserves, differs at the end from the
+    start; and how far from ``e + v``, the end of the straight line, the end point lies, in units of
+    the line's length ``|v|``.
     """
     assert model.metric is not None
     drifts, departures = [], []
@@ -86,7 +100,9 @@ def motion(model: GeodesicLanguageModel, rows: Tensor) -> tuple[float, float]:
 
 
 def fit(name: str, train: Tensor, rows: Tensor, options: argparse.Namespace) -> dict[str, float]:
-    """Train one model on ``train [B, N]``, reading its rows in order; its figures on the held-out ``rows``."""
+    """Train one model on ``train [B, N]``, reading its rows in order; its figures on the held-out
+    ``rows``.
+    """
     torch.manual_seed(options.seed)
     sizes = {"rank": options.rank, "steps": options.rk4_steps, "hidden": options.hidden}
     model = GeodesicLanguageModel(
@@ -95,11 +111,15 @@ def fit(name: str, train: Tensor, rows: Tensor, options: argparse.Namespace) -> 
     metric = [] if model.metric is None else list(model.metric.parameters())
     rest = [p for n, p in model.named_parameters() if not n.startswith("metric.")]
     groups = [
-        {"params": p, "lr": options.learning_rate * r} for p, r in ((rest, 1), (metric, options.metric_rate)) if p
+        {"params": p, "lr": options.learning_rate * r}
+        for p, r in ((rest, 1), (metric, options.metric_rate))
+        if p
     ]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     rates = [group["lr"] for group in groups]
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=options.steps, pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, rates, total_steps=options.steps, pct_start=0.1
+    )
     losses, velocity, place = [], None, 0
     start = time.perf_counter()
     for step in range(options.steps):
@@ -111,7 +131,9 @@ def fit(name: str, train: Tensor, rows: Tensor, options: argparse.Namespace) -> 
         velocity = velocity.detach()
         loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
         if not loss.isfinite():
-            raise FloatingPointError(f"{name}: loss not finite at step {step + 1}: lower the rates or add rk4-steps")
+            raise FloatingPointError(
+                f"{name}: loss not finite at step {step + 1}: lower the rates or add rk4-steps"
+            )
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -135,7 +157,9 @@ def fit(name: str, train: Tensor, rows: Tensor, options: argparse.Namespace) -> 
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("--data", help="a text; by default files of Python's standard library")
     add("--models", nargs="+", default=list(MODELS), choices=MODELS)
@@ -147,17 +171,28 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--context", type=int, default=32, help="tokens through which gradients flow")
     add("--steps", type=int, default=150, help="training steps")
     add("--learning-rate", type=float, default=1e-2, help="peak")
-    add("--metric-rate", type=float, default=0.2, help="the metric's learning rate over the others'")
+    add(
+        "--metric-rate", type=float, default=0.2, help="the metric's learning rate over the others'"
+    )
     add("--heldout", type=int, default=32768, help="bytes to score, at most")
     add("--seed", type=int, default=0)
-    add("--checkpointing", action="store_true", help="keep less for the backward pass, integrate again there")
+    add(
+        "--checkpointing",
+        action="store_true",
+        help="keep less for the backward pass, integrate again there",
+    )
     options = parser.parse_args(arguments)
     for name in ("dim", "rank", "hidden", "rk4_steps", "batch", "context", "steps", "heldout"):
         if getattr(options, name) < 1:
-            raise ValueError(f"{name.replace('_', '-')}: expected at least 1, got {getattr(options, name)}")
+            raise ValueError(
+                f"{name.replace('_', '-')}: expected at least 1, got {getattr(options, name)}"
+            )
     for name in ("learning_rate", "metric_rate"):
         if not 0 < getattr(options, name) < math.inf:
-            raise ValueError(f"{name.replace('_', '-')}: expected a positive number, got {getattr(options, name)}")
+            raise ValueError(
+                f"{name.replace('_', '-')}: expected a positive number, got"
+                f" {getattr(options, name)}"
+            )
     return options
 
 
@@ -165,7 +200,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
     """Train the models that were asked for; their figures by name, which are printed too."""
     try:
         options = parse(arguments)
-        train, rows = data(standard_library() if options.data is None else Path(options.data).read_bytes(), options)
+        train, rows = data(
+            standard_library() if options.data is None else Path(options.data).read_bytes(), options
+        )
     except OSError as error:
         raise SystemExit(f"data: {error.strerror}: {error.filename}") from None
     except ValueError as error:
@@ -177,16 +214,22 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
         except FloatingPointError as error:
             raise SystemExit(str(error)) from None
         print(
-            f"{name:<9} {found['bits per byte']:.3f} bits per byte held out   {found['parameters']:,} parameters, "
-            f"{found['seconds a step']:.3f} s a step, {found['peak MiB']:.0f} MiB peak",
+            f"{name:<9} {found['bits per byte']:.3f} bits per byte held out  "
+            f" {found['parameters']:,} parameters, {found['seconds a step']:.3f} s a step,"
+            f" {found['peak MiB']:.0f} MiB peak",
             flush=True,
         )
         if "departure" in found:
             print(
-                f"          {found['bits per byte, straightened']:.3f} moved in straight lines after training   "
-                f"departure {100 * found['departure']:.1f}% of the way, energy drift {100 * found['energy drift']:.2g}%"
+                f"          {found['bits per byte, straightened']:.3f} moved in straight lines"
+                f" after training   departure {100 * found['departure']:.1f}% of the way, energy"
+                f" drift {100 * found['energy drift']:.2g}%"
             )
-    record = {"options": vars(options), "threads": torch.get_num_threads(), "torch": torch.__version__}
+    record = {
+        "options": vars(options),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
     print(json.dumps({**record, "results": results}))
     return results
 

@@ -1,4 +1,6 @@
-"""Linear-time attention for PyTorch: one API for training, prefill and generation, on CPU and GPU."""
+"""Linear-time attention for PyTorch: one API for training, prefill and generation, on CPU and
+GPU.
+"""
 
 import sys as _sys
 from itertools import pairwise as _pairwise
@@ -26,8 +28,8 @@ __all__ = [
 
 
 def _is_command() -> bool:
-    """Whether this process is ``cumulant ...`` or ``python -m cumulant ...``, whose help and mistakes should not wait
-    seconds for torch."""
+    """Whether this process is ``cumulant ...`` or ``python -m cumulant ...``, whose help and
+    mistakes should not wait seconds for torch."""
     started = _sys.orig_argv
     program = (_sys.argv[:1] or [""])[0].replace("\\", "/").rpartition("/")[2]
     return program in ("cumulant", "cumulant.exe") or ("-m", "cumulant") in _pairwise(started)
@@ -39,7 +41,15 @@ if _TYPE_CHECKING or not _is_command():
     from .ops.gated import gated_attention
     from .ops.linear import linear_attention
     from .ops.mixed_chunk import mixed_chunk_attention
-    from .ops.state import ElitaState, KeyValueState, LinearState, MixedChunkState, State, load_state, save_state
+    from .ops.state import (
+        ElitaState,
+        KeyValueState,
+        LinearState,
+        MixedChunkState,
+        State,
+        load_state,
+        save_state,
+    )
     from .ops.taylor import feature_count, taylor_attention
 else:
 
@@ -48,7 +58,15 @@ else:
         from importlib import import_module
 
         if name in __all__:
-            for module in ("dispatch", "elita", "gated", "linear", "mixed_chunk", "state", "taylor"):
+            for module in (
+                "dispatch",
+                "elita",
+                "gated",
+                "linear",
+                "mixed_chunk",
+                "state",
+                "taylor",
+            ):
                 found = vars(import_module(f".ops.{module}", __name__))
                 if name in found:
                     return found[name]

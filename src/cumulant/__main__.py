@@ -1,6 +1,7 @@
 """Where the command begins: ``cumulant``, ``python -m cumulant`` and so ``torchrun -m cumulant``.
 
-Nothing here needs more than Python, so that whatever is missing or goes wrong can be said in one line.
+Nothing here needs more than Python, so that whatever is missing or goes wrong can be said in one
+line.
 """
 
 from __future__ import annotations
@@ -13,13 +14,19 @@ from collections.abc import Sequence
 from .streams import prepare_streams, silence
 
 EXTRA = "pip install 'cumulant[text]', or in a checkout: pip install -e '.[text]'"
-MISTAKES = (ValueError, TypeError, OSError, ModuleNotFoundError)  # what the messages of this package are raised as
+MISTAKES = (
+    ValueError,
+    TypeError,
+    OSError,
+    ModuleNotFoundError,
+)  # what the messages of this package are raised as
 # What goes wrong in the libraries underneath: their words will do.
 FAILURES = (*MISTAKES, RuntimeError, MemoryError, ArithmeticError, EOFError, ImportError)
 
 
 def main() -> None:
-    """Entry point: what goes wrong is one line on standard error and exit code 2 (1: a fault of this package).
+    """Entry point: what goes wrong is one line on standard error and exit code 2 (1: a fault of
+    this package).
 
     CUMULANT_DEBUG=1 shows the traceback instead.
     """
@@ -41,7 +48,9 @@ def main() -> None:
             print(f"cumulant: {describe(error, arguments)}", file=sys.stderr)
         try:
             sys.stdout.flush()
-        except OSError:  # it may be what went wrong; Python would try once more at its end, and complain
+        except (
+            OSError
+        ):  # it may be what went wrong; Python would try once more at its end, and complain
             silence(sys.stdout)
     sys.exit(code)
 
@@ -72,14 +81,20 @@ def describe(error: Exception, arguments: Sequence[str] = ()) -> str:
     elif isinstance(error, ModuleNotFoundError) and error.name is not None:
         message = f"{error.name} is not installed, which this needs ({EXTRA})"
     elif isinstance(error, OSError) and error.strerror:
-        message = error.strerror if error.filename is None else f"{os.fspath(error.filename)}: {error.strerror}"
+        message = (
+            error.strerror
+            if error.filename is None
+            else f"{os.fspath(error.filename)}: {error.strerror}"
+        )
     elif isinstance(error, MemoryError):
         message = f"out of memory {error}"
     else:
         message = str(error)
     message = " ".join(message.split())
     if not _is_expected(error) or not message:
-        message = f"{type(error).__name__}: {message} (a fault of cumulant; CUMULANT_DEBUG=1 shows where)"
+        message = (
+            f"{type(error).__name__}: {message} (a fault of cumulant; CUMULANT_DEBUG=1 shows where)"
+        )
     name, colon, rest = message.partition(": ")
     option = f"--{name.replace('_', '-')}"
     typed = any(argument == option or argument.startswith(f"{option}=") for argument in arguments)
@@ -87,7 +102,11 @@ def describe(error: Exception, arguments: Sequence[str] = ()) -> str:
 
 
 def _is_expected(error: Exception) -> bool:
-    return isinstance(error, FAILURES) or hasattr(error, "format_message") or _comes_from(error, "safetensors")
+    return (
+        isinstance(error, FAILURES)
+        or hasattr(error, "format_message")
+        or _comes_from(error, "safetensors")
+    )
 
 
 def _comes_from(error: Exception, package: str) -> bool:
@@ -95,8 +114,8 @@ def _comes_from(error: Exception, package: str) -> bool:
 
 
 def _speaks(error: Exception) -> bool:
-    """Under torchrun all processes meet a mistake: the first one says it. What befalls another one alone it says
-    itself, but for the end of its connection to one that has failed."""
+    """Under torchrun all processes meet a mistake: the first one says it. What befalls another one
+    alone it says itself, but for the end of its connection to one that has failed."""
     rank = os.environ.get("RANK", "0")
     if rank == "0":
         return True

@@ -42,14 +42,17 @@ def _show_version(wanted: bool) -> None:
 @app.callback()
 def common(
     version: Annotated[
-        bool, typer.Option("--version", help="print the version", is_eager=True, callback=_show_version)
+        bool,
+        typer.Option("--version", help="print the version", is_eager=True, callback=_show_version),
     ] = False,
 ) -> None:
     """Linear-time language models: train, evaluate and generate."""
 
 
 def say(line: str) -> None:
-    """A line on standard output, above the progress bar if there is one. Work goes on when nobody reads it any more."""
+    """A line on standard output, above the progress bar if there is one. Work goes on when nobody
+    reads it any more.
+    """
     from tqdm import tqdm
 
     try:
@@ -65,13 +68,17 @@ def _from_fields(kind: type) -> Callable[[Callable[..., None]], Callable[..., No
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         hints, own = get_type_hints(kind), get_type_hints(command, include_extras=True)
         declared = inspect.signature(command).parameters.values()
-        parameters = [p.replace(annotation=own[p.name]) for p in declared if p.kind is not p.VAR_KEYWORD]
+        parameters = [
+            p.replace(annotation=own[p.name]) for p in declared if p.kind is not p.VAR_KEYWORD
+        ]
         parameters += [
             inspect.Parameter(
                 f.name,
                 inspect.Parameter.KEYWORD_ONLY,
                 default=f.default,
-                annotation=Annotated[_option_type(hints[f.name]), typer.Option(help=f.metadata["help"])],
+                annotation=Annotated[
+                    _option_type(hints[f.name]), typer.Option(help=f.metadata["help"])
+                ],
             )
             for f in fields(kind)
         ]
@@ -83,7 +90,9 @@ def _from_fields(kind: type) -> Callable[[Callable[..., None]], Callable[..., No
 
 
 def _option_type(hint: Any) -> Any:
-    """The type of a field as an option's: one that takes a value or a list of them may be repeated."""
+    """The type of a field as an option's: one that takes a value or a list of them may be
+    repeated.
+    """
     return list[str] | None if list[str] in get_args(hint) else hint
 
 
@@ -92,22 +101,28 @@ def _option_type(hint: Any) -> Any:
 def train(
     call: typer.Context,
     recipe: Annotated[
-        str | None, typer.Option(help=f"options by name, any of them overridden: {', '.join(RECIPES)}")
+        str | None,
+        typer.Option(help=f"options by name, any of them overridden: {', '.join(RECIPES)}"),
     ] = None,
     **options: Any,
 ) -> None:
     """Train a language model on a text.
 
-    Without --data it learns Python from the standard library. Watch the losses with: tensorboard --logdir OUTPUT.
-    Several processes: torchrun --nproc_per_node N -m cumulant train ...
+    Without --data it learns Python from the standard library. Watch the losses with: tensorboard
+    --logdir OUTPUT. Several processes: torchrun --nproc_per_node N -m cumulant train ...
     """
     sources = {name: call.get_parameter_source(name) for name in options}
-    given = {name for name, source in sources.items() if source is not None and source.name != "DEFAULT"}
+    given = {
+        name for name, source in sources.items() if source is not None and source.name != "DEFAULT"
+    }
     if recipe is None:
         checked = TrainingOptions(**options)
     else:
-        checked = from_recipe(recipe, **{name: value for name, value in options.items() if name in given})
-        # a run that goes on is only held to what a recipe says of its model; its lengths are the run's
+        checked = from_recipe(
+            recipe, **{name: value for name, value in options.items() if name in given}
+        )
+        # a run that goes on is only held to what a recipe says of its model; its lengths are the
+        # run's
         given |= set(RECIPES[recipe]) - (RUN_LENGTH if checked.resume else set())
     silence_libraries()
     from .text.train import train as run
@@ -136,17 +151,32 @@ Device = Annotated[str, typer.Option(help="auto, cpu or cuda")]
 def evaluate(
     checkpoint: Checkpoint,
     data: Annotated[
-        list[str] | None, typer.Option(help="text to score, whole; may be repeated; default: the run's held-out text")
+        list[str] | None,
+        typer.Option(
+            help="text to score, whole; may be repeated; default: the run's held-out text"
+        ),
     ] = None,
-    encoding: Annotated[str | None, typer.Option(help="encoding of the files, if it is not UTF-8")] = None,
-    context: Annotated[list[int] | None, typer.Option(help="window in tokens; give it several times")] = None,
-    whole: Annotated[bool, typer.Option(help="also carry the state over each whole document")] = True,
+    encoding: Annotated[
+        str | None, typer.Option(help="encoding of the files, if it is not UTF-8")
+    ] = None,
+    context: Annotated[
+        list[int] | None, typer.Option(help="window in tokens; give it several times")
+    ] = None,
+    whole: Annotated[
+        bool, typer.Option(help="also carry the state over each whole document")
+    ] = True,
     batch: Annotated[int, typer.Option(help="windows at a time")] = 16,
-    text_column: Annotated[str, typer.Option(help="column of a dataset that holds the text")] = "text",
+    text_column: Annotated[
+        str, typer.Option(help="column of a dataset that holds the text")
+    ] = "text",
     device: Device = "auto",
-    json_line: Annotated[bool, typer.Option("--json", help="one JSON line instead of a table")] = False,
+    json_line: Annotated[
+        bool, typer.Option("--json", help="one JSON line instead of a table")
+    ] = False,
 ) -> None:
-    """Bits per byte of a text under a model: in windows, and with the state carried over each whole document."""
+    """Bits per byte of a text under a model: in windows, and with the state carried over each whole
+    document.
+    """
     for name, least in (("context", min(context or [256])), ("batch", batch)):
         if least < 1:
             raise ValueError(f"{name}: expected at least 1, got {least}")
@@ -166,13 +196,20 @@ def evaluate(
         text = read_tokens(Path(checkpoint) / "tokens")[1]
     else:
         raise ValueError(f"data: {checkpoint} keeps no held-out text; pass --data")
-    scores = {f"windows of {n} tokens": evaluate_windowed(model, text, n, batch_size=batch) for n in context or [256]}
+    scores = {
+        f"windows of {n} tokens": evaluate_windowed(model, text, n, batch_size=batch)
+        for n in context or [256]
+    }
     if whole:
         if notice := notice_of_cost(model, text):
             print(notice, file=sys.stderr)
         scores["whole documents"] = evaluate_whole(model, text)
     if json_line:
-        print(json.dumps(finite({name: score.as_dict() for name, score in scores.items()}), allow_nan=False))
+        print(
+            json.dumps(
+                finite({name: score.as_dict() for name, score in scores.items()}), allow_nan=False
+            )
+        )
         return
     rows = [
         (name, f"{s.bits_per_byte:.4f}", f"{s.loss:.4f}", f"{s.tokens:,}", f"{s.text_bytes:,}")
@@ -186,20 +223,29 @@ def evaluate(
 @app.command(cls=StrictCommand)
 def generate(
     checkpoint: Checkpoint,
-    prompt: Annotated[str | None, typer.Option(help="text to continue; default: standard input, if piped")] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="text to continue; default: standard input, if piped")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="tokens to generate")] = 200,
     temperature: Annotated[float, typer.Option(help="0: always the likeliest token")] = 0.8,
     top_k: Annotated[int, typer.Option(help="only the k likeliest tokens; 0: all")] = 0,
-    top_p: Annotated[float, typer.Option(help="only the likeliest tokens that hold this probability")] = 0.95,
+    top_p: Annotated[
+        float, typer.Option(help="only the likeliest tokens that hold this probability")
+    ] = 0.95,
     seed: Annotated[int | None, typer.Option(help="the same text each time")] = None,
     chat: Annotated[
-        bool, typer.Option("--chat", help="the prompt is a message: answer it, by the chat template")
+        bool,
+        typer.Option("--chat", help="the prompt is a message: answer it, by the chat template"),
     ] = False,
-    save_state: Annotated[str | None, typer.Option(help="leave the state in this file", callback=expand_home)] = None,
+    save_state: Annotated[
+        str | None, typer.Option(help="leave the state in this file", callback=expand_home)
+    ] = None,
     load_state: Annotated[
         str | None, typer.Option(help="go on from the state in this file", callback=expand_home)
     ] = None,
-    stats: Annotated[bool, typer.Option(help="tokens/s, state bytes and peak memory, to standard error")] = False,
+    stats: Annotated[
+        bool, typer.Option(help="tokens/s, state bytes and peak memory, to standard error")
+    ] = False,
     device: Device = "auto",
 ) -> None:
     """Generate text, streaming it to standard output, with a state of constant size."""
@@ -216,7 +262,16 @@ def generate(
     if prompt is None:
         prompt = _piped_text()
     try:
-        result = run(model, tokenizer, prompt, options, load=load_state, save=save_state, stream=True, chat=chat)
+        result = run(
+            model,
+            tokenizer,
+            prompt,
+            options,
+            load=load_state,
+            save=save_state,
+            stream=True,
+            chat=chat,
+        )
     except (KeyboardInterrupt, BrokenPipeError):
         if save_state is not None:
             print(f"cumulant: stopped; go on with: --load-state {save_state}", file=sys.stderr)
@@ -224,9 +279,9 @@ def generate(
     if stats:
         prompt_tokens = result.context - result.new_tokens
         print(
-            f"{result.new_tokens} tokens at {result.tokens_per_second:.1f} tokens/s after {prompt_tokens:,} of context "
-            f"(read in {result.prompt_seconds:.2f} s); state {result.state_bytes:,} bytes; "
-            f"peak memory {result.peak_bytes / 2**20:,.0f} MiB",
+            f"{result.new_tokens} tokens at {result.tokens_per_second:.1f} tokens/s after"
+            f" {prompt_tokens:,} of context (read in {result.prompt_seconds:.2f} s); state"
+            f" {result.state_bytes:,} bytes; peak memory {result.peak_bytes / 2**20:,.0f} MiB",
             file=sys.stderr,
         )
 
@@ -239,8 +294,8 @@ def _piped_text() -> str:
         return sys.stdin.buffer.read().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"prompt: expected UTF-8 text on standard input, got the byte 0x{error.object[error.start]:02x} at byte "
-            f"{error.start}"
+            "prompt: expected UTF-8 text on standard input, got the byte"
+            f" 0x{error.object[error.start]:02x} at byte {error.start}"
         ) from error
 
 

@@ -31,7 +31,11 @@ def facts() -> dict[str, str]:
         "CUDA device": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "impl reference": "works: quadratic, for checking",
         "impl torch": "works: chunk-parallel PyTorch, any device",
-        "impl native": f"does not work here: {obstacle}" if obstacle else f"works: C++ on the CPU, {instructions()}",
+        "impl native": (
+            f"does not work here: {obstacle}"
+            if obstacle
+            else f"works: C++ on the CPU, {instructions()}"
+        ),
         "impl triton": "not part of this version",
     }
 
@@ -49,4 +53,6 @@ def _version(package: str) -> str:
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
-        return "not installed: the language model and the commands need pip install 'cumulant[text]'"
+        return (
+            "not installed: the language model and the commands need pip install 'cumulant[text]'"
+        )

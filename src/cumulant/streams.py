@@ -17,7 +17,9 @@ def silence(stream: object) -> None:
 
 
 def prepare_streams() -> None:
-    """Standard output and error that take any text, also where they are closed or have few characters."""
+    """Standard output and error that take any text, also where they are closed or have few
+    characters.
+    """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:

@@ -30,7 +30,10 @@ def test_errors_are_those_of_the_dtype(operation, dtype):
 def test_long_texts_leave_out_what_is_quadratic_or_slow(monkeypatch):
     monkeypatch.setattr(subjects, "QUADRATIC", 50)
     monkeypatch.setattr(subjects, "STEPWISE", 50)
-    assert {row["implementation"] for row in measure_errors("linear", 100, "fp32", 0, "cpu")} == {"torch", "native"}
+    assert {row["implementation"] for row in measure_errors("linear", 100, "fp32", 0, "cpu")} == {
+        "torch",
+        "native",
+    }
 
 
 def test_an_error_is_seen(monkeypatch):
@@ -60,7 +63,9 @@ def test_a_run_and_its_report(tmp_path, monkeypatch):
     assert (tmp_path / "report.html").read_text() == page
 
 
-@pytest.mark.parametrize("fields", [{"dtypes": ("fp8",)}, {"operations": ("mamba",)}, {"lengths": (0,)}])
+@pytest.mark.parametrize(
+    "fields", [{"dtypes": ("fp8",)}, {"operations": ("mamba",)}, {"lengths": (0,)}]
+)
 def test_bad_settings(fields):
     with pytest.raises(ValueError, match="expected"):
         replace(Settings(), **fields)

@@ -20,7 +20,9 @@ def draw(*shape, seed=0):
 
 
 def test_a_case_is_its_formula():
-    """By loops: the weights of one query, their average of the values, and the distance over all outputs."""
+    """By loops: the weights of one query, their average of the values, and the distance over all
+    outputs.
+    """
     q, k, v = (draw(1, 1, cases.LENGTH, n, seed=n) for n in (6, 6, 4))
     k = 0.5 * draw(1, 1, cases.LENGTH, 6, seed=1)
     found = cases.measure_orders(q, k, v, "random")
@@ -30,7 +32,11 @@ def test_a_case_is_its_formula():
         x = (k[0, 0, : t + 1] @ q[0, 0, t]) / math.sqrt(6)
         squares, seen = squares + float(x.square().sum()), seen + t + 1
         for name, out in outs.items():
-            w = x.exp() if name == "exact" else sum(x**p / math.factorial(p) for p in range(name + 1))
+            w = (
+                x.exp()
+                if name == "exact"
+                else sum(x**p / math.factorial(p) for p in range(name + 1))
+            )
             out.append(w @ v[0, 0, : t + 1] / w.sum())
     outs = {name: torch.stack(out) for name, out in outs.items()}
     for case in found:
@@ -48,7 +54,9 @@ def test_orders_converge_where_scores_are_small():
 
 @pytest.mark.parametrize("preset", ["softmax", "taylor", "higher_order"])
 def test_recorded_queries_and_keys_are_the_model_s(preset):
-    """With the values, they give what the mixer's own attention gives, scale included; and nothing is left behind."""
+    """With the values, they give what the mixer's own attention gives, scale included; and nothing
+    is left behind.
+    """
     torch.manual_seed(0)
     model = CumulantForCausalLM(from_preset(preset, num_key_value_heads=2, **SMALL)).eval()
     ids = torch.randint(0, 40, (2, cases.LENGTH))
@@ -67,7 +75,9 @@ def test_recorded_queries_and_keys_are_the_model_s(preset):
     assert list(found) == ["model.layers.0.mixer", "model.layers.1.mixer"]
     q, k = found["model.layers.1.mixer"]
     v = values[0].repeat_interleave(2, 1)
-    expected = cases.softmax_output(q, k, v) if preset == "softmax" else cases.taylor_output(q, k, v, 2)
+    expected = (
+        cases.softmax_output(q, k, v) if preset == "softmax" else cases.taylor_output(q, k, v, 2)
+    )
     assert torch.allclose(outs[0], expected, atol=1e-5)
     assert "attend" not in vars(model.model.layers[0].mixer)
 
@@ -77,7 +87,8 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     (folder / "text.txt").write_text("the cat sat on the mat. " * 400)
     options = TrainingOptions(
-        output=str(folder / "model"), data=str(folder / "text.txt"), preset="softmax", width=16, depth=2, heads=2,
+        output=str(folder / "model"), data=str(folder / "text.txt"), preset="softmax", width=16,
+        depth=2, heads=2,
         context=32, batch=2, steps=2,
     )  # fmt: skip
     train(options, say=lambda line: None)
@@ -104,7 +115,9 @@ def test_the_command_writes_table_pictures_and_numbers(cli, run, tmp_path, monke
     assert "order 2 is" in out
     kept = Folder.open(str(tmp_path / "out"))
     assert {c["kind"] for c in kept.rows()} == {"random", "normalised", "trained"}
-    assert len([c for c in kept.rows() if c["kind"] == "trained"]) == 2 * 2 * 5  # layers, heads, orders
+    assert (
+        len([c for c in kept.rows() if c["kind"] == "trained"]) == 2 * 2 * 5
+    )  # layers, heads, orders
     assert kept.environment["torch"] == torch.__version__
     table = (tmp_path / "out" / "report.md").read_text()
     assert table.count(f"| {run}, layer") == 2
@@ -120,8 +133,12 @@ def test_the_command_writes_table_pictures_and_numbers(cli, run, tmp_path, monke
     (tmp_path / "drawn" / "rows.jsonl").write_text((tmp_path / "out" / "rows.jsonl").read_text())
     assert cli("report", tmp_path / "drawn")[0] == 0
     assert (tmp_path / "drawn" / "report.md").read_text() == table
-    assert (tmp_path / "drawn" / "error.svg").read_bytes() == (tmp_path / "out" / "error.svg").read_bytes()
-    code, _, err = cli("bench", "approximation", "--output", tmp_path / "out", "--model", run, "--seed", 1)
+    assert (tmp_path / "drawn" / "error.svg").read_bytes() == (
+        tmp_path / "out" / "error.svg"
+    ).read_bytes()
+    code, _, err = cli(
+        "bench", "approximation", "--output", tmp_path / "out", "--model", run, "--seed", 1
+    )
     assert code == 2
     assert "holds the report of another measurement" in err
 
@@ -141,7 +158,9 @@ def test_other_weights_are_another_measurement(run, tmp_path):
 
 def test_mistakes(cli, run, tmp_path, monkeypatch):
     model = CumulantForCausalLM(from_preset("linear", **SMALL))
-    code, _, err = cli("bench", "approximation", "--output", tmp_path, "--model", tmp_path / "nowhere")
+    code, _, err = cli(
+        "bench", "approximation", "--output", tmp_path, "--model", tmp_path / "nowhere"
+    )
     assert code == 2
     assert "checkpoint: no model at" in err
     (run / "tokens").rename(run / "kept")
@@ -169,13 +188,17 @@ def test_mistakes(cli, run, tmp_path, monkeypatch):
 def test_it_trains_only_what_is_missing(cli, run, tmp_path, monkeypatch):
     """A missing plotting library is told before anything is trained; what was cut short goes on."""
     resumed = []
-    monkeypatch.setattr("cumulant.text.train.train", lambda options, say: resumed.append(options.resume))
+    monkeypatch.setattr(
+        "cumulant.text.train.train", lambda options, say: resumed.append(options.resume)
+    )
     with monkeypatch.context() as missing:
         missing.setitem(sys.modules, "matplotlib", None)
         assert "plots need matplotlib" in cli("bench", "approximation", "--output", tmp_path)[2]
     assert not resumed
     (tmp_path / "models" / "softmax").mkdir(parents=True)
-    (tmp_path / "models" / "softmax" / "options.json").write_text((run / "options.json").read_text())
+    (tmp_path / "models" / "softmax" / "options.json").write_text(
+        (run / "options.json").read_text()
+    )
     trained.train_small_model(tmp_path, "softmax", print)
     trained.train_small_model(tmp_path, "taylor", print)
     assert resumed == [True, False]

@@ -1,4 +1,6 @@
-"""`cumulant compare`: one budget for all, figures that are the runs', and nothing lost when it is interrupted."""
+"""`cumulant compare`: one budget for all, figures that are the runs', and nothing lost when it is
+interrupted.
+"""
 
 import json
 import math
@@ -35,7 +37,9 @@ def run(recipe, output, **options):
 def recipe(tmp_path_factory):
     path = tmp_path_factory.mktemp("text") / "text.txt"
     words = ["cat", "dog", "bat", "rat", "owl"]
-    path.write_text("".join(f"{i} of the {words[i * i % 5]}s sat on the {words[i % 4]};\n" for i in range(900)))
+    path.write_text(
+        "".join(f"{i} of the {words[i * i % 5]}s sat on the {words[i % 4]};\n" for i in range(900))
+    )
     return replace(TINY, data=str(path))
 
 
@@ -68,13 +72,19 @@ def run_folder(done, name, rate, seed):
 
 def test_all_rates_from_the_first_seed_then_the_best_from_the_others(done):
     trained = rows(done, "run")
-    assert [key(r) for r in trained[:6]] == [(name, rate, 0) for rate in (1e-3, 1e-2) for name in NAMES]
+    assert [key(r) for r in trained[:6]] == [
+        (name, rate, 0) for rate in (1e-3, 1e-2) for name in NAMES
+    ]
     best = {}
     for name in NAMES:
-        ends = {r["learning_rate"]: r["heldout"][-1][1] for r in trained[:6] if r["mechanism"] == name}
+        ends = {
+            r["learning_rate"]: r["heldout"][-1][1] for r in trained[:6] if r["mechanism"] == name
+        }
         best[name] = min(ends, key=ends.get)
     assert [key(r) for r in trained[6:]] == [(name, best[name], 1) for name in NAMES]
-    assert [key(r) for r in rows(done, "context")] == [(name, best[name], seed) for seed in (0, 1) for name in NAMES]
+    assert [key(r) for r in rows(done, "context")] == [
+        (name, best[name], seed) for seed in (0, 1) for name in NAMES
+    ]
 
 
 def test_figures_are_the_runs(done):
@@ -84,17 +94,23 @@ def test_figures_are_the_runs(done):
     ids = torch.from_numpy(heldout.ids.astype("int64"))
     for r in rows(done, "run"):
         assert abs(r["parameters"] / 40_000 - 1) < 0.02
-        model, _ = load_checkpoint(str(run_folder(done, *key(r)) / f"checkpoint-{text['steps']}"), "cpu")
+        model, _ = load_checkpoint(
+            str(run_folder(done, *key(r)) / f"checkpoint-{text['steps']}"), "cpu"
+        )
         nats = 0.0
         for start in range(0, len(ids) - 1, 32):
             piece = ids[start : start + 33]
             with torch.no_grad():
                 logits = model(piece[None, :-1], use_cache=False).logits[0]
             nats += float(F.cross_entropy(logits, piece[1:], reduction="sum"))
-        assert math.isclose(r["heldout"][-1][1], nats / math.log(2) / heldout.text_bytes, rel_tol=1e-4)
+        assert math.isclose(
+            r["heldout"][-1][1], nats / math.log(2) / heldout.text_bytes, rel_tol=1e-4
+        )
         assert r["heldout"][-1][0] == text["steps"]
         assert len(r["heldout"]) >= 3
-        assert r["heldout"][-1][1] < math.log2(300) * (len(ids) - 1) / heldout.text_bytes  # it learned something
+        assert (
+            r["heldout"][-1][1] < math.log2(300) * (len(ids) - 1) / heldout.text_bytes
+        )  # it learned something
 
 
 def test_the_table_is_the_rows(done):
@@ -102,22 +118,32 @@ def test_the_table_is_the_rows(done):
     runs = rows(done, "run")
 
     def ends(name):
-        own = [r for r in runs if r["mechanism"] == name and r["learning_rate"] == best_rate(runs, name)]
+        own = [
+            r
+            for r in runs
+            if r["mechanism"] == name and r["learning_rate"] == best_rate(runs, name)
+        ]
         return [r["heldout"][-1][1] for r in own]
 
     elita, base = ends("elita"), ends("softmax")
     differences = [a - b for a, b in zip(elita, base, strict=True)]
     final, difference = found["elita"].final, found["elita"].difference
-    assert (final.value, final.error) == pytest.approx((statistics.mean(elita), statistics.stdev(elita) / 2**0.5))
+    assert (final.value, final.error) == pytest.approx(
+        (statistics.mean(elita), statistics.stdev(elita) / 2**0.5)
+    )
     assert (difference.value, difference.error) == pytest.approx(
         (statistics.mean(differences), statistics.stdev(differences) / 2**0.5)
     )
     assert found["softmax"].difference is None
-    line = next(x for x in (done / "report.md").read_text().splitlines() if x.startswith("| elita |"))
+    line = next(
+        x for x in (done / "report.md").read_text().splitlines() if x.startswith("| elita |")
+    )
     assert f"| {statistics.mean(elita):.4f} ± {statistics.stdev(elita) / 2**0.5:.4f} |" in line
     assert f"| {statistics.mean(differences):+.4f} ± " in line
     pictures = {
-        f"compare_{name}.{kind}" for name in ("curves", "sweep", "contexts", "copying") for kind in ("png", "svg")
+        f"compare_{name}.{kind}"
+        for name in ("curves", "sweep", "contexts", "copying")
+        for kind in ("png", "svg")
     }
     assert {p.name for p in done.iterdir()} == pictures | {
         ".lock",
@@ -130,13 +156,17 @@ def test_the_table_is_the_rows(done):
 
 
 def test_the_context_rows_are_the_models(done):
-    """Up to four times the training length, always of the same tokens; by loops over the longest windows."""
+    """Up to four times the training length, always of the same tokens; by loops over the longest
+    windows.
+    """
     heldout = read_tokens(done / "text")[1]
     row = next(r for r in rows(done, "context") if r["mechanism"] == "softmax")
     assert [c[:2] for c in row["contexts"]] == [[16, 32], [32, 64], [64, 128]]
     assert len({c[3] for c in row["contexts"]}) == 1
     (text,) = rows(done, "text")
-    model, _ = load_checkpoint(str(run_folder(done, *key(row)) / f"checkpoint-{text['steps']}"), "cpu")
+    model, _ = load_checkpoint(
+        str(run_folder(done, *key(row)) / f"checkpoint-{text['steps']}"), "cpu"
+    )
     ids = torch.from_numpy(heldout.ids.astype(np.int64))
     count = row["contexts"][0][3] // 64
     assert count == (len(ids) - 1 - 64) // 64
@@ -146,16 +176,23 @@ def test_the_context_rows_are_the_models(done):
         for start in range(64 - first, 64 - first + count * 64, first):
             with torch.no_grad():
                 logits = model(ids[None, start : start + last], use_cache=False).logits[0, first:]
-            losses.append(F.cross_entropy(logits, ids[start + first + 1 : start + last + 1], reduction="sum"))
+            losses.append(
+                F.cross_entropy(logits, ids[start + first + 1 : start + last + 1], reduction="sum")
+            )
         assert bits == pytest.approx(float(sum(losses)) / math.log(2) / len(scored), rel=1e-4)
     assert [c[0] for c in row["copying"]] == [4, 8, 16, 32, 64, 128]
-    assert all(second > 0 and control > 0 and span > 1 for _, second, control, span in row["copying"])
+    assert all(
+        second > 0 and control > 0 and span > 1 for _, second, control, span in row["copying"]
+    )
 
 
 def test_an_epoch_is_the_text_s_windows_and_mechanisms_differ_in_nothing_else(done):
     (text,) = rows(done, "text")
     assert text["steps"] == (text["tokens"] - 1) // 32 // 4
-    options = [json.loads((run_folder(done, name, 1e-3, 0) / "options.json").read_text()) for name in NAMES[:2]]
+    options = [
+        json.loads((run_folder(done, name, 1e-3, 0) / "options.json").read_text())
+        for name in NAMES[:2]
+    ]
     differing = {key for key in options[0] if options[0][key] != options[1][key]}
     assert differing <= {"output", "preset", "model_option", "intermediate"}
 
@@ -183,8 +220,8 @@ def test_the_same_command_again_trains_nothing(recipe, done, monkeypatch):
 
 
 def test_an_interrupted_comparison_goes_on(recipe, done, tmp_path, monkeypatch):
-    """In another place, with the text elsewhere, interrupted in the middle of a run: only what is missing is trained,
-    from its checkpoint, to the same end; and the page says what is there."""
+    """In another place, with the text elsewhere, interrupted in the middle of a run: only what is
+    missing is trained, from its checkpoint, to the same end; and the page says what is there."""
     output, elsewhere = tmp_path / "out", tmp_path / "text.txt"
     shutil.copytree(done, output)
     shutil.copy(recipe.data, elsewhere)
@@ -207,7 +244,9 @@ def test_an_interrupted_comparison_goes_on(recipe, done, tmp_path, monkeypatch):
             run(moved, output)
     assert "| elita |" in (output / "report.md").read_text()
     assert len(rows(output, "run")) == len(rows(done, "run")) - 2
-    monkeypatch.setattr(bench, "train", lambda options, **rest: trained.append(options) or real(options, **rest))
+    monkeypatch.setattr(
+        bench, "train", lambda options, **rest: trained.append(options) or real(options, **rest)
+    )
     run(moved, output)
     assert [(options.resume, options.seed) for options in trained] == [(True, 1), (False, 1)]
     assert ["wraps" in options.output for options in trained] == [False, True]
@@ -220,10 +259,14 @@ def test_an_interrupted_comparison_goes_on(recipe, done, tmp_path, monkeypatch):
 
 
 def test_more_rates_add_to_what_is_there(recipe, done, tmp_path, monkeypatch):
-    """A better rate is taken by the other seeds and asked about as well; what is there is not trained again."""
+    """A better rate is taken by the other seeds and asked about as well; what is there is not
+    trained again.
+    """
     output, trained, real = tmp_path / "out", [], bench.train
     shutil.copytree(done, output)
-    monkeypatch.setattr(bench, "train", lambda options, **rest: trained.append(options) or real(options, **rest))
+    monkeypatch.setattr(
+        bench, "train", lambda options, **rest: trained.append(options) or real(options, **rest)
+    )
     more = replace(recipe, learning_rates=(*recipe.learning_rates, 2e-2))
     run(more, output)
     runs = rows(output, "run")
@@ -233,7 +276,9 @@ def test_more_rates_add_to_what_is_there(recipe, done, tmp_path, monkeypatch):
     assert [(o.learning_rate, o.seed) for o in trained] == [(2e-2, 0)] * 3 + [(2e-2, 1)] * len(anew)
     found = {r.mechanism: r for r in results(Folder.open(str(output)).rows(), "softmax")}
     assert all(result.final.count == 2 and len(result.sweep) == 3 for result in found.values())
-    assert {key(r) for r in rows(output, "context")} >= {(name, best[name], seed) for name in NAMES for seed in (0, 1)}
+    assert {key(r) for r in rows(output, "context")} >= {
+        (name, best[name], seed) for name in NAMES for seed in (0, 1)
+    }
     with pytest.raises(ValueError, match="another measurement"):
         run(recipe, output)
 
@@ -243,7 +288,9 @@ def test_it_is_drawn_again_from_its_rows(done, tmp_path):
     redraw(str(tmp_path), Note())
     assert (tmp_path / "report.md").read_text() == (done / "report.md").read_text()
     for name in ("curves", "sweep", "contexts", "copying"):
-        assert (tmp_path / f"compare_{name}.svg").read_bytes() == (done / f"compare_{name}.svg").read_bytes()
+        assert (tmp_path / f"compare_{name}.svg").read_bytes() == (
+            done / f"compare_{name}.svg"
+        ).read_bytes()
 
 
 def test_a_part_is_drawn_without_what_is_missing(done, tmp_path):
@@ -266,29 +313,40 @@ def test_where_models_differ_is_told(done):
 
 
 def test_mistakes(recipe, done, tmp_path):
-    with pytest.raises(ValueError, match=r"recipe: expected one of long-context, flash-enwik8, .*, got 'gpt'"):
+    with pytest.raises(
+        ValueError, match=r"recipe: expected one of long-context, flash-enwik8, .*, got 'gpt'"
+    ):
         find_recipe("gpt")
-    with pytest.raises(ValueError, match="mechanism: expected one of softmax, elita, elita, 2 wraps, got 'mamba'"):
+    with pytest.raises(
+        ValueError, match="mechanism: expected one of softmax, elita, elita, 2 wraps, got 'mamba'"
+    ):
         recipe.chosen(["mamba"])
     for changed, message in (
         ({"seeds": 0}, "seeds: expected at least 1, got 0"),
         ({"epochs": 0.0}, "epochs: expected a number above 0, got 0.0"),
         ({"epochs": math.inf}, "epochs: expected a number above 0, got inf"),
         ({"steps": -1}, "steps: expected at least 1, .*, got -1"),
-        ({"learning_rates": (1e-3, 0.0)}, r"learning_rate: expected numbers above 0, got \[0.001, 0.0\]"),
+        (
+            {"learning_rates": (1e-3, 0.0)},
+            r"learning_rate: expected numbers above 0, got \[0.001, 0.0\]",
+        ),
         ({"learning_rates": (1e-3, 1e-3)}, r"learning_rate: each once, got \[0.001, 0.001\]"),
         ({"learning_rates": ()}, r"learning_rate: expected numbers above 0, got \[\]"),
     ):
         with pytest.raises(ValueError, match=message):
             replace(recipe, **changed)
-    with pytest.raises(ValueError, match=r"elita: has .* parameters at the nearest width .* not 1,000 within 2%"):
+    with pytest.raises(
+        ValueError, match=r"elita: has .* parameters at the nearest width .* not 1,000 within 2%"
+    ):
         configuration(replace(TINY, parameters=1000), TINY.mechanisms[1], 300)
     with pytest.raises(ValueError, match="data: no such file or folder: /no/such"):
         run(replace(recipe, data="/no/such"), tmp_path / "new")
     assert not (tmp_path / "new").exists()
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("mine")
-    with pytest.raises(ValueError, match="output: .*full holds something else; name another folder"):
+    with pytest.raises(
+        ValueError, match="output: .*full holds something else; name another folder"
+    ):
         run(recipe, tmp_path / "full")
     before = (done / "rows.jsonl").read_text()
     for other in ({"heldout": 0.2}, {"epochs": 2.0}, {"seeds": 1}):
@@ -298,9 +356,13 @@ def test_mistakes(recipe, done, tmp_path):
 
 
 def test_a_mistake_in_the_text_can_be_mended(recipe, tmp_path, monkeypatch):
-    """What was too little is refused before anything is trained, and the folder is free for another try."""
+    """What was too little is refused before anything is trained, and the folder is free for another
+    try.
+    """
     monkeypatch.setattr(bench, "train", lambda *_, **__: pytest.fail("trained"))
-    with pytest.raises(ValueError, match=r"data: .* tokens are not one step of 4 x 32; pass more text"):
+    with pytest.raises(
+        ValueError, match=r"data: .* tokens are not one step of 4 x 32; pass more text"
+    ):
         run(replace(recipe, epochs=0.001), tmp_path / "new")
 
     monkeypatch.setattr(bench, "measure_costs", enough)
@@ -333,7 +395,9 @@ def test_no_more_of_the_heldout_text_is_scored_than_asked(recipe, tmp_path, monk
     tokenizer = bench.load_tokenizer(tmp_path / "new" / "text")
     assert text["heldout_bytes"] == len(tokenizer.decode(ids, skip_special_tokens=True).encode())
     seen = []
-    monkeypatch.setattr(bench, "train", lambda options, text, say: seen.append(text.heldout) or enough())
+    monkeypatch.setattr(
+        bench, "train", lambda options, text, say: seen.append(text.heldout) or enough()
+    )
     monkeypatch.setattr(bench, "measure_costs", lambda configs, **_: {})
     with pytest.raises(Enough):
         run(recipe, tmp_path / "new")  # as it was begun

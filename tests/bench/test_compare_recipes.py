@@ -15,7 +15,9 @@ CASES = [(name, m) for name in RECIPES for m in RECIPES[name].mechanisms]
 
 @pytest.mark.parametrize(("name", "mechanism"), CASES, ids=lambda x: getattr(x, "name", x))
 def test_every_recipe_is_fair(name, mechanism):
-    """Equal parameters within 2%, at least three rates and seeds, and the baseline among the mechanisms."""
+    """Equal parameters within 2%, at least three rates and seeds, and the baseline among the
+    mechanisms.
+    """
     recipe = find_recipe(name)
     with torch.device("meta"):
         model = CumulantForCausalLM(configuration(recipe, mechanism, recipe.vocabulary or 257))
@@ -33,7 +35,11 @@ def test_elita_wikitext_is_its_author_s_setting(mechanism):
     config = configuration(recipe, mechanism, 2048)
     assert recipe.parameters * 1.02 < 300_000
     assert (recipe.context, recipe.batch, recipe.epochs, recipe.steps) == (256, 128, 1, 0)
-    assert recipe.training == {"schedule": "capped_inverse_sqrt", "adam_beta2": 0.99, "weight_decay": 0.0}
+    assert recipe.training == {
+        "schedule": "capped_inverse_sqrt",
+        "adam_beta2": 0.99,
+        "weight_decay": 0.0,
+    }
     assert 1e-3 in recipe.learning_rates
     if mechanism.name == "softmax":
         assert config.rotary
@@ -45,7 +51,9 @@ def test_elita_wikitext_is_its_author_s_setting(mechanism):
 
 
 def test_flash_enwik8_is_flash_pytorch_s_setting():
-    """What `cumulant train --recipe flash-enwik8` trains, with FLASH's own layers and rate in the sweep."""
+    """What `cumulant train --recipe flash-enwik8` trains, with FLASH's own layers and rate in the
+    sweep.
+    """
     from cumulant.text.recipes import from_recipe
 
     recipe, published = RECIPES["flash-enwik8"], from_recipe("flash-enwik8")

@@ -18,13 +18,22 @@ def made(ends):
     cost = {"row": "cost", "seconds": 1.0, "kept_bytes": 1, "state_bytes": 1, "differs": {}}
     names = dict.fromkeys(name for name, _, _ in ends)
     return [cost | {"mechanism": name} for name in names] + [
-        {"row": "run", "mechanism": m, "learning_rate": rate, "seed": seed, "parameters": 1, "heldout": [[1, x]]}
+        {
+            "row": "run",
+            "mechanism": m,
+            "learning_rate": rate,
+            "seed": seed,
+            "parameters": 1,
+            "heldout": [[1, x]],
+        }
         for (m, rate, seed), x in ends.items()
     ]
 
 
 def test_a_run_that_diverged_is_no_best_rate():
-    found = made({("softmax", 1.0, 0): math.nan, ("softmax", 0.1, 0): 2.0, ("softmax", 0.01, 0): 3.0})
+    found = made(
+        {("softmax", 1.0, 0): math.nan, ("softmax", 0.1, 0): 2.0, ("softmax", 0.01, 0): 3.0}
+    )
     (result,) = results(found, "softmax")
     assert result.rate == 0.1
     assert not result.at_edge
@@ -34,7 +43,14 @@ def test_a_run_that_diverged_is_no_best_rate():
 def drawn(found, tmp_path, settings):
     """The page of these rows."""
     text = {"row": "text", "bytes": 9, "heldout_bytes": 9, "steps": 1}
-    shape = {"baseline": "softmax", "context": 4, "batch": 1, "accumulate": 1, "data": "x", "recipe": "tiny"}
+    shape = {
+        "baseline": "softmax",
+        "context": 4,
+        "batch": 1,
+        "accumulate": 1,
+        "data": "x",
+        "recipe": "tiny",
+    }
     folder = Folder.start(str(tmp_path), "compare", shape | settings)
     folder.append(text, *found)
     redraw(str(tmp_path), Note())
@@ -42,7 +58,10 @@ def drawn(found, tmp_path, settings):
 
 
 def test_a_seed_that_diverged_is_told(tmp_path):
-    found = made({("softmax", 0.1, seed): 2.0 for seed in range(3)} | {("far", 0.1, 0): 1.5, ("far", 0.1, 1): math.nan})
+    found = made(
+        {("softmax", 0.1, seed): 2.0 for seed in range(3)}
+        | {("far", 0.1, 0): 1.5, ("far", 0.1, 1): math.nan}
+    )
     page = drawn(found, tmp_path, {})
     assert "| far | diverged | diverged | 0.1 | 2 |" in page
     assert "Different from softmax at 95% over the seeds: none." in page
@@ -70,16 +89,19 @@ def test_what_a_context_is_worth_comes_first(tmp_path):
         found.append({**row, "contexts": contexts, "copying": copies})
     page = drawn(found, tmp_path, {"context": 128})
     assert (
-        "Change of the loss on the same tokens, from windows of 128 tokens as in training to 256: softmax +1.000, "
-        "far +0.000." in page
+        "Change of the loss on the same tokens, from windows of 128 tokens as in training to 256:"
+        " softmax +1.000, far +0.000." in page
     )
     assert (
-        "Loss on a span that stands 32 tokens earlier as well, relative to one that does not: softmax 50%, far 75%."
-    ) in page
+        "Loss on a span that stands 32 tokens earlier as well, relative to one that does not:"
+        " softmax 50%, far 75%." in page
+    )
 
 
 def test_mechanisms_that_only_diverged_are_told(tmp_path):
-    found = made({("softmax", 1.0, 0): math.nan, ("softmax", 0.1, 0): math.inf, ("far", 0.1, 0): math.nan})
+    found = made(
+        {("softmax", 1.0, 0): math.nan, ("softmax", 0.1, 0): math.inf, ("far", 0.1, 0): math.nan}
+    )
     page = drawn(found, tmp_path, {})
     assert "softmax diverged, far diverged" in page
 
@@ -91,11 +113,15 @@ def test_what_is_apart_and_what_is_at_the_end_of_the_sweep():
     ends |= {("far", 1.0, 0): 4.0}
     found = {r.mechanism: r for r in results(made(ends), "softmax")}
     assert not found["near"].difference.differs_from_zero()
-    assert found["far"].difference.differs_from_zero()  # paired by seed: the seeds' own spread does not count
+    assert found[
+        "far"
+    ].difference.differs_from_zero()  # paired by seed: the seeds' own spread does not count
     assert found["far"].final.error > found["far"].difference.error
     assert found["far"].at_edge
     assert not found["near"].at_edge  # there was nothing to sweep
-    other = {r.mechanism: r for r in results(made(ends), "far")}  # wherever the baseline stands among the rows
+    other = {
+        r.mechanism: r for r in results(made(ends), "far")
+    }  # wherever the baseline stands among the rows
     assert other["softmax"].difference.value == pytest.approx(-found["far"].difference.value)
     assert other["far"].difference is None
     assert not Mean.from_values([0.5]).differs_from_zero()

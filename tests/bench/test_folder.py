@@ -60,7 +60,9 @@ input()
         for force in (False, True):
             with pytest.raises(ValueError, match="another run is filling"):
                 Folder.start(str(tmp_path), "test", {}, force=force)
-        assert Folder.open(str(tmp_path)).rows() == [{"x": 1}]  # reading it and drawing from it is not refused
+        assert Folder.open(str(tmp_path)).rows() == [
+            {"x": 1}
+        ]  # reading it and drawing from it is not refused
         other.kill()  # nothing is left locked
     assert Folder.start(str(tmp_path), "test", {}).rows() == [{"x": 1}]
 
@@ -95,7 +97,9 @@ def test_what_may_become_more_goes_on(tmp_path):
 
 
 def test_another_environment_is_noted(tmp_path, monkeypatch):
-    """Rows that come later, from another revision or machine, are told from the first; the page says so."""
+    """Rows that come later, from another revision or machine, are told from the first; the page
+    says so.
+    """
     first = {**environment(), "time": "noon", "revision": "a1", "threads": 2}
     monkeypatch.setattr("cumulant.bench.reports.folder.environment", lambda: dict(first))
     Folder.start(str(tmp_path), "test", {"threads": 1, "device": "cpu"}).append({"x": 1})
@@ -152,7 +156,11 @@ def test_pages_are_whole_and_escape_what_they_are_given(tmp_path):
     assert (tmp_path / "report.md").read_text().startswith("# a < b\n\nx & y")
 
 
-HEADER = {"kind": "bench", "settings": {"mechanisms": ["linear"], "passes": ["forward"]}, "environment": {}}
+HEADER = {
+    "kind": "bench",
+    "settings": {"mechanisms": ["linear"], "passes": ["forward"]},
+    "environment": {},
+}
 ROW = {"length": 8, "pass": "forward", "mechanism": "linear", "status": "measured"}
 
 
@@ -172,9 +180,15 @@ ROW = {"length": 8, "pass": "forward", "mechanism": "linear", "status": "measure
             [json.dumps(HEADER), json.dumps(ROW), '{"length": 8}'],
             "line 3 is no row of 'cumulant bench': it has no 'pass'",
         ),
-        ([json.dumps(HEADER), json.dumps(ROW)], "cannot be drawn: its rows are not what 'cumulant bench' writes"),
+        (
+            [json.dumps(HEADER), json.dumps(ROW)],
+            "cannot be drawn: its rows are not what 'cumulant bench' writes",
+        ),
         ([json.dumps(HEADER), json.dumps({**ROW, "median": "fast"})], "cannot be drawn"),
-        ([json.dumps({**HEADER, "kind": "elsewhere"}), json.dumps(ROW)], "which this version does not know"),
+        (
+            [json.dumps({**HEADER, "kind": "elsewhere"}), json.dumps(ROW)],
+            "which this version does not know",
+        ),
         ([json.dumps(HEADER), '{"len'], "has no rows yet"),
     ],
 )

@@ -17,14 +17,20 @@ from cumulant.bench.speed import measure, plots
 from cumulant.bench.speed.recipes import Recipe
 from cumulant.bench.speed.subjects import SUBJECTS, Linear, Softmax
 
-TABLES = ({name: subject.style for name, subject in SUBJECTS.items()}, mechanisms.STYLES, recipes.STYLES)
+TABLES = (
+    {name: subject.style for name, subject in SUBJECTS.items()},
+    mechanisms.STYLES,
+    recipes.STYLES,
+)
 
 
 def test_a_colour_has_one_marker():
     """And the other way round, so that lines are told apart without colours."""
     styles = {*PALETTE, *(style for table in TABLES for style in table.values())}
     pairs = {(style.colour, style.marker) for style in styles}
-    assert len(pairs) == len({colour for colour, _ in pairs}) == len({marker for _, marker in pairs})
+    assert (
+        len(pairs) == len({colour for colour, _ in pairs}) == len({marker for _, marker in pairs})
+    )
     assert {dtype.colour for dtype in DTYPES.values()} <= {style.colour for style in PALETTE}
 
 
@@ -35,7 +41,9 @@ def test_a_mechanism_looks_the_same_everywhere(name):
 
 def test_lines_of_one_picture_differ():
     assert all(len(set(table.values())) == len(table) for table in TABLES[:2])
-    assert all(mechanism.style for recipe in recipes.RECIPES.values() for mechanism in recipe.mechanisms)
+    assert all(
+        mechanism.style for recipe in recipes.RECIPES.values() for mechanism in recipe.mechanisms
+    )
 
 
 def test_a_mechanism_without_a_style_is_no_mechanism():
@@ -48,7 +56,10 @@ def test_a_mechanism_without_a_style_is_no_mechanism():
         by_name([Softmax("old", BLACK), Linear("new", BLACK)])
     with pytest.raises(ValueError, match="'old' is defined twice"):
         by_name([Softmax("old", BLACK), Linear("old", BLUE)])
-    two = (recipes.Mechanism("a", "linear", style=BLUE), recipes.Mechanism("b", "taylor", style=BLUE))
+    two = (
+        recipes.Mechanism("a", "linear", style=BLUE),
+        recipes.Mechanism("b", "taylor", style=BLUE),
+    )
     with pytest.raises(ValueError, match="style: two of a, b share one"):
         recipes.Comparison(two, (1e-3,), 8, 1, 1, 1000, 8, 1)
 
@@ -59,9 +70,13 @@ def test_a_new_mechanism_is_one_entry(tmp_path, monkeypatch):
     monkeypatch.setitem(SUBJECTS, "new", Linear("new", style))
     drawn = []
     monkeypatch.setattr(plots, "add_legend", lambda panel, title: drawn.extend(panel.lines))
-    recipe = Recipe(("softmax", "new"), ("forward",), (8, 16), heads=1, dim=8, repeats=1, budget=0.01)
+    recipe = Recipe(
+        ("softmax", "new"), ("forward",), (8, 16), heads=1, dim=8, repeats=1, budget=0.01
+    )
     console = Console(file=io.StringIO())
-    folder = measure.run(recipe, str(tmp_path), device="cpu", threads=0, force=False, console=console)
+    folder = measure.run(
+        recipe, str(tmp_path), device="cpu", threads=0, force=False, console=console
+    )
     assert {row["mechanism"] for row in folder.rows()} == {"softmax", "new"}
     looks = {line.get_label(): (line.get_color(), line.get_marker()) for line in drawn}
     assert looks["new"] == (style.colour, style.marker)
@@ -76,20 +91,25 @@ def test_names_that_nobody_knows_get_free_styles():
     assert found["a"] == PALETTE[0]
     assert found["new"] == PALETTE[2]
     assert len(set(found.values())) == len(names)
-    assert len(styles_for(map(str, range(1000)), known)) == 1000  # there are not so many, but that is no error
+    assert (
+        len(styles_for(map(str, range(1000)), known)) == 1000
+    )  # there are not so many, but that is no error
     assert isinstance(found["new 29"], Style)
 
 
 HEADERS = {
-    "bench": {"mechanisms": ["softmax", "mamba"], "passes": ["forward"], "batch": 1, "heads": 1, "dim": 8,
+    "bench": {"mechanisms": ["softmax", "mamba"], "passes": ["forward"], "batch": 1, "heads": 1,
+    "dim": 8,
               "dtype": "fp32", "causal": True, "device": "cpu", "threads": 1},
     "recall": {"length": 128},
     "bench accuracy": {},
 }  # fmt: skip
 ROWS = {
-    "bench": {"length": 8, "pass": "forward", "status": "measured", "median": 1.0, "deviation": 0.1, "low": 0.9,
+    "bench": {"length": 8, "pass": "forward", "status": "measured", "median": 1.0,
+    "deviation": 0.1, "low": 0.9,
               "high": 1.1, "peak_bytes": 100},
-    "recall": {"conv": True, "width": 8, "learning_rate": 0.1, "seed": 0, "accuracy": {"2": 0.5}, "state_bytes": 9,
+    "recall": {"conv": True, "width": 8, "learning_rate": 0.1, "seed": 0, "accuracy": {"2": 0.5},
+    "state_bytes": 9,
                "parameters": 9, "seconds": 1.0},
     "bench accuracy": {"operation": "mamba", "length": 8, "dtype": "fp8", "error": 0.1},
 }  # fmt: skip
@@ -110,5 +130,7 @@ def test_folders_keep_no_styles():
     """A comparison that an earlier version began goes on."""
     for recipe in recipes.RECIPES.values():
         settings = recipe.settings()
-        assert all(set(mechanism) == {"name", "preset", "fields"} for mechanism in settings["mechanisms"])
+        assert all(
+            set(mechanism) == {"name", "preset", "fields"} for mechanism in settings["mechanisms"]
+        )
         json.dumps(settings)

@@ -52,7 +52,11 @@ def check_columns(figure):
 
 def check_letters(figure, svg):
     """No letter is smaller than 8 pixels where the picture is as wide as a phone."""
-    sizes = [text.get_fontsize() for text in figure.findobj(lambda x: hasattr(x, "get_fontsize")) if text.get_text()]
+    sizes = [
+        text.get_fontsize()
+        for text in figure.findobj(lambda x: hasattr(x, "get_fontsize"))
+        if text.get_text()
+    ]
     assert min(sizes) * PHONE / width(svg) >= 8
 
 
@@ -93,7 +97,9 @@ def test_reports(report, names, tmp_path, figures):
 
 @pytest.mark.parametrize("name", sorted({path.parent.name for path in REPORTS.rglob("*.svg")}))
 def test_pictures_in_the_documentation_are_drawn_as_now(name, tmp_path):
-    """In the same colours and of the same width as `cumulant report` draws them from the rows beside them."""
+    """In the same colours and of the same width as `cumulant report` draws them from the rows
+    beside them.
+    """
     shutil.copy(REPORTS / name / "rows.jsonl", tmp_path)
     redraw(str(tmp_path), Console(file=io.StringIO()))
     for picture in (REPORTS / name).glob("*.svg"):
@@ -104,19 +110,43 @@ def test_pictures_in_the_documentation_are_drawn_as_now(name, tmp_path):
 
 def test_a_line_that_only_a_later_panel_has(figures, tmp_path):
     rows = [
-        {"operation": "linear", "dtype": "fp32", "implementation": "torch", "length": 8, "error": 1e-7},
-        {"operation": "elita", "dtype": "bf16", "implementation": "native", "length": 8, "error": 1e-3},
+        {
+            "operation": "linear",
+            "dtype": "fp32",
+            "implementation": "torch",
+            "length": 8,
+            "error": 1e-7,
+        },
+        {
+            "operation": "elita",
+            "dtype": "bf16",
+            "implementation": "native",
+            "length": 8,
+            "error": 1e-3,
+        },
     ]
     accuracy_plots.draw(rows, tmp_path)
     assert figures == ["accuracy"]
 
 
 def test_approximation(figures, tmp_path):
-    fields = {"kind": "random", "order": 1, "size": 1.0, "head_dim": 16, "alpha": None, "error": 0.1, "where": None}
+    fields = {
+        "kind": "random",
+        "order": 1,
+        "size": 1.0,
+        "head_dim": 16,
+        "alpha": None,
+        "error": 0.1,
+        "where": None,
+    }
     known = Case.__dataclass_fields__
     cases = []
     for order in ORDERS:
-        for kind, where in (("random", None), ("normalised", None), ("trained", "softmax, layer 0")):
+        for kind, where in (
+            ("random", None),
+            ("normalised", None),
+            ("trained", "softmax, layer 0"),
+        ):
             for size in SIZES:
                 made = {**fields, "order": order, "kind": kind, "where": where, "size": size}
                 cases.append(Case(**{name: value for name, value in made.items() if name in known}))

@@ -16,7 +16,12 @@ from cumulant.bench.recall.mechanisms import MECHANISMS, Setting, build_model
 from cumulant.bench.recall.report import report
 from cumulant.bench.recall.sweep import Sweep
 from cumulant.bench.recall.task import POWER, Task
-from cumulant.bench.recall.training import measure_accuracy, question_logits, state_bytes, train_model
+from cumulant.bench.recall.training import (
+    measure_accuracy,
+    question_logits,
+    state_bytes,
+    train_model,
+)
 from cumulant.bench.redraw import redraw
 
 TASK = Task(length=32, vocabulary=64, pairs=(2, 8))
@@ -38,7 +43,9 @@ def test_sequences(pairs):
     assert int(values.max()) < 64
     assert all(len(set(row.tolist())) == pairs for row in keys)
     assert all(len(set(row.tolist())) == pairs for row in values)
-    assert torch.equal(tokens.gather(1, places), keys)  # asked for each key once, in the order of the answers
+    assert torch.equal(
+        tokens.gather(1, places), keys
+    )  # asked for each key once, in the order of the answers
     assert bool((places >= 2 * pairs).all())
     assert not bool((places % 2).any())
     rest = tokens.clone().scatter_(1, places, 0)[:, 2 * pairs :]
@@ -100,7 +107,9 @@ def test_every_mechanism_runs(mechanism, conv):
 
 
 def test_a_model_learns():
-    found = train_model(Setting(replace(TASK, pairs=(2,)), "softmax", True, 32, 1e-2, 0, 500), every=100)
+    found = train_model(
+        Setting(replace(TASK, pairs=(2,)), "softmax", True, 32, 1e-2, 0, 500), every=100
+    )
     assert found["accuracy"]["2"] > 0.9
     assert found["steps_taken"] <= 500
     assert [point[0] for point in found["curve"]] == list(range(100, found["steps_taken"] + 1, 100))
@@ -123,7 +132,9 @@ def test_a_sweep_and_its_report(tmp_path, monkeypatch):
     assert {path.name for path in folder.path.iterdir()} == names
     page = (folder.path / "report.html").read_text()
 
-    monkeypatch.setattr(recall, "_train_all", lambda left, *_: pytest.fail("trained again") if left else None)
+    monkeypatch.setattr(
+        recall, "_train_all", lambda left, *_: pytest.fail("trained again") if left else None
+    )
     recall.run(TINY, output, workers=1, device="cpu", force=False, console=console)
     for path in folder.path.iterdir():
         if path.name != "rows.jsonl":
@@ -131,7 +142,9 @@ def test_a_sweep_and_its_report(tmp_path, monkeypatch):
     redraw(output, console)
     assert (folder.path / "report.html").read_text() == page
     with pytest.raises(ValueError, match="another measurement"):
-        recall.run(replace(TINY, steps=3), output, workers=1, device="cpu", force=False, console=console)
+        recall.run(
+            replace(TINY, steps=3), output, workers=1, device="cpu", force=False, console=console
+        )
 
 
 def test_an_interruption_keeps_what_is_done(tmp_path, monkeypatch):
@@ -142,7 +155,9 @@ def test_an_interruption_keeps_what_is_done(tmp_path, monkeypatch):
     monkeypatch.setattr(recall, "_train_all", one)
     console = Console(file=io.StringIO())
     with pytest.raises(KeyboardInterrupt):
-        recall.run(TINY, str(tmp_path / "runs"), workers=1, device="cpu", force=False, console=console)
+        recall.run(
+            TINY, str(tmp_path / "runs"), workers=1, device="cpu", force=False, console=console
+        )
     assert (tmp_path / "runs" / "report.html").is_file()
     assert len(recall.Folder.open(str(tmp_path / "runs")).rows()) == 1
 
@@ -150,7 +165,8 @@ def test_an_interruption_keeps_what_is_done(tmp_path, monkeypatch):
 def row(mechanism, rate, seed, right, width=16, **fields):
     return {
         "mechanism": mechanism, "conv": True, "width": width, "learning_rate": rate, "seed": seed,
-        "accuracy": {"2": 1.0, "8": right}, "state_bytes": 100, "parameters": 10, "seconds": 1.0, **fields,
+        "accuracy": {"2": 1.0, "8": right}, "state_bytes": 100, "parameters": 10, "seconds": 1.0,
+        **fields,
     }  # fmt: skip
 
 

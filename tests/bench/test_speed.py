@@ -21,7 +21,9 @@ TINY = Recipe(tuple(SUBJECTS), PASSES, (8, 16), batch=2, heads=2, dim=8, repeats
 
 
 def run(recipe, path, force=False):
-    return speed.run(recipe, str(path), device="cpu", threads=0, force=force, console=Console(file=io.StringIO()))
+    return speed.run(
+        recipe, str(path), device="cpu", threads=0, force=force, console=Console(file=io.StringIO())
+    )
 
 
 @pytest.mark.parametrize("name", SUBJECTS)
@@ -53,7 +55,9 @@ def test_a_run_and_its_report(tmp_path, monkeypatch):
     folder = run(TINY, tmp_path / "bench")
     rows = folder.rows()
     assert len(rows) == len(list(TINY.cells())) == 2 * 3 * len(SUBJECTS)
-    assert all(row["status"] == "measured" and row["median"] > 0 and row["runs"] >= 1 for row in rows)
+    assert all(
+        row["status"] == "measured" and row["median"] > 0 and row["runs"] >= 1 for row in rows
+    )
     page = (folder.path / "report.html").read_text()
     assert "On this machine, forward: " in page
     monkeypatch.setattr(speed, "_measure_cell", lambda *_: pytest.fail("measured again"))
@@ -63,14 +67,26 @@ def test_a_run_and_its_report(tmp_path, monkeypatch):
             path.unlink()
     redraw(str(folder.path), Console(file=io.StringIO()))
     assert (folder.path / "report.html").read_text() == page
-    assert {path.suffix for path in folder.path.glob("[!.]*")} == {".jsonl", ".html", ".md", ".png", ".svg"}
+    assert {path.suffix for path in folder.path.glob("[!.]*")} == {
+        ".jsonl",
+        ".html",
+        ".md",
+        ".png",
+        ".svg",
+    }
 
 
 def test_too_long_and_too_large(tmp_path, monkeypatch):
     """Cells beyond the limits are rows as well, with the reason, and the run goes on."""
     monkeypatch.setattr(speed, "_run_times", lambda recipe, shape, *_: ([shape.T / 100], None))
     monkeypatch.setattr(speed, "available_bytes", lambda device: 2**20)
-    recipe = Recipe(("softmax", "naive softmax", "linear"), ("forward",), (100, 200, 400, 800), heads=1, seconds=5.0)
+    recipe = Recipe(
+        ("softmax", "naive softmax", "linear"),
+        ("forward",),
+        (100, 200, 400, 800),
+        heads=1,
+        seconds=5.0,
+    )
     rows = {(row["length"], row["mechanism"]): row for row in run(recipe, tmp_path).rows()}
     assert rows[200, "softmax"]["status"] == "measured"  # 4 s expected
     assert rows[400, "softmax"]["status"] == "too long"  # 2 s a run there, so 8 here
@@ -85,7 +101,9 @@ def test_too_long_and_too_large(tmp_path, monkeypatch):
     assert "GiB" in row["why"]
 
 
-@pytest.mark.parametrize("error", [MemoryError("no memory"), RuntimeError("can't allocate memory: you tried 1 TB")])
+@pytest.mark.parametrize(
+    "error", [MemoryError("no memory"), RuntimeError("can't allocate memory: you tried 1 TB")]
+)
 def test_running_out_is_recorded(error, tmp_path, monkeypatch):
     def fail(*_):
         raise error
@@ -93,7 +111,9 @@ def test_running_out_is_recorded(error, tmp_path, monkeypatch):
     monkeypatch.setattr(speed, "_run_times", fail)
     (row,) = run(Recipe(("linear",), ("forward",), (8,)), tmp_path).rows()
     assert row["status"] == "out of memory"
-    monkeypatch.setattr(speed, "_run_times", lambda *_: (_ for _ in ()).throw(RuntimeError("a bug")))
+    monkeypatch.setattr(
+        speed, "_run_times", lambda *_: (_ for _ in ()).throw(RuntimeError("a bug"))
+    )
     with pytest.raises(RuntimeError, match="a bug"):
         run(Recipe(("linear",), ("forward",), (8,)), tmp_path / "other")
 
@@ -140,12 +160,18 @@ def test_the_answer_names_crossing_and_ratio():
     assert answers(rows, ["softmax", "linear"]) == [
         "On this machine, forward: linear beats softmax from T = 1,024 (4 times as fast at 1,024)."
     ]
-    assert "does not beat" in answers([*rows[:2], *cells("linear", {1: 2.0, 1024: 20.0})], ["softmax", "linear"])[0]
+    assert (
+        "does not beat"
+        in answers([*rows[:2], *cells("linear", {1: 2.0, 1024: 20.0})], ["softmax", "linear"])[0]
+    )
 
 
 def test_implementations_stand_beside_pytorch_s():
     """The least and the most that the chosen one is ahead, with the length where it is least."""
-    rows = [*cells("linear", {16: 2.0, 64: 2.0, 256: 2.0}), *cells("linear, torch", {16: 8.0, 64: 1.0, 256: 6.0})]
+    rows = [
+        *cells("linear", {16: 2.0, 64: 2.0, 256: 2.0}),
+        *cells("linear, torch", {16: 8.0, 64: 1.0, 256: 6.0}),
+    ]
     assert answers(rows, ["linear", "linear, torch"]) == [
         "Times as fast as PyTorch's operations: linear forward 0.5 (at 64) to 4."
     ]
@@ -157,7 +183,9 @@ def test_a_named_implementation_is_the_one_that_runs(name, monkeypatch):
     """And without a name, the choice is `auto`'s."""
     asked = []
     mechanism = name.partition(", ")[0]
-    operation = {"linear": "linear", "taylor": "taylor", "flash": "mixed_chunk", "elita": "elita"}[mechanism]
+    operation = {"linear": "linear", "taylor": "taylor", "flash": "mixed_chunk", "elita": "elita"}[
+        mechanism
+    ]
     real = getattr(subjects, f"{operation}_attention")
 
     def note(*inputs, impl, **options):
@@ -166,7 +194,9 @@ def test_a_named_implementation_is_the_one_that_runs(name, monkeypatch):
 
     monkeypatch.setattr(subjects, f"{operation}_attention", note)
     for subject in (name, mechanism):
-        SUBJECTS[subject].run(SUBJECTS[subject].inputs(Shape(1, 2, 12, 8, torch.float32, "cpu")), True)
+        SUBJECTS[subject].run(
+            SUBJECTS[subject].inputs(Shape(1, 2, 12, 8, torch.float32, "cpu")), True
+        )
     assert asked == ["torch", "auto"]
 
 
@@ -217,5 +247,7 @@ def test_numbers_that_measure_nothing(fields, message):
 
 
 def test_the_same_cell_is_measured_once_though_asked_for_twice():
-    recipe = replace(TINY, mechanisms=("linear", "linear"), passes=("forward", "forward"), lengths=(8, 8))
+    recipe = replace(
+        TINY, mechanisms=("linear", "linear"), passes=("forward", "forward"), lengths=(8, 8)
+    )
     assert list(recipe.cells()) == [(8, "forward", "linear")]

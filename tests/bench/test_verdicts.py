@@ -12,7 +12,13 @@ import pytest
 from cumulant.bench.speed import measure as speed
 from cumulant.bench.speed.load import Load
 from cumulant.bench.speed.recipes import Recipe
-from cumulant.bench.speed.verdicts import CANNOT_TELL, PASSES, answers, overtaking_length, time_interval
+from cumulant.bench.speed.verdicts import (
+    CANNOT_TELL,
+    PASSES,
+    answers,
+    overtaking_length,
+    time_interval,
+)
 
 NAMES = ["softmax", "linear"]
 
@@ -27,9 +33,16 @@ def test_intervals_that_part():
     rows += [cell("softmax", 16, 4.0, 4.4), cell("linear", 16, 2.0, 2.2)]
     assert overtaking_length(rows, "forward", "linear") == 16
     (line,) = answers(rows, NAMES)
-    assert line == "On this machine, forward: linear beats softmax from T = 16 (1.8 to 2.2 times as fast at 16)."
+    assert (
+        line
+        == "On this machine, forward: linear beats softmax from T = 16 (1.8 to 2.2 times as fast at"
+        " 16)."
+    )
     (line,) = answers(rows[:2], NAMES)
-    assert line == "On this machine, forward: linear does not beat softmax (0.45 to 0.55 times as fast at 8)."
+    assert (
+        line == "On this machine, forward: linear does not beat softmax (0.45 to 0.55 times as fast"
+        " at 8)."
+    )
 
 
 def test_intervals_that_overlap_are_no_verdict():
@@ -37,12 +50,18 @@ def test_intervals_that_overlap_are_no_verdict():
     for own in ((3.9, 4.6), (3.0, 4.05), (4.3, 6.0)):
         (line,) = answers([cell("softmax", 8, 4.0, 4.4), cell("linear", 8, *own)], NAMES)
         assert line == f"On this machine, forward: whether linear beats softmax, {CANNOT_TELL}."
-    rows = [cell("softmax", 8, 4.0, 4.4), cell("linear", 8, 3.0, 4.1), cell("softmax", 16, 8.0, 8.1)]
+    rows = [
+        cell("softmax", 8, 4.0, 4.4),
+        cell("linear", 8, 3.0, 4.1),
+        cell("softmax", 16, 8.0, 8.1),
+    ]
     assert overtaking_length([*rows, cell("linear", 16, 3.0, 3.1)], "forward", "linear") == 16
 
 
 def test_a_pass_that_scatters_says_nothing_and_the_others_speak():
-    rows = [cell("softmax", T, 1.0, 5.0) for T in (8, 16)] + [cell("linear", T, 0.1, 0.9) for T in (8, 16)]
+    rows = [cell("softmax", T, 1.0, 5.0) for T in (8, 16)] + [
+        cell("linear", T, 0.1, 0.9) for T in (8, 16)
+    ]
     rows += [cell("softmax", 8, 2.0, 2.1, "decode"), cell("linear", 8, 1.0, 1.1, "decode")]
     forward, decode = answers(rows, NAMES)
     assert forward == f"On this machine, forward: {CANNOT_TELL}."
@@ -57,7 +76,9 @@ def test_rows_without_rounds_have_their_deviation():
 
 @pytest.mark.parametrize("faster", [0.5, 1.0, 2.0])
 def test_on_a_busy_machine_nothing_wrong_is_said(faster, monkeypatch, tmp_path):
-    """Times of which every run is up to ten times too long, in stretches that last longer than a round."""
+    """Times of which every run is up to ten times too long, in stretches that last longer than a
+    round.
+    """
     for seed in range(20):
         noise = random.Random(seed)
 
@@ -79,7 +100,9 @@ def test_on_a_busy_machine_nothing_wrong_is_said(faster, monkeypatch, tmp_path):
 
 
 def test_rounds_take_turns(monkeypatch):
-    """Every mechanism is measured before one is measured again; runs as long as all of the budget are not repeated."""
+    """Every mechanism is measured before one is measured again; runs as long as all of the budget
+    are not repeated.
+    """
     asked = []
 
     def times(recipe, shape, kind, mechanism, with_memory=True):
@@ -90,7 +113,11 @@ def test_rounds_take_turns(monkeypatch):
     recipe = Recipe(("softmax", "linear", "flash"), ("forward",), (8,))
     rows = speed._measure_group(recipe, next(recipe.groups()), "cpu", {})
     assert asked == ["softmax", "linear", "flash", "softmax", "linear", "softmax", "linear"]
-    assert {cell[2]: row["runs"] for cell, row in rows.items()} == {"softmax": 3, "linear": 3, "flash": 1}
+    assert {cell[2]: row["runs"] for cell, row in rows.items()} == {
+        "softmax": 3,
+        "linear": 3,
+        "flash": 1,
+    }
 
 
 def test_times_that_agree_beside_other_work_are_no_verdict():
@@ -98,7 +125,9 @@ def test_times_that_agree_beside_other_work_are_no_verdict():
     rows = [cell("softmax", T, 7.97, 8.0, "decode") for T in (512, 8192)]
     rows += [cell("linear", T, 0.2, 0.21, "decode") for T in (512, 8192)]
     assert "linear beats softmax" in answers([{**row, "others": 0.02} for row in rows], NAMES)[0]
-    assert answers([{**row, "others": 0.9} for row in rows], NAMES) == [f"On this machine, decode: {CANNOT_TELL}."]
+    assert answers([{**row, "others": 0.9} for row in rows], NAMES) == [
+        f"On this machine, decode: {CANNOT_TELL}."
+    ]
 
 
 def test_the_load_of_other_processes_is_seen():

@@ -1,8 +1,16 @@
-"""What every decoder accepts: harmless values silently, others honoured or refused by name, typos as Python would."""
+"""What every decoder accepts: harmless values silently, others honoured or refused by name, typos
+as Python would.
+"""
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache, StoppingCriteriaList, StopStringCriteria, pipeline
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    StoppingCriteriaList,
+    StopStringCriteria,
+    pipeline,
+)
 
 from cumulant.models import (
     CumulantForMaskedLM,
@@ -61,8 +69,14 @@ REFUSED = {
     "output_attentions": (True, "output_attentions: these models form no attention weights"),
     "output_router_logits": (True, "output_router_logits: these models have no experts"),
     "head_mask": (torch.tensor([1.0, 0, 1, 1]), "head_mask: heads cannot be switched off"),
-    "token_type_ids": (torch.tensor([[0, 0, 1, 1, 1]]), "token_type_ids: these models have one type of token"),
-    "cache_position": (torch.arange(1, 6), r"cache_position: expected \[T\] = 0 to 4, behind the 0 cached"),
+    "token_type_ids": (
+        torch.tensor([[0, 0, 1, 1, 1]]),
+        "token_type_ids: these models have one type of token",
+    ),
+    "cache_position": (
+        torch.arange(1, 6),
+        r"cache_position: expected \[T\] = 0 to 4, behind the 0 cached",
+    ),
 }
 
 
@@ -77,17 +91,26 @@ def test_what_cannot_be_honoured(name, argument):
 @pytest.mark.parametrize("name", MODELS)
 def test_typos_and_types(name):
     model, ids = MODELS[name](), tokens(1, 5)
-    with pytest.raises(TypeError, match="unexpected keyword argument 'atention_mask'; did you mean 'attention_mask'"):
+    with pytest.raises(
+        TypeError,
+        match="unexpected keyword argument 'atention_mask'; did you mean 'attention_mask'",
+    ):
         model(ids, atention_mask=torch.ones(1, 5))
     with pytest.raises(TypeError, match=r"unexpected keyword argument 'pixels'$"):
         model(ids, pixels=None)
-    with pytest.raises(ValueError, match=f"is_causal: the configuration says {model.config.is_causal}"):
+    with pytest.raises(
+        ValueError, match=f"is_causal: the configuration says {model.config.is_causal}"
+    ):
         model(ids, is_causal=not model.config.is_causal)
-    with pytest.raises(ValueError, match="`output_attentions` attribute is not supported"):  # by transformers
+    with pytest.raises(
+        ValueError, match="`output_attentions` attribute is not supported"
+    ):  # by transformers
         model.config.output_attentions = True
     model.set_attn_implementation("eager")
     model.config.output_attentions = True
-    with pytest.raises(ValueError, match="output_attentions: these models form no attention weights"):
+    with pytest.raises(
+        ValueError, match="output_attentions: these models form no attention weights"
+    ):
         model(ids)
 
 
@@ -96,7 +119,9 @@ def test_not_the_base_models_business():
     for argument in ("labels", "shift_labels", "logits_to_keep"):
         with pytest.raises(TypeError, match=f"unexpected keyword argument '{argument}'"):
             model(ids, **{argument: ids})
-    with pytest.raises(TypeError, match="past_key_values: expected a transformers Cache, got tuple"):
+    with pytest.raises(
+        TypeError, match="past_key_values: expected a transformers Cache, got tuple"
+    ):
         model(ids, past_key_values=((ids, ids),))
 
 
@@ -107,7 +132,11 @@ def test_hidden_states_from_the_configuration(kind):
     assert model(ids).hidden_states is None
     model.config.output_hidden_states = True
     for states in (model(ids).hidden_states, model.model(ids).hidden_states):
-        assert len(states) == len(asked) == 1 + len(model.model.layers) * getattr(model.config, "wraps", 1)
+        assert (
+            len(states)
+            == len(asked)
+            == 1 + len(model.model.layers) * getattr(model.config, "wraps", 1)
+        )
         assert all(torch.equal(a, b) for a, b in zip(states, asked))
     assert model(ids, output_hidden_states=False).hidden_states is None
 
@@ -121,19 +150,25 @@ def test_logits_to_keep(kind):
     assert close(model(ids, logits_to_keep=3).logits, whole[:, -3:])
     assert close(model(ids, logits_to_keep=torch.tensor([1, 5])).logits, whole[:, [1, 5]])
     each = torch.tensor([[0, 2], [6, 1]])
-    assert close(model(ids, logits_to_keep=each).logits, torch.stack((whole[0, [0, 2]], whole[1, [6, 1]])))
+    assert close(
+        model(ids, logits_to_keep=each).logits, torch.stack((whole[0, [0, 2]], whole[1, [6, 1]]))
+    )
     assert close(model(ids, logits_to_keep=mask).logits, whole[mask])
     kept = model(ids, logits_to_keep=4, labels=ids[:, -4:]).loss
     assert close(kept, model.loss_function(whole[:, -4:].contiguous(), ids[:, -4:], 257))
     if kind != "llama":
-        with pytest.raises(ValueError, match=r"labels: expected \[2, 4\], one for each of the logits, got \[2, 7\]"):
+        with pytest.raises(
+            ValueError, match=r"labels: expected \[2, 4\], one for each of the logits, got \[2, 7\]"
+        ):
             model(ids, logits_to_keep=4, labels=ids)
 
 
 def test_shift_labels_stay():
     model, ids = build("taylor"), tokens(2, 7)
     shifted = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=-100)
-    assert model(ids, shift_labels=shifted).loss.item() == pytest.approx(model(ids, labels=ids).loss.item())
+    assert model(ids, shift_labels=shifted).loss.item() == pytest.approx(
+        model(ids, labels=ids).loss.item()
+    )
 
 
 @pytest.mark.parametrize("kind", PEERS)
@@ -141,7 +176,12 @@ def test_shift_labels_stay():
 def test_stop_strings(kind, beams):
     """The text ends where the string first stands in it."""
     model, ids = build(kind), tokens(1, 4, high=128)
-    options = {"do_sample": False, "num_beams": beams, "max_new_tokens": 12, "suppress_tokens": [*range(128, 257)]}
+    options = {
+        "do_sample": False,
+        "num_beams": beams,
+        "max_new_tokens": 12,
+        "suppress_tokens": [*range(128, 257)],
+    }
     free = TOKENIZER.decode(model.generate(ids, **options)[0, 4:])
     assert len(free) == 12
     stop = free[3:5]
@@ -171,9 +211,13 @@ def test_positions_in_generation(kind):
     mask = torch.tensor([[1] * 6, [0, 0, 1, 1, 1, 1]])
     expected = model.generate(ids, attention_mask=mask, **options)
     place = (mask.cumsum(1) - 1).clamp(min=0)
-    assert torch.equal(model.generate(ids, attention_mask=mask, position_ids=place, **options), expected)
+    assert torch.equal(
+        model.generate(ids, attention_mask=mask, position_ids=place, **options), expected
+    )
     zeros = torch.zeros(2, 6, dtype=torch.long)
-    assert torch.equal(model.generate(ids, attention_mask=mask, token_type_ids=zeros, **options), expected)
+    assert torch.equal(
+        model.generate(ids, attention_mask=mask, token_type_ids=zeros, **options), expected
+    )
     with pytest.raises(ValueError, match="position_ids"):
         model.generate(ids, attention_mask=mask, position_ids=place * 2, **options)
     with pytest.raises(ValueError, match="not used by the model"):
@@ -184,10 +228,16 @@ def test_positions_in_generation(kind):
 def test_positions_behind_a_cache(kind):
     model, ids = build(kind), tokens(1, 8)
     expected = model(ids).logits[:, 5:]
-    for given in ({"position_ids": torch.arange(5, 8)[None]}, {"cache_position": torch.arange(5, 8)}, {}):
+    for given in (
+        {"position_ids": torch.arange(5, 8)[None]},
+        {"cache_position": torch.arange(5, 8)},
+        {},
+    ):
         cache = DynamicCache(config=model.config)
         model(ids[:, :5], past_key_values=cache)
-        assert torch.allclose(model(ids[:, 5:], past_key_values=cache, **given).logits, expected, atol=1e-3, rtol=1e-3)
+        assert torch.allclose(
+            model(ids[:, 5:], past_key_values=cache, **given).logits, expected, atol=1e-3, rtol=1e-3
+        )
 
 
 @pytest.mark.parametrize("kind", PEERS)
@@ -204,16 +254,29 @@ def test_generation_from_embeddings(kind):
 def test_ids_of_the_wrong_kind(name):
     model, ids = MODELS[name](), tokens(1, 5)
     for bad, error, message in (
-        (ids[0], ValueError, r"input_ids: expected \[B, T\], got \[5\]; one text is a batch of one, input_ids\[None\]"),
+        (
+            ids[0],
+            ValueError,
+            (
+                r"input_ids: expected \[B, T\], got \[5\]; one text is a batch of one,"
+                r" input_ids\[None\]"
+            ),
+        ),
         (ids[None], ValueError, r"input_ids: expected \[B, T\], got \[1, 1, 5\]"),
-        (ids.float(), TypeError, r"input_ids: expected int64 or int32, got torch.float32; try input_ids.long\(\)"),
+        (
+            ids.float(),
+            TypeError,
+            r"input_ids: expected int64 or int32, got torch.float32; try input_ids.long\(\)",
+        ),
         (ids + 300, ValueError, "input_ids: expected ids from 0 to vocab_size - 1 = 256, got"),
         (-ids - 1, ValueError, "input_ids: expected ids from 0"),
     ):
         with pytest.raises(error, match=message):
             model(bad)
     assert torch.equal(model(ids.int())[0], model(ids)[0])
-    with pytest.raises(ValueError, match=r"inputs_embeds: expected \[B, T, D\] with D=32, got \[1, 5, 31\]"):
+    with pytest.raises(
+        ValueError, match=r"inputs_embeds: expected \[B, T, D\] with D=32, got \[1, 5, 31\]"
+    ):
         model(inputs_embeds=torch.zeros(1, 5, 31))
     with pytest.raises(ValueError, match="input_ids: pass either"):
         model(ids, inputs_embeds=torch.zeros(1, 5, 32))
@@ -221,7 +284,9 @@ def test_ids_of_the_wrong_kind(name):
 
 @pytest.mark.parametrize("kind", PEERS)
 def test_attention_implementations(kind, tmp_path):
-    """Clients ask for "sdpa" or "eager" by name; the models have one of their own, which is the same for both."""
+    """Clients ask for "sdpa" or "eager" by name; the models have one of their own, which is the
+    same for both.
+    """
     model, ids = build(kind), tokens(1, 5)
     model.save_pretrained(tmp_path)
     for name in ("sdpa", "eager"):

@@ -1,4 +1,6 @@
-"""Assisted generation: drafts of another model, of early layers, or of the prompt, verified and in part taken back."""
+"""Assisted generation: drafts of another model, of early layers, or of the prompt, verified and in
+part taken back.
+"""
 
 import copy
 
@@ -18,7 +20,11 @@ def llama():
     """What the same calls give with a model of transformers' own."""
     set_seed(0)
     sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 3}
-    return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, pad_token_id=0)).double().eval()
+    return (
+        LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, pad_token_id=0))
+        .double()
+        .eval()
+    )
 
 
 def model_of(name):
@@ -48,7 +54,8 @@ def forwards(model):
     """Lengths of what the model reads."""
     lengths = []
     model.register_forward_pre_hook(
-        lambda _, args, kwargs: lengths.append((*args, kwargs.get("input_ids"))[0].shape[1]), with_kwargs=True
+        lambda _, args, kwargs: lengths.append((*args, kwargs.get("input_ids"))[0].shape[1]),
+        with_kwargs=True,
     )
     return lengths
 
@@ -74,15 +81,27 @@ def test_a_model_accepts_its_own_drafts(model):
     drafter.generation_config.num_assistant_tokens_schedule = "constant"
     read = forwards(model)
     assert torch.equal(
-        model.generate(prompt(), **GREEDY, assistant_model=drafter), drafter.generate(prompt(), **GREEDY)
+        model.generate(prompt(), **GREEDY, assistant_model=drafter),
+        drafter.generate(prompt(), **GREEDY),
     )
-    assert read == [35, 6, 6]  # 30 tokens of prompt, then 5 drafted ones and the last token before them
+    assert read == [
+        35,
+        6,
+        6,
+    ]  # 30 tokens of prompt, then 5 drafted ones and the last token before them
 
 
 def test_rejected_drafts_leave_no_trace(model):
-    """Sampled: logits of every step are those of the whole sequence, and so is what the cache gives next."""
+    """Sampled: logits of every step are those of the whole sequence, and so is what the cache gives
+    next.
+    """
     read = forwards(model)
-    options = {"max_new_tokens": 30, "do_sample": True, "prompt_lookup_num_tokens": 4, "max_matching_ngram_size": 1}
+    options = {
+        "max_new_tokens": 30,
+        "do_sample": True,
+        "prompt_lookup_num_tokens": 4,
+        "max_matching_ngram_size": 1,
+    }
     out = model.generate(prompt(), **options, output_logits=True, return_dict_in_generate=True)
     assert max(read[1:]) > 1, "nothing was drafted"
     with torch.no_grad():
@@ -136,7 +155,9 @@ def test_taking_back_padded_and_reordered_rows():
 
 
 def test_long_recordings_are_let_go():
-    """What is kept to go back is bounded once `crop` has been called, also where nothing is taken back."""
+    """What is kept to go back is bounded once `crop` has been called, also where nothing is taken
+    back.
+    """
     model = model_of("taylor")
     cache = DynamicCache(config=model.config)
     cache.activate_past_recording()
@@ -148,16 +169,21 @@ def test_long_recordings_are_let_go():
         assert sum(x.shape[1] for x, _ in cache.layers[0].inputs) <= 64
         cache.crop(-20)
         assert torch.allclose(
-            model(tokens(1, 400)[:, 380:], past_key_values=cache).logits, model(tokens(1, 400)).logits[:, 380:]
+            model(tokens(1, 400)[:, 380:], past_key_values=cache).logits,
+            model(tokens(1, 400)).logits[:, 380:],
         )
 
 
 def test_states_that_were_not_recorded():
     model = model_of("linear")
     cache = model(prompt(), use_cache=True).past_key_values
-    with pytest.raises(RuntimeError, match="crop: cannot take 2 tokens back .* activate_past_recording"):
+    with pytest.raises(
+        RuntimeError, match="crop: cannot take 2 tokens back .* activate_past_recording"
+    ):
         cache.crop(-2)
-    with pytest.raises(ValueError, match="tokens_to_remove: expected 0 or the negative of a number, got 5"):
+    with pytest.raises(
+        ValueError, match="tokens_to_remove: expected 0 or the negative of a number, got 5"
+    ):
         cache.crop(5)
     cache.crop(0)
     mixed = model_of("hybrid")
@@ -173,4 +199,6 @@ def test_what_transformers_refuses():
     with pytest.raises(ValueError, match="batch_size = 1"):
         model.generate(prompt().repeat(2, 1), **GREEDY, prompt_lookup_num_tokens=3)
     with pytest.raises(ValueError, match="Static cache"):
-        model.generate(prompt(), **GREEDY, prompt_lookup_num_tokens=3, cache_implementation="static")
+        model.generate(
+            prompt(), **GREEDY, prompt_lookup_num_tokens=3, cache_implementation="static"
+        )

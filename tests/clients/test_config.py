@@ -65,7 +65,9 @@ def test_what_every_configuration_takes(name):
 
 
 def test_a_file_of_a_later_version(tmp_path, caplog):
-    """Its keys are kept, said, saved again, and without effect; so are those that older transformers wrote."""
+    """Its keys are kept, said, saved again, and without effect; so are those that older
+    transformers wrote.
+    """
     config("taylor").save_pretrained(tmp_path)
     path = tmp_path / "config.json"
     later = {"kernel_backend": "x", "pruned_heads": {}, "max_length": 20, "layer_types": []}
@@ -79,7 +81,9 @@ def test_a_file_of_a_later_version(tmp_path, caplog):
     assert found.layer_types == ["cumulant_state"] * 2
     found.save_pretrained(tmp_path / "again")
     assert json.loads((tmp_path / "again" / "config.json").read_text())["kernel_backend"] == "x"
-    changed, unused = AutoConfig.from_pretrained(tmp_path, hidden_size=48, hiden_size=5, return_unused_kwargs=True)
+    changed, unused = AutoConfig.from_pretrained(
+        tmp_path, hidden_size=48, hiden_size=5, return_unused_kwargs=True
+    )
     assert (changed.hidden_size, unused) == (48, {"hiden_size": 5})
 
 
@@ -96,7 +100,9 @@ def test_layer_types_follow_from_mixers():
     made = config("taylor")
     made.num_hidden_layers = 1
     made.layer_types = ["cumulant_state"]
-    with pytest.raises(ValueError, match="layer_types: follows from mixers, and is .'cumulant_state'.; set mixers"):
+    with pytest.raises(
+        ValueError, match="layer_types: follows from mixers, and is .'cumulant_state'.; set mixers"
+    ):
         made.layer_types = ["full_attention"]
 
 
@@ -105,7 +111,10 @@ def test_there_and_back(kind, tmp_path):
     made = config(kind)
     made.save_pretrained(tmp_path)
     again = CumulantConfig.from_pretrained(tmp_path)
-    assert {**again.to_dict(), "transformers_version": 0} == {**made.to_dict(), "transformers_version": 0}
+    assert {**again.to_dict(), "transformers_version": 0} == {
+        **made.to_dict(),
+        "transformers_version": 0,
+    }
     assert CumulantConfig.from_dict(made.to_dict()).to_dict() == made.to_dict()
     assert json.loads(made.to_json_string())["auto_map"] == made.auto_map
 

@@ -23,7 +23,8 @@ path, again = sys.argv[1:]
 model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
 assert type(AutoConfig.from_pretrained(path, trust_remote_code=True)) is type(model.config)
 tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True)
-print(model.generate(**tokenizer("ab", return_tensors="pt"), max_new_tokens=5, do_sample=False)[0].tolist())
+prompt = tokenizer("ab", return_tensors="pt")
+print(model.generate(**prompt, max_new_tokens=5, do_sample=False)[0].tolist())
 model.save_pretrained(again)
 AutoModel.from_pretrained(again, trust_remote_code=True).save_pretrained(again + "-base")
 """
@@ -38,14 +39,19 @@ def test_a_program_that_never_heard_of_us(tmp_path):
     model = build("taylor")
     model.save_pretrained(tmp_path / "model")
     TOKENIZER.save_pretrained(tmp_path / "model")
-    expected = model.generate(torch.tensor([[97, 98]]), max_new_tokens=5, do_sample=False)[0].tolist()
+    expected = model.generate(torch.tensor([[97, 98]]), max_new_tokens=5, do_sample=False)[
+        0
+    ].tolist()
     arguments = [sys.executable, "-c", STRANGER, str(tmp_path / "model"), str(tmp_path / "again")]
     environment = {**os.environ, "HF_HOME": str(tmp_path / "home")}
     done = subprocess.run(arguments, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == expected
     again = json.loads((tmp_path / "again" / "config.json").read_text())
-    assert again["auto_map"] == json.loads((tmp_path / "model" / "config.json").read_text())["auto_map"]
+    assert (
+        again["auto_map"]
+        == json.loads((tmp_path / "model" / "config.json").read_text())["auto_map"]
+    )
     assert {"modeling_cumulant.py", "README.md"} <= files(tmp_path / "again")
 
 
@@ -71,7 +77,9 @@ def test_saving_after_register_for_auto_class(kind, tmp_path):
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
     assert torch.allclose(again(ids).logits, model(ids).logits, atol=1e-6)
-    assert not [name for name in files(tmp_path) if name.endswith(".py") and name != "modeling_cumulant.py"]
+    assert not [
+        name for name in files(tmp_path) if name.endswith(".py") and name != "modeling_cumulant.py"
+    ]
 
 
 class Own(CumulantForCausalLM):
@@ -86,7 +94,9 @@ def test_a_users_own_class_is_registered_as_ever():
 
 def test_other_entries_stay():
     hub = "someone/repo--modeling_cumulant.CumulantModel"
-    found = CumulantConfig(auto_map={"AutoTokenizer": ["tokenization_own.Own", None], "AutoModel": hub}).auto_map
+    found = CumulantConfig(
+        auto_map={"AutoTokenizer": ["tokenization_own.Own", None], "AutoModel": hub}
+    ).auto_map
     assert found["AutoTokenizer"] == ["tokenization_own.Own", None]
     assert found["AutoModel"] == "modeling_cumulant.CumulantModel"
 
@@ -109,7 +119,9 @@ def test_the_readme(tmp_path):
     assert "AutoModelForMaskedLM" in (tmp_path / "masked" / "README.md").read_text()
     CumulantModel(config("taylor")).save_pretrained(tmp_path / "base")
     assert "import AutoModel," in (tmp_path / "base" / "README.md").read_text()
-    assert not [name for path in tmp_path.iterdir() for name in files(path) if name.endswith(".tmp")]
+    assert not [
+        name for path in tmp_path.iterdir() for name in files(path) if name.endswith(".tmp")
+    ]
 
 
 def test_a_configuration_alone(tmp_path):

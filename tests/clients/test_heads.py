@@ -61,7 +61,9 @@ def test_sequence_classification(kind, tmp_path):
 @pytest.mark.parametrize("kind", ["llama", "taylor", "flash"])
 def test_token_classification_and_answers(kind, tmp_path):
     ids = tokens(2, 6)
-    model = TOKEN.get(kind, CumulantForTokenClassification)(config(kind, num_labels=5, classifier_dropout=0.0)).eval()
+    model = TOKEN.get(kind, CumulantForTokenClassification)(
+        config(kind, num_labels=5, classifier_dropout=0.0)
+    ).eval()
     assert model(ids, labels=ids % 5).logits.shape == (2, 6, 5)
     model.save_pretrained(tmp_path / "token")
     again = AutoModelForTokenClassification.from_pretrained(tmp_path / "token")
@@ -84,7 +86,9 @@ def test_bidirectional_heads():
 
 @pytest.mark.parametrize("kind", ["llama", *KINDS])
 def test_base_models(kind, tmp_path):
-    """`AutoModel`, from its own folder and from one of a language model; the pipeline of features."""
+    """`AutoModel`, from its own folder and from one of a language model; the pipeline of
+    features.
+    """
     language_model = build(kind)
     language_model.save_pretrained(tmp_path)
     model = AutoModel.from_pretrained(tmp_path)
@@ -92,13 +96,19 @@ def test_base_models(kind, tmp_path):
     ids = torch.tensor([TOKENIZER("features")["input_ids"]])
     expected = language_model.model(ids).last_hidden_state
     assert torch.allclose(model(ids).last_hidden_state, expected, atol=1e-5)
-    features = pipeline("feature-extraction", model=model, tokenizer=TOKENIZER)("features", return_tensors=True)
+    features = pipeline("feature-extraction", model=model, tokenizer=TOKENIZER)(
+        "features", return_tensors=True
+    )
     assert torch.allclose(features, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("task", ["text-classification", "token-classification"])
 def test_pipelines_of_heads(task):
-    cls = CumulantForSequenceClassification if task == "text-classification" else CumulantForTokenClassification
+    cls = (
+        CumulantForSequenceClassification
+        if task == "text-classification"
+        else CumulantForTokenClassification
+    )
     pipe = pipeline(task, model=cls(config("taylor", num_labels=2)).eval(), tokenizer=TOKENIZER)
     found = pipe(["one", "another text"], batch_size=2)
     assert len(found) == 2

@@ -1,4 +1,6 @@
-"""lm-eval: the same figures as `cumulant evaluate`, over whole documents and in its windows; from a path too."""
+"""lm-eval: the same figures as `cumulant evaluate`, over whole documents and in its windows; from a
+path too.
+"""
 
 import math
 
@@ -15,7 +17,9 @@ from cumulant.text.tokens import tokenize  # noqa: E402
 
 from .common import KINDS, TOKENIZER, build  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning"
+)
 TEXTS = ["The quick brown fox jumps over the lazy dog.", "naïve café, 東京", "x" * 300]
 
 
@@ -33,15 +37,21 @@ def test_whole_documents(kind):
     model = build(kind).double()
     client = harness(model)
     assert client.max_length == 2**20
-    found = client.loglikelihood_rolling(requests("loglikelihood_rolling", [(text,) for text in TEXTS]))
+    found = client.loglikelihood_rolling(
+        requests("loglikelihood_rolling", [(text,) for text in TEXTS])
+    )
     for text, nats in zip(TEXTS, found):
         score = evaluate_whole(model, tokenize([text.encode()], TOKENIZER))
-        assert -nats / math.log(2) / len(text.encode()) == pytest.approx(score.bits_per_byte, rel=1e-8)
+        assert -nats / math.log(2) / len(text.encode()) == pytest.approx(
+            score.bits_per_byte, rel=1e-8
+        )
 
 
 @pytest.mark.parametrize("kind", ["llama", *KINDS])
 def test_answers(kind):
-    """Log-likelihoods of continuations, padded to one batch, are those of each alone; generation until a string."""
+    """Log-likelihoods of continuations, padded to one batch, are those of each alone; generation
+    until a string.
+    """
     model = build(kind).double()
     client = harness(model)
     rows = [("ab", " cd"), ("a longer context", "!"), ("", "x")]
@@ -54,7 +64,9 @@ def test_answers(kind):
         expected = sum(logp[len(ids) + i - 1, token].item() for i, token in enumerate(more))
         assert nats == pytest.approx(expected, rel=1e-6)
     options = {"until": ["e", "\n"], "max_gen_toks": 8, "do_sample": False}
-    texts = client.generate_until(requests("generate_until", [("ab", dict(options)), ("abcd", dict(options))]))
+    texts = client.generate_until(
+        requests("generate_until", [("ab", dict(options)), ("abcd", dict(options))])
+    )
     assert all("e" not in text and "\n" not in text for text in texts)
 
 
@@ -64,4 +76,6 @@ def test_from_a_path(tmp_path):
     TOKENIZER.save_pretrained(tmp_path)
     client = HFLM(pretrained=str(tmp_path), trust_remote_code=True, batch_size=1, device="cpu")
     row = requests("loglikelihood", [("ab", "cd")])
-    assert client.loglikelihood(row)[0][0] == pytest.approx(harness(model).loglikelihood(row)[0][0], rel=1e-5)
+    assert client.loglikelihood(row)[0][0] == pytest.approx(
+        harness(model).loglikelihood(row)[0][0], rel=1e-5
+    )

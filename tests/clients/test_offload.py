@@ -1,4 +1,6 @@
-"""accelerate's offloading: weights are elsewhere until their own module is called. Logits and tokens stay the same."""
+"""accelerate's offloading: weights are elsewhere until their own module is called. Logits and
+tokens stay the same.
+"""
 
 import copy
 
@@ -12,13 +14,22 @@ accelerate = pytest.importorskip("accelerate")
 SIZES = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 EVERYTHING = {
     "mixers": ["linear", "gau", "taylor", "short_convolution"],
-    **{"feature_map": "hedgehog", "conv_size": 3, "gate_values": True, "token_shift": True, "qk_norm": True},
+    **{
+        "feature_map": "hedgehog",
+        "conv_size": 3,
+        "gate_values": True,
+        "token_shift": True,
+        "qk_norm": True,
+    },
     **{"wraps": 2, "logit_ffn": 16, "position_embedding": "scaled_sinusoidal", "logits_bias": True},
 }
 VARIANTS = {
     **{name: (name, {}) for name in PRESETS},
     "everything": ("linear", EVERYTHING),
-    "ReBased": ("linear", {"feature_map": "rebased", "norm": "scalenorm", "final_norm": "layernorm"}),
+    "ReBased": (
+        "linear",
+        {"feature_map": "rebased", "norm": "scalenorm", "final_norm": "layernorm"},
+    ),
 }
 
 
@@ -56,7 +67,11 @@ def test_offloaded_models(name, how, tmp_path):
 @pytest.mark.parametrize("preset", ["softmax", "linear", "taylor", "flash"])
 def test_offloaded_encoders(preset, tmp_path):
     torch.manual_seed(0)
-    options = {"is_causal": False, "conv_size": 0, "token_shift": False} if preset != "flash" else {"is_causal": False}
+    options = (
+        {"is_causal": False, "conv_size": 0, "token_shift": False}
+        if preset != "flash"
+        else {"is_causal": False}
+    )
     model = CumulantForMaskedLM(from_preset(preset, **SIZES, **options)).eval()
     ids = torch.randint(90, (2, 20))
     exact = model(ids).logits

@@ -1,4 +1,6 @@
-"""`torch.onnx.export`: what onnxruntime makes of graphs, at other lengths and batch sizes than those exported with."""
+"""`torch.onnx.export`: what onnxruntime makes of graphs, at other lengths and batch sizes than
+those exported with.
+"""
 
 import logging
 
@@ -36,7 +38,13 @@ def session(module, example, dynamic, path):
     logging.disable(logging.WARNING)
     try:
         torch.onnx.export(
-            module.eval(), (), path, kwargs=example, dynamic_shapes=dynamic, dynamo=True, external_data=False
+            module.eval(),
+            (),
+            path,
+            kwargs=example,
+            dynamic_shapes=dynamic,
+            dynamo=True,
+            external_data=False,
         )
     finally:
         logging.disable(logging.NOTSET)
@@ -69,8 +77,19 @@ def test_models(name, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["taylor", "flash", "softmax"])
 def test_encoders(name, tmp_path):
-    options = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 50}
-    options |= {"group_size": 5, "query_key_dim": 12, "conv_size": 0, "is_causal": False, "token_shift": False}
+    options = {
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "vocab_size": 50,
+    }
+    options |= {
+        "group_size": 5,
+        "query_key_dim": 12,
+        "conv_size": 0,
+        "is_causal": False,
+        "token_shift": False,
+    }
     model = CumulantForMaskedLM(from_preset(name, **options))
     model.config.use_cache = False
     check_model(Plain(model), tmp_path / "model.onnx")
@@ -88,10 +107,16 @@ class Plain(torch.nn.Module):
 
 
 CALLS = {
-    "elita": lambda q, k, v, mask: cm.elita_attention(k[..., 0], q[..., 0], q[..., 1], v, key_mask=mask),
+    "elita": lambda q, k, v, mask: cm.elita_attention(
+        k[..., 0], q[..., 0], q[..., 1], v, key_mask=mask
+    ),
     "linear": lambda q, k, v, mask: cm.linear_attention(q, k, v, is_causal=True, key_mask=mask),
-    "relu": lambda q, k, v, mask: cm.linear_attention(q, k, v, "relu", is_causal=True, key_mask=mask),
-    "identity": lambda q, k, v, mask: cm.linear_attention(q.abs() + 0.1, k.abs() + 0.1, v, "identity", key_mask=mask),
+    "relu": lambda q, k, v, mask: cm.linear_attention(
+        q, k, v, "relu", is_causal=True, key_mask=mask
+    ),
+    "identity": lambda q, k, v, mask: cm.linear_attention(
+        q.abs() + 0.1, k.abs() + 0.1, v, "identity", key_mask=mask
+    ),
     "softmax features": lambda q, k, v, mask: cm.linear_attention(q, k, v, "softmax"),
     "taylor": lambda q, k, v, mask: cm.taylor_attention(q, k, v, is_causal=True, key_mask=mask),
     "order 3": lambda q, k, v, mask: cm.taylor_attention(q, k, v, 3),
@@ -119,7 +144,9 @@ def inputs(B, T):
 
 
 @pytest.mark.parametrize(
-    "names", [["linear", "relu", "identity"], pytest.param([*CALLS], marks=pytest.mark.slow)], ids=["linear", "all"]
+    "names",
+    [["linear", "relu", "identity"], pytest.param([*CALLS], marks=pytest.mark.slow)],
+    ids=["linear", "all"],
 )
 def test_operations(names, tmp_path):
     heads = {0: Dim.AUTO, 2: Dim.AUTO}
@@ -128,7 +155,9 @@ def test_operations(names, tmp_path):
     run = session(operations, inputs(2, 9), dynamic, tmp_path / "operations.onnx")
     for B, T in ((2, 9), (1, 3), (3, 20)):
         given = inputs(B, T)
-        found = run.run(None, {name: given[name].numpy() for name in (i.name for i in run.get_inputs())})
+        found = run.run(
+            None, {name: given[name].numpy() for name in (i.name for i in run.get_inputs())}
+        )
         for x, y in zip(found, operations(**given), strict=True):
             assert np.abs(x - y.numpy()).max() < 1e-4
 
@@ -170,7 +199,9 @@ def test_steps_with_states_as_inputs(tmp_path):
 
 
 QUICK = ["flash", "elita"]  # the others hold fewer kinds of operators, or many layers
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in [*PRESETS, "hybrid"] if name not in QUICK]
+SLOW = [
+    pytest.param(name, marks=pytest.mark.slow) for name in [*PRESETS, "hybrid"] if name not in QUICK
+]
 
 
 @pytest.mark.parametrize("name", [*QUICK, *SLOW])
@@ -181,8 +212,14 @@ def test_graphs_for_onnx_hold_pytorchs_operators_alone(name, monkeypatch):
     ours = []
     for to_onnx in (True, False):
         monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda is_so=to_onnx: is_so)
-        graph = torch.export.export(model, (), given, dynamic_shapes=dict.fromkeys(given, ANY)).graph
-        called = {node.target.namespace for node in graph.nodes if isinstance(node.target, torch._ops.OpOverload)}
+        graph = torch.export.export(
+            model, (), given, dynamic_shapes=dict.fromkeys(given, ANY)
+        ).graph
+        called = {
+            node.target.namespace
+            for node in graph.nodes
+            if isinstance(node.target, torch._ops.OpOverload)
+        }
         ours.append("cumulant" in called)
     assert ours == [False, name != "softmax"]
 
@@ -195,5 +232,7 @@ def test_implementations_that_onnx_has_not(monkeypatch):
         def forward(self, q):
             return cm.linear_attention(q, q, q, impl="torch")
 
-    with pytest.raises(ValueError, match="impl: 'torch' runs operators of its own, which ONNX has not; use 'auto'"):
+    with pytest.raises(
+        ValueError, match="impl: 'torch' runs operators of its own, which ONNX has not; use 'auto'"
+    ):
         torch.export.export(Asked(), (q,))

@@ -35,8 +35,18 @@ MARKS = {
     "position_ids": lambda: {"position_ids": positions()},
     "seq_idx": lambda: {"seq_idx": numbers().int()},
     "cu_seqlens": lambda: {"cu_seqlens": offsets()},
-    "flash": lambda: {"cu_seq_lens_q": offsets(), "cu_seq_lens_k": offsets(), "max_length_q": 12, "max_length_k": 12},
-    "all": lambda: {"position_ids": positions(), "cu_seq_lens_q": offsets(), "seq_idx": numbers(), "max_length_q": 12},
+    "flash": lambda: {
+        "cu_seq_lens_q": offsets(),
+        "cu_seq_lens_k": offsets(),
+        "max_length_q": 12,
+        "max_length_k": 12,
+    },
+    "all": lambda: {
+        "position_ids": positions(),
+        "cu_seq_lens_q": offsets(),
+        "seq_idx": numbers(),
+        "max_length_q": 12,
+    },
 }
 
 
@@ -53,7 +63,9 @@ def test_packed_is_separate(kind, marks):
 
 @pytest.mark.parametrize("kind", PEERS)
 def test_positions_that_restart(kind):
-    """Without a cache, as TRL's packing and the flattening collator call the model, beside a Llama."""
+    """Without a cache, as TRL's packing and the flattening collator call the model, beside a
+    Llama.
+    """
     model = build(kind)
     pieces = documents()
     packed = model(torch.cat(pieces, 1), position_ids=positions(), use_cache=False).logits
@@ -62,11 +74,17 @@ def test_positions_that_restart(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_and_loss(kind):
-    """The mean over all that can be predicted, with a label for every token or without those of first tokens."""
+    """The mean over all that can be predicted, with a label for every token or without those of
+    first tokens.
+    """
     model = build(kind).double()
     pieces = documents()
     ids = torch.cat(pieces, 1)
-    losses = [model(piece, labels=piece, num_items_in_batch=1).loss for piece in pieces if piece.shape[1] > 1]
+    losses = [
+        model(piece, labels=piece, num_items_in_batch=1).loss
+        for piece in pieces
+        if piece.shape[1] > 1
+    ]
     expected = sum(losses) / sum(n - 1 for n in LENGTHS)
     expected.backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
@@ -74,7 +92,9 @@ def test_gradients_and_loss(kind):
     for labels in (ids, without):
         model.zero_grad()
         loss = model(ids, position_ids=positions(), labels=labels).loss
-        assert loss.item() == pytest.approx(expected.item(), rel=1e-6)  # transformers takes it in fp32
+        assert loss.item() == pytest.approx(
+            expected.item(), rel=1e-6
+        )  # transformers takes it in fp32
     loss.backward()
     for name, p in model.named_parameters():
         assert torch.allclose(p.grad, gradients[name], rtol=1e-4, atol=1e-6), name
@@ -83,7 +103,9 @@ def test_gradients_and_loss(kind):
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("kind", ["taylor", "based", "flash", "elita", "gau"])
 def test_rows_with_padding_in_several(kind, checkpointing):
-    """Three rows of documents, padded left and right: tokens and gradients as alone, zeros where nothing stands."""
+    """Three rows of documents, padded left and right: tokens and gradients as alone, zeros where
+    nothing stands.
+    """
     model = build(kind).double()
     if checkpointing:
         model.train()
@@ -97,7 +119,9 @@ def test_rows_with_padding_in_several(kind, checkpointing):
         position[i, first : first + n] = positions(lengths)[0]
         mask[i, first : first + n] = 1
     out = model(ids, attention_mask=mask, position_ids=position, output_hidden_states=True)
-    separate = torch.cat([model(piece).logits[0] for lengths in rows for piece in documents(lengths)])
+    separate = torch.cat(
+        [model(piece).logits[0] for lengths in rows for piece in documents(lengths)]
+    )
     assert torch.allclose(out.logits[mask.bool()], separate, atol=1e-9)
     assert not out.hidden_states[1][~mask.bool()].any()
     if checkpointing:
@@ -110,22 +134,32 @@ def test_rows_with_padding_in_several(kind, checkpointing):
 
 @pytest.mark.parametrize("kind", PEERS)
 def test_ordinary_positions_change_nothing(kind):
-    """Those that every trainer and older clients pass: one row for all, one each, of tokens or of slots."""
+    """Those that every trainer and older clients pass: one row for all, one each, of tokens or of
+    slots.
+    """
     model, ids = build(kind).double(), tokens(2, 9)
     expected = model(ids).logits
     for position_ids in (torch.arange(9)[None], torch.arange(9).expand(2, 9)):
         assert torch.allclose(model(ids, position_ids=position_ids).logits, expected, atol=1e-9)
     mask = torch.ones(2, 9, dtype=torch.long)
     mask[1, :4] = 0
-    expected = model(ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)).logits[mask.bool()]
+    expected = model(
+        ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)
+    ).logits[mask.bool()]
     if kind != "llama":  # which rotates by slots then
-        assert torch.allclose(model(ids, attention_mask=mask).logits[mask.bool()], expected, atol=1e-9)
-        by_slot = model(ids, attention_mask=mask, position_ids=torch.arange(9)[None]).logits[mask.bool()]
+        assert torch.allclose(
+            model(ids, attention_mask=mask).logits[mask.bool()], expected, atol=1e-9
+        )
+        by_slot = model(ids, attention_mask=mask, position_ids=torch.arange(9)[None]).logits[
+            mask.bool()
+        ]
         assert torch.allclose(by_slot, expected, atol=1e-9)
     place = (mask.cumsum(1) - 1).clamp(min=0)
     first = model(ids[:, :5], attention_mask=mask[:, :5], position_ids=place[:, :5], use_cache=True)
     cache = first.past_key_values
-    rest = model(ids[:, 5:], attention_mask=mask, position_ids=place[:, 5:], past_key_values=cache).logits
+    rest = model(
+        ids[:, 5:], attention_mask=mask, position_ids=place[:, 5:], past_key_values=cache
+    ).logits
     assert torch.allclose(torch.cat((first.logits, rest), 1)[mask.bool()], expected, atol=1e-9)
 
 
@@ -136,10 +170,15 @@ def test_other_starts():
         model = build(kind).double()
         later = torch.arange(5, 14)[None]
         if model.config.counts_positions:
-            with pytest.raises(ValueError, match="position_ids: a document begins at 5, but this model counts from 0"):
+            with pytest.raises(
+                ValueError,
+                match="position_ids: a document begins at 5, but this model counts from 0",
+            ):
                 model(ids, position_ids=later)
         else:
-            assert torch.allclose(model(ids, position_ids=later).logits, model(ids).logits, atol=1e-9)
+            assert torch.allclose(
+                model(ids, position_ids=later).logits, model(ids).logits, atol=1e-9
+            )
             packed = model(ids, position_ids=positions((4, 5), start=2)).logits
             assert torch.allclose(packed, alone(model, ids.split((4, 5), 1)), atol=1e-9)
 
@@ -159,8 +198,12 @@ def test_flattening_collator():
             batch = DataCollatorWithFlattening(return_tensors="pt", **more)(pieces)
             out = model(**batch, use_cache=False)
             assert torch.allclose(out.logits, alone(model, documents()), atol=1e-6), kind
-            losses = [model(p, labels=p).loss * (p.shape[1] - 1) for p in documents() if p.shape[1] > 1]
-            assert out.loss.item() == pytest.approx(sum(losses).item() / (sum(LENGTHS) - len(LENGTHS)), abs=1e-6)
+            losses = [
+                model(p, labels=p).loss * (p.shape[1] - 1) for p in documents() if p.shape[1] > 1
+            ]
+            assert out.loss.item() == pytest.approx(
+                sum(losses).item() / (sum(LENGTHS) - len(LENGTHS)), abs=1e-6
+            )
 
 
 def test_encoder():
@@ -172,9 +215,18 @@ def test_encoder():
 
 
 REFUSED = {
-    "gap": ({"position_ids": [[0, 1, 2, 5, 6, 7]]}, "position_ids: 2 is followed by 5; positions rise by one"),
-    "shape": ({"position_ids": [[0, 1, 2]]}, r"position_ids: expected integers \[B, T\] = \[1, 6\]"),
-    "float": ({"position_ids": [[0.0, 1, 2, 3, 4, 5]]}, r"position_ids: expected integers .* got torch.float32"),
+    "gap": (
+        {"position_ids": [[0, 1, 2, 5, 6, 7]]},
+        "position_ids: 2 is followed by 5; positions rise by one",
+    ),
+    "shape": (
+        {"position_ids": [[0, 1, 2]]},
+        r"position_ids: expected integers \[B, T\] = \[1, 6\]",
+    ),
+    "float": (
+        {"position_ids": [[0.0, 1, 2, 3, 4, 5]]},
+        r"position_ids: expected integers .* got torch.float32",
+    ),
     "contradiction": (
         {"position_ids": [[0, 1, 2, 0, 1, 2]], "seq_idx": [[0, 0, 1, 1, 1, 1]]},
         "seq_idx: marks other documents than position_ids, at token 2 of a row",
@@ -183,9 +235,18 @@ REFUSED = {
         {"position_ids": [[0, 1, 2, 3, 4, 5]], "cu_seqlens": [0, 3, 6]},
         "cu_seqlens: marks other documents than position_ids, at token 3",
     ),
-    "two offsets": ({"cu_seq_lens_q": [0, 3, 6], "cu_seq_lens_k": [0, 4, 6]}, "cu_seq_lens_k: differs from cu_seq"),
-    "longest": ({"cu_seqlens": [0, 2, 6], "max_length_q": 3}, "max_length_q: 3 is less than the longest document, 4"),
-    "mask of numbers": ({"attention_mask": [[1, 1, 1, 2, 2, 2]]}, "attention_mask: expected 1 for tokens and 0"),
+    "two offsets": (
+        {"cu_seq_lens_q": [0, 3, 6], "cu_seq_lens_k": [0, 4, 6]},
+        "cu_seq_lens_k: differs from cu_seq",
+    ),
+    "longest": (
+        {"cu_seqlens": [0, 2, 6], "max_length_q": 3},
+        "max_length_q: 3 is less than the longest document, 4",
+    ),
+    "mask of numbers": (
+        {"attention_mask": [[1, 1, 1, 2, 2, 2]]},
+        "attention_mask: expected 1 for tokens and 0",
+    ),
     "offsets beyond": ({"cu_seqlens": [0, 3, 9], "seq_idx": [[0, 0, 0, 1, 1, 1]]}, "cu_seqlens"),
 }
 
@@ -202,14 +263,25 @@ def test_no_cache_under_documents():
     """Silently ignored in an earlier version: offsets given together with a cache."""
     model, ids = build("taylor"), tokens(1, 6)
     cache = model(ids, use_cache=True).past_key_values
-    for marks in ({"cu_seqlens": torch.tensor([0, 3, 6])}, {"seq_idx": torch.tensor([[0, 0, 0, 1, 1, 1]])}):
-        with pytest.raises(ValueError, match="past_key_values: packed documents have no single state"):
+    for marks in (
+        {"cu_seqlens": torch.tensor([0, 3, 6])},
+        {"seq_idx": torch.tensor([[0, 0, 0, 1, 1, 1]])},
+    ):
+        with pytest.raises(
+            ValueError, match="past_key_values: packed documents have no single state"
+        ):
             model(ids, past_key_values=cache, **marks)
-    with pytest.raises(ValueError, match="position_ids: a document begins at 0, but behind 6 cached positions"):
+    with pytest.raises(
+        ValueError, match="position_ids: a document begins at 0, but behind 6 cached positions"
+    ):
         model(ids, past_key_values=cache, position_ids=torch.arange(6)[None])
-    with pytest.raises(ValueError, match="cu_seqlens: packed documents need one row, B = 1, got B = 2"):
+    with pytest.raises(
+        ValueError, match="cu_seqlens: packed documents need one row, B = 1, got B = 2"
+    ):
         model(tokens(2, 6), cu_seqlens=torch.tensor([0, 3, 6]))
-    with pytest.raises(ValueError, match="logits_to_keep: packed documents need the labels of all 6 tokens, got 2"):
+    with pytest.raises(
+        ValueError, match="logits_to_keep: packed documents need the labels of all 6 tokens, got 2"
+    ):
         model(ids, cu_seqlens=torch.tensor([0, 3, 6]), logits_to_keep=2, labels=ids[:, -2:])
 
 
@@ -217,7 +289,9 @@ def test_tokenizer_is_the_bytes():
     assert TOKENIZER("ab")["input_ids"] == [97, 98]
 
 
-@pytest.mark.parametrize("kind", ["taylor", *(pytest.param(k, marks=pytest.mark.slow) for k in ("flash", "elita"))])
+@pytest.mark.parametrize(
+    "kind", ["taylor", *(pytest.param(k, marks=pytest.mark.slow) for k in ("flash", "elita"))]
+)
 def test_compiled(kind):
     """Offsets and what asks for nothing in one graph; restarting positions in several, rightly."""
     model, ids = build(kind, num_hidden_layers=1), torch.cat(documents(), 1)
@@ -244,5 +318,7 @@ def test_exported():
     with torch.no_grad():
         exported = torch.export.export(model, (), inputs).module()
         assert torch.allclose(exported(**inputs).logits, model(ids).logits, atol=1e-5)
-        with pytest.raises(RuntimeError, match="position_ids: the exported model takes rows of one document"):
+        with pytest.raises(
+            RuntimeError, match="position_ids: the exported model takes rows of one document"
+        ):
             exported(**{**inputs, "position_ids": torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]])})

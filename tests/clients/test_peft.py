@@ -1,4 +1,6 @@
-"""PEFT's methods on models of every kind: named or default targets, training, cached decoding, saving, merging."""
+"""PEFT's methods on models of every kind: named or default targets, training, cached decoding,
+saving, merging.
+"""
 
 import pytest
 import torch
@@ -7,7 +9,10 @@ peft = pytest.importorskip("peft")
 
 from transformers import AutoModelForCausalLM  # noqa: E402
 
-from cumulant.models import CumulantForSequenceClassification, CumulantForTokenClassification  # noqa: E402
+from cumulant.models import (  # noqa: E402
+    CumulantForSequenceClassification,
+    CumulantForTokenClassification,
+)
 
 from .common import KINDS, PEERS, build, checkpoint, config, tokens  # noqa: E402
 
@@ -28,7 +33,9 @@ METHODS = {
     "oft": lambda: peft.OFTConfig(oft_block_size=4, **CAUSAL),
     "trainable tokens": lambda: peft.TrainableTokensConfig(token_indices=TOKENS, **CAUSAL),
     "prompt": lambda: peft.PromptTuningConfig(num_virtual_tokens=3, **CAUSAL),
-    "p-tuning": lambda: peft.PromptEncoderConfig(num_virtual_tokens=3, encoder_hidden_size=16, **CAUSAL),
+    "p-tuning": lambda: peft.PromptEncoderConfig(
+        num_virtual_tokens=3, encoder_hidden_size=16, **CAUSAL
+    ),
 }
 FEW = ["llama", "taylor", "based", "flash", "elita"]
 
@@ -39,14 +46,18 @@ def adapted(kind, method, **fields):
     model = peft.get_peft_model(build(kind, **fields), METHODS[method]())
     with torch.no_grad():
         for _, p in sorted((n, p) for n, p in model.named_parameters() if p.requires_grad):
-            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())), alpha=0.1)
+            p.add_(
+                torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())), alpha=0.1
+            )
     return model.eval()
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("kind", FEW)
 def test_every_method(kind, method):
-    """Every adapter weight gets a gradient and changes what comes out; decoding with and without a cache agree."""
+    """Every adapter weight gets a gradient and changes what comes out; decoding with and without a
+    cache agree.
+    """
     model, ids = adapted(kind, method), tokens(2, 7)
     model.train()
     model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss.backward()
@@ -59,17 +70,23 @@ def test_every_method(kind, method):
     options = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": 6, "do_sample": False}
     cached = model.generate(**options)
     assert torch.equal(cached, model.generate(**options, use_cache=False))
-    assert not torch.allclose(model(input_ids=ids).logits[:, -7:], build(kind)(ids).logits, atol=1e-3)
+    assert not torch.allclose(
+        model(input_ids=ids).logits[:, -7:], build(kind)(ids).logits, atol=1e-3
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_all_linear_layers_are_adapted(kind):
-    """Each adapter alone reaches the output and the cache: no layer's weights are read around it."""
+    """Each adapter alone reaches the output and the cache: no layer's weights are read around
+    it.
+    """
     ids = tokens(1, 9)
     model = peft.get_peft_model(build(kind), METHODS["all linear"]()).eval()
     plain = model(input_ids=ids).logits.detach()
     adapters = [m for m in model.modules() if hasattr(m, "lora_B") and len(m.lora_B)]
-    assert len(adapters) == sum(isinstance(m, torch.nn.Linear) for m in build(kind).modules()) - 1  # not the logits
+    assert (
+        len(adapters) == sum(isinstance(m, torch.nn.Linear) for m in build(kind).modules()) - 1
+    )  # not the logits
     for adapter in adapters:
         weight = adapter.lora_B["default"].weight
         with torch.no_grad():
@@ -77,14 +94,19 @@ def test_all_linear_layers_are_adapted(kind):
             whole = model(input_ids=ids).logits
             assert not torch.allclose(whole, plain, atol=1e-4), adapter
             cache = model(input_ids=ids[:, :4], use_cache=True).past_key_values
-            steps = [model(input_ids=ids[:, t : t + 1], past_key_values=cache).logits for t in range(4, 9)]
+            steps = [
+                model(input_ids=ids[:, t : t + 1], past_key_values=cache).logits
+                for t in range(4, 9)
+            ]
             assert torch.allclose(torch.cat(steps, 1), whole[:, 4:], atol=2e-3, rtol=1e-3), adapter
             weight.zero_()
 
 
 @pytest.mark.parametrize("kind", PEERS)
 def test_default_targets(kind):
-    """LoRA finds queries and values in every kind of layer, also where the model was built before PEFT was imported."""
+    """LoRA finds queries and values in every kind of layer, also where the model was built before
+    PEFT was imported.
+    """
     peft.utils.constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.pop("cumulant", None)
     model = peft.get_peft_model(build(kind), METHODS["lora"]())
     for i, layer in enumerate(model.base_model.model.model.layers):
@@ -127,12 +149,18 @@ def test_new_embeddings(kind):
     model = peft.get_peft_model(model, whole)
     ids = tokens(2, 6, high=260)
     model(input_ids=ids, labels=ids).loss.backward()
-    trained = [n for n, p in model.named_parameters() if p.requires_grad and p.grad.abs().sum() > 0 and "lora" not in n]
+    trained = [
+        n
+        for n, p in model.named_parameters()
+        if p.requires_grad and p.grad.abs().sum() > 0 and "lora" not in n
+    ]
     assert any("embed_tokens" in n for n in trained)
     assert any("lm_head" in n for n in trained)
 
 
-@pytest.mark.parametrize("head", [CumulantForSequenceClassification, CumulantForTokenClassification])
+@pytest.mark.parametrize(
+    "head", [CumulantForSequenceClassification, CumulantForTokenClassification]
+)
 @pytest.mark.parametrize("kind", ["taylor", "flash"])
 def test_heads(kind, head):
     ids = tokens(2, 6)
@@ -149,7 +177,13 @@ def test_heads(kind, head):
 
 def test_prefix_tuning_is_for_softmax():
     """It writes keys and values into the cache: a model that keeps none says so."""
-    settings = {"num_virtual_tokens": 3, "num_layers": 2, "token_dim": 32, "num_attention_heads": 4, **CAUSAL}
+    settings = {
+        "num_virtual_tokens": 3,
+        "num_layers": 2,
+        "token_dim": 32,
+        "num_attention_heads": 4,
+        **CAUSAL,
+    }
     ids = tokens(2, 6)
     for kind in ("llama", "softmax"):
         model = peft.get_peft_model(build(kind), peft.PrefixTuningConfig(**settings))
@@ -157,5 +191,8 @@ def test_prefix_tuning_is_for_softmax():
         options = {"input_ids": ids, "max_new_tokens": 4, "do_sample": False}
         assert model.eval().generate(**options).shape == (2, 10)
     model = peft.get_peft_model(build("taylor"), peft.PrefixTuningConfig(**settings))
-    with pytest.raises(TypeError, match="past_key_values: layer 0 is a DynamicLayer .* cannot hold this model's state"):
+    with pytest.raises(
+        TypeError,
+        match="past_key_values: layer 0 is a DynamicLayer .* cannot hold this model's state",
+    ):
         model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids)

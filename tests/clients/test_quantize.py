@@ -1,4 +1,6 @@
-"""Quantisers find the linear layers: the model shrinks, its logits stay near, and it generates. A tiny Llama beside."""
+"""Quantisers find the linear layers: the model shrinks, its logits stay near, and it generates. A
+tiny Llama beside.
+"""
 
 import warnings
 
@@ -15,7 +17,9 @@ SIZES = {"vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 2, "num_atten
 def build(name):
     torch.manual_seed(0)
     if name == "llama":
-        return LlamaForCausalLM(LlamaConfig(**SIZES, intermediate_size=128, tie_word_embeddings=True)).eval()
+        return LlamaForCausalLM(
+            LlamaConfig(**SIZES, intermediate_size=128, tie_word_embeddings=True)
+        ).eval()
     return CumulantForCausalLM(from_preset(name, **SIZES)).eval()
 
 
@@ -26,7 +30,9 @@ def linear_bytes(model):
         if not name.endswith(("_proj", "in_proj")):
             continue
         for value in [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
-            found += value.untyped_storage().nbytes() if type(value) is nn.Parameter else value.nbytes
+            found += (
+                value.untyped_storage().nbytes() if type(value) is nn.Parameter else value.nbytes
+            )
     return found
 
 
@@ -47,7 +53,9 @@ NAMES = [*PRESETS, "llama"]
 def test_torch_dynamic_quantisation(name):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch says that torchao takes its place
-        quantised = torch.ao.quantization.quantize_dynamic(build(name), {nn.Linear}, dtype=torch.qint8)
+        quantised = torch.ao.quantization.quantize_dynamic(
+            build(name), {nn.Linear}, dtype=torch.qint8
+        )
     layers = [m for n, m in quantised.named_modules() if n.endswith("_proj")]
     assert layers
     assert all(isinstance(m, torch.ao.nn.quantized.dynamic.Linear) for m in layers)
@@ -82,7 +90,9 @@ def test_bitsandbytes(name, bits, tmp_path):
     )
     kind = bitsandbytes.nn.Linear8bitLt if bits == 8 else bitsandbytes.nn.Linear4bit
     layers = [
-        m for n, m in quantised.named_modules() if n.endswith("_proj") and not n.endswith(("logit_proj", "factor_proj"))
+        m
+        for n, m in quantised.named_modules()
+        if n.endswith("_proj") and not n.endswith(("logit_proj", "factor_proj"))
     ]
     assert layers
     assert all(isinstance(m, kind) for m in layers)

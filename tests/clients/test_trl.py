@@ -1,4 +1,6 @@
-"""TRL: fine-tuning with an adapter, with documents packed and without, from a path; a reward model."""
+"""TRL: fine-tuning with an adapter, with documents packed and without, from a path; a reward
+model.
+"""
 
 import pytest
 import torch
@@ -12,8 +14,17 @@ from cumulant.models import CumulantForSequenceClassification  # noqa: E402
 
 from .common import PEERS, TOKENIZER, build, config  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
-TEXTS = ["ab ab ab ab", "one two", "linear attention adds up", "x", "packed documents keep apart", "abc abc"]
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning"
+)
+TEXTS = [
+    "ab ab ab ab",
+    "one two",
+    "linear attention adds up",
+    "x",
+    "packed documents keep apart",
+    "abc abc",
+]
 
 
 def settings(folder, **more):
@@ -62,9 +73,17 @@ def test_packed_batches_are_the_documents(kind, tmp_path):
     ids, starts = batch["input_ids"], (batch["position_ids"][0] == 0).nonzero()[:, 0].tolist()
     pieces = ids.split([b - a for a, b in zip(starts, [*starts[1:], ids.shape[1]])], 1)
     out = model(**batch, use_cache=False)
-    assert torch.allclose(out.logits, torch.cat([model(piece).logits for piece in pieces], 1), atol=1e-6)
-    nats = sum(model(piece, labels=piece).loss.item() * (piece.shape[1] - 1) for piece in pieces if piece.shape[1] > 1)
-    assert out.loss.item() == pytest.approx(nats / sum(piece.shape[1] - 1 for piece in pieces), rel=1e-6)
+    assert torch.allclose(
+        out.logits, torch.cat([model(piece).logits for piece in pieces], 1), atol=1e-6
+    )
+    nats = sum(
+        model(piece, labels=piece).loss.item() * (piece.shape[1] - 1)
+        for piece in pieces
+        if piece.shape[1] > 1
+    )
+    assert out.loss.item() == pytest.approx(
+        nats / sum(piece.shape[1] - 1 for piece in pieces), rel=1e-6
+    )
     model.float()
     run.train()
 
@@ -91,7 +110,9 @@ def test_from_a_path(tmp_path):
     )
     run.train()
     run.save_model()
-    assert {"modeling_cumulant.py", "config.json", "README.md"} <= {p.name for p in (tmp_path / "out").iterdir()}
+    assert {"modeling_cumulant.py", "config.json", "README.md"} <= {
+        p.name for p in (tmp_path / "out").iterdir()
+    }
 
 
 def test_a_feed_forward_over_the_logits_is_not_left_out(tmp_path):
@@ -99,19 +120,30 @@ def test_a_feed_forward_over_the_logits_is_not_left_out(tmp_path):
     train = Dataset.from_dict({"text": TEXTS})
     with pytest.raises(ValueError, match="logit_ffn: this program forms the logits itself"):
         trl.SFTTrainer(
-            model=build("taylor", logit_ffn=8), args=settings(tmp_path), train_dataset=train, processing_class=TOKENIZER
+            model=build("taylor", logit_ffn=8),
+            args=settings(tmp_path),
+            train_dataset=train,
+            processing_class=TOKENIZER,
         )
 
 
 @pytest.mark.parametrize("kind", ["llama", "taylor", "flash"])
 def test_grpo(kind, tmp_path):
     """Generation and training in turns."""
-    options = {"max_steps": 2, "report_to": "none", "use_cpu": True, "bf16": False, "disable_tqdm": True}
+    options = {
+        "max_steps": 2,
+        "report_to": "none",
+        "use_cpu": True,
+        "bf16": False,
+        "disable_tqdm": True,
+    }
     options |= {"num_generations": 2, "max_completion_length": 6, "per_device_train_batch_size": 2}
     run = trl.GRPOTrainer(
         model=build(kind),
         reward_funcs=lambda completions, **_: [float(len(set(text))) for text in completions],
-        args=trl.GRPOConfig(output_dir=str(tmp_path), save_strategy="no", dataloader_pin_memory=False, **options),
+        args=trl.GRPOConfig(
+            output_dir=str(tmp_path), save_strategy="no", dataloader_pin_memory=False, **options
+        ),
         train_dataset=Dataset.from_dict({"prompt": TEXTS}),
         processing_class=TOKENIZER,
     )
@@ -121,10 +153,18 @@ def test_grpo(kind, tmp_path):
 
 def test_reward_model(tmp_path):
     pairs = {"chosen": [f"good {t}" for t in TEXTS], "rejected": [f"bad {t}" for t in TEXTS]}
-    options = {"max_steps": 2, "report_to": "none", "use_cpu": True, "bf16": False, "disable_tqdm": True}
+    options = {
+        "max_steps": 2,
+        "report_to": "none",
+        "use_cpu": True,
+        "bf16": False,
+        "disable_tqdm": True,
+    }
     run = trl.RewardTrainer(
         model=CumulantForSequenceClassification(config("taylor", num_labels=1)),
-        args=trl.RewardConfig(output_dir=str(tmp_path), save_strategy="no", dataloader_pin_memory=False, **options),
+        args=trl.RewardConfig(
+            output_dir=str(tmp_path), save_strategy="no", dataloader_pin_memory=False, **options
+        ),
         train_dataset=Dataset.from_dict(pairs),
         processing_class=TOKENIZER,
     )
@@ -133,11 +173,23 @@ def test_reward_model(tmp_path):
 
 
 def test_dpo_with_lora(tmp_path):
-    pairs = {"prompt": TEXTS, "chosen": [f" good {t}" for t in TEXTS], "rejected": [f" bad {t}" for t in TEXTS]}
-    options = {"max_steps": 2, "report_to": "none", "use_cpu": True, "bf16": False, "disable_tqdm": True}
+    pairs = {
+        "prompt": TEXTS,
+        "chosen": [f" good {t}" for t in TEXTS],
+        "rejected": [f" bad {t}" for t in TEXTS],
+    }
+    options = {
+        "max_steps": 2,
+        "report_to": "none",
+        "use_cpu": True,
+        "bf16": False,
+        "disable_tqdm": True,
+    }
     run = trl.DPOTrainer(
         model=build("taylor"),
-        args=trl.DPOConfig(output_dir=str(tmp_path), save_strategy="no", dataloader_pin_memory=False, **options),
+        args=trl.DPOConfig(
+            output_dir=str(tmp_path), save_strategy="no", dataloader_pin_memory=False, **options
+        ),
         train_dataset=Dataset.from_dict(pairs),
         processing_class=TOKENIZER,
         peft_config=peft.LoraConfig(r=4, task_type="CAUSAL_LM"),

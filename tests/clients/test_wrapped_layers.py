@@ -20,7 +20,9 @@ class Scaled(nn.Module):
 
 @pytest.mark.parametrize("kind", PEERS)
 def test_decoding_through_wrapped_layers(kind):
-    """Every linear layer but the logits' is wrapped: outputs change, decoding with and without a cache agree."""
+    """Every linear layer but the logits' is wrapped: outputs change, decoding with and without a
+    cache agree.
+    """
     model, ids = build(kind), tokens(1, 7)
     before = model(ids).logits
     linear = [name for name, m in model.model.named_modules() if type(m) is nn.Linear]
@@ -28,4 +30,6 @@ def test_decoding_through_wrapped_layers(kind):
         model.model.set_submodule(name, Scaled(model.model.get_submodule(name)))
     assert not torch.allclose(model(ids).logits, before, atol=1e-3)
     options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
-    assert torch.equal(model.generate(ids, **options), model.generate(ids, **options, use_cache=False))
+    assert torch.equal(
+        model.generate(ids, **options), model.generate(ids, **options, use_cache=False)
+    )

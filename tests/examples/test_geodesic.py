@@ -1,4 +1,6 @@
-"""The geodesic experiment: its geometry against closed forms, its model against the law, and that it trains."""
+"""The geodesic experiment: its geometry against closed forms, its model against the law, and that
+it trains.
+"""
 
 import importlib
 import json
@@ -15,7 +17,9 @@ from torch.utils._pytree import tree_leaves
 
 FOLDER = Path(__file__).parents[2] / "examples" / "geodesic"
 sys.path.insert(0, str(FOLDER))
-geometry, model, train, cost = (importlib.import_module(name) for name in ("geometry", "model", "train", "cost"))
+geometry, model, train, cost = (
+    importlib.import_module(name) for name in ("geometry", "model", "train", "cost")
+)
 sys.path.remove(str(FOLDER))
 
 SMALL = {"vocab_size": 11, "dim": 6, "rank": 2, "hidden": 8, "steps": 2}
@@ -34,13 +38,17 @@ def diagonal(values):
 
 
 def constant_curvature(k, x):
-    """The unit sphere in stereographic coordinates (k = 1), the Poincaré ball (k = -1), flat space (k = 0)."""
+    """The unit sphere in stereographic coordinates (k = 1), the Poincaré ball (k = -1), flat space
+    (k = 0).
+    """
     factor = 4 / (1 + k * x.square().sum(-1)) ** 2
     return factor[..., None, None] * torch.eye(x.shape[-1])
 
 
 def embedded_ball(k, x):
-    """Where the point lies on the sphere, or on the hyperboloid: the last coordinate is the axis."""
+    """Where the point lies on the sphere, or on the hyperboloid: the last coordinate is the
+    axis.
+    """
     square = k * x.square().sum(-1, keepdim=True)
     return torch.cat((2 * x, 1 - square), -1) / (1 + square)
 
@@ -57,10 +65,23 @@ def embedded_polar(x):
 
 CHARTS = {
     "sphere": (partial(constant_curvature, 1), partial(embedded_ball, 1), torch.cos, torch.sin, -1),
-    "hyperbolic": (partial(constant_curvature, -1), partial(embedded_ball, -1), torch.cosh, torch.sinh, 1),
+    "hyperbolic": (
+        partial(constant_curvature, -1),
+        partial(embedded_ball, -1),
+        torch.cosh,
+        torch.sinh,
+        1,
+    ),
     "polar": (polar, embedded_polar, torch.cos, torch.sin, -1),
 }
-CASES = [("sphere", 1), ("sphere", 2), ("sphere", 4), ("hyperbolic", 2), ("hyperbolic", 4), ("polar", 2)]
+CASES = [
+    ("sphere", 1),
+    ("sphere", 2),
+    ("sphere", 4),
+    ("hyperbolic", 2),
+    ("hyperbolic", 4),
+    ("polar", 2),
+]
 
 
 def learned(dim=5, rank=2, hidden=7):
@@ -72,14 +93,22 @@ def learned(dim=5, rank=2, hidden=7):
 
 
 def start(chart, dim):
-    """Three points and velocities whose ways lead neither to a pole nor near the edge of the ball."""
-    x = torch.tensor([[1.1, 0.3], [1.7, -2.0], [1.9, 1.0]]) if chart == "polar" else 0.2 * torch.randn(3, dim)
+    """Three points and velocities whose ways lead neither to a pole nor near the edge of the
+    ball.
+    """
+    x = (
+        torch.tensor([[1.1, 0.3], [1.7, -2.0], [1.9, 1.0]])
+        if chart == "polar"
+        else 0.2 * torch.randn(3, dim)
+    )
     return x, 0.5 * F.normalize(torch.randn(3, dim), dim=-1)
 
 
 @pytest.mark.parametrize(("chart", "dim"), CASES)
 def test_geodesics_are_great_circles(chart, dim):
-    """End point and end velocity, for any time, against p cos ωt + u/ω sin ωt (cosh, sinh on the hyperboloid)."""
+    """End point and end velocity, for any time, against p cos ωt + u/ω sin ωt (cosh, sinh on the
+    hyperboloid).
+    """
     metric, embed, cos, sin, sign = CHARTS[chart]
     x, v = start(chart, dim)
     p, u = torch.func.jvp(embed, (x,), (v,))
@@ -89,7 +118,9 @@ def test_geodesics_are_great_circles(chart, dim):
         p1, u1 = torch.func.jvp(embed, (x1,), (v1,))
         expected = p * cos(omega * time) + u / omega * sin(omega * time)
         assert torch.allclose(p1, expected, rtol=0, atol=1e-8)
-        assert torch.allclose(u1, sign * p * omega * sin(omega * time) + u * cos(omega * time), rtol=0, atol=1e-8)
+        assert torch.allclose(
+            u1, sign * p * omega * sin(omega * time) + u * cos(omega * time), rtol=0, atol=1e-8
+        )
         assert (p1 - p - time * u).norm(dim=-1).min() > 1e-3  # far from straight
 
 
@@ -99,7 +130,9 @@ def test_the_integration_is_of_order_four(chart):
     metric = CHARTS[chart][0]
     x, v = start(chart, 2)
     true = torch.stack(geometry.geodesic(metric, x, v, 160))
-    coarse, fine = ((torch.stack(geometry.geodesic(metric, x, v, n)) - true).norm(dim=(1, 2)) for n in (20, 40))
+    coarse, fine = (
+        (torch.stack(geometry.geodesic(metric, x, v, n)) - true).norm(dim=(1, 2)) for n in (20, 40)
+    )
     ratio = coarse / fine
     assert ratio.min() > 14
     assert ratio.max() < 18
@@ -132,7 +165,9 @@ def test_energy_is_conserved_and_time_reverses(chart):
     assert torch.allclose(before, torch.einsum("ni,nij,nj->n", v, metric(x), v))
     x1, v1 = geometry.geodesic(metric, x, v, 60)
     assert torch.allclose(geometry.energy(metric, x1, v1), before, rtol=1e-7)
-    assert not torch.allclose(geometry.energy(metric, x1, v), before, rtol=1e-3)  # it would not be without turning
+    assert not torch.allclose(
+        geometry.energy(metric, x1, v), before, rtol=1e-3
+    )  # it would not be without turning
     x2, v2 = geometry.geodesic(metric, x1, -v1, 60)
     assert torch.allclose(x2, x, atol=1e-7)
     assert torch.allclose(v2, -v, atol=1e-7)
@@ -151,12 +186,16 @@ def test_christoffel_symbols_of_the_sphere():
 
 @pytest.mark.parametrize("k", [1, -1])
 def test_christoffel_symbols_of_a_conformal_metric(k):
-    """g = e^{2f} I: Γ^k_ij = δ_ki ∂_j f + δ_kj ∂_i f - δ_ij ∂_k f, with ∇f = -2k x / (1 + k|x|²)."""
+    """g = e^{2f} I: Γ^k_ij = δ_ki ∂_j f + δ_kj ∂_i f - δ_ij ∂_k f, with ∇f = -2k x / (1 +
+    k|x|²).
+    """
     x = 0.3 * torch.randn(2, 3, 4)
     df, eye = -2 * k * x / (1 + k * x.square().sum(-1, keepdim=True)), torch.eye(4)
     expected = torch.einsum("ki,...j->...kij", eye, df) + torch.einsum("kj,...i->...kij", eye, df)
     expected = expected - torch.einsum("ij,...k->...kij", eye, df)
-    assert torch.allclose(geometry.christoffel(partial(constant_curvature, k), x), expected, atol=1e-12)
+    assert torch.allclose(
+        geometry.christoffel(partial(constant_curvature, k), x), expected, atol=1e-12
+    )
 
 
 def test_the_acceleration_is_the_contraction():
@@ -178,7 +217,9 @@ class Largest(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        self.numbers = max([self.numbers, *(t.numel() for t in tree_leaves(out) if isinstance(t, torch.Tensor))])
+        self.numbers = max(
+            [self.numbers, *(t.numel() for t in tree_leaves(out) if isinstance(t, torch.Tensor))]
+        )
         return out
 
 
@@ -205,13 +246,19 @@ def test_both_ways_are_measured():
 
 
 def test_without_curvature_lines_are_straight():
-    """To the last bit, for a metric of any constant value; also where the metric does not look at x at all."""
+    """To the last bit, for a metric of any constant value; also where the metric does not look at x
+    at all.
+    """
     x, v = torch.randn(2, 3, 4)
     root = torch.randn(4, 4)
     for g in (torch.eye(4), root @ root.T + torch.eye(4)):
         for metric in (lambda x, g=g: g.expand(*x.shape, 4), lambda x, g=g: g + 0 * x[..., None]):
-            assert torch.equal(torch.stack(geometry.geodesic(metric, x, v, 1)), torch.stack((x + v, v)))
-            assert torch.allclose(geometry.geodesic(metric, x, v, 7, 0.3)[0], x + 0.3 * v, atol=1e-15)
+            assert torch.equal(
+                torch.stack(geometry.geodesic(metric, x, v, 1)), torch.stack((x + v, v))
+            )
+            assert torch.allclose(
+                geometry.geodesic(metric, x, v, 7, 0.3)[0], x + 0.3 * v, atol=1e-15
+            )
             assert not geometry.christoffel(metric, x).any()
 
 
@@ -281,7 +328,9 @@ def test_whole_is_split_is_step(flat):
 
 
 def test_the_model_is_its_formula():
-    """Token by token and row by row; and it looks at every earlier token, at no later one, at no other row."""
+    """Token by token and row by row; and it looks at every earlier token, at no later one, at no
+    other row.
+    """
     lm = language_model()
     ids = torch.randint(0, 11, (2, 6))
     logits, velocity = lm(ids)
@@ -292,7 +341,9 @@ def test_the_model_is_its_formula():
             f, c = (lm.update.weight @ torch.cat((e, w)) + lm.update.bias).split(6)
             n = torch.sigmoid(f) * w + c
             x, w = geometry.geodesic(lm.metric, e, lm.speed * n / n.norm(), 2)
-            expected = torch.stack([lm.scale * (x @ word) + b for word, b in zip(lm.embedding, lm.bias)])
+            expected = torch.stack(
+                [lm.scale * (x @ word) + b for word, b in zip(lm.embedding, lm.bias)]
+            )
             assert torch.allclose(logits[row, t], expected, atol=1e-12)
         assert torch.allclose(velocity[row], w, atol=1e-12)
     for t in range(6):
@@ -351,7 +402,10 @@ def text(tmp_path):
     return path
 
 
-TINY = [f"--{n}={v}" for n, v in {"dim": 8, "rank": 2, "hidden": 8, "batch": 8, "context": 4, "heldout": 640}.items()]
+TINY = [
+    f"--{n}={v}"
+    for n, v in {"dim": 8, "rank": 2, "hidden": 8, "batch": 8, "context": 4, "heldout": 640}.items()
+]
 TINY.append("--learning-rate=0.03")
 
 
@@ -371,7 +425,9 @@ def test_training(text, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert json.loads(lines[-1])["results"] == results
     assert lines[0].startswith("straight ")
-    again = train.main(["--data", str(text), *TINY, "--steps", "25", "--models", "geodesic", "--checkpointing"])
+    again = train.main(
+        ["--data", str(text), *TINY, "--steps", "25", "--models", "geodesic", "--checkpointing"]
+    )
     assert again["geodesic"]["bits per byte"] == pytest.approx(geodesic["bits per byte"], abs=1e-3)
 
 

@@ -1,4 +1,4 @@
-"""ELiTA's TensorFlow layers: a transcription of the published equations, in NumPy, is the oracle."""
+"""ELiTA's TensorFlow layers, against a transcription of the published equations in NumPy."""
 
 import importlib.util
 import zipfile
@@ -15,7 +15,9 @@ H, D, V, M, A, F = 3, 12, 5, 4, 7, 8
 
 def attention_weights(k3=True, size=1.0, seed=0):
     draw = np.random.default_rng(seed)
-    shapes = dict.fromkeys(("k1", "k2", "k3"), (H, D)) | dict.fromkeys(("a1", "a2", "b1", "b2", "c"), (H, M, 1))
+    shapes = dict.fromkeys(("k1", "k2", "k3"), (H, D)) | dict.fromkeys(
+        ("a1", "a2", "b1", "b2", "c"), (H, M, 1)
+    )
     shapes |= {"value_weight": (H, D, V), "output_weight": (H, D, V)}
     if not k3:
         del shapes["k3"]
@@ -29,7 +31,9 @@ def feed_forward_weights(seed=0):
 
 
 def attention(w, x, clip=20.0):
-    """Attention2: row i over the first i values, weighted by exponentials as the equations have them."""
+    """Attention2: row i over the first i values, weighted by exponentials as the equations have
+    them.
+    """
     B, T, _ = x.shape
     y = np.zeros_like(x)
     for b in range(B):
@@ -37,7 +41,9 @@ def attention(w, x, clip=20.0):
             values = x[b] @ w["value_weight"][h]
             logits = []
             for n in ("1", "2"):
-                angle = np.outer(np.linspace(0.0, 1.0, T), w[f"a{n}"][h, :, 0]) + w[f"b{n}"][h, :, 0]
+                angle = (
+                    np.outer(np.linspace(0.0, 1.0, T), w[f"a{n}"][h, :, 0]) + w[f"b{n}"][h, :, 0]
+                )
                 logits.append(np.sin(angle) @ w["c"][h, :, 0])
             shared, own = x[b] @ w["k1"][h] + logits[0], x[b] @ w["k2"][h]
             row = logits[1] + (x[b] @ w["k3"][h] if "k3" in w else 0)
@@ -76,13 +82,17 @@ def test_attention_compatible(k3, T):
     w, x = attention_weights(k3), tokens(T)
     module = from_elita(w, compatible=True)
     close(module(torch.from_numpy(x)), attention(w, x))
-    single = from_elita({name: value.astype(np.float32) for name, value in w.items()}, compatible=True)
+    single = from_elita(
+        {name: value.astype(np.float32) for name, value in w.items()}, compatible=True
+    )
     assert single.v_proj.weight.dtype == torch.float32
     close(single(torch.from_numpy(x).float()), attention(w, x), 1e-5)
 
 
 def test_attention_with_a_horizon():
-    """The training length less one gives the published positions, with a state; other lengths keep them."""
+    """The training length less one gives the published positions, with a state; other lengths keep
+    them.
+    """
     w, x = attention_weights(), tokens(23)
     module = from_elita(w, horizon=22)
     close(module(torch.from_numpy(x)), attention(w, x))
@@ -94,7 +104,9 @@ def test_attention_with_a_horizon():
 
 
 def test_clipping_is_the_originals():
-    """Large logits: the clipped layer is the original's, the exact one differs from it and equals the unclipped."""
+    """Large logits: the clipped layer is the original's, the exact one differs from it and equals
+    the unclipped.
+    """
     w, x = attention_weights(size=4.0), tokens(9)
     clipped, exact = from_elita(w, compatible=True), from_elita(w, horizon=8)
     close(clipped(torch.from_numpy(x)), attention(w, x))
@@ -122,7 +134,10 @@ def test_positions_of_masked_and_packed_sequences_are_their_own():
 def test_no_state_without_a_horizon():
     module = from_elita(attention_weights(), compatible=True)
     x = torch.from_numpy(tokens())
-    with pytest.raises(ValueError, match=r"state: with horizon=None positions depend on the length .* give a horizon"):
+    with pytest.raises(
+        ValueError,
+        match=r"state: with horizon=None positions depend on the length .* give a horizon",
+    ):
         module(x, return_state=True)
 
 
@@ -136,8 +151,14 @@ def test_a_stack_of_layers(tmp_path):
     parts = {}
     for i in range(2):
         suffix = f"_{i}" if i else ""
-        parts |= {f"model2/attention2{suffix}/{n}:0": x for n, x in attention_weights(False, seed=i).items()}
-        parts |= {f"model2/feed_forward2{suffix}/{n}:0": x for n, x in feed_forward_weights(seed=i).items()}
+        parts |= {
+            f"model2/attention2{suffix}/{n}:0": x
+            for n, x in attention_weights(False, seed=i).items()
+        }
+        parts |= {
+            f"model2/feed_forward2{suffix}/{n}:0": x
+            for n, x in feed_forward_weights(seed=i).items()
+        }
     np.savez(tmp_path / "model.npz", **parts)
     x = tokens()
     expected, y = x, torch.from_numpy(x)
@@ -146,11 +167,16 @@ def test_a_stack_of_layers(tmp_path):
         suffix = f"_{i}" if i else ""
         expected = expected + attention(attention_weights(False, seed=i), normed(expected))
         expected = expected + feed_forward(feed_forward_weights(seed=i), normed(expected))
-        y = y + from_elita(tmp_path / "model.npz", prefix=f"model2/attention2{suffix}/", compatible=True)(norm(y))
-        y = y + from_elita(str(tmp_path / "model.npz"), prefix=f"model2/feed_forward2{suffix}/")(norm(y))
+        y = y + from_elita(
+            tmp_path / "model.npz", prefix=f"model2/attention2{suffix}/", compatible=True
+        )(norm(y))
+        y = y + from_elita(str(tmp_path / "model.npz"), prefix=f"model2/feed_forward2{suffix}/")(
+            norm(y)
+        )
     close(y, expected)
     with pytest.raises(
-        ValueError, match=r"weights: more than one 'b1', in 'model2/feed_forward2/b1:0' the second; .* prefix="
+        ValueError,
+        match=r"weights: more than one 'b1', in 'model2/feed_forward2/b1:0' the second; .* prefix=",
     ):
         from_elita(tmp_path / "model.npz", compatible=True)
     with pytest.raises(ValueError, match=r"weights: no arrays whose names begin with 'other/'"):
@@ -161,7 +187,9 @@ def test_a_stack_of_layers(tmp_path):
 def test_a_missing_array_is_named(name):
     w = attention_weights()
     del w[name]
-    with pytest.raises(ValueError, match=rf"weights: '{name}' of ELiTA's Attention2 is missing; found "):
+    with pytest.raises(
+        ValueError, match=rf"weights: '{name}' of ELiTA's Attention2 is missing; found "
+    ):
         from_elita(w, compatible=True)
 
 
@@ -169,20 +197,30 @@ def test_a_missing_array_is_named(name):
 def test_a_missing_array_of_the_feed_forward_is_named(name):
     w = feed_forward_weights()
     del w[name]
-    with pytest.raises(ValueError, match=rf"weights: '{name}' of ELiTA's FeedForward2 is missing; found "):
+    with pytest.raises(
+        ValueError, match=rf"weights: '{name}' of ELiTA's FeedForward2 is missing; found "
+    ):
         from_elita(w)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"k2": np.zeros((H, D + 1))}, r"weights: k2: expected floats \[H, D\] = \[3, 12\], got torch.float64 \[3, 13\]"),
-        ({"k3": np.zeros((H + 1, D))}, r"weights: k3: expected floats \[H, D\] = \[3, 12\], got .* \[4, 12\]"),
-        ({"a1": np.zeros((H, M))}, r"weights: a1: expected floats \[H, M, 1\] = \[3, M, 1\], got .* \[3, 4\]"),
-        ({"c": np.zeros((H, M + 1, 1))}, r"weights: c: expected floats \[H, M, 1\] = \[3, 4, 1\], got .* \[3, 5, 1\]"),
-        ({"output_weight": np.zeros((H, V, D))}, r"weights: output_weight: expected floats \[H, D, V\] = \[3, 12, 5\], got .* \[3, 5, 12\]"),
-        (dict.fromkeys(("k1",), np.zeros((H, D), dtype=np.int64)), r"weights: k1: expected floats .* got torch.int64"),
-        ({"c": np.zeros((H, M, 1), dtype=np.float32)}, r"weights: c: expected torch.float64 as the others, got torch.float32"),
+        ({"k2": np.zeros((H, D + 1))},
+         r"weights: k2: expected floats \[H, D\] = \[3, 12\], got torch.float64 \[3, 13\]"),
+        ({"k3": np.zeros((H + 1, D))},
+         r"weights: k3: expected floats \[H, D\] = \[3, 12\], got .* \[4, 12\]"),
+        ({"a1": np.zeros((H, M))},
+         r"weights: a1: expected floats \[H, M, 1\] = \[3, M, 1\], got .* \[3, 4\]"),
+        ({"c": np.zeros((H, M + 1, 1))},
+         r"weights: c: expected floats \[H, M, 1\] = \[3, 4, 1\], got .* \[3, 5, 1\]"),
+        ({"output_weight": np.zeros((H, V, D))},
+         r"weights: output_weight: expected floats \[H, D, V\] = \[3, 12, 5\], got .* \[3, 5, "
+         r"12\]"),
+        (dict.fromkeys(("k1",), np.zeros((H, D), dtype=np.int64)),
+         r"weights: k1: expected floats .* got torch.int64"),
+        ({"c": np.zeros((H, M, 1), dtype=np.float32)},
+         r"weights: c: expected torch.float64 as the others, got torch.float32"),
         ({"c": np.array("text")}, r"weights: c: not an array of numbers: "),
         ({"w9": np.zeros(3)}, r"weights: 'w9' has no place in ELiTA's Attention2"),
     ],
@@ -193,15 +231,25 @@ def test_a_misshapen_array_is_named(change, message):
 
 
 def test_other_mistakes(tmp_path):
-    with pytest.raises(ValueError, match=r"horizon: the weights do not tell it; give horizon=\(training length - 1\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"horizon: the weights do not tell it; give horizon=\(training length - 1\)",
+    ):
         from_elita(attention_weights())
-    with pytest.raises(ValueError, match=r"horizon: with compatible=True positions follow each sequence's own length"):
+    with pytest.raises(
+        ValueError,
+        match=r"horizon: with compatible=True positions follow each sequence's own length",
+    ):
         from_elita(attention_weights(), horizon=9, compatible=True)
-    with pytest.raises(ValueError, match=r"horizon: expected a number of positions above 0, got -3"):
+    with pytest.raises(
+        ValueError, match=r"horizon: expected a number of positions above 0, got -3"
+    ):
         from_elita(attention_weights(), horizon=-3)
     with pytest.raises(ValueError, match=r"horizon: a feed-forward has no positions"):
         from_elita(feed_forward_weights(), horizon=9)
-    with pytest.raises(TypeError, match=r"weights: expected arrays by name or an .npz file, got int"):
+    with pytest.raises(
+        TypeError, match=r"weights: expected arrays by name or an .npz file, got int"
+    ):
         from_elita(3)
     with pytest.raises(FileNotFoundError):
         from_elita(tmp_path / "missing.npz")
@@ -210,37 +258,52 @@ def test_other_mistakes(tmp_path):
         from_elita(tmp_path / "text.npz")
     np.savez(tmp_path / "objects.npz", k1=np.array([{}], dtype=object))
     assert zipfile.is_zipfile(tmp_path / "objects.npz")
-    with pytest.raises(ValueError, match=r"weights: .*objects.npz is not an .npz archive of arrays"):
+    with pytest.raises(
+        ValueError, match=r"weights: .*objects.npz is not an .npz archive of arrays"
+    ):
         from_elita(tmp_path / "objects.npz")
     (tmp_path / "empty.npz").touch()
     with pytest.raises(ValueError, match=r"weights: .*empty.npz is not an .npz archive of arrays"):
         from_elita(tmp_path / "empty.npz")
-    with pytest.raises(ValueError, match=r"weights: 'k1' of ELiTA's Attention2 is missing; found k2"):
+    with pytest.raises(
+        ValueError, match=r"weights: 'k1' of ELiTA's Attention2 is missing; found k2"
+    ):
         from_elita({"k2": np.zeros((H, D))}, compatible=True)
     np.save(tmp_path / "one.npy", np.zeros(3))
     with pytest.raises(ValueError, match=r"weights: .*one.npy is not an .npz archive of arrays"):
         from_elita(tmp_path / "one.npy")
 
 
-@pytest.mark.skipif(importlib.util.find_spec("tensorflow") is None, reason="TensorFlow is not installed")
+@pytest.mark.skipif(
+    importlib.util.find_spec("tensorflow") is None, reason="TensorFlow is not installed"
+)
 @pytest.mark.parametrize("T", [1, 23])
 def test_against_tensorflow(T):
-    """The same equations with TensorFlow's own operations in single precision: its linspace, sine, clip and cumsum."""
+    """The same equations with TensorFlow's own operations in single precision: its linspace, sine,
+    clip and cumsum.
+    """
     import tensorflow as tf
 
     w, x = attention_weights(False), tokens(T)
     single = {name: tf.constant(value.astype(np.float32)) for name, value in w.items()}
     z = tf.constant(x.astype(np.float32))
     place = tf.linspace(0.0, 1.0, T)
-    p1, p2 = (tf.reduce_sum(tf.sin(single[f"a{n}"] * place + single[f"b{n}"]) * single["c"], 1) for n in "12")
+    p1, p2 = (
+        tf.reduce_sum(tf.sin(single[f"a{n}"] * place + single[f"b{n}"]) * single["c"], 1)
+        for n in "12"
+    )
     limited = lambda logit: tf.exp(tf.clip_by_value(logit, -20.0, 20.0))[..., None]  # noqa: E731
     weight = limited(tf.einsum("btd,hd->bht", z, single["k1"]) + p1)
     own = limited(tf.einsum("btd,hd->bht", z, single["k2"]))
     values = tf.einsum("btd,hdv->bhtv", z, single["value_weight"])
     top = tf.cumsum(weight * values, axis=2) * limited(p2) + own * values
     expected = tf.einsum(
-        "bhtv,hdv->btd", top / (tf.cumsum(weight, axis=2) * limited(p2) + own), single["output_weight"]
+        "bhtv,hdv->btd",
+        top / (tf.cumsum(weight, axis=2) * limited(p2) + own),
+        single["output_weight"],
     ).numpy()
-    module = from_elita({name: value.astype(np.float32) for name, value in w.items()}, compatible=True)
+    module = from_elita(
+        {name: value.astype(np.float32) for name, value in w.items()}, compatible=True
+    )
     close(module(torch.from_numpy(x).float()), expected, 1e-4)
     assert isinstance(module, nn.ElitaAttention)

@@ -1,7 +1,9 @@
-"""Weights of pytorch-fast-transformers: against its formulas, and against the package where it is installed.
+"""Weights of pytorch-fast-transformers: against its formulas, and against the package where it is
+installed.
 
-The stand-ins below have the package's class and parameter names, and compute what its documentation says. Mercat's
-higher order layer is not in the published package: it is held to its paper's formula.
+The stand-ins below have the package's class and parameter names, and compute what its documentation
+says. Mercat's higher order layer is not in the published package: it is held to its paper's
+formula.
 """
 
 import math
@@ -16,7 +18,9 @@ from cumulant import nn
 from cumulant.interop import from_fast_transformers
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-installed = pytest.mark.skipif(find_spec("fast_transformers") is None, reason="needs pytorch-fast-transformers")
+installed = pytest.mark.skipif(
+    find_spec("fast_transformers") is None, reason="needs pytorch-fast-transformers"
+)
 
 
 class Inner(torch.nn.Module):
@@ -66,7 +70,11 @@ class AttentionLayer(torch.nn.Module):
         self.out_projection = torch.nn.Linear(heads * values, dim)
 
     def forward(self, x, context, mask):
-        q, k, v = self.query_projection(x), self.key_projection(context), self.value_projection(context)
+        q, k, v = (
+            self.query_projection(x),
+            self.key_projection(context),
+            self.value_projection(context),
+        )
         q, k, v = (y.unflatten(-1, (self.n_heads, -1)) for y in (q, k, v))
         return self.out_projection(self.inner_attention(q, k, v, mask).flatten(2))
 
@@ -90,7 +98,9 @@ def test_self_attention(kind):
         from_fast_transformers(
             original.state_dict(),
             heads=4,
-            attention={LinearAttention: "linear", CausalLinearAttention: "causal-linear"}.get(kind, "linear-softmax"),
+            attention={LinearAttention: "linear", CausalLinearAttention: "causal-linear"}.get(
+                kind, "linear-softmax"
+            ),
         ),
     ):
         close(ours(x), original(x, x, everything()))
@@ -102,10 +112,15 @@ def test_cross_attention(kind):
     torch.manual_seed(0)
     original = AttentionLayer(kind()).double()
     ours = from_fast_transformers(original)
-    x, context = torch.randn(2, 3, 32, dtype=torch.float64), torch.randn(2, 11, 32, dtype=torch.float64)
+    x, context = (
+        torch.randn(2, 3, 32, dtype=torch.float64),
+        torch.randn(2, 11, 32, dtype=torch.float64),
+    )
     mask = torch.rand(2, 11) > 0.3
     close(ours(x, context=context, context_mask=mask), original(x, context, mask))
-    close(ours(x, state=ours.encode_context(context, context_mask=mask)), original(x, context, mask))
+    close(
+        ours(x, state=ours.encode_context(context, context_mask=mask)), original(x, context, mask)
+    )
 
 
 def test_a_recurrence_is_the_causal_layer():
@@ -141,7 +156,9 @@ def test_feature_maps():
     x = torch.randn(2, 11, 32, dtype=torch.float64)
     expected = original(x, x, everything())
     close(ours(x), expected)
-    close(ours(x[:, :4]), expected[:, :4])  # as many tokens as heads: no mistaking the one for the other
+    close(
+        ours(x[:, :4]), expected[:, :4]
+    )  # as many tokens as heads: no mistaking the one for the other
     original.inner_attention.feature_map.weight.data.zero_()
     close(ours(x), expected)
     plain = AttentionLayer(LinearAttention(lambda x: x.exp())).double()
@@ -151,7 +168,9 @@ def test_feature_maps():
 
 
 def test_feature_maps_of_state_dicts():
-    """A map's weights go into the map that is given; without one they are an error, never dropped."""
+    """A map's weights go into the map that is given; without one they are an error, never
+    dropped.
+    """
     torch.manual_seed(0)
     learned = torch.nn.Sequential(torch.nn.Linear(8, 5), torch.nn.Softplus())
     original = AttentionLayer(CausalLinearAttention(learned)).double()
@@ -161,13 +180,17 @@ def test_feature_maps_of_state_dicts():
     ours = from_fast_transformers(original.state_dict(), feature_map=fresh, **known)
     close(ours(x), original(x, x, everything()))
     assert any(p is fresh[0].weight for p in ours.parameters())
-    with pytest.raises(ValueError, match="feature_map: the state dict holds weights of one .0.bias.; give the module"):
+    with pytest.raises(
+        ValueError,
+        match="feature_map: the state dict holds weights of one .0.bias.; give the module",
+    ):
         from_fast_transformers(original.state_dict(), **known)
 
 
 def test_the_published_second_order_is_not_the_quadratic_form():
-    """Its code contracts Σ_l q_l q_l with each k_s k_s v_s, leaving s where the query should be: a sum over queries of
-    what belongs to one. So the output at one query depends on the other queries; ours does not."""
+    """Its code contracts Σ_l q_l q_l with each k_s k_s v_s, leaving s where the query should be: a
+    sum over queries of what belongs to one. So the output at one query depends on the other
+    queries; ours does not."""
     torch.manual_seed(0)
     q, k, v = (torch.randn(6, n, dtype=torch.float64) for n in (4, 4, 3))
 
@@ -179,9 +202,13 @@ def test_the_published_second_order_is_not_the_quadratic_form():
     assert not torch.allclose(second_order_as_published(q), right, atol=0.1)
     changed = q.clone()
     changed[-1] += 1
-    assert not torch.allclose(second_order_as_published(changed)[0], second_order_as_published(q)[0])
+    assert not torch.allclose(
+        second_order_as_published(changed)[0], second_order_as_published(q)[0]
+    )
     ours = [
-        cm.taylor_attention(p[None, None], k[None, None], v[None, None], scale=1.0, constant_term=False)[0, 0]
+        cm.taylor_attention(
+            p[None, None], k[None, None], v[None, None], scale=1.0, constant_term=False
+        )[0, 0]
         for p in (q, changed)
     ]
     close(ours[0], ((x + x**2 / 2) / (x + x**2 / 2).sum(-1, keepdim=True)) @ v)
@@ -196,13 +223,17 @@ def test_the_package(kind, random):
 
     torch.manual_seed(0)
     chosen = feature_maps.Favor.factory(n_dims=16, deterministic_eval=True) if random else None
-    original = attention.AttentionLayer(getattr(attention, kind)(8, feature_map=chosen), 32, 4, d_keys=8, d_values=6)
+    original = attention.AttentionLayer(
+        getattr(attention, kind)(8, feature_map=chosen), 32, 4, d_keys=8, d_values=6
+    )
     causal = kind == "CausalLinearAttention"
     x = torch.randn(2, 11, 32)
     visible = masking.TriangularCausalMask(11) if causal else masking.FullMask(11)
     lengths = masking.LengthMask(torch.tensor([7, 11]), max_len=11)
     if random:
-        with pytest.raises(ValueError, match="source: its random features were never drawn; call the layer once"):
+        with pytest.raises(
+            ValueError, match="source: its random features were never drawn; call the layer once"
+        ):
             from_fast_transformers(original)
     original(x, x, x, visible, lengths, lengths)  # draws the random features
     original.eval()
@@ -248,32 +279,42 @@ def test_the_package_as_a_recurrence():
 def test_errors():
     original = AttentionLayer(LinearAttention())
     for option in ({"heads": 4}, {"alpha": 2.0}, {"feature_map": "elu"}):
-        with pytest.raises(ValueError, match="heads, attention, feature_map, alpha: read off the layer"):
+        with pytest.raises(
+            ValueError, match="heads, attention, feature_map, alpha: read off the layer"
+        ):
             from_fast_transformers(original, **option)
     known = {"heads": 4, "attention": "linear-softmax"}
     with pytest.raises(ValueError, match="alpha: expected a positive number, got 0"):
         from_fast_transformers(original.state_dict(), alpha=0, **known)
-    with pytest.raises(ValueError, match="feature_map: attention 'linear-softmax' has none; leave it out"):
+    with pytest.raises(
+        ValueError, match="feature_map: attention 'linear-softmax' has none; leave it out"
+    ):
         from_fast_transformers(original.state_dict(), feature_map="elu", **known)
     with pytest.raises(ValueError, match="alpha: attention 'linear' has none; leave it out"):
         from_fast_transformers(original.state_dict(), heads=4, attention="linear", alpha=2)
     original.inner_attention.eps = 0.01
-    with pytest.raises(ValueError, match="source: its epsilon of 0.01 in denominators shapes its outputs"):
+    with pytest.raises(
+        ValueError, match="source: its epsilon of 0.01 in denominators shapes its outputs"
+    ):
         from_fast_transformers(original)
     with pytest.raises(ValueError, match="heads: the weights do not tell the number of heads"):
         from_fast_transformers(original.state_dict(), attention="linear")
     with pytest.raises(ValueError, match="heads: 5 must divide the 32 query and 24 value channels"):
         from_fast_transformers(original.state_dict(), heads=5, attention="linear")
     with pytest.raises(
-        ValueError, match="attention: expected one of linear, causal-linear, linear-softmax, got 'full'"
+        ValueError,
+        match="attention: expected one of linear, causal-linear, linear-softmax, got 'full'",
     ):
         from_fast_transformers(original.state_dict(), heads=4, attention="full")
     with pytest.raises(ValueError, match="source: 'query_projection.weight' is missing"):
         from_fast_transformers({}, heads=4, attention="linear")
     with pytest.raises(ValueError, match="source: 'norm1.weight' has no place in LinearAttention"):
-        from_fast_transformers({**original.state_dict(), "norm1.weight": torch.ones(32)}, heads=4, attention="linear")
+        from_fast_transformers(
+            {**original.state_dict(), "norm1.weight": torch.ones(32)}, heads=4, attention="linear"
+        )
     with pytest.raises(
-        TypeError, match="source: expected a layer of pytorch-fast-transformers around one of .* of ReLU"
+        TypeError,
+        match="source: expected a layer of pytorch-fast-transformers around one of .* of ReLU",
     ):
         from_fast_transformers(AttentionLayer(torch.nn.ReLU()))
     with pytest.raises(TypeError, match="around one of .*, got Linear"):

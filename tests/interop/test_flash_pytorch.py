@@ -48,11 +48,18 @@ def compare(theirs, ours, x, atol=1e-5, **masks):
 
 @pytest.mark.parametrize(
     ("causal", "laplace", "residual", "norm"),
-    list(itertools.product([True, False], [True, False], [True, False], ["LayerNorm", "ScaleNorm"])),
+    list(
+        itertools.product([True, False], [True, False], [True, False], ["LayerNorm", "ScaleNorm"])
+    ),
 )
 def test_gau(causal, laplace, residual, norm):
     kind = torch.nn.LayerNorm if norm == "LayerNorm" else package.ScaleNorm
-    options = {"causal": causal, "laplace_attn_fn": laplace, "add_residual": residual, "norm_klass": kind}
+    options = {
+        "causal": causal,
+        "laplace_attn_fn": laplace,
+        "add_residual": residual,
+        "norm_klass": kind,
+    }
     theirs = perturbed(flash_pytorch.GAU(dim=D, query_key_dim=6, expansion_factor=1.5, **options))
     for T in LENGTHS:
         ours = from_flash_pytorch(theirs, **({"length_scale": T} if causal else {}))
@@ -60,7 +67,11 @@ def test_gau(causal, laplace, residual, norm):
         compare(theirs, ours, torch.randn(2, T, D))
     state = {name: x.clone() for name, x in theirs.state_dict().items()}
     again = from_flash_pytorch(
-        state, causal=causal, laplace_attn_fn=laplace, add_residual=residual, **({"length_scale": 48} if causal else {})
+        state,
+        causal=causal,
+        laplace_attn_fn=laplace,
+        add_residual=residual,
+        **({"length_scale": 48} if causal else {}),
     ).eval()
     compare(theirs, again, torch.randn(2, 48, D))
 
@@ -74,7 +85,9 @@ def test_gau_takes_a_bias():
 
 
 def test_the_package_ignores_the_flag_of_its_bias():
-    """rel_pos_bias=False builds and adds the bias all the same; so does the converted unit. Ours can do without."""
+    """rel_pos_bias=False builds and adds the bias all the same; so does the converted unit. Ours
+    can do without.
+    """
     theirs = perturbed(flash_pytorch.GAU(dim=D, query_key_dim=6, rel_pos_bias=False))
     x = torch.randn(2, 20, D)
     ours = from_flash_pytorch(theirs)
@@ -87,7 +100,12 @@ def test_the_package_ignores_the_flag_of_its_bias():
     ("causal", "laplace", "shift", "reduce", "rotary", "norm"),
     list(
         itertools.product(
-            [True, False], [True, False], [True, False], [True, False], [0, 4, 6], ["LayerNorm", "ScaleNorm"]
+            [True, False],
+            [True, False],
+            [True, False],
+            [True, False],
+            [0, 4, 6],
+            ["LayerNorm", "ScaleNorm"],
         )
     ),
 )
@@ -108,7 +126,11 @@ def test_flash(causal, laplace, shift, reduce, rotary, norm):
     )
     ours = from_flash_pytorch(theirs)
     assert isinstance(ours, nn.MixedChunkAttention)
-    options = {"laplace_attn_fn": laplace, "shift_tokens": shift, "reduce_group_non_causal_attn": reduce}
+    options = {
+        "laplace_attn_fn": laplace,
+        "shift_tokens": shift,
+        "reduce_group_non_causal_attn": reduce,
+    }
     again = from_flash_pytorch(theirs.state_dict(), causal=causal, group_size=G, **options).eval()
     for T in LENGTHS:
         x = torch.randn(2, T, D)
@@ -123,7 +145,11 @@ def test_flash_at_its_usual_size():
 
 @pytest.mark.parametrize(
     ("causal", "norm", "shift", "laplace", "reduce"),
-    list(itertools.product([True, False], ["scalenorm", "layernorm"], [True, False], [True, False], [True, False])),
+    list(
+        itertools.product(
+            [True, False], ["scalenorm", "layernorm"], [True, False], [True, False], [True, False]
+        )
+    ),
 )
 def test_transformer(causal, norm, shift, laplace, reduce):
     theirs = perturbed(
@@ -145,8 +171,14 @@ def test_transformer(causal, norm, shift, laplace, reduce):
     for T in LENGTHS:
         ids = torch.randint(50, (2, T))
         expected = theirs(ids).detach()
-        assert float((ours(ids).logits.detach() - expected).abs().max() / expected.abs().max()) < 1e-5
-    options = {"laplace_attn_fn": laplace, "shift_tokens": shift, "reduce_group_non_causal_attn": reduce}
+        assert (
+            float((ours(ids).logits.detach() - expected).abs().max() / expected.abs().max()) < 1e-5
+        )
+    options = {
+        "laplace_attn_fn": laplace,
+        "shift_tokens": shift,
+        "reduce_group_non_causal_attn": reduce,
+    }
     again = from_flash_pytorch(theirs.state_dict(), causal=causal, group_size=G, **options).eval()
     assert torch.equal(again(ids).logits, ours(ids).logits)
     if causal:
@@ -159,19 +191,28 @@ def test_transformer(causal, norm, shift, laplace, reduce):
 
 # ---- where the package's behaviour is not ours ----
 
-MASKS = {"left": [0] * 11 + [1] * 26, "right": [1] * 20 + [0] * 17, "holes": [1, 0, 1, 1, 0] * 7 + [1, 1]}
+MASKS = {
+    "left": [0] * 11 + [1] * 26,
+    "right": [1] * 20 + [0] * 17,
+    "holes": [1, 0, 1, 1, 0] * 7 + [1, 1],
+}
 
 
 @pytest.mark.parametrize("where", MASKS)
 @pytest.mark.parametrize("causal", [True, False])
 def test_masked_tokens_in_the_package(causal, where):
-    """They take places in groups, in neighbourhoods and in the divisor: so do they with compatible=True. Ours do not
-    exist, and what a row gives does not depend on how it is padded."""
+    """They take places in groups, in neighbourhoods and in the divisor: so do they with
+    compatible=True. Ours do not exist, and what a row gives does not depend on how it is padded."""
     mask = torch.tensor([MASKS[where], [1] * 37]).bool()
     rotary = package.RotaryEmbedding(dim=4)
     theirs = perturbed(
         flash_pytorch.FLASH(
-            dim=D, group_size=G, query_key_dim=6, causal=causal, shift_tokens=True, rotary_pos_emb=rotary
+            dim=D,
+            group_size=G,
+            query_key_dim=6,
+            causal=causal,
+            shift_tokens=True,
+            rotary_pos_emb=rotary,
         )
     )
     x = torch.randn(2, 37, D)
@@ -179,9 +220,13 @@ def test_masked_tokens_in_the_package(causal, where):
     ours, alone = from_flash_pytorch(theirs), x[:1, mask[0]]
     y = ours(x, key_mask=mask)
     assert torch.allclose(y[0, mask[0]], ours(alone)[0], atol=1e-5)
-    assert torch.allclose(y[0, mask[0]], theirs(alone)[0], atol=1e-4)  # unpadded, the package agrees
+    assert torch.allclose(
+        y[0, mask[0]], theirs(alone)[0], atol=1e-4
+    )  # unpadded, the package agrees
     moved = torch.allclose(theirs(x, mask=mask)[0, mask[0]], theirs(alone)[0], atol=1e-3)
-    assert moved == (causal and where == "right")  # padded, it agrees only where nothing is moved or divided
+    assert moved == (
+        causal and where == "right"
+    )  # padded, it agrees only where nothing is moved or divided
 
 
 @pytest.mark.parametrize("where", MASKS)
@@ -194,12 +239,16 @@ def test_masked_tokens_in_the_packages_gau(causal, where):
     ours = from_flash_pytorch(theirs, **({"length_scale": 37} if causal else {}))
     y = ours(x, key_mask=mask)
     assert torch.allclose(y[0, mask[0]], ours(x[:1, mask[0]])[0], atol=1e-5)
-    assert not torch.allclose(theirs(x, mask=mask)[0, mask[0]], theirs(x[:1, mask[0]])[0], atol=1e-3)
+    assert not torch.allclose(
+        theirs(x, mask=mask)[0, mask[0]], theirs(x[:1, mask[0]])[0], atol=1e-3
+    )
 
 
 def test_masked_tokens_in_the_packages_transformer():
     """Absolute positions count padding too."""
-    theirs = perturbed(flash_pytorch.FLASHTransformer(num_tokens=50, dim=D, depth=2, group_size=G, query_key_dim=6))
+    theirs = perturbed(
+        flash_pytorch.FLASHTransformer(num_tokens=50, dim=D, depth=2, group_size=G, query_key_dim=6)
+    )
     ids, mask = torch.randint(50, (2, 37)), torch.tensor([MASKS["left"], [1] * 37]).bool()
     same = from_flash_pytorch(theirs, compatible=True)(ids, attention_mask=mask).logits.detach()
     expected = theirs(ids, mask=mask).detach()
@@ -210,18 +259,24 @@ def test_masked_tokens_in_the_packages_transformer():
 
 
 def test_causal_gau_divides_by_the_whole_length_in_the_package():
-    """An output changes when tokens follow; ours does not, and says why it cannot go on with such a divisor."""
+    """An output changes when tokens follow; ours does not, and says why it cannot go on with such a
+    divisor.
+    """
     theirs = perturbed(flash_pytorch.GAU(dim=D, query_key_dim=6, causal=True))
     x = torch.randn(1, 20, D)
     assert not torch.allclose(theirs(x)[:, :10], theirs(x[:, :10]), atol=1e-3)
     with pytest.raises(
-        ValueError, match=r"length_scale: a causal GAU of this package divides by the length of its input"
+        ValueError,
+        match=r"length_scale: a causal GAU of this package divides by the length of its input",
     ):
         from_flash_pytorch(theirs)
     same = from_flash_pytorch(theirs, compatible=True)
     for T in (10, 20):
         compare(theirs, same, x[:, :T])
-    with pytest.raises(ValueError, match=r"state: length_scale='total' divides .* build with length_scale=<the length"):
+    with pytest.raises(
+        ValueError,
+        match=r"state: length_scale='total' divides .* build with length_scale=<the length",
+    ):
         same(x, return_state=True)
     ours = from_flash_pytorch(theirs, length_scale=20)
     first, state = ours(x[:, :13], return_state=True)
@@ -243,45 +298,72 @@ def test_training_mode_and_dropout_carry_over():
 
 
 def test_low_precision_and_other_norms_carry_over():
-    theirs = perturbed(flash_pytorch.FLASHTransformer(num_tokens=50, dim=64, depth=1, group_size=G)).bfloat16()
+    theirs = perturbed(
+        flash_pytorch.FLASHTransformer(num_tokens=50, dim=64, depth=1, group_size=G)
+    ).bfloat16()
     ours, ids = from_flash_pytorch(theirs), torch.randint(50, (1, 20))
     assert ours.dtype == torch.bfloat16
     expected = theirs(ids).detach().float()
     assert float((ours(ids).logits.detach().float() - expected).norm() / expected.norm()) < 0.05
-    theirs = perturbed(flash_pytorch.FLASH(dim=D, group_size=G, query_key_dim=6, norm_klass=torch.nn.RMSNorm))
+    theirs = perturbed(
+        flash_pytorch.FLASH(dim=D, group_size=G, query_key_dim=6, norm_klass=torch.nn.RMSNorm)
+    )
     compare(theirs, from_flash_pytorch(theirs), 1e-3 * torch.randn(2, 20, D))
 
 
 def test_errors():
     layer = flash_pytorch.FLASH(dim=D, group_size=G, query_key_dim=6)
-    with pytest.raises(ValueError, match="causal: read off the module; give it only with a state dict"):
+    with pytest.raises(
+        ValueError, match="causal: read off the module; give it only with a state dict"
+    ):
         from_flash_pytorch(layer, causal=True)
     with pytest.raises(ValueError, match=r"causal: the weights do not tell it; give causal=\.\.\."):
         from_flash_pytorch(layer.state_dict())
-    with pytest.raises(ValueError, match=r"group_size: the weights do not tell it; give group_size=\.\.\."):
+    with pytest.raises(
+        ValueError, match=r"group_size: the weights do not tell it; give group_size=\.\.\."
+    ):
         from_flash_pytorch(layer.state_dict(), causal=True)
-    with pytest.raises(ValueError, match="length_scale: only for a causal GAU, and not with compatible=True"):
+    with pytest.raises(
+        ValueError, match="length_scale: only for a causal GAU, and not with compatible=True"
+    ):
         from_flash_pytorch(layer, length_scale=5)
     with pytest.raises(
-        TypeError, match="source: expected a GAU, FLASH or FLASHTransformer of FLASH-pytorch, got Linear"
+        TypeError,
+        match="source: expected a GAU, FLASH or FLASHTransformer of FLASH-pytorch, got Linear",
     ):
         from_flash_pytorch(torch.nn.Linear(2, 2))
-    with pytest.raises(TypeError, match="source: expected a module of FLASH-pytorch or its state dict, got list"):
+    with pytest.raises(
+        TypeError, match="source: expected a module of FLASH-pytorch or its state dict, got list"
+    ):
         from_flash_pytorch([])
     broken = {name: x for name, x in layer.state_dict().items() if name != "to_out.bias"}
-    with pytest.raises(ValueError, match="source: 'to_out.bias' is missing, so these are not weights of FLASH-pytorch"):
+    with pytest.raises(
+        ValueError,
+        match="source: 'to_out.bias' is missing, so these are not weights of FLASH-pytorch",
+    ):
         from_flash_pytorch(broken, causal=True, group_size=G)
-    with pytest.raises(ValueError, match="add_residual: these are weights of a FLASH layer, which has no such option"):
+    with pytest.raises(
+        ValueError,
+        match="add_residual: these are weights of a FLASH layer, which has no such option",
+    ):
         from_flash_pytorch(layer.state_dict(), causal=True, group_size=G, add_residual=False)
     unit = flash_pytorch.GAU(dim=D, query_key_dim=6)
-    with pytest.raises(ValueError, match="shift_tokens: these are weights of a GAU, which has no such option"):
+    with pytest.raises(
+        ValueError, match="shift_tokens: these are weights of a GAU, which has no such option"
+    ):
         from_flash_pytorch(unit.state_dict(), causal=False, shift_tokens=True)
     odd = flash_pytorch.FLASHTransformer(num_tokens=50, dim=D, depth=1, query_key_dim=7)
-    with pytest.raises(ValueError, match="source: rotation over an odd query_key_dim, .*, has no counterpart"):
+    with pytest.raises(
+        ValueError, match="source: rotation over an odd query_key_dim, .*, has no counterpart"
+    ):
         from_flash_pytorch(odd)
     extra = {**layer.state_dict(), "more": torch.zeros(1)}
     with pytest.raises(ValueError, match="source: 'more' has no place in MixedChunkAttention"):
         from_flash_pytorch(extra, causal=True, group_size=G)
-    rotary = flash_pytorch.FLASH(dim=D, query_key_dim=6, rotary_pos_emb=package.RotaryEmbedding(4, theta=500))
-    with pytest.raises(ValueError, match="source: its rotary frequencies are not those of base 10,000"):
+    rotary = flash_pytorch.FLASH(
+        dim=D, query_key_dim=6, rotary_pos_emb=package.RotaryEmbedding(4, theta=500)
+    )
+    with pytest.raises(
+        ValueError, match="source: its rotary frequencies are not those of base 10,000"
+    ):
         from_flash_pytorch(rotary)

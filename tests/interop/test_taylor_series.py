@@ -1,7 +1,8 @@
-"""Weights of taylor-series-linear-attention: the same numbers, for every combination of options that it can run.
+"""Weights of taylor-series-linear-attention: the same numbers, for every combination of options
+that it can run.
 
-Its causal form multiplies through a compiled package. Where that is not installed, the one product it takes from there
-stands in as its formula, so that its own code runs, cache included.
+Its causal form multiplies through a compiled package. Where that is not installed, the one product
+it takes from there stands in as its formula, so that its own code runs, cache included.
 """
 
 import copy
@@ -20,8 +21,17 @@ from cumulant.models import TaylorViT
 
 package = pytest.importorskip("taylor_series_linear_attention")
 pytestmark = pytest.mark.filterwarnings("ignore")
-FLAGS = ("one_headed_kv", "rotary_emb", "gate_value_heads", "prenorm", "shift_tokens", "combine_heads")
-COMBINATIONS = [dict(zip(FLAGS, values)) for values in itertools.product((False, True), repeat=len(FLAGS))]
+FLAGS = (
+    "one_headed_kv",
+    "rotary_emb",
+    "gate_value_heads",
+    "prenorm",
+    "shift_tokens",
+    "combine_heads",
+)
+COMBINATIONS = [
+    dict(zip(FLAGS, values)) for values in itertools.product((False, True), repeat=len(FLAGS))
+]
 
 
 def describe(options):
@@ -42,7 +52,9 @@ def causal_product(monkeypatch):
     class CausalDotProduct:
         @staticmethod
         def apply(q, k, v):
-            return torch.einsum("bhtf,bhtfv->bhtv", q, torch.einsum("bhtf,bhtv->bhtfv", k, v).cumsum(2))
+            return torch.einsum(
+                "bhtf,bhtfv->bhtv", q, torch.einsum("bhtf,bhtv->bhtfv", k, v).cumsum(2)
+            )
 
     module.CausalDotProduct = CausalDotProduct
     monkeypatch.setitem(sys.modules, "fast_transformers", root)
@@ -71,7 +83,9 @@ def test_self_attention(options, symmetric):
     x = torch.randn(2, 13, 32)
     close(ours(x), original(x))
     mask = torch.rand(2, 13) > 0.3
-    if options["rotary_emb"] or options["shift_tokens"]:  # only padding at the end leaves their neighbours in place
+    if (
+        options["rotary_emb"] or options["shift_tokens"]
+    ):  # only padding at the end leaves their neighbours in place
         mask = torch.arange(13) < torch.tensor([[9], [13]])
     close(ours(x, key_mask=mask)[mask], original(x, mask=mask)[mask])
 
@@ -90,7 +104,9 @@ def test_cross_attention(options):
 
 @by_options
 def test_causal_and_cached(causal_product, options):
-    """The whole, then its cache carried on token by token, as theirs must be; ours takes any number."""
+    """The whole, then its cache carried on token by token, as theirs must be; ours takes any
+    number.
+    """
     original = theirs(causal=True, **options)
     ours = from_taylor_series(original)
     assert ours.is_causal
@@ -123,7 +139,9 @@ def test_what_it_refuses_and_ours_does(causal_product):
 
 
 def test_padding_in_front_is_no_token_for_ours():
-    """Theirs rotates by the slot, padding counted, and shifts padding in; ours gives what the bare sequence gives."""
+    """Theirs rotates by the slot, padding counted, and shifts padding in; ours gives what the bare
+    sequence gives.
+    """
     original = theirs(rotary_emb=True, shift_tokens=True)
     ours = from_taylor_series(original)
     x = torch.randn(1, 13, 32)
@@ -137,7 +155,9 @@ def test_padding_in_front_is_no_token_for_ours():
 def test_state_dicts(options):
     original = theirs(**options)
     x = torch.randn(2, 13, 32)
-    heads = None if options["gate_value_heads"] or options["one_headed_kv"] else 4  # some weights tell
+    heads = (
+        None if options["gate_value_heads"] or options["one_headed_kv"] else 4
+    )  # some weights tell
     known = {"heads": heads, "shift_tokens": options["shift_tokens"]}
     close(from_taylor_series(original.state_dict(), causal=False, **known)(x), original(x))
     causal = from_taylor_series(original.state_dict(), causal=True, **known)
@@ -151,14 +171,18 @@ def test_gradients_are_the_same():
     for module in (original, ours):
         module(x).square().sum().backward()
     close(ours.q_proj.weight.grad, original.to_q[0].weight.grad)
-    close(torch.cat((ours.k_proj.weight.grad, ours.v_proj.weight.grad)), original.to_kv[0].weight.grad)
+    close(
+        torch.cat((ours.k_proj.weight.grad, ours.v_proj.weight.grad)), original.to_kv[0].weight.grad
+    )
     close(ours.norm.weight.grad, original.norm.gamma.grad)
 
 
 @pytest.mark.parametrize("shape", [(2, 16, 5, 7), (2, 16, 3, 4, 5)], ids=["images", "video"])
 def test_channel_first(shape):
     torch.manual_seed(0)
-    original = package.ChannelFirstTaylorSeriesLinearAttn(dim=16, dim_head=8, heads=2, rotary_emb=True).eval()
+    original = package.ChannelFirstTaylorSeriesLinearAttn(
+        dim=16, dim_head=8, heads=2, rotary_emb=True
+    ).eval()
     ours = from_taylor_series(original)
     assert isinstance(ours, nn.ChannelFirst)
     x = torch.randn(shape)
@@ -169,14 +193,20 @@ def test_channel_first(shape):
 
 def test_vit():
     torch.manual_seed(0)
-    original = package.vit.ViT(image_size=24, patch_size=4, num_classes=7, dim=32, depth=2, heads=4, dropout=0.1)
+    original = package.vit.ViT(
+        image_size=24, patch_size=4, num_classes=7, dim=32, depth=2, heads=4, dropout=0.1
+    )
     ours = from_taylor_series(original.eval())
     assert isinstance(ours, TaylorViT)
     assert ours.layers[0].attention.dropout.p == 0.1
     images = torch.randn(2, 3, 24, 24)
     close(ours(images), original(images))
-    close(from_taylor_series(original.state_dict(), heads=4, patch_size=4)(images), original(images))
-    odd = package.vit.ViT(image_size=8, patch_size=4, num_classes=7, dim=28, depth=1, heads=4, ff_mult=61 / 28 + 1e-9)
+    close(
+        from_taylor_series(original.state_dict(), heads=4, patch_size=4)(images), original(images)
+    )
+    odd = package.vit.ViT(
+        image_size=8, patch_size=4, num_classes=7, dim=28, depth=1, heads=4, ff_mult=61 / 28 + 1e-9
+    )
     close(from_taylor_series(odd.eval())(images[..., :8, :8]), odd(images[..., :8, :8]))
     odd.transformer.layers.append(copy.deepcopy(odd.transformer.layers[0]))
     odd.transformer.layers[1][1] = package.TaylorSeriesLinearAttn(28, dim_head=4, heads=8)
@@ -202,39 +232,58 @@ def test_dropout_dtype_and_mode_come_along():
 
 def test_errors():
     original = theirs()
-    with pytest.raises(ValueError, match="heads: read off the module; give it only with a state dict"):
+    with pytest.raises(
+        ValueError, match="heads: read off the module; give it only with a state dict"
+    ):
         from_taylor_series(original, heads=4)
     known = {"causal": False, "shift_tokens": False}
     for missing in known:
-        with pytest.raises(ValueError, match=f"{missing}: the weights do not tell it; give {missing}=True or False"):
+        with pytest.raises(
+            ValueError, match=f"{missing}: the weights do not tell it; give {missing}=True or False"
+        ):
             from_taylor_series(original.state_dict(), heads=4, **{**known, missing: None})
     with pytest.raises(ValueError, match="heads: the weights do not tell the number of heads"):
         from_taylor_series(original.state_dict(), **known)
-    with pytest.raises(ValueError, match="heads: 5 do not fit the 32 channels of queries and 32 of keys"):
+    with pytest.raises(
+        ValueError, match="heads: 5 do not fit the 32 channels of queries and 32 of keys"
+    ):
         from_taylor_series(original.state_dict(), heads=5, **known)
-    with pytest.raises(ValueError, match="heads: 1 do not fit the 32 channels of queries and 8 of keys"):
+    with pytest.raises(
+        ValueError, match="heads: 1 do not fit the 32 channels of queries and 8 of keys"
+    ):
         from_taylor_series(theirs(one_headed_kv=True).state_dict(), heads=1, **known)
     block = torch.nn.Module()
     block.attn = original
-    with pytest.raises(TypeError, match="source: expected a module of taylor-series-linear-attention, got Module"):
+    with pytest.raises(
+        TypeError, match="source: expected a module of taylor-series-linear-attention, got Module"
+    ):
         from_taylor_series(block)
     with pytest.raises(ValueError, match=r"source: 'to_q.0.weight' is missing, .* found weight"):
         from_taylor_series({"weight": torch.zeros(2)}, heads=1, **known)
     with pytest.raises(ValueError, match="source: 'extra' has no place in TaylorAttention"):
         from_taylor_series({**original.state_dict(), "extra": torch.zeros(2)}, heads=4, **known)
     with pytest.raises(
-        ValueError, match=r"source: the weight for out_proj.weight has shape \[3, 3\], expected \[32, 32\]"
+        ValueError,
+        match=r"source: the weight for out_proj.weight has shape \[3, 3\], expected \[32, 32\]",
     ):
-        from_taylor_series({**original.state_dict(), "to_out.0.weight": torch.zeros(3, 3)}, heads=4, **known)
-    with pytest.raises(TypeError, match="source: expected a module of taylor-series-linear-attention, got Linear"):
+        from_taylor_series(
+            {**original.state_dict(), "to_out.0.weight": torch.zeros(3, 3)}, heads=4, **known
+        )
+    with pytest.raises(
+        TypeError, match="source: expected a module of taylor-series-linear-attention, got Linear"
+    ):
         from_taylor_series(torch.nn.Linear(2, 2))
     with pytest.raises(TypeError, match="or its state dict, got str"):
         from_taylor_series("weights.pt")
     rotary = theirs(rotary_emb=True).state_dict()
     rotary["rotary_emb.freqs"] = rotary["rotary_emb.freqs"] * 2
-    with pytest.raises(ValueError, match="source: its rotary frequencies are not those of base 10,000"):
+    with pytest.raises(
+        ValueError, match="source: its rotary frequencies are not those of base 10,000"
+    ):
         from_taylor_series(rotary, heads=4, **known)
-    vit = package.vit.ViT(image_size=8, patch_size=4, num_classes=7, dim=32, depth=1, heads=4).state_dict()
+    vit = package.vit.ViT(
+        image_size=8, patch_size=4, num_classes=7, dim=32, depth=1, heads=4
+    ).state_dict()
     with pytest.raises(ValueError, match="patch_size: the weights do not tell it"):
         from_taylor_series(vit, heads=4)
     with pytest.raises(ValueError, match="patch_size: 5 x 5 must divide the 48 numbers of a patch"):

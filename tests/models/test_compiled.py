@@ -38,7 +38,9 @@ def test_one_graph_for_all_lengths(preset, masked):
             mask[0, :5] = 0
         with torch.no_grad():
             logits = compiled(ids, attention_mask=mask, use_cache=False).logits
-            torch.testing.assert_close(logits, model(ids, attention_mask=mask).logits, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(
+                logits, model(ids, attention_mask=mask).logits, rtol=1e-4, atol=1e-4
+            )
     assert counter.frame_count == 1
 
 

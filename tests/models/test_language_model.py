@@ -1,4 +1,6 @@
-"""The model as a Hugging Face model: shapes, cache, saving, gradients, initialisation, packed documents."""
+"""The model as a Hugging Face model: shapes, cache, saving, gradients, initialisation, packed
+documents.
+"""
 
 import math
 
@@ -21,7 +23,12 @@ from cumulant.models import (
 
 def build(preset, **overrides):
     set_seed(0)
-    options = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 50}
+    options = {
+        "hidden_size": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "vocab_size": 50,
+    }
     options |= {"sliding_window": 6, "group_size": 5, "query_key_dim": 12}
     options |= {"horizon": 15, "initializer_range": 0.3, "pad_token_id": 0} | overrides
     model = CumulantForCausalLM(from_preset(preset, **options)).double().eval()
@@ -154,11 +161,15 @@ def test_loss_is_the_mean_cross_entropy(model):
     labels[0, :5] = -100
     logits = model(ids).logits
     flat = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
-    assert torch.allclose(model(ids, labels=labels).loss.double(), torch.nn.functional.cross_entropy(*flat), atol=1e-6)
+    assert torch.allclose(
+        model(ids, labels=labels).loss.double(), torch.nn.functional.cross_entropy(*flat), atol=1e-6
+    )
     shifted = model(ids[:, :-1], shift_labels=labels[:, 1:]).loss
     assert torch.allclose(shifted, model(ids, labels=labels).loss, atol=1e-6)
     summed = model(ids, labels=labels, num_items_in_batch=4).loss
-    assert torch.allclose(summed * 4, model(ids, labels=labels).loss * (labels[:, 1:] != -100).sum(), atol=1e-5)
+    assert torch.allclose(
+        summed * 4, model(ids, labels=labels).loss * (labels[:, 1:] != -100).sum(), atol=1e-5
+    )
     assert model(ids, logits_to_keep=1).logits.shape == (2, 1, 50)
 
 
@@ -182,7 +193,9 @@ def test_states_round_trip_through_a_file(model, tmp_path):
     cm.save_state(tmp_path / "s", state)
     restored = import_state(DynamicCache(config=model.config), cm.load_state(tmp_path / "s"))
     assert cache_bytes(restored) == cache_bytes(cache) > 0
-    assert torch.allclose(model(ids[:, 9:], past_key_values=restored).logits, model(ids).logits[:, 9:], atol=1e-8)
+    assert torch.allclose(
+        model(ids[:, 9:], past_key_values=restored).logits, model(ids).logits[:, 9:], atol=1e-8
+    )
 
 
 def test_states_of_another_model():
@@ -192,13 +205,17 @@ def test_states_of_another_model():
         export_state(cache)
     taylor(tokens(1, 4), past_key_values=cache)
     with pytest.raises(
-        ValueError, match="state: layer 0 holds a KernelAttentionState, which is not this model's mixer"
+        ValueError,
+        match="state: layer 0 holds a KernelAttentionState, which is not this model's mixer",
     ):
         import_state(DynamicCache(config=softmax.config), export_state(cache))
     with pytest.raises(
-        ValueError, match="state: expected the state of a model with 4 layers, got ModelState with 3 layers"
+        ValueError,
+        match="state: expected the state of a model with 4 layers, got ModelState with 3 layers",
     ):
-        import_state(DynamicCache(config=build("taylor", num_hidden_layers=4).config), export_state(cache))
+        import_state(
+            DynamicCache(config=build("taylor", num_hidden_layers=4).config), export_state(cache)
+        )
 
 
 def test_cache_is_reset_reordered_and_selected():
@@ -209,7 +226,9 @@ def test_cache_is_reset_reordered_and_selected():
     cache.reorder_cache(torch.tensor([1, 1]))
     more = tokens(2, 2)
     after = model(more, past_key_values=cache).logits
-    assert torch.allclose(after[0], model(torch.cat((ids[1:], more[:1]), 1)).logits[0, 12:], atol=1e-8)
+    assert torch.allclose(
+        after[0], model(torch.cat((ids[1:], more[:1]), 1)).logits[0, 12:], atol=1e-8
+    )
     cache.batch_select_indices(torch.tensor([1]))
     cache.batch_repeat_interleave(2)
     last = model(more[:, :1], past_key_values=cache).logits
@@ -251,7 +270,12 @@ def test_counted_padding_onto_a_cache(mixer):
     model = build("flash", mixers=[mixer], count_padding=True)
     ids, mask = tokens(2, 20), torch.ones(2, 20)
     mask[0, :7], mask[1, 3:5] = 0, 0
-    whole, cache, outs, seen = model(ids, attention_mask=mask).logits, DynamicCache(config=model.config), [], 0
+    whole, cache, outs, seen = (
+        model(ids, attention_mask=mask).logits,
+        DynamicCache(config=model.config),
+        [],
+        0,
+    )
     for piece in ids.split([9, 1, 1, 9], 1):
         seen += piece.shape[1]
         outs.append(model(piece, attention_mask=mask[:, :seen], past_key_values=cache).logits)
@@ -259,8 +283,8 @@ def test_counted_padding_onto_a_cache(mixer):
 
 
 def test_a_flash_step_costs_the_same_at_any_context():
-    """Counted, not timed: every operation of one step, with its shapes, after 60 and after 3,000 tokens, which stand at
-    the same place of a group."""
+    """Counted, not timed: every operation of one step, with its shapes, after 60 and after 3,000
+    tokens, which stand at the same place of a group."""
     model, counts = build("flash", group_size=20).float(), []
     for length in (60, 3000):
         cache = DynamicCache(config=model.config)
@@ -276,8 +300,12 @@ def test_a_flash_step_costs_the_same_at_any_context():
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_initialisation_trains_at_depth(preset):
-    """24 layers: logits start near zero, hidden states keep their size, gradients reach every layer alike."""
-    model = build(preset, num_hidden_layers=24, initializer_range=0.02, hidden_size=64, group_size=24).float()
+    """24 layers: logits start near zero, hidden states keep their size, gradients reach every layer
+    alike.
+    """
+    model = build(
+        preset, num_hidden_layers=24, initializer_range=0.02, hidden_size=64, group_size=24
+    ).float()
     ids = tokens(2, 60)
     outputs = model(ids, labels=ids, output_hidden_states=True)
     assert outputs.loss.item() == pytest.approx(math.log(50), rel=0.02)
@@ -305,7 +333,9 @@ def test_overfits_a_sentence(preset):
 
 @pytest.mark.parametrize("preset", ["elita", "taylor"])
 def test_wraps_run_the_same_stack_again(preset):
-    """A stack of two layers, three times, is a stack of six whose layers repeat, with a bias before each time."""
+    """A stack of two layers, three times, is a stack of six whose layers repeat, with a bias before
+    each time.
+    """
     wrapped = build(preset, num_hidden_layers=2, wraps=3)
     long = build(preset, num_hidden_layers=6)
     assert wrapped.num_parameters() == build(preset, num_hidden_layers=2).num_parameters() + 3 * 32
@@ -320,13 +350,22 @@ def test_wraps_run_the_same_stack_again(preset):
     assert torch.allclose(wrapped(ids).logits, long(ids).logits, atol=1e-10)
     wrapped(ids, labels=ids).loss.backward()
     assert wrapped.model.wrap_bias.grad.abs().sum(1).min() > 0
-    assert len(wrapped.generate(ids[:1, :3], max_new_tokens=4, do_sample=False, pad_token_id=0)[0]) == 7
+    assert (
+        len(wrapped.generate(ids[:1, :3], max_new_tokens=4, do_sample=False, pad_token_id=0)[0])
+        == 7
+    )
 
 
 def test_the_elita_preset_is_the_published_trunk():
-    """x + attention(norm(x)), then x + feed_forward(norm(x)), norms without anything learned, tied embeddings."""
+    """x + attention(norm(x)), then x + feed_forward(norm(x)), norms without anything learned, tied
+    embeddings.
+    """
     model = build("elita")
-    names = {name.split(".", 3)[-1].rpartition(".")[0] for name, _ in model.named_parameters() if "layers.0" in name}
+    names = {
+        name.split(".", 3)[-1].rpartition(".")[0]
+        for name, _ in model.named_parameters()
+        if "layers.0" in name
+    }
     parts = {"logit_proj", "position", "v_proj", "out_proj"}
     assert names == {f"mixer.{p}" for p in parts} | {
         f"feed_forward.{p}" for p in ("hidden_proj", "factor_proj", "out_proj")
@@ -342,18 +381,26 @@ def test_the_elita_preset_is_the_published_trunk():
 
 
 def test_configuration_errors():
-    with pytest.raises(ValueError, match=r"mixers: expected a list of softmax, .*taylor.*, got \['mamba'\]"):
+    with pytest.raises(
+        ValueError, match=r"mixers: expected a list of softmax, .*taylor.*, got \['mamba'\]"
+    ):
         CumulantConfig(mixers=["taylor", "mamba"])
-    with pytest.raises(ValueError, match="feed_forward: expected one of swiglu, gelu, elita, none, got 'relu'"):
+    with pytest.raises(
+        ValueError, match="feed_forward: expected one of swiglu, gelu, elita, none, got 'relu'"
+    ):
         CumulantConfig(feed_forward="relu")
     with pytest.raises(ValueError, match="num_attention_heads: 3 must divide hidden_size=256"):
         CumulantConfig(num_attention_heads=3)
-    with pytest.raises(ValueError, match="num_key_value_heads: 3 must divide num_attention_heads=4"):
+    with pytest.raises(
+        ValueError, match="num_key_value_heads: 3 must divide num_attention_heads=4"
+    ):
         CumulantConfig(num_key_value_heads=3)
     with pytest.raises(ValueError, match="num_hidden_layers: expected at least 1, got 0"):
         CumulantConfig(num_hidden_layers=0)
     for bad in (0, -1.0, float("inf")):
-        with pytest.raises(ValueError, match=f"taylor_alpha: expected a positive number, got {bad}"):
+        with pytest.raises(
+            ValueError, match=f"taylor_alpha: expected a positive number, got {bad}"
+        ):
             CumulantConfig(taylor_alpha=bad)
     with pytest.raises(ValueError, match="taylor_order: expected int, got 2.5"):
         CumulantConfig(taylor_order=2.5)
@@ -363,7 +410,9 @@ def test_configuration_errors():
         from_preset("flash", rotary="False")
     with pytest.raises(ValueError, match="group_size: expected int, got 64.0"):
         from_preset("flash", group_size=64.0)
-    with pytest.raises(ValueError, match="norm: expected one of layernorm, rmsnorm, scalenorm, got 'batchnorm'"):
+    with pytest.raises(
+        ValueError, match="norm: expected one of layernorm, rmsnorm, scalenorm, got 'batchnorm'"
+    ):
         from_preset("flash", norm="batchnorm")
     for name in ("group_size", "query_key_dim"):
         with pytest.raises(ValueError, match=f"{name}: expected at least 1, got 0"):
@@ -375,22 +424,33 @@ def test_configuration_errors():
         from_preset("elita", horizon_time=float("nan"))
     with pytest.raises(ValueError, match="wraps: expected int, got 2.5"):
         from_preset("elita", wraps=2.5)
-    with pytest.raises(ValueError, match="logit_ffn: expected a width of at least 1, or None for none, got 0"):
+    with pytest.raises(
+        ValueError, match="logit_ffn: expected a width of at least 1, or None for none, got 0"
+    ):
         from_preset("elita", logit_ffn=0)
-    with pytest.raises(ValueError, match="norm_affine: a scalenorm is its learned scale; choose layernorm or rmsnorm"):
+    with pytest.raises(
+        ValueError,
+        match="norm_affine: a scalenorm is its learned scale; choose layernorm or rmsnorm",
+    ):
         from_preset("flash", norm_affine=False)
     with pytest.raises(ValueError, match="mixers: elita looks backwards only; an encoder"):
         from_preset("elita", is_causal=False)
     with pytest.raises(ValueError, match="length_scale: expected a positive number, got -1"):
         from_preset("flash", mixers=["gau"], length_scale=-1)
     assert from_preset("flash", hidden_size=30).hidden_size == 30  # no heads to divide it
-    with pytest.raises(ValueError, match="feature_map: expected one of elu, relu, .*, hedgehog, rebased, got 'gelu'"):
+    with pytest.raises(
+        ValueError,
+        match="feature_map: expected one of elu, relu, .*, hedgehog, rebased, got 'gelu'",
+    ):
         CumulantConfig(feature_map="gelu")
     with pytest.raises(ValueError, match="dropout: expected a probability below 1, got 1.5"):
         CumulantConfig(dropout=1.5)
     with pytest.raises(
         ValueError,
-        match="preset: expected one of softmax, linear, taylor, higher_order, based, flash, elita, got 'gpt'",
+        match=(
+            "preset: expected one of softmax, linear, taylor, higher_order, based, flash, elita,"
+            " got 'gpt'"
+        ),
     ):
         from_preset("gpt")
     with pytest.raises(ValueError, match="hiden_size: not a field of CumulantConfig"):
@@ -400,11 +460,16 @@ def test_configuration_errors():
 def test_call_errors():
     model = build("based")
     ids = tokens(2, 5)
-    with pytest.raises(ValueError, match=r"input_ids: pass either input_ids \[B, T\] or inputs_embeds"):
+    with pytest.raises(
+        ValueError, match=r"input_ids: pass either input_ids \[B, T\] or inputs_embeds"
+    ):
         model()
     with pytest.raises(
         ValueError,
-        match=r"attention_mask: expected \[B, S \+ T\] = \[2, 5\], 0 cached positions and 5 new ones, got \[2, 6\]",
+        match=(
+            r"attention_mask: expected \[B, S \+ T\] = \[2, 5\], 0 cached positions and 5 new ones,"
+            r" got \[2, 6\]"
+        ),
     ):
         model(ids, attention_mask=torch.ones(2, 6))
     cache = model(ids, use_cache=True).past_key_values

@@ -8,10 +8,20 @@ from cumulant.models import CumulantConfig, CumulantForCausalLM, CumulantForMask
 
 from .test_language_model import tokens
 
-SMALL = {"hidden_size": 32, "num_hidden_layers": 3, "vocab_size": 50, "group_size": 5, "query_key_dim": 12}
+SMALL = {
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "vocab_size": 50,
+    "group_size": 5,
+    "query_key_dim": 12,
+}
 KINDS = {
     "flash": {},
-    "layernorm": {"norm": "layernorm", "gated_activation": "laplace", "reduce_group_non_causal_attn": False},
+    "layernorm": {
+        "norm": "layernorm",
+        "gated_activation": "laplace",
+        "reduce_group_non_causal_attn": False,
+    },
     "mixed": {
         "mixers": ["softmax", "linear", "taylor", "gau", "flash"],
         "num_hidden_layers": 5,
@@ -36,7 +46,9 @@ def test_masked_tokens_do_not_exist(model):
     for row in range(3):
         kept = mask[row].bool()
         assert torch.allclose(logits[row, kept], other[row, kept], atol=1e-12)
-        assert torch.allclose(logits[row, kept], model(ids[row : row + 1, kept]).logits[0], atol=1e-9)
+        assert torch.allclose(
+            logits[row, kept], model(ids[row : row + 1, kept]).logits[0], atol=1e-9
+        )
 
 
 def test_packed_is_separate(model):
@@ -59,8 +71,12 @@ def test_loss_is_of_the_labelled_places(model):
     labels[0, 3], labels[1, 8] = 11, 12
     outputs = model(ids, labels=labels)
     log = outputs.logits.float().log_softmax(-1)
-    assert outputs.loss.item() == pytest.approx(-(log[0, 3, 11] + log[1, 8, 12]).item() / 2, rel=1e-5)
-    assert model(ids, labels=labels, num_items_in_batch=5).loss.item() == pytest.approx(outputs.loss.item() * 2 / 5)
+    assert outputs.loss.item() == pytest.approx(
+        -(log[0, 3, 11] + log[1, 8, 12]).item() / 2, rel=1e-5
+    )
+    assert model(ids, labels=labels, num_items_in_batch=5).loss.item() == pytest.approx(
+        outputs.loss.item() * 2 / 5
+    )
 
 
 def test_saved_and_loaded(model, tmp_path):
@@ -75,13 +91,17 @@ def test_saved_and_loaded(model, tmp_path):
 def test_it_learns_to_fill_gaps():
     """Every token comes twice; a masked one is its neighbour, to the left or to the right."""
     set_seed(0)
-    config = from_preset("flash", **{**SMALL, "is_causal": False, "num_hidden_layers": 2, "group_size": 8})
+    config = from_preset(
+        "flash", **{**SMALL, "is_causal": False, "num_hidden_layers": 2, "group_size": 8}
+    )
     model = CumulantForMaskedLM(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     for _ in range(250):
         ids = torch.randint(49, (16, 16)).repeat_interleave(2, 1)
         first = torch.rand(16, 16) < 0.5
-        hidden = torch.stack((first, ~first), -1) & (torch.rand(16, 16, 1) < 0.4)  # one of a pair at most
+        hidden = torch.stack((first, ~first), -1) & (
+            torch.rand(16, 16, 1) < 0.4
+        )  # one of a pair at most
         hidden = hidden.flatten(1)
         outputs = model(ids.masked_fill(hidden, 49), labels=ids.masked_fill(~hidden, -100))
         optimizer.zero_grad()
@@ -94,10 +114,13 @@ def test_it_learns_to_fill_gaps():
 
 def test_each_form_refuses_the_other():
     with pytest.raises(
-        ValueError, match="is_causal: an encoder sees later tokens; give the configuration is_causal=False"
+        ValueError,
+        match="is_causal: an encoder sees later tokens; give the configuration is_causal=False",
     ):
         CumulantForMaskedLM(from_preset("flash", **SMALL))
-    with pytest.raises(ValueError, match="is_causal: a causal language model cannot see later tokens"):
+    with pytest.raises(
+        ValueError, match="is_causal: a causal language model cannot see later tokens"
+    ):
         CumulantForCausalLM(from_preset("flash", **SMALL, is_causal=False))
     with pytest.raises(ValueError, match="mixers: sliding_window looks backwards only; an encoder"):
         CumulantConfig(mixers=["flash", "sliding_window"], is_causal=False)

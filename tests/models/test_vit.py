@@ -33,15 +33,25 @@ def test_the_feed_forward_is_its_formula():
     torch.manual_seed(0)
     part = ConvFeedForward(8, 12).double()
     x = torch.randn(2, 15, 8, dtype=torch.float64)
-    h = F.hardswish(x @ part.in_proj.weight.T + part.in_proj.bias).transpose(1, 2).reshape(2, 12, 3, 5)
-    h = F.conv2d(F.pad(h, (1, 1, 1, 1)), part.conv.weight, part.conv.bias, groups=12).flatten(2).transpose(1, 2)
+    h = (
+        F.hardswish(x @ part.in_proj.weight.T + part.in_proj.bias)
+        .transpose(1, 2)
+        .reshape(2, 12, 3, 5)
+    )
+    h = (
+        F.conv2d(F.pad(h, (1, 1, 1, 1)), part.conv.weight, part.conv.bias, groups=12)
+        .flatten(2)
+        .transpose(1, 2)
+    )
     expected = part.out_proj(F.hardswish(part.mid_proj(h)))
     assert torch.allclose(part(x, (3, 5)), expected, atol=1e-12)
 
 
 @pytest.mark.parametrize("mixer", ["taylor", "linear", "softmax", "none"])
 def test_patches_are_read_in_place(mixer):
-    """Any size that the patches divide; without mixing, a patch's position and pixels are all that counts."""
+    """Any size that the patches divide; without mixing, a patch's position and pixels are all that
+    counts.
+    """
     torch.manual_seed(0)
     model = TaylorViT(**SMALL, mixer=mixer, kernel_size=1).eval()
     assert model(torch.randn(2, 3, 8, 8)).shape == (2, 5)
@@ -50,8 +60,14 @@ def test_patches_are_read_in_place(mixer):
     tokens = []
     for row in range(2):
         for column in range(5):
-            patch = images[0, :, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2].permute(1, 2, 0).flatten()
-            tokens.append(model.embed(patch) + sincos_2d(2, 5, 16, device=patch.device)[row * 5 + column])
+            patch = (
+                images[0, :, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2]
+                .permute(1, 2, 0)
+                .flatten()
+            )
+            tokens.append(
+                model.embed(patch) + sincos_2d(2, 5, 16, device=patch.device)[row * 5 + column]
+            )
     x = torch.stack(tokens)[None]
     for layer in model.layers:
         x = layer(x, (2, 5))
@@ -87,37 +103,56 @@ def test_channel_first_is_the_module_on_tokens(shape):
     y = nn.ChannelFirst(mixer)(images, key_mask=mask)
     assert y.shape == images.shape
     assert torch.equal(y.flatten(2).transpose(1, 2), mixer(tokens, key_mask=mask.flatten(1)))
-    cross = nn.LinearAttention(6, 2, context_dim=3, is_causal=False, combine_heads=False, value_dim=5).double()
+    cross = nn.LinearAttention(
+        6, 2, context_dim=3, is_causal=False, combine_heads=False, value_dim=5
+    ).double()
     context, seen = torch.randn(2, 9, 3, dtype=torch.float64), torch.rand(2, 9) > 0.3
     y = nn.ChannelFirst(cross)(images, context=context, context_mask=seen)
     assert y.shape == (2, 10, *shape[2:])
-    assert torch.equal(y.flatten(2).transpose(1, 2), cross(tokens, context=context, context_mask=seen))
+    assert torch.equal(
+        y.flatten(2).transpose(1, 2), cross(tokens, context=context, context_mask=seen)
+    )
 
 
 def test_errors():
-    with pytest.raises(ValueError, match="mixer: expected one of taylor, linear, softmax, none, got 'conv'"):
+    with pytest.raises(
+        ValueError, match="mixer: expected one of taylor, linear, softmax, none, got 'conv'"
+    ):
         TaylorViT(**SMALL, mixer="conv")
     with pytest.raises(ValueError, match="dim: expected a multiple of 4, at least 8, got 18"):
         TaylorViT(**{**SMALL, "dim": 18})
     with pytest.raises(ValueError, match="kernel_size: expected an odd number, got 2"):
         TaylorViT(**SMALL, kernel_size=2)
     for bad in (0, (2, 2, 2), (2, -1)):
-        with pytest.raises(ValueError, match="patch_size: expected a positive number or a pair of them, got"):
+        with pytest.raises(
+            ValueError, match="patch_size: expected a positive number or a pair of them, got"
+        ):
             TaylorViT(**{**SMALL, "patch_size": bad})
-    with pytest.raises(ValueError, match="patch_norm: normalising a patch of one number leaves nothing of it"):
+    with pytest.raises(
+        ValueError, match="patch_norm: normalising a patch of one number leaves nothing of it"
+    ):
         TaylorViT(**{**SMALL, "patch_size": 1}, channels=1)
     for bad in ((2, 1, 8, 8), (2, 3, 7, 8), (3, 8, 8), (2, 3, 0, 8)):
-        with pytest.raises(ValueError, match=r"images: expected \[B, 3, H, W\] with H a multiple of 2 and W of 2, got"):
+        with pytest.raises(
+            ValueError,
+            match=r"images: expected \[B, 3, H, W\] with H a multiple of 2 and W of 2, got",
+        ):
             TaylorViT(**SMALL)(torch.randn(bad))
     first = nn.ChannelFirst(nn.TaylorAttention(6, 2, is_causal=False))
-    with pytest.raises(ValueError, match=r"x: expected \[B, D, ...\] with at least one dimension of positions"):
+    with pytest.raises(
+        ValueError, match=r"x: expected \[B, D, ...\] with at least one dimension of positions"
+    ):
         first(torch.randn(2, 6))
-    with pytest.raises(ValueError, match=r"key_mask: expected \[B, ...\] = \[2, 3, 5\], got \[2, 15\]"):
+    with pytest.raises(
+        ValueError, match=r"key_mask: expected \[B, ...\] = \[2, 3, 5\], got \[2, 15\]"
+    ):
         first(torch.randn(2, 6, 3, 5), key_mask=torch.ones(2, 15).bool())
 
 
 def test_needs_only_torch():
-    """Without transformers the vision model is there, and the language model says what is missing."""
+    """Without transformers the vision model is there, and the language model says what is
+    missing.
+    """
     script = (
         "import sys; sys.modules['transformers'] = None\n"
         "import importlib.util as u; find = u.find_spec\n"
@@ -126,12 +161,19 @@ def test_needs_only_torch():
         "try:\n    from cumulant.models import CumulantConfig\n"
         "except ModuleNotFoundError as error: print(error)"
     )
-    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
-    assert out.strip() == "cumulant.models.CumulantConfig needs transformers: pip install 'cumulant[text]'"
+    out = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    ).stdout
+    assert (
+        out.strip()
+        == "cumulant.models.CumulantConfig needs transformers: pip install 'cumulant[text]'"
+    )
 
 
 def test_the_digits_example():
-    """At least 96% of the test images, and well above the same network with nothing to mix tokens."""
+    """At least 96% of the test images, and well above the same network with nothing to mix
+    tokens.
+    """
     spec = importlib.util.spec_from_file_location("digits", ROOT / "examples" / "digits.py")
     digits = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(digits)

@@ -10,7 +10,9 @@ def assert_agree(actual, exact, rtol=1e-9, atol=1e-10):
 
 
 def lowered(mixer, dtype, x, **inputs):
-    """A float64 mixer's exact output, then what it gives as a bfloat16 module or, for fp32, under autocast."""
+    """A float64 mixer's exact output, then what it gives as a bfloat16 module or, for fp32, under
+    autocast.
+    """
     exact = mixer(x, **inputs).detach()
     if dtype == torch.float32:
         module = mixer.float()

@@ -1,4 +1,6 @@
-"""States under autocast: of the same dtypes as without it, and the law holds from one to the other."""
+"""States under autocast: of the same dtypes as without it, and the law holds from one to the
+other.
+"""
 
 from __future__ import annotations
 
@@ -32,4 +34,6 @@ def test_states_keep_their_dtypes(name: str, length: int, masked: bool):
     assert {k: v.dtype for k, v in state.tensors().items()} == wanted
     assert {k: v.dtype for k, v in later.tensors().items()} == wanted
     with torch.no_grad():
-        layer(x[:, :1], state=state, return_state=True)  # one token, without autocast, onto autocast's state
+        layer(
+            x[:, :1], state=state, return_state=True
+        )  # one token, without autocast, onto autocast's state

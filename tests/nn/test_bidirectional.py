@@ -1,4 +1,6 @@
-"""Self attention in both directions: against its formula, masked, packed, in low precision and compiled."""
+"""Self attention in both directions: against its formula, masked, packed, in low precision and
+compiled.
+"""
 
 import pytest
 import torch
@@ -25,21 +27,34 @@ MIXERS = {
     "linear": lambda: nn.LinearAttention(D, 4, is_causal=False),
     "linear-everything": lambda: nn.LinearAttention(D, 4, head_dim=6, **EVERYTHING),
     "linear-softmax": lambda: nn.LinearAttention(D, 4, feature_map="softmax", is_causal=False),
-    "linear-hedgehog": lambda: nn.LinearAttention(D, 4, num_kv_heads=2, feature_map="hedgehog", is_causal=False),
-    "linear-rebased": lambda: nn.LinearAttention(D, 4, feature_map="rebased", is_causal=False, combine_heads=False),
+    "linear-hedgehog": lambda: nn.LinearAttention(
+        D, 4, num_kv_heads=2, feature_map="hedgehog", is_causal=False
+    ),
+    "linear-rebased": lambda: nn.LinearAttention(
+        D, 4, feature_map="rebased", is_causal=False, combine_heads=False
+    ),
     "gau": lambda: spread(nn.GatedAttentionUnit(D, query_key_dim=6, is_causal=False)),
     "gau-laplace": lambda: spread(
-        nn.GatedAttentionUnit(D, query_key_dim=6, is_causal=False, activation="laplace", length_scale=9, rotary_dim=4)
+        nn.GatedAttentionUnit(
+            D, query_key_dim=6, is_causal=False, activation="laplace", length_scale=9, rotary_dim=4
+        )
     ),
     "flash": lambda: spread(
         nn.MixedChunkAttention(D, group_size=4, query_key_dim=6, is_causal=False, shift_tokens=True)
     ),
     "flash-one-group": lambda: spread(
-        nn.MixedChunkAttention(D, group_size=64, query_key_dim=6, is_causal=False, activation="laplace")
+        nn.MixedChunkAttention(
+            D, group_size=64, query_key_dim=6, is_causal=False, activation="laplace"
+        )
     ),
     "flash-unreduced": lambda: spread(
         nn.MixedChunkAttention(
-            D, group_size=5, query_key_dim=6, is_causal=False, reduce_group_non_causal_attn=False, norm="layernorm"
+            D,
+            group_size=5,
+            query_key_dim=6,
+            is_causal=False,
+            reduce_group_non_causal_attn=False,
+            norm="layernorm",
         )
     ),
     "softmax": lambda: nn.SoftmaxAttention(D, 4, num_kv_heads=2, rotary=True, is_causal=False),
@@ -75,7 +90,10 @@ def test_it_is_its_formula(name, length):
     torch.manual_seed(0)
     mixer = MIXERS[name]().double()
     x = draw(2, length, D)
-    q, k, v = (p(x).unflatten(-1, (4, 6)).transpose(1, 2) for p in (mixer.q_proj, mixer.k_proj, mixer.v_proj))
+    q, k, v = (
+        p(x).unflatten(-1, (4, 6)).transpose(1, 2)
+        for p in (mixer.q_proj, mixer.k_proj, mixer.v_proj)
+    )
     if name == "taylor":
         s = q @ k.mT / 6**0.5
         w = 1 + s + s**2 / 2
@@ -156,7 +174,9 @@ def test_export(mixer):
     """One program for any batch and length."""
     mixer = mixer.float().eval()
     B, T = torch.export.Dim("B", min=2, max=64), torch.export.Dim("T", min=2, max=4096)
-    program = torch.export.export(mixer, (torch.randn(2, 20, D),), dynamic_shapes={"x": {0: B, 1: T}})
+    program = torch.export.export(
+        mixer, (torch.randn(2, 20, D),), dynamic_shapes={"x": {0: B, 1: T}}
+    )
     x = torch.randn(3, 150, D)
     assert torch.allclose(program.module()(x), mixer(x), atol=1e-5)
 

@@ -27,7 +27,14 @@ MIXERS = {
         bias=True,
     ),
     "taylor-multi-query": lambda: nn.TaylorAttention(
-        D, 4, num_kv_heads=1, head_dim=3, order=4, context_dim=E, is_causal=False, combine_heads=False
+        D,
+        4,
+        num_kv_heads=1,
+        head_dim=3,
+        order=4,
+        context_dim=E,
+        is_causal=False,
+        combine_heads=False,
     ),
     "linear": lambda: nn.LinearAttention(D, 4, context_dim=E, is_causal=False),
     "linear-everything": lambda: nn.LinearAttention(
@@ -42,9 +49,15 @@ MIXERS = {
         shift_tokens=True,
         bias=True,
     ),
-    "linear-softmax": lambda: nn.LinearAttention(D, 4, context_dim=E, is_causal=False, feature_map="softmax"),
-    "linear-hedgehog": lambda: nn.LinearAttention(D, 4, context_dim=E, is_causal=False, feature_map="hedgehog"),
-    "linear-rebased": lambda: nn.LinearAttention(D, 4, context_dim=E, is_causal=False, feature_map="rebased"),
+    "linear-softmax": lambda: nn.LinearAttention(
+        D, 4, context_dim=E, is_causal=False, feature_map="softmax"
+    ),
+    "linear-hedgehog": lambda: nn.LinearAttention(
+        D, 4, context_dim=E, is_causal=False, feature_map="hedgehog"
+    ),
+    "linear-rebased": lambda: nn.LinearAttention(
+        D, 4, context_dim=E, is_causal=False, feature_map="rebased"
+    ),
 }
 
 
@@ -84,8 +97,12 @@ def test_elu_is_its_formula():
     q = torch.nn.functional.elu(mixer.q_proj(x).view(2, 3, 4, 6)) + 1
     k = torch.nn.functional.elu(mixer.k_proj(context).view(2, 11, 4, 6)) + 1
     w = torch.einsum("bthk,bshk->bhts", q, k)
-    out = torch.einsum("bhts,bshv->bthv", w / w.sum(-1, keepdim=True), mixer.v_proj(context).view(2, 11, 4, 6))
-    assert torch.allclose(mixer(x, context=context), mixer.out_proj(out.reshape(2, 3, 24)), atol=1e-12)
+    out = torch.einsum(
+        "bhts,bshv->bthv", w / w.sum(-1, keepdim=True), mixer.v_proj(context).view(2, 11, 4, 6)
+    )
+    assert torch.allclose(
+        mixer(x, context=context), mixer.out_proj(out.reshape(2, 3, 24)), atol=1e-12
+    )
 
 
 def test_a_context_read_many_times(mixer):
@@ -130,7 +147,9 @@ def test_queries_in_pieces(mixer):
 
 @pytest.mark.parametrize("junk", [float("nan"), 50.0])
 def test_masked_tokens_do_not_exist(mixer, junk):
-    """Padding in x and in the context, anywhere: outputs and gradients of each row by itself; NaN reaches nothing."""
+    """Padding in x and in the context, anywhere: outputs and gradients of each row by itself; NaN
+    reaches nothing.
+    """
     x, context = draw(3, 8, D), draw(3, 15, E)
     key_mask, context_mask = torch.rand(3, 8) > 0.4, torch.rand(3, 15) > 0.4
     key_mask[0, :3], context_mask[0, :7] = False, False
@@ -148,7 +167,10 @@ def test_masked_tokens_do_not_exist(mixer, junk):
         cb = context[b][context_mask[b]][None].detach().requires_grad_()
         yb = mixer(xb, context=cb)
         gx, gc, *parameters = torch.autograd.grad(yb.square().sum(), (xb, cb, *mixer.parameters()))
-        assert_agree([y[b][key_mask[b]], dx[b][key_mask[b]], dcontext[b][context_mask[b]]], [yb[0], gx[0], gc[0]])
+        assert_agree(
+            [y[b][key_mask[b]], dx[b][key_mask[b]], dcontext[b][context_mask[b]]],
+            [yb[0], gx[0], gc[0]],
+        )
         total = [a + g for a, g in zip(total, parameters)]
     for actual, exact in zip(found, total):
         assert torch.allclose(actual, exact, rtol=1e-8, atol=1e-8)
@@ -169,25 +191,42 @@ def test_nothing_to_see_is_zero(name):
 @given(data=st.data())
 @pytest.mark.parametrize("kind", ["taylor", "linear"])
 def test_any_shape_mask_and_split(kind, data):
-    """Drawn groups, dims, lengths, masks and splits of x and of its context: in pieces as row by row, unpadded."""
+    """Drawn groups, dims, lengths, masks and splits of x and of its context: in pieces as row by
+    row, unpadded.
+    """
     B, G, R, K, V = (data.draw(st.integers(1, 3)) for _ in range(5))
     T, S = data.draw(st.integers(0, 9)), data.draw(st.integers(0, 20))
     torch.manual_seed(data.draw(st.integers(0, 9)))
-    options = {"num_kv_heads": G, "head_dim": K, "value_dim": V, "context_dim": E, "is_causal": False}
-    options |= {name: data.draw(st.booleans(), label=name) for name in ("prenorm", "gate_values", "shift_tokens")}
+    options = {
+        "num_kv_heads": G,
+        "head_dim": K,
+        "value_dim": V,
+        "context_dim": E,
+        "is_causal": False,
+    }
+    options |= {
+        name: data.draw(st.booleans(), label=name)
+        for name in ("prenorm", "gate_values", "shift_tokens")
+    }
     if kind == "taylor":
-        mixer = nn.TaylorAttention(D, G * R, order=data.draw(st.sampled_from([2, 4])), **options).double()
+        mixer = nn.TaylorAttention(
+            D, G * R, order=data.draw(st.sampled_from([2, 4])), **options
+        ).double()
     else:
         maps = st.sampled_from(["elu", "relu", "softmax", "hedgehog", "rebased"])
         mixer = nn.LinearAttention(D, G * R, feature_map=data.draw(maps), **options).double()
     x, context = draw(B, T, D), draw(B, S, E)
     key_mask, context_mask = (
-        torch.tensor(data.draw(st.lists(st.booleans(), min_size=B * n, max_size=B * n)), dtype=torch.bool).view(B, n)
+        torch.tensor(
+            data.draw(st.lists(st.booleans(), min_size=B * n, max_size=B * n)), dtype=torch.bool
+        ).view(B, n)
         for n in (T, S)
     )
     state, at = None, 0
     for end in [*sorted(data.draw(st.lists(st.integers(0, S), max_size=3))), S]:
-        state = mixer.encode_context(context[:, at:end], context_mask=context_mask[:, at:end], state=state)
+        state = mixer.encode_context(
+            context[:, at:end], context_mask=context_mask[:, at:end], state=state
+        )
         at = end
     outs, at = [], 0
     for end in [*sorted(data.draw(st.lists(st.integers(0, T), max_size=3))), T]:
@@ -229,7 +268,9 @@ def test_export(mixer):
     example = {"context": torch.randn(2, 30, E)}
     program = torch.export.export(mixer, (torch.randn(2, 20, D),), example, dynamic_shapes=shapes)
     x, context = torch.randn(3, 7, D), torch.randn(3, 150, E)
-    assert torch.allclose(program.module()(x, context=context), mixer(x, context=context), atol=1e-5)
+    assert torch.allclose(
+        program.module()(x, context=context), mixer(x, context=context), atol=1e-5
+    )
 
 
 def test_dropout_is_of_the_output():
@@ -244,29 +285,48 @@ def test_dropout_is_of_the_output():
 
 def test_errors(mixer):
     x, context = draw(2, 5, D), draw(2, 7, E)
-    with pytest.raises(ValueError, match=r"context: expected \[B, S, D\] = \[2, S, 10\], got \[2, 7, 24\]"):
+    with pytest.raises(
+        ValueError, match=r"context: expected \[B, S, D\] = \[2, S, 10\], got \[2, 7, 24\]"
+    ):
         mixer(x, context=draw(2, 7, D))
-    with pytest.raises(ValueError, match=r"context: expected \[B, S, D\] = \[2, S, 10\], got \[3, 7, 10\]"):
+    with pytest.raises(
+        ValueError, match=r"context: expected \[B, S, D\] = \[2, S, 10\], got \[3, 7, 10\]"
+    ):
         mixer(x, context=draw(3, 7, E))
-    with pytest.raises(ValueError, match=r"context_mask: expected \[B, S\] = \[2, 7\], got \[2, 5\]"):
+    with pytest.raises(
+        ValueError, match=r"context_mask: expected \[B, S\] = \[2, 7\], got \[2, 5\]"
+    ):
         mixer(x, context=context, context_mask=torch.ones(2, 5).bool())
-    with pytest.raises(TypeError, match=r"context_mask: expected a boolean tensor .* try context_mask.bool\(\)"):
+    with pytest.raises(
+        TypeError, match=r"context_mask: expected a boolean tensor .* try context_mask.bool\(\)"
+    ):
         mixer(x, context=context, context_mask=torch.ones(2, 7))
-    with pytest.raises(TypeError, match="context: expected a tensor like x, torch.float64 on cpu, got torch.float32"):
+    with pytest.raises(
+        TypeError,
+        match="context: expected a tensor like x, torch.float64 on cpu, got torch.float32",
+    ):
         mixer(x, context=context.float())
-    with pytest.raises(TypeError, match="context: expected a tensor like x, torch.float64 on cpu, got list"):
+    with pytest.raises(
+        TypeError, match="context: expected a tensor like x, torch.float64 on cpu, got list"
+    ):
         mixer(x, context=[1, 2])
     with pytest.raises(TypeError, match=r"context: expected a tensor \[B, S, D\], got list"):
         mixer.encode_context([1, 2])
     with pytest.raises(ValueError, match=r"context: expected \[B, S, D\] with D=10, got"):
         mixer.encode_context(context[0])
-    with pytest.raises(ValueError, match="context_mask: given without a context; the mask of x is key_mask"):
+    with pytest.raises(
+        ValueError, match="context_mask: given without a context; the mask of x is key_mask"
+    ):
         mixer(x, context_mask=torch.ones(2, 5).bool())
     with pytest.raises(ValueError, match=r"key_mask: expected \[B, S\] = \[2, 5\], got \[2, 7\]"):
         mixer(x, context=context, key_mask=torch.ones(2, 7).bool())
-    with pytest.raises(ValueError, match="context: needed, as keys and values are projected from 10 channels"):
+    with pytest.raises(
+        ValueError, match="context: needed, as keys and values are projected from 10 channels"
+    ):
         mixer(x)
-    with pytest.raises(ValueError, match="return_state: only causal attention carries a state.* pass the context"):
+    with pytest.raises(
+        ValueError, match="return_state: only causal attention carries a state.* pass the context"
+    ):
         mixer(x, return_state=True)
     with pytest.raises(ValueError, match="cu_seqlens: packed sequences have no context"):
         mixer(x[:1], context=context[:1], cu_seqlens=torch.tensor([0, 5]))
@@ -277,7 +337,9 @@ def test_errors(mixer):
 @pytest.mark.parametrize("kind", [nn.TaylorAttention, nn.LinearAttention])
 def test_what_cannot_cross(kind):
     x, context = torch.randn(2, 5, D), torch.randn(2, 7, D)
-    with pytest.raises(ValueError, match="context: causal attention is over x itself; build with is_causal=False"):
+    with pytest.raises(
+        ValueError, match="context: causal attention is over x itself; build with is_causal=False"
+    ):
         kind(D, 4)(x, context=context)
     with pytest.raises(ValueError, match="context: causal attention is over x itself"):
         kind(D, 4)(x, context_mask=torch.ones(2, 5).bool())

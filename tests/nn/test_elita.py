@@ -1,4 +1,6 @@
-"""ELiTA's layers against their formulas, by loops over tokens and heads; horizons; what is kept for backward."""
+"""ELiTA's layers against their formulas, by loops over tokens and heads; horizons; what is kept for
+backward.
+"""
 
 import math
 
@@ -37,8 +39,13 @@ def formula(module, x, horizon, time=1.0):
     for h in range(H):
         heads = []
         for i in range(len(x)):
-            r = position_logit(module, h, 2, time * i / horizon) + (float(k[2, h] @ x[i]) if len(k) == 3 else 0.0)
-            c = [float(k[0, h] @ x[j]) + position_logit(module, h, 1, time * j / horizon) for j in range(i + 1)]
+            r = position_logit(module, h, 2, time * i / horizon) + (
+                float(k[2, h] @ x[i]) if len(k) == 3 else 0.0
+            )
+            c = [
+                float(k[0, h] @ x[j]) + position_logit(module, h, 1, time * j / horizon)
+                for j in range(i + 1)
+            ]
             logits = torch.tensor([r + z for z in c] + [float(k[1, h] @ x[i])], dtype=x.dtype)
             chosen = torch.stack([values[h] @ x[j] for j in (*range(i + 1), i)])
             heads.append(logits.softmax(0) @ chosen)
@@ -156,7 +163,9 @@ def test_bilinear_in_blocks_at_full_size(length):
 
 
 def test_the_feed_forward_keeps_no_outer_products():
-    """For backward: its input and the two projections with their swishes; the hidden layer would be 8 times as much."""
+    """For backward: its input and the two projections with their swishes; the hidden layer would be
+    8 times as much.
+    """
     module = nn.ElitaFeedForward(64)
     x = torch.randn(4, 500, 64, requires_grad=True)
     kept = {}
@@ -187,18 +196,33 @@ def test_the_feed_forward_compiles_and_exports():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: nn.ElitaAttention(D, H, horizon=0), "horizon: expected a number of positions above 0, got 0"),
-        (lambda: nn.ElitaAttention(D, H, horizon=-5.0), "horizon: expected a number of positions above 0, got -5.0"),
+        (
+            lambda: nn.ElitaAttention(D, H, horizon=0),
+            "horizon: expected a number of positions above 0, got 0",
+        ),
+        (
+            lambda: nn.ElitaAttention(D, H, horizon=-5.0),
+            "horizon: expected a number of positions above 0, got -5.0",
+        ),
         (lambda: nn.ElitaAttention(D, H, horizon=math.inf), "horizon: expected .* got inf"),
         (lambda: nn.SinusoidalLogits(H, horizon=True), "horizon: expected .* got True"),
         (lambda: nn.SinusoidalLogits(H, time=math.nan), "time: expected a finite number, got nan"),
         (lambda: nn.SinusoidalLogits(H, 0), "features: expected at least 1, got 0"),
-        (lambda: nn.ElitaAttention(D, 5), "num_heads: 5 must divide dim=12, or head_dim must be given"),
+        (
+            lambda: nn.ElitaAttention(D, 5),
+            "num_heads: 5 must divide dim=12, or head_dim must be given",
+        ),
         (lambda: nn.ElitaAttention(D, H, head_dim=0), "head_dim: expected at least 1, got 0"),
         (lambda: nn.ElitaAttention(D, H, clip=0), "clip: expected a number above 0 or None, got 0"),
         (lambda: nn.ElitaFeedForward(D, factor=0), "factor: expected at least 1, got 0"),
-        (lambda: nn.ElitaFeedForward(D)(torch.zeros(2, 5)), r"x: expected \[..., D\] with D=12, got \[2, 5\]"),
-        (lambda: layer(horizon=None)(torch.zeros(1, 3, D).double(), return_state=True), "give a horizon"),
+        (
+            lambda: nn.ElitaFeedForward(D)(torch.zeros(2, 5)),
+            r"x: expected \[..., D\] with D=12, got \[2, 5\]",
+        ),
+        (
+            lambda: layer(horizon=None)(torch.zeros(1, 3, D).double(), return_state=True),
+            "give a horizon",
+        ),
     ],
 )
 def test_mistakes(make, message):
@@ -210,5 +234,7 @@ def test_logits_that_overflowed_are_refused_by_name():
     module = layer()
     with torch.no_grad():
         module.logit_proj.weight[:H] = math.nan
-    with pytest.raises(ValueError, match="key_logit: expected logits below .* got nan; an earlier layer may have"):
+    with pytest.raises(
+        ValueError, match="key_logit: expected logits below .* got nan; an earlier layer may have"
+    ):
         module(torch.ones(1, 4, D, dtype=torch.float64))

@@ -8,14 +8,34 @@ from cumulant import nn
 from .test_mixers import MIXERS
 
 WRONG = {
-    "integers": (lambda x: x.long(), TypeError, r"x: expected \[.*\] in fp16, bf16, fp32 or fp64, got torch.int64"),
-    "booleans": (lambda x: x > 0, TypeError, r"x: expected \[.*\] in fp16, bf16, fp32 or fp64, got torch.bool"),
-    "half": (torch.Tensor.half, TypeError, r"x: expected torch.float32, as the module's weights, got torch.float16"),
-    "double": (torch.Tensor.double, TypeError, r"x: expected torch.float32, .*; convert with x.to\(torch.float32\)"),
+    "integers": (
+        lambda x: x.long(),
+        TypeError,
+        r"x: expected \[.*\] in fp16, bf16, fp32 or fp64, got torch.int64",
+    ),
+    "booleans": (
+        lambda x: x > 0,
+        TypeError,
+        r"x: expected \[.*\] in fp16, bf16, fp32 or fp64, got torch.bool",
+    ),
+    "half": (
+        torch.Tensor.half,
+        TypeError,
+        r"x: expected torch.float32, as the module's weights, got torch.float16",
+    ),
+    "double": (
+        torch.Tensor.double,
+        TypeError,
+        r"x: expected torch.float32, .*; convert with x.to\(torch.float32\)",
+    ),
     "a list": (torch.Tensor.tolist, TypeError, r"x: expected a tensor \[.*D\], got list"),
     "nothing": (lambda x: None, TypeError, r"x: expected a tensor \[.*D\], got NoneType"),
     "an array": (torch.Tensor.numpy, TypeError, r"x: expected a tensor \[.*D\], got ndarray"),
-    "a channel less": (lambda x: x[..., 1:], ValueError, r"x: expected \[.*D\] with D=\d+, got \[2, 6, \d+\]"),
+    "a channel less": (
+        lambda x: x[..., 1:],
+        ValueError,
+        r"x: expected \[.*D\] with D=\d+, got \[2, 6, \d+\]",
+    ),
 }
 RANKS = {"one row": lambda x: x[0], "four dims": lambda x: x[None], "a number": lambda x: x.sum()}
 
@@ -43,7 +63,9 @@ def test_inputs_of_a_feed_forward(how):
         nn.ElitaFeedForward(8)(change(torch.randn(2, 6, 8)))
 
 
-@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")  # of rms_norm: a slower way
+@pytest.mark.filterwarnings(
+    "ignore:Mismatch dtype between input and weight"
+)  # of rms_norm: a slower way
 @pytest.mark.parametrize("name", MIXERS)
 def test_autocast_takes_any_floats(name):
     mixer = MIXERS[name]()

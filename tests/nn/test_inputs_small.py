@@ -26,15 +26,23 @@ TENSORS = {
     "offset scale": (nn.OffsetScale(8, 2), "x", TOKENS),
     "hedgehog": (nn.HedgehogFeatureMap(2, 8), "x", HEADS),
     "feed-forward": (nn.ElitaFeedForward(8), "x", TOKENS),
-    "images": (nn.ChannelFirst(nn.LinearAttention(8, 2, is_causal=False)), "x", torch.randn(1, 8, 4, 4)),
+    "images": (
+        nn.ChannelFirst(nn.LinearAttention(8, 2, is_causal=False)),
+        "x",
+        torch.randn(1, 8, 4, 4),
+    ),
 }
 
 
-@pytest.mark.parametrize("wrong", [[0, 1], None, 3, "x", np.zeros(3)], ids=lambda wrong: type(wrong).__name__)
+@pytest.mark.parametrize(
+    "wrong", [[0, 1], None, 3, "x", np.zeros(3)], ids=lambda wrong: type(wrong).__name__
+)
 @pytest.mark.parametrize("name", TENSORS)
 def test_no_tensor(name, wrong):
     call, argument, _ = TENSORS[name]
-    with pytest.raises(TypeError, match=rf"^{argument}: expected a tensor \[.*\], got {type(wrong).__name__}"):
+    with pytest.raises(
+        TypeError, match=rf"^{argument}: expected a tensor \[.*\], got {type(wrong).__name__}"
+    ):
         call(wrong)
 
 
@@ -78,7 +86,10 @@ def test_counts(name):
     build(np.int64(4))
     for wrong in ([2], "2", 2.0, True, torch.ones(2)):
         shown = type(wrong).__name__ if isinstance(wrong, (list, torch.Tensor)) else repr(wrong)
-        with pytest.raises(TypeError, match=re.escape(f"{argument}: expected an integer of at least ") + rf".*{shown}"):
+        with pytest.raises(
+            TypeError,
+            match=re.escape(f"{argument}: expected an integer of at least ") + rf".*{shown}",
+        ):
             build(wrong)
     with pytest.raises(ValueError, match=rf"^{argument}: expected at least "):
         build(0)
@@ -86,23 +97,67 @@ def test_counts(name):
 
 LINEAR = nn.ChannelFirst(nn.LinearAttention(8, 2, is_causal=False))
 SHAPES = [
-    (lambda: nn.RotaryEmbedding(8)(HEADS, PLACES[1:]), ValueError, r"position: expected .*\[3\] or \[1, 3\] for x \[1"),
-    (lambda: nn.RotaryEmbedding(8)(HEADS[0], PLACES), ValueError, r"x: expected \[B, H, T, dim\] with dim=8, got \[2,"),
-    (lambda: nn.T5RelativePositionBias().at(PLACES, PLACES), ValueError, r"query_position: expected \[B, T\], got \[3"),
-    (lambda: nn.SinusoidalLogits(2)(PLACES, [1]), ValueError, r"horizon: expected a number .* above 0, got \[1\]"),
-    (lambda: nn.ShortConvolution(8)(TOKENS, tail=[1]), ValueError, r"tail: expected \[B, size - 1, D\] = \[1, 3, 8\]"),
-    (lambda: nn.ShortConvolution(8)(TOKENS, tail=TOKENS[:, 1:]), ValueError, r"tail: expected .*, got \[1, 2, 8\]"),
-    (lambda: nn.ShortConvolution(16)(TOKENS, TOKENS[:, 1:]), ValueError, "x: expected tensors with the same B, T and"),
+    (
+        lambda: nn.RotaryEmbedding(8)(HEADS, PLACES[1:]),
+        ValueError,
+        r"position: expected .*\[3\] or \[1, 3\] for x \[1",
+    ),
+    (
+        lambda: nn.RotaryEmbedding(8)(HEADS[0], PLACES),
+        ValueError,
+        r"x: expected \[B, H, T, dim\] with dim=8, got \[2,",
+    ),
+    (
+        lambda: nn.T5RelativePositionBias().at(PLACES, PLACES),
+        ValueError,
+        r"query_position: expected \[B, T\], got \[3",
+    ),
+    (
+        lambda: nn.SinusoidalLogits(2)(PLACES, [1]),
+        ValueError,
+        r"horizon: expected a number .* above 0, got \[1\]",
+    ),
+    (
+        lambda: nn.ShortConvolution(8)(TOKENS, tail=[1]),
+        ValueError,
+        r"tail: expected \[B, size - 1, D\] = \[1, 3, 8\]",
+    ),
+    (
+        lambda: nn.ShortConvolution(8)(TOKENS, tail=TOKENS[:, 1:]),
+        ValueError,
+        r"tail: expected .*, got \[1, 2, 8\]",
+    ),
+    (
+        lambda: nn.ShortConvolution(16)(TOKENS, TOKENS[:, 1:]),
+        ValueError,
+        "x: expected tensors with the same B, T and",
+    ),
     (lambda: nn.token_shift(TOKENS[0]), ValueError, r"x: expected \[B, T, D\], got \[3, 8\]"),
     (
         lambda: nn.token_shift(TOKENS, tail=TOKENS),
         ValueError,
         r"tail: expected \[B, 1, D/2\] = \[1, 1, 4\], got \[1, 3",
     ),
-    (lambda: nn.ChannelFirst("x"), TypeError, "module: expected a mixer, a torch.nn.Module, got str"),
-    (lambda: LINEAR(torch.randn(1, 6, 4, 4)), ValueError, r"x: expected \[B, D, ...\] with D=8, got \[1, 6, 4, 4\]$"),
-    (lambda: LINEAR(torch.randn(1, 4, 4, 8)), ValueError, r"got \[1, 4, 4, 8\]; channels come second, try x.movedim"),
-    (lambda: LINEAR(torch.ones(1, 8, 4, dtype=int)), TypeError, r"x: expected \[B, D, ...\] in fp16, bf16, fp32 or"),
+    (
+        lambda: nn.ChannelFirst("x"),
+        TypeError,
+        "module: expected a mixer, a torch.nn.Module, got str",
+    ),
+    (
+        lambda: LINEAR(torch.randn(1, 6, 4, 4)),
+        ValueError,
+        r"x: expected \[B, D, ...\] with D=8, got \[1, 6, 4, 4\]$",
+    ),
+    (
+        lambda: LINEAR(torch.randn(1, 4, 4, 8)),
+        ValueError,
+        r"got \[1, 4, 4, 8\]; channels come second, try x.movedim",
+    ),
+    (
+        lambda: LINEAR(torch.ones(1, 8, 4, dtype=int)),
+        TypeError,
+        r"x: expected \[B, D, ...\] in fp16, bf16, fp32 or",
+    ),
 ]
 
 
@@ -126,5 +181,8 @@ def test_options_that_a_mixer_on_images_takes_not():
     softmax = nn.ChannelFirst(nn.SoftmaxAttention(8, 2, is_causal=False))
     with pytest.raises(TypeError, match="^context: SoftmaxAttention takes none; leave it out"):
         softmax(torch.randn(1, 8, 4, 4), context=torch.randn(1, 3, 8))
-    with pytest.raises(TypeError, match=r"^key_mask: expected a boolean tensor \[B, ...\], .*; try key_mask.bool\(\)"):
+    with pytest.raises(
+        TypeError,
+        match=r"^key_mask: expected a boolean tensor \[B, ...\], .*; try key_mask.bool\(\)",
+    ):
         softmax(torch.randn(1, 8, 4, 4), key_mask=torch.ones(1, 4, 4))

@@ -16,33 +16,61 @@ D = 24
 MIXERS = {
     "taylor": lambda: nn.TaylorAttention(D, 4, head_dim=6),
     "taylor-everything": lambda: nn.TaylorAttention(
-        D, 4, num_kv_heads=2, head_dim=6, value_dim=5, rotary=True, gate_values=True, shift_tokens=True, conv_size=3
+        D,
+        4,
+        num_kv_heads=2,
+        head_dim=6,
+        value_dim=5,
+        rotary=True,
+        gate_values=True,
+        shift_tokens=True,
+        conv_size=3,
     ),
-    "taylor-4": lambda: nn.TaylorAttention(D, 4, head_dim=3, order=4, bias=True, prenorm=True, shift_tokens=True),
-    "taylor-uncombined": lambda: nn.TaylorAttention(D, 4, head_dim=6, combine_heads=False, gate_values=True),
+    "taylor-4": lambda: nn.TaylorAttention(
+        D, 4, head_dim=3, order=4, bias=True, prenorm=True, shift_tokens=True
+    ),
+    "taylor-uncombined": lambda: nn.TaylorAttention(
+        D, 4, head_dim=6, combine_heads=False, gate_values=True
+    ),
     "taylor-higher-order": lambda: nn.TaylorAttention(
         D, 4, head_dim=6, qk_norm=True, constant_term=False, rotary=True, conv_size=3
     ),
-    "taylor-multi-query": lambda: nn.TaylorAttention(D, 4, num_kv_heads=1, head_dim=6, shift_tokens=True),
+    "taylor-multi-query": lambda: nn.TaylorAttention(
+        D, 4, num_kv_heads=1, head_dim=6, shift_tokens=True
+    ),
     "linear": lambda: nn.LinearAttention(D, 4),
     "linear-everything": lambda: nn.LinearAttention(
         D, 4, num_kv_heads=2, rotary=True, gate_values=True, shift_tokens=True, conv_size=4
     ),
     "linear-softmax": lambda: nn.LinearAttention(D, 4, feature_map="softmax", conv_size=2),
-    "linear-hedgehog": lambda: perturbed(nn.LinearAttention(D, 4, num_kv_heads=2, feature_map="hedgehog", bias=True)),
-    "linear-rebased": lambda: perturbed(nn.LinearAttention(D, 4, feature_map="rebased", prenorm=True, rotary=True)),
-    "linear-pair": lambda: nn.LinearAttention(D, 4, feature_map=(torch.exp, torch.nn.Softplus()), qk_norm=True),
+    "linear-hedgehog": lambda: perturbed(
+        nn.LinearAttention(D, 4, num_kv_heads=2, feature_map="hedgehog", bias=True)
+    ),
+    "linear-rebased": lambda: perturbed(
+        nn.LinearAttention(D, 4, feature_map="rebased", prenorm=True, rotary=True)
+    ),
+    "linear-pair": lambda: nn.LinearAttention(
+        D, 4, feature_map=(torch.exp, torch.nn.Softplus()), qk_norm=True
+    ),
     "linear-module": lambda: nn.LinearAttention(
         D, 4, feature_map=torch.nn.Sequential(torch.nn.Linear(6, 6), torch.nn.Softplus())
     ),
     "gau": lambda: spread(nn.GatedAttentionUnit(D, query_key_dim=6)),
     "gau-everything": lambda: spread(
         nn.GatedAttentionUnit(
-            D, query_key_dim=6, activation="laplace", length_scale=9, scale_bias=True, norm="rmsnorm", rotary_dim=4
+            D,
+            query_key_dim=6,
+            activation="laplace",
+            length_scale=9,
+            scale_bias=True,
+            norm="rmsnorm",
+            rotary_dim=4,
         )
     ),
     "gau-bare": lambda: spread(
-        nn.GatedAttentionUnit(D, query_key_dim=6, scale_bias=True, norm=None, residual=False, expansion_factor=0.5)
+        nn.GatedAttentionUnit(
+            D, query_key_dim=6, scale_bias=True, norm=None, residual=False, expansion_factor=0.5
+        )
     ),
     "flash": lambda: spread(nn.MixedChunkAttention(D, group_size=4, query_key_dim=6)),
     "flash-everything": lambda: spread(
@@ -59,7 +87,13 @@ MIXERS = {
     ),
     "flash-bare": lambda: spread(
         nn.MixedChunkAttention(
-            D, group_size=7, query_key_dim=5, norm=None, residual=False, relative_bias=False, rotary_dim=0
+            D,
+            group_size=7,
+            query_key_dim=5,
+            norm=None,
+            residual=False,
+            relative_bias=False,
+            rotary_dim=0,
         )
     ),
     "elita": lambda: placed(nn.ElitaAttention(D, 4, features=3, horizon=10)),
@@ -110,7 +144,14 @@ def test_any_split_is_the_whole(mixer, cuts):
     """Outputs, states and gradients, those of the parameters included."""
     results = []
     for lengths in ([19], cuts):
-        x = torch.randn(2, 19, D, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+        x = torch.randn(
+            2,
+            19,
+            D,
+            dtype=torch.float64,
+            generator=torch.Generator().manual_seed(0),
+            requires_grad=True,
+        )
         state, outs = None, []
         for piece in x.split(lengths, 1):
             y, state = mixer(piece, state=state, return_state=True)
@@ -138,7 +179,9 @@ def test_outputs_do_not_depend_on_later_tokens(mixer):
 
 @pytest.mark.parametrize("junk", [float("nan"), 50.0])
 def test_masked_tokens_do_not_exist(mixer, junk):
-    """Left, right and scattered padding over two calls: outputs, states and gradients of each row by itself."""
+    """Left, right and scattered padding over two calls: outputs, states and gradients of each row
+    by itself.
+    """
     T = 22
     x = torch.randn(4, T, D, dtype=torch.float64)
     mask = torch.rand(4, T) > 0.4
@@ -225,7 +268,9 @@ def test_short_inputs(mixer, length):
     nothing, state = mixer(more[:, :0], state=state, return_state=True)
     assert nothing.shape == (2, 0, D)
     assert torch.allclose(
-        mixer(more, state=state, return_state=True)[0], mixer(torch.cat((x, more), 1))[:, length:], atol=1e-11
+        mixer(more, state=state, return_state=True)[0],
+        mixer(torch.cat((x, more), 1))[:, length:],
+        atol=1e-11,
     )
 
 
@@ -233,7 +278,9 @@ def test_short_inputs(mixer, length):
 @given(data=st.data())
 @pytest.mark.parametrize("kind", ["taylor", "linear"])
 def test_any_options_masks_and_splits(kind, data):
-    """Drawn groups, dims, options, masks and splits: in pieces as row by row, unpadded and whole."""
+    """Drawn groups, dims, options, masks and splits: in pieces as row by row, unpadded and
+    whole.
+    """
     B, G, R, K, V = (data.draw(st.integers(1, 3)) for _ in range(5))
     T = data.draw(st.integers(0, 20))
     torch.manual_seed(data.draw(st.integers(0, 9)))
@@ -242,12 +289,16 @@ def test_any_options_masks_and_splits(kind, data):
     options |= {name: data.draw(st.booleans(), label=name) for name in flags}
     options["head_dim"] = 2 * K if options["rotary"] else K
     if kind == "taylor":
-        mixer = nn.TaylorAttention(D, G * R, order=data.draw(st.sampled_from([2, 4])), **options).double()
+        mixer = nn.TaylorAttention(
+            D, G * R, order=data.draw(st.sampled_from([2, 4])), **options
+        ).double()
     else:
         maps = st.sampled_from(["elu", "relu", "softmax", "hedgehog", "rebased"])
         mixer = nn.LinearAttention(D, G * R, feature_map=data.draw(maps), **options).double()
     x = torch.randn(B, T, D, dtype=torch.float64)
-    mask = torch.tensor(data.draw(st.lists(st.booleans(), min_size=B * T, max_size=B * T)), dtype=torch.bool)
+    mask = torch.tensor(
+        data.draw(st.lists(st.booleans(), min_size=B * T, max_size=B * T)), dtype=torch.bool
+    )
     mask = mask.view(B, T)
     state, outs, at = None, [], 0
     for end in [*sorted(data.draw(st.lists(st.integers(0, T), max_size=3))), T]:
@@ -295,7 +346,9 @@ def test_compile(mixer):
     y, state = mixer(x, return_state=True)
     assert torch.allclose(compiled(x), y, atol=1e-5)
     assert torch.allclose(
-        compiled(x, state=state, return_state=True)[0], mixer(x, state=state, return_state=True)[0], atol=1e-5
+        compiled(x, state=state, return_state=True)[0],
+        mixer(x, state=state, return_state=True)[0],
+        atol=1e-5,
     )
 
 
@@ -306,7 +359,9 @@ def test_export(mixer):
         pytest.skip("its blocks depend on the length")
     mixer = mixer.float().eval()
     B, T = torch.export.Dim("B", min=2, max=64), torch.export.Dim("T", min=2, max=4096)
-    program = torch.export.export(mixer, (torch.randn(2, 20, D),), dynamic_shapes={"x": {0: B, 1: T}})
+    program = torch.export.export(
+        mixer, (torch.randn(2, 20, D),), dynamic_shapes={"x": {0: B, 1: T}}
+    )
     x = torch.randn(3, 150, D)
     assert torch.allclose(program.module()(x), mixer(x), atol=1e-4, rtol=1e-4)
 
@@ -321,14 +376,20 @@ def test_errors(mixer):
         mixer(x, key_mask=torch.ones(2, 5))
     with pytest.raises(ValueError, match=r"cu_seqlens: packed sequences need B = 1"):
         mixer(x, cu_seqlens=torch.tensor([0, 5]))
-    with pytest.raises(ValueError, match=r"cu_seqlens: cannot be combined with key_mask, state or return_state"):
+    with pytest.raises(
+        ValueError, match=r"cu_seqlens: cannot be combined with key_mask, state or return_state"
+    ):
         mixer(x[:1], cu_seqlens=torch.tensor([0, 5]), return_state=True)
     with pytest.raises(TypeError, match="unexpected keyword"):
         mixer(x, mask=None)
     _, state = mixer(x, return_state=True)
-    with pytest.raises(ValueError, match=r"state: expected 1 rows, as x has, got 2; choose rows with state.select"):
+    with pytest.raises(
+        ValueError, match=r"state: expected 1 rows, as x has, got 2; choose rows with state.select"
+    ):
         mixer(x[:1], state=state)
-    with pytest.raises(TypeError, match=r"state: expected a \w+State from return_state=True, got tuple"):
+    with pytest.raises(
+        TypeError, match=r"state: expected a \w+State from return_state=True, got tuple"
+    ):
         mixer(x, state=(1, 2))
 
 
@@ -365,32 +426,54 @@ def test_any_order_by_the_reference(order):
 def test_mercats_layer_is_its_formula():
     """LayerNorm of q and k, scores over alpha sqrt(K), no constant term."""
     torch.manual_seed(0)
-    mixer = nn.TaylorAttention(D, 2, head_dim=5, qk_norm=True, constant_term=False, bias=True).double()
+    mixer = nn.TaylorAttention(
+        D, 2, head_dim=5, qk_norm=True, constant_term=False, bias=True
+    ).double()
     x = torch.randn(1, 9, D, dtype=torch.float64)
     q, k = (p(x).unflatten(-1, (2, 5)).transpose(1, 2) for p in (mixer.q_proj, mixer.k_proj))
-    q, k = ((y - y.mean(-1, keepdim=True)) / (y.var(-1, correction=0, keepdim=True) + 1e-5).sqrt() for y in (q, k))
+    q, k = (
+        (y - y.mean(-1, keepdim=True)) / (y.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
+        for y in (q, k)
+    )
     scores = q @ k.mT / (3 * 5**0.5)
     weights = (scores + scores**2 / 2).tril()
-    out = weights / weights.sum(-1, keepdim=True) @ mixer.v_proj(x).unflatten(-1, (2, 12)).transpose(1, 2)
+    out = (
+        weights
+        / weights.sum(-1, keepdim=True)
+        @ mixer.v_proj(x).unflatten(-1, (2, 12)).transpose(1, 2)
+    )
     assert torch.allclose(mixer(x), mixer.out_proj(out.transpose(1, 2).flatten(2)), atol=1e-10)
 
 
 def test_construction_errors():
-    with pytest.raises(ValueError, match="num_kv_heads: the 3 key/value heads must divide the 4 query heads"):
+    with pytest.raises(
+        ValueError, match="num_kv_heads: the 3 key/value heads must divide the 4 query heads"
+    ):
         nn.TaylorAttention(D, 4, num_kv_heads=3)
-    with pytest.raises(ValueError, match="num_kv_heads: the 3 key/value heads must divide the 4 query heads"):
+    with pytest.raises(
+        ValueError, match="num_kv_heads: the 3 key/value heads must divide the 4 query heads"
+    ):
         nn.SoftmaxAttention(D, 4, num_kv_heads=3)
-    with pytest.raises(ValueError, match="num_heads: 5 must divide dim=24, or value_dim must be given"):
+    with pytest.raises(
+        ValueError, match="num_heads: 5 must divide dim=24, or value_dim must be given"
+    ):
         nn.TaylorAttention(D, 5)
-    with pytest.raises(ValueError, match="num_heads: 5 must divide dim=24, or head_dim must be given"):
+    with pytest.raises(
+        ValueError, match="num_heads: 5 must divide dim=24, or head_dim must be given"
+    ):
         nn.SoftmaxAttention(D, 5)
     with pytest.raises(ValueError, match="order: expected an integer of at least 1, got 0"):
         nn.TaylorAttention(D, 4, order=0)
     with pytest.raises(ValueError, match="feature_map: expected one of"):
         nn.LinearAttention(D, 4, feature_map="gelu")
-    with pytest.raises(ValueError, match="dim: rotary embedding needs an even number of dimensions, got 5"):
+    with pytest.raises(
+        ValueError, match="dim: rotary embedding needs an even number of dimensions, got 5"
+    ):
         nn.TaylorAttention(D, 4, head_dim=5, rotary=True)
-    with pytest.raises(ValueError, match="conv_size: the short convolution looks backwards only; it needs is_causal"):
+    with pytest.raises(
+        ValueError,
+        match="conv_size: the short convolution looks backwards only; it needs is_causal",
+    ):
         nn.LinearAttention(D, 4, is_causal=False, conv_size=3)
     for bad in (0, -1.5, math.nan):
         with pytest.raises(ValueError, match=f"alpha: expected a positive number, got {bad}"):
@@ -403,7 +486,9 @@ def test_construction_errors():
         nn.LinearAttention(D, 0)
     with pytest.raises(ValueError, match="dropout: expected a probability below 1, got 1"):
         nn.TaylorAttention(D, 4, dropout=1.0)
-    with pytest.raises(TypeError, match="feature_map: expected a pair of callables, for queries and for keys"):
+    with pytest.raises(
+        TypeError, match="feature_map: expected a pair of callables, for queries and for keys"
+    ):
         nn.LinearAttention(D, 4, feature_map=(torch.exp, "elu"))
     with pytest.raises(ValueError, match="window: expected at least 1, got 0"):
         nn.SlidingWindowAttention(D, 4, window=0)
@@ -417,6 +502,11 @@ def test_every_mixer_is_in_the_matrix():
     mixers = {k for k in exported if isinstance(k, type) and issubclass(k, torch.nn.Module)}
     parts = {nn.ChannelFirst, nn.RotaryEmbedding, nn.ShortConvolution}
     parts |= {nn.HedgehogFeatureMap, nn.RebasedFeatureMap, nn.OffsetScale, nn.ScaleNorm}
-    parts |= {nn.ScaledSinusoidalEmbedding, nn.T5RelativePositionBias, nn.ElitaFeedForward, nn.SinusoidalLogits}
+    parts |= {
+        nn.ScaledSinusoidalEmbedding,
+        nn.T5RelativePositionBias,
+        nn.ElitaFeedForward,
+        nn.SinusoidalLogits,
+    }
     assert mixers - kinds == parts
     assert issubclass(nn.TaylorAttention, KernelAttention)

@@ -22,7 +22,9 @@ def test_rotary_turns_by_relative_position():
 
 
 def test_rotary_equals_the_complex_form():
-    """Pair i at position t: multiplication by exp(i t base^(-2i/dim)); exact to fp32 at position 1,000,000."""
+    """Pair i at position t: multiplication by exp(i t base^(-2i/dim)); exact to fp32 at position
+    1,000,000.
+    """
     rotary = nn.RotaryEmbedding(6)
     x = torch.randn(2, 3, 4, 6, dtype=torch.float64)
     position = torch.tensor([0, 1, 999, 1_000_000])
@@ -52,7 +54,9 @@ def test_short_convolution_is_conv1d():
     kernel = conv.weight.flip(0).T[:, None]
     expected = F.conv1d(F.pad(x.mT, (2, 0)), kernel, groups=5).mT
     assert torch.allclose(conv(x)[0], expected)
-    assert torch.allclose(nn.ShortConvolution(5, 4)(x.float())[0], x.float(), atol=0.5)  # near the identity at first
+    assert torch.allclose(
+        nn.ShortConvolution(5, 4)(x.float())[0], x.float(), atol=0.5
+    )  # near the identity at first
 
 
 def test_window_state_is_bounded():
@@ -68,13 +72,22 @@ def test_softmax_is_sdpa():
     torch.manual_seed(0)
     mixer = nn.SoftmaxAttention(16, 4).double()
     x = torch.randn(2, 9, 16, dtype=torch.float64)
-    q, k, v = (p(x).unflatten(-1, (4, 4)).transpose(1, 2) for p in (mixer.q_proj, mixer.k_proj, mixer.v_proj))
+    q, k, v = (
+        p(x).unflatten(-1, (4, 4)).transpose(1, 2)
+        for p in (mixer.q_proj, mixer.k_proj, mixer.v_proj)
+    )
     weights = (q @ k.mT / 2).masked_fill(torch.ones(9, 9).triu(1).bool(), -torch.inf).softmax(-1)
-    assert torch.allclose(mixer(x), mixer.out_proj((weights @ v).transpose(1, 2).flatten(2)), atol=1e-12)
+    assert torch.allclose(
+        mixer(x), mixer.out_proj((weights @ v).transpose(1, 2).flatten(2)), atol=1e-12
+    )
 
 
 def test_fixed_states_do_not_grow():
-    for mixer in (nn.TaylorAttention(16, 4, conv_size=3), nn.LinearAttention(16, 4), nn.GatedShortConvolution(16)):
+    for mixer in (
+        nn.TaylorAttention(16, 4, conv_size=3),
+        nn.LinearAttention(16, 4),
+        nn.GatedShortConvolution(16),
+    ):
         sizes = set()
         state = None
         for _ in range(4):
@@ -86,9 +99,14 @@ def test_fixed_states_do_not_grow():
 def test_hedgehog_and_rebased_are_their_formulas():
     """Positive features of 2K; and features whose inner product is (y_q·y_k)² / K."""
     torch.manual_seed(0)
-    x, z = torch.randn(2, 3, 7, 5, dtype=torch.float64), torch.randn(2, 3, 7, 5, dtype=torch.float64)
+    x, z = (
+        torch.randn(2, 3, 7, 5, dtype=torch.float64),
+        torch.randn(2, 3, 7, 5, dtype=torch.float64),
+    )
     hedgehog = nn.HedgehogFeatureMap(3, 5).double()
-    assert torch.allclose(hedgehog(x), torch.cat((x.softmax(-1), (-x).softmax(-1)), -1))  # W starts as the identity
+    assert torch.allclose(
+        hedgehog(x), torch.cat((x.softmax(-1), (-x).softmax(-1)), -1)
+    )  # W starts as the identity
     hedgehog.weight.data.normal_()
     y = torch.stack([x[:, h] @ hedgehog.weight[h] for h in range(3)], 1)
     assert torch.allclose(hedgehog(x), torch.cat((y.softmax(-1), (-y).softmax(-1)), -1))
@@ -99,7 +117,10 @@ def test_hedgehog_and_rebased_are_their_formulas():
     q, k = (F.layer_norm(s, (5,)) * rebased.gamma + rebased.beta for s in (x, z))
     assert torch.allclose(rebased(x) @ rebased(z).mT, (q @ k.mT) ** 2 / 5)
     for module in (hedgehog, rebased):
-        with pytest.raises(ValueError, match=r"feature_map: expected \[B, H, T, K\] with H=3, K=5, got \[2, 2, 7, 5\]"):
+        with pytest.raises(
+            ValueError,
+            match=r"feature_map: expected \[B, H, T, K\] with H=3, K=5, got \[2, 2, 7, 5\]",
+        ):
             module(x[:, :2])
 
 
@@ -128,7 +149,9 @@ def test_scaled_sinusoidal_is_its_formula():
     assert torch.allclose(module(position).double(), expected, atol=1e-6)
     assert torch.equal(module(position[3:4]), module(position)[3:4])
     assert module(position.expand(2, -1)).shape == (2, 5, 8)
-    with pytest.raises(ValueError, match="dim: sinusoidal positions need an even number of channels, got 7"):
+    with pytest.raises(
+        ValueError, match="dim: sinusoidal positions need an even number of channels, got 7"
+    ):
         nn.ScaledSinusoidalEmbedding(7)
 
 
@@ -152,13 +175,17 @@ def test_t5_bias_is_its_definition(is_causal, buckets, farthest):
         exact = count // 2
         if distance < exact:
             return offset + distance
-        far = exact + int(math.log(distance / exact) / math.log(farthest / exact) * (count - exact) + 1e-6)
+        far = exact + int(
+            math.log(distance / exact) / math.log(farthest / exact) * (count - exact) + 1e-6
+        )
         return offset + min(far, count - 1)
 
     bias = module(9, 150)
     assert bias.shape == (3, 9, 150)
     for i in range(9):
-        row = torch.stack([module.embedding.weight[bucket((141 + i) - j)] * 2 for j in range(150)], -1)
+        row = torch.stack(
+            [module.embedding.weight[bucket((141 + i) - j)] * 2 for j in range(150)], -1
+        )
         assert torch.equal(bias[:, i], row)
     places = torch.randint(0, 200, (2, 12))
     scattered = module.at(places[:, :5], places)
@@ -182,13 +209,19 @@ def test_offset_scale_is_its_formula():
 
 @pytest.mark.parametrize("is_causal", [True, False])
 def test_flash_is_its_formula(is_causal):
-    """The layer written out: norm, shift of the first half, four copies of one projection, rotation of some of their
-    dimensions, groups, gate, residual."""
+    """The layer written out: norm, shift of the first half, four copies of one projection, rotation
+    of some of their dimensions, groups, gate, residual."""
     torch.manual_seed(0)
     g, T, D, K = 4, 11, 10, 6
     mixer = spread(
         nn.MixedChunkAttention(
-            D, group_size=g, query_key_dim=K, expansion_factor=1.5, is_causal=is_causal, shift_tokens=True, rotary_dim=4
+            D,
+            group_size=g,
+            query_key_dim=K,
+            expansion_factor=1.5,
+            is_causal=is_causal,
+            shift_tokens=True,
+            rotary_dim=4,
         )
     ).double()
     x = torch.randn(2, T, D, dtype=torch.float64)
@@ -214,10 +247,15 @@ def test_flash_is_its_formula(is_causal):
 @pytest.mark.parametrize("is_causal", [True, False])
 def test_gau_is_its_formula(is_causal):
     torch.manual_seed(0)
-    mixer = spread(nn.GatedAttentionUnit(10, query_key_dim=6, is_causal=is_causal, activation="laplace")).double()
+    mixer = spread(
+        nn.GatedAttentionUnit(10, query_key_dim=6, is_causal=is_causal, activation="laplace")
+    ).double()
     x = torch.randn(2, 9, 10, dtype=torch.float64)
     h = F.layer_norm(x, (10,))
-    q, k = (F.silu(mixer.qk_proj(h)) * mixer.offset_scale.gamma[i] + mixer.offset_scale.beta[i] for i in range(2))
+    q, k = (
+        F.silu(mixer.qk_proj(h)) * mixer.offset_scale.gamma[i] + mixer.offset_scale.beta[i]
+        for i in range(2)
+    )
     n = torch.arange(1, 10)[:, None] if is_causal else 9
     scores = q @ k.mT / n + mixer.relative_bias(9)[0]
     weights = (1 + torch.erf((scores - 0.5**0.5) * (2 * math.pi) ** 0.5)) / 2
@@ -229,7 +267,9 @@ def test_gau_is_its_formula(is_causal):
 @pytest.mark.parametrize("part", ["weights", "output"])
 @pytest.mark.parametrize("kind", [nn.MixedChunkAttention, nn.GatedAttentionUnit])
 def test_dropout(kind, part):
-    """In training only; repeats with the seed; right in the mean; its gradient is that of what was drawn."""
+    """In training only; repeats with the seed; right in the mean; its gradient is that of what was
+    drawn.
+    """
     torch.manual_seed(0)
     options = {"group_size": 4} if kind is nn.MixedChunkAttention else {}
     dropout = {"dropout": 0.4, "residual": False} if part == "weights" else {"out_dropout": 0.4}
@@ -252,11 +292,17 @@ def test_dropout(kind, part):
 
 
 def test_a_flash_state_is_bounded():
-    mixer, state, sizes = nn.MixedChunkAttention(16, group_size=8, query_key_dim=6, shift_tokens=True), None, set()
+    mixer, state, sizes = (
+        nn.MixedChunkAttention(16, group_size=8, query_key_dim=6, shift_tokens=True),
+        None,
+        set(),
+    )
     for _ in range(5):
         _, state = mixer(torch.randn(1, 7, 16), state=state, return_state=True)
         sizes.add(state.nbytes)
-    assert sizes == {4 * (6 * 32 + 8 * (6 + 6 + 32) + 8) + 8}  # sums [K, V], group [g, K + K + V], shift, position
+    assert sizes == {
+        4 * (6 * 32 + 8 * (6 + 6 + 32) + 8) + 8
+    }  # sums [K, V], group [g, K + K + V], shift, position
     assert state.position.tolist() == [35]
 
 
@@ -264,15 +310,21 @@ def test_gated_units_refuse_what_cannot_be():
     for kind in (nn.MixedChunkAttention, nn.GatedAttentionUnit):
         for bad in (8, 5, -2):
             with pytest.raises(
-                ValueError, match=f"rotary_dim: expected an even number from 0 to query_key_dim=6, got {bad}"
+                ValueError,
+                match=f"rotary_dim: expected an even number from 0 to query_key_dim=6, got {bad}",
             ):
                 kind(10, query_key_dim=6, rotary_dim=bad)
-        with pytest.raises(ValueError, match="out_dropout: expected a probability below 1, got 1.5"):
+        with pytest.raises(
+            ValueError, match="out_dropout: expected a probability below 1, got 1.5"
+        ):
             kind(10, out_dropout=1.5)
-        with pytest.raises(ValueError, match="activation: expected one of 'relu2', 'laplace', got 'gelu'"):
+        with pytest.raises(
+            ValueError, match="activation: expected one of 'relu2', 'laplace', got 'gelu'"
+        ):
             kind(10, activation="gelu")
         with pytest.raises(
-            ValueError, match="norm: expected one of 'layernorm', 'rmsnorm', 'scalenorm', got 'batchnorm'"
+            ValueError,
+            match="norm: expected one of 'layernorm', 'rmsnorm', 'scalenorm', got 'batchnorm'",
         ):
             kind(10, norm="batchnorm")
         with pytest.raises(ValueError, match="dropout: expected a probability below 1, got 1"):
@@ -283,22 +335,33 @@ def test_gated_units_refuse_what_cannot_be():
         with pytest.raises(ValueError, match="state: only causal attention carries a state"):
             both(torch.randn(1, 5, 10), return_state=True)
     for bad in (0, 2.5):
-        with pytest.raises(ValueError, match=f"group_size: expected an integer of at least 1 token, got {bad}"):
+        with pytest.raises(
+            ValueError, match=f"group_size: expected an integer of at least 1 token, got {bad}"
+        ):
             nn.MixedChunkAttention(10, group_size=bad)
     assert nn.MixedChunkAttention(10, query_key_dim=5).rotary.dim == 4
     unit, x = nn.GatedAttentionUnit(10, query_key_dim=6), torch.randn(2, 5, 10)
-    with pytest.raises(ValueError, match=r"bias: expected \[T, S\] or \[B, 1, T, S\] = \[5, 5\] or .* got \[3, 3\]"):
+    with pytest.raises(
+        ValueError, match=r"bias: expected \[T, S\] or \[B, 1, T, S\] = \[5, 5\] or .* got \[3, 3\]"
+    ):
         unit(x, bias=torch.zeros(3, 3))
     with pytest.raises(TypeError, match=r"bias: expected a floating tensor .* got list"):
         unit(x, bias=[0.0])
     for bad in (0, -2.0, math.inf, "mean"):
-        with pytest.raises(ValueError, match=r"length_scale: expected a positive number, 'total' or None, got "):
+        with pytest.raises(
+            ValueError, match=r"length_scale: expected a positive number, 'total' or None, got "
+        ):
             nn.GatedAttentionUnit(10, length_scale=bad)
     total = nn.GatedAttentionUnit(10, query_key_dim=6, length_scale="total")
-    with pytest.raises(ValueError, match=r"state: length_scale='total' divides .* build with length_scale=<the length"):
+    with pytest.raises(
+        ValueError,
+        match=r"state: length_scale='total' divides .* build with length_scale=<the length",
+    ):
         total(torch.randn(1, 5, 10), return_state=True)
     scaled = nn.GatedAttentionUnit(10, query_key_dim=6, length_scale="total", scale_bias=True)
-    with pytest.raises(ValueError, match="cu_seqlens: with scale_bias each packed sequence needs a bias of its own"):
+    with pytest.raises(
+        ValueError, match="cu_seqlens: with scale_bias each packed sequence needs a bias of its own"
+    ):
         scaled(torch.randn(1, 5, 10), cu_seqlens=torch.tensor([0, 2, 5]))
     with pytest.raises(ValueError, match="num_buckets: expected at least 4"):
         nn.T5RelativePositionBias(num_buckets=3)
@@ -309,7 +372,9 @@ def test_gated_units_refuse_what_cannot_be():
 def test_total_length_counts_tokens(is_causal, scale_bias):
     """length_scale="total": every row by its own length, whatever its padding."""
     mixer = spread(
-        nn.GatedAttentionUnit(10, query_key_dim=6, is_causal=is_causal, length_scale="total", scale_bias=scale_bias)
+        nn.GatedAttentionUnit(
+            10, query_key_dim=6, is_causal=is_causal, length_scale="total", scale_bias=scale_bias
+        )
     ).double()
     x, mask = torch.randn(2, 9, 10, dtype=torch.float64), torch.ones(2, 9, dtype=torch.bool)
     mask[0, :4] = False
@@ -324,7 +389,9 @@ def test_total_length_counts_tokens(is_causal, scale_bias):
 
 @pytest.mark.parametrize("kind", [nn.MixedChunkAttention, nn.GatedAttentionUnit])
 def test_fp16_with_padding(kind):
-    """Rows of padding, slack after packed sequences: outputs and gradients finite, tokens as without."""
+    """Rows of padding, slack after packed sequences: outputs and gradients finite, tokens as
+    without.
+    """
     torch.manual_seed(0)
     mixer = spread(kind(16, query_key_dim=6, norm="scalenorm")).half()
     x, mask = torch.randn(2, 9, 16).half(), torch.ones(2, 9, dtype=torch.bool)
@@ -344,7 +411,9 @@ def test_gau_counts_padding_if_asked():
     x, mask = torch.randn(2, 9, 10, dtype=torch.float64), torch.ones(2, 9, dtype=torch.bool)
     mask[0, :4], mask[1, 2:5] = False, False
     for options in ({}, {"scale_bias": True}, {"length_scale": 7}):
-        mixer = spread(nn.GatedAttentionUnit(10, query_key_dim=6, count_padding=True, rotary_dim=4, **options)).double()
+        mixer = spread(
+            nn.GatedAttentionUnit(10, query_key_dim=6, count_padding=True, rotary_dim=4, **options)
+        ).double()
         y, state = mixer(x, key_mask=mask, return_state=True)
         first, middle = mixer(x[:, :3], key_mask=mask[:, :3], return_state=True)
         rest, end = mixer(x[:, 3:], key_mask=mask[:, 3:], state=middle, return_state=True)
@@ -352,15 +421,21 @@ def test_gau_counts_padding_if_asked():
         assert state.position.tolist() == end.position.tolist() == [9, 9]
         hidden = nn.GatedAttentionUnit(10, query_key_dim=6, rotary_dim=4, **options).double()
         hidden.load_state_dict(mixer.state_dict())
-        assert not torch.allclose(hidden(x, key_mask=mask)[mask], y[mask]) or options == {"length_scale": 7}
+        assert not torch.allclose(hidden(x, key_mask=mask)[mask], y[mask]) or options == {
+            "length_scale": 7
+        }
 
 
 def test_a_padded_gau_forms_no_bias_a_row():
-    """Without a state, tokens are moved out of the way of padding, and one bias [T, T] serves all rows."""
+    """Without a state, tokens are moved out of the way of padding, and one bias [T, T] serves all
+    rows.
+    """
     mixer = nn.GatedAttentionUnit(16, query_key_dim=6)
     mask = torch.ones(8, 200, dtype=torch.bool)
     mask[0, :5] = False
-    with torch.profiler.profile(record_shapes=True, profile_memory=True, acc_events=True) as profile:
+    with torch.profiler.profile(
+        record_shapes=True, profile_memory=True, acc_events=True
+    ) as profile:
         mixer(torch.randn(8, 200, 16), key_mask=mask)
         mixer(torch.randn(1, 2000, 16), cu_seqlens=torch.arange(0, 2001, 100))
     largest = max(event.self_cpu_memory_usage for event in profile.events())

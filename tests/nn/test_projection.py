@@ -1,4 +1,6 @@
-"""The linear layers of modules: PyTorch's own, so that whatever replaces or watches one takes effect."""
+"""The linear layers of modules: PyTorch's own, so that whatever replaces or watches one takes
+effect.
+"""
 
 import pytest
 import torch
@@ -56,10 +58,14 @@ WATCHED = {
     "forward hook with keywords": lambda layer: layer.register_forward_hook(
         lambda module, args, kwargs, out: 2 * out, with_kwargs=True
     ),
-    "forward pre-hook": lambda layer: layer.register_forward_pre_hook(lambda module, args: (2 * args[0],)),
+    "forward pre-hook": lambda layer: layer.register_forward_pre_hook(
+        lambda module, args: (2 * args[0],)
+    ),
     "forward of the object": replaced_forward,
     "subclass": another_class,
-    "parametrization": lambda layer: parametrize.register_parametrization(layer, "weight", TwiceAsLarge()),
+    "parametrization": lambda layer: parametrize.register_parametrization(
+        layer, "weight", TwiceAsLarge()
+    ),
 }
 
 
@@ -72,7 +78,9 @@ def test_whatever_stands_in_its_place_takes_effect(layer, x, how):
     assert not torch.allclose(project(layer, x), before, atol=1e-3)
 
 
-@pytest.mark.parametrize("register", ["register_module_full_backward_hook", "register_module_forward_hook"])
+@pytest.mark.parametrize(
+    "register", ["register_module_full_backward_hook", "register_module_forward_hook"]
+)
 def test_hooks_on_all_modules_are_called(layer, x, register):
     seen = []
     handle = getattr(nn.modules.module, register)(lambda module, *_: seen.append(module) and None)

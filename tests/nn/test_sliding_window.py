@@ -26,7 +26,9 @@ def build(window: int, groups: int) -> tuple[SlidingWindowAttention, Tensor]:
 def by_reference(mixer: SlidingWindowAttention, x: Tensor, mask: Tensor | None) -> Tensor:
     """The whole module, its attention by the reference."""
     projections = mixer.q_proj, mixer.k_proj, mixer.v_proj
-    q, k, v = (project(x).unflatten(-1, (-1, mixer.head_dim)).transpose(1, 2) for project in projections)
+    q, k, v = (
+        project(x).unflatten(-1, (-1, mixer.head_dim)).transpose(1, 2) for project in projections
+    )
     out = reference.sliding_window_attention(q, k, v, window=mixer.window, key_mask=mask)
     return mixer.out_proj(out.transpose(1, 2).flatten(2))
 

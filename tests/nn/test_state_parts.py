@@ -1,4 +1,6 @@
-"""Parts of modules' states: those of another module give one clear error, with one token and with more."""
+"""Parts of modules' states: those of another module give one clear error, with one token and with
+more.
+"""
 
 from dataclasses import replace
 
@@ -52,22 +54,52 @@ def test_parts_are_checked(name, how):
 
 PAIRS = {
     "other heads": (lambda: nn.SoftmaxAttention(24, 4), lambda: nn.SoftmaxAttention(24, 2)),
-    "other groups": (lambda: nn.SoftmaxAttention(24, 4), lambda: nn.SoftmaxAttention(24, 4, num_kv_heads=2)),
-    "other head dim": (lambda: nn.SoftmaxAttention(24, 4), lambda: nn.SoftmaxAttention(24, 4, head_dim=8)),
+    "other groups": (
+        lambda: nn.SoftmaxAttention(24, 4),
+        lambda: nn.SoftmaxAttention(24, 4, num_kv_heads=2),
+    ),
+    "other head dim": (
+        lambda: nn.SoftmaxAttention(24, 4),
+        lambda: nn.SoftmaxAttention(24, 4, head_dim=8),
+    ),
     "heads onto one": (lambda: nn.SoftmaxAttention(24, 4), lambda: nn.GatedAttentionUnit(24)),
-    "another key dim": (lambda: nn.GatedAttentionUnit(24), lambda: nn.GatedAttentionUnit(24, query_key_dim=8)),
-    "another value dim": (lambda: nn.GatedAttentionUnit(24), lambda: nn.GatedAttentionUnit(24, expansion_factor=1)),
-    "a shift too few": (lambda: nn.TaylorAttention(24, 4), lambda: nn.TaylorAttention(24, 4, shift_tokens=True)),
-    "a shift too many": (lambda: nn.TaylorAttention(24, 4, shift_tokens=True), lambda: nn.TaylorAttention(24, 4)),
-    "a convolution too few": (lambda: nn.LinearAttention(24, 4), lambda: nn.LinearAttention(24, 4, conv_size=3)),
-    "a convolution too many": (lambda: nn.LinearAttention(24, 4, conv_size=3), lambda: nn.LinearAttention(24, 4)),
-    "more taps": (lambda: nn.GatedShortConvolution(24), lambda: nn.GatedShortConvolution(24, size=6)),
+    "another key dim": (
+        lambda: nn.GatedAttentionUnit(24),
+        lambda: nn.GatedAttentionUnit(24, query_key_dim=8),
+    ),
+    "another value dim": (
+        lambda: nn.GatedAttentionUnit(24),
+        lambda: nn.GatedAttentionUnit(24, expansion_factor=1),
+    ),
+    "a shift too few": (
+        lambda: nn.TaylorAttention(24, 4),
+        lambda: nn.TaylorAttention(24, 4, shift_tokens=True),
+    ),
+    "a shift too many": (
+        lambda: nn.TaylorAttention(24, 4, shift_tokens=True),
+        lambda: nn.TaylorAttention(24, 4),
+    ),
+    "a convolution too few": (
+        lambda: nn.LinearAttention(24, 4),
+        lambda: nn.LinearAttention(24, 4, conv_size=3),
+    ),
+    "a convolution too many": (
+        lambda: nn.LinearAttention(24, 4, conv_size=3),
+        lambda: nn.LinearAttention(24, 4),
+    ),
+    "more taps": (
+        lambda: nn.GatedShortConvolution(24),
+        lambda: nn.GatedShortConvolution(24, size=6),
+    ),
     "other taps": (
         lambda: nn.LinearAttention(24, 4, conv_size=3),
         lambda: nn.LinearAttention(24, 4, conv_size=4),
     ),
     "another map": (lambda: nn.TaylorAttention(24, 4), lambda: nn.LinearAttention(24, 4)),
-    "another order": (lambda: nn.TaylorAttention(24, 4, order=2), lambda: nn.TaylorAttention(24, 4, order=3)),
+    "another order": (
+        lambda: nn.TaylorAttention(24, 4, order=2),
+        lambda: nn.TaylorAttention(24, 4, order=3),
+    ),
     "other groups of tokens": (
         lambda: nn.MixedChunkAttention(24, group_size=4),
         lambda: nn.MixedChunkAttention(24, group_size=6),
@@ -88,7 +120,10 @@ def test_states_of_other_modules(how):
 
 
 def test_a_shift_of_an_odd_number_of_channels():
-    for mixer in (nn.MixedChunkAttention(7, shift_tokens=True), nn.LinearAttention(7, 1, shift_tokens=True)):
+    for mixer in (
+        nn.MixedChunkAttention(7, shift_tokens=True),
+        nn.LinearAttention(7, 1, shift_tokens=True),
+    ):
         x = torch.randn(2, 5, 7)
         y, state = mixer(x[:, :3], return_state=True)
         rest, _ = mixer(x[:, 3:], state=state, return_state=True)

@@ -1,4 +1,6 @@
-"""Positions of modules' states, at whatever depth: refused where they do not fit, with one token and with more."""
+"""Positions of modules' states, at whatever depth: refused where they do not fit, with one token
+and with more.
+"""
 
 from dataclasses import fields, replace
 
@@ -10,13 +12,41 @@ from cumulant import nn
 from .test_mixers import MIXERS
 
 WRONG = {
-    "float": (torch.Tensor.float, TypeError, r"state: expected position \[B\] int64 = \[2\] on cpu, got \[2\] float32"),
-    "int32": (torch.Tensor.int, TypeError, r"state: expected position \[B\] int64 = \[2\] on cpu, got \[2\] int32"),
-    "elsewhere": (lambda p: p.to("meta"), TypeError, r"state: expected position .* on cpu, got one on meta"),
-    "longer": (lambda p: torch.cat((p, p)), ValueError, r"state: expected 2 rows, as x has, got 4; choose rows"),
-    "shorter": (lambda p: p[:1], ValueError, r"state: expected 2 rows, as x has, got 1; choose rows"),
-    "number": (lambda p: p[0], ValueError, r"state: expected position \[B\] int64 = \[2\] on cpu, got \[\]"),
-    "list": (torch.Tensor.tolist, TypeError, r"state: expected position \[B\] int64 = \[2\] on cpu, got list"),
+    "float": (
+        torch.Tensor.float,
+        TypeError,
+        r"state: expected position \[B\] int64 = \[2\] on cpu, got \[2\] float32",
+    ),
+    "int32": (
+        torch.Tensor.int,
+        TypeError,
+        r"state: expected position \[B\] int64 = \[2\] on cpu, got \[2\] int32",
+    ),
+    "elsewhere": (
+        lambda p: p.to("meta"),
+        TypeError,
+        r"state: expected position .* on cpu, got one on meta",
+    ),
+    "longer": (
+        lambda p: torch.cat((p, p)),
+        ValueError,
+        r"state: expected 2 rows, as x has, got 4; choose rows",
+    ),
+    "shorter": (
+        lambda p: p[:1],
+        ValueError,
+        r"state: expected 2 rows, as x has, got 1; choose rows",
+    ),
+    "number": (
+        lambda p: p[0],
+        ValueError,
+        r"state: expected position \[B\] int64 = \[2\] on cpu, got \[\]",
+    ),
+    "list": (
+        torch.Tensor.tolist,
+        TypeError,
+        r"state: expected position \[B\] int64 = \[2\] on cpu, got list",
+    ),
 }
 
 
@@ -44,7 +74,9 @@ def test_positions_are_checked(name, how):
         assert mixer(x, state=state, return_state=True)[1].position.tolist() == [4 + length] * 2
 
 
-@pytest.mark.parametrize("mask", [torch.ones(2, 4), torch.ones(2, 3).bool()], ids=["numbers", "short"])
+@pytest.mark.parametrize(
+    "mask", [torch.ones(2, 4), torch.ones(2, 3).bool()], ids=["numbers", "short"]
+)
 def test_masks_of_kept_keys(mask):
     mixer = nn.SoftmaxAttention(8, 2)
     _, state = mixer(torch.randn(2, 4, 8), return_state=True)

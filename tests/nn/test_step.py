@@ -1,4 +1,6 @@
-"""One-token steps in one native call: they agree with the ordinary path, and give way to it where they must."""
+"""One-token steps in one native call: they agree with the ordinary path, and give way to it where
+they must.
+"""
 
 from __future__ import annotations
 
@@ -25,10 +27,12 @@ from cumulant.ops.step import Program
 MIXERS = {
     "taylor": lambda: TaylorAttention(24, 3, head_dim=6),
     "everything": lambda: TaylorAttention(
-        24, 4, num_kv_heads=2, head_dim=6, value_dim=5, order=2, rotary=True, prenorm=True, qk_norm=True,
+        24, 4, num_kv_heads=2, head_dim=6, value_dim=5, order=2, rotary=True, prenorm=True,
+        qk_norm=True,
         gate_values=True, shift_tokens=True, conv_size=4, bias=True,
     ),
-    "odd": lambda: TaylorAttention(25, 1, head_dim=7, value_dim=3, order=1, shift_tokens=True, conv_size=1),
+    "odd": lambda: TaylorAttention(25, 1, head_dim=7, value_dim=3, order=1, shift_tokens=True,
+    conv_size=1),
     "elu": lambda: LinearAttention(24, 4, rotary=True, conv_size=3),
     "relu": lambda: LinearAttention(24, 4, num_kv_heads=1, feature_map="relu", scale=0.5),
     "identity": lambda: LinearAttention(24, 4, feature_map="identity", normalize=False, bias=True),
@@ -38,7 +42,10 @@ MODELS = {
     **{name: (name, {}) for name in PRESETS},
     "gelu": ("linear", {"feed_forward": "gelu", "norm": "layernorm"}),
     "bare": ("taylor", {"feed_forward": "none", "norm": "scalenorm", "norm_affine": True}),
-    "wrapped": ("taylor", {"wraps": 2, "norm_affine": False, "token_shift": True, "gate_values": True}),
+    "wrapped": (
+        "taylor",
+        {"wraps": 2, "norm_affine": False, "token_shift": True, "gate_values": True},
+    ),
 }
 
 
@@ -91,7 +98,9 @@ def test_steps_equal_the_whole(kind, rows, runs):
 def test_models_step_as_they_run_whole(name, runs):
     preset, options = MODELS[name]
     torch.manual_seed(0)
-    config = from_preset(preset, vocab_size=50, hidden_size=32, num_hidden_layers=3, initializer_range=0.2, **options)
+    config = from_preset(
+        preset, vocab_size=50, hidden_size=32, num_hidden_layers=3, initializer_range=0.2, **options
+    )
     model = CumulantForCausalLM(config).eval()
     ids = torch.randint(50, (2, 20))
     exact = copy.deepcopy(model).double()(input_ids=ids).logits
@@ -101,7 +110,9 @@ def test_models_step_as_they_run_whole(name, runs):
         for t in range(5, 20):
             logits = model(input_ids=ids[:, t : t + 1], past_key_values=cache).logits[:, 0]
             torch.testing.assert_close(logits.double(), exact[:, t], rtol=1e-4, atol=1e-4)
-    each = {"flash": 0, "elita": 0, "wrapped": 6}.get(name, 3)  # FLASH has no feed-forward, and ELiTA its own
+    each = {"flash": 0, "elita": 0, "wrapped": 6}.get(
+        name, 3
+    )  # FLASH has no feed-forward, and ELiTA its own
     assert len(runs) == 15 * each
 
 
@@ -130,7 +141,10 @@ def test_states_are_not_written_to(runs):
         first = mixer(x[:, 4:], state=state, return_state=True)[0]
         again = mixer(x[:, 4:], state=state, return_state=True)[0]
     assert torch.equal(first, again)
-    assert all(torch.equal(a, b) for a, b in zip(state.tensors().values(), kept.tensors().values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(state.tensors().values(), kept.tensors().values(), strict=True)
+    )
     assert len(runs) == 2
 
 
@@ -152,18 +166,28 @@ def plain_weight(linear):
 
 
 CHANGES = {
-    "replaced weight": lambda m: setattr(m.q_proj, "weight", nn.Parameter(torch.randn_like(m.q_proj.weight))),
+    "replaced weight": lambda m: setattr(
+        m.q_proj, "weight", nn.Parameter(torch.randn_like(m.q_proj.weight))
+    ),
     "replaced data": lambda m: setattr(m.v_proj.weight, "data", torch.randn_like(m.v_proj.weight)),
     "written weight": lambda m: nn.init.normal_(m.out_proj.weight),
-    "loaded weights": lambda m: m.load_state_dict({n: torch.randn_like(p) for n, p in m.state_dict().items()}),
+    "loaded weights": lambda m: m.load_state_dict(
+        {n: torch.randn_like(p) for n, p in m.state_dict().items()}
+    ),
     "a bias": lambda m: setattr(m.k_proj, "bias", nn.Parameter(torch.randn(m.k_proj.out_features))),
     "another layer": lambda m: setattr(m, "q_proj", nn.Linear(24, m.q_proj.out_features)),
     "a layer of another kind": lambda m: setattr(m, "q_proj", Twice(24, m.q_proj.out_features)),
     "a forward of its own": lambda m: setattr(m.out_proj, "forward", lambda x: x[..., :24] * 0 + 1),
-    "an attention of its own": lambda m: setattr(m, "attend", lambda *a, **k: doubled(*type(m).attend(m, *a, **k))),
+    "an attention of its own": lambda m: setattr(
+        m, "attend", lambda *a, **k: doubled(*type(m).attend(m, *a, **k))
+    ),
     "another class": lambda m: setattr(m.q_proj, "__class__", Twice),
-    "turned data": lambda m: setattr(m.out_proj.weight, "data", m.out_proj.weight.data.T.contiguous().T),
-    "a square turned": lambda m: setattr(m.v_proj.weight, "data", torch.randn(10, 24).T.contiguous().T),
+    "turned data": lambda m: setattr(
+        m.out_proj.weight, "data", m.out_proj.weight.data.T.contiguous().T
+    ),
+    "a square turned": lambda m: setattr(
+        m.v_proj.weight, "data", torch.randn(10, 24).T.contiguous().T
+    ),
     "a weight that is no parameter": lambda m: plain_weight(m.q_proj),
     "an array": lambda m: setattr(m, "stats", np.zeros(3)),
     "a wrong width": lambda m: setattr(m, "gate_proj", nn.Linear(24, 4)),
@@ -233,7 +257,10 @@ def test_states_elsewhere_are_left_to_the_ordinary_path(runs):
     mixer, x = build("taylor"), torch.randn(1, 4, 24)
     state = start(mixer, x[:, :3])
     away = replace(state, sums=replace(state.sums, position=state.sums.position.to("meta")))
-    with torch.no_grad(), pytest.raises(TypeError, match="state: expected position .* got one on meta"):
+    with (
+        torch.no_grad(),
+        pytest.raises(TypeError, match="state: expected position .* got one on meta"),
+    ):
         mixer(x[:, 3:], state=away, return_state=True)
     assert not runs
 
@@ -298,7 +325,9 @@ def test_the_ordinary_path(runs):
 def test_subclasses_with_an_attention_of_their_own(runs):
     class Averaging(KernelAttention):
         def attend(self, query, key, value, **options):
-            sums = LinearState(value.cumsum(2)[:, :, -1:], None, torch.ones(len(value), dtype=torch.int64))
+            sums = LinearState(
+                value.cumsum(2)[:, :, -1:], None, torch.ones(len(value), dtype=torch.int64)
+            )
             return value.cumsum(2), sums
 
     mixer = Averaging(
@@ -311,7 +340,9 @@ def test_subclasses_with_an_attention_of_their_own(runs):
         rotary_base=1.0,
         conv_size=0,
         dropout=0.0,
-        **dict.fromkeys(("rotary", "prenorm", "qk_norm", "gate_values", "shift_tokens", "bias"), False),
+        **dict.fromkeys(
+            ("rotary", "prenorm", "qk_norm", "gate_values", "shift_tokens", "bias"), False
+        ),
     )
     x = torch.randn(1, 2, 24)
     with torch.no_grad():

@@ -1,4 +1,6 @@
-"""torch.func and forward-mode differentiation through modules: per-sample gradients and tangents."""
+"""torch.func and forward-mode differentiation through modules: per-sample gradients and
+tangents.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,11 @@ def made(name: str) -> tuple[torch.nn.Module, dict[str, Tensor], Tensor]:
     with torch.no_grad():
         for p in layer.parameters():
             p.add_(0.3 * torch.randn_like(p))
-    return layer, {k: p.detach() for k, p in layer.named_parameters()}, torch.randn(3, 9, 16, dtype=torch.float64)
+    return (
+        layer,
+        {k: p.detach() for k, p in layer.named_parameters()},
+        torch.randn(3, 9, 16, dtype=torch.float64),
+    )
 
 
 @by_layer
@@ -107,5 +113,7 @@ def test_tangents_of_one_token(name: str):
         parameters = dict(layer.named_parameters())
         key = next(k for k, p in parameters.items() if p is weight)
         parameters[key] = forward_ad.make_dual(weight.detach(), torch.ones_like(weight))
-        out, _ = functional_call(layer, parameters, (x[:, :1],), {"state": state, "return_state": True})
+        out, _ = functional_call(
+            layer, parameters, (x[:, :1],), {"state": state, "return_state": True}
+        )
         assert forward_ad.unpack_dual(out).tangent.any()

@@ -1,4 +1,6 @@
-"""Rows of the test matrix: every (operation, variant), and an oracle for each, written from the formula alone."""
+"""Rows of the test matrix: every (operation, variant), and an oracle for each, written from the
+formula alone.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +17,10 @@ import cumulant as cm
 IMPLEMENTATIONS = ("reference", "torch", "native")
 CHUNK = 16  # the tests' chunk, so that short sequences span several
 
-# Bound on ||out - exact|| / ||exact||, where exact is the float64 formula on the same (rounded) inputs: a few times the
-# error of the plain quadratic form in that dtype, which is 2e-16, 1.4e-7, 1.6e-3 and 2e-4. It may never be 20 times
-# larger (test_tolerances_are_tight). Tests that compare two float64 computations of longer chains give a factor.
+# Bound on ||out - exact|| / ||exact||, where exact is the float64 formula on the same (rounded)
+# inputs: a few times the error of the plain quadratic form in that dtype, which is 2e-16, 1.4e-7,
+# 1.6e-3 and 2e-4. It may never be 20 times larger (test_tolerances_are_tight). Tests that compare
+# two float64 computations of longer chains give a factor.
 TOLERANCE = {
     torch.float64: 2e-15,
     torch.float32: 1e-6,
@@ -25,15 +28,18 @@ TOLERANCE = {
     torch.float16: 5e-4,
 }
 
-# Relative error of one rounding of random numbers, and bound on the error of outputs and gradients, as a multiple of
-# the error that the plain quadratic form in that dtype has itself (test_gradient_errors).
+# Relative error of one rounding of random numbers, and bound on the error of outputs and gradients,
+# as a multiple of the error that the plain quadratic form in that dtype has itself
+# (test_gradient_errors).
 ROUNDING = {torch.float32: 1e-7, torch.bfloat16: 1.7e-3, torch.float16: 2.1e-4}
 GRADIENT_TOLERANCE = {torch.float32: 4.0, torch.bfloat16: 1.5, torch.float16: 1.5}
 
 
 @dataclass(frozen=True)
 class Case:
-    """One variant: how to call it, and the weight of query q on key k by which its oracle is built."""
+    """One variant: how to call it, and the weight of query q on key k by which its oracle is
+    built.
+    """
 
     name: str
     op: Callable[..., Any]
@@ -49,14 +55,18 @@ class Case:
     def implementations(self) -> tuple[str, ...]:
         return IMPLEMENTATIONS[:2] if self.op is cm.gated_attention else IMPLEMENTATIONS
 
-    def inputs(self, *args: Any, requires_grad: bool = False, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def inputs(
+        self, *args: Any, requires_grad: bool = False, **kwargs: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = inputs(*args, **kwargs)
         if self.signed:
             q, k = q.abs() + 0.1, k.abs() + 0.1
         return tuple(x.requires_grad_(requires_grad) for x in (q, k, v))  # type: ignore[return-value]
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, **kwargs: Any) -> Any:
-        if self.op is cm.mixed_chunk_attention:  # linear queries and keys that are functions of the quadratic ones
+        if (
+            self.op is cm.mixed_chunk_attention
+        ):  # linear queries and keys that are functions of the quadratic ones
             return self.op(q, k, *linear_part(q, k), v, **self.bias(q, 8), **self.options, **kwargs)
         if self.op is cm.elita_attention:
             assert kwargs.pop("is_causal")
@@ -69,7 +79,9 @@ class Case:
             return self.op(q, k, v, **bias, **self.options, **kwargs)
         return self.op(q, k, v, **self.options, **kwargs)
 
-    def run(self, q: Tensor, k: Tensor, v: Tensor, is_causal: bool, **kwargs: Any) -> tuple[Tensor, cm.State | None]:
+    def run(
+        self, q: Tensor, k: Tensor, v: Tensor, is_causal: bool, **kwargs: Any
+    ) -> tuple[Tensor, cm.State | None]:
         """Output and state; None for a state where there is none."""
         if kwargs.get("cu_seqlens") is not None and not self.packed_states:
             kwargs.pop("state", None)
@@ -96,7 +108,11 @@ def linear_part(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
 def elita_logits(case: Case, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Those of key, query and token itself, exact in every dtype."""
     own = q[..., -1] * 2
-    return k[..., 0] * 2, q[..., 0], own if case.options["own"] else own.masked_fill(own > 0, -math.inf)
+    return (
+        k[..., 0] * 2,
+        q[..., 0],
+        own if case.options["own"] else own.masked_fill(own > 0, -math.inf),
+    )
 
 
 def squared(x: Tensor) -> Tensor:
@@ -118,7 +134,14 @@ CASES = [
     Case("linear-softmax-raw", cm.linear_attention, {"feature_map": "softmax", "normalize": False}),
     Case("linear-callable", cm.linear_attention, {"feature_map": squared}),
     *(
-        Case(f"gated-{name}", cm.gated_attention, options, cross=cross, packed_states=False, biased=biased)
+        Case(
+            f"gated-{name}",
+            cm.gated_attention,
+            options,
+            cross=cross,
+            packed_states=False,
+            biased=biased,
+        )
         for name, options, cross, biased in (
             ("relu2", {}, True, False),
             ("laplace", {"activation": "laplace"}, True, False),
@@ -127,7 +150,14 @@ CASES = [
         )
     ),
     *(
-        Case(f"mixed-{name}", cm.mixed_chunk_attention, options, cross=False, masked_queries=False, biased=biased)
+        Case(
+            f"mixed-{name}",
+            cm.mixed_chunk_attention,
+            options,
+            cross=False,
+            masked_queries=False,
+            biased=biased,
+        )
         for name, options, biased in (
             ("relu2", {"group_size": 8}, False),
             ("laplace", {"group_size": 5, "activation": "laplace"}, False),
@@ -141,13 +171,25 @@ CASES = [
         Case(f"elita-{name}", cm.elita_attention, {"own": own}, cross=False, bidirectional=False)
         for name, own in (("own", True), ("partly-own", False))
     ),
-    Case("linear-pair", cm.linear_attention, {"feature_map": (torch.exp, torch.nn.functional.softplus)}),
+    Case(
+        "linear-pair",
+        cm.linear_attention,
+        {"feature_map": (torch.exp, torch.nn.functional.softplus)},
+    ),
 ]
 # Sums that do not cancel, for tests of accuracy and of long runs.
-POSITIVE = [c for c in CASES if c.name in ("taylor-2", "taylor-2-scaled", "linear-elu", "linear-softmax", "elita-own")]
+POSITIVE = [
+    c
+    for c in CASES
+    if c.name in ("taylor-2", "taylor-2-scaled", "linear-elu", "linear-softmax", "elita-own")
+]
 # And those without a quotient, whose errors are those of their products.
-GATED = [c for c in CASES if c.name in ("gated-laplace", "gated-fixed", "mixed-relu2", "mixed-bias")]
-FIXED = [c for c in CASES if c.name in ("mixed-relu2", "mixed-laplace")]  # states of fixed size among them
+GATED = [
+    c for c in CASES if c.name in ("gated-laplace", "gated-fixed", "mixed-relu2", "mixed-bias")
+]
+FIXED = [
+    c for c in CASES if c.name in ("mixed-relu2", "mixed-laplace")
+]  # states of fixed size among them
 CROSS = [c for c in CASES if c.cross]
 # The bias of gated attention belongs to slots, masked or not.
 BY_TOKEN = [c for c in CASES if not (c.op is cm.gated_attention and c.biased)]
@@ -170,7 +212,11 @@ def oracle(
         for h in range(H):
             keys, values = k[b, h // (H // G)], v[b, h // (H // G)]
             for i in range(q.shape[2]):
-                seen = torch.ones(len(keys), dtype=torch.bool) if key_mask is None else key_mask[b].clone()
+                seen = (
+                    torch.ones(len(keys), dtype=torch.bool)
+                    if key_mask is None
+                    else key_mask[b].clone()
+                )
                 if is_causal:
                     seen[i + 1 :] = False
                 if case.op is cm.mixed_chunk_attention:
@@ -201,8 +247,12 @@ def _elita(case: Case, q: Tensor, keys: Tensor, values: Tensor, i: int, seen: Te
 def _weight(case: Case, x: Tensor) -> Tensor:
     if case.options.get("activation", "relu2") == "relu2":
         return torch.where(x > 0, x * x, 0)
-    y = (math.sqrt(0.5) - x) * math.sqrt(2 * math.pi)  # torch.special.ndtr is zero where this is still 1e-17
-    return torch.tensor([math.erfc(z) / 2 for z in y.flatten().tolist()], dtype=torch.float64).view(x.shape)
+    y = (math.sqrt(0.5) - x) * math.sqrt(
+        2 * math.pi
+    )  # torch.special.ndtr is zero where this is still 1e-17
+    return torch.tensor([math.erfc(z) / 2 for z in y.flatten().tolist()], dtype=torch.float64).view(
+        x.shape
+    )
 
 
 def _gated(case: Case, q: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
@@ -225,7 +275,11 @@ def _mixed(
     out = torch.zeros_like(values[0])
     if i not in tokens:
         return out
-    g, bias, at = case.options["group_size"], case.bias(q.expand(1, h + 1, *q.shape), 8).get("bias"), tokens.index(i)
+    g, bias, at = (
+        case.options["group_size"],
+        case.bias(q.expand(1, h + 1, *q.shape), 8).get("bias"),
+        tokens.index(i),
+    )
     lin_query, lin_key = linear_part(q, keys)
     for place, j in enumerate(tokens):
         if place // g == at // g:
@@ -233,7 +287,9 @@ def _mixed(
             out = out + _weight(case, x) * values[j]
         if is_causal and place // g < at // g:
             out = out + (lin_query[i] @ lin_key[j]) * values[j] / g
-        if not is_causal and (case.options.get("reduce_group_non_causal_attn", True) or place // g == at // g):
+        if not is_causal and (
+            case.options.get("reduce_group_non_causal_attn", True) or place // g == at // g
+        ):
             out = out + (lin_query[i] @ lin_key[j]) * values[j] / len(tokens)
     return out
 
@@ -249,7 +305,9 @@ def _attend(case: Case, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     name = options.get("feature_map", "elu")
     if name == "softmax" and not options.get("normalize", True):
         return torch.softmax(q, -1) @ (keys.exp().T @ values)
-    if name == "softmax":  # a softmax over tokens in each feature, mixed by the query's softmax over features
+    if (
+        name == "softmax"
+    ):  # a softmax over tokens in each feature, mixed by the query's softmax over features
         return torch.softmax(q, -1) @ (torch.softmax(keys, 0).T @ values)
     phi = {
         "elu": lambda x: torch.where(x > 0, x + 1, x.exp()),

@@ -1,4 +1,5 @@
-"""Dense float64 forms of every operation, from the formulas alone: all weights at once, differentiable, no state.
+"""Dense float64 forms of every operation, from the formulas alone: all weights at once,
+differentiable, no state.
 
 They import nothing that they are an oracle for, and hold ``[B, H, T, S]`` weights.
 """
@@ -12,7 +13,9 @@ import torch
 from torch import Tensor
 
 
-def visible(B: int, T: int, S: int, is_causal: bool, key_mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+def visible(
+    B: int, T: int, S: int, is_causal: bool, key_mask: Tensor | None, cu_seqlens: Tensor | None
+) -> Tensor:
     """``[B, T, S]``: whether query i may see key j."""
     seen = torch.ones(B, T, S, dtype=torch.bool)
     if is_causal:
@@ -39,7 +42,16 @@ def weighted(weights: Tensor, v: Tensor, normalize: bool) -> Tensor:
     return torch.where(total == 0, 0, out / torch.where(total == 0, 1, total))
 
 
-def linear(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, *, feature_map: str, scale: float, normalize: bool) -> Tensor:
+def linear(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seen: Tensor,
+    *,
+    feature_map: str,
+    scale: float,
+    normalize: bool,
+) -> Tensor:
     H = q.shape[1]
     k, v, q = spread(k, H), spread(v, H), q * scale
     if feature_map == "softmax":
@@ -59,16 +71,28 @@ def linear(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, *, feature_map: str, s
 
 
 def taylor(
-    q: Tensor, k: Tensor, v: Tensor, seen: Tensor, *, order: int, scale: float | None, constant_term: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seen: Tensor,
+    *,
+    order: int,
+    scale: float | None,
+    constant_term: bool,
 ) -> Tensor:
     H = q.shape[1]
     x = (q @ spread(k, H).mT) * (q.shape[-1] ** -0.5 if scale is None else scale)
-    weights = sum((x**p / math.factorial(p) for p in range(1, order + 1)), torch.full_like(x, float(constant_term)))
+    weights = sum(
+        (x**p / math.factorial(p) for p in range(1, order + 1)),
+        torch.full_like(x, float(constant_term)),
+    )
     return weighted(weights * seen[:, None], spread(v, H), True)
 
 
 def elita(c: Tensor, r: Tensor, s: Tensor, v: Tensor, seen: Tensor) -> Tensor:
-    """A token that does not see itself is masked, or behind the last sequence: it has no term of its own either."""
+    """A token that does not see itself is masked, or behind the last sequence: it has no term of
+    its own either.
+    """
     H, T = r.shape[1], r.shape[2]
     logits = (spread(c, H)[:, :, None] + r[..., None]).masked_fill(~seen[:, None], -math.inf)
     alone = s.masked_fill(~seen.diagonal(dim1=1, dim2=2)[:, None], -math.inf)
@@ -84,7 +108,9 @@ def activate(x: Tensor, name: str) -> Tensor:
     return torch.special.erfc((math.sqrt(0.5) - x) * math.sqrt(2 * math.pi)) / 2
 
 
-def gated(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, *, activation: str, length_scale: float | None) -> Tensor:
+def gated(
+    q: Tensor, k: Tensor, v: Tensor, seen: Tensor, *, activation: str, length_scale: float | None
+) -> Tensor:
     H = q.shape[1]
     n = seen.sum(-1).clamp(min=1)[:, None, :, None] if length_scale is None else length_scale
     weights = activate(q @ spread(k, H).mT / n, activation) * seen[:, None]
@@ -123,4 +149,10 @@ def mixed_chunk(
     return (weights + (r @ s.mT) / n * across[:, None]) @ v
 
 
-FORMS: dict[str, Any] = {"linear": linear, "taylor": taylor, "elita": elita, "gated": gated, "mixed_chunk": mixed_chunk}
+FORMS: dict[str, Any] = {
+    "linear": linear,
+    "taylor": taylor,
+    "elita": elita,
+    "gated": gated,
+    "mixed_chunk": mixed_chunk,
+}

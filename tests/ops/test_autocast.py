@@ -7,7 +7,15 @@ import torch
 
 from .cases import CASES, IMPLEMENTATIONS, Case, error, sums_of
 
-NAMES = ("taylor-2", "linear-elu", "linear-softmax", "gated-laplace", "gated-bias", "mixed-bias", "elita-own")
+NAMES = (
+    "taylor-2",
+    "linear-elu",
+    "linear-softmax",
+    "gated-laplace",
+    "gated-bias",
+    "mixed-bias",
+    "elita-own",
+)
 SOME = [c for c in CASES if c.name in NAMES]
 
 
@@ -27,9 +35,13 @@ def test_autocast_changes_nothing(case: Case, impl: str, form: str, backward: st
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             out, end = case.run(q, k, v, True, impl=impl, **options)
             if backward == "inside":
-                grads = torch.autograd.grad(out.square().sum(), (q, k, v), create_graph=impl == "reference")
+                grads = torch.autograd.grad(
+                    out.square().sum(), (q, k, v), create_graph=impl == "reference"
+                )
         if backward == "outside":
-            grads = torch.autograd.grad(out.square().sum(), (q, k, v), create_graph=impl == "reference")
+            grads = torch.autograd.grad(
+                out.square().sum(), (q, k, v), create_graph=impl == "reference"
+            )
         second = torch.autograd.grad(grads[0].square().sum(), (q, v)) if impl == "reference" else ()
         results.append([out, *sums_of(end), *grads, *second])
     for actual, exact in zip(*results[::-1]):

@@ -1,4 +1,6 @@
-"""A new implementation is a folder and a line in the table: one is made here, of PyTorch's attention."""
+"""A new implementation is a folder and a line in the table: one is made here, of PyTorch's
+attention.
+"""
 
 from __future__ import annotations
 
@@ -57,18 +59,26 @@ def test_operations_run_it(toy, op):
 
 def test_the_variable_names_it(toy, monkeypatch):
     monkeypatch.setenv("CUMULANT_IMPL", "toy")
-    assert cm.explain(cm.taylor_attention, *inputs()).reason.startswith("asked for by CUMULANT_IMPL: toys; ")
+    assert cm.explain(cm.taylor_attention, *inputs()).reason.startswith(
+        "asked for by CUMULANT_IMPL: toys; "
+    )
 
 
 def test_operations_that_it_does_not_have_say_so(toy):
-    with pytest.raises(ValueError, match="'toy' cannot run this call: this operation has no toy kernels"):
+    with pytest.raises(
+        ValueError, match="'toy' cannot run this call: this operation has no toy kernels"
+    ):
         cm.gated_attention(*inputs(), impl="toy")
-    with pytest.raises(ValueError, match="expected 'auto', 'reference', 'toy', 'torch', 'native' or 'triton'"):
+    with pytest.raises(
+        ValueError, match="expected 'auto', 'reference', 'toy', 'torch', 'native' or 'triton'"
+    ):
         cm.gated_attention(*inputs(), impl="toys")
 
 
 def test_without_it_the_name_is_unknown():
-    with pytest.raises(ValueError, match="expected 'auto', 'reference', 'torch', 'native' or 'triton', got 'toy'"):
+    with pytest.raises(
+        ValueError, match="expected 'auto', 'reference', 'torch', 'native' or 'triton', got 'toy'"
+    ):
         cm.taylor_attention(*inputs(), impl="toy")
 
 
@@ -80,4 +90,7 @@ def test_explain_reads_packed_sequences_as_the_call_does():
         options = {"is_causal": True, "impl": impl}
         reason = cm.explain(cm.taylor_attention, q, k, v, cu_seqlens=short, **options).reason
         assert f"one block of {length} tokens, the quadratic form" in reason
-        assert "chunks of" in cm.explain(cm.taylor_attention, q, k, v, cu_seqlens=long, **options).reason
+        assert (
+            "chunks of"
+            in cm.explain(cm.taylor_attention, q, k, v, cu_seqlens=long, **options).reason
+        )

@@ -1,4 +1,6 @@
-"""torch.compile, torch.export, the operators' registration, and what is kept for the backward pass."""
+"""torch.compile, torch.export, the operators' registration, and what is kept for the backward
+pass.
+"""
 
 import subprocess
 import sys
@@ -67,7 +69,9 @@ def test_compile_fullgraph(case, impl):
         for f in (run, compiled):
             q, k, v = case.inputs(T=length, requires_grad=True)
             outs = f(q, k, v, mask)
-            results.append([*outs, *torch.autograd.grad(sum(x.sin().sum() for x in outs), (q, k, v))])
+            results.append(
+                [*outs, *torch.autograd.grad(sum(x.sin().sum() for x in outs), (q, k, v))]
+            )
         for actual, exact in zip(*results[::-1]):
             assert_close(actual, exact, 100)
 
@@ -86,7 +90,9 @@ def test_lengths_do_not_recompile(impl):
     with torch._dynamo.config.patch(error_on_recompile=True):
         for length in (31, 40, 64):
             q, k, v = case.inputs(T=length)
-            assert_close(compiled(q, k, v), cm.taylor_attention(q, k, v, is_causal=True, impl=impl), 10)
+            assert_close(
+                compiled(q, k, v), cm.taylor_attention(q, k, v, is_causal=True, impl=impl), 10
+            )
 
 
 @by_impl
@@ -114,27 +120,43 @@ def test_export(case, impl):
 @pytest.mark.parametrize("states", ["in and out", "out", "none", "packed"])
 @by_impl
 def test_opcheck(is_causal, normalize, length, states, impl):
-    """Schema, fake kernels, autograd registration and AOT dispatch agree with the implementation, also in which states
-    are empty."""
+    """Schema, fake kernels, autograd registration and AOT dispatch agree with the implementation,
+    also in which states are empty."""
     q, k, v = CASES[1].inputs(1, T=length, requires_grad=True)
-    S = torch.randn(1, 2, 5, 3, dtype=torch.float64, requires_grad=True) if states == "in and out" else None
-    Z = torch.rand(1, 2, 5, dtype=torch.float64, requires_grad=True) if S is not None and normalize else None
+    S = (
+        torch.randn(1, 2, 5, 3, dtype=torch.float64, requires_grad=True)
+        if states == "in and out"
+        else None
+    )
+    Z = (
+        torch.rand(1, 2, 5, dtype=torch.float64, requires_grad=True)
+        if S is not None and normalize
+        else None
+    )
     mask = torch.rand(1, length) > 0.3
     bounds = torch.tensor([0, 3, length]) if states == "packed" else None
     wanted = states in ("in and out", "out")
     inputs = AttentionInputs(q, k, v, mask, bounds, S, Z)
-    spec = AttentionSpec(0, True, "elu", 0.5, normalize, is_causal, wanted or (impl == "native" and not is_causal))
+    spec = AttentionSpec(
+        0, True, "elu", 0.5, normalize, is_causal, wanted or (impl == "native" and not is_causal)
+    )
     opcheck(attention.OPERATOR, impl, inputs, replace(spec, chunk=CHUNK, span=CHUNK))
 
 
 @pytest.mark.parametrize("order", [0, 2])
 def test_heads_lie_inside_tokens(order):
-    """Splitting a projection into heads and joining the outputs again copies nothing, forwards or backwards."""
+    """Splitting a projection into heads and joining the outputs again copies nothing, forwards or
+    backwards.
+    """
     x = [torch.randn(2, 70, heads * 6) for heads in (4, 2, 2)]
     q, k, v = (part.unflatten(-1, (-1, 6)).transpose(1, 2).requires_grad_() for part in x)
     spec = AttentionSpec(order, True, "elu", 0.5, True, True, False, chunk=32, span=32)
     opcheck(attention.OPERATOR, "native", AttentionInputs(q, k, v), spec)
-    out = cm.taylor_attention(q, k, v, is_causal=True) if order else cm.linear_attention(q, k, v, is_causal=True)
+    out = (
+        cm.taylor_attention(q, k, v, is_causal=True)
+        if order
+        else cm.linear_attention(q, k, v, is_causal=True)
+    )
     assert out.transpose(1, 2).is_contiguous()
     for gradient in torch.autograd.grad(out, (q, k, v), torch.ones_like(out)):
         assert gradient.transpose(1, 2).is_contiguous()
@@ -160,9 +182,18 @@ def test_opcheck_mixed_chunks(is_causal, length, states, impl):
             is_causal=True,
             return_state=True,
         )
-        past = [x.requires_grad_() if x.is_floating_point() else x for x in start.tensors().values()]
-    spec = MixedChunkSpec(8, "laplace", is_causal, True, 0.0, states in ("in and out", "out"), span=8)
-    opcheck(mixed_chunk.OPERATOR, impl, MixedChunkInputs(q, k, lin_q, lin_k, v, bias, mask, bounds, *past), spec)
+        past = [
+            x.requires_grad_() if x.is_floating_point() else x for x in start.tensors().values()
+        ]
+    spec = MixedChunkSpec(
+        8, "laplace", is_causal, True, 0.0, states in ("in and out", "out"), span=8
+    )
+    opcheck(
+        mixed_chunk.OPERATOR,
+        impl,
+        MixedChunkInputs(q, k, lin_q, lin_k, v, bias, mask, bounds, *past),
+        spec,
+    )
 
 
 @pytest.mark.parametrize("is_causal", [True, False])
@@ -194,8 +225,8 @@ def test_opcheck_elita(length, states, impl):
 @pytest.mark.parametrize("length", [10, 1000])
 @by_impl
 def test_nothing_but_inputs_outputs_and_denominators_is_kept(is_causal, length, impl):
-    """No features [T, F], no weights [T, S]: only what came in, what went out, one number a row, and the sums [F, V] of
-    a long context."""
+    """No features [T, F], no weights [T, S]: only what came in, what went out, one number a row,
+    and the sums [F, V] of a long context."""
     q, k, v = CASES[1].inputs(1, 2, length, 16, 16, G=2, dtype=torch.float32, requires_grad=True)
     kept = {}
 
@@ -251,18 +282,28 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 def peak_mib(dims, call, length):
     """Most memory of forward and backward on `length` tokens, in a process of its own."""
     script = MEMORY.replace("DIMS", str(dims)).replace("CALL", call).replace("LENGTH", str(length))
-    return float(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout)
+    return float(
+        subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, check=True
+        ).stdout
+    )
 
 
 def test_memory_is_linear_in_the_length():
-    """A process that runs 65,536 tokens forward and backward stays far below the features' or the weights' size."""
+    """A process that runs 65,536 tokens forward and backward stays far below the features' or the
+    weights' size.
+    """
     used = peak_mib([16, 16, 64], "cm.taylor_attention(*x, is_causal=True)", 65536)
     inputs_and_gradients = 2 * 4 * 65536 * (16 + 16 + 64) * 4 / 2**20
     outputs = 2 * 4 * 65536 * 65 * 4 / 2**20
-    assert used < 1.5 * (inputs_and_gradients + outputs)  # the features of q and k would be 1.7 times as much again
+    assert used < 1.5 * (
+        inputs_and_gradients + outputs
+    )  # the features of q and k would be 1.7 times as much again
 
 
-@pytest.mark.parametrize("options", ["is_causal=True", "is_causal=False", "reduce_group_non_causal_attn=False"])
+@pytest.mark.parametrize(
+    "options", ["is_causal=True", "is_causal=False", "reduce_group_non_causal_attn=False"]
+)
 def test_memory_of_mixed_chunks_is_linear_in_the_length(options):
     """The weights of all groups would be 256 MiB, the sums of all groups 128 MiB, kept or not."""
     dims = [32] * 4 + [64]
@@ -272,14 +313,18 @@ def test_memory_of_mixed_chunks_is_linear_in_the_length(options):
 
 
 def test_memory_of_gated_attention_is_linear_in_the_length():
-    """Weights of all queries would be 1 GiB, in each of the four tensors that the passes hold of a block."""
+    """Weights of all queries would be 1 GiB, in each of the four tensors that the passes hold of a
+    block.
+    """
     used = peak_mib([16, 16, 16], "cm.gated_attention(*x, is_causal=True)", 8192)
     assert used < 256
 
 
 @by_impl
 def test_elita_keeps_two_numbers_a_token(impl):
-    """Beside inputs, for the backward pass; the native kernels also a mean in fp64 of every 16 tokens."""
+    """Beside inputs, for the backward pass; the native kernels also a mean in fp64 of every 16
+    tokens.
+    """
     logits = [torch.randn(1, 2, 1000, requires_grad=True) for _ in range(3)]
     value = torch.randn(1, 2, 1000, 16, requires_grad=True)
     used = kept(lambda *x: cm.elita_attention(*x, impl=impl), *logits, value)

@@ -11,7 +11,10 @@ from cumulant.ops.step import may_step
 
 from .cases import CASES, inputs
 
-ONE = [next(c for c in CASES if c.op is op) for op in (cm.taylor_attention, cm.linear_attention, cm.elita_attention)]
+ONE = [
+    next(c for c in CASES if c.op is op)
+    for op in (cm.taylor_attention, cm.linear_attention, cm.elita_attention)
+]
 MIXED = next(c for c in CASES if c.op is cm.mixed_chunk_attention)
 
 
@@ -39,12 +42,17 @@ def test_variable_decides_what_auto_means(case, name, monkeypatch):
 
 
 def test_native_for_every_call_means_every_call(monkeypatch):
-    """Also where "auto" would take PyTorch's quadratic form; and what has no native kernels is refused by name."""
+    """Also where "auto" would take PyTorch's quadratic form; and what has no native kernels is
+    refused by name.
+    """
     q, k, v = inputs(1, 2, 50, 16, 4)
     assert cm.explain(cm.taylor_attention, q, k, v, 4).impl == "torch"
     monkeypatch.setenv("CUMULANT_IMPL", "native")
     assert cm.explain(cm.taylor_attention, q, k, v, 4).impl == "native"
-    with pytest.raises(ValueError, match="CUMULANT_IMPL: 'native' cannot run this call: this operation has no native"):
+    with pytest.raises(
+        ValueError,
+        match="CUMULANT_IMPL: 'native' cannot run this call: this operation has no native",
+    ):
         cm.gated_attention(q, k, v)
     assert cm.gated_attention(q, k, v, impl="torch").shape == (1, 2, 50, 4)
 
@@ -57,7 +65,9 @@ def test_explain_says_so(monkeypatch):
     )
     assert cm.explain(cm.linear_attention, q, k, v, impl="torch").reason.startswith("asked for: ")
     monkeypatch.setenv("CUMULANT_IMPL", "auto")
-    assert cm.explain(cm.linear_attention, q, k, v).reason.startswith("the fastest available here: ")
+    assert cm.explain(cm.linear_attention, q, k, v).reason.startswith(
+        "the fastest available here: "
+    )
 
 
 @pytest.mark.parametrize("case", [*ONE, MIXED], ids=lambda c: c.name)
@@ -95,6 +105,8 @@ def test_compiled_graphs_take_it(monkeypatch):
         return graph.forward
 
     q, k, v = inputs(T=9)
-    run = torch.compile(lambda *x: cm.taylor_attention(*x, is_causal=True), fullgraph=True, backend=note)
+    run = torch.compile(
+        lambda *x: cm.taylor_attention(*x, is_causal=True), fullgraph=True, backend=note
+    )
     torch.testing.assert_close(run(q, k, v), cm.taylor_attention(q, k, v, is_causal=True))
     assert [x for x in found if "cumulant" in x] == ["cumulant.attention.default"]

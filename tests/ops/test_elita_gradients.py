@@ -1,4 +1,6 @@
-"""Gradients of ELiTA's attention where logits are large, in every dtype, against float64 on the same rounded inputs."""
+"""Gradients of ELiTA's attention where logits are large, in every dtype, against float64 on the
+same rounded inputs.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +19,13 @@ from .walking import walk
 NAMES = ("key_logit", "query_logit", "self_logit", "value", "log_weight", "mean")
 CALLS = ("plain", "grouped", "state", "masked", "packed", "packed states", "one token")
 LARGE = {"all": (1, 1, 1), "keys": (1, 0, 0), "queries": (0, 1, 0), "own": (0, 0, 1)}
-ROUNDING = {torch.float32: 6e-8, torch.bfloat16: 2e-3, torch.float16: 2e-4}  # of one rounding, on average
-# Multiples of the reference's own error. It computes in fp64, so that in half precision both are errors of rounding the
-# inputs' gradients; in fp32 the others add up in fp32.
+ROUNDING = {
+    torch.float32: 6e-8,
+    torch.bfloat16: 2e-3,
+    torch.float16: 2e-4,
+}  # of one rounding, on average
+# Multiples of the reference's own error. It computes in fp64, so that in half precision both are
+# errors of rounding the inputs' gradients; in fp32 the others add up in fp32.
 MULTIPLE = {torch.float32: 10, torch.bfloat16: 1.2, torch.float16: 1.2}
 FLOOR = 1e-8  # below, gradients are what is left of sums near 1 in the fp64 reference too
 B, T, V, SEEDS = 2, 45, 9, 3
@@ -31,7 +37,9 @@ def _short_chunks(monkeypatch):
     walk(monkeypatch, elita_chunk=4, elita_span=8)
 
 
-def draw(call: str, large: str, size: float, dtype: torch.dtype, seed: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def draw(
+    call: str, large: str, size: float, dtype: torch.dtype, seed: int
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Inputs and the state before them, rounded to `dtype` and in fp64; options."""
     make = torch.Generator().manual_seed(seed)
 
@@ -39,7 +47,11 @@ def draw(call: str, large: str, size: float, dtype: torch.dtype, seed: int) -> t
         return torch.randn(*shape, generator=make, dtype=torch.float64)
 
     packed = call.startswith("packed")
-    rows, length, groups = 1 if packed else B, 1 if call == "one token" else T, 3 if call == "grouped" else 1
+    rows, length, groups = (
+        1 if packed else B,
+        1 if call == "one token" else T,
+        3 if call == "grouped" else 1,
+    )
     heads = (2, 2 * groups, 2 * groups)
     sizes = [size if is_large else 1.0 for is_large in LARGE[large]]
     given = {n: (s * randn(rows, h, length)).to(dtype) for n, s, h in zip(NAMES, sizes, heads)}
@@ -55,19 +67,29 @@ def draw(call: str, large: str, size: float, dtype: torch.dtype, seed: int) -> t
     return given, options
 
 
-def gradients(given: dict[str, Tensor], options: dict[str, Any], impl: str, seed: int) -> list[Tensor]:
+def gradients(
+    given: dict[str, Tensor], options: dict[str, Any], impl: str, seed: int
+) -> list[Tensor]:
     """Of all inputs, through output and state."""
     leaves = {n: x.detach().clone().requires_grad_() for n, x in given.items()}
     rest = dict(options)
     if "mean" in leaves:
         position = torch.ones(leaves["mean"].shape[0], dtype=torch.long)
         rest["state"] = cm.ElitaState(leaves["log_weight"], leaves["mean"], position)
-    wanted = "state" in rest or "cu_seqlens" not in rest  # packed sequences take another path with states
-    made = cm.elita_attention(*(leaves[n] for n in NAMES[:4]), **rest, return_state=wanted, impl=impl)
+    wanted = (
+        "state" in rest or "cu_seqlens" not in rest
+    )  # packed sequences take another path with states
+    made = cm.elita_attention(
+        *(leaves[n] for n in NAMES[:4]), **rest, return_state=wanted, impl=impl
+    )
     outs = [made[0], made[1].log_weight, made[1].mean] if wanted else [made]
     make = torch.Generator().manual_seed(seed)
     weights = [torch.randn(x.shape, generator=make, dtype=torch.float64) for x in outs]
-    return list(torch.autograd.grad(sum((x.double() * w).sum() for x, w in zip(outs, weights)), list(leaves.values())))
+    return list(
+        torch.autograd.grad(
+            sum((x.double() * w).sum() for x, w in zip(outs, weights)), list(leaves.values())
+        )
+    )
 
 
 def errors(found: list[Tensor], exact: list[Tensor]) -> Tensor:
@@ -79,7 +101,9 @@ def errors(found: list[Tensor], exact: list[Tensor]) -> Tensor:
 @pytest.mark.parametrize("large", LARGE)
 @pytest.mark.parametrize("size", [1.0, 30.0, 300.0, 1000.0])
 @pytest.mark.parametrize("dtype", list(ROUNDING), ids=str)
-def test_gradients_at_large_logits(dtype: torch.dtype, size: float, large: str, call: str, impl: str):
+def test_gradients_at_large_logits(
+    dtype: torch.dtype, size: float, large: str, call: str, impl: str
+):
     found, own = torch.zeros(1), torch.zeros(1)
     for seed in range(SEEDS):
         given, options = draw(call, large, size, dtype, seed)
@@ -92,16 +116,23 @@ def test_gradients_at_large_logits(dtype: torch.dtype, size: float, large: str, 
 @pytest.mark.parametrize("size", [1.0, 30.0])
 @pytest.mark.parametrize("starts", [[], [0, 5, 200]], ids=["one sequence", "packed"])
 def test_gradients_of_a_sequence_in_parts(size: float, starts: list[int], monkeypatch):
-    """Three threads, each of which takes a part, with a state before them all: what crosses the parts' edges."""
+    """Three threads, each of which takes a part, with a state before them all: what crosses the
+    parts' edges.
+    """
     monkeypatch.setattr(library, "GRAIN", 1)
     walk(monkeypatch, elita_span=64)
     torch.manual_seed(0)
     given = {n: size * torch.randn(1, 1, 300, dtype=torch.float64) for n in NAMES[:3]}
     given |= {"value": torch.randn(1, 1, 300, V, dtype=torch.float64)}
-    given |= {"log_weight": torch.randn(1, 1, dtype=torch.float64), "mean": torch.randn(1, 1, V, dtype=torch.float64)}
+    given |= {
+        "log_weight": torch.randn(1, 1, dtype=torch.float64),
+        "mean": torch.randn(1, 1, V, dtype=torch.float64),
+    }
     options = {"cu_seqlens": torch.tensor([*starts, 290])} if starts else {}
     if starts:
-        given |= {n: given[n].repeat(len(starts), *(1 for _ in given[n].shape[1:])) for n in NAMES[4:]}
+        given |= {
+            n: given[n].repeat(len(starts), *(1 for _ in given[n].shape[1:])) for n in NAMES[4:]
+        }
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(3)

@@ -1,4 +1,6 @@
-"""Nothing to do: no rows, no tokens, no keys, no channels of values, empty sequences; forward, backward, states."""
+"""Nothing to do: no rows, no tokens, no keys, no channels of values, empty sequences; forward,
+backward, states.
+"""
 
 from __future__ import annotations
 
@@ -27,11 +29,21 @@ SIZES: dict[str, dict[str, int]] = {
     "no rows, one token": {"B": 0, "T": 1},
     "one token, no channels": {"T": 1, "V": 0},
 }
-NAMES = ("taylor-2", "linear-relu", "linear-softmax", "linear-callable", "gated-relu2", "gated-bias", "mixed-relu2")
+NAMES = (
+    "taylor-2",
+    "linear-relu",
+    "linear-softmax",
+    "linear-callable",
+    "gated-relu2",
+    "gated-bias",
+    "mixed-relu2",
+)
 FEW = [c for c in CASES if c.name in (*NAMES, "mixed-bias", "mixed-unreduced", "elita-own")]
 FORMS = [(c, is_causal) for c in FEW for is_causal in (True, False) if is_causal or c.bidirectional]
 by_form = pytest.mark.parametrize(
-    ("case", "is_causal"), FORMS, ids=[f"{c.name}-{'causal' if causal else 'bidirectional'}" for c, causal in FORMS]
+    ("case", "is_causal"),
+    FORMS,
+    ids=[f"{c.name}-{'causal' if causal else 'bidirectional'}" for c, causal in FORMS],
 )
 
 
@@ -49,13 +61,17 @@ def backward(out: Tensor, state: Any, leaves: tuple[Tensor, ...]) -> list[Tensor
 @by_form
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 def test_empty(case: Case, impl: str, is_causal: bool, sizes: dict[str, int]):
-    """Shapes are those of the formula, zeros stand where nothing is attended to, states go on from where they were."""
+    """Shapes are those of the formula, zeros stand where nothing is attended to, states go on from
+    where they were.
+    """
     impl = impl if impl in case.implementations else "torch"
     for masked, onto in product((False, True), repeat=2):
         check_empty(case, impl, is_causal, masked, onto, sizes)
 
 
-def check_empty(case: Case, impl: str, is_causal: bool, masked: bool, onto: bool, sizes: dict[str, int]) -> None:
+def check_empty(
+    case: Case, impl: str, is_causal: bool, masked: bool, onto: bool, sizes: dict[str, int]
+) -> None:
     q, k, v = case.inputs(**sizes, requires_grad=True)
     B, T = q.shape[0], q.shape[2]
     extra: dict[str, Any] = {"key_mask": torch.arange(T).expand(B, T) % 3 > 0} if masked else {}
@@ -63,7 +79,9 @@ def check_empty(case: Case, impl: str, is_causal: bool, masked: bool, onto: bool
     past = 0
     if onto and carried:
         past = 5
-        extra["state"] = case(*case.inputs(**sizes | {"T": past}, seed=3), is_causal=True, return_state=True)[1]
+        extra["state"] = case(
+            *case.inputs(**sizes | {"T": past}, seed=3), is_causal=True, return_state=True
+        )[1]
         assert extra["state"].position.tolist() == [past] * B
     out, state = case.run(q, k, v, is_causal, impl=impl, **extra)
     assert out.shape == (*q.shape[:3], v.shape[3])
@@ -76,7 +94,9 @@ def check_empty(case: Case, impl: str, is_causal: bool, masked: bool, onto: bool
         return
     expected = past + (int(extra["key_mask"][0].sum()) if masked and B else T)
     assert state.position.tolist() == [expected] * B
-    assert [x.shape for x in sums_of(state)] == [x.shape for x in sums_of(case.run(q, k, v, is_causal, **extra)[1])]
+    assert [x.shape for x in sums_of(state)] == [
+        x.shape for x in sums_of(case.run(q, k, v, is_causal, **extra)[1])
+    ]
     if past and T == 0 and not isinstance(state, cm.KeyValueState):
         for actual, before in zip(sums_of(state), sums_of(extra["state"])):
             assert torch.allclose(actual, before)
@@ -86,9 +106,13 @@ def check_empty(case: Case, impl: str, is_causal: bool, masked: bool, onto: bool
 
 @by_impl
 @pytest.mark.parametrize("case", [c for c in FEW if c.cross], ids=lambda c: c.name)
-@pytest.mark.parametrize(("B", "T", "S", "V"), [(2, 3, 0, 3), (2, 0, 3, 3), (0, 3, 0, 3), (2, 3, 0, 0), (0, 3, 5, 3)])
+@pytest.mark.parametrize(
+    ("B", "T", "S", "V"), [(2, 3, 0, 3), (2, 0, 3, 3), (0, 3, 0, 3), (2, 3, 0, 0), (0, 3, 5, 3)]
+)
 @pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
-def test_cross_attention_to_nothing(case: Case, impl: str, B: int, T: int, S: int, V: int, masked: bool):
+def test_cross_attention_to_nothing(
+    case: Case, impl: str, B: int, T: int, S: int, V: int, masked: bool
+):
     impl = impl if impl in case.implementations else "torch"
     q, k, v = case.inputs(B, T=T, S=S, V=V, requires_grad=True)
     extra = {"key_mask": torch.zeros(B, S, dtype=torch.bool)} if masked else {}
@@ -104,10 +128,14 @@ def test_cross_attention_to_nothing(case: Case, impl: str, B: int, T: int, S: in
 
 @by_impl
 @by_form
-@pytest.mark.parametrize("bounds", [[0, 0], [0, 0, 0], [0, 0, 5, 5], [0, 3, 3, 3, 5], [0, 4, 4]], ids=str)
+@pytest.mark.parametrize(
+    "bounds", [[0, 0], [0, 0, 0], [0, 0, 5, 5], [0, 3, 3, 3, 5], [0, 4, 4]], ids=str
+)
 @pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
 def test_empty_sequences(case: Case, impl: str, is_causal: bool, bounds: list[int], masked: bool):
-    """Alone, first, last and between others, in rows with nothing else and with slack behind them."""
+    """Alone, first, last and between others, in rows with nothing else and with slack behind
+    them.
+    """
     impl = impl if impl in case.implementations else "torch"
     for T, V in ((5, 3), (bounds[-1], 3), (5, 0)):
         q, k, v = case.inputs(1, T=T, V=V, requires_grad=True)
@@ -122,11 +150,16 @@ def test_empty_sequences(case: Case, impl: str, is_causal: bool, bounds: list[in
             assert not grad[:, :, bounds[-1] :].any()
         for a, b in zip(bounds[:-1], bounds[1:]):
             kept = None if mask is None else mask[:, a:b]
-            row = oracle(case, q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], is_causal=is_causal, key_mask=kept)
+            row = oracle(
+                case, q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], is_causal=is_causal, key_mask=kept
+            )
             assert torch.allclose(out[:, :, a:b], row, rtol=1e-9, atol=1e-11)
         if state is None:
             continue
-        lengths = [b - a if mask is None else int(mask[0, a:b].sum()) for a, b in zip(bounds[:-1], bounds[1:])]
+        lengths = [
+            b - a if mask is None else int(mask[0, a:b].sum())
+            for a, b in zip(bounds[:-1], bounds[1:])
+        ]
         assert state.position.tolist() == lengths
         more = case.run(q, k, v, is_causal, cu_seqlens=cu_seqlens, state=state, impl=impl)[1]
         assert [x.shape for x in sums_of(more)] == [x.shape for x in sums_of(state)]
@@ -146,6 +179,10 @@ for is_causal in (True, False):
 
 
 def test_the_native_operator_ends_without_columns_of_values():
-    """Called directly; in a process of its own, as a loop that does not end could not be stopped."""
-    made = subprocess.run([sys.executable, "-c", NO_COLUMNS], capture_output=True, text=True, check=True, timeout=120)
+    """Called directly; in a process of its own, as a loop that does not end could not be
+    stopped.
+    """
+    made = subprocess.run(
+        [sys.executable, "-c", NO_COLUMNS], capture_output=True, text=True, check=True, timeout=120
+    )
     assert made.stdout.splitlines() == ["1 2 20 0 1.0 1.0"] * 2

@@ -1,4 +1,5 @@
-"""Random calls of every operation on every implementation, against dense float64 forms of the formulas.
+"""Random calls of every operation on every implementation, against dense float64 forms of the
+formulas.
 
 The longer run: ``pytest -m slow tests/ops/test_fuzz.py``.
 """
@@ -63,7 +64,10 @@ OPTIONS = {
     ),
     "elita": st.just({}),
     "gated": st.fixed_dictionaries(
-        {"activation": st.sampled_from(["relu2", "laplace"]), "length_scale": st.sampled_from([None, 5.0])}
+        {
+            "activation": st.sampled_from(["relu2", "laplace"]),
+            "length_scale": st.sampled_from([None, 5.0]),
+        }
     ),
     "mixed_chunk": st.fixed_dictionaries(
         {
@@ -112,16 +116,24 @@ def calls(draw: Any) -> Call:
 
 
 def draw_inputs(call: Call) -> list[Tensor]:
-    """In fp64, but numbers of the call's dtype. Where weights have both signs, all numbers are positive, so that no
-    denominator vanishes."""
+    """In fp64, but numbers of the call's dtype. Where weights have both signs, all numbers are
+    positive, so that no denominator vanishes."""
     B, G, R, T, S, K, V = call.sizes
     generator = torch.Generator().manual_seed(call.seed)
     shapes = {
         "elita": [(B, G, T), (B, G * R, T), (B, G * R, T), (B, G, T, V)],
-        "mixed_chunk": [(B, G * R, T, K), (B, G, T, K), (B, G * R, T, K + 1), (B, G, T, K + 1), (B, G, T, V)],
+        "mixed_chunk": [
+            (B, G * R, T, K),
+            (B, G, T, K),
+            (B, G * R, T, K + 1),
+            (B, G, T, K + 1),
+            (B, G, T, V),
+        ],
     }.get(call.name, [(B, G * R, T, K), (B, G, S, K), (B, G, S, V)])
     found = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
-    signed = call.name == "taylor" and (call.options["order"] % 2 == 1 or not call.options["constant_term"])
+    signed = call.name == "taylor" and (
+        call.options["order"] % 2 == 1 or not call.options["constant_term"]
+    )
     if signed or call.options.get("feature_map") == "identity":
         found[:2] = [x.abs() + 0.1 for x in found[:2]]
     if call.name == "elita":
@@ -145,14 +157,18 @@ def run(call: Call, impl: str, inputs: list[Tensor], key_mask: Tensor | None) ->
         else {**call.options, "is_causal": call.is_causal, "impl": impl}
     )
     if call.bounds is not None:
-        return OPERATIONS[call.name](*inputs, key_mask=key_mask, cu_seqlens=torch.tensor(call.bounds), **options)
+        return OPERATIONS[call.name](
+            *inputs, key_mask=key_mask, cu_seqlens=torch.tensor(call.bounds), **options
+        )
     if call.lengths == (call.sizes[3],):
         return OPERATIONS[call.name](*inputs, key_mask=key_mask, **options)
     state, outs, at = None, [], 0
     for n in call.lengths:
         mask = None if key_mask is None else key_mask[:, at : at + n]
         part = [x[:, :, at : at + n] for x in inputs]
-        out, state = OPERATIONS[call.name](*part, key_mask=mask, state=state, return_state=True, **options)
+        out, state = OPERATIONS[call.name](
+            *part, key_mask=mask, state=state, return_state=True, **options
+        )
         outs.append(out)
         at += n
     return torch.cat(outs, 2)
@@ -185,9 +201,12 @@ def check(call: Call) -> None:
     key_mask = torch.rand(B, S, generator=generator) >= call.masked if call.masked else None
     exact_leaves = [x.clone().requires_grad_() for x in given_numbers]
     exact = run_dense(call, exact_leaves, key_mask)
-    weight = torch.randn(exact.shape, generator=generator, dtype=torch.float64).to(call.dtype).double()
+    weight = (
+        torch.randn(exact.shape, generator=generator, dtype=torch.float64).to(call.dtype).double()
+    )
     expected = [exact.detach(), *differentiate(exact, weight, exact_leaves)]
-    # what a sum of T products in the dtype of sums may lose, where nothing but the rounding of its terms is left
+    # what a sum of T products in the dtype of sums may lose, where nothing but the rounding of its
+    # terms is left
     precision = 1e-15 if call.dtype == torch.float64 else 5e-7
     size = (
         float(weight.abs().max())
@@ -195,7 +214,9 @@ def check(call: Call) -> None:
         * exact.numel() ** 0.5
     )
     for impl in ("reference", "torch", "native")[: 2 if call.name == "gated" else 3]:
-        leaves = [lay_out(x.to(call.dtype), call.layout).detach().requires_grad_() for x in given_numbers]
+        leaves = [
+            lay_out(x.to(call.dtype), call.layout).detach().requires_grad_() for x in given_numbers
+        ]
         out = run(call, impl, leaves, key_mask)
         assert out.dtype == call.dtype
         found = [out.detach(), *differentiate(out, weight, leaves)]
@@ -203,7 +224,9 @@ def check(call: Call) -> None:
             assert a.isfinite().all(), (impl, i)
             difference = float((a.double() - b).norm())
             relative = (
-                1e-13 if call.dtype == torch.float64 else GRADIENT_TOLERANCE[call.dtype] * 2 * ROUNDING[call.dtype]
+                1e-13
+                if call.dtype == torch.float64
+                else GRADIENT_TOLERANCE[call.dtype] * 2 * ROUNDING[call.dtype]
             )
             bound = relative * float(b.norm()) + 10 * precision * size
             assert difference <= bound, (impl, i, difference, float(b.norm()), bound)

@@ -1,8 +1,9 @@
 """Errors of outputs and gradients in every dtype, as multiples of the reference's own error.
 
-The exact result is the reference's in fp64 on the same rounded inputs. The reference in fp32, bf16 or fp16 computes the
-plain quadratic form in fp32 and rounds its results, so its error is what the dtype itself costs. Errors are root mean
-squares over several draws: of one draw, where most of a gradient cancels, an error says little.
+The exact result is the reference's in fp64 on the same rounded inputs. The reference in fp32, bf16
+or fp16 computes the plain quadratic form in fp32 and rounds its results, so its error is what the
+dtype itself costs. Errors are root mean squares over several draws: of one draw, where most of a
+gradient cancels, an error says little.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ def _short_chunks(monkeypatch):
     walk(monkeypatch, chunk=CHUNK, span=CHUNK, block=CHUNK, elita_span=1, elita_chunk=4)
 
 
-def differentiate(case: Case, inputs: list[Tensor], weight: Tensor, is_causal: bool, impl: str) -> list[Tensor]:
+def differentiate(
+    case: Case, inputs: list[Tensor], weight: Tensor, is_causal: bool, impl: str
+) -> list[Tensor]:
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
     out = case(*leaves, is_causal=is_causal, impl=impl)
     return [out, *torch.autograd.grad((out.double() * weight).sum(), leaves)]
@@ -40,12 +43,20 @@ def test_outputs_and_gradients_are_as_exact_as_the_references(case: Case, dtype:
         squares = {impl: torch.zeros(4, dtype=torch.float64) for impl in case.implementations}
         for seed in range(DRAWS):
             inputs = [x.to(dtype) for x in case.inputs(1, 2, 70, 6, 8, G=1, seed=seed)]
-            weight = torch.randn(1, 2, 70, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-            exact = differentiate(case, [x.double() for x in inputs], weight, is_causal, "reference")
+            weight = torch.randn(
+                1, 2, 70, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+            )
+            exact = differentiate(
+                case, [x.double() for x in inputs], weight, is_causal, "reference"
+            )
             for impl, total in squares.items():
                 found = differentiate(case, inputs, weight, is_causal, impl)
-                total.add_(torch.tensor([error(a, b) ** 2 for a, b in zip(found, exact, strict=True)]))
-        bound = GRADIENT_TOLERANCE[dtype] * (squares["reference"] / DRAWS).sqrt().clamp(min=ROUNDING[dtype])
+                total.add_(
+                    torch.tensor([error(a, b) ** 2 for a, b in zip(found, exact, strict=True)])
+                )
+        bound = GRADIENT_TOLERANCE[dtype] * (squares["reference"] / DRAWS).sqrt().clamp(
+            min=ROUNDING[dtype]
+        )
         for impl, total in squares.items():
             found = (total / DRAWS).sqrt()
             assert (found <= bound).all(), (impl, is_causal, (found / bound).tolist())
@@ -67,7 +78,9 @@ def _angles() -> tuple[Tensor, Tensor]:
 
 def _by_complex(x: Tensor) -> Tensor:
     cosine, sine = _angles()
-    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2))) * torch.complex(cosine.double(), sine.double())
+    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2))) * torch.complex(
+        cosine.double(), sine.double()
+    )
     return torch.view_as_real(pairs).flatten(-2)
 
 
@@ -76,16 +89,30 @@ def _by_complex(x: Tensor) -> Tensor:
     ("operation", "formula", "shapes", "roundings"),
     [
         (pointwise.short_convolution, _by_convolution, [(2, 300, 16), (4, 16)], 1),
-        (pointwise.swiglu, lambda x, up: F.silu(x) * up, [(2, 300, 16)] * 2, 2),  # silu(x), and its product
+        (
+            pointwise.swiglu,
+            lambda x, up: F.silu(x) * up,
+            [(2, 300, 16)] * 2,
+            2,
+        ),  # silu(x), and its product
         (lambda x, w: pointwise.rms_norm(x, w, 1e-6), _by_mean, [(2, 300, 16), (16,)], 1),
-        (lambda x, _: pointwise.turn(x[:, None], *_angles()), lambda x, _: _by_complex(x), [(2, 300, 16), (1,)], 1),
+        (
+            lambda x, _: pointwise.turn(x[:, None], *_angles()),
+            lambda x, _: _by_complex(x),
+            [(2, 300, 16), (1,)],
+            1,
+        ),
     ],
     ids=["short_convolution", "swiglu", "rms_norm", "turn"],
 )
-def test_operations_beside_attention(operation, formula, shapes, roundings: int, dtype: torch.dtype):
+def test_operations_beside_attention(
+    operation, formula, shapes, roundings: int, dtype: torch.dtype
+):
     """These round once for every operation that their formula has: halves are added in fp32."""
     generator = torch.Generator().manual_seed(0)
-    narrow = [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
+    narrow = [
+        torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes
+    ]
     wide = [x.detach().double().requires_grad_() for x in narrow]
     y, exact = operation(*narrow), formula(*wide)
     dout = torch.randn(exact.shape, generator=generator).to(dtype)
@@ -94,7 +121,9 @@ def test_operations_beside_attention(operation, formula, shapes, roundings: int,
     for a, b in zip((y.view(exact.shape), *found), (exact, *expected), strict=True):
         if b is not None:
             assert a.dtype == dtype
-            assert error(a, b) <= 1.2 * roundings**0.5 * (ROUNDING[dtype] if dtype != torch.float32 else 3e-7)
+            assert error(a, b) <= 1.2 * roundings**0.5 * (
+                ROUNDING[dtype] if dtype != torch.float32 else 3e-7
+            )
 
 
 @by_dtype
@@ -102,11 +131,15 @@ def test_operations_beside_attention(operation, formula, shapes, roundings: int,
 @pytest.mark.parametrize("lengths", [[35, 35], [1] * 20], ids=["halves", "steps"])
 def test_gradients_through_states(impl: str, lengths: list[int], dtype: torch.dtype):
     """A sequence in parts: states are fp32, so that parts cost no more than the whole."""
-    for case in [c for c in CASES if c.name in ("taylor-2", "linear-elu", "mixed-laplace", "elita-own")]:
+    for case in [
+        c for c in CASES if c.name in ("taylor-2", "linear-elu", "mixed-laplace", "elita-own")
+    ]:
         T, squares = sum(lengths), torch.zeros(2, 4, dtype=torch.float64)
         for seed in range(DRAWS):
             inputs = [x.to(dtype) for x in case.inputs(1, 2, T, 6, 8, G=1, seed=seed)]
-            weight = torch.randn(1, 2, T, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+            weight = torch.randn(
+                1, 2, T, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+            )
             exact = differentiate(case, [x.double() for x in inputs], weight, True, "reference")
             whole = differentiate(case, inputs, weight, True, "reference")
             leaves = [x.clone().requires_grad_() for x in inputs]
@@ -118,6 +151,11 @@ def test_gradients_through_states(impl: str, lengths: list[int], dtype: torch.dt
             out = torch.cat(outs, 2)
             found = [out, *torch.autograd.grad((out.double() * weight).sum(), leaves)]
             for total, results in zip(squares, (found, whole), strict=True):
-                total.add_(torch.tensor([error(a, b) ** 2 for a, b in zip(results, exact, strict=True)]))
+                total.add_(
+                    torch.tensor([error(a, b) ** 2 for a, b in zip(results, exact, strict=True)])
+                )
         found, own = (squares / DRAWS).sqrt()
-        assert (found <= GRADIENT_TOLERANCE[dtype] * own.clamp(min=ROUNDING[dtype])).all(), (case.name, found / own)
+        assert (found <= GRADIENT_TOLERANCE[dtype] * own.clamp(min=ROUNDING[dtype])).all(), (
+            case.name,
+            found / own,
+        )

@@ -1,4 +1,6 @@
-"""Gradients where outputs cancel and where products of inputs leave fp32's range, in every dtype."""
+"""Gradients where outputs cancel and where products of inputs leave fp32's range, in every
+dtype.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,12 @@ def gradients(op, inputs: list[Tensor], weight: Tensor, **options) -> list[Tenso
 @by_impl
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("dtype", list(ROUNDING), ids=str)
-def test_gradients_of_outputs_that_hardly_depend_on_the_query(impl: str, dtype: torch.dtype, is_causal: bool):
-    """relu, two features: most queries have one that counts, or none, and their outputs do not depend on its size."""
+def test_gradients_of_outputs_that_hardly_depend_on_the_query(
+    impl: str, dtype: torch.dtype, is_causal: bool
+):
+    """relu, two features: most queries have one that counts, or none, and their outputs do not
+    depend on its size.
+    """
     options = {"feature_map": "relu", "is_causal": is_causal}
     found, own = torch.zeros(3), torch.zeros(3)
     for seed in range(8):  # of one draw, where most of a gradient cancels, an error says little
@@ -40,7 +46,9 @@ def test_gradients_of_outputs_that_hardly_depend_on_the_query(impl: str, dtype: 
 
 @by_impl
 @pytest.mark.parametrize("feature_map", ["relu", "elu", "identity"])
-@pytest.mark.parametrize(("query", "key"), [(1e-20, 1e-20), (1e-30, 1e-5), (1e-37, 1.0), (1e-3, 1e-30)])
+@pytest.mark.parametrize(
+    ("query", "key"), [(1e-20, 1e-20), (1e-30, 1e-5), (1e-37, 1.0), (1e-3, 1e-30)]
+)
 def test_features_whose_products_leave_fp32(impl: str, feature_map: str, query: float, key: float):
     torch.manual_seed(0)
     q, k, v = torch.randn(1, 2, 70, 4), torch.randn(1, 2, 70, 4), torch.randn(1, 2, 70, 8)
@@ -62,11 +70,23 @@ def test_features_whose_products_leave_fp32(impl: str, feature_map: str, query: 
 
 @by_impl
 def test_the_slope_of_elu_at_zero(impl: str):
-    """1, from either side: inputs that are exactly 0 are common, as where a row is empty or padded."""
-    q, k, v = torch.zeros(1, 1, 3, 2), torch.zeros(1, 1, 3, 2), torch.tensor([[[[1.0], [2.0], [4.0]]]])
-    exact = gradients(cm.linear_attention, [q.double(), k.double() + 1e-9, v.double()], torch.ones(1, 1, 3, 1).double())
+    """1, from either side: inputs that are exactly 0 are common, as where a row is empty or
+    padded.
+    """
+    q, k, v = (
+        torch.zeros(1, 1, 3, 2),
+        torch.zeros(1, 1, 3, 2),
+        torch.tensor([[[[1.0], [2.0], [4.0]]]]),
+    )
+    exact = gradients(
+        cm.linear_attention,
+        [q.double(), k.double() + 1e-9, v.double()],
+        torch.ones(1, 1, 3, 1).double(),
+    )
     for shift in (0.0, 1e-6, -1e-6):
-        found = gradients(cm.linear_attention, [q, k + shift, v], torch.ones(1, 1, 3, 1).double(), impl=impl)
+        found = gradients(
+            cm.linear_attention, [q, k + shift, v], torch.ones(1, 1, 3, 1).double(), impl=impl
+        )
         for actual, wanted in zip(found, exact):
             assert (actual.double() - wanted).abs().max() < 1e-5
     assert exact[1].abs().max() > 0.1

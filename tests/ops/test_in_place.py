@@ -1,4 +1,6 @@
-"""Results may be changed in place, as those of PyTorch's own attention; inputs that the backward pass needs may not."""
+"""Results may be changed in place, as those of PyTorch's own attention; inputs that the backward
+pass needs may not.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +15,27 @@ import cumulant as cm
 from cumulant import nn
 from cumulant.ops import bilinear, pointwise, project
 
-from .cases import CASES, CHUNK, IMPLEMENTATIONS, Case, assert_close, elita_logits, linear_part, sums_of
+from .cases import (
+    CASES,
+    CHUNK,
+    IMPLEMENTATIONS,
+    Case,
+    assert_close,
+    elita_logits,
+    linear_part,
+    sums_of,
+)
 from .walking import walk
 
-NAMES = ("taylor-2", "linear-elu", "linear-softmax", "linear-callable", "gated-laplace", "mixed-bias", "elita-own")
+NAMES = (
+    "taylor-2",
+    "linear-elu",
+    "linear-softmax",
+    "linear-callable",
+    "gated-laplace",
+    "mixed-bias",
+    "elita-own",
+)
 SOME = [c for c in CASES if c.name in NAMES]
 by_impl = pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 by_case = pytest.mark.parametrize("case", SOME, ids=lambda c: c.name)
@@ -63,15 +82,21 @@ def test_results_can_be_changed_in_place(case: Case, impl: str, call: str):
     with torch.no_grad():
         kept = results(case, call, impl, False)
     for x in kept:
-        x.mul_(torch.ones(x.shape, dtype=x.dtype, requires_grad=True))  # refused for views made without gradients
+        x.mul_(
+            torch.ones(x.shape, dtype=x.dtype, requires_grad=True)
+        )  # refused for views made without gradients
 
 
 @by_impl
 @by_case
 def test_gradients_of_results_changed_in_place(case: Case, impl: str):
-    """Right, or refused where the backward pass needs what was changed; never those of other numbers."""
+    """Right, or refused where the backward pass needs what was changed; never those of other
+    numbers.
+    """
     q, k, v = case.inputs(T=21, requires_grad=True)
-    exact = torch.autograd.grad((case(q, k, v, is_causal=True, impl=impl) * 2).square().sum(), (q, k, v))
+    exact = torch.autograd.grad(
+        (case(q, k, v, is_causal=True, impl=impl) * 2).square().sum(), (q, k, v)
+    )
     out = case(q, k, v, is_causal=True, impl=impl)
     out.mul_(2)
     found = gradients(out.square().sum(), (q, k, v)) or exact
@@ -102,7 +127,9 @@ def _without_causal(op: Any, *inputs: Tensor, is_causal: bool, **options: Any) -
 def flat_inputs(case: Case, q: Tensor, k: Tensor, v: Tensor) -> tuple[list[Tensor], Any]:
     """What the operation itself takes, and how it is called with that."""
     if case.op is cm.mixed_chunk_attention:
-        return [q, k, *linear_part(q, k), v], lambda *x, **o: case.op(*x, **case.options, **case.bias(q, 8), **o)
+        return [q, k, *linear_part(q, k), v], lambda *x, **o: case.op(
+            *x, **case.options, **case.bias(q, 8), **o
+        )
     if case.op is cm.elita_attention:
         return [*elita_logits(case, q, k), v], functools.partial(_without_causal, case.op)
     return [q, k, v], lambda *x, **o: case.op(*x, **case.options, **o)
@@ -112,7 +139,9 @@ def flat_inputs(case: Case, q: Tensor, k: Tensor, v: Tensor) -> tuple[list[Tenso
 @by_case
 @pytest.mark.parametrize("stateful", [False, True])
 def test_inputs_changed_before_the_backward_pass(case: Case, impl: str, stateful: bool):
-    """An error, as PyTorch has it, or gradients that do not need what was changed: never wrong ones."""
+    """An error, as PyTorch has it, or gradients that do not need what was changed: never wrong
+    ones.
+    """
     inputs, call = flat_inputs(case, *case.inputs(T=21))
     options: dict[str, Any] = {"is_causal": True, "impl": impl}
     if stateful:
@@ -126,13 +155,19 @@ def test_inputs_changed_before_the_backward_pass(case: Case, impl: str, stateful
         own = [x * 1 for x in leaves]  # may be changed in place
         past: list[Tensor] = []
         if stateful:
-            starts = [x.clone().requires_grad_() for x in first.tensors().values() if x.is_floating_point()]
+            starts = [
+                x.clone().requires_grad_()
+                for x in first.tensors().values()
+                if x.is_floating_point()
+            ]
             leaves += starts
             past = [x * 1 for x in starts]
             options["state"] = replaced(first, past)
         out = call(*own, **options)
         out = out[0] if stateful else out
-        exact = torch.autograd.grad(out.square().sum(), leaves, retain_graph=True, allow_unused=True)
+        exact = torch.autograd.grad(
+            out.square().sum(), leaves, retain_graph=True, allow_unused=True
+        )
         (own + past)[changed].mul_(1.5).add_(0.1)
         found = gradients(out.square().sum(), leaves)
         refused += found is None
@@ -148,8 +183,12 @@ SMALL = {
     "convolution": lambda *x: pointwise.short_convolution(x[0], x[2][0, :4]),
     "turn": lambda *x: pointwise.turn(x[0].unflatten(-1, (4, -1)).transpose(1, 2), *angles(x[0])),
     "project": lambda *x: project.project(x[0], x[2][0]),
-    "project, turned": lambda *x: project.project(x[0][:1].mT, x[2][0, :256, :300].T.contiguous().T),
-    "bilinear": lambda *x: bilinear.bilinear(x[0], x[0][..., :2], x[2].flatten(1)[:, : 2 * 512].expand(8, -1)),
+    "project, turned": lambda *x: project.project(
+        x[0][:1].mT, x[2][0, :256, :300].T.contiguous().T
+    ),
+    "bilinear": lambda *x: bilinear.bilinear(
+        x[0], x[0][..., :2], x[2].flatten(1)[:, : 2 * 512].expand(8, -1)
+    ),
 }
 
 

@@ -43,7 +43,9 @@ by_positive = pytest.mark.parametrize("case", POSITIVE, ids=lambda c: c.name)
 
 def forms(cases: list[Case]) -> Any:
     """Each case, causal and, where it has that form, in both directions."""
-    found = [(c, is_causal) for c in cases for is_causal in (True, False) if is_causal or c.bidirectional]
+    found = [
+        (c, is_causal) for c in cases for is_causal in (True, False) if is_causal or c.bidirectional
+    ]
     names = [f"{c.name}-{'causal' if is_causal else 'bidirectional'}" for c, is_causal in found]
     return pytest.mark.parametrize(("case", "is_causal"), found, ids=names)
 
@@ -61,7 +63,9 @@ def gradients(out: Any, wrt: tuple[Tensor, ...]) -> list[Tensor]:
     """Gradients of a fixed nonlinear function of outputs (and states)."""
     leaves = [out] if isinstance(out, Tensor) else [out[0], *sums_of(out[1])]
     leaves = [x.masked_fill(x.isinf(), 0) for x in leaves]  # logarithms of sums over nothing
-    loss = sum((x.double().sin() * torch.linspace(0.5, 1.5, x.numel()).view(x.shape)).sum() for x in leaves)
+    loss = sum(
+        (x.double().sin() * torch.linspace(0.5, 1.5, x.numel()).view(x.shape)).sum() for x in leaves
+    )
     found = torch.autograd.grad(loss, wrt, allow_unused=True, retain_graph=True)
     return [torch.zeros_like(x) if g is None else g for g, x in zip(found, wrt)]
 
@@ -82,7 +86,9 @@ def test_equals_the_formula(case: Case, impl: str, is_causal: bool, masked: bool
 @by_form
 @pytest.mark.parametrize("length", [7, 37])
 def test_gradients_equal_the_reference(case: Case, is_causal: bool, length: int):
-    """The reference differentiates itself; its own gradients are held to finite differences below."""
+    """The reference differentiates itself; its own gradients are held to finite differences
+    below.
+    """
     mask = torch.rand(2, length) > 0.3
     results = []
     for impl in case.implementations:
@@ -91,7 +97,11 @@ def test_gradients_equal_the_reference(case: Case, is_causal: bool, length: int)
         again = case.run(q * 0.9, k, v, is_causal, state=state, impl=impl)
         plain = case(q, k, v, is_causal=is_causal, impl=impl)
         results.append(
-            [*gradients((out, state), (q, k, v)), *gradients(again, (q, k, v)), *gradients(plain, (q, k, v))]
+            [
+                *gradients((out, state), (q, k, v)),
+                *gradients(again, (q, k, v)),
+                *gradients(plain, (q, k, v)),
+            ]
         )
     for others in results[1:]:
         for actual, exact in zip(others, results[0]):
@@ -109,7 +119,11 @@ def test_gradcheck(case: Case, impl: str, is_causal: bool, monkeypatch):
 
     def run(q, k, v, *parts):
         given = iter(parts)
-        state = None if start is None else start.map(lambda x: next(given) if x.is_floating_point() else x)
+        state = (
+            None
+            if start is None
+            else start.map(lambda x: next(given) if x.is_floating_point() else x)
+        )
         out, end = case.run(q, k, v, is_causal, state=state, impl=impl)
         return (out, *sums_of(end))
 
@@ -128,8 +142,8 @@ def test_double_backward_is_refused_in_one_piece(case: Case, impl: str):
 
 @pytest.mark.parametrize("order", [3, 4])
 def test_wide_heads_at_high_orders(order: int):
-    """135,751 features at order 4: output and gradients across chunks against the polynomial of the scores; in one
-    chunk no feature is formed."""
+    """135,751 features at order 4: output and gradients across chunks against the polynomial of the
+    scores; in one chunk no feature is formed."""
     K, x = 40, inputs(1, 2, 40, 40, 2, G=1)
     q, k, v = (0.3 * x[0]).requires_grad_(), (0.3 * x[1]).requires_grad_(), x[2].requires_grad_()
     scores = (q @ k.mT) / K**0.5
@@ -140,7 +154,9 @@ def test_wide_heads_at_high_orders(order: int):
     for actual, expected in zip(gradients(out, (q, k, v)), gradients(exact, (q, k, v))):
         assert_close(actual, expected, 1000)
     Expansion.get.cache_clear()
-    short = cm.taylor_attention(q[:, :, :CHUNK], k[:, :, :CHUNK], v[:, :, :CHUNK], order, is_causal=True)
+    short = cm.taylor_attention(
+        q[:, :, :CHUNK], k[:, :, :CHUNK], v[:, :, :CHUNK], order, is_causal=True
+    )
     assert_close(short, exact[:, :, :CHUNK], 100)
     assert "tables" not in vars(Expansion.get(K, order, True, torch.float64, q.device))
 
@@ -151,7 +167,9 @@ def test_wide_heads_at_high_orders(order: int):
 @by_impl
 @by_case
 @pytest.mark.parametrize(
-    "cuts", [[1] * 37, [5, 1, 30, 1], [16, 21], [0, 20, 0, 17]], ids=["steps", "mixed", "chunk", "empty"]
+    "cuts",
+    [[1] * 37, [5, 1, 30, 1], [16, 21], [0, 20, 0, 17]],
+    ids=["steps", "mixed", "chunk", "empty"],
 )
 def test_any_split_is_the_whole(case: Case, impl: str, cuts: list[int]):
     results = []
@@ -174,7 +192,10 @@ def test_recurrence_is_the_quadratic_form(case: Case):
     q, k, v = case.inputs()
     if case.op is cm.taylor_attention:
         order, constant = case.options.get("order", 2), case.options.get("constant_term", True)
-        features, scale = reference.taylor_features(order, constant), case.options.get("scale", 5**-0.5)
+        features, scale = (
+            reference.taylor_features(order, constant),
+            case.options.get("scale", 5**-0.5),
+        )
     else:
         features, scale = (lambda x: torch.nn.functional.elu(x) + 1), case.options["scale"]
         k, features = features(k), lambda x: x
@@ -229,7 +250,13 @@ def test_states_can_be_selected(case: Case, impl: str):
     _, state = case(q, k, v, is_causal=True, return_state=True, impl=impl)
     index = torch.tensor([2, 0, 2])
     nxt = case.inputs(3, T=4, seed=1)
-    out, end = case(*(x[index] for x in nxt), is_causal=True, state=state.select(index), return_state=True, impl=impl)
+    out, end = case(
+        *(x[index] for x in nxt),
+        is_causal=True,
+        state=state.select(index),
+        return_state=True,
+        impl=impl,
+    )
     expected, whole = case(*nxt, is_causal=True, state=state, return_state=True, impl=impl)
     picked = whole.select(index)
     assert_close(out, expected[index], 100)
@@ -245,7 +272,9 @@ def test_states_can_be_selected(case: Case, impl: str):
 @pytest.mark.parametrize("junk", [float("nan"), 1e4], ids=["nan", "large"])
 @pytest.mark.parametrize("where", ["left", "right", "holes", "row"])
 def test_padding_does_not_exist(case: Case, impl: str, is_causal: bool, junk: float, where: str):
-    """Output, gradient and state equal those of each row by itself, whatever stands at masked keys."""
+    """Output, gradient and state equal those of each row by itself, whatever stands at masked
+    keys.
+    """
     q, k, v = case.inputs(T=40)
     mask = torch.ones(2, 40, dtype=torch.bool)
     if where == "left":
@@ -256,11 +285,16 @@ def test_padding_does_not_exist(case: Case, impl: str, is_causal: bool, junk: fl
         mask = torch.rand(2, 40) > 0.5
     else:
         mask[0] = False
-    padded = k.masked_fill(~mask[:, None, :, None], junk), v.masked_fill(~mask[:, None, :, None], junk)
+    padded = (
+        k.masked_fill(~mask[:, None, :, None], junk),
+        v.masked_fill(~mask[:, None, :, None], junk),
+    )
     leaves = tuple(x.clone().requires_grad_() for x in (q, *padded))
     out, state = case.run(*leaves, is_causal, key_mask=mask, impl=impl)
     alone = is_causal or not case.masked_queries  # only the queries at tokens are compared
-    visible = mask[:, None, :, None].expand_as(out) if alone else torch.ones_like(out, dtype=torch.bool)
+    visible = (
+        mask[:, None, :, None].expand_as(out) if alone else torch.ones_like(out, dtype=torch.bool)
+    )
     if not case.masked_queries:
         assert not out[~visible].any()
     grads = gradients((out.where(visible, 0), state), leaves)
@@ -277,7 +311,9 @@ def test_padding_does_not_exist(case: Case, impl: str, is_causal: bool, junk: fl
                 assert_close(actual[b : b + 1], exact, 1000)
         more = case.inputs(2, T=3, seed=5)
         after = case(*more, is_causal=True, state=state, impl=impl)[b : b + 1]
-        assert_close(after, case(*(x[b : b + 1] for x in more), is_causal=True, state=end, impl=impl), 1000)
+        assert_close(
+            after, case(*(x[b : b + 1] for x in more), is_causal=True, state=end, impl=impl), 1000
+        )
     for grad, kept in zip(grads, (None, mask, mask)):
         assert torch.isfinite(grad).all()
         if kept is not None:
@@ -304,7 +340,9 @@ def test_gradients_of_padded_rows_are_those_of_the_row_alone(case: Case, impl: s
     for b in range(2):
         m, row = mask[b], slice(b, b + 1)
         alone = tuple(x[row, :, m].clone().requires_grad_() for x in (q, k, v))
-        for actual, exact in zip(grads, torch.autograd.grad(loss(alone, None, weight[row, :, m], row), alone)):
+        for actual, exact in zip(
+            grads, torch.autograd.grad(loss(alone, None, weight[row, :, m], row), alone)
+        ):
             assert_close(actual[row, :, m], exact, 1000)
 
 
@@ -323,7 +361,9 @@ def test_packed_is_separate(case: Case, impl: str, is_causal: bool, masked: bool
     starts = case.inputs(4, T=6, seed=1)
     start = case(*starts, is_causal=True, return_state=True, impl=impl)[1]
     leaves = tuple(x.clone().requires_grad_() for x in (q, k, v))
-    out, state = case.run(*leaves, is_causal, cu_seqlens=cu_seqlens, key_mask=mask, state=start, impl=impl)
+    out, state = case.run(
+        *leaves, is_causal, cu_seqlens=cu_seqlens, key_mask=mask, state=start, impl=impl
+    )
     plain = case(*leaves, is_causal=is_causal, cu_seqlens=cu_seqlens, key_mask=mask, impl=impl)
     assert not out[:, :, bounds[-1] :].any()
     grads = torch.autograd.grad(sum(x.sin().sum() for x in (out, *sums_of(state))), leaves)
@@ -335,7 +375,9 @@ def test_packed_is_separate(case: Case, impl: str, is_causal: bool, masked: bool
         row = start.select(torch.tensor([i])) if case.packed_states else None
         expected, end = case.run(*alone, is_causal, key_mask=m, state=row, impl=impl)
         assert_close(out[:, :, a:b], expected, 1000)
-        assert_close(plain[:, :, a:b], case(*alone, is_causal=is_causal, key_mask=m, impl=impl), 1000)
+        assert_close(
+            plain[:, :, a:b], case(*alone, is_causal=is_causal, key_mask=m, impl=impl), 1000
+        )
         loss = expected.sin().sum()
         if state is not None:
             for actual, exact in zip(tensors_of(state), tensors_of(end)):
@@ -379,7 +421,9 @@ def test_cross_attention(case: Case, impl: str, T: int, S: int):
 def test_grouped_heads(case: Case, impl: str, H: int, G: int, is_causal: bool):
     q, k, v = case.inputs(H=H, G=G, requires_grad=True)
     out = case(q, k, v, is_causal=is_causal, impl=impl)
-    repeated = case(q, *(x.repeat_interleave(H // G, 1) for x in (k, v)), is_causal=is_causal, impl=impl)
+    repeated = case(
+        q, *(x.repeat_interleave(H // G, 1) for x in (k, v)), is_causal=is_causal, impl=impl
+    )
     assert_close(out, repeated, 1000)
     for actual, exact in zip(gradients(out, (q, k, v)), gradients(repeated, (q, k, v))):
         assert_close(actual, exact, 1000)
@@ -390,14 +434,18 @@ def test_grouped_heads(case: Case, impl: str, H: int, G: int, is_causal: bool):
 @pytest.mark.parametrize(("K", "V"), [(1, 1), (1, 9), (8, 1), (3, 20)])
 def test_head_dims(case: Case, impl: str, K: int, V: int):
     q, k, v = case.inputs(K=K, V=V)
-    assert_close(case(q, k, v, is_causal=True, impl=impl), oracle(case, q, k, v, is_causal=True), 3000)
+    assert_close(
+        case(q, k, v, is_causal=True, impl=impl), oracle(case, q, k, v, is_causal=True), 3000
+    )
 
 
 @by_impl
 @by_case
 @pytest.mark.parametrize("length", [8, 37])
 def test_strides_of_states_and_their_gradients_do_not_matter(case: Case, impl: str, length: int):
-    """A state whose memory is laid out otherwise; gradients that arrive with other strides, one at a time."""
+    """A state whose memory is laid out otherwise; gradients that arrive with other strides, one at
+    a time.
+    """
 
     def relaid(x):
         return x.transpose(0, 1).contiguous().transpose(0, 1) if x.dim() > 1 else x
@@ -406,7 +454,9 @@ def test_strides_of_states_and_their_gradients_do_not_matter(case: Case, impl: s
     _, state = case(q, k, v, is_causal=True, return_state=True, impl=impl)
     assert any(not relaid(x).is_contiguous() for x in sums_of(state))
     out, end = case(q, k, v, is_causal=True, state=state.map(relaid), return_state=True, impl=impl)
-    expected, exact = case(q, k, v, is_causal=True, state=state, return_state=True, impl="reference")
+    expected, exact = case(
+        q, k, v, is_causal=True, state=state, return_state=True, impl="reference"
+    )
     assert_close(out, expected, 1000)
     for actual, part in zip(sums_of(end), sums_of(exact)):
         assert_close(actual, part, 100)
@@ -458,13 +508,17 @@ def test_any_shape_mask_and_split(case: Case, data: st.DataObject):
     B, G, R, K, V = (data.draw(st.integers(1, 3)) for _ in range(5))
     T = data.draw(st.integers(0, 40))
     q, k, v = case.inputs(B, G * R, T, K, V, G=G, seed=data.draw(st.integers(0, 9)))
-    mask = torch.tensor(data.draw(st.lists(st.booleans(), min_size=B * T, max_size=B * T)), dtype=torch.bool)
+    mask = torch.tensor(
+        data.draw(st.lists(st.booleans(), min_size=B * T, max_size=B * T)), dtype=torch.bool
+    )
     mask = mask.view(B, T)
     cuts = sorted(data.draw(st.lists(st.integers(0, T), max_size=3)))
     lengths = [b - a for a, b in zip([0, *cuts], [*cuts, T])]
     state, outs = None, []
     for qs, ks, vs, ms in zip(*(x.split(lengths, 2) for x in (q, k, v)), mask.split(lengths, 1)):
-        out, state = case(qs, ks, vs, is_causal=True, key_mask=ms, state=state, return_state=True, impl="torch")
+        out, state = case(
+            qs, ks, vs, is_causal=True, key_mask=ms, state=state, return_state=True, impl="torch"
+        )
         outs.append(out)
     assert_close(torch.cat(outs, 2), oracle(case, q, k, v, is_causal=True, key_mask=mask), 1000)
 
@@ -473,7 +527,9 @@ def test_any_shape_mask_and_split(case: Case, data: st.DataObject):
 
 
 def kept_in(state: cm.State, part: Tensor, dtype: torch.dtype) -> torch.dtype:
-    """Keys and values stay as they are, sums are kept in fp32 at least, ELiTA's means and logarithms in fp64."""
+    """Keys and values stay as they are, sums are kept in fp32 at least, ELiTA's means and
+    logarithms in fp64.
+    """
     if isinstance(state, cm.KeyValueState):
         return dtype
     if isinstance(state, cm.ElitaState):
@@ -505,11 +561,14 @@ def test_dtypes(case: Case, impl: str, dtype: torch.dtype, is_causal: bool):
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 def test_tolerances_are_tight(dtype: torch.dtype):
-    """The table is not slack: the plain quadratic form in the same dtype comes within 20 times of it."""
+    """The table is not slack: the plain quadratic form in the same dtype comes within 20 times of
+    it.
+    """
     low = inputs(T=100, K=16, V=16, dtype=dtype)
     exact = [x.double() for x in low]
     worst = max(
-        error(case(*low, is_causal=True, impl="reference"), oracle(case, *exact, is_causal=True)) for case in POSITIVE
+        error(case(*low, is_causal=True, impl="reference"), oracle(case, *exact, is_causal=True))
+        for case in POSITIVE
     )
     assert TOLERANCE[dtype] / 20 < worst < TOLERANCE[dtype]
 
@@ -517,14 +576,18 @@ def test_tolerances_are_tight(dtype: torch.dtype):
 @pytest.mark.parametrize("case", [*POSITIVE, *FIXED], ids=lambda c: c.name)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_long_decoding_keeps_its_accuracy(case: Case, dtype: torch.dtype):
-    """8,200 single steps in low precision against float64 at the end: a 16-bit sum of keys would have frozen at 512."""
+    """8,200 single steps in low precision against float64 at the end: a 16-bit sum of keys would
+    have frozen at 512.
+    """
     T = 8200
     low = case.inputs(1, 2, T, 8, 8, G=1, dtype=dtype)
     exact = case(*(x.double() for x in low), is_causal=True, impl="torch")
     with torch.inference_mode():
         state, out = None, torch.empty(0)
         for t in range(T):
-            out, state = case(*(x[:, :, t : t + 1] for x in low), is_causal=True, state=state, return_state=True)
+            out, state = case(
+                *(x[:, :, t : t + 1] for x in low), is_causal=True, state=state, return_state=True
+            )
     assert int(state.position) == T
     assert_close(out, exact[:, :, -1:], 3)
 
@@ -556,7 +619,9 @@ def test_queries_without_features_give_zeros(impl: str):
 
 @by_impl
 def test_small_weights_do_not_meet_an_epsilon(impl: str):
-    """Weights near fp16's smallest numbers: an epsilon of 1e-6 in the denominator would halve these outputs."""
+    """Weights near fp16's smallest numbers: an epsilon of 1e-6 in the denominator would halve these
+    outputs.
+    """
     q, k, v = inputs(dtype=torch.float16)
     tiny = (q.float() - 12).half(), (k.float() - 12).half()
     out = cm.linear_attention(*tiny, v, is_causal=True, impl=impl)
@@ -577,7 +642,13 @@ def test_every_row_is_written(case: Case, impl: str):
             for is_causal in (True, False)[: 1 + case.bidirectional]:
                 out = case.run(q, k, v, is_causal, impl=impl)
                 rows = case(*packed, is_causal=is_causal, cu_seqlens=cu_seqlens, impl=impl)
-                found = [out[0], *tensors_of(out[1]), *gradients(out, (q, k, v)), rows, *gradients(rows, packed)]
+                found = [
+                    out[0],
+                    *tensors_of(out[1]),
+                    *gradients(out, (q, k, v)),
+                    rows,
+                    *gradients(rows, packed),
+                ]
                 assert all(torch.isfinite(x).all() for x in found)
     finally:
         torch.use_deterministic_algorithms(False)
@@ -594,7 +665,9 @@ def test_results_repeat_bit_for_bit(case: Case):
 
 @by_impl
 def test_no_constant_keeps_small_weights(impl: str):
-    """Scores near 1e-3, as in a fresh model: 1 + x + x²/2 - 1 in fp32 would keep three digits of them."""
+    """Scores near 1e-3, as in a fresh model: 1 + x + x²/2 - 1 in fp32 would keep three digits of
+    them.
+    """
     q, k, v = inputs(T=64, K=16, dtype=torch.float32)
     q, k = (q.abs() * 0.02, k.abs() * 0.02)
     case = Case("", cm.taylor_attention, {"constant_term": False})
@@ -604,21 +677,29 @@ def test_no_constant_keeps_small_weights(impl: str):
 
 @by_impl
 def test_shen_far_from_zero(impl: str):
-    """The bidirectional form takes off the largest key, so exponentials neither vanish nor overflow."""
+    """The bidirectional form takes off the largest key, so exponentials neither vanish nor
+    overflow.
+    """
     q, k, v = inputs(dtype=torch.float32)
     case = Case("", cm.linear_attention, {"feature_map": "softmax"})
     for shift in (-200.0, 200.0):
         mask = torch.rand(2, 37) > 0.3
-        assert_close(case(q, k + shift, v, key_mask=mask, impl=impl), oracle(case, q, k + shift, v, key_mask=mask), 5)
+        assert_close(
+            case(q, k + shift, v, key_mask=mask, impl=impl),
+            oracle(case, q, k + shift, v, key_mask=mask),
+            5,
+        )
 
 
 @by_impl
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize(("size", "shift"), [(1e4, 0.0), (1.0, 1e4), (1.0, -1e4), (30.0, 9e3)])
-def test_elita_is_exact_for_logits_of_any_size(impl: str, dtype: torch.dtype, size: float, shift: float):
-    """Outputs, states and gradients against the oracle on the same rounded logits, whole and token by token, at the
-    same tolerances as for small logits. In fp32 numbers near 1e4 stand 1e-3 apart: a running log-sum kept in fp32 would
-    be wrong by as much."""
+def test_elita_is_exact_for_logits_of_any_size(
+    impl: str, dtype: torch.dtype, size: float, shift: float
+):
+    """Outputs, states and gradients against the oracle on the same rounded logits, whole and token
+    by token, at the same tolerances as for small logits. In fp32 numbers near 1e4 stand 1e-3 apart:
+    a running log-sum kept in fp32 would be wrong by as much."""
     q, k, v = inputs(T=60, dtype=torch.float64)
     raw = k[..., 0] * size + shift, q[..., 0] * size - shift / 2, q[..., 1] * size + shift / 2
     leaves = tuple(x.to(dtype).requires_grad_() for x in (*raw, v))
@@ -630,20 +711,29 @@ def test_elita_is_exact_for_logits_of_any_size(impl: str, dtype: torch.dtype, si
             out, state = cm.elita_attention(*part, state=state, return_state=True, impl=impl)
             outs.append(out)
         out = torch.cat(outs, 2)
-        grads = torch.autograd.grad((out.double() * weight).sum() + state.mean.double().sin().sum(), x)
+        grads = torch.autograd.grad(
+            (out.double() * weight).sum() + state.mean.double().sin().sum(), x
+        )
         return [out, state.log_weight, state.mean, *grads]
 
     weight = torch.linspace(-1, 1, 60, dtype=torch.float64)[:, None]
     c, r, s = (x.detach() for x in exact[:3])
-    rows = torch.cat(((c.repeat_interleave(2, 1)[:, :, None] + r[..., None]).tril(), s[..., None]), -1)
-    rows = rows.masked_fill(torch.ones(60, 61, dtype=torch.bool).triu(1) & (torch.arange(61) < 60), -math.inf)
+    rows = torch.cat(
+        ((c.repeat_interleave(2, 1)[:, :, None] + r[..., None]).tril(), s[..., None]), -1
+    )
+    rows = rows.masked_fill(
+        torch.ones(60, 61, dtype=torch.bool).triu(1) & (torch.arange(61) < 60), -math.inf
+    )
     values = exact[3].detach().repeat_interleave(2, 1)
     weights = rows.softmax(-1)
     formula = weights[..., :60] @ values + weights[..., 60:] * values
     expected = run(exact, "reference", [60])
-    rounding = 60 * 1e4 * torch.finfo(torch.float64).eps  # of sums of logits in fp64, token after token
+    rounding = (
+        60 * 1e4 * torch.finfo(torch.float64).eps
+    )  # of sums of logits in fp64, token after token
     assert error(expected[0], formula) < rounding
-    # The gradient of a saturated logit is a difference of nearly equal sums over all rows: held to the size of those.
+    # The gradient of a saturated logit is a difference of nearly equal sums over all rows: held to
+    # the size of those.
     summed = float((weight.abs() * values.abs().sum(-1, keepdim=True)).sum(2).max())
     sizes = [float(x.detach().abs().max()) for x in expected[:3]] + [summed] * 4
     for lengths in ([60], [1] * 60, [25, 35]):
@@ -656,8 +746,9 @@ def test_elita_is_exact_for_logits_of_any_size(impl: str, dtype: torch.dtype, si
 @by_impl
 @pytest.mark.parametrize("first", [0.0, 12.0, 16.0, 18.0])
 def test_elita_steps_do_not_stall(impl: str, first: float):
-    """A token, two or a few at a time, fp32, where a first key outweighs thousands of others: each moves mean and
-    log-sum by less than the last digit of an fp32 number, all of them together by a lot."""
+    """A token, two or a few at a time, fp32, where a first key outweighs thousands of others: each
+    moves mean and log-sum by less than the last digit of an fp32 number, all of them together by a
+    lot."""
     T = 5000 if impl == "torch" else 200
     c = torch.zeros(1, 1, T)
     c[..., 0] = first
@@ -681,7 +772,10 @@ def test_elita_steps_do_not_stall(impl: str, first: float):
 @by_impl
 def test_an_elita_state_of_nothing_has_gradients_of_zero(impl: str):
     """Keys without weight, and a call onto what they left."""
-    c, r, s = (torch.full((1, 1, 3), x, dtype=torch.float64, requires_grad=True) for x in (-math.inf, 0.0, 0.0))
+    c, r, s = (
+        torch.full((1, 1, 3), x, dtype=torch.float64, requires_grad=True)
+        for x in (-math.inf, 0.0, 0.0)
+    )
     v = torch.randn(1, 1, 3, 2, dtype=torch.float64, requires_grad=True)
     _, state = cm.elita_attention(c, r, s, v, return_state=True, impl=impl)
     later = torch.zeros(1, 1, 3, dtype=torch.float64, requires_grad=True)
@@ -710,7 +804,9 @@ def test_denominator_is_at_least_half_the_keys():
     q, k, v = inputs()
     _, state = cm.taylor_attention(q, k, v, scale=1.0, is_causal=True, return_state=True)
     features = reference.taylor_features(2, True)
-    queries = torch.cat((features(q[:, :2] * 3), features(-k / k.square().sum(-1, keepdim=True))), 2)
+    queries = torch.cat(
+        (features(q[:, :2] * 3), features(-k / k.square().sum(-1, keepdim=True))), 2
+    )
     assert (queries @ state.denominator[..., None]).min() >= 37 / 2
 
 

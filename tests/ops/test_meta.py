@@ -1,4 +1,6 @@
-"""Calls that have shapes and no numbers: the meta device, as initialisation and memory estimates use it."""
+"""Calls that have shapes and no numbers: the meta device, as initialisation and memory estimates
+use it.
+"""
 
 from __future__ import annotations
 

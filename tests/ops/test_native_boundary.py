@@ -42,6 +42,10 @@ def test_fields_that_change_places_are_noticed(structure, monkeypatch):
 
 
 def test_no_struct_is_left_out():
-    kinds = {kind for kind in vars(library).values() if isinstance(kind, type) and issubclass(kind, ctypes.Structure)}
+    kinds = {
+        kind
+        for kind in vars(library).values()
+        if isinstance(kind, type) and issubclass(kind, ctypes.Structure)
+    }
     assert kinds - {ctypes.Structure} == set(library.STRUCTURES)
     assert list(described()) == [structure.__name__ for structure in library.STRUCTURES]

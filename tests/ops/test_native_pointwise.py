@@ -1,4 +1,6 @@
-"""What stands beside attention, on the native kernels: outputs and gradients against the formulas in fp64."""
+"""What stands beside attention, on the native kernels: outputs and gradients against the formulas
+in fp64.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,11 @@ def _always_native(monkeypatch):
 def calls(monkeypatch):
     """Names of the native operations that ran."""
     found, run = [], native._run
-    monkeypatch.setattr(native, "_run", lambda operation, *a, **k: (found.append(operation), run(operation, *a, **k)))
+    monkeypatch.setattr(
+        native,
+        "_run",
+        lambda operation, *a, **k: (found.append(operation), run(operation, *a, **k)),
+    )
     return found
 
 
@@ -45,12 +51,16 @@ def check(operation, formula, *inputs, tolerance=2e-5):
     """Outputs and gradients, of all inputs that are given."""
     real = [isinstance(x, torch.Tensor) and x.is_floating_point() for x in inputs]
     narrow = [x.detach().requires_grad_() if r else x for x, r in zip(inputs, real, strict=True)]
-    wide = [x.detach().double().requires_grad_() if r else x for x, r in zip(inputs, real, strict=True)]
+    wide = [
+        x.detach().double().requires_grad_() if r else x for x, r in zip(inputs, real, strict=True)
+    ]
     y, expected = operation(*narrow), formula(*wide)
     assert y.dtype == torch.float32
     dout = torch.linspace(-1, 1.5, y.numel()).view(y.shape)
     found = torch.autograd.grad(y, given_tensors(narrow), dout)
-    exact = torch.autograd.grad(expected, given_tensors(wide), dout.double(), materialize_grads=True, allow_unused=True)
+    exact = torch.autograd.grad(
+        expected, given_tensors(wide), dout.double(), materialize_grads=True, allow_unused=True
+    )
     for a, b in zip((y, *found), (expected, *exact), strict=True):
         size = b.abs().amax().clamp(min=1) if b.numel() else 1
         torch.testing.assert_close(a.double() / size, b / size, rtol=0, atol=tolerance)
@@ -75,7 +85,12 @@ def test_swiglu_far_out():
 @given(rows, lengths, sizes, st.booleans(), st.sampled_from([1e-6, 0.5]))
 def test_rms_norm(B, T, n, weighted, eps):
     x, w = draw((B, T, n), (n,))
-    check(lambda x, w: ops.rms_norm(x, w, eps), lambda x, w: F.rms_norm(x, (n,), w, eps), x, w if weighted else None)
+    check(
+        lambda x, w: ops.rms_norm(x, w, eps),
+        lambda x, w: F.rms_norm(x, (n,), w, eps),
+        x,
+        w if weighted else None,
+    )
 
 
 @settings(max_examples=80, deadline=None)
@@ -87,14 +102,23 @@ def test_short_convolution(B, T, n, taps, before, packed):
 
 
 @settings(max_examples=50, deadline=None)
-@given(rows, lengths, st.integers(1, 4), st.integers(1, 20), st.booleans(), st.booleans(), st.booleans())
+@given(
+    rows,
+    lengths,
+    st.integers(1, 4),
+    st.integers(1, 20),
+    st.booleans(),
+    st.booleans(),
+    st.booleans(),
+)
 def test_turn(B, T, heads, half, own, inside, back):
     (x,) = draw((B, T, heads, 2 * half) if inside else (B, heads, T, 2 * half))
     x = x.transpose(1, 2) if inside else x
     (angle,) = draw((B, T, half) if own else (T, half), seed=1)
     cosine, sine = angle.cos(), angle.sin()
     check(
-        lambda x: ops.turn(x, cosine, sine, back), lambda x: ops._turned(x, cosine.double(), sine.double(), back), x
+        lambda x: ops.turn(x, cosine, sine, back), lambda x: ops._turned(x, cosine.double(),
+        sine.double(), back), x
     )  # fmt: skip
     turned = ops.turn(x, cosine, sine, back)
     torch.testing.assert_close(ops.turn(turned, cosine, sine, not back), x)
@@ -111,7 +135,13 @@ def test_long_sums_and_threads(threads):
     torch.set_num_threads(threads)
     try:
         x = x + 3  # all of one sign: nothing cancels in the sums
-        check(lambda x, w: ops.rms_norm(x, w, 1e-6), lambda x, w: F.rms_norm(x, (n,), w, 1e-6), x, w, tolerance=1e-6)
+        check(
+            lambda x, w: ops.rms_norm(x, w, 1e-6),
+            lambda x, w: F.rms_norm(x, (n,), w, 1e-6),
+            x,
+            w,
+            tolerance=1e-6,
+        )
         check(ops.short_convolution, ops._convolution, x, c, None, None, tolerance=1e-6)
     finally:
         torch.set_num_threads(before)
@@ -158,7 +188,9 @@ def test_formulas_where_something_watches(name, calls):
     inputs = draw(*shapes)
     expected = operation(*inputs)
     assert len(calls) == 1
-    torch.testing.assert_close(torch.compile(operation, fullgraph=True, backend="eager")(*inputs), expected)
+    torch.testing.assert_close(
+        torch.compile(operation, fullgraph=True, backend="eager")(*inputs), expected
+    )
     torch.testing.assert_close(torch.func.vmap(operation)(*(x[None] for x in inputs))[0], expected)
     with torch.autocast("cpu", torch.bfloat16):
         operation(*inputs)
@@ -186,7 +218,9 @@ def test_nothing_at_all():
     assert native.convolve(empty, torch.ones(3, 6), None, None).shape == empty.shape
     gradients = native.convolve_backward(empty, torch.ones(3, 6), torch.zeros(2, 2, 6), None, empty)
     assert not gradients[1].any()
-    assert native.turn(torch.zeros(2, 3, 0, 6), torch.zeros(0, 3), torch.zeros(0, 3), False).shape == (2, 3, 0, 6)
+    assert native.turn(
+        torch.zeros(2, 3, 0, 6), torch.zeros(0, 3), torch.zeros(0, 3), False
+    ).shape == (2, 3, 0, 6)
 
 
 DEPENDENT = {
@@ -217,7 +251,10 @@ def test_inputs_that_depend_on_each_other(name):
         return first, torch.autograd.grad((first**2).sum(), x)[0]
 
     (x,) = draw((2, 4, 6))
-    found, exact = both(operation, x.requires_grad_()), both(formula, x.detach().double().requires_grad_())
+    found, exact = (
+        both(operation, x.requires_grad_()),
+        both(formula, x.detach().double().requires_grad_()),
+    )
     for a, b in zip(found, exact, strict=True):
         torch.testing.assert_close(a.double(), b, rtol=1e-3, atol=1e-4)
 
@@ -230,7 +267,9 @@ def test_many_gradients_at_once(name):
     directions = torch.randn(3, *y.shape)
     together = torch.autograd.grad(y, inputs, directions, is_grads_batched=True, retain_graph=True)
     for i, direction in enumerate(directions):
-        for a, b in zip(together, torch.autograd.grad(y, inputs, direction, retain_graph=True), strict=True):
+        for a, b in zip(
+            together, torch.autograd.grad(y, inputs, direction, retain_graph=True), strict=True
+        ):
             torch.testing.assert_close(a[i], b, rtol=1e-4, atol=1e-5)
             assert not a.requires_grad
 
@@ -241,7 +280,9 @@ def test_tangents(name):
     inputs = draw(*shapes)
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(inputs[0], torch.ones_like(inputs[0]))
-        assert torch.autograd.forward_ad.unpack_dual(operation(dual, *inputs[1:])).tangent is not None
+        assert (
+            torch.autograd.forward_ad.unpack_dual(operation(dual, *inputs[1:])).tangent is not None
+        )
 
 
 def test_numbers_that_memory_does_not_hold():
@@ -282,6 +323,21 @@ def test_bad_input_does_not_reach_the_kernels():
 def test_every_instruction_set(isa):
     if not loaded().cumulant_supports(INSTRUCTIONS.index(isa)):
         pytest.skip(f"this machine has no {isa}")
-    tests = [f"{__file__}::{name}" for name in ("test_swiglu", "test_rms_norm", "test_short_convolution", "test_turn")]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *tests]
-    subprocess.run(command, env={**os.environ, "CUMULANT_ISA": isa}, check=True, capture_output=True)
+    tests = [
+        f"{__file__}::{name}"
+        for name in ("test_swiglu", "test_rms_norm", "test_short_convolution", "test_turn")
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+        *tests,
+    ]
+    subprocess.run(
+        command, env={**os.environ, "CUMULANT_ISA": isa}, check=True, capture_output=True
+    )

@@ -1,4 +1,6 @@
-"""Programs, the native kernels' way through a whole layer: every instruction against torch in fp64, at any size."""
+"""Programs, the native kernels' way through a whole layer: every instruction against torch in fp64,
+at any size.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ def tensors(seed, *shapes):
 def run(program, output, x, states=(), position=None):
     program.end(output)
     y, after = program.run(x, states, position)
-    assert all(new.data_ptr() != old.data_ptr() or old.numel() == 0 for new, old in zip(after, states))
+    assert all(
+        new.data_ptr() != old.data_ptr() or old.numel() == 0 for new, old in zip(after, states)
+    )
     return y, after
 
 
@@ -43,7 +47,9 @@ def test_matrix(n, k, B, biased, seed):
     p = Program(k)
     y = p.matrix(p.input, W, b if biased else None)
     p.matrix(y, V, to=p.input, add=True)
-    expected = x.double() + F.linear(F.linear(x.double(), W.double(), b.double() if biased else None), V.double())
+    expected = x.double() + F.linear(
+        F.linear(x.double(), W.double(), b.double() if biased else None), V.double()
+    )
     close(run(p, p.input, x)[0] / n**0.5, expected / n**0.5)
 
 
@@ -65,16 +71,33 @@ def test_matrices_of_one_vector_share_the_threads(threads):
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.sampled_from(["rmsnorm", "layernorm", "scalenorm"]), st.integers(2, 70), st.integers(1, 4), rows, st.booleans()
+    st.sampled_from(["rmsnorm", "layernorm", "scalenorm"]),
+    st.integers(2, 70),
+    st.integers(1, 4),
+    rows,
+    st.booleans(),
 )
 def test_norm(kind, size, heads, B, learned):
     x, w, b = tensors(1, (B, heads * size), (1 if kind == "scalenorm" else size,), (size,))
     learned = learned or kind == "scalenorm"
     p = Program(heads * size)
     y = run(
-        p, p.norm(p.input, kind, 1e-3, w if learned else None, b if learned and kind == "layernorm" else None, heads), x
+        p,
+        p.norm(
+            p.input,
+            kind,
+            1e-3,
+            w if learned else None,
+            b if learned and kind == "layernorm" else None,
+            heads,
+        ),
+        x,
     )[0]
-    each, w, b = x.double().view(B, heads, size), w.double() if learned else None, b.double() if learned else None
+    each, w, b = (
+        x.double().view(B, heads, size),
+        w.double() if learned else None,
+        b.double() if learned else None,
+    )
     if kind == "scalenorm":
         expected = each * w / (each.norm(dim=-1, keepdim=True) * size**-0.5).clamp(min=1e-3)
     elif kind == "rmsnorm":
@@ -119,7 +142,9 @@ def test_rotation(half, heads, B, place):
 
 
 @settings(max_examples=60, deadline=None)
-@given(sizes, rows, st.sampled_from(["swiglu", "gelu", "product"]), st.sampled_from([1.0, 30.0, 1e4]))
+@given(
+    sizes, rows, st.sampled_from(["swiglu", "gelu", "product"]), st.sampled_from([1.0, 30.0, 1e4])
+)
 def test_activations(size, B, kind, scale):
     x, up = tensors(5, (B, size), (size, size))
     x = x * scale
@@ -141,7 +166,13 @@ def test_not_a_number_stays_one():
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.integers(0, 3), st.integers(1, 9), st.integers(1, 40), st.integers(1, 3), st.integers(1, 2), rows, st.booleans()
+    st.integers(0, 3),
+    st.integers(1, 9),
+    st.integers(1, 40),
+    st.integers(1, 3),
+    st.integers(1, 2),
+    rows,
+    st.booleans(),
 )
 def test_attention(order, K, V, groups, ratio, B, flag):
     heads, normalize, constant = groups * ratio, flag or order > 0, flag or order == 0
@@ -159,7 +190,8 @@ def test_attention(order, K, V, groups, ratio, B, flag):
     p = Program(heads * K + groups * (K + V))
     parts = p.input.split(heads * K, groups * K, groups * V)
     y = p.attend(
-        *parts, heads, groups, order=order, constant_term=constant, activation="identity" if order else "elu",
+        *parts, heads, groups, order=order, constant_term=constant,
+        activation="identity" if order else "elu",
         scale=0.3, normalize=normalize,
     )  # fmt: skip
     x = torch.cat([x[:, :, 4].flatten(1) for x in (q, k, v)], -1)
@@ -182,7 +214,14 @@ def test_gates():
 
 def test_what_cannot_be_is_refused():
     W = torch.randn(6, 8)
-    for weight in (W.double(), W.bfloat16(), W.T, W.repeat(1, 2)[:, ::2], W.to("meta"), torch.nn.Buffer(W)[:, :7]):
+    for weight in (
+        W.double(),
+        W.bfloat16(),
+        W.T,
+        W.repeat(1, 2)[:, ::2],
+        W.to("meta"),
+        torch.nn.Buffer(W)[:, :7],
+    ):
         p = Program(8)
         with pytest.raises(Unsuitable):
             p.matrix(p.input, weight)
@@ -222,6 +261,21 @@ def test_states_must_fit():
 def test_every_instruction_set(isa):
     if not loaded().cumulant_supports(INSTRUCTIONS.index(isa)):
         pytest.skip(f"this machine has no {isa}")
-    tests = [f"{__file__}::{name}" for name in ("test_matrix", "test_norm", "test_activations", "test_attention")]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *tests]
-    subprocess.run(command, env={**os.environ, "CUMULANT_ISA": isa}, check=True, capture_output=True)
+    tests = [
+        f"{__file__}::{name}"
+        for name in ("test_matrix", "test_norm", "test_activations", "test_attention")
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+        *tests,
+    ]
+    subprocess.run(
+        command, env={**os.environ, "CUMULANT_ISA": isa}, check=True, capture_output=True
+    )

@@ -1,5 +1,5 @@
-"""Every operator against its schema, its fake kernel, its registration and AOT dispatch, however its inputs lie in
-memory."""
+"""Every operator against its schema, its fake kernel, its registration and AOT dispatch, however
+its inputs lie in memory."""
 
 from __future__ import annotations
 
@@ -51,7 +51,9 @@ def tensor(shape: tuple[int, ...], layout: str, dtype: torch.dtype = torch.float
         dtype = torch.bfloat16 if dtype == torch.float64 else dtype
     layout = layout.replace("one strided token", "strided")
     if layout == "expanded":
-        x = torch.randn(*shape[:1], *(1 if n > 1 else n for n in shape[1:-1]), shape[-1], dtype=dtype).expand(shape)
+        x = torch.randn(
+            *shape[:1], *(1 if n > 1 else n for n in shape[1:-1]), shape[-1], dtype=dtype
+        ).expand(shape)
     elif layout == "strided":
         x = torch.randn(*shape[:-1], 2 * shape[-1] + 1, dtype=dtype)[..., 1::2]
         x = x.flip(0).transpose(0, -1).contiguous().transpose(0, -1)
@@ -95,7 +97,13 @@ def mixed(layout: str, is_causal: bool) -> tuple[Any, ...]:
     if is_causal:
         shapes = ((B, G, L, V), (B, G, g, K), (B, G, g, L), (B, G, g, V))
         position = torch.arange(3, 3 + B)
-        past = (*(tensor(x, "plain" if layout == "half" else layout, sums_dtype(layout)) for x in shapes), position)
+        past = (
+            *(
+                tensor(x, "plain" if layout == "half" else layout, sums_dtype(layout))
+                for x in shapes
+            ),
+            position,
+        )
     spec = MixedChunkSpec(g, "laplace", is_causal, True, 0.0, is_causal, span=8)
     return MixedChunkInputs(*five, bias, None, None, *past), spec
 
@@ -153,12 +161,19 @@ def test_operators_are_what_they_promise(name: str, layout: str):
             found = operator.forward(*operator.arguments(impl, inputs, spec))
             outputs = operator.outputs(*(found if isinstance(found, tuple) else (found,)))
             first, *rest = outputs
-            upstream = (torch.randn_like(first), *(torch.randn_like(x) if x.numel() else None for x in rest))
-            call = operator.backward_arguments(impl, operator.outputs(*upstream), inputs, outputs, spec)
+            upstream = (
+                torch.randn_like(first),
+                *(torch.randn_like(x) if x.numel() else None for x in rest),
+            )
+            call = operator.backward_arguments(
+                impl, operator.outputs(*upstream), inputs, outputs, spec
+            )
             torch.library.opcheck(operator.backward, call)
 
 
-@pytest.mark.parametrize("layout", [pytest.param(x, marks=() if x in QUICK else pytest.mark.slow) for x in LAYOUTS])
+@pytest.mark.parametrize(
+    "layout", [pytest.param(x, marks=() if x in QUICK else pytest.mark.slow) for x in LAYOUTS]
+)
 @pytest.mark.filterwarnings("ignore")
 def test_bilinear_operators_are_what_they_promise(layout: str):
     rows = 0 if layout in ("empty batch", "no tokens") else 6
@@ -166,4 +181,6 @@ def test_bilinear_operators_are_what_they_promise(layout: str):
     torch.library.opcheck(bilinear, inputs)
     with torch.no_grad():
         a, b, weight = (x.detach() for x in inputs)
-        torch.library.opcheck(bilinear_backward, (torch.randn_like(bilinear(a, b, weight)), a, b, weight))
+        torch.library.opcheck(
+            bilinear_backward, (torch.randn_like(bilinear(a, b, weight)), a, b, weight)
+        )

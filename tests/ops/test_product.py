@@ -1,4 +1,6 @@
-"""Large fp32 products on the CPU, through oneDNN: the same numbers and gradients; and what it does not suit."""
+"""Large fp32 products on the CPU, through oneDNN: the same numbers and gradients; and what it does
+not suit.
+"""
 
 import pytest
 import torch
@@ -9,7 +11,9 @@ from cumulant.ops.project import project
 
 from .cases import CASES, assert_close
 
-needs_onednn = pytest.mark.skipif(product._onednn is None, reason="this build of torch has no oneDNN")
+needs_onednn = pytest.mark.skipif(
+    product._onednn is None, reason="this build of torch has no oneDNN"
+)
 
 
 @pytest.fixture
@@ -31,7 +35,11 @@ def always(monkeypatch):
 def test_matmul(always, batch):
     a, b = torch.randn(*batch, 9, 7), torch.randn(*batch, 7, 5)
     assert_close(product.matmul(a, b), a.double() @ b.double())
-    for x, y in ((a.mT.contiguous().mT, b), (a, b.mT.contiguous().mT), (a[..., ::2], b[..., ::2, :])):
+    for x, y in (
+        (a.mT.contiguous().mT, b),
+        (a, b.mT.contiguous().mT),
+        (a[..., ::2], b[..., ::2, :]),
+    ):
         assert_close(product.matmul(x, y), x.double() @ y.double())
     assert len(always) == 4 * max(1, torch.Size(batch).numel())
 
@@ -43,7 +51,10 @@ def test_linear_and_its_gradients(always, shape, bias):
     x, w = torch.randn(shape, requires_grad=True), torch.randn(8, 6, requires_grad=True)
     leaves = (x, w, torch.randn(8, requires_grad=True)) if bias else (x, w)
     results = []
-    for run, inputs in ((project, leaves), (F.linear, tuple(t.detach().double().requires_grad_() for t in leaves))):
+    for run, inputs in (
+        (project, leaves),
+        (F.linear, tuple(t.detach().double().requires_grad_() for t in leaves)),
+    ):
         y = run(*inputs)
         first = torch.autograd.grad((y**3).sum(), inputs, create_graph=True)
         second = torch.autograd.grad(sum((g**2).sum() for g in first), inputs[:2])
@@ -60,7 +71,9 @@ def test_large_products_go_there_and_small_ones_do_not(monkeypatch):
     project(torch.randn(3, 5), torch.randn(4, 5))
     project(torch.randn(1, 512), torch.randn(128, 512))
     assert not calls
-    project(torch.randn(1, 512), torch.randn(1024, 512))  # a step of a model: reading the matrix is the work
+    project(
+        torch.randn(1, 512), torch.randn(1024, 512)
+    )  # a step of a model: reading the matrix is the work
     project(torch.randn(256, 128), torch.randn(64, 128))
     assert len(calls) == 2
 
@@ -89,13 +102,17 @@ def test_nothing_to_multiply(always, shape):
 
 
 @needs_onednn
-@pytest.mark.parametrize("case", [c for c in CASES if c.name.startswith(("mixed", "gated"))], ids=lambda c: c.name)
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if c.name.startswith(("mixed", "gated"))], ids=lambda c: c.name
+)
 @pytest.mark.parametrize("is_causal", [True, False])
 def test_attention_through_onednn(always, case, is_causal):
     """The gated operations, every product through it, in fp32 against the float64 reference."""
     low = case.inputs(T=41, dtype=torch.float32, requires_grad=True)
     exact = tuple(x.detach().double().requires_grad_() for x in low)
-    out, expected = (case(*x, is_causal=is_causal, impl=i) for x, i in ((low, "torch"), (exact, "reference")))
+    out, expected = (
+        case(*x, is_causal=is_causal, impl=i) for x, i in ((low, "torch"), (exact, "reference"))
+    )
     assert_close(out, expected, 2)
     weight = torch.randn_like(expected)
     grads = torch.autograd.grad((out.double() * weight).sum(), low)
@@ -111,7 +128,9 @@ def test_only_what_gradients_need_is_kept(always):
 
     def kept(x, w):
         found = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: found.append(t.numel()) or t, lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: found.append(t.numel()) or t, lambda t: t
+        ):
             project(x, w)
         return found
 

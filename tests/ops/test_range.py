@@ -1,4 +1,6 @@
-"""How large numbers may be: the range that docstrings state, on both sides of its edge; and what is not finite."""
+"""How large numbers may be: the range that docstrings state, on both sides of its edge; and what is
+not finite.
+"""
 
 from __future__ import annotations
 
@@ -21,20 +23,30 @@ def tied_scores(score: float) -> tuple[Tensor, Tensor, Tensor]:
     """Eight keys that score about as `score`, and values of at most 1."""
     generator = torch.Generator().manual_seed(0)
     q = torch.full((1, 1, 8, 1), math.sqrt(score))
-    return q, q * (1 - torch.rand(1, 1, 8, 1, generator=generator) / 4), torch.rand(1, 1, 8, 2, generator=generator)
+    return (
+        q,
+        q * (1 - torch.rand(1, 1, 8, 1, generator=generator) / 4),
+        torch.rand(1, 1, 8, 2, generator=generator),
+    )
 
 
 @by_impl
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("order", [1, 2, 3, 4])
 def test_taylor_is_exact_while_its_sums_are_finite(impl: str, order: int, is_causal: bool):
-    q, k, v = tied_scores(0.9 * (LARGEST / 8) ** (1 / order))  # eight keys: S x^order is nearly the largest number
-    out, state = cm.taylor_attention(q, k, v, order, scale=1.0, is_causal=is_causal, return_state=True, impl=impl)
+    q, k, v = tied_scores(
+        0.9 * (LARGEST / 8) ** (1 / order)
+    )  # eight keys: S x^order is nearly the largest number
+    out, state = cm.taylor_attention(
+        q, k, v, order, scale=1.0, is_causal=is_causal, return_state=True, impl=impl
+    )
     wide = [x.double() for x in (q, k, v)]
     exact = cm.taylor_attention(*wide, order, scale=1.0, is_causal=is_causal, impl="reference")
     assert error(out, exact) < 1e-6
     assert all(x.isfinite().all() for x in state.tensors().values())
-    q, k, v = tied_scores(1.5 * (LARGEST / 8 * math.factorial(order)) ** (1 / order))  # the sum of weights is larger
+    q, k, v = tied_scores(
+        1.5 * (LARGEST / 8 * math.factorial(order)) ** (1 / order)
+    )  # the sum of weights is larger
     out = cm.taylor_attention(q, k, v, order, scale=1.0, is_causal=is_causal, impl=impl)[:, :, -1]
     assert (out.isnan() | (out == 0)).all()
 
@@ -48,14 +60,18 @@ def test_every_number_of_fp16_fits_taylor_up_to_order_3(impl: str, order: int):
     k = q * torch.rand(q.shape, generator=generator).half()
     v = torch.rand(1, 1, 300, 4, generator=generator).half()
     out = cm.taylor_attention(q, k, v, order, is_causal=True, impl=impl)
-    exact = cm.taylor_attention(*(x.double() for x in (q, k, v)), order, is_causal=True, impl="reference")
+    exact = cm.taylor_attention(
+        *(x.double() for x in (q, k, v)), order, is_causal=True, impl="reference"
+    )
     assert error(out, exact) < 5e-4
 
 
 @pytest.mark.parametrize("impl", ["torch", "native"])
 @pytest.mark.parametrize("junk", [math.nan, math.inf])
 def test_a_value_that_is_not_finite_reaches_its_chunk(impl: str, junk: float):
-    """Outputs before it in its chunk see it as 0 times NaN, as in softmax attention; those before the chunk do not."""
+    """Outputs before it in its chunk see it as 0 times NaN, as in softmax attention; those before
+    the chunk do not.
+    """
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.rand(1, 2, 300, 4, generator=generator) for _ in range(3))
     bad = v.clone()

@@ -24,7 +24,9 @@ OPERATIONS = (cm.linear_attention, cm.taylor_attention, cm.gated_attention)
     ],
 )
 def test_names_of_other_libraries(op, name, value, hint):
-    with pytest.raises(TypeError, match=rf"{op.__name__}\(\) got an unexpected keyword argument '{name}': .*{hint}"):
+    with pytest.raises(
+        TypeError, match=rf"{op.__name__}\(\) got an unexpected keyword argument '{name}': .*{hint}"
+    ):
         op(*inputs(), **{name: value})
 
 
@@ -35,7 +37,9 @@ def test_dropout_belongs_to_the_gated_operations():
     state = torch.zeros(2, 4, 3)
     with pytest.raises(TypeError, match=r"elita_attention\(\) got .* 'softmax_scale': pass scale"):
         cm.elita_attention(state, state, state, state[..., None], softmax_scale=1)
-    with pytest.raises(TypeError, match=r"mixed_chunk_attention\(\) got .* 'output_final_state': pass return_state"):
+    with pytest.raises(
+        TypeError, match=r"mixed_chunk_attention\(\) got .* 'output_final_state': pass return_state"
+    ):
         cm.mixed_chunk_attention(*inputs(), *inputs()[:2], output_final_state=True)
 
 
@@ -46,9 +50,13 @@ def test_other_names_are_python_s_error():
 
 def test_a_mask_by_position():
     mask = torch.ones(37, 37, dtype=torch.bool)
-    with pytest.raises(ValueError, match="order: expected an integer of at least 1, got a tensor; .* key_mask"):
+    with pytest.raises(
+        ValueError, match="order: expected an integer of at least 1, got a tensor; .* key_mask"
+    ):
         cm.taylor_attention(*inputs(), mask)
-    with pytest.raises(TypeError, match="feature_map: expected a name or a callable, got Tensor; .* key_mask"):
+    with pytest.raises(
+        TypeError, match="feature_map: expected a name or a callable, got Tensor; .* key_mask"
+    ):
         cm.linear_attention(*inputs(), mask)
 
 
@@ -64,5 +72,7 @@ def test_heads_and_tokens_that_changed_places_show():
     reason = cm.explain(cm.taylor_attention, x, x, x).reason
     assert reason.endswith("query read as B = 2 rows, H = 100 heads, T = 8 tokens")
     logits = torch.randn(2, 100, 8)
-    assert "H = 100 heads, T = 8" in cm.explain(cm.elita_attention, logits, logits, logits, x).reason
+    assert (
+        "H = 100 heads, T = 8" in cm.explain(cm.elita_attention, logits, logits, logits, x).reason
+    )
     assert "quad_query read as B = 2" in cm.explain(cm.mixed_chunk_attention, x, x, x, x, x).reason

@@ -35,7 +35,9 @@ def test_methods():
     assert state.select(torch.tensor([1, 1, 0])).position.tolist() == [37, 37, 37]
     assert state.nbytes == 2 * 2 * 21 * 4 * 8 + 2 * 8
     q, k, v = inputs()
-    _, attached = cm.taylor_attention(q.requires_grad_(), k.requires_grad_(), v, is_causal=True, return_state=True)
+    _, attached = cm.taylor_attention(
+        q.requires_grad_(), k.requires_grad_(), v, is_causal=True, return_state=True
+    )
     assert attached.numerator.requires_grad
     assert not attached.detach().numerator.requires_grad
     with pytest.raises(AttributeError):
@@ -53,14 +55,19 @@ def test_saving_and_loading(tmp_path, kind):
     if kind == "linear":
         state = a_state()
     elif kind == "unnormalised":
-        state = cm.linear_attention(*inputs(), normalize=False, is_causal=True, return_state=True)[1]
+        state = cm.linear_attention(*inputs(), normalize=False, is_causal=True, return_state=True)[
+            1
+        ]
     elif kind == "module":
-        state = nn.TaylorAttention(8, 2, conv_size=3, shift_tokens=True)(torch.randn(2, 5, 8), return_state=True)[1]
+        state = nn.TaylorAttention(8, 2, conv_size=3, shift_tokens=True)(
+            torch.randn(2, 5, 8), return_state=True
+        )[1]
     else:
         from cumulant.models import ModelState
 
         state = ModelState(
-            (a_state(), nn.SoftmaxAttention(8, 2)(torch.randn(2, 5, 8), return_state=True)[1]), torch.ones(2)
+            (a_state(), nn.SoftmaxAttention(8, 2)(torch.randn(2, 5, 8), return_state=True)[1]),
+            torch.ones(2),
         )
     path = tmp_path / "state.safetensors"
     cm.save_state(path, state, {"note": "kept"})
@@ -75,7 +82,9 @@ def test_a_fresh_process_loads_module_states(tmp_path):
     state = nn.TaylorAttention(8, 2, conv_size=3)(torch.randn(2, 5, 8), return_state=True)[1]
     cm.save_state(tmp_path / "s", state)
     script = f"import cumulant as cm; print(type(cm.load_state({str(tmp_path / 's')!r})).__name__)"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == "KernelAttentionState"
 
 
@@ -106,12 +115,20 @@ def test_files_that_are_no_states(tmp_path):
         "kind": "cumulant.ops.state:LinearState",
         "parts": {"numerator": "tensor", "denominator": None, "position": "tensor"},
     }
-    safetensors.torch.save_file({"numerator": torch.zeros(1)}, path, {"cumulant.state": json.dumps(shape)})
-    with pytest.raises(ValueError, match=r"the tensor 'position' of the state is missing; the file is damaged"):
+    safetensors.torch.save_file(
+        {"numerator": torch.zeros(1)}, path, {"cumulant.state": json.dumps(shape)}
+    )
+    with pytest.raises(
+        ValueError, match=r"the tensor 'position' of the state is missing; the file is damaged"
+    ):
         cm.load_state(path)
     shape["kind"] = "os:Module"
-    safetensors.torch.save_file({"numerator": torch.zeros(1)}, path, {"cumulant.state": json.dumps(shape)})
-    with pytest.raises(ValueError, match=r"a state of a kind this version does not know: 'os:Module'"):
+    safetensors.torch.save_file(
+        {"numerator": torch.zeros(1)}, path, {"cumulant.state": json.dumps(shape)}
+    )
+    with pytest.raises(
+        ValueError, match=r"a state of a kind this version does not know: 'os:Module'"
+    ):
         cm.load_state(path)
     with pytest.raises(FileNotFoundError):
         cm.load_state(tmp_path / "missing.safetensors")

@@ -23,9 +23,9 @@ def a_state():
 
 def test_a_state_prints_shapes_not_numbers():
     state = a_state()
-    assert repr(state) == (
-        "LinearState(numerator=float64[2, 2, 21, 3], denominator=float64[2, 2, 21], position=[37, 37]; "
-        f"{state.nbytes:,} bytes)"
+    assert (
+        repr(state) == "LinearState(numerator=float64[2, 2, 21, 3], denominator=float64[2, 2, 21],"
+        f" position=[37, 37]; {state.nbytes:,} bytes)"
     )
     many = state.select(torch.zeros(100, dtype=torch.int64))
     assert "position=int64[100]" in repr(many)
@@ -44,7 +44,9 @@ def test_a_state_prints_under_torch_func():
     state = a_state()
 
     def print_it(position):
-        assert "position=int64[2]" in repr(cm.LinearState(state.numerator, state.denominator, position))
+        assert "position=int64[2]" in repr(
+            cm.LinearState(state.numerator, state.denominator, position)
+        )
         return position
 
     torch.func.vmap(print_it)(state.position.expand(3, 2))
@@ -94,7 +96,8 @@ def test_metadata_are_strings(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "structure", ["", "{", "[]", "3", '"tensor"', "null", '{"kind": 3}', '{"kind": "cumulant.ops.state:State"}']
+    "structure",
+    ["", "{", "[]", "3", '"tensor"', "null", '{"kind": 3}', '{"kind": "cumulant.ops.state:State"}'],
 )
 def test_structures_that_are_none(structure, tmp_path):
     path = tmp_path / "s"
@@ -107,7 +110,9 @@ def test_a_part_that_is_neither_a_tensor_nor_a_state(tmp_path):
     parts = {"numerator": 7, "denominator": None, "position": "tensor"}
     shape = {"kind": "cumulant.ops.state:LinearState", "parts": parts}
     safetensors.torch.save_file(
-        {"numerator": torch.zeros(1), "position": torch.zeros(1)}, tmp_path / "s", {"cumulant.state": json.dumps(shape)}
+        {"numerator": torch.zeros(1), "position": torch.zeros(1)},
+        tmp_path / "s",
+        {"cumulant.state": json.dumps(shape)},
     )
     with pytest.raises(ValueError, match="the file is damaged"):
         cm.load_state(tmp_path / "s")
@@ -129,7 +134,9 @@ try:
 except OSError as error:
     print(error)
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
     assert "the state could not be written" in done.stdout
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["s"]

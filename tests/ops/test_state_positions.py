@@ -1,4 +1,6 @@
-"""Positions of states: of another dtype, length, device or kind they are refused before anything is computed."""
+"""Positions of states: of another dtype, length, device or kind they are refused before anything is
+computed.
+"""
 
 from __future__ import annotations
 
@@ -13,24 +15,48 @@ import cumulant as cm
 
 from .cases import CASES, IMPLEMENTATIONS, Case
 
-NAMES = ("taylor-2", "linear-elu", "linear-softmax", "linear-callable", "gated-relu2", "mixed-relu2", "elita-own")
+NAMES = (
+    "taylor-2",
+    "linear-elu",
+    "linear-softmax",
+    "linear-callable",
+    "gated-relu2",
+    "mixed-relu2",
+    "elita-own",
+)
 STATEFUL = [c for c in CASES if c.name in NAMES]
 by_case = pytest.mark.parametrize("case", STATEFUL, ids=lambda c: c.name)
 by_impl = pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 EXPECTED = r"state: expected position \[B\] int64 = \[2\] on cpu, got "
 WRONG: dict[str, Any] = {
-    "float": (Tensor.float, TypeError, EXPECTED + r"\[2\] float32; convert it with position.long\(\)"),
+    "float": (
+        Tensor.float,
+        TypeError,
+        EXPECTED + r"\[2\] float32; convert it with position.long\(\)",
+    ),
     "double": (Tensor.double, TypeError, EXPECTED + r"\[2\] float64"),
     "int32": (Tensor.int, TypeError, EXPECTED + r"\[2\] int32"),
     "bool": (Tensor.bool, TypeError, EXPECTED + r"\[2\] bool"),
-    "longer": (lambda p: torch.cat((p, p[:1])), ValueError, EXPECTED + r"\[3\]; choose rows with state.select"),
+    "longer": (
+        lambda p: torch.cat((p, p[:1])),
+        ValueError,
+        EXPECTED + r"\[3\]; choose rows with state.select",
+    ),
     "shorter": (lambda p: p[:1], ValueError, EXPECTED + r"\[1\]"),
     "empty": (lambda p: p[:0], ValueError, EXPECTED + r"\[0\]"),
     "number": (lambda p: p[0], ValueError, EXPECTED + r"\[\]"),
     "matrix": (lambda p: p[:, None], ValueError, EXPECTED + r"\[2, 1\]"),
     "float, longer": (lambda p: torch.ones(3), TypeError, EXPECTED + r"\[3\] float32"),
-    "elsewhere": (lambda p: p.to("meta"), TypeError, EXPECTED + r"one on meta; move it with state.to\(device\)"),
-    "int": (lambda p: 7, TypeError, EXPECTED + r"int; pass a state from return_state=True as it is"),
+    "elsewhere": (
+        lambda p: p.to("meta"),
+        TypeError,
+        EXPECTED + r"one on meta; move it with state.to\(device\)",
+    ),
+    "int": (
+        lambda p: 7,
+        TypeError,
+        EXPECTED + r"int; pass a state from return_state=True as it is",
+    ),
     "list": (Tensor.tolist, TypeError, EXPECTED + r"list"),
     "nothing": (lambda p: None, TypeError, EXPECTED + r"NoneType"),
 }
@@ -59,7 +85,9 @@ def test_packed_sequences_have_a_position_each(case: Case, impl: str):
     state = case(q, k, v, is_causal=True, cu_seqlens=cu_seqlens, return_state=True, impl=impl)[1]
     assert state.position.tolist() == [3, 0, 5]
     wrong = replace(state, position=state.position[:1])
-    with pytest.raises(ValueError, match=r"state: expected position \[B\] int64 = \[3\] on cpu, got \[1\]"):
+    with pytest.raises(
+        ValueError, match=r"state: expected position \[B\] int64 = \[3\] on cpu, got \[1\]"
+    ):
         case(q, k, v, is_causal=True, cu_seqlens=cu_seqlens, state=wrong, impl=impl)
 
 
@@ -83,11 +111,16 @@ def test_denominators_have_their_numerators_dtype(name: str):
     case = next(c for c in STATEFUL if c.name.startswith(name))
     state = case(*case.inputs(T=4), is_causal=True, return_state=True)[1]
     wrong = replace(state, denominator=state.denominator.float())
-    with pytest.raises(TypeError, match=r"state: expected denominator in torch.float64 on cpu, got torch.float32 on"):
+    with pytest.raises(
+        TypeError,
+        match=r"state: expected denominator in torch.float64 on cpu, got torch.float32 on",
+    ):
         case(*case.inputs(T=2), is_causal=True, state=wrong)
 
 
-@pytest.mark.parametrize("mask", [torch.ones(2, 4), torch.ones(2, 3).bool(), torch.ones(1, 4).bool()], ids=str)
+@pytest.mark.parametrize(
+    "mask", [torch.ones(2, 4), torch.ones(2, 3).bool(), torch.ones(1, 4).bool()], ids=str
+)
 def test_masks_of_kept_keys(mask: Tensor):
     case = next(c for c in STATEFUL if c.op is cm.gated_attention)
     state = case(*case.inputs(T=4), is_causal=True, return_state=True)[1]

@@ -1,4 +1,6 @@
-"""torch.func and forward-mode differentiation: every operation on every implementation, against the reference."""
+"""torch.func and forward-mode differentiation: every operation on every implementation, against the
+reference.
+"""
 
 from __future__ import annotations
 
@@ -19,14 +21,20 @@ from .walking import walk
 # torch.func's first jvp compiles decompositions with torch.jit.script, which warns
 # and its linearize about constants
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:.torch.jit.script.:DeprecationWarning", "ignore:Attempted to insert a get_attr Node:UserWarning"
+    "ignore:.torch.jit.script.:DeprecationWarning",
+    "ignore:Attempted to insert a get_attr Node:UserWarning",
 )
 NAMES = (
-    "taylor-2", "taylor-3", "linear-elu", "linear-identity", "linear-softmax", "linear-pair", "gated-relu2",
+    "taylor-2", "taylor-3", "linear-elu", "linear-identity", "linear-softmax", "linear-pair",
+    "gated-relu2",
     "gated-bias", "mixed-bias", "mixed-unreduced", "mixed-wide", "elita-own", "elita-partly-own",
 )  # fmt: skip
 SOME = [c for c in CASES if c.name in NAMES]
-FEW = [c for c in CASES if c.name in ("taylor-2", "linear-softmax", "gated-bias", "mixed-bias", "elita-partly-own")]
+FEW = [
+    c
+    for c in CASES
+    if c.name in ("taylor-2", "linear-softmax", "gated-bias", "mixed-bias", "elita-partly-own")
+]
 FORMS = ("causal", "bidirectional", "masked", "packed", "stateful", "one token")
 by_case = pytest.mark.parametrize("case", SOME, ids=lambda c: c.name)
 by_few = pytest.mark.parametrize("case", FEW, ids=lambda c: c.name)
@@ -41,8 +49,12 @@ def _short_chunks(monkeypatch):
     walk(monkeypatch, elita_chunk=2, elita_block=4)
 
 
-def function(case: Case, form: str, impl: str, T: int = 11, sizes: tuple[int, ...] = (4, 3, 2)) -> Any:
-    """The operation as a function of all that gradients flow through, its inputs, and tangents for them."""
+def function(
+    case: Case, form: str, impl: str, T: int = 11, sizes: tuple[int, ...] = (4, 3, 2)
+) -> Any:
+    """The operation as a function of all that gradients flow through, its inputs, and tangents for
+    them.
+    """
     if form == "bidirectional" and not case.bidirectional:
         pytest.skip("causal only")
     if form == "packed" and case.op is cm.gated_attention and case.biased:
@@ -58,12 +70,18 @@ def function(case: Case, form: str, impl: str, T: int = 11, sizes: tuple[int, ..
         options["cu_seqlens"] = torch.tensor([0, 3, 3, 9])
     start = None
     if form in ("stateful", "one token"):
-        start = case.run(*case.inputs(B, H, 6, K, V, G=max(H // 2, 1), seed=2), True, impl="reference")[1]
+        start = case.run(
+            *case.inputs(B, H, 6, K, V, G=max(H // 2, 1), seed=2), True, impl="reference"
+        )[1]
     parts = sums_of(start)
 
     def run(q: Tensor, k: Tensor, v: Tensor, *sums: Tensor) -> tuple[Tensor, ...]:
         given = iter(sums)
-        state = None if start is None else start.map(lambda x: next(given) if x.is_floating_point() else x)
+        state = (
+            None
+            if start is None
+            else start.map(lambda x: next(given) if x.is_floating_point() else x)
+        )
         out, end = case.run(q, k, v, form != "bidirectional", state=state, **options)
         return (out, *(x.masked_fill(x == -torch.inf, 0) for x in sums_of(end)))
 
@@ -75,7 +93,9 @@ def function(case: Case, form: str, impl: str, T: int = 11, sizes: tuple[int, ..
 def loss_of(run: Function) -> Callable[..., Tensor]:
     def loss(*x: Tensor) -> Tensor:
         outs = run(*x)
-        return sum((y.sin() * torch.linspace(0.5, 1.5, y.numel()).view(y.shape)).sum() for y in outs)  # type: ignore[return-value]
+        return sum(
+            (y.sin() * torch.linspace(0.5, 1.5, y.numel()).view(y.shape)).sum() for y in outs
+        )  # type: ignore[return-value]
 
     return loss
 
@@ -129,7 +149,9 @@ def test_tangents_are_finite_differences(case: Case, form: str, impl: str):
     """Not only those of the reference."""
     run, x, _ = function(case, form, impl, T=3, sizes=(2, 2, 2))
     x = tuple(y.clone().requires_grad_() for y in x)
-    assert torch.autograd.gradcheck(run, x, check_forward_ad=True, check_backward_ad=False, atol=1e-6, rtol=1e-4)
+    assert torch.autograd.gradcheck(
+        run, x, check_forward_ad=True, check_backward_ad=False, atol=1e-6, rtol=1e-4
+    )
 
 
 @by_impl
@@ -177,11 +199,17 @@ NESTED: dict[str, Callable[..., Any]] = {
     "hessian": lambda f, x, t: hessian(f)(x),
     "jacfwd of jacrev": lambda f, x, t: jacfwd(jacrev(f))(x),
     "jacrev of jacrev": lambda f, x, t: jacrev(jacrev(f))(x),
-    "vmap of grad of grad": lambda f, x, t: vmap(grad(lambda y: (grad(f)(y) * t).sum()))(torch.stack((x, t))),
+    "vmap of grad of grad": lambda f, x, t: vmap(grad(lambda y: (grad(f)(y) * t).sum()))(
+        torch.stack((x, t))
+    ),
     "linearize": lambda f, x, t: linearize(f, x)[1](t),
-    "vmap of vjp": lambda f, x, t: vmap(lambda c: vjp(f, x)[1](c)[0])(torch.tensor([1.0, 2.0], dtype=x.dtype)),
+    "vmap of vjp": lambda f, x, t: vmap(lambda c: vjp(f, x)[1](c)[0])(
+        torch.tensor([1.0, 2.0], dtype=x.dtype)
+    ),
     "vmap of vmap": lambda f, x, t: vmap(vmap(f))(torch.stack((x, t)).expand(3, 2, *x.shape)),
-    "vmap of vmap of grad": lambda f, x, t: vmap(vmap(grad(f)))(torch.stack((x, t)).expand(2, 2, *x.shape)),
+    "vmap of vmap of grad": lambda f, x, t: vmap(vmap(grad(f)))(
+        torch.stack((x, t)).expand(2, 2, *x.shape)
+    ),
 }
 
 
@@ -207,7 +235,8 @@ def test_gradients_of_gradients_across_the_edge_are_refused(case: Case, impl: st
     leaf = x[0].clone().requires_grad_()
     first = grad(loss_of(lambda y: run(y, *x[1:])))(leaf)
     with pytest.raises(
-        RuntimeError, match=r"no gradients of gradients across the edge of torch.func|no autograd formula"
+        RuntimeError,
+        match=r"no gradients of gradients across the edge of torch.func|no autograd formula",
     ):
         torch.autograd.grad(first.square().sum(), leaf)
 
@@ -230,7 +259,9 @@ def test_mapped(case: Case, form: str, impl: str):
     compare(vmap(run, in_dims=-1, out_dims=1)(*last), tuple(torch.stack(y, 1) for y in zip(*exact)))
     for i in range(len(x)):
         dims = [0 if j == i else None for j in range(len(x))]
-        found = vmap(run, in_dims=tuple(dims))(*(s if j == i else x[j] for j, s in enumerate(stacks)))
+        found = vmap(run, in_dims=tuple(dims))(
+            *(s if j == i else x[j] for j, s in enumerate(stacks))
+        )
         each = [run(*x[:i], row, *x[i + 1 :]) for row in stacks[i]]
         compare(found, tuple(torch.stack(y) for y in zip(*each)))
     wrt = tuple(range(len(x)))
@@ -264,7 +295,9 @@ def test_mapped_packings(case: Case, impl: str):
     def run(cu: Tensor, q: Tensor) -> Tensor:
         return case(q, k, v, is_causal=True, cu_seqlens=cu, impl=impl)
 
-    if case.name == "linear-softmax":  # whose sums over each sequence are taken in PyTorch, by the offsets' values
+    if (
+        case.name == "linear-softmax"
+    ):  # whose sums over each sequence are taken in PyTorch, by the offsets' values
         pytest.skip("values")
     compare(vmap(run, in_dims=(0, None))(bounds, q), torch.stack([run(cu, q) for cu in bounds]))
     found = vmap(grad(lambda q, cu: run(cu, q).sin().sum()), in_dims=(None, 0))(q, bounds)
@@ -279,14 +312,19 @@ def test_mapped_biases(op: str, heads: int, packed: bool, impl: str):
     """Shared, mapped, and their gradients for each sample."""
     q, k, v = CASES[1].inputs(1 if packed else 2, T=8)
     size = 8 if op == "gated" else 4
-    biases, rows = torch.randn(3, heads, size, size, dtype=q.dtype), torch.stack((q, q * 2, q.flip(0) * 0.5))
+    biases, rows = (
+        torch.randn(3, heads, size, size, dtype=q.dtype),
+        torch.stack((q, q * 2, q.flip(0) * 0.5)),
+    )
     options = {"is_causal": True, "cu_seqlens": torch.tensor([0, 3, 7]) if packed else None}
     if op == "gated":
         impl = "torch"
 
     def run(bias: Tensor, q: Tensor) -> Tensor:
         if op == "gated":
-            return cm.gated_attention(q, k, v, bias=bias[0] if heads == 1 else bias, impl=impl, **options)
+            return cm.gated_attention(
+                q, k, v, bias=bias[0] if heads == 1 else bias, impl=impl, **options
+            )
         return cm.mixed_chunk_attention(
             q, k, q, k, v, group_size=4, bias=bias[0] if heads == 1 else bias, impl=impl, **options
         )
@@ -335,15 +373,23 @@ def test_dropout_follows_the_randomness_that_is_asked_for(op: str):
 
 
 def test_mapping_runs_the_kernel_once(monkeypatch):
-    """A reshape into the batch, not a loop; and per-sample gradients keep no weights [T, S] and no features [T, F]."""
+    """A reshape into the batch, not a loop; and per-sample gradients keep no weights [T, S] and no
+    features [T, F].
+    """
     from cumulant.kernels.native import attention as native
 
     calls = []
-    monkeypatch.setattr(native, "call", lambda name, a, inner=native.call: (calls.append(name), inner(name, a)))
+    monkeypatch.setattr(
+        native, "call", lambda name, a, inner=native.call: (calls.append(name), inner(name, a))
+    )
     q, k, v = CASES[1].inputs(7, 2, 40, 4, 3, dtype=torch.float32)
 
     def loss(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return cm.taylor_attention(q[None], k[None], v[None], is_causal=True, impl="native").sin().sum()
+        return (
+            cm.taylor_attention(q[None], k[None], v[None], is_causal=True, impl="native")
+            .sin()
+            .sum()
+        )
 
     vmap(grad(loss, (0, 1, 2)))(q, k, v)
     assert calls == ["cumulant_attention_forward", "cumulant_attention_backward"]
@@ -357,7 +403,9 @@ def test_logits_are_still_checked():
     good = torch.zeros_like(bad)
     with pytest.raises(ValueError, match="key_logit: expected logits below"):
         grad(lambda c: cm.elita_attention(c, good, good, v).sum())(bad)
-    assert vmap(lambda c: cm.elita_attention(c, good, good, v))(torch.stack((bad, bad))).isnan().any()
+    assert (
+        vmap(lambda c: cm.elita_attention(c, good, good, v))(torch.stack((bad, bad))).isnan().any()
+    )
 
 
 @pytest.mark.parametrize("impl", ["reference", "torch"])
@@ -366,7 +414,11 @@ def test_on_the_meta_device(case: Case, impl: str):
     """Shapes alone, outputs and states."""
     q, k, v = case.inputs(2, T=11)
     out, end = case.run(q, k, v, True, impl=impl)
-    found, state = case.run(*(x.to("meta") for x in (q, k, v)), True, impl=impl) if not case.biased else (out, end)
+    found, state = (
+        case.run(*(x.to("meta") for x in (q, k, v)), True, impl=impl)
+        if not case.biased
+        else (out, end)
+    )
     assert (found.shape, found.dtype) == (out.shape, out.dtype)
     for a, b in zip(sums_of(state), sums_of(end)):
         assert (a.shape, a.dtype) == (b.shape, b.dtype)
@@ -387,11 +439,19 @@ COMPILED = ("jvp", "grad", "vmap", "vmap of grad")
 
 
 def compiled_rows() -> list[Any]:
-    every = [(case, impl, form) for case in FEW for impl in case.implementations[1:] for form in COMPILED]
+    every = [
+        (case, impl, form) for case in FEW for impl in case.implementations[1:] for form in COMPILED
+    ]
     quick = [("mixed-bias", "native", form) for form in COMPILED] + [("taylor-2", "torch", "jvp")]
     marks = {True: (), False: (pytest.mark.slow,)}
     return [
-        pytest.param(case, impl, form, marks=marks[(case.name, impl, form) in quick], id=f"{case.name}-{impl}-{form}")
+        pytest.param(
+            case,
+            impl,
+            form,
+            marks=marks[(case.name, impl, form) in quick],
+            id=f"{case.name}-{impl}-{form}",
+        )
         for case, impl, form in every
     ]
 

@@ -1,4 +1,6 @@
-"""Mapped calls of one row: what the backward pass kept is expanded, not copied, and must be read by its strides."""
+"""Mapped calls of one row: what the backward pass kept is expanded, not copied, and must be read by
+its strides.
+"""
 
 import pytest
 import torch
@@ -18,7 +20,8 @@ def test_jacobians_of_one_row(case, is_causal, impl):
     x = case.inputs(1, 2, 9, 3, 2, G=1)
     places = tuple(range(len(x)))
     found, exact = (
-        jacrev(lambda *y, impl=impl: case.run(*y, is_causal, impl=impl)[0], places)(*x) for impl in (impl, "reference")
+        jacrev(lambda *y, impl=impl: case.run(*y, is_causal, impl=impl)[0], places)(*x)
+        for impl in (impl, "reference")
     )
     for a, b in zip(found, exact, strict=True):
         assert_close(a, b, 1000)
@@ -39,7 +42,9 @@ def test_mapped_cotangents_of_a_state(case, impl):
     for name in (impl, "reference"):
         outs, pull = vjp(lambda *y, name=name: run(*y, impl=name), *x)
         generator = torch.Generator().manual_seed(0)
-        cotangents = tuple(torch.randn(3, *o.shape, generator=generator, dtype=o.dtype) for o in outs)
+        cotangents = tuple(
+            torch.randn(3, *o.shape, generator=generator, dtype=o.dtype) for o in outs
+        )
         results.append(vmap(pull)(cotangents))
     for a, b in zip(*results, strict=True):
         assert_close(a, b, 1000)

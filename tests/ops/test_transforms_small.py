@@ -1,4 +1,6 @@
-"""torch.func and forward-mode differentiation of what stands beside attention, at sizes that native kernels take."""
+"""torch.func and forward-mode differentiation of what stands beside attention, at sizes that native
+kernels take.
+"""
 
 from __future__ import annotations
 
@@ -31,12 +33,20 @@ def turned(x: Tensor) -> Tensor:
 
 def convolved(x: Tensor, weight: Tensor) -> Tensor:
     padded = torch.nn.functional.pad(x, (0, 0, weight.shape[0] - 1, 0))
-    return sum(padded[:, weight.shape[0] - 1 - j :][:, : x.shape[1]] * w for j, w in enumerate(weight))  # type: ignore[return-value]
+    return sum(
+        padded[:, weight.shape[0] - 1 - j :][:, : x.shape[1]] * w for j, w in enumerate(weight)
+    )  # type: ignore[return-value]
 
 
 # what runs, its formula, and the shapes of its inputs
-ROWS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], tuple[tuple[int, ...], ...]]] = {
-    "swiglu": (pointwise.swiglu, lambda x, y: torch.nn.functional.silu(x) * y, ((2, 128, 64), (2, 128, 64))),
+ROWS: dict[
+    str, tuple[Callable[..., Tensor], Callable[..., Tensor], tuple[tuple[int, ...], ...]]
+] = {
+    "swiglu": (
+        pointwise.swiglu,
+        lambda x, y: torch.nn.functional.silu(x) * y,
+        ((2, 128, 64), (2, 128, 64)),
+    ),
     "rms norm": (
         lambda x, w: pointwise.rms_norm(x, w, 1e-6),
         lambda x, w: x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * w,
@@ -47,7 +57,9 @@ ROWS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], tuple[tuple[
     "project": (project, torch.nn.functional.linear, ((2, 200, 64), (128, 64), (128,))),
     "bilinear": (
         bilinear,
-        lambda a, b, w: torch.einsum("...a,...f,dfa->...d", a, b, w.unflatten(1, (b.shape[-1], a.shape[-1]))),
+        lambda a, b, w: torch.einsum(
+            "...a,...f,dfa->...d", a, b, w.unflatten(1, (b.shape[-1], a.shape[-1]))
+        ),
         ((2, 9, 8), (2, 9, 3), (5, 24)),
     ),
 }

@@ -1,4 +1,6 @@
-"""How the implementations walk tokens, made short, so that short sequences are walked in several pieces."""
+"""How the implementations walk tokens, made short, so that short sequences are walked in several
+pieces.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ PLACES = {
 
 
 def walk(monkeypatch: Any, **sizes: int) -> None:
-    """chunk, span: of linear and Taylor attention; block: of gated attention; the others: ELiTA's."""
+    """chunk, span: of linear and Taylor attention; block: of gated attention; the others:
+    ELiTA's.
+    """
     for kind, size in sizes.items():
         for place in PLACES[kind]:
             monkeypatch.setattr(f"cumulant.kernels.{place}", size)

@@ -5,14 +5,27 @@ import pytest
 from cumulant.text.options import TrainingOptions
 from cumulant.text.train import train
 
-SMALL = {"width": 32, "depth": 2, "heads": 2, "context": 32, "batch": 4, "device": "cpu", "learning_rate": 1e-2}
+SMALL = {
+    "width": 32,
+    "depth": 2,
+    "heads": 2,
+    "context": 32,
+    "batch": 4,
+    "device": "cpu",
+    "learning_rate": 1e-2,
+}
 
 
 @pytest.fixture(scope="session")
 def text(tmp_path_factory):
     path = tmp_path_factory.mktemp("text") / "text.txt"
     path.write_text(
-        "".join(f"the {w} sat on the {v}; " for w in ["cat", "dog", "bat", "rat"] for v in ["mat", "hat"]) * 60
+        "".join(
+            f"the {w} sat on the {v}; "
+            for w in ["cat", "dog", "bat", "rat"]
+            for v in ["mat", "hat"]
+        )
+        * 60
     )
     return path
 
@@ -22,5 +35,6 @@ def run(text, tmp_path_factory):
     """One finished run."""
     output = str(tmp_path_factory.mktemp("run") / "out")
     return train(
-        TrainingOptions(output=output, data=str(text), steps=160, evaluate_every=80, **SMALL), say=lambda _: None
+        TrainingOptions(output=output, data=str(text), steps=160, evaluate_every=80, **SMALL),
+        say=lambda _: None,
     )

@@ -9,7 +9,14 @@ import torch
 from cumulant.text import corpus as corpora
 from cumulant.text.corpus import load_corpus, load_documents
 from cumulant.text.tokenizer import byte_tokenizer, encode, load_tokenizer, train_bpe
-from cumulant.text.tokens import PackedDocuments, RandomWindows, collate, read_tokens, tokenize, write_tokens
+from cumulant.text.tokens import (
+    PackedDocuments,
+    RandomWindows,
+    collate,
+    read_tokens,
+    tokenize,
+    write_tokens,
+)
 
 TEXT = "".join(f"line {i}: der Fluß fließt, 日本語 too\n" for i in range(400))
 
@@ -78,10 +85,14 @@ def test_a_dataset(tmp_path, monkeypatch):
     rows = [{"text": f"document {i} " * 5, "id": i} for i in range(30)] + [{"text": "", "id": 30}]
     (source / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
     corpus = load_corpus(f"hf:{source}", heldout=0.2)
-    assert sorted(corpus.train + corpus.heldout) == sorted(f"document {i} ".encode() * 5 for i in range(30))
+    assert sorted(corpus.train + corpus.heldout) == sorted(
+        f"document {i} ".encode() * 5 for i in range(30)
+    )
     (source / "validation.jsonl").write_text(json.dumps({"text": "held " * 40, "id": 1}))
     assert load_corpus(f"hf:{source}").heldout == [b"held " * 40]
-    with pytest.raises(ValueError, match=r"text_column: the dataset .* has no column 'body'; it has text, id"):
+    with pytest.raises(
+        ValueError, match=r"text_column: the dataset .* has no column 'body'; it has text, id"
+    ):
         load_corpus(f"hf:{source}", text_column="body")
     with pytest.raises(ValueError, match=r"data: cannot load the dataset"):
         load_corpus(f"hf:{tmp_path / 'nothing'}")
@@ -96,7 +107,9 @@ def test_a_dataset_by_its_id(tmp_path, monkeypatch):
     def load(identifier, config):
         asked.append((identifier, config))
         splits = {"train": ["one text", "another text"], "test": ["held out " * 20]}
-        return datasets.DatasetDict({k: datasets.Dataset.from_dict({"text": v}) for k, v in splits.items()})
+        return datasets.DatasetDict(
+            {k: datasets.Dataset.from_dict({"text": v}) for k, v in splits.items()}
+        )
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *_, **__: None)
@@ -118,18 +131,26 @@ def test_bad_data(tmp_path):
         with pytest.raises(ValueError, match=message):
             load_corpus(str(tmp_path / name), **options)
 
-    with pytest.raises(ValueError, match="data: expected a file, folder, glob or dataset, got an empty name"):
+    with pytest.raises(
+        ValueError, match="data: expected a file, folder, glob or dataset, got an empty name"
+    ):
         load_corpus("")
     refuses("missing.txt", r"data: no such file or folder: ")
     with pytest.raises(
-        ValueError, match=r"data: no such file or folder: org/name; and there is no dataset of that name within reach"
+        ValueError,
+        match=(
+            r"data: no such file or folder: org/name; and there is no dataset of that name within"
+            r" reach"
+        ),
     ):
         load_corpus("org/name")
     (tmp_path / "empty.txt").write_text("")
     refuses("empty.txt", r"empty.txt is empty; pass text files")
     (tmp_path / "binary.bin").write_bytes(bytes(range(256)))
     refuses(
-        "binary.bin", r"binary.bin is not UTF-8 text: byte 0x80 at offset 128; it looks like binary data: leave it out"
+        "binary.bin",
+        r"binary.bin is not UTF-8 text: byte 0x80 at offset 128; it looks like binary data: leave"
+        r" it out",
     )
     (tmp_path / "latin.txt").write_bytes("Flu\xdf".encode("latin-1"))
     refuses("latin.txt", r"latin.txt is not UTF-8 text")
@@ -137,7 +158,10 @@ def test_bad_data(tmp_path):
     refuses("none", r"the folder .* holds no files")
     refuses("*.md", r"data: no file matches ")
     (tmp_path / "tiny.txt").write_text("x")
-    refuses("tiny.txt", r"holds too few documents|leaves 1 bytes to hold out, too few to measure anything")
+    refuses(
+        "tiny.txt",
+        r"holds too few documents|leaves 1 bytes to hold out, too few to measure anything",
+    )
     refuses("tiny.txt", r"heldout: expected a share between 0 and 1, got 1.5", heldout=1.5)
 
 
@@ -201,7 +225,8 @@ def test_windows_depend_on_nothing_but_seed_and_index():
     exact = tokenize([b"x" * 32], byte_tokenizer())  # with the end of text, one window
     assert RandomWindows(exact, 32, 1, seed=0)[0]["input_ids"].tolist() == [256] + [120] * 31
     with pytest.raises(
-        ValueError, match=r"context: the training text has 33 tokens, too few for one window of 33 \+ 1"
+        ValueError,
+        match=r"context: the training text has 33 tokens, too few for one window of 33 \+ 1",
     ):
         RandomWindows(exact, 33, 1, seed=0)
 
@@ -226,5 +251,7 @@ def test_packed_windows_hold_documents():
     batch = collate([packed[0], packed[1]])
     assert batch["input_ids"].shape == (1, 80)
     cu_seqlens = batch["cu_seqlens"].tolist()
-    assert cu_seqlens == packed[0]["bounds"].tolist() + [x + 40 for x in packed[1]["bounds"].tolist()[1:]]
+    assert cu_seqlens == packed[0]["bounds"].tolist() + [
+        x + 40 for x in packed[1]["bounds"].tolist()[1:]
+    ]
     assert torch.equal(batch["shift_labels"][0, 40:], packed[1]["labels"])

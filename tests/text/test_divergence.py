@@ -1,4 +1,6 @@
-"""Runs that diverge, disks that fill, vocabularies that are padded or have gaps: said, and nothing lost."""
+"""Runs that diverge, disks that fill, vocabularies that are padded or have gaps: said, and nothing
+lost.
+"""
 
 import errno
 import json
@@ -26,7 +28,9 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def quiet_train(output, text, **options):
-    return train(TrainingOptions(str(output), data=str(text), **{**SMALL, **options}), say=lambda _: None)
+    return train(
+        TrainingOptions(str(output), data=str(text), **{**SMALL, **options}), say=lambda _: None
+    )
 
 
 def poison(monkeypatch, step, what):
@@ -52,7 +56,10 @@ def test_a_diverged_run_stops_and_keeps_what_was_good(text, tmp_path, monkeypatc
     expected = "the loss is nan" if what == "loss" else "the gradient is not finite"
     with monkeypatch.context() as patch:
         poison(patch, 8, what)
-        with pytest.raises(Diverged, match=f"step 8: {expected}: training diverged; lower --learning-rate .*point-7"):
+        with pytest.raises(
+            Diverged,
+            match=f"step 8: {expected}: training diverged; lower --learning-rate .*point-7",
+        ):
             quiet_train(output, text, steps=20, save_every=1, evaluate_every=1)
     assert not (output / "result.json").exists()
     assert not (output / "model.safetensors").exists()
@@ -110,7 +117,8 @@ def test_a_full_disk(text, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", save)
         with pytest.raises(
-            ValueError, match=r"output: no space left for .*checkpoint-6 .*; checkpoint-4 is whole; make"
+            ValueError,
+            match=r"output: no space left for .*checkpoint-6 .*; checkpoint-4 is whole; make",
         ):
             quiet_train(output, text, steps=8, save_every=2)
     assert [p.name for p in sorted(output.glob("checkpoint-*"))] == ["checkpoint-2", "checkpoint-4"]
@@ -121,15 +129,23 @@ def test_a_full_disk(text, tmp_path, monkeypatch):
 def test_a_disk_that_is_really_full(text, tmp_path):
     """Files of 150 kB at most: the weights fit, the optimizer's state does not."""
     output = tmp_path / "run"
-    options = "--steps 4 --save-every 2 --context 32 --batch 2 --width 32 --depth 1 --heads 2 --device cpu"
+    options = (
+        "--steps 4 --save-every 2 --context 32 --batch 2 --width 32 --depth 1 --heads 2"
+        " --device cpu"
+    )
     line = f"{sys.executable} -m cumulant train --data {text} --output {output}"
     limited = subprocess.run(
-        ["bash", "-c", f"ulimit -f 150; exec {line} {options}"], capture_output=True, text=True, timeout=200
+        ["bash", "-c", f"ulimit -f 150; exec {line} {options}"],
+        capture_output=True,
+        text=True,
+        timeout=200,
     )
     (said,) = [line for line in limited.stderr.splitlines() if line.startswith("cumulant: ")]
     assert limited.returncode == 2
     assert "Traceback" not in limited.stderr
-    assert re.search(r"output: no space left for .*checkpoint-2 .*there is no checkpoint yet; make room", said)
+    assert re.search(
+        r"output: no space left for .*checkpoint-2 .*there is no checkpoint yet; make room", said
+    )
     assert not list(output.glob("checkpoint-*"))
     assert not list(output.rglob("*.tmp"))
     done = subprocess.run([*line.split(), "--resume"], capture_output=True, text=True, timeout=200)
@@ -143,21 +159,30 @@ def test_a_padded_vocabulary(text, tmp_path):
     assert model.config.vocab_size == 320
     with torch.no_grad():
         model.lm_head.weight[257:] = 100 * torch.randn(63, 32)
-    written = generate(model, tokenizer, "the", SamplingOptions(30, temperature=2.0, top_p=1.0, seed=0))
+    written = generate(
+        model, tokenizer, "the", SamplingOptions(30, temperature=2.0, top_p=1.0, seed=0)
+    )
     assert written.new_tokens > 0
     ids = model.generate(torch.tensor([[65]]), max_new_tokens=40, do_sample=True, temperature=2.0)
     assert int(ids.max()) < 257
-    with pytest.raises(ValueError, match="vocab_size: expected at least 257, since the tokenizer has ids up to 256"):
+    with pytest.raises(
+        ValueError, match="vocab_size: expected at least 257, since the tokenizer has ids up to 256"
+    ):
         quiet_train(tmp_path / "small", text, steps=2, model_option=["vocab_size=200"])
     assert not (tmp_path / "small").exists()
 
 
 def test_a_tokenizer_with_gaps_in_its_ids(text, tmp_path):
-    words = {word: 3 * i for i, word in enumerate(("the", "cat", "sat", "on", "mat", "dog", "hat", ";", "?"))}
+    words = {
+        word: 3 * i
+        for i, word in enumerate(("the", "cat", "sat", "on", "mat", "dog", "hat", ";", "?"))
+    }
     tokenizer = Tokenizer(models.WordLevel({**words, "<|endoftext|>": 71}, unk_token="?"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    result = quiet_train(tmp_path / "run", text, steps=2, tokenizer=str(tmp_path / "tokenizer.json"))
+    result = quiet_train(
+        tmp_path / "run", text, steps=2, tokenizer=str(tmp_path / "tokenizer.json")
+    )
     assert load_checkpoint(result.output)[0].config.vocab_size == 72
 
 

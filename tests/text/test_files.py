@@ -57,7 +57,9 @@ def test_names_that_are_not_utf8(tmp_path):
         load_documents(name)
 
 
-@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "latin-1", "cp1251"])
+@pytest.mark.parametrize(
+    "encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "latin-1", "cp1251"]
+)
 def test_other_encodings(tmp_path, encoding):
     text = TEXT.replace("日本語", "") if encoding == "latin-1" else "Привет, мир\n" * 100
     path = tmp_path / "a.txt"
@@ -138,7 +140,20 @@ def test_training_and_scoring_take_several_files_in_their_encoding(tmp_path, cap
     Path("a.txt").write_bytes("Fluß und Hügel\n".encode("latin-1") * 300)
     Path("b.txt").write_bytes("über Täler\n".encode("latin-1") * 300)
     Path("sub").mkdir()
-    small = ["--width", "16", "--depth", "1", "--heads", "2", "--context", "16", "--batch", "2", "--steps", "2"]
+    small = [
+        "--width",
+        "16",
+        "--depth",
+        "1",
+        "--heads",
+        "2",
+        "--context",
+        "16",
+        "--batch",
+        "2",
+        "--steps",
+        "2",
+    ]
 
     def run(*arguments):
         app([*arguments], standalone_mode=False)

@@ -1,4 +1,6 @@
-"""Generation across runs: what is printed, what a state file keeps, and that nothing asked for is lost."""
+"""Generation across runs: what is printed, what a state file keeps, and that nothing asked for is
+lost.
+"""
 
 import io
 import json
@@ -23,8 +25,15 @@ GREEDY = {"temperature": 0.0}
 
 def build(size=257, **options):
     torch.manual_seed(0)
-    fields = {"vocab_size": size, "hidden_size": size + size % 2, "num_hidden_layers": 2, "num_attention_heads": 1}
-    return CumulantForCausalLM(from_preset("linear", **fields, tie_word_embeddings=False, **options)).eval()
+    fields = {
+        "vocab_size": size,
+        "hidden_size": size + size % 2,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 1,
+    }
+    return CumulantForCausalLM(
+        from_preset("linear", **fields, tie_word_embeddings=False, **options)
+    ).eval()
 
 
 def cycle(size, ids):
@@ -55,15 +64,21 @@ def speaker(kind):
 
 @pytest.mark.parametrize("kind", ["bytes", "byte fallback", "word pieces"])
 def test_two_runs_make_the_text_of_one(kind, tmp_path, capsys):
-    """Cut after any token, inside characters and words, the text is the same to the byte; also when printed."""
+    """Cut after any token, inside characters and words, the text is the same to the byte; also when
+    printed.
+    """
     model, tokenizer, prompt = speaker(kind)
     state = str(tmp_path / "s")
     whole = generate(model, tokenizer, prompt, SamplingOptions(24, **GREEDY), stream=True)
     printed = capsys.readouterr().out
     assert printed == whole.text + "\n"
     for cut in range(1, 24):
-        a = generate(model, tokenizer, prompt, SamplingOptions(cut, **GREEDY), save=state, stream=True)
-        b = generate(model, tokenizer, "", SamplingOptions(24 - cut, **GREEDY), load=state, stream=True)
+        a = generate(
+            model, tokenizer, prompt, SamplingOptions(cut, **GREEDY), save=state, stream=True
+        )
+        b = generate(
+            model, tokenizer, "", SamplingOptions(24 - cut, **GREEDY), load=state, stream=True
+        )
         assert a.text + b.text == whole.text, cut
         assert capsys.readouterr().out == printed
     if kind == "word pieces":
@@ -77,9 +92,13 @@ def test_a_run_in_three_parts_and_a_new_prompt(tmp_path):
     model, tokenizer, prompt = speaker("bytes")
     state = str(tmp_path / "s")
     parts = [generate(model, tokenizer, prompt, SamplingOptions(1, **GREEDY), save=state).text]
-    parts += [generate(model, tokenizer, "", SamplingOptions(1, **GREEDY), load=state, save=state).text for _ in "123"]
+    parts += [
+        generate(model, tokenizer, "", SamplingOptions(1, **GREEDY), load=state, save=state).text
+        for _ in "123"
+    ]
     assert parts == ["b", "", "", "世"]
-    # a prompt behind an unfinished character: that is none any more, and what was asked is not repeated
+    # a prompt behind an unfinished character: that is none any more, and what was asked is not
+    # repeated
     generate(model, tokenizer, "", SamplingOptions(1, **GREEDY), load=state, save=state)
     assert generate(model, tokenizer, "é", SamplingOptions(4, **GREEDY), load=state).text == "🙂"
 
@@ -132,7 +151,10 @@ def rewritten(path, **metadata):
         ({"text": "{"}, "is damaged"),
         ({"text": "[1]"}, "is damaged"),
         ({"text": json.dumps({"unread": "x", "tokens": [], "given": 0})}, "is damaged"),
-        ({"text": json.dumps({"unread": [999], "tokens": [], "given": 0})}, "tokens that the model has not"),
+        (
+            {"text": json.dumps({"unread": [999], "tokens": [], "given": 0})},
+            "tokens that the model has not",
+        ),
         ({"text": json.dumps({"unread": [], "tokens": [], "given": 0})}, "is damaged"),
     ],
 )
@@ -146,10 +168,17 @@ def test_states_that_cannot_be_gone_on_from(metadata, message, tmp_path):
 
 
 @pytest.mark.parametrize("place", ["a folder", "no folder", "a device", "unwritable"])
-def test_a_place_that_cannot_hold_the_state_is_found_before_generating(place, tmp_path, monkeypatch):
+def test_a_place_that_cannot_hold_the_state_is_found_before_generating(
+    place, tmp_path, monkeypatch
+):
     model, tokenizer, _ = speaker("word pieces")
     monkeypatch.setattr(model, "generate", lambda *_, **__: pytest.fail("generated"))
-    path = {"a folder": tmp_path, "no folder": tmp_path / "no" / "s", "a device": "/dev/null", "unwritable": "/proc/s"}
+    path = {
+        "a folder": tmp_path,
+        "no folder": tmp_path / "no" / "s",
+        "a device": "/dev/null",
+        "unwritable": "/proc/s",
+    }
     with pytest.raises(OSError, match=f"{path[place]}: "):
         generate(model, tokenizer, "the", SamplingOptions(3), save=str(path[place]))
     assert list(tmp_path.iterdir()) == []
@@ -181,11 +210,14 @@ def test_a_closed_pipe_leaves_the_state(tmp_path, monkeypatch):
     assert len(read) == 30
     monkeypatch.undo()
     rest = generate(model, tokenizer, "", SamplingOptions(40, **GREEDY), load=state).text
-    assert whole.startswith(read + whole[30] + rest.removesuffix("\ufffd"))  # from the character that nobody read
+    assert whole.startswith(
+        read + whole[30] + rest.removesuffix("\ufffd")
+    )  # from the character that nobody read
 
 
 @pytest.mark.parametrize(
-    ("encoding", "shown"), [("ascii", "b\\u4e16\\xe9\\U0001f642 "), ("latin-1", "b\\u4e16é\\U0001f642 ")]
+    ("encoding", "shown"),
+    [("ascii", "b\\u4e16\\xe9\\U0001f642 "), ("latin-1", "b\\u4e16é\\U0001f642 ")],
 )
 def test_a_terminal_without_the_characters(encoding, shown, monkeypatch):
     model, tokenizer, prompt = speaker("bytes")
@@ -197,7 +229,9 @@ def test_a_terminal_without_the_characters(encoding, shown, monkeypatch):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interruption_leaves_the_state(number, tmp_path, monkeypatch):
-    """Between two tokens, and between two pieces of a long prompt; what follows is what would have followed."""
+    """Between two tokens, and between two pieces of a long prompt; what follows is what would have
+    followed.
+    """
     model, tokenizer, prompt = speaker("bytes")
     state, seen = str(tmp_path / "s"), []
 
@@ -240,7 +274,10 @@ def test_an_interruption_leaves_the_state(number, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"temperature": 1e-39}, "temperature: expected 0 .greedy. or a number of at least 1e-06, got 1e-39"),
+        (
+            {"temperature": 1e-39},
+            "temperature: expected 0 .greedy. or a number of at least 1e-06, got 1e-39",
+        ),
         ({"temperature": float("inf")}, "temperature: .*got inf"),
         ({"temperature": float("nan")}, "temperature: .*got nan"),
         ({"temperature": -1.0}, "temperature: expected 0 .greedy. or more, got -1.0"),
@@ -260,7 +297,9 @@ def test_options_that_make_no_sense(options, message):
         SamplingOptions(**options)
 
 
-@pytest.mark.parametrize("options", [{"temperature": 1e-6}, {"temperature": 1e300}, {"top_p": 1e-30}, {"top_k": 10**9}])
+@pytest.mark.parametrize(
+    "options", [{"temperature": 1e-6}, {"temperature": 1e300}, {"top_p": 1e-30}, {"top_k": 10**9}]
+)
 def test_options_at_their_ends_sample(options):
     model, tokenizer, prompt = speaker("word pieces")
     assert generate(model, tokenizer, prompt, SamplingOptions(5, seed=0, **options)).new_tokens == 5
@@ -268,5 +307,7 @@ def test_options_at_their_ends_sample(options):
 
 def test_prompts_that_are_no_text():
     model, tokenizer, _ = speaker("word pieces")
-    with pytest.raises(ValueError, match="prompt: expected UTF-8 text, got the byte 0xff at character 3"):
+    with pytest.raises(
+        ValueError, match="prompt: expected UTF-8 text, got the byte 0xff at character 3"
+    ):
         generate(model, tokenizer, "the\udcff", SamplingOptions(3))

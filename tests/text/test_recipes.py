@@ -44,7 +44,8 @@ def test_enwik8_is_fetched_once_and_split_at_characters(served, tmp_path):
 def test_what_comes_is_checked(served, tmp_path, monkeypatch):
     monkeypatch.setattr(enwik8, "ZIP_SHA256", "0" * 64)
     with pytest.raises(
-        ValueError, match=r"data: what came from file:.* is not enwik8: its SHA-256 differs; nothing was"
+        ValueError,
+        match=r"data: what came from file:.* is not enwik8: its SHA-256 differs; nothing was",
     ):
         load_corpus("enwik8")
     assert not list((tmp_path / "cache").iterdir())
@@ -54,7 +55,9 @@ def test_what_was_kept_is_checked(served, tmp_path):
     kept = tmp_path / "cache" / "enwik8.zip"
     kept.parent.mkdir()
     kept.write_bytes(b"half of it")
-    with pytest.raises(ValueError, match=r"data: .*enwik8.zip is damaged \(File is not a zip file\); remove it"):
+    with pytest.raises(
+        ValueError, match=r"data: .*enwik8.zip is damaged \(File is not a zip file\); remove it"
+    ):
         load_corpus("enwik8")
     damaged = bytearray(served.read_bytes())
     damaged[45:60] = b"x" * 15  # inside the compressed text
@@ -63,7 +66,9 @@ def test_what_was_kept_is_checked(served, tmp_path):
         load_corpus("enwik8")
     with zipfile.ZipFile(kept, "w") as file:
         file.writestr("enwik8", TEXT[:-1])
-    with pytest.raises(ValueError, match=r"data: the text in .*enwik8.zip is not enwik8; remove it"):
+    with pytest.raises(
+        ValueError, match=r"data: the text in .*enwik8.zip is not enwik8; remove it"
+    ):
         load_corpus("enwik8")
 
 
@@ -71,7 +76,8 @@ def test_without_a_network(monkeypatch, tmp_path):
     monkeypatch.setenv("CUMULANT_CACHE", str(tmp_path))
     monkeypatch.setattr(enwik8, "URL", "http://127.0.0.1:9/enwik8.zip")
     with pytest.raises(
-        ValueError, match=r"data: cannot download enwik8 from http://127.0.0.1:9/enwik8.zip .*pass --data"
+        ValueError,
+        match=r"data: cannot download enwik8 from http://127.0.0.1:9/enwik8.zip .*pass --data",
     ):
         load_corpus("enwik8")
     assert not list(tmp_path.iterdir())
@@ -88,7 +94,12 @@ def test_recipes():
         options = from_recipe(name)
         assert {key: getattr(options, key) for key in RECIPES[name]} == RECIPES[name]
     options = from_recipe("flash-enwik8", depth=4, steps=1000, model_option=["group_size=64"])
-    assert (options.depth, options.steps, options.evaluate_every, options.width) == (4, 1000, 1000, 512)
+    assert (options.depth, options.steps, options.evaluate_every, options.width) == (
+        4,
+        1000,
+        1000,
+        512,
+    )
     assert options.overrides() == {
         "group_size": 64,
         "gated_activation": "laplace",

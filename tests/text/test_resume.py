@@ -42,17 +42,25 @@ def copy(short, tmp_path):
 
 
 def test_a_finished_run_is_lengthened(copy):
-    """From the rate that it ended with to the peak, then along a cosine to zero; its first steps are as they were."""
+    """From the rate that it ended with to the peak, then along a cosine to zero; its first steps
+    are as they were.
+    """
     before = json.loads((copy / "result.json").read_text())
     longer = go_on(copy, steps=60)
     assert longer.losses[: len(before["losses"])] == [tuple(pair) for pair in before["losses"]]
     assert longer.losses[-1][0] == 60
     assert longer.losses[-1][1] < before["losses"][-1][1]
     state = json.loads((copy / "checkpoint-60" / "trainer_state.json").read_text())
-    rates = {e["step"]: e["learning_rate"] for e in state["log_history"] if "learning_rate" in e and e["step"] > 20}
+    rates = {
+        e["step"]: e["learning_rate"]
+        for e in state["log_history"]
+        if "learning_rate" in e and e["step"] > 20
+    }
     for step, rate in rates.items():  # the log has the rate of the step itself
         done = step - 1 - 20
-        expected = 1e-2 * done / 4 if done < 4 else 1e-2 * (1 + math.cos(math.pi * (done - 4) / 36)) / 2
+        expected = (
+            1e-2 * done / 4 if done < 4 else 1e-2 * (1 + math.cos(math.pi * (done - 4) / 36)) / 2
+        )
         assert rate == pytest.approx(expected, rel=1e-9), step
     assert json.loads((copy / "options.json").read_text())["steps"] == 60
     assert load_checkpoint(str(copy))[0].config.use_cache is True
@@ -68,7 +76,9 @@ def test_a_lengthened_run_that_was_interrupted_goes_on_alike(copy, tmp_path):
 
 
 def test_an_option_that_was_given_counts_also_at_its_default(copy):
-    with pytest.raises(ValueError, match="resume: the run in .* was started with width=32, not 256"):
+    with pytest.raises(
+        ValueError, match="resume: the run in .* was started with width=32, not 256"
+    ):
         go_on(copy, given={"width"})
     lines = []
     default = TrainingOptions(str(copy), resume=True)
@@ -84,13 +94,17 @@ def test_an_option_that_was_given_counts_also_at_its_default(copy):
 def test_steps_that_are_done_cannot_be_taken_back(copy):
     with pytest.raises(ValueError, match="steps: the run has done 20 steps already, got 10"):
         go_on(copy, steps=10)
-    with pytest.raises(ValueError, match="all 20 steps are done; pass --steps with a larger number as well"):
+    with pytest.raises(
+        ValueError, match="all 20 steps are done; pass --steps with a larger number as well"
+    ):
         go_on(copy, learning_rate=1e-3)
 
 
 def test_the_windows_of_a_step_stay_as_many(copy):
     options = TrainingOptions(str(copy), resume=True)
-    with pytest.raises(ValueError, match=r"took 4 windows a step .* processes 2 would take 8; pass --batch"):
+    with pytest.raises(
+        ValueError, match=r"took 4 windows a step .* processes 2 would take 8; pass --batch"
+    ):
         resume(options, set(), 2, True, lambda _: None)
     assert resume(replace(options, batch=2), {"batch"}, 2, True, lambda _: None).options.batch == 2
     longer = go_on(copy, steps=30, batch=2, accumulate=2)
@@ -113,7 +127,9 @@ def test_a_text_that_moved_is_not_needed(text, tmp_path):
     assert go_on(tmp_path / "run", steps=10).losses[-1][0] == 10
 
 
-@pytest.mark.parametrize("file", ["optimizer.pt", "model.safetensors", "trainer_state.json", "whole.json"])
+@pytest.mark.parametrize(
+    "file", ["optimizer.pt", "model.safetensors", "trainer_state.json", "whole.json"]
+)
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(copy, file):
     newest, before = whole_checkpoints(copy)[-1], whole_checkpoints(copy)[-2]
     content = bytearray((newest / file).read_bytes())
@@ -134,12 +150,17 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(copy, file):
 def test_where_no_checkpoint_is_intact_nothing_is_removed(copy):
     for folder in whole_checkpoints(copy):
         (folder / "scheduler.pt").write_bytes(b"half")
-    with pytest.raises(ValueError, match=r"resume: no checkpoint in .* is intact \(checkpoint-20: scheduler.pt has 4"):
+    with pytest.raises(
+        ValueError,
+        match=r"resume: no checkpoint in .* is intact \(checkpoint-20: scheduler.pt has 4",
+    ):
         go_on(copy)
     assert len(whole_checkpoints(copy)) == 3
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"width": "abc"}', '{"legs": 3}', '{"legs": [{"a": 1}]}'])
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "null", '{"width": "abc"}', '{"legs": 3}', '{"legs": [{"a": 1}]}']
+)
 def test_broken_options_are_one_line(copy, content):
     (copy / "options.json").write_text(content)
     with pytest.raises(ValueError, match=r"resume: .*options.json (is damaged|cannot be read)"):
@@ -180,7 +201,15 @@ def test_schedules():
     assert plan_leg(0, 100, 0.0, 1.0, 0.001).warmup == 1
     assert rate_at([plan_leg(0, 100, 0.0, 1.0, 0.0)], "cosine", 0) == 1.0
     legs = [plan_leg(0, 10, 0.0, 1.0, 0.2), plan_leg(10, 30, 0.0, 0.5, 0.1)]
-    assert [rate_at(legs, "cosine", n) for n in (0, 1, 2, 10, 11, 12, 30)] == [0, 0.5, 1.0, 0, 0.25, 0.5, 0]
+    assert [rate_at(legs, "cosine", n) for n in (0, 1, 2, 10, 11, 12, 30)] == [
+        0,
+        0.5,
+        1.0,
+        0,
+        0.25,
+        0.5,
+        0,
+    ]
     assert rate_at(legs, "capped_inverse_sqrt", 399) == pytest.approx(0.25)
 
 

@@ -44,7 +44,13 @@ def test_three_novels(tmp_path, heldout):
 @pytest.mark.parametrize("heldout", [0.01, 0.05, 0.5])
 @pytest.mark.parametrize(
     "text",
-    ["word " * 9000, "x" * 40_000, story("a", 2000), "short\n" * 10 + "y" * 50_000 + "\nend", "ß" * 20_000],
+    [
+        "word " * 9000,
+        "x" * 40_000,
+        story("a", 2000),
+        "short\n" * 10 + "y" * 50_000 + "\nend",
+        "ß" * 20_000,
+    ],
     ids=["one line", "no spaces", "lines", "one long last line", "two bytes each"],
 )
 def test_a_single_document(tmp_path, text, heldout):
@@ -65,14 +71,18 @@ def test_copies_are_on_one_side(tmp_path):
 
 
 def test_nothing_but_copies(tmp_path):
-    corpus = load_corpus(write(tmp_path, a=story("a", 900), b=story("a", 900), c=story("a", 900)), heldout=0.1)
+    corpus = load_corpus(
+        write(tmp_path, a=story("a", 900), b=story("a", 900), c=story("a", 900)), heldout=0.1
+    )
     assert_apart(corpus)
     assert 0.05 < share(corpus) < 0.15
 
 
 def test_too_little_to_hold_out(tmp_path):
     data = write(tmp_path, a="a few words only\n" * 20)
-    with pytest.raises(ValueError, match=rf"leaves \d+ bytes to hold out, too few .*{LEAST_HELDOUT}.*--heldout"):
+    with pytest.raises(
+        ValueError, match=rf"leaves \d+ bytes to hold out, too few .*{LEAST_HELDOUT}.*--heldout"
+    ):
         load_corpus(data)
     assert load_corpus(data, heldout=0.6).sizes[1] >= LEAST_HELDOUT
 
@@ -100,17 +110,22 @@ class TestDatasets:
         assert "2 rows without text (null) left out" in corpus.notes
 
     @pytest.mark.parametrize(
-        ("value", "kind"), [(3, "int"), (2.5, "float"), (["a", "b"], "list"), ({"a": "b"}, "dict"), (True, "bool")]
+        ("value", "kind"),
+        [(3, "int"), (2.5, "float"), (["a", "b"], "list"), ({"a": "b"}, "dict"), (True, "bool")],
     )
     def test_columns_that_are_not_text(self, dataset, value, kind):
         data = dataset(train=[{"text": value}] * 3)
-        with pytest.raises(ValueError, match=f"text_column: the column 'text' .* holds no text, but {kind}"):
+        with pytest.raises(
+            ValueError, match=f"text_column: the column 'text' .* holds no text, but {kind}"
+        ):
             load_corpus(data)
 
     def test_chat_messages(self, dataset):
         rows = [{"chat": [{"role": "user", "content": f"question {i}?" * 5}]} for i in range(30)]
         data = dataset(train=rows)
-        with pytest.raises(ValueError, match="holds chat messages, and the tokenizer has no chat template"):
+        with pytest.raises(
+            ValueError, match="holds chat messages, and the tokenizer has no chat template"
+        ):
             load_corpus(data, text_column="chat")
 
         def chat(messages):
@@ -124,4 +139,6 @@ class TestDatasets:
         held = [{"text": f"held-out text {i} " * 5} for i in range(5)]
         corpus = load_corpus(dataset(train=train, validation=[*held, *train[:7]]))
         assert len(corpus.heldout) == 5
-        assert any(note.startswith("7 documents of the split 'validation'") for note in corpus.notes)
+        assert any(
+            note.startswith("7 documents of the split 'validation'") for note in corpus.notes
+        )

@@ -1,4 +1,6 @@
-"""Text as its tokens come: whatever the tokenizer and wherever a run is cut, the pieces make the whole."""
+"""Text as its tokens come: whatever the tokenizer and wherever a run is cut, the pieces make the
+whole.
+"""
 
 import random
 
@@ -16,18 +18,38 @@ TEXT = "Die Möwe flog über das Meer; 世界 and 🙂🏳️‍🌈, naïve caf
 def word_pieces():
     words = ["[UNK]", END, "the", "cat", "##s", "sat", "##ting", "on", "mat", ".", ",", "##!"]
     tokenizer = Tokenizer(models.WordPiece({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
+    tokenizer.pre_tokenizer, tokenizer.decoder = (
+        pre_tokenizers.BertPreTokenizer(),
+        decoders.WordPiece(),
+    )
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END)
 
 
 def byte_fallback():
     """As Llama's: a space is part of the next word, unknown characters are bytes."""
-    words = ["<unk>", END, *(f"<0x{b:02X}>" for b in range(256)), "▁", *"Diethflogvnasdr", "▁the", "cat"]
+    words = [
+        "<unk>",
+        END,
+        *(f"<0x{b:02X}>" for b in range(256)),
+        "▁",
+        *"Diethflogvnasdr",
+        "▁the",
+        "cat",
+    ]
     vocab = {w: i for i, w in enumerate(dict.fromkeys(words))}
-    tokenizer = Tokenizer(models.BPE(vocab, [], unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer = Tokenizer(
+        models.BPE(vocab, [], unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    )
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
     tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
     )
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END)
 
@@ -41,7 +63,9 @@ TOKENIZERS = {
 
 
 def pieces(tokenizer, prompt, tokens, cuts=()):
-    """The text of `tokens` behind `prompt`; at each cut a new decoder goes on from the other's numbers."""
+    """The text of `tokens` behind `prompt`; at each cut a new decoder goes on from the other's
+    numbers.
+    """
     decoder = IncrementalDecoder(tokenizer)
     decoder.read_prompt(prompt)
     found = []
@@ -83,7 +107,9 @@ def test_cut_anywhere(name):
 
 @pytest.mark.parametrize("name", ["bytes", "byte fallback"])
 def test_bytes_that_are_no_text(name):
-    """They come out as replacement characters, once it is sure that they are none, and nothing waits for ever."""
+    """They come out as replacement characters, once it is sure that they are none, and nothing
+    waits for ever.
+    """
     tokenizer = TOKENIZERS[name]()
     first = 0 if name == "bytes" else tokenizer.convert_tokens_to_ids("<0x00>")
     sure = pieces(tokenizer, [], [first + b for b in b"a\xff\xe4b\xe4\xb8"])

@@ -35,7 +35,9 @@ def padding(t):
 
 
 def added(t):
-    t.post_processor = processors.TemplateProcessing(single=f"{END} $A {END}", special_tokens=[(END, 0)])
+    t.post_processor = processors.TemplateProcessing(
+        single=f"{END} $A {END}", special_tokens=[(END, 0)]
+    )
 
 
 def prefix(t):
@@ -75,7 +77,9 @@ def test_the_end_of_text_in_a_text_is_plain(bpe, kind, tmp_path):
 
 
 def test_gaps_in_the_ids(tmp_path):
-    gaps = Tokenizer(models.WordLevel({"a": 0, "b": 2, "c": 3, "[UNK]": 5, "d": 4}, unk_token="[UNK]"))
+    gaps = Tokenizer(
+        models.WordLevel({"a": 0, "b": 2, "c": 3, "[UNK]": 5, "d": 4}, unk_token="[UNK]")
+    )
     gaps.pre_tokenizer = pre_tokenizers.Whitespace()
     for vocab in ({"a": 0, "b": 2, "[UNK]": 3}, {"a": 0, "b": 2, "c": 3, "d": 9, "[UNK]": 5}):
         gaps.model = models.WordLevel(vocab, unk_token="[UNK]")

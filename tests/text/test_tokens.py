@@ -31,7 +31,9 @@ def test_what_a_tokenizer_loses_is_kept_and_said(tmp_path):
     assert not Score(1.0, 1.0, 1, 1).note
 
 
-@pytest.mark.parametrize("content", ["", "[]", "null", "{}", '{"bytes": 3}', '{"bytes": {"train": "x", "heldout": 1}}'])
+@pytest.mark.parametrize(
+    "content", ["", "[]", "null", "{}", '{"bytes": 3}', '{"bytes": {"train": "x", "heldout": 1}}']
+)
 def test_broken_notes_of_tokens(content, tmp_path):
     (tmp_path / "tokens.json").write_text(content)
     with pytest.raises(ValueError, match="tokens: .*tokens.json is missing or damaged"):
@@ -52,14 +54,18 @@ def test_token_arrays_that_cannot_be_read(name, damage, tmp_path):
         read_tokens(tmp_path / "t")
 
 
-@pytest.mark.parametrize("content", ["", "[]", "null", "3", '{"key": 3}', '{"key": {"digest": 5}}', "\xff"])
+@pytest.mark.parametrize(
+    "content", ["", "[]", "null", "3", '{"key": 3}', '{"key": {"digest": 5}}', "\xff"]
+)
 def test_notes_of_another_text_are_written_anew(content, tmp_path):
     corpus = stories(tmp_path)
     write_tokens(tmp_path / "t", corpus, byte_tokenizer())
     note = tmp_path / "t" / "tokens.json"
     whole = note.read_bytes()
     note.write_bytes(content.encode("latin-1"))
-    with pytest.raises(ValueError, match=r"data: .* is not the text that the run in .* was started with"):
+    with pytest.raises(
+        ValueError, match=r"data: .* is not the text that the run in .* was started with"
+    ):
         check_tokens(tmp_path / "t", corpus)
     write_tokens(tmp_path / "t", corpus, byte_tokenizer())
     assert note.read_bytes() == whole
@@ -73,18 +79,24 @@ def stories(folder):
 def test_no_figure_for_bytes_that_were_not_scored(tmp_path, monkeypatch):
     """As where a tokenizer cuts documents: 64 tokens scored, all bytes divided by."""
     text = tokenize([b"a text of some words. " * 20], byte_tokenizer())
-    config = from_preset("linear", vocab_size=257, hidden_size=16, num_hidden_layers=1, num_attention_heads=1)
+    config = from_preset(
+        "linear", vocab_size=257, hidden_size=16, num_hidden_layers=1, num_attention_heads=1
+    )
     model = CumulantForCausalLM(config)
     whole = evaluate.windowed
     assert evaluate.evaluate_windowed(model, text, 32).tokens == len(text.ids) - 1
     monkeypatch.setattr(evaluate, "windowed", lambda *a, **k: (whole(*a, **k)[0], 64))
-    with pytest.raises(ValueError, match="text: 64 tokens were scored, but the text has 440 to score"):
+    with pytest.raises(
+        ValueError, match="text: 64 tokens were scored, but the text has 440 to score"
+    ):
         evaluate.evaluate_windowed(model, text, 32)
 
 
 def test_interrupts_are_answered_while_native_code_runs():
     """Tokenizing and training a BPE take long, and hold no Python that could be interrupted."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
+    before = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # ignored where the tests run in the background
     try:
         threading.Timer(0.3, _thread.interrupt_main).start()
         started = time.perf_counter()

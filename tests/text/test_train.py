@@ -35,8 +35,17 @@ def test_it_learns(run):
     assert run.tokens_per_second > 0
     output = Path(run.output)
     names = {p.name for p in output.iterdir()}
-    assert names >= {"config.json", "model.safetensors", "tokenizer.json", "result.json", "tokens", "runs"}
-    assert json.loads((output / "result.json").read_text())["bits_per_byte"] == run.score.bits_per_byte
+    assert names >= {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "result.json",
+        "tokens",
+        "runs",
+    }
+    assert (
+        json.loads((output / "result.json").read_text())["bits_per_byte"] == run.score.bits_per_byte
+    )
     assert list((output / "runs").rglob("events*"))  # TensorBoard
     assert not list(output.rglob("*.tmp"))
     assert [p.name for p in whole_checkpoints(output)] == ["checkpoint-80", "checkpoint-160"]
@@ -51,7 +60,9 @@ def test_it_is_a_hugging_face_model(run):
 
 
 def test_evaluation_is_the_code_length(run):
-    """Bits per byte against a token-by-token sum, both ways; windows of any length; text the model has not seen."""
+    """Bits per byte against a token-by-token sum, both ways; windows of any length; text the model
+    has not seen.
+    """
     model, tokenizer = load_checkpoint(run.output)
     documents = ["the cat sat on the mäuse;".encode(), b"the dog"]
     text = tokenize(documents, tokenizer)
@@ -62,7 +73,9 @@ def test_evaluation_is_the_code_length(run):
         log_p = model(ids).logits.log_softmax(-1)[0, :-1]
         nats -= float(log_p.gather(1, ids[0, 1:, None]).sum())
     ids = torch.tensor([[256, *documents[0], 256, *documents[1]]])
-    boundary = float(model(ids[:, :27]).logits.log_softmax(-1)[0, -1, 256])  # the second text's start is predicted too
+    boundary = float(
+        model(ids[:, :27]).logits.log_softmax(-1)[0, -1, 256]
+    )  # the second text's start is predicted too
     whole = evaluate_whole(model, text, piece=5)
     assert whole.tokens == 34
     assert whole.bits_per_byte == pytest.approx((nats - boundary) / math.log(2) / 33, rel=1e-5)
@@ -103,7 +116,9 @@ def test_generation_with_a_saved_state(run, tmp_path):
     assert Path(path).stat().st_size == pytest.approx(size, abs=64)
     assert (first.context, second.context) == (11 + 15, 11 + 40)
     appended = generate(model, tokenizer, "; the dog", SamplingOptions(10, **greedy), load=path)
-    expected = generate(model, tokenizer, "the cat sat" + whole.text + "; the dog", SamplingOptions(10, **greedy))
+    expected = generate(
+        model, tokenizer, "the cat sat" + whole.text + "; the dog", SamplingOptions(10, **greedy)
+    )
     assert appended.text == expected.text
     assert expected.state_bytes == first.state_bytes
     with pytest.raises(FileNotFoundError, match="no such folder: /no/such"):
@@ -118,7 +133,8 @@ def test_states_of_another_model_are_refused(run, tmp_path, text):
     path = str(tmp_path / "state")
     generate(model, tokenizer, "the", SamplingOptions(3), save=path)
     other = train(
-        TrainingOptions(output=str(tmp_path / "o"), data=str(text), steps=1, seed=1, **SMALL), say=lambda _: None
+        TrainingOptions(output=str(tmp_path / "o"), data=str(text), steps=1, seed=1, **SMALL),
+        say=lambda _: None,
     )
     stranger, _ = load_checkpoint(other.output)
     with pytest.raises(ValueError, match="load_state: .* was written by another model"):
@@ -126,7 +142,9 @@ def test_states_of_another_model_are_refused(run, tmp_path, text):
 
 
 def test_packed_documents_and_options(text, tmp_path):
-    """Packed windows, BPE, accumulation, bf16, gradient checkpointing and dropout, on every preset."""
+    """Packed windows, BPE, accumulation, bf16, gradient checkpointing and dropout, on every
+    preset.
+    """
     for preset in ("softmax", "linear", "taylor", "based"):
         options = TrainingOptions(
             output=str(tmp_path / preset),
@@ -152,7 +170,10 @@ def test_accumulation_is_a_larger_batch(text, tmp_path):
     for name, batch, accumulate in (("a", 4, 1), ("b", 2, 2)):
         options = {**SMALL, "batch": batch, "accumulate": accumulate, "steps": 5}
         losses.append(
-            train(TrainingOptions(output=str(tmp_path / name), data=str(text), **options), say=lambda _: None).losses
+            train(
+                TrainingOptions(output=str(tmp_path / name), data=str(text), **options),
+                say=lambda _: None,
+            ).losses
         )
     assert np.allclose(losses[0], losses[1], atol=2e-4)
 
@@ -193,15 +214,21 @@ def losses_in(output):
 
 @pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGINT])
 def test_an_interrupted_run_goes_on_as_if_it_had_not_been(text, tmp_path, kind):
-    """Killed at some moment, with a checkpoint cut short lying there: the losses are those of a run in one piece."""
+    """Killed at some moment, with a checkpoint cut short lying there: the losses are those of a run
+    in one piece.
+    """
     data = ["--data", str(text)]
-    subprocess.run([*COMMAND, *data, "--output", str(tmp_path / "whole")], check=True, capture_output=True)
+    subprocess.run(
+        [*COMMAND, *data, "--output", str(tmp_path / "whole")], check=True, capture_output=True
+    )
     output = tmp_path / "cut"
     process = subprocess.Popen(
         [*COMMAND, *data, "--output", str(output)],
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # also where the tests run in the background
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        ),  # also where the tests run in the background
     )
     deadline = time.time() + 120
     while len(whole_checkpoints(output)) < 2 and time.time() < deadline:
@@ -249,14 +276,49 @@ def test_two_processes_say_once_what_is_wrong(tmp_path):
 @pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp"])
 def test_two_processes_equal_one(text, tmp_path, sharded):
     """Over gloo: two processes with half of the batch each take the same two steps as one."""
-    common = ["--data", str(text), "--steps", "2", "--context", "32", "--width", "32", "--depth", "2", "--heads", "2"]
+    common = [
+        "--data",
+        str(text),
+        "--steps",
+        "2",
+        "--context",
+        "32",
+        "--width",
+        "32",
+        "--depth",
+        "2",
+        "--heads",
+        "2",
+    ]
     common += ["--device", "cpu", "--seed", "3"]
-    one = [sys.executable, "-m", "cumulant", "train", *common, "--batch", "8", "--output", str(tmp_path / "one")]
+    one = [
+        sys.executable,
+        "-m",
+        "cumulant",
+        "train",
+        *common,
+        "--batch",
+        "8",
+        "--output",
+        str(tmp_path / "one"),
+    ]
     subprocess.run(one, check=True, capture_output=True)
-    two = [*TWO_PROCESSES, "train", *common, "--batch", "4", "--output", str(tmp_path / "two"), *["--fsdp"] * sharded]
+    two = [
+        *TWO_PROCESSES,
+        "train",
+        *common,
+        "--batch",
+        "4",
+        "--output",
+        str(tmp_path / "two"),
+        *["--fsdp"] * sharded,
+    ]
     subprocess.run(two, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert np.allclose(losses_in(tmp_path / "one"), losses_in(tmp_path / "two"), atol=1e-4)
-    scores = [json.loads((tmp_path / n / "result.json").read_text())["bits_per_byte"] for n in ("one", "two")]
+    scores = [
+        json.loads((tmp_path / n / "result.json").read_text())["bits_per_byte"]
+        for n in ("one", "two")
+    ]
     assert scores[0] == pytest.approx(scores[1], rel=1e-4)
     weights = [load_checkpoint(str(tmp_path / n))[0].state_dict() for n in ("one", "two")]
     for name in weights[0]:
@@ -267,19 +329,27 @@ def test_bad_options(tmp_path, text):
     def refuses(message, **options):
         with pytest.raises(ValueError, match=message):
             train(
-                TrainingOptions(**{"output": str(tmp_path / "x"), "data": str(text), **SMALL, **options}),
+                TrainingOptions(
+                    **{"output": str(tmp_path / "x"), "data": str(text), **SMALL, **options}
+                ),
                 say=lambda _: None,
             )
         assert not (tmp_path / "x").exists()  # nothing half-written
 
     refuses(
-        "preset: expected one of softmax, linear, taylor, higher_order, based, flash, elita, got 'gpt'", preset="gpt"
+        "preset: expected one of softmax, linear, taylor, higher_order, based, flash, elita, got"
+        " 'gpt'",
+        preset="gpt",
     )
     refuses("steps: expected at least 1, got 0", steps=0)
     refuses("warmup: expected a share of the steps below 1, got 1", warmup=1)
     refuses("learning_rate: expected a positive number, got -1", learning_rate=-1)
     refuses("evaluate_every: expected 0 or more steps, got -5", evaluate_every=-5)
-    refuses("train_bpe: pass either a tokenizer or the size of one to train", tokenizer="x", train_bpe=300)
+    refuses(
+        "train_bpe: pass either a tokenizer or the size of one to train",
+        tokenizer="x",
+        train_bpe=300,
+    )
     refuses("intermediate: expected at least 1, got -5", intermediate=-5)
     refuses("clip: expected a finite number, 0 or more, got nan", clip=math.nan)
     refuses("save_every: expected a multiple of evaluate_every=3", evaluate_every=3, save_every=4)
@@ -293,7 +363,9 @@ def test_bad_options(tmp_path, text):
 
 def test_an_output_that_holds_a_run_is_left_alone(run, text):
     before = (Path(run.output) / "model.safetensors").read_bytes()
-    with pytest.raises(ValueError, match="holds a run already; go on with --resume or name another folder"):
+    with pytest.raises(
+        ValueError, match="holds a run already; go on with --resume or name another folder"
+    ):
         train(TrainingOptions(output=run.output, data=str(text), **SMALL), say=lambda _: None)
     assert (Path(run.output) / "model.safetensors").read_bytes() == before
 
@@ -309,37 +381,58 @@ def test_resuming_checks_what_it_resumes(run, text, tmp_path):
     shutil.copytree(run.output, output)
     (output / "checkpoint-mine").mkdir()  # not ours
     refuses("resume: the run in .*copy was started with width=32, not 64", width=64)
-    refuses("resume: the run in .*copy was started with preset='taylor', not 'softmax'", preset="softmax")
+    refuses(
+        "resume: the run in .*copy was started with preset='taylor', not 'softmax'",
+        preset="softmax",
+    )
     before = text.read_text()
     text.write_text(before + "more")
-    refuses("data: .*text.txt is not the text that the run in .*copy was started with", data=str(text))
+    refuses(
+        "data: .*text.txt is not the text that the run in .*copy was started with", data=str(text)
+    )
     text.write_text(before)
     assert (output / "checkpoint-mine").is_dir()
     shutil.rmtree(output / "checkpoint-160")
-    again = train(TrainingOptions(output=str(output), resume=True), say=lambda _: None)  # options come from the run
+    again = train(
+        TrainingOptions(output=str(output), resume=True), say=lambda _: None
+    )  # options come from the run
     assert again.losses == run.losses
     assert again.score.bits_per_byte == pytest.approx(run.score.bits_per_byte, rel=1e-6)
 
 
 def test_default_runs_can_be_resumed(text, tmp_path):
     """Ten checkpoints a run, also without asking for any; three are kept."""
-    train(TrainingOptions(output=str(tmp_path / "r"), data=str(text), steps=20, **SMALL), say=lambda _: None)
-    assert [p.name for p in whole_checkpoints(tmp_path / "r")] == ["checkpoint-16", "checkpoint-18", "checkpoint-20"]
+    train(
+        TrainingOptions(output=str(tmp_path / "r"), data=str(text), steps=20, **SMALL),
+        say=lambda _: None,
+    )
+    assert [p.name for p in whole_checkpoints(tmp_path / "r")] == [
+        "checkpoint-16",
+        "checkpoint-18",
+        "checkpoint-20",
+    ]
 
 
 def test_checkpoints_that_do_not_fit(run, tmp_path):
     import shutil
 
-    with pytest.raises(ValueError, match="checkpoint: no model at .*nowhere; train one with: cumulant train --output"):
+    with pytest.raises(
+        ValueError,
+        match="checkpoint: no model at .*nowhere; train one with: cumulant train --output",
+    ):
         load_checkpoint(str(tmp_path / "nowhere"))
     copy = tmp_path / "copy"
     shutil.copytree(run.output, copy)
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps({**config, "hidden_size": 64}))
-    with pytest.raises(ValueError, match="checkpoint: the weights in .* do not fit its config.json"):
+    with pytest.raises(
+        ValueError, match="checkpoint: the weights in .* do not fit its config.json"
+    ):
         load_checkpoint(str(copy))
     (copy / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
-    with pytest.raises(ValueError, match="checkpoint: the weights in .* do not fit its config.json: model.layers.2"):
+    with pytest.raises(
+        ValueError, match="checkpoint: the weights in .* do not fit its config.json: model.layers.2"
+    ):
         load_checkpoint(str(copy))
     (copy / "config.json").write_text(json.dumps(config))
     (copy / "model.safetensors").write_bytes((copy / "model.safetensors").read_bytes()[:1000])
@@ -349,7 +442,9 @@ def test_checkpoints_that_do_not_fit(run, tmp_path):
     from cumulant.text.tokenizer import train_bpe
 
     train_bpe([b"some text some text"], 260).save_pretrained(copy)
-    with pytest.raises(ValueError, match="tokenizer: .* holds a tokenizer of 260 tokens, but the model has 257"):
+    with pytest.raises(
+        ValueError, match="tokenizer: .* holds a tokenizer of 260 tokens, but the model has 257"
+    ):
         load_checkpoint(str(copy))
     assert len(byte_tokenizer()) == 257
 

@@ -13,7 +13,9 @@ console = Console()
 Output = Annotated[
     str | None,
     typer.Option(
-        help="folder for the rows, the plots and the page; default: runs/ and the measurement's name",
+        help=(
+            "folder for the rows, the plots and the page; default: runs/ and the measurement's name"
+        ),
         callback=expand_home,
     ),
 ]
@@ -42,7 +44,9 @@ def silence_libraries() -> None:
 def _given_options(given: dict[str, Any]) -> dict[str, Any]:
     """The options that were given; several values of one option as a tuple."""
     named = {name: value for name, value in given.items() if value is not None}
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in named.items()}
+    return {
+        name: tuple(value) if isinstance(value, list) else value for name, value in named.items()
+    }
 
 
 def _output_folder(output: str | None, name: str, quick: bool = False) -> str:
@@ -63,25 +67,40 @@ bench = typer.Typer(
 def speed(
     context: typer.Context,
     recipe: Annotated[
-        str, typer.Option(help="fair; implementations: auto against PyTorch's operations; blog: a published experiment")
+        str,
+        typer.Option(
+            help=(
+                "fair; implementations: auto against PyTorch's operations; blog: a published"
+                " experiment"
+            )
+        ),
     ] = "fair",
     output: Output = None,
-    quick: Annotated[bool, typer.Option("--quick", help="few lengths and runs: under a minute")] = False,
-    mechanism: Annotated[list[str] | None, typer.Option(help="only this one; give it several times")] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="few lengths and runs: under a minute")
+    ] = False,
+    mechanism: Annotated[
+        list[str] | None, typer.Option(help="only this one; give it several times")
+    ] = None,
     passes: Annotated[
-        list[str] | None, typer.Option("--pass", help="forward, training or decode; give it several times")
+        list[str] | None,
+        typer.Option("--pass", help="forward, training or decode; give it several times"),
     ] = None,
     length: Annotated[list[int] | None, typer.Option(help="tokens; give it several times")] = None,
     batch: Annotated[int | None, typer.Option(help="sequences")] = None,
     heads: Annotated[int | None, typer.Option(help="heads")] = None,
     dim: Annotated[int | None, typer.Option(help="numbers in the value of a head")] = None,
     dtype: Annotated[str | None, typer.Option(help="fp32, bf16, fp16 or fp64")] = None,
-    seconds: Annotated[float | None, typer.Option(help="the most that a single run may take")] = None,
+    seconds: Annotated[
+        float | None, typer.Option(help="the most that a single run may take")
+    ] = None,
     threads: Annotated[int, typer.Option(help="CPU threads; 0: as many as PyTorch takes")] = 0,
     device: Device = "auto",
     force: Force = False,
 ) -> None:
-    """Time and memory of every mechanism by length, on this machine. Without a subcommand it measures speed."""
+    """Time and memory of every mechanism by length, on this machine. Without a subcommand it
+    measures speed.
+    """
     if context.invoked_subcommand is not None:
         return
     silence_libraries()
@@ -94,7 +113,8 @@ def speed(
     if recipe not in RECIPES:
         raise ValueError(f"recipe: expected one of {', '.join(RECIPES)}, got {recipe!r}")
     given = {
-        "mechanisms": mechanism, "passes": passes, "lengths": length, "batch": batch, "heads": heads, "dim": dim,
+        "mechanisms": mechanism, "passes": passes, "lengths": length, "batch": batch,
+        "heads": heads, "dim": dim,
         "dtype": dtype, "seconds": seconds,
     }  # fmt: skip
     chosen = replace(RECIPES[recipe].quick() if quick else RECIPES[recipe], **_given_options(given))
@@ -106,36 +126,57 @@ def speed(
 def accuracy(
     output: Output = None,
     length: Annotated[list[int] | None, typer.Option(help="tokens; give it several times")] = None,
-    dtype: Annotated[list[str] | None, typer.Option(help="fp32, bf16, fp16 or fp64; give it several times")] = None,
-    operation: Annotated[list[str] | None, typer.Option(help="only this one; give it several times")] = None,
-    seed: Annotated[int, typer.Option(help="seed of queries, keys and values", min=0, max=2**63 - 1)] = 0,
+    dtype: Annotated[
+        list[str] | None, typer.Option(help="fp32, bf16, fp16 or fp64; give it several times")
+    ] = None,
+    operation: Annotated[
+        list[str] | None, typer.Option(help="only this one; give it several times")
+    ] = None,
+    seed: Annotated[
+        int, typer.Option(help="seed of queries, keys and values", min=0, max=2**63 - 1)
+    ] = 0,
     device: Device = "auto",
     force: Force = False,
 ) -> None:
-    """Error against float64 by length, up to a million tokens, for every implementation and dtype."""
+    """Error against float64 by length, up to a million tokens, for every implementation and
+    dtype.
+    """
     silence_libraries()
     from ..text.options import choose_device
     from .accuracy.measure import Settings, run
 
     given = {"lengths": length, "dtypes": dtype, "operations": operation}
     settings = Settings(**_given_options(given), seed=seed)
-    run(settings, _output_folder(output, "accuracy"), device=choose_device(device), force=force, console=console)
+    run(
+        settings,
+        _output_folder(output, "accuracy"),
+        device=choose_device(device),
+        force=force,
+        console=console,
+    )
 
 
 @bench.command(cls=StrictCommand)
 def approximation(
     output: Output = None,
     model: Annotated[
-        list[str] | None, typer.Option(help="a training run whose heads are measured as well; give it several times")
+        list[str] | None,
+        typer.Option(help="a training run whose heads are measured as well; give it several times"),
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="random queries and keys only: no model is trained")] = False,
-    seed: Annotated[int, typer.Option(help="seed of queries, keys and values", min=0, max=2**63 - 1)] = 0,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="random queries and keys only: no model is trained")
+    ] = False,
+    seed: Annotated[
+        int, typer.Option(help="seed of queries, keys and values", min=0, max=2**63 - 1)
+    ] = 0,
     force: Force = False,
 ) -> None:
-    """How far Taylor attention is from softmax attention, by order, size of the scores, head dim, and alpha.
+    """How far Taylor attention is from softmax attention, by order, size of the scores, head dim,
+    and alpha.
 
-    The heads of trained models are measured as well. Without --model it first trains a small softmax model and a small
-    Taylor model on Python's standard library (about two minutes on two cores).
+    The heads of trained models are measured as well. Without --model it first trains a small
+    softmax model and a small Taylor model on Python's standard library (about two minutes on two
+    cores).
     """
     silence_libraries()
     from .approximation.measure import run
@@ -147,31 +188,47 @@ def approximation(
 def compare(
     data: Annotated[
         str | None,
-        typer.Option(help="file, folder, glob or dataset to train on, as for train; default: the recipe's"),
+        typer.Option(
+            help="file, folder, glob or dataset to train on, as for train; default: the recipe's"
+        ),
     ] = None,
     recipe: Annotated[
-        str, typer.Option(help="what is compared: long-context, flash-enwik8, flash-enwik8-small, elita-wikitext")
+        str,
+        typer.Option(
+            help="what is compared: long-context, flash-enwik8, flash-enwik8-small, elita-wikitext"
+        ),
     ] = "long-context",
     output: Output = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="two minutes: three mechanisms, 40 short steps; too little to compare them")
+        bool,
+        typer.Option(
+            "--quick",
+            help="two minutes: three mechanisms, 40 short steps; too little to compare them",
+        ),
     ] = False,
     mechanism: Annotated[
         list[str] | None, typer.Option(help="only this one and the baseline; give it several times")
     ] = None,
     learning_rate: Annotated[
-        list[float] | None, typer.Option(help="peak rate; the best of several is used; give it several times")
+        list[float] | None,
+        typer.Option(help="peak rate; the best of several is used; give it several times"),
     ] = None,
     seeds: Annotated[int | None, typer.Option(help="seeds of weights and order")] = None,
     steps: Annotated[int | None, typer.Option(help="optimizer steps of each run")] = None,
-    epochs: Annotated[float | None, typer.Option(help="passes over the text, instead of --steps")] = None,
+    epochs: Annotated[
+        float | None, typer.Option(help="passes over the text, instead of --steps")
+    ] = None,
     heldout: Annotated[
-        float | None, typer.Option(help="share of the text held out for evaluation; enwik8 and datasets have their own")
+        float | None,
+        typer.Option(
+            help="share of the text held out for evaluation; enwik8 and datasets have their own"
+        ),
     ] = None,
     device: Device = "auto",
     force: Force = False,
 ) -> None:
-    """Train mechanisms on one text under one budget, and compare them. Options left out are the recipe's.
+    """Train mechanisms on one text under one budget, and compare them. Options left out are the
+    recipe's.
 
     The same command continues where it stopped. With more learning rates or seeds it adds those.
     """
@@ -190,7 +247,8 @@ def compare(
     chosen = chosen.chosen(mechanism or [])
     steps = 0 if steps is None and epochs is not None else steps
     given = {
-        "data": data, "learning_rates": learning_rate, "seeds": seeds, "steps": steps, "epochs": epochs,
+        "data": data, "learning_rates": learning_rate, "seeds": seeds, "steps": steps,
+        "epochs": epochs,
         "heldout": heldout,
     }  # fmt: skip
     scored = SCORED_QUICKLY if quick else SCORED
@@ -208,26 +266,42 @@ def compare(
 
 def recall(
     output: Output = None,
-    quick: Annotated[bool, typer.Option("--quick", help="three mechanisms at one width: five minutes")] = False,
-    mechanism: Annotated[list[str] | None, typer.Option(help="only this one; give it several times")] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="three mechanisms at one width: five minutes")
+    ] = False,
+    mechanism: Annotated[
+        list[str] | None, typer.Option(help="only this one; give it several times")
+    ] = None,
     width: Annotated[list[int] | None, typer.Option(help="channels; give it several times")] = None,
-    learning_rate: Annotated[list[float] | None, typer.Option(help="peak rate; give it several times")] = None,
+    learning_rate: Annotated[
+        list[float] | None, typer.Option(help="peak rate; give it several times")
+    ] = None,
     seeds: Annotated[int | None, typer.Option(help="seeds of weights and data")] = None,
     steps: Annotated[int | None, typer.Option(help="steps of 32 sequences, at most")] = None,
     length: Annotated[int | None, typer.Option(help="tokens in a sequence")] = None,
-    vocabulary: Annotated[int | None, typer.Option(help="tokens in the vocabulary; Zoology's is 8192")] = None,
-    pairs: Annotated[list[int] | None, typer.Option(help="pairs in a sequence; give it several times")] = None,
-    conv: Annotated[
-        bool | None, typer.Option("--conv/--no-conv", help="the first layer a short convolution; default: both ways")
+    vocabulary: Annotated[
+        int | None, typer.Option(help="tokens in the vocabulary; Zoology's is 8192")
     ] = None,
-    workers: Annotated[int, typer.Option(help="runs at a time, a thread each; 0: as many as there are cores")] = 0,
+    pairs: Annotated[
+        list[int] | None, typer.Option(help="pairs in a sequence; give it several times")
+    ] = None,
+    conv: Annotated[
+        bool | None,
+        typer.Option(
+            "--conv/--no-conv", help="the first layer a short convolution; default: both ways"
+        ),
+    ] = None,
+    workers: Annotated[
+        int, typer.Option(help="runs at a time, a thread each; 0: as many as there are cores")
+    ] = 0,
     device: Device = "auto",
     force: Force = False,
 ) -> None:
-    """Recall test (multi-query associative recall): accuracy of each mechanism, and the size of its state.
+    """Recall test (multi-query associative recall): accuracy of each mechanism, and the size of its
+    state.
 
-    Each mechanism is trained with several learning rates, and the best is reported. The same command continues where
-    it stopped.
+    Each mechanism is trained with several learning rates, and the best is reported. The same
+    command continues where it stopped.
     """
     silence_libraries()
     import os
@@ -237,19 +311,31 @@ def recall(
     from .recall.sweep import FULL, QUICK, run
 
     given = {
-        "mechanisms": mechanism, "widths": width, "learning_rates": learning_rate, "pairs": pairs, "seeds": seeds,
-        "steps": steps, "length": length, "vocabulary": vocabulary, "conv": None if conv is None else [conv],
+        "mechanisms": mechanism, "widths": width, "learning_rates": learning_rate, "pairs": pairs,
+        "seeds": seeds,
+        "steps": steps, "length": length, "vocabulary": vocabulary,
+        "conv": None if conv is None else [conv],
     }  # fmt: skip
     sweep = replace(QUICK if quick else FULL, **_given_options(given))
     place = choose_device(device)
     if workers == 0:
         workers = 1 if place == "cuda" else os.cpu_count() or 1
-    run(sweep, _output_folder(output, "recall", quick), workers=workers, device=place, force=force, console=console)
+    run(
+        sweep,
+        _output_folder(output, "recall", quick),
+        workers=workers,
+        device=place,
+        force=force,
+        console=console,
+    )
 
 
 def report(
     folder: Annotated[
-        str, typer.Argument(help="a folder that bench, recall or compare has filled", callback=expand_home)
+        str,
+        typer.Argument(
+            help="a folder that bench, recall or compare has filled", callback=expand_home
+        ),
     ],
 ) -> None:
     """Draw the plots and the page of a folder again from its rows. It measures nothing."""

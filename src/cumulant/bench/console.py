@@ -21,9 +21,14 @@ class Console(rich.console.Console):
 
 
 def as_table(
-    console: rich.console.Console, headings: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None
+    console: rich.console.Console,
+    headings: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    title: str | None = None,
 ) -> RenderableType:
-    """A table if the terminal is wide enough, else one line for each row, which breaks between words."""
+    """A table if the terminal is wide enough, else one line for each row, which breaks between
+    words.
+    """
     table = Table(title=title)
     for heading in headings:
         table.add_column(Text(heading))
@@ -32,11 +37,16 @@ def as_table(
     wide = console.options.update(max_width=10_000, width=10_000)
     if Measurement.get(console, wide, table).maximum <= console.width:
         return table
-    lines = [f"{row[0]}: " + ", ".join(f"{h} {cell}" for h, cell in zip(headings[1:], row[1:])) for row in rows]
+    lines = [
+        f"{row[0]}: " + ", ".join(f"{h} {cell}" for h, cell in zip(headings[1:], row[1:]))
+        for row in rows
+    ]
     return Group(*(Text(line) for line in ([title] if title else []) + lines))
 
 
-def print_table(console: rich.console.Console, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+def print_table(
+    console: rich.console.Console, headings: Sequence[str], rows: Sequence[Sequence[str]]
+) -> None:
     console.print(as_table(console, headings, rows))
 
 

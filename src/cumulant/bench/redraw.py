@@ -30,11 +30,14 @@ def redraw(path: str, console: Console) -> Page:
     if not folder.rows(report.fields if report else ()):
         raise ValueError(f"folder: {path} has no rows yet")
     if report is None:
-        raise ValueError(f"folder: {path} was written by 'cumulant {folder.kind}', which this version does not know")
+        raise ValueError(
+            f"folder: {path} was written by 'cumulant {folder.kind}', which this version does not"
+            " know"
+        )
     try:
         return report.draw(folder, console)
     except (KeyError, TypeError, AttributeError, IndexError, ValueError, ArithmeticError) as error:
         raise ValueError(
-            f"folder: {path} cannot be drawn: its rows are not what 'cumulant {folder.kind}' writes "
-            f"({type(error).__name__}: {error})"
+            f"folder: {path} cannot be drawn: its rows are not what 'cumulant {folder.kind}' writes"
+            f" ({type(error).__name__}: {error})"
         ) from error

@@ -1,4 +1,6 @@
-"""Weights from other packages: the same numbers from our modules. `docs/migrating.md` has an example of each."""
+"""Weights from other packages: the same numbers from our modules. `docs/migrating.md` has an
+example of each.
+"""
 
 from .elita import from_elita
 from .fast_transformers import from_fast_transformers

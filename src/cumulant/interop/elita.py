@@ -37,30 +37,42 @@ def from_elita(
     """An `ElitaAttention` or an `ElitaFeedForward` with the arrays of ELiTA's TensorFlow layer.
 
     Args:
-        weights: arrays by the layer's names, as NumPy or torch, or an .npz archive of them. Attention: k1, k2 and, if
-            there is one, k3 ``[H, D]``, a1, b1, a2, b2, c ``[H, M, 1]``, value_weight and output_weight ``[H, D, V]``;
-            feed-forward: w1 ``[D, A]``, w2 ``[D, F]``, w3 ``[A, F, D]``, b1, b2, b3. What comes before the last "/"
-            and TensorFlow's ":0" behind a name do not matter.
-        prefix: of an archive that holds several layers, take the names that begin so, as "attention2_1/".
-        horizon: of attention: tokens less one of the sequences that it was trained on; needed unless `compatible`.
+        weights: arrays by the layer's names, as NumPy or torch, or an .npz archive of them.
+            Attention: k1, k2 and, if there is one, k3 ``[H, D]``, a1, b1, a2, b2, c ``[H, M, 1]``,
+            value_weight and output_weight ``[H, D, V]``; feed-forward: w1 ``[D, A]``, w2
+            ``[D, F]``, w3 ``[A, F, D]``, b1, b2, b3. What comes before the last "/" and
+            TensorFlow's ":0" behind a name do not matter.
+        prefix: of an archive that holds several layers, take the names that begin so, as
+            "attention2_1/".
+        horizon: of attention: tokens less one of the sequences that it was trained on; needed
+            unless `compatible`.
         time: see `cumulant.nn.ElitaAttention`.
-        compatible: the original's numbers on sequences of any length: positions from 0 to 1 over whatever is given, and
-            logits clipped to ±20. Such a layer has no state.
+        compatible: the original's numbers on sequences of any length: positions from 0 to 1 over
+            whatever is given, and logits clipped to ±20. Such a layer has no state.
 
     Raises:
-        ValueError: an array is missing, misshapen or too many, or `horizon` is that the weights do not tell.
+        ValueError: an array is missing, misshapen or too many, or `horizon` is that the weights do
+            not tell.
     """
     found = _arrays(weights, prefix)
     if not found.keys() & {"w1", "w2", "w3"}:
         if compatible == (horizon is not None):
             raise ValueError(
-                "horizon: the weights do not tell it; give horizon=(training length - 1), or compatible=True"
+                "horizon: the weights do not tell it; give horizon=(training length - 1), or"
+                " compatible=True"
                 if horizon is None
-                else "horizon: with compatible=True positions follow each sequence's own length; leave it out"
+                else (
+                    "horizon: with compatible=True positions follow each sequence's own length;"
+                    " leave it out"
+                )
             )
-        return _attention(found, None if compatible else horizon, time, 20.0 if compatible else None)
+        return _attention(
+            found, None if compatible else horizon, time, 20.0 if compatible else None
+        )
     if horizon is not None or compatible:
-        raise ValueError(f"{'horizon' if compatible is False else 'compatible'}: a feed-forward has no positions")
+        raise ValueError(
+            f"{'horizon' if compatible is False else 'compatible'}: a feed-forward has no positions"
+        )
     return _feed_forward(found)
 
 
@@ -70,7 +82,9 @@ def _arrays(weights: Mapping[str, Any] | str | os.PathLike[str], prefix: str) ->
     elif isinstance(weights, (str, os.PathLike)):
         given = _archive(weights)
     else:
-        raise TypeError(f"weights: expected arrays by name or an .npz file, got {type(weights).__name__}")
+        raise TypeError(
+            f"weights: expected arrays by name or an .npz file, got {type(weights).__name__}"
+        )
     found: dict[str, Tensor] = {}
     for name, x in given.items():
         if not name.startswith(prefix):
@@ -78,11 +92,14 @@ def _arrays(weights: Mapping[str, Any] | str | os.PathLike[str], prefix: str) ->
         short = name.removesuffix(":0").rpartition("/")[2]
         if short in found:
             raise ValueError(
-                f"weights: more than one {short!r}, in {name!r} the second; choose a layer with prefix=..."
+                f"weights: more than one {short!r}, in {name!r} the second; choose a layer with"
+                " prefix=..."
             )
         found[short] = _tensor(short, x)
     if not found:
-        raise ValueError(f"weights: no arrays{f' whose names begin with {prefix!r}' if prefix else ''}")
+        raise ValueError(
+            f"weights: no arrays{f' whose names begin with {prefix!r}' if prefix else ''}"
+        )
     return found
 
 
@@ -105,7 +122,9 @@ def _archive(path: str | os.PathLike[str]) -> dict[str, Any]:
         with np.load(path) as archive:
             return {name: archive[name] for name in archive.files}
     except (ValueError, zipfile.BadZipFile, AttributeError, TypeError, EOFError) as error:
-        raise ValueError(f"weights: {os.fspath(path)} is not an .npz archive of arrays: {error}") from error
+        raise ValueError(
+            f"weights: {os.fspath(path)} is not an .npz archive of arrays: {error}"
+        ) from error
 
 
 def _checked(found: dict[str, Tensor], expected: dict[str, str], layer: str) -> dict[str, int]:
@@ -113,17 +132,24 @@ def _checked(found: dict[str, Tensor], expected: dict[str, str], layer: str) -> 
     sizes: dict[str, int] = {"1": 1}
     for name, letters in expected.items():
         if name not in found:
-            raise ValueError(f"weights: {name!r} of ELiTA's {layer} is missing; found {', '.join(sorted(found))}")
+            raise ValueError(
+                f"weights: {name!r} of ELiTA's {layer} is missing; found {', '.join(sorted(found))}"
+            )
         x, dims = found[name], letters.split()
         known = [sizes.get(d, d) for d in dims]
-        wrong = x.dim() != len(dims) or any(isinstance(k, int) and k != n for k, n in zip(known, x.shape, strict=True))
+        wrong = x.dim() != len(dims) or any(
+            isinstance(k, int) and k != n for k, n in zip(known, x.shape, strict=True)
+        )
         if x.dtype != found[next(iter(expected))].dtype:
             raise ValueError(
-                f"weights: {name}: expected {found[next(iter(expected))].dtype} as the others, got {x.dtype}"
+                f"weights: {name}: expected {found[next(iter(expected))].dtype} as the others, got"
+                f" {x.dtype}"
             )
         if wrong or not x.is_floating_point():
             shape = f"[{', '.join(dims)}] = [{', '.join(map(str, known))}]"
-            raise ValueError(f"weights: {name}: expected floats {shape}, got {x.dtype} {list(x.shape)}")
+            raise ValueError(
+                f"weights: {name}: expected floats {shape}, got {x.dtype} {list(x.shape)}"
+            )
         sizes |= dict(zip(dims, x.shape, strict=True))
     extra = sorted(set(found) - set(expected))
     if extra:
@@ -131,7 +157,9 @@ def _checked(found: dict[str, Tensor], expected: dict[str, str], layer: str) -> 
     return sizes
 
 
-def _attention(found: dict[str, Tensor], horizon: float | None, time: float, clip: float | None) -> nn.Module:
+def _attention(
+    found: dict[str, Tensor], horizon: float | None, time: float, clip: float | None
+) -> nn.Module:
     keys = [name for name in ("k1", "k2", "k3") if name in found]
     expected = ATTENTION | ({"k3": "H D"} if "k3" in found else {})
     n = _checked(found, expected, "Attention2")

@@ -1,4 +1,6 @@
-"""pytorch-fast-transformers (Katharopoulos et al.): its linear attention layers, and Mercat's higher order layer."""
+"""pytorch-fast-transformers (Katharopoulos et al.): its linear attention layers, and Mercat's
+higher order layer.
+"""
 
 from __future__ import annotations
 
@@ -37,28 +39,32 @@ def from_fast_transformers(
     feature_map: FeatureMap | None = None,
     alpha: float | None = None,
 ) -> KernelAttention:
-    """Our module with the weights of an `AttentionLayer` or a `RecurrentAttentionLayer` (self or cross attention): a
-    `LinearAttention`, or a `TaylorAttention` for the higher order layer.
+    """Our module with the weights of an `AttentionLayer` or a `RecurrentAttentionLayer` (self or
+    cross attention): a `LinearAttention`, or a `TaylorAttention` for the higher order layer.
 
-    Outputs agree to rounding, but for the original's epsilon of 1e-6 in denominators, which we leave out; those of the
-    higher order layer agree with its paper, not with its code (`docs/migrating.md`). Everything is copied; random
-    features stay as the layer drew them last.
+    Outputs agree to rounding, but for the original's epsilon of 1e-6 in denominators, which we
+    leave out; those of the higher order layer agree with its paper, not with its code
+    (`docs/migrating.md`). Everything is copied; random features stay as the layer drew them last.
 
     Args:
-        source: the layer (of an encoder: ``encoder.layers[i].attention``), or its state dict. The options below are for
-            a state dict only: a layer knows them.
+        source: the layer (of an encoder: ``encoder.layers[i].attention``), or its state dict. The
+            options below are for a state dict only: a layer knows them.
         heads: number of heads.
-        attention: "linear", "causal-linear" (also of a recurrent layer) or "linear-softmax" (the higher order layer).
-        feature_map: of linear attention, by default elu + 1. A module takes the feature map's weights from the dict.
+        attention: "linear", "causal-linear" (also of a recurrent layer) or "linear-softmax" (the
+            higher order layer).
+        feature_map: of linear attention, by default elu + 1. A module takes the feature map's
+            weights from the dict.
         alpha: of the higher order layer, by default 3.
 
     Raises:
-        ValueError: a weight is missing, left over or of another shape, or an option is that the weights do not tell.
+        ValueError: a weight is missing, left over or of another shape, or an option is that the
+            weights do not tell.
     """
     if isinstance(source, nn.Module):
         if any(option is not None for option in (heads, attention, feature_map, alpha)):
             raise ValueError(
-                "heads, attention, feature_map, alpha: read off the layer; give them only with a state dict"
+                "heads, attention, feature_map, alpha: read off the layer; give them only with a"
+                " state dict"
             )
         heads, attention, feature_map, alpha = _options(source)
     if heads is None:
@@ -66,7 +72,10 @@ def from_fast_transformers(
     if attention not in CAUSAL:
         raise ValueError(f"attention: expected one of {', '.join(CAUSAL)}, got {attention!r}")
     higher_order = attention == "linear-softmax"
-    for name, given, fits in (("alpha", alpha, higher_order), ("feature_map", feature_map, not higher_order)):
+    for name, given, fits in (
+        ("alpha", alpha, higher_order),
+        ("feature_map", feature_map, not higher_order),
+    ):
         if given is not None and not fits:
             raise ValueError(f"{name}: attention {attention!r} has none; leave it out")
     weights = Weights(source, PACKAGE)
@@ -74,11 +83,17 @@ def from_fast_transformers(
     for theirs, ours in (("query", "q"), ("key", "k"), ("value", "v"), ("out", "out")):
         for part in ("weight", "bias"):
             loaded[f"{ours}_proj.{part}"] = weights.take(f"{theirs}_projection.{part}")
-    _load_map(feature_map, weights.below("inner_attention.feature_map."), copied=isinstance(source, nn.Module))
+    _load_map(
+        feature_map,
+        weights.below("inner_attention.feature_map."),
+        copied=isinstance(source, nn.Module),
+    )
     queries, dim = loaded["q_proj.weight"].shape
     values = len(loaded["v_proj.weight"])
     if queries % heads or values % heads:
-        raise ValueError(f"heads: {heads} must divide the {queries} query and {values} value channels")
+        raise ValueError(
+            f"heads: {heads} must divide the {queries} query and {values} value channels"
+        )
     options: dict[str, Any] = {
         "head_dim": queries // heads,
         "value_dim": values // heads,
@@ -87,7 +102,9 @@ def from_fast_transformers(
     }
     module: KernelAttention
     if higher_order:
-        module = TaylorAttention(dim, heads, qk_norm=True, alpha=alpha, constant_term=False, **options)
+        module = TaylorAttention(
+            dim, heads, qk_norm=True, alpha=alpha, constant_term=False, **options
+        )
     else:
         module = LinearAttention(dim, heads, feature_map=feature_map or "elu", **options)
     weights.load(module, loaded, source)
@@ -95,12 +112,15 @@ def from_fast_transformers(
 
 
 def _load_map(feature_map: FeatureMap | None, weights: dict[str, Tensor], *, copied: bool) -> None:
-    """A feature map's own weights, into the module that was given for it; a layer's map was copied with them."""
+    """A feature map's own weights, into the module that was given for it; a layer's map was copied
+    with them.
+    """
     if not weights or copied:
         return
     if not isinstance(feature_map, nn.Module):
         raise ValueError(
-            f"feature_map: the state dict holds weights of one ({sorted(weights)[0]}); give the module that they are of"
+            f"feature_map: the state dict holds weights of one ({sorted(weights)[0]}); give the"
+            " module that they are of"
         )
     feature_map.load_state_dict(weights)
 
@@ -125,10 +145,14 @@ def _options(source: Any) -> tuple[int, str, FeatureMap | None, float | None]:
     kind = next((CLASSES[name] for name in names if name in CLASSES), None)
     if kind is None or not hasattr(source, "n_heads"):
         got = type(source).__name__ + (f" of {type(inner).__name__}" if inner is not None else "")
-        raise TypeError(f"source: expected a layer of {PACKAGE} around one of {', '.join(CLASSES)}, got {got}")
+        raise TypeError(
+            f"source: expected a layer of {PACKAGE} around one of {', '.join(CLASSES)}, got {got}"
+        )
     eps = getattr(inner, "eps", 0.0)
     if eps > 1e-5:
-        raise ValueError(f"source: its epsilon of {eps:g} in denominators shapes its outputs; ours have none")
+        raise ValueError(
+            f"source: its epsilon of {eps:g} in denominators shapes its outputs; ours have none"
+        )
     if kind == "linear-softmax":
         return source.n_heads, kind, None, getattr(inner, "alpha", None)
     theirs: Any = copy.deepcopy(getattr(inner, "feature_map", None))
@@ -143,8 +167,12 @@ def _options(source: Any) -> tuple[int, str, FeatureMap | None, float | None]:
 def _is_elu(feature_map: Any, source: Any) -> bool:
     """Whether it is elu + 1 on queries and on keys, by what it does."""
     weight = source.query_projection.weight
-    x = torch.linspace(-4, 4, len(weight), device=weight.device, dtype=weight.dtype).view(1, 1, source.n_heads, -1)
+    x = torch.linspace(-4, 4, len(weight), device=weight.device, dtype=weight.dtype).view(
+        1, 1, source.n_heads, -1
+    )
     expected = torch.nn.functional.elu(x) + 1
     with torch.no_grad():
-        found = [getattr(feature_map, f"forward_{side}", feature_map)(x) for side in ("queries", "keys")]
+        found = [
+            getattr(feature_map, f"forward_{side}", feature_map)(x) for side in ("queries", "keys")
+        ]
     return all(y.shape == x.shape and torch.equal(y, expected) for y in found)

@@ -1,4 +1,6 @@
-"""FLASH-pytorch (Phil Wang): the gated attention unit, the FLASH layer and the FLASH transformer."""
+"""FLASH-pytorch (Phil Wang): the gated attention unit, the FLASH layer and the FLASH
+transformer.
+"""
 
 from __future__ import annotations
 
@@ -26,22 +28,28 @@ def from_flash_pytorch(
     reduce_group_non_causal_attn: bool | None = None,
     add_residual: bool | None = None,
 ) -> nn.Module:
-    """Our module with the weights of a `GAU`, `FLASH` or `FLASHTransformer`: a `GatedAttentionUnit`, a
-    `MixedChunkAttention`, or a `CumulantForCausalLM` (`CumulantForMaskedLM` if not causal).
+    """Our module with the weights of a `GAU`, `FLASH` or `FLASHTransformer`: a
+    `GatedAttentionUnit`, a `MixedChunkAttention`, or a `CumulantForCausalLM` (`CumulantForMaskedLM`
+    if not causal).
 
-    Outputs agree to rounding, save where the package's depend on what they should not; `docs/migrating.md` lists these.
+    Outputs agree to rounding, save where the package's depend on what they should not;
+    `docs/migrating.md` lists these.
 
     Args:
         source: the module, or its state dict.
-        compatible: the package's behaviour there too: masked tokens take places in groups, in neighbourhoods and in the
-            divisor, and a causal GAU divides by the length of whatever it is given (then it has no state).
-        length_scale: divisor of a causal GAU's scores, the length it was trained at; needed unless `compatible`.
-        causal, group_size, laplace_attn_fn, shift_tokens, reduce_group_non_causal_attn, add_residual: as the original
-            was built, for a state dict only: a module knows them. The weights tell none; those left out take the
-            package's defaults, but `causal` must be given (and `group_size`, unless the weights are a GAU's).
+        compatible: the package's behaviour there too: masked tokens take places in groups, in
+            neighbourhoods and in the divisor, and a causal GAU divides by the length of whatever it
+            is given (then it has no state).
+        length_scale: divisor of a causal GAU's scores, the length it was trained at; needed unless
+            `compatible`.
+        causal, group_size, laplace_attn_fn, shift_tokens, reduce_group_non_causal_attn,
+            add_residual: as the original was built, for a state dict only: a module knows them. The
+            weights tell none; those left out take the package's defaults, but `causal` must be
+            given (and `group_size`, unless the weights are a GAU's).
 
     Raises:
-        ValueError: a weight is missing, left over or of another shape, or an option is that the weights do not tell.
+        ValueError: a weight is missing, left over or of another shape, or an option is that the
+            weights do not tell.
     """
     given: dict[str, Any] = {
         "causal": causal,
@@ -61,11 +69,16 @@ def from_flash_pytorch(
     for name in ("causal",) if unit else ("causal", "group_size"):
         if given[name] is None:
             raise ValueError(f"{name}: the weights do not tell it; give {name}=...")
-    foreign = ("group_size", "shift_tokens", "reduce_group_non_causal_attn") if unit else ("add_residual",)
+    foreign = (
+        ("group_size", "shift_tokens", "reduce_group_non_causal_attn")
+        if unit
+        else ("add_residual",)
+    )
     for name in foreign:
         if not isinstance(source, nn.Module) and given[name] is not None:
             raise ValueError(
-                f"{name}: these are weights of a {'GAU' if unit else 'FLASH layer'}, which has no such option"
+                f"{name}: these are weights of a {'GAU' if unit else 'FLASH layer'}, which has no"
+                " such option"
             )
     if length_scale is not None and (compatible or not (unit and given["causal"])):
         raise ValueError("length_scale: only for a causal GAU, and not with compatible=True")
@@ -83,8 +96,13 @@ def from_flash_pytorch(
 def _options(source: Any) -> dict[str, Any]:
     """What the weights do not tell, read off a module."""
     layers = list(source.layers) if hasattr(source, "token_emb") else [source]
-    if not layers or not all(hasattr(layer, "attn_fn") and hasattr(layer, "to_hidden") for layer in layers):
-        raise TypeError(f"source: expected a GAU, FLASH or FLASHTransformer of {PACKAGE}, got {type(source).__name__}")
+    if not layers or not all(
+        hasattr(layer, "attn_fn") and hasattr(layer, "to_hidden") for layer in layers
+    ):
+        raise TypeError(
+            f"source: expected a GAU, FLASH or FLASHTransformer of {PACKAGE}, got"
+            f" {type(source).__name__}"
+        )
     layer = layers[0]
     return {
         "causal": layer.causal,
@@ -97,7 +115,9 @@ def _options(source: Any) -> dict[str, Any]:
     }
 
 
-def _layer(weights: Weights, prefix: str, *, uses: str, out: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _layer(
+    weights: Weights, prefix: str, *, uses: str, out: str
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """One layer's weights under our names, and the sizes and parts that they tell."""
     value, gate = weights.take(f"{prefix}to_hidden.0.weight").chunk(2)
     value_bias, gate_bias = weights.take(f"{prefix}to_hidden.0.bias").chunk(2)
@@ -112,18 +132,25 @@ def _layer(weights: Weights, prefix: str, *, uses: str, out: str) -> tuple[dict[
         "offset_scale.beta": weights.take(f"{prefix}{uses}.beta"),
         "out_proj.weight": weights.take(f"{prefix}{out}.weight"),
         "out_proj.bias": weights.take(f"{prefix}{out}.bias"),
-        "relative_bias.embedding.weight": weights.take(f"{prefix}rel_pos_bias.relative_attention_bias.weight"),
+        "relative_bias.embedding.weight": weights.take(
+            f"{prefix}rel_pos_bias.relative_attention_bias.weight"
+        ),
     }
     if f"{prefix}norm.g" in weights:
         norm, loaded["norm.weight"] = "scalenorm", weights.take(f"{prefix}norm.g")
     else:
         norm = "layernorm" if f"{prefix}norm.bias" in weights else "rmsnorm"
         loaded |= {f"norm.{name}": x for name, x in weights.below(f"{prefix}norm.").items()}
-    frequencies = weights.take(f"{prefix}rotary_pos_emb.freqs") if f"{prefix}rotary_pos_emb.freqs" in weights else None
+    frequencies = (
+        weights.take(f"{prefix}rotary_pos_emb.freqs")
+        if f"{prefix}rotary_pos_emb.freqs" in weights
+        else None
+    )
     if frequencies is not None:
         if len(loaded["qk_proj.weight"]) % 2 and len(loaded["qk_proj.weight"]) < 32:
             raise ValueError(
-                "source: rotation over an odd query_key_dim, which turns by other angles, has no counterpart"
+                "source: rotation over an odd query_key_dim, which turns by other angles, has no"
+                " counterpart"
             )
         check_frequencies(frequencies)
     hidden, dim = value.shape
@@ -164,12 +191,17 @@ def _take_epsilon(norm: Any, source: Any) -> None:
 
 
 def _unit(
-    weights: Weights, source: Any, given: dict[str, Any], compatible: bool, length_scale: float | None
+    weights: Weights,
+    source: Any,
+    given: dict[str, Any],
+    compatible: bool,
+    length_scale: float | None,
 ) -> GatedAttentionUnit:
     if given["causal"] and not compatible and length_scale is None:
         raise ValueError(
-            "length_scale: a causal GAU of this package divides by the length of its input, so that its outputs change "
-            "as the sequence grows; give length_scale=<the length it was trained at>, or compatible=True for the same"
+            "length_scale: a causal GAU of this package divides by the length of its input, so that"
+            " its outputs change as the sequence grows; give length_scale=<the length it was"
+            " trained at>, or compatible=True for the same"
         )
     loaded, shape = _layer(weights, "", uses="offsetscale", out="to_out.0")
     dropout = given.get("dropout", 0.0)
@@ -189,7 +221,9 @@ def _unit(
     return module
 
 
-def _transformer(weights: Weights, source: Any, given: dict[str, Any], compatible: bool) -> nn.Module:
+def _transformer(
+    weights: Weights, source: Any, given: dict[str, Any], compatible: bool
+) -> nn.Module:
     from ..models import CumulantForCausalLM, CumulantForMaskedLM, from_preset
 
     loaded = {

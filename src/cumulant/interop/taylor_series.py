@@ -22,24 +22,33 @@ def from_taylor_series(
     shift_tokens: bool | None = None,
     patch_size: int | tuple[int, int] | None = None,
 ) -> nn.Module:
-    """Our module with the weights of a `TaylorSeriesLinearAttn`, `ChannelFirstTaylorSeriesLinearAttn` or `ViT`: a
-    `TaylorAttention`, a `ChannelFirst` of one, or a `TaylorViT`.
+    """Our module with the weights of a `TaylorSeriesLinearAttn`,
+    `ChannelFirstTaylorSeriesLinearAttn` or `ViT`: a `TaylorAttention`, a `ChannelFirst` of one, or
+    a `TaylorViT`.
 
-    Outputs agree to rounding; `docs/migrating.md` lists where they differ on purpose. `remove_even_power_dups` needs no
+    Outputs agree to rounding; `docs/migrating.md` lists where they differ on purpose.
+    `remove_even_power_dups` needs no
     counterpart: our features are always the symmetric ones, with the same inner products.
 
     Args:
-        source: the module, or its state dict (with names that begin with "attn.": a channel-first module's). The
-            options below are for a state dict only: a module knows them.
-        heads: number of query heads; may be left out where value gates or one key/value head tell it.
+        source: the module, or its state dict (with names that begin with "attn.": a channel-first
+            module's). The options below are for a state dict only: a module knows them.
+        heads: number of query heads; may be left out where value gates or one key/value head tell
+            it.
         causal: whether the original was built with ``causal=True``; must be given for attention.
         shift_tokens: whether it was built with ``shift_tokens=True``; must be given for attention.
         patch_size: of a `ViT`; must be given for one.
 
     Raises:
-        ValueError: a weight is missing, left over or of another shape, or an option is that the weights do not tell.
+        ValueError: a weight is missing, left over or of another shape, or an option is that the
+            weights do not tell.
     """
-    given: dict[str, Any] = {"heads": heads, "causal": causal, "shift_tokens": shift_tokens, "patch_size": patch_size}
+    given: dict[str, Any] = {
+        "heads": heads,
+        "causal": causal,
+        "shift_tokens": shift_tokens,
+        "patch_size": patch_size,
+    }
     if isinstance(source, nn.Module):
         extra = [name for name, value in given.items() if value is not None]
         if extra:
@@ -63,10 +72,22 @@ def _options(source: Any) -> dict[str, Any]:
         patch = dict(source.to_patch_embedding[0].axes_lengths)
         layers = [_options(layer[1]) for layer in source.transformer.layers]
         first = layers[0] if layers else {}
-        if any(layer != first for layer in layers) or first.get("causal") or first.get("shift_tokens"):
-            raise ValueError("source: the layers of the ViT differ, or look at one side; TaylorViT's do not")
-        return {**first, "patch_size": (patch["p1"], patch["p2"]), "embedding_dropout": source.dropout.p}
-    attention = source.attn if type(source).__name__ == "ChannelFirstTaylorSeriesLinearAttn" else source
+        if (
+            any(layer != first for layer in layers)
+            or first.get("causal")
+            or first.get("shift_tokens")
+        ):
+            raise ValueError(
+                "source: the layers of the ViT differ, or look at one side; TaylorViT's do not"
+            )
+        return {
+            **first,
+            "patch_size": (patch["p1"], patch["p2"]),
+            "embedding_dropout": source.dropout.p,
+        }
+    attention = (
+        source.attn if type(source).__name__ == "ChannelFirstTaylorSeriesLinearAttn" else source
+    )
     if not hasattr(attention, "to_kv"):
         raise TypeError(f"source: expected a module of {PACKAGE}, got {type(source).__name__}")
     combined = isinstance(attention.to_out, nn.Sequential)
@@ -78,7 +99,9 @@ def _options(source: Any) -> dict[str, Any]:
     }
 
 
-def _attention(weights: Weights, prefix: str, options: dict[str, Any]) -> tuple[TaylorAttention, dict[str, Tensor]]:
+def _attention(
+    weights: Weights, prefix: str, options: dict[str, Any]
+) -> tuple[TaylorAttention, dict[str, Tensor]]:
     """A `TaylorAttention` fit for the weights under `prefix`, and those weights under its names."""
     query, pair = weights.take(f"{prefix}to_q.0.weight"), weights.take(f"{prefix}to_kv.0.weight")
     key, value = pair.chunk(2)
@@ -90,7 +113,11 @@ def _attention(weights: Weights, prefix: str, options: dict[str, Any]) -> tuple[
     ):
         if prefix + theirs in weights:
             loaded[ours] = weights.take(prefix + theirs)
-    rotary = weights.take(f"{prefix}rotary_emb.freqs") if f"{prefix}rotary_emb.freqs" in weights else None
+    rotary = (
+        weights.take(f"{prefix}rotary_emb.freqs")
+        if f"{prefix}rotary_emb.freqs" in weights
+        else None
+    )
     heads = options.get("heads")
     if heads is None and "gate_proj.weight" in loaded:
         heads = len(loaded["gate_proj.weight"])
@@ -98,8 +125,14 @@ def _attention(weights: Weights, prefix: str, options: dict[str, Any]) -> tuple[
         heads = len(query) // len(key)
     if not heads:
         raise ValueError("heads: the weights do not tell the number of heads; give heads=...")
-    if len(query) % heads or len(key) % (len(query) // heads) or heads % (len(key) * heads // len(query)):
-        raise ValueError(f"heads: {heads} do not fit the {len(query)} channels of queries and {len(key)} of keys")
+    if (
+        len(query) % heads
+        or len(key) % (len(query) // heads)
+        or heads % (len(key) * heads // len(query))
+    ):
+        raise ValueError(
+            f"heads: {heads} do not fit the {len(query)} channels of queries and {len(key)} of keys"
+        )
     head_dim = len(query) // heads
     module = TaylorAttention(
         query.shape[1],
@@ -119,7 +152,9 @@ def _attention(weights: Weights, prefix: str, options: dict[str, Any]) -> tuple[
         module.norm.eps = 1e-12  # theirs divides by the norm itself
     if rotary is not None:
         expected = 10000.0 ** (-torch.arange(0, head_dim, 2, device=rotary.device) / head_dim)
-        if rotary.shape != expected.shape or not torch.allclose(rotary.float(), expected, rtol=1e-3):
+        if rotary.shape != expected.shape or not torch.allclose(
+            rotary.float(), expected, rtol=1e-3
+        ):
             raise ValueError("source: its rotary frequencies are not those of base 10,000")
     return module, loaded
 
@@ -137,7 +172,9 @@ def _vit(weights: Weights, source: object, options: dict[str, Any]) -> nn.Module
         raise ValueError("patch_size: the weights do not tell it; give patch_size=...")
     patch = (patch, patch) if isinstance(patch, int) else tuple(patch)
     if size % (patch[0] * patch[1]):
-        raise ValueError(f"patch_size: {patch[0]} x {patch[1]} must divide the {size} numbers of a patch")
+        raise ValueError(
+            f"patch_size: {patch[0]} x {patch[1]} must divide the {size} numbers of a patch"
+        )
     layers, depth = "transformer.layers", 0
     attention: TaylorAttention | None = None
     while f"{layers}.{depth}.0.weight" in weights:
@@ -147,7 +184,12 @@ def _vit(weights: Weights, source: object, options: dict[str, Any]) -> nn.Module
         for part in ("weight", "bias"):
             loaded[f"{ours}.attention_norm.{part}"] = weights.take(f"{theirs}.0.{part}")
             loaded[f"{ours}.feed_forward_norm.{part}"] = weights.take(f"{theirs}.2.{part}")
-            for name, at in (("in_proj", "0"), ("conv", "2.0"), ("mid_proj", "2.1"), ("out_proj", "5")):
+            for name, at in (
+                ("in_proj", "0"),
+                ("conv", "2.0"),
+                ("mid_proj", "2.1"),
+                ("out_proj", "5"),
+            ):
                 x = weights.take(f"{theirs}.3.net.{at}.{part}")
                 if part == "weight" and name != "conv":
                     x = x[:, :, 0, 0]  # a convolution of one position is a matrix

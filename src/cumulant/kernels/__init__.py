@@ -1,1 +1,3 @@
-"""How the operations are computed. Private: implementations import neither `cumulant.ops` nor each other."""
+"""How the operations are computed. Private: implementations import neither `cumulant.ops` nor each
+other.
+"""

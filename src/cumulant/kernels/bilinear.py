@@ -1,7 +1,7 @@
 """A linear map of outer products, a block of tokens at a time.
 
-``out_n = W vec(b_n ⊗ a_n)``: the outer products ``[N, F·A]`` would be F times as large as a. They exist for one block,
-forward and once more in the backward pass, which keeps a, b and W alone.
+``out_n = W vec(b_n ⊗ a_n)``: the outer products ``[N, F·A]`` would be F times as large as a. They
+exist for one block, forward and once more in the backward pass, which keeps a, b and W alone.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ def formula(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
 
 
 def unblocked(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
-    """`bilinear` in one product, for graphs of any length: blocks would fix how many rows there are."""
+    """`bilinear` in one product, for graphs of any length: blocks would fix how many rows there
+    are.
+    """
     return _outer(a, b) @ weight.T
 
 
@@ -53,7 +55,9 @@ def _(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("cumulant::bilinear_backward", mutates_args=())
-def bilinear_backward(dout: Tensor, a: Tensor, b: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def bilinear_backward(
+    dout: Tensor, a: Tensor, b: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     da, db = a.new_empty(a.shape), b.new_empty(b.shape)
     dweight = weight.new_zeros(weight.shape, dtype=torch.promote_types(weight.dtype, torch.float32))
     with torch.autocast(a.device.type, enabled=False):

@@ -1,7 +1,8 @@
-"""Matrix products, shared by the implementations: oneDNN's for large fp32 matrices on the CPU, torch's for all others.
+"""Matrix products, shared by the implementations: oneDNN's for large fp32 matrices on the CPU,
+torch's for all others.
 
-PyTorch multiplies fp32 matrices with MKL, which on processors of another maker leaves their widest vectors unused; the
-oneDNN that comes with it does not. Same precision, and gradients of any order.
+PyTorch multiplies fp32 matrices with MKL, which on processors of another maker leaves their widest
+vectors unused; the oneDNN that comes with it does not. Same precision, and gradients of any order.
 """
 
 from __future__ import annotations
@@ -18,7 +19,11 @@ LARGE = 1 << 20  # multiplications below which a call of oneDNN costs more than 
 MATRIX = 1 << 18  # unless so large a matrix has to be read
 
 # torch's name for oneDNN's product; None where this build of torch has none
-_onednn = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+_onednn = (
+    getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    if torch.backends.mkldnn.is_available()
+    else None
+)
 
 
 def _suits(a: Tensor, rows: int, inner: int, columns: int) -> bool:
@@ -51,22 +56,34 @@ def _product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b`` for ``[..., M, K]`` and ``[..., K, N]`` with equal batch dims, not differentiable."""
+    """``a @ b`` for ``[..., M, K]`` and ``[..., K, N]`` with equal batch dims, not
+    differentiable.
+    """
     batch = a.shape[:-2]
-    if batch != b.shape[:-2] or batch.numel() == 0 or not _suits(a, a.shape[-2], a.shape[-1], b.shape[-1]):
+    if (
+        batch != b.shape[:-2]
+        or batch.numel() == 0
+        or not _suits(a, a.shape[-2], a.shape[-1], b.shape[-1])
+    ):
         return a @ b
     if batch.numel() == 1:
-        return _product(a.reshape(a.shape[-2:]), b.reshape(b.shape[-2:]).T).view(*batch, a.shape[-2], b.shape[-1])
+        return _product(a.reshape(a.shape[-2:]), b.reshape(b.shape[-2:]).T).view(
+            *batch, a.shape[-2], b.shape[-1]
+        )
     pairs = zip(a.flatten(0, -3), b.flatten(0, -3).mT, strict=True)
     return torch.stack([_product(x, y) for x, y in pairs]).view(*batch, a.shape[-2], b.shape[-1])
 
 
 class _Linear(torch.autograd.Function):
-    """x wᵀ + bias of matrices; its gradients are products of the same kind. Only what they need is kept."""
+    """x wᵀ + bias of matrices; its gradients are products of the same kind. Only what they need is
+    kept.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight if ctx.needs_input_grad[0] else None)
+        ctx.save_for_backward(
+            x if ctx.needs_input_grad[1] else None, weight if ctx.needs_input_grad[0] else None
+        )
         return _product(x, weight, bias)
 
     @staticmethod
@@ -80,8 +97,12 @@ class _Linear(torch.autograd.Function):
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``x [..., K]``, ``weight [N, K]``, ``bias [N]`` -> ``[..., N]``, as `torch.nn.functional.linear`."""
-    if not _plain(x, weight, bias) or not _suits(x, x.numel() // max(x.shape[-1], 1), *weight.shape[::-1]):
+    """``x [..., K]``, ``weight [N, K]``, ``bias [N]`` -> ``[..., N]``, as
+    `torch.nn.functional.linear`.
+    """
+    if not _plain(x, weight, bias) or not _suits(
+        x, x.numel() // max(x.shape[-1], 1), *weight.shape[::-1]
+    ):
         return torch.nn.functional.linear(x, weight, bias)
     out: Tensor = _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias)  # type: ignore[no-untyped-call]
     return out.view(*x.shape[:-1], weight.shape[0])
@@ -103,7 +124,9 @@ def is_plain_call(*tensors: Tensor | None) -> bool:
 
 
 def _owns_numbers(x: Tensor) -> bool:
-    """Its memory holds its numbers: not their negatives, not none, not those of many tensors that are mapped over."""
+    """Its memory holds its numbers: not their negatives, not none, not those of many tensors that
+    are mapped over.
+    """
     plain = type(x) in (Tensor, Parameter) and not torch._C._dispatch_isTensorSubclassLike(x)
     return plain and not x.is_neg() and not x._is_zerotensor()
 
@@ -112,7 +135,9 @@ def _plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Plain tensors that fit each other, in a plain call."""
     if not is_plain_call(x, weight, bias) or x.dim() == 0:
         return False
-    fits = x.shape[-1:] == weight.shape[1:] and weight.dtype == x.dtype and weight.device == x.device
+    fits = (
+        x.shape[-1:] == weight.shape[1:] and weight.dtype == x.dtype and weight.device == x.device
+    )
     if bias is not None:
         fits = fits and bias.shape == weight.shape[:1] and bias.dtype == x.dtype
     return fits and weight.dim() == 2 and not torch.is_autocast_enabled(x.device.type)

@@ -1,6 +1,8 @@
-"""References: the quadratic form and the token-by-token recurrence, as the formulas stand, differentiable.
+"""References: the quadratic form and the token-by-token recurrence, as the formulas stand,
+differentiable.
 
-Every other implementation is tested against these; none imports them. They are slow and hold T x S weights.
+Every other implementation is tested against these; none imports them. They are slow and hold T x S
+weights.
 """
 
 from __future__ import annotations
@@ -20,7 +22,9 @@ Sums = tuple[Tensor, Tensor | None]  # numerator [B,G,F,V], denominator [B,G,F]
 
 
 def taylor_similarity(order: int, constant_term: bool) -> Similarity:
-    """Σ_p (q·k)^p / p! for p from 0 (or 1) to `order`; ``[..., T, K]``, ``[..., S, K]`` -> ``[..., T, S]``."""
+    """Σ_p (q·k)^p / p! for p from 0 (or 1) to `order`; ``[..., T, K]``, ``[..., S, K]`` ->
+    ``[..., T, S]``.
+    """
 
     def similarity(q: Tensor, k: Tensor) -> Tensor:
         x = product(q, k.mT)
@@ -37,13 +41,17 @@ def _weight(monomial: tuple[int, ...]) -> float:
 
 
 def taylor_features(order: int, constant_term: bool) -> Features:
-    """Distinct monomials up to `order`, each times sqrt(multinomial(m) / p!) so that φ(q)·φ(k) is the Taylor sum."""
+    """Distinct monomials up to `order`, each times sqrt(multinomial(m) / p!) so that φ(q)·φ(k) is
+    the Taylor sum.
+    """
 
     def features(x: Tensor) -> Tensor:
         columns = []
         for p in range(0 if constant_term else 1, order + 1):
             monomials = list(combinations_with_replacement(range(x.shape[-1]), p))
-            index = torch.tensor(monomials, dtype=torch.int64, device=x.device).view(len(monomials), p)
+            index = torch.tensor(monomials, dtype=torch.int64, device=x.device).view(
+                len(monomials), p
+            )
             columns.append(x[..., index].prod(-1) * x.new_tensor([_weight(m) for m in monomials]))
         return torch.cat(columns, -1)
 
@@ -55,8 +63,8 @@ def dot_similarity(q: Tensor, k: Tensor) -> Tensor:
 
 
 def level_features(features: Features, exponential: bool) -> Features:
-    """`features` of queries, each query's times a number that brings its largest near 1: quotients of sums are the
-    same, and 1e-20 times 1e-20 has few digits in fp32.
+    """`features` of queries, each query's times a number that brings its largest near 1: quotients
+    of sums are the same, and 1e-20 times 1e-20 has few digits in fp32.
 
     exponential: exp(x) below zero, so that the number is added to x.
     """
@@ -64,7 +72,11 @@ def level_features(features: Features, exponential: bool) -> Features:
     def leveled(x: Tensor) -> Tensor:
         if exponential:
             return features(
-                x - x.detach().amax(-1, keepdim=True).clamp_max(0.0).clamp_min(torch.finfo(x.dtype).min / 2)
+                x
+                - x.detach()
+                .amax(-1, keepdim=True)
+                .clamp_max(0.0)
+                .clamp_min(torch.finfo(x.dtype).min / 2)
             )
         top = x.detach().abs().amax(-1, keepdim=True)
         return features(x / top.where((top > 0) & (top < math.inf), 1))
@@ -85,12 +97,17 @@ def quadratic_attention(
     key_mask: Tensor | None = None,
     state: Sums | None = None,
 ) -> tuple[Tensor, Sums]:
-    """Weights of every query on every key, then their (normalised) sum of values, in fp32 (fp64 for fp64).
+    """Weights of every query on every key, then their (normalised) sum of values, in fp32 (fp64 for
+    fp64).
     query_features: where they differ from the keys'."""
     groups = query.shape[1] // key.shape[1]
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     q, k, v = query.to(dtype), key.to(dtype), value.to(dtype)
-    seen = k.new_ones(k.shape[0], 1, k.shape[2], dtype=torch.bool) if key_mask is None else key_mask[:, None]
+    seen = (
+        k.new_ones(k.shape[0], 1, k.shape[2], dtype=torch.bool)
+        if key_mask is None
+        else key_mask[:, None]
+    )
     k, v = k.masked_fill(~seen[..., None], 0), v.masked_fill(~seen[..., None], 0)
     phi_k = features(k).masked_fill(~seen[..., None], 0)
     total = product(phi_k.mT, v), phi_k.sum(-2) if normalize else None
@@ -104,7 +121,10 @@ def quadratic_attention(
         phi_q = (query_features or features)(q)
         numerator = numerator + product(phi_q, state[0].repeat_interleave(groups, 1))
         if state[1] is not None:
-            denominator = denominator + product(phi_q, state[1].repeat_interleave(groups, 1)[..., None])[..., 0]
+            denominator = (
+                denominator
+                + product(phi_q, state[1].repeat_interleave(groups, 1)[..., None])[..., 0]
+            )
             total = total[0], None if total[1] is None else total[1] + state[1]
         total = total[0] + state[0], total[1]
     out = _divide(numerator, denominator) if normalize else numerator
@@ -112,13 +132,29 @@ def quadratic_attention(
 
 
 def recurrent_attention(
-    query: Tensor, key: Tensor, value: Tensor, *, features: Features, normalize: bool, state: Sums | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    features: Features,
+    normalize: bool,
+    state: Sums | None = None,
 ) -> tuple[Tensor, Sums]:
-    """The causal form as a recurrence: S += φ(k) vᵀ, z += φ(k), out = φ(q)ᵀS / φ(q)ᵀz, one token after another."""
+    """The causal form as a recurrence: S += φ(k) vᵀ, z += φ(k), out = φ(q)ᵀS / φ(q)ᵀz, one token
+    after another.
+    """
     groups = query.shape[1] // key.shape[1]
     phi_q, phi_k = features(query), features(key)
-    S = phi_k.new_zeros(*phi_k.shape[:2], phi_k.shape[-1], value.shape[-1]) if state is None else state[0]
-    z = phi_k.new_zeros(*phi_k.shape[:2], phi_k.shape[-1]) if state is None or state[1] is None else state[1]
+    S = (
+        phi_k.new_zeros(*phi_k.shape[:2], phi_k.shape[-1], value.shape[-1])
+        if state is None
+        else state[0]
+    )
+    z = (
+        phi_k.new_zeros(*phi_k.shape[:2], phi_k.shape[-1])
+        if state is None or state[1] is None
+        else state[1]
+    )
     outputs = []
     for t in range(query.shape[2]):
         S = S + phi_k[:, :, t, :, None] * value[:, :, t, None, :]
@@ -145,9 +181,13 @@ def packed(
     outputs, states = [], []
     for i, (a, b) in enumerate(pairwise(bounds)):
         rows = slice(a, b)
-        initial = None if state is None else tuple(None if s is None else s[i : i + 1] for s in state)
+        initial = (
+            None if state is None else tuple(None if s is None else s[i : i + 1] for s in state)
+        )
         mask = None if key_mask is None else key_mask[:, rows]
-        out, total = attend(query[:, :, rows], key[:, :, rows], value[:, :, rows], key_mask=mask, state=initial)
+        out, total = attend(
+            query[:, :, rows], key[:, :, rows], value[:, :, rows], key_mask=mask, state=initial
+        )
         outputs.append(out)
         states.append(total)
     slack = query.shape[2] - (bounds[-1] if bounds else 0)
@@ -158,9 +198,13 @@ def packed(
 
 
 def _divide(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """Plain division; zero where the denominator is below the smallest normal number (nothing to attend to)."""
+    """Plain division; zero where the denominator is below the smallest normal number (nothing to
+    attend to).
+    """
     empty = denominator.abs() < torch.finfo(denominator.dtype).tiny
-    return torch.where(empty[..., None], 0, numerator / torch.where(empty, 1, denominator)[..., None])
+    return torch.where(
+        empty[..., None], 0, numerator / torch.where(empty, 1, denominator)[..., None]
+    )
 
 
 def gated_weight(name: str) -> Callable[[Tensor], Tensor]:
@@ -168,7 +212,9 @@ def gated_weight(name: str) -> Callable[[Tensor], Tensor]:
     if name == "relu2":
         return lambda x: x.relu() ** 2
     sigma = math.sqrt(1 / (4 * math.pi))
-    return lambda x: torch.erfc((math.sqrt(0.5) - x) / (sigma * math.sqrt(2))) / 2  # 1 + erf(-y) = erfc(y)
+    return lambda x: (
+        torch.erfc((math.sqrt(0.5) - x) / (sigma * math.sqrt(2))) / 2
+    )  # 1 + erf(-y) = erfc(y)
 
 
 def gated_attention(
@@ -197,8 +243,9 @@ def gated_attention(
 def sliding_window_attention(
     query: Tensor, key: Tensor, value: Tensor, *, window: int, key_mask: Tensor | None = None
 ) -> Tensor:
-    """softmax(q·k / √K) over the query's own token and the window - 1 tokens before it; masked ones do not count, and
-    get zeros. ``[B, H, T, K]``, ``[B, G, T, K]``, ``[B, G, T, V]`` -> ``[B, H, T, V]``."""
+    """softmax(q·k / √K) over the query's own token and the window - 1 tokens before it; masked ones
+    do not count, and get zeros. ``[B, H, T, K]``, ``[B, G, T, K]``, ``[B, G, T, V]`` ->
+    ``[B, H, T, V]``."""
     (B, _, T, K), groups = query.shape, query.shape[1] // key.shape[1]
     seen = query.new_ones(B, T, dtype=torch.bool) if key_mask is None else key_mask
     hidden = ~seen[:, None, :, None]
@@ -233,8 +280,10 @@ def mixed_chunk_attention(
     position: Tensor | None = None,
     dropout_p: float = 0.0,
 ) -> tuple[Tensor, MixedSums]:
-    """T x T weights: the quadratic ones where query and key share a group, the linear ones where the key's is earlier
-    (causal) or everywhere. Groups count tokens from `position` ``[B]`` on; masked ones do not exist."""
+    """T x T weights: the quadratic ones where query and key share a group, the linear ones where
+    the key's is earlier (causal) or everywhere. Groups count tokens from `position` ``[B]`` on;
+    masked ones do not exist.
+    """
     (B, _, T, _), groups, g = quad_query.shape, quad_query.shape[1] // quad_key.shape[1], group_size
     dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
     seen = value.new_ones(B, T, dtype=torch.bool) if key_mask is None else key_mask
@@ -249,7 +298,9 @@ def mixed_chunk_attention(
         key_place = torch.cat(((start - start % g)[:, None] + slot, place), 1)
         exists = torch.cat((slot < (start % g)[:, None], seen), 1)
     group, key_group = place.div(g, rounding_mode="floor"), key_place.div(g, rounding_mode="floor")
-    inside = (group[:, :, None] == key_group[:, None]) & exists[:, None] & seen[:, :, None]  # [B, T, S]
+    inside = (
+        (group[:, :, None] == key_group[:, None]) & exists[:, None] & seen[:, :, None]
+    )  # [B, T, S]
     k, lk, v = (x.repeat_interleave(groups, 1) for x in keys)
     scores = product(queries[0], k.mT) / g
     if bias is not None:
@@ -261,7 +312,10 @@ def mixed_chunk_attention(
     weights = torch.nn.functional.dropout(weights.where(inside[:, None], 0), dropout_p)
     linear = product(queries[1], lk.mT)
     if is_causal:
-        across, divisor = (key_group[:, None] < group[:, :, None]) & exists[:, None] & seen[:, :, None], float(g)
+        across, divisor = (
+            (key_group[:, None] < group[:, :, None]) & exists[:, None] & seen[:, :, None],
+            float(g),
+        )
     else:
         across = inside if not reduce_groups else exists[:, None] & seen[:, :, None]
         divisor = seen.sum(1).clamp(min=1)[:, None, None, None]  # type: ignore[assignment]
@@ -274,7 +328,9 @@ def mixed_chunk_attention(
         out = out + product(queries[1], state[0].repeat_interleave(groups, 1)) / g
         sums = sums + state[0]
     still = exists & ~closed  # one-hot rows carry each such token to its slot
-    slots = ((key_place % g)[:, None] == torch.arange(g, device=value.device)[:, None]) & still[:, None]
+    slots = ((key_place % g)[:, None] == torch.arange(g, device=value.device)[:, None]) & still[
+        :, None
+    ]
     rest = [product(slots[:, None].to(dtype), x) for x in keys]
     return out.to(value.dtype), (sums, rest[0], rest[1], rest[2])
 
@@ -288,8 +344,8 @@ def elita_attention(
     key_mask: Tensor | None = None,
     state: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """The softmax of each row, in fp64: over r_i + m₀ of the state, r_i + c_j of the keys up to i, and s_i of the token
-    itself, with values u₀, v_j and v_i."""
+    """The softmax of each row, in fp64: over r_i + m₀ of the state, r_i + c_j of the keys up to i,
+    and s_i of the token itself, with values u₀, v_j and v_i."""
     (B, G, T, _), groups = value.shape, query_logit.shape[1] // value.shape[1]
     seen = value.new_ones(B, T, dtype=torch.bool) if key_mask is None else key_mask
     c, r, s = (x.double() for x in (key_logit, query_logit, self_logit))

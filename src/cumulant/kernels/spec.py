@@ -1,8 +1,10 @@
-"""What each operation is to the kernels: its options, and its tensors by name. Letters are those of DESIGN.md.
+"""What each operation is to the kernels: its options, and its tensors by name. Letters are those of
+DESIGN.md.
 
-An operation has three classes. `...Spec` holds what is no tensor; `...Inputs` and `...Outputs` name the tensors.
-Gradients come under the same names: those at outputs as `...Outputs`, those of inputs as `...Inputs`, None where there
-is none. The operators (`operators/`) make their schemas from these classes: a new argument is written down here.
+An operation has three classes. `...Spec` holds what is no tensor; `...Inputs` and `...Outputs` name
+the tensors. Gradients come under the same names: those at outputs as `...Outputs`, those of inputs
+as `...Inputs`, None where there is none. The operators (`operators/`) make their schemas from these
+classes: a new argument is written down here.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ def accumulation_dtype(*tensors: Tensor | torch.dtype) -> torch.dtype:
 
 
 def feature_count(dim: int, order: int, constant_term: bool) -> int:
-    """C(dim + order, order) Taylor features, one fewer without the constant; `dim` for the identity (order 0)."""
+    """C(dim + order, order) Taylor features, one fewer without the constant; `dim` for the identity
+    (order 0).
+    """
     if order == 0:
         return dim
     size = 1
@@ -33,15 +37,19 @@ def feature_count(dim: int, order: int, constant_term: bool) -> int:
     return size if constant_term else size - 1
 
 
-def new_heads(x: Tensor, heads: int, width: int, dtype: torch.dtype | None = None, length: int | None = None) -> Tensor:
-    """An empty ``[B, heads, T, width]`` for ``x [B, ., T, .]``, the heads of a token side by side in memory. `length`
-    takes the place of T.
+def new_heads(
+    x: Tensor, heads: int, width: int, dtype: torch.dtype | None = None, length: int | None = None
+) -> Tensor:
+    """An empty ``[B, heads, T, width]`` for ``x [B, ., T, .]``, the heads of a token side by side
+    in memory. `length` takes the place of T.
 
-    So projections write and read them: views that split and join heads cost no copies, of outputs or of gradients. It
-    is no view itself, as autograd would refuse to change one in place.
+    So projections write and read them: views that split and join heads cost no copies, of outputs
+    or of gradients. It is no view itself, as autograd would refuse to change one in place.
     """
     B, T = x.shape[0], x.shape[2] if length is None else length
-    return x.new_empty_strided((B, heads, T, width), (T * heads * width, width, heads * width, 1), dtype=dtype)
+    return x.new_empty_strided(
+        (B, heads, T, width), (T * heads * width, width, heads * width, 1), dtype=dtype
+    )
 
 
 def copy_heads(x: Tensor) -> Tensor:
@@ -114,7 +122,9 @@ class AttentionSpec:
 
 
 class MixedChunkInputs(NamedTuple):
-    """Mixed chunk attention. The state that comes in: sums over whole groups, and the tokens of the open group."""
+    """Mixed chunk attention. The state that comes in: sums over whole groups, and the tokens of the
+    open group.
+    """
 
     quad_query: Tensor  # [B, H, T, K]
     quad_key: Tensor  # [B, G, T, K]
@@ -142,7 +152,9 @@ class MixedChunkInputs(NamedTuple):
 
     @property
     def covers_tokens(self) -> bool:
-        """Whether every token belongs to some sequence, so that every row of the results gets written."""
+        """Whether every token belongs to some sequence, so that every row of the results gets
+        written.
+        """
         return self.key_mask is None and self.cu_seqlens is None
 
 
@@ -167,7 +179,9 @@ class MixedChunkSpec:
     group_size: int
     activation: str  # "relu2" or "laplace"
     is_causal: bool
-    reduce_groups: bool  # not causal: the linear part sums over all groups, not over the token's own alone
+    reduce_groups: (
+        bool  # not causal: the linear part sums over all groups, not over the token's own alone
+    )
     dropout_p: float
     returns_state: bool
     span: int = 0  # the fewest tokens that a thread takes when one sequence is shared out
@@ -181,7 +195,9 @@ class MixedChunkSpec:
     def new_outputs(self, x: MixedChunkInputs) -> MixedChunkOutputs:
         shapes = self.state_shapes(x) if self.returns_state else ((0,),) * 4
         state = (x.value.new_empty(shape, dtype=accumulation_dtype(x.value)) for shape in shapes)
-        return MixedChunkOutputs(new_heads(x.value, x.quad_query.shape[1], x.value.shape[3]), *state)
+        return MixedChunkOutputs(
+            new_heads(x.value, x.quad_query.shape[1], x.value.shape[3]), *state
+        )
 
     def new_gradients(self, x: MixedChunkInputs, y: MixedChunkOutputs) -> MixedChunkInputs:
         tokens = [new_heads(t, t.shape[1], t.shape[3]) for t in x.tokens]
@@ -192,7 +208,9 @@ class MixedChunkSpec:
 def mixed_chunk_gradients(
     tokens: Sequence[Tensor], bias: Tensor | None, sums: Sequence[Tensor | None]
 ) -> MixedChunkInputs:
-    """Gradients under the names of the inputs: of `tokens`, of the bias, and of the state but for its position."""
+    """Gradients under the names of the inputs: of `tokens`, of the bias, and of the state but for
+    its position.
+    """
     quad_query, quad_key, lin_query, lin_key, value = tokens
     numerator, open_quad_key, open_lin_key, open_value = sums
     return MixedChunkInputs(
@@ -241,11 +259,14 @@ class GatedSpec:
 
     def new_gradients(self, x: GatedInputs, y: GatedOutputs) -> GatedInputs:
         dq, dk, dv = (new_heads(t, t.shape[1], t.shape[3]) for t in (x.query, x.key, x.value))
-        return GatedInputs(dq, dk, dv, None, None if x.bias is None else x.bias.new_empty(x.bias.shape))  # type: ignore[arg-type]
+        bias = None if x.bias is None else x.bias.new_empty(x.bias.shape)
+        return GatedInputs(dq, dk, dv, None, bias)  # type: ignore[arg-type]
 
 
 class ElitaInputs(NamedTuple):
-    """ELiTA's attention. Logits are of one dtype, fp32 or fp64; -inf where a key or a token itself has no weight."""
+    """ELiTA's attention. Logits are of one dtype, fp32 or fp64; -inf where a key or a token itself
+    has no weight.
+    """
 
     key_logit: Tensor  # c, [B, G, T]
     query_logit: Tensor  # r, [B, H, T]
@@ -257,16 +278,21 @@ class ElitaInputs(NamedTuple):
 
     @property
     def past(self) -> tuple[Tensor, Tensor] | None:
-        return None if self.log_weight is None or self.mean is None else (self.log_weight, self.mean)
+        return (
+            None if self.log_weight is None or self.mean is None else (self.log_weight, self.mean)
+        )
 
 
 class ElitaOutputs(NamedTuple):
-    """The odds a / (1 - a) of the gates a and g, in the dtype of sums, are what the backward pass reads."""
+    """The odds a / (1 - a) of the gates a and g, in the dtype of sums, are what the backward pass
+    reads.
+    """
 
     out: Tensor  # [B, H, T, V], in value's dtype
     key_odds: Tensor  # of a, [B, G, T]
     own_odds: Tensor  # of g, [B, H, T]
-    means: Tensor  # u before every block of tokens, [B, G, T // block + 2, V] in fp64; empty without blocks
+    # u before every block of tokens, [B, G, T // block + 2, V] in fp64; empty without blocks
+    means: Tensor
     final_log_weight: Tensor
     final_mean: Tensor
 
@@ -281,7 +307,8 @@ class ElitaSpec:
 
     def new_outputs(self, x: ElitaInputs) -> ElitaOutputs:
         (B, G, T, V), H, dtype = x.value.shape, x.query_logit.shape[1], accumulation_dtype(x.value)
-        # One or two rows of means are never used: under torch.export a size that may be 1 would bound T.
+        # One or two rows of means are never used: under torch.export a size that may be 1 would
+        # bound T.
         means = (B, G, T // self.block + 2, V) if self.block else (0,)
         return ElitaOutputs(
             new_heads(x.value, H, V),

@@ -1,5 +1,5 @@
-"""Models. `TaylorViT` needs only torch. The language model is a Hugging Face model: importing this package registers it
-with transformers' `AutoConfig` and `AutoModel` classes."""
+"""Models. `TaylorViT` needs only torch. The language model is a Hugging Face model: importing this
+package registers it with transformers' `AutoConfig` and `AutoModel` classes."""
 
 from importlib.util import find_spec
 
@@ -25,15 +25,24 @@ if find_spec("transformers") is not None:
     for _auto, _name in CLASSES.items():
         if _auto != "AutoConfig":
             getattr(transformers, _auto).register(CumulantConfig, globals()[_name], exist_ok=True)
-    # by these names Trainer knows that labels are to be shifted when it smooths them, and pipelines what they can run
-    for _task in ("CAUSAL_LM", "MASKED_LM", "SEQUENCE_CLASSIFICATION", "TOKEN_CLASSIFICATION", "QUESTION_ANSWERING"):
+    # by these names Trainer knows that labels are to be shifted when it smooths them, and pipelines
+    # what they can run
+    for _task in (
+        "CAUSAL_LM",
+        "MASKED_LM",
+        "SEQUENCE_CLASSIFICATION",
+        "TOKEN_CLASSIFICATION",
+        "QUESTION_ANSWERING",
+    ):
         _auto = "AutoModelFor" + _task.title().replace("_", "").replace("Lm", "LM")
         getattr(modeling_auto, f"MODEL_FOR_{_task}_MAPPING_NAMES")["cumulant"] = CLASSES[_auto]
 else:
 
     def __getattr__(name: str) -> object:
         if name in __all__:
-            raise ModuleNotFoundError(f"cumulant.models.{name} needs transformers: pip install 'cumulant[text]'")
+            raise ModuleNotFoundError(
+                f"cumulant.models.{name} needs transformers: pip install 'cumulant[text]'"
+            )
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

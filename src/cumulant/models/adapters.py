@@ -1,4 +1,6 @@
-"""Which modules PEFT adapts when it is not told: queries and values, as in its entries for other models."""
+"""Which modules PEFT adapts when it is not told: queries and values, as in its entries for other
+models.
+"""
 
 from __future__ import annotations
 
@@ -19,5 +21,8 @@ def register_targets() -> None:
     constants = sys.modules.get("peft.utils.constants")
     for name, table in vars(constants).items() if constants is not None else ():
         method = name.removeprefix("TRANSFORMERS_MODELS_TO_").removesuffix("_MODULES_MAPPING")
-        if len(name) - len(method) == len("TRANSFORMERS_MODELS_TO__MODULES_MAPPING") and "llama" in table:
+        if (
+            len(name) - len(method) == len("TRANSFORMERS_MODELS_TO__MODULES_MAPPING")
+            and "llama" in table
+        ):
             table.setdefault("cumulant", OWN.get(method, QUERIES_VALUES))

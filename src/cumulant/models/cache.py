@@ -1,8 +1,8 @@
 """Mixer states in transformers' caches.
 
-Keys and values of softmax and gated attention, which grow, live in transformers' own `DynamicLayer` or `StaticLayer`.
-States of fixed size live in `StateLayer`, a `LinearAttentionLayer` that `DynamicCache(config=model.config)` and
-`StaticCache` build for the layer type "cumulant_state".
+Keys and values of softmax and gated attention, which grow, live in transformers' own `DynamicLayer`
+or `StaticLayer`. States of fixed size live in `StateLayer`, a `LinearAttentionLayer` that
+`DynamicCache(config=model.config)` and `StaticCache` build for the layer type "cumulant_state".
 """
 
 from __future__ import annotations
@@ -38,8 +38,9 @@ _BUILD = "build it with transformers.DynamicCache(config=model.config)"
 class StateLayer(LinearAttentionLayer, CacheLayerMixin):  # type: ignore[misc]
     """A mixer state of fixed size, and the number of positions so far.
 
-    Such a state cannot be cut like keys and values. While the layer records its past, as assisted generation asks, it
-    keeps an earlier state and the block's inputs since then; `crop` reads those that stay once more.
+    Such a state cannot be cut like keys and values. While the layer records its past, as assisted
+    generation asks, it keeps an earlier state and the block's inputs since then; `crop` reads those
+    that stay once more.
     """
 
     _layer_type = "cumulant_state"
@@ -83,7 +84,9 @@ class StateLayer(LinearAttentionLayer, CacheLayerMixin):  # type: ignore[misc]
             self.device = next(iter(state.tensors().values())).device
 
     def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError("a fixed-size state holds no keys and values; use `state` and `write`")
+        raise NotImplementedError(
+            "a fixed-size state holds no keys and values; use `state` and `write`"
+        )
 
     def get_seq_length(self) -> int:
         return self.length
@@ -114,18 +117,25 @@ class StateLayer(LinearAttentionLayer, CacheLayerMixin):  # type: ignore[misc]
             self.state = self.state.map(function)
         if self.base is not None:
             self.base = self.base.map(function)
-        self.inputs = [(function(x), None if mask is None else function(mask)) for x, mask in self.inputs]
+        self.inputs = [
+            (function(x), None if mask is None else function(mask)) for x, mask in self.inputs
+        ]
 
     @torch.no_grad()
     def crop(self, tokens_to_remove: int) -> None:
-        """Take the last ``-tokens_to_remove`` tokens back, by reading those before them again from an earlier state."""
+        """Take the last ``-tokens_to_remove`` tokens back, by reading those before them again from
+        an earlier state.
+        """
         if tokens_to_remove > 0:
-            raise ValueError(f"tokens_to_remove: expected 0 or the negative of a number, got {tokens_to_remove}")
+            raise ValueError(
+                f"tokens_to_remove: expected 0 or the negative of a number, got {tokens_to_remove}"
+            )
         count, recorded = -tokens_to_remove, sum(x.shape[1] for x, _ in self.inputs)
         if count > recorded:
             raise RuntimeError(
-                f"crop: cannot take {count} tokens back from a fixed-size state that has recorded {recorded}; call "
-                "activate_past_recording() on the cache before they are read, or keep the state (export_state)"
+                f"crop: cannot take {count} tokens back from a fixed-size state that has recorded"
+                f" {recorded}; call activate_past_recording() on the cache before they are read, or"
+                " keep the state (export_state)"
             )
         if count == 0 and recorded <= RECORDED:
             return
@@ -142,7 +152,10 @@ class StateLayer(LinearAttentionLayer, CacheLayerMixin):  # type: ignore[misc]
         x = torch.cat([x for x, _ in self.inputs], 1)[:, :length]
         if all(mask is None for _, mask in self.inputs):
             return x, None
-        masks = [x.new_ones(x.shape[:2], dtype=torch.bool) if mask is None else mask for x, mask in self.inputs]
+        masks = [
+            x.new_ones(x.shape[:2], dtype=torch.bool) if mask is None else mask
+            for x, mask in self.inputs
+        ]
         return x, torch.cat(masks, 1)[:, :length]
 
     def _read(self, x: Tensor, mask: Tensor | None, state: State | None) -> State | None:
@@ -154,30 +167,37 @@ class StateLayer(LinearAttentionLayer, CacheLayerMixin):  # type: ignore[misc]
         return after
 
 
-STATIC_LAYER_TYPE_MAPPING[StateLayer._layer_type] = StateLayer  # of a fixed size, so for both kinds of cache
+# of a fixed size, so for both kinds of cache
+STATIC_LAYER_TYPE_MAPPING[StateLayer._layer_type] = StateLayer
 
 
 def prepare_cache(cache: Any, config: CumulantConfig, new: int) -> tuple[Cache, int]:
-    """The cache, ready for this model and `new` more tokens, and how many it has seen; refuses what cannot serve."""
+    """The cache, ready for this model and `new` more tokens, and how many it has seen; refuses what
+    cannot serve.
+    """
     if not isinstance(cache, Cache) or isinstance(cache, EncoderDecoderCache):
-        raise TypeError(f"past_key_values: expected a transformers Cache, got {type(cache).__name__}; {_BUILD}")
+        raise TypeError(
+            f"past_key_values: expected a transformers Cache, got {type(cache).__name__}; {_BUILD}"
+        )
     if not cache.layers:  # made without a configuration
         cache.layers, cache.layer_class_to_replicate = DynamicCache(config=config).layers, None
     seen = [_length(entry) for entry in cache.layers]
     if None in seen or not any(seen) or not getattr(cache, "fits_cumulant", False):
         _check_kinds(cache, config)
-        cache.fits_cumulant = True  # one look is enough, also at a cache that came filled, as prefix tuning's does
+        # one look is enough, also at a cache that came filled, as prefix tuning's does
+        cache.fits_cumulant = True
     past = int(cache.get_seq_length())
     if seen.count(past) != len(seen):
         raise ValueError(
-            f"past_key_values: its layers have seen different numbers of tokens, {min(seen)} to {max(seen)}; a call "  # type: ignore[type-var]
+            f"past_key_values: its layers have seen different numbers of tokens, {seen}; a call "
             "failed half-way, or layers were changed one by one: start again with a fresh cache"
         )
     for entry in cache.layers:
         if isinstance(entry, StaticLayer) and past + new > entry.max_cache_len:
             raise ValueError(
-                f"past_key_values: a static cache of max_cache_len={entry.max_cache_len} cannot hold {past} + {new} "
-                "tokens; make it larger, or use DynamicCache(config=model.config)"
+                f"past_key_values: a static cache of max_cache_len={entry.max_cache_len} cannot"
+                f" hold {past} + {new} tokens; make it larger, or use"
+                " DynamicCache(config=model.config)"
             )
     return cache, past
 
@@ -196,18 +216,23 @@ def _check_kinds(cache: Cache, config: CumulantConfig) -> None:
     wanted = config.layer_types
     if len(cache.layers) != len(wanted):
         raise ValueError(
-            f"past_key_values: expected {len(wanted)} layers, as the model has, got {len(cache.layers)}; {_BUILD}"
+            f"past_key_values: expected {len(wanted)} layers, as the model has, got"
+            f" {len(cache.layers)}; {_BUILD}"
         )
     for i, (entry, kind) in enumerate(zip(cache.layers, wanted, strict=True)):
-        if _length(entry) is None or isinstance(entry, StateLayer) != (kind == StateLayer._layer_type):
+        if _length(entry) is None or isinstance(entry, StateLayer) != (
+            kind == StateLayer._layer_type
+        ):
             raise TypeError(
-                f"past_key_values: layer {i} is a {type(entry).__name__} of a {type(cache).__name__}, which cannot "
-                f"hold this model's state there; {_BUILD}"
+                f"past_key_values: layer {i} is a {type(entry).__name__} of a"
+                f" {type(cache).__name__}, which cannot hold this model's state there; {_BUILD}"
             )
 
 
 def read_state(cache: Cache, layer: int, past_mask: Tensor | None) -> State | None:
-    """The state of mixer `layer`; `past_mask` ``[B, S]`` says which cached positions hold tokens (None: all)."""
+    """The state of mixer `layer`; `past_mask` ``[B, S]`` says which cached positions hold tokens
+    (None: all).
+    """
     entry = cache.layers[layer]
     if isinstance(entry, StateLayer):
         return entry.state
@@ -245,7 +270,9 @@ def write_state(cache: Cache, layer: int, state: State, length: int) -> None:
 
 
 def record_input(cache: Cache, layer: int, block: Any, x: Tensor, key_mask: Tensor | None) -> None:
-    """Keep what a block reads, where the cache records its past; ``block.state_after`` reads it again."""
+    """Keep what a block reads, where the cache records its past; ``block.state_after`` reads it
+    again.
+    """
     entry = cache.layers[layer]
     if isinstance(entry, StateLayer):
         entry.record(block, x, key_mask)
@@ -278,16 +305,21 @@ def import_state(cache: Cache, state: ModelState) -> Cache:
     """Fill a fresh cache of the model from a state written by `export_state`."""
     if not isinstance(state, ModelState) or len(state.layers) != len(cache.layers):
         raise ValueError(
-            f"state: expected the state of a model with {len(cache.layers)} layers, got {type(state).__name__}"
-            f" with {len(getattr(state, 'layers', ()))} layers"
+            f"state: expected the state of a model with {len(cache.layers)} layers, got"
+            f" {type(state).__name__} with {len(getattr(state, 'layers', ()))} layers"
         )
     for i, (entry, part) in enumerate(zip(cache.layers, state.layers, strict=True)):
         if not isinstance(entry, StateLayer) and not isinstance(part, KeyValueState):
-            raise ValueError(f"state: layer {i} holds a {type(part).__name__}, which is not this model's mixer there")
+            raise ValueError(
+                f"state: layer {i} holds a {type(part).__name__}, which is not this model's mixer"
+                " there"
+            )
         write_state(cache, i, part, int(state.position.max()))
     return cache
 
 
 def cache_bytes(cache: Cache) -> int:
     """Bytes held by a cache."""
-    return sum(s.nbytes for i in range(len(cache.layers)) if (s := read_state(cache, i, None)) is not None)
+    return sum(
+        s.nbytes for i in range(len(cache.layers)) if (s := read_state(cache, i, None)) is not None
+    )

@@ -1,5 +1,7 @@
-"""Documents packed into rows, however a client marks them: by positions that begin again, by a number for each
-document, or by offsets. They are put end to end in one row without padding, and none sees another."""
+"""Documents packed into rows, however a client marks them: by positions that begin again, by a
+number for each document, or by offsets. They are put end to end in one row without padding, and
+none sees another.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,8 @@ from .inputs import require
 
 
 class Marks(NamedTuple):
-    """The marks of one call, None where they were not given. position_ids, seq_idx: ``[B, T]``; the others:
-    ``[N + 1]``, in one row."""
+    """The marks of one call, None where they were not given. position_ids, seq_idx: ``[B, T]``; the
+    others: ``[N + 1]``, in one row."""
 
     position_ids: Tensor | None = None
     seq_idx: Tensor | None = None
@@ -27,7 +29,11 @@ class Marks(NamedTuple):
     @classmethod
     def read(cls, arguments: Mapping[str, Any], **named: Tensor | None) -> Marks:
         """From the `named` marks and those among a call's further arguments."""
-        lengths = [int(arguments[name]) for name in ("max_length_q", "max_length_k") if arguments.get(name) is not None]
+        lengths = [
+            int(arguments[name])
+            for name in ("max_length_q", "max_length_k")
+            if arguments.get(name) is not None
+        ]
         offsets = {name: arguments.get(name) for name in ("cu_seq_lens_q", "cu_seq_lens_k")}
         return cls(**named, **offsets, max_length=min(lengths, default=None))
 
@@ -37,8 +43,9 @@ class Marks(NamedTuple):
 
 
 class Documents(NamedTuple):
-    """Documents of a batch end to end in one row. cu_seqlens: their offsets ``[N + 1]``. origin: where each token of
-    the row stood in the flattened batch ``[M]``; None: the batch is that row."""
+    """Documents of a batch end to end in one row. cu_seqlens: their offsets ``[N + 1]``. origin:
+    where each token of the row stood in the flattened batch ``[M]``; None: the batch is that row.
+    """
 
     cu_seqlens: Tensor
     origin: Tensor | None
@@ -65,13 +72,15 @@ def find_documents(
     past: int,
     past_mask: Tensor | None,
 ) -> Documents | None:
-    """The documents that the marks tell apart in ``[B, T]`` tokens; None where each row is a single one.
+    """The documents that the marks tell apart in ``[B, T]`` tokens; None where each row is a single
+    one.
 
-    Positions that rise by one are what the model counts itself. Where `absolute`, it counts from 0 in every document
-    and no other start can be honoured; otherwise only distances matter.
+    Positions that rise by one are what the model counts itself. Where `absolute`, it counts from 0
+    in every document and no other start can be honoured; otherwise only distances matter.
 
     Raises:
-        ValueError: marks of another shape; positions with gaps; marks that contradict one another or the cache.
+        ValueError: marks of another shape; positions with gaps; marks that contradict one another
+            or the cache.
     """
     cu_seqlens = _offsets(marks, rows)
     others = marks.position_ids is not None or marks.seq_idx is not None
@@ -82,7 +91,10 @@ def find_documents(
         return None
     if torch.compiler.is_exporting() and marks.position_ids is not None:  # a graph of one document
         positions = _flat("position_ids", marks.position_ids, rows, length).view(rows, length)
-        require((positions.diff() > 0).all(), "position_ids: the exported model takes rows of one document each")
+        require(
+            (positions.diff() > 0).all(),
+            "position_ids: the exported model takes rows of one document each",
+        )
         return None
     device = next(mark.device for mark in marks[:5] if mark is not None)
     slots = torch.arange(rows * length, device=device)
@@ -104,31 +116,48 @@ def find_documents(
     for other, begins in rest:
         if not torch.equal(first, begins):
             place = int(index[(first != begins).nonzero()[0, 0] + 1]) % length
-            raise ValueError(f"{other}: marks other documents than {name}, at token {place} of a row; pass one of them")
+            raise ValueError(
+                f"{other}: marks other documents than {name}, at token {place} of a row; pass one"
+                " of them"
+            )
     begins = torch.cat((first.new_ones(min(1, len(index))), first))
     if marks.position_ids is not None:
         counted = past if past_mask is None else past_mask.sum(1)[row]
-        _check_starts(positions, begins, absolute=absolute, past=past, counted=counted, slot=index % length)
+        _check_starts(
+            positions, begins, absolute=absolute, past=past, counted=counted, slot=index % length
+        )
     if torch.equal(first, change):
         return None
-    bounds = torch.cat((begins.nonzero()[:, 0], begins.new_full((1,), len(index), dtype=torch.long)))
+    bounds = torch.cat(
+        (begins.nonzero()[:, 0], begins.new_full((1,), len(index), dtype=torch.long))
+    )
     _check_longest(marks, bounds)
     whole = rows == 1 and len(index) == length
     return Documents(bounds.to(torch.int32), None if whole else index)
 
 
 def leave_out_first(
-    labels: Tensor, marks: Marks, attention_mask: Tensor | None, tokens: int, items: Tensor | int | None
+    labels: Tensor,
+    marks: Marks,
+    attention_mask: Tensor | None,
+    tokens: int,
+    items: Tensor | int | None,
 ) -> tuple[Tensor, Tensor | int | None]:
-    """Labels ``[B, T]`` without those of each document's first token, which nothing in it comes before, and the number
-    of `items` that the loss is to be divided by, less as many. `find_documents` has checked the marks."""
+    """Labels ``[B, T]`` without those of each document's first token, which nothing in it comes
+    before, and the number of `items` that the loss is to be divided by, less as many.
+    `find_documents` has checked the marks.
+    """
     if not marks.given:
         return labels, items
     rows, length = labels.shape
     if length != tokens:
-        raise ValueError(f"logits_to_keep: packed documents need the labels of all {tokens} tokens, got {length}")
+        raise ValueError(
+            f"logits_to_keep: packed documents need the labels of all {tokens} tokens, got {length}"
+        )
     key_mask = None if attention_mask is None else attention_mask.bool()
-    documents = find_documents(marks, rows, length, key_mask, absolute=False, past=0, past_mask=None)
+    documents = find_documents(
+        marks, rows, length, key_mask, absolute=False, past=0, past_mask=None
+    )
     if documents is None:
         return labels, items
     first = documents.cu_seqlens[:-1].long()
@@ -136,7 +165,9 @@ def leave_out_first(
     if documents.origin is not None:
         first = documents.origin[first]
     kept = labels.flatten().index_fill(0, first, -100).view_as(labels)
-    if items is not None:  # counted by the caller, perhaps over several batches: this one's part of it
+    if (
+        items is not None
+    ):  # counted by the caller, perhaps over several batches: this one's part of it
         counted, left = ((x[:, 1:] != -100).sum() for x in (labels, kept))
         items = items * (left / counted.clamp(min=1))
     return kept, items
@@ -150,7 +181,10 @@ def _offsets(marks: Marks, rows: int) -> Tensor | None:
         if mark is None:
             continue
         if rows != 1:
-            raise ValueError(f"{name}: packed documents need one row, B = 1, got B = {rows}; or pass position_ids")
+            raise ValueError(
+                f"{name}: packed documents need one row, B = 1, got B = {rows}; or pass"
+                " position_ids"
+            )
         if found is not None:
             message = f"{name}: differs from {found[0]}; pass one of them"
             if mark.shape != found[1].shape:
@@ -162,7 +196,10 @@ def _offsets(marks: Marks, rows: int) -> Tensor | None:
 
 def _flat(name: str, mark: Tensor, rows: int, length: int) -> Tensor:
     if mark.is_floating_point() or mark.shape not in ((rows, length), (1, length), (length,)):
-        raise ValueError(f"{name}: expected integers [B, T] = [{rows}, {length}], got {mark.dtype} {list(mark.shape)}")
+        raise ValueError(
+            f"{name}: expected integers [B, T] = [{rows}, {length}], got {mark.dtype}"
+            f" {list(mark.shape)}"
+        )
     return mark.expand(rows, length).flatten()
 
 
@@ -173,29 +210,43 @@ def _changes(values: Tensor) -> Tensor:
 
 def _restarts(positions: Tensor, index: Tensor, row: Tensor) -> Tensor:
     step = positions[1:] - positions[:-1]
-    gaps = (step > 1) & (step != index[1:] - index[:-1]) & ~_changes(row)  # a hole of padding may be counted or not
+    gaps = (
+        (step > 1) & (step != index[1:] - index[:-1]) & ~_changes(row)
+    )  # a hole of padding may be counted or not
     if bool(gaps.any()):
         place = int(gaps.nonzero()[0, 0])
         raise ValueError(
-            f"position_ids: {int(positions[place])} is followed by {int(positions[place + 1])}; positions rise by one "
-            "in a document, and a smaller one begins the next"
+            f"position_ids: {int(positions[place])} is followed by {int(positions[place + 1])};"
+            " positions rise by one in a document, and a smaller one begins the next"
         )
     return step < 1
 
 
 def _check_starts(
-    positions: Tensor, begins: Tensor, *, absolute: bool, past: int, counted: int | Tensor, slot: Tensor
+    positions: Tensor,
+    begins: Tensor,
+    *,
+    absolute: bool,
+    past: int,
+    counted: int | Tensor,
+    slot: Tensor,
 ) -> None:
-    """Positions begin where the model's own do: behind what is cached, else at 0 (or at the slot, where padding was
-    counted)."""
+    """Positions begin where the model's own do: behind what is cached, else at 0 (or at the slot,
+    where padding was counted)."""
     if not absolute and past == 0:
         return
     right = (positions == counted) | (positions == slot + past)
     wrong = begins & ~right
     if bool(wrong.any()):
         found = int(positions[wrong.nonzero()[0, 0]])
-        where = f"behind {past} cached positions they go on from there" if past else "this model counts from 0"
-        raise ValueError(f"position_ids: a document begins at {found}, but {where}; leave position_ids out")
+        where = (
+            f"behind {past} cached positions they go on from there"
+            if past
+            else "this model counts from 0"
+        )
+        raise ValueError(
+            f"position_ids: a document begins at {found}, but {where}; leave position_ids out"
+        )
 
 
 def _check_longest(marks: Marks, cu_seqlens: Tensor) -> None:
@@ -203,4 +254,6 @@ def _check_longest(marks: Marks, cu_seqlens: Tensor) -> None:
         return
     longest = int(cu_seqlens.diff().max())
     if marks.max_length < longest:
-        raise ValueError(f"max_length_q: {marks.max_length} is less than the longest document, {longest} tokens")
+        raise ValueError(
+            f"max_length_q: {marks.max_length} is less than the longest document, {longest} tokens"
+        )

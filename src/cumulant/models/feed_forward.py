@@ -20,13 +20,19 @@ class FeedForward(nn.Module):
         super().__init__()
         dim, hidden = config.hidden_size, config.intermediate_size
         assert hidden is not None
-        self.gate_proj = nn.Linear(dim, hidden, bias=False) if config.feed_forward == "swiglu" else None
+        self.gate_proj = (
+            nn.Linear(dim, hidden, bias=False) if config.feed_forward == "swiglu" else None
+        )
         self.up_proj = nn.Linear(dim, hidden, bias=False)
         self.out_proj = nn.Linear(hidden, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         up = project(self.up_proj, x)
-        hidden = nn.functional.gelu(up) if self.gate_proj is None else swiglu(project(self.gate_proj, x), up)
+        hidden = (
+            nn.functional.gelu(up)
+            if self.gate_proj is None
+            else swiglu(project(self.gate_proj, x), up)
+        )
         out: Tensor = project(self.out_proj, hidden)
         return out
 
@@ -42,7 +48,8 @@ class FeedForward(nn.Module):
 
 
 class LogitFeedForward(nn.Module):
-    """``logits + W_down silu(W_up logits)``: a table of corrections, looked up by what the model is about to say.
+    """``logits + W_down silu(W_up logits)``: a table of corrections, looked up by what the model is
+    about to say.
 
     Starts as the identity. Source: Sharma 2023, ELiTA, "other methods".
 
@@ -59,7 +66,9 @@ class LogitFeedForward(nn.Module):
 
     def forward(self, logits: Tensor) -> Tensor:
         """``[..., vocab_size]`` -> ``[..., vocab_size]``."""
-        out: Tensor = logits + project(self.out_proj, nn.functional.silu(project(self.up_proj, logits)))
+        out: Tensor = logits + project(
+            self.out_proj, nn.functional.silu(project(self.up_proj, logits))
+        )
         return out
 
 
@@ -68,5 +77,7 @@ def build_feed_forward(config: CumulantConfig) -> FeedForward | ElitaFeedForward
     if config.feed_forward == "none":
         return None
     if config.feed_forward == "elita":
-        return ElitaFeedForward(config.hidden_size, config.intermediate_size, factor=config.feed_forward_factor)
+        return ElitaFeedForward(
+            config.hidden_size, config.intermediate_size, factor=config.feed_forward_factor
+        )
     return FeedForward(config)

@@ -1,5 +1,7 @@
-"""What a saved folder holds besides weights and configuration, so that any program loads it: `auto_map` names classes
-in a module of one line that imports them from the installed package, and a README says how to load the model."""
+"""What a saved folder holds besides weights and configuration, so that any program loads it:
+`auto_map` names classes in a module of one line that imports them from the installed package, and a
+README says how to load the model.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,10 @@ CLASSES = {
 TASKS = {
     "CumulantForCausalLM": ("AutoModelForCausalLM", "text-generation"),
     "CumulantForMaskedLM": ("AutoModelForMaskedLM", "fill-mask"),
-    "CumulantForSequenceClassification": ("AutoModelForSequenceClassification", "text-classification"),
+    "CumulantForSequenceClassification": (
+        "AutoModelForSequenceClassification",
+        "text-classification",
+    ),
     "CumulantForTokenClassification": ("AutoModelForTokenClassification", "token-classification"),
     "CumulantForQuestionAnswering": ("AutoModelForQuestionAnswering", "question-answering"),
 }
@@ -45,8 +50,8 @@ model = {auto}.from_pretrained("{title}")
 tokenizer = AutoTokenizer.from_pretrained("{title}")
 ```
 
-Replace `{title}` by where this folder is. `trust_remote_code=True` runs the one line of `{module}.py`, an import from
-the installed package; nothing else in this folder is code.
+Replace `{title}` by where this folder is. `trust_remote_code=True` runs the one line of
+`{module}.py`, an import from the installed package; nothing else in this folder is code.
 """
 
 
@@ -70,7 +75,10 @@ def write_card(folder: Path, architecture: str, preset: str | None) -> None:
     auto, task = TASKS.get(architecture, ("AutoModel", "feature-extraction"))
     mechanism = "" if preset is None else f" (preset `{preset}`)"
     title = folder.resolve().name
-    _write(folder / "README.md", CARD.format(title=title, auto=auto, task=task, preset=mechanism, module=MODULE))
+    _write(
+        folder / "README.md",
+        CARD.format(title=title, auto=auto, task=task, preset=mechanism, module=MODULE),
+    )
 
 
 def _write(path: Path, text: str) -> None:

@@ -12,18 +12,20 @@ from transformers.cache_utils import Cache
 class CumulantGenerationMixin(GenerationMixin):  # type: ignore[misc]
     """transformers' `generate`, with what is particular to states of fixed size."""
 
-    def _prepare_cache_for_generation(self, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, *args: Any, **kwargs: Any
+    ) -> Any:
         if generation_config.cache_implementation == "quantized":
             raise ValueError(
-                "cache_implementation: 'quantized' cannot hold this model's states, which are kept in full precision; "
-                "use 'dynamic' (the default), 'static' or 'offloaded'"
+                "cache_implementation: 'quantized' cannot hold this model's states, which are kept"
+                " in full precision; use 'dynamic' (the default), 'static' or 'offloaded'"
             )
         return super()._prepare_cache_for_generation(generation_config, *args, **kwargs)
 
     def init_continuous_batching(self, *_: Any, **__: Any) -> Any:
         raise ValueError(
-            "generate_batch: continuous batching keeps keys and values in pages, and these models keep states; "
-            "use generate with a padded batch"
+            "generate_batch: continuous batching keeps keys and values in pages, and these models"
+            " keep states; use generate with a padded batch"
         )
 
     @staticmethod
@@ -44,13 +46,16 @@ class CumulantGenerationMixin(GenerationMixin):  # type: ignore[misc]
         is_first_iteration: bool | None = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """As transformers', with its signature, which `generate` reads; without what `generate` was given for itself
-        and hands on to the model."""
-        if next_sequence_length is not None and next_sequence_length < 1:  # which would read all tokens once more
+        """As transformers', with its signature, which `generate` reads; without what `generate` was
+        given for itself and hands on to the model."""
+        if (
+            next_sequence_length is not None and next_sequence_length < 1
+        ):  # which would read all tokens once more
             seen = input_ids.shape[1] - next_sequence_length
             raise ValueError(
-                f"past_key_values: has seen {seen} tokens and input_ids holds {input_ids.shape[1]}; generation needs "
-                "at least one more: pass it, or read one token less into the cache"
+                f"past_key_values: has seen {seen} tokens and input_ids holds {input_ids.shape[1]};"
+                " generation needs at least one more: pass it, or read one token less into the"
+                " cache"
             )
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(
             input_ids,
@@ -61,4 +66,8 @@ class CumulantGenerationMixin(GenerationMixin):  # type: ignore[misc]
             is_first_iteration=is_first_iteration,
             **kwargs,
         )
-        return {name: value for name, value in inputs.items() if name not in ("tokenizer", "assistant_tokenizer")}
+        return {
+            name: value
+            for name, value in inputs.items()
+            if name not in ("tokenizer", "assistant_tokenizer")
+        }

@@ -1,5 +1,5 @@
-"""Heads for classification, by transformers' own classes: a label for a text (also a reward), a label for each token,
-the span of an answer."""
+"""Heads for classification, by transformers' own classes: a label for a text (also a reward), a
+label for each token, the span of an answer."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from .language_model import CumulantPreTrainedModel
 
 
 class CumulantForSequenceClassification(GenericForSequenceClassification, CumulantPreTrainedModel):  # type: ignore[misc]
-    """Logits ``[B, num_labels]`` from the last token of each row that is not `pad_token_id`. With ``num_labels=1`` a
-    reward model."""
+    """Logits ``[B, num_labels]`` from the last token of each row that is not `pad_token_id`. With
+    ``num_labels=1`` a reward model."""
 
     accepts_loss_kwargs = False  # the loss is the mean over the batch
 

@@ -1,5 +1,5 @@
-"""What programs written for Hugging Face models pass to `forward`: each argument is honoured, or without effect, or
-refused by name. Nothing is swallowed."""
+"""What programs written for Hugging Face models pass to `forward`: each argument is honoured, or
+without effect, or refused by name. Nothing is swallowed."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from .config import CumulantConfig
 
 
 class ClientArguments(TypedDict, total=False):
-    """Further keyword arguments of every model's `forward`. Where nothing else is said, a value that asks for nothing
-    (None, False, all ones, the default) is accepted and any other is refused.
+    """Further keyword arguments of every model's `forward`. Where nothing else is said, a value
+    that asks for nothing (None, False, all ones, the default) is accepted and any other is refused.
 
-    output_attentions, output_router_logits, head_mask: these models have no attention weights, routers, head masks.
+    output_attentions, output_router_logits, head_mask: these models have no attention weights,
+        routers, head masks.
     is_causal: as in the configuration.
     cache_position: ``[T]``, the places of the new tokens behind the cached ones.
     cu_seq_lens_q, cu_seq_lens_k: other names of `cu_seqlens`.
@@ -41,22 +42,37 @@ class ClientArguments(TypedDict, total=False):
 
 
 class CausalArguments(ClientArguments, total=False):
-    """Those of `CumulantForCausalLM`: also ``shift_labels [B, T]``, labels that are shifted already. Not in the
-    signature, where Trainer would take them for the labels of an evaluation."""
+    """Those of `CumulantForCausalLM`: also ``shift_labels [B, T]``, labels that are shifted
+    already. Not in the signature, where Trainer would take them for the labels of an evaluation."""
 
     shift_labels: Tensor | None
 
 
 NAMES = (
-    *("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "labels", "use_cache"),
-    *("output_hidden_states", "cu_seqlens", "seq_idx", "token_type_ids", "logits_to_keep", "shift_labels"),
+    *(
+        "input_ids",
+        "attention_mask",
+        "position_ids",
+        "past_key_values",
+        "inputs_embeds",
+        "labels",
+        "use_cache",
+    ),
+    *(
+        "output_hidden_states",
+        "cu_seqlens",
+        "seq_idx",
+        "token_type_ids",
+        "logits_to_keep",
+        "shift_labels",
+    ),
     *ClientArguments.__annotations__,
 )
 
 
 def require(condition: Tensor, message: str) -> None:
-    """A ValueError unless a condition on tensors' values holds. In a compiled graph, which cannot raise by value, an
-    assertion of the device."""
+    """A ValueError unless a condition on tensors' values holds. In a compiled graph, which cannot
+    raise by value, an assertion of the device."""
     if torch.compiler.is_compiling():
         torch._assert_async(condition, message)
     elif not bool(condition):
@@ -64,19 +80,27 @@ def require(condition: Tensor, message: str) -> None:
 
 
 def check_arguments(given: Mapping[str, Any], config: CumulantConfig) -> None:
-    """Refuse names that no model knows, and values that would change the result and cannot be honoured."""
+    """Refuse names that no model knows, and values that would change the result and cannot be
+    honoured.
+    """
     for name in given:
         if name not in ClientArguments.__annotations__:
             near = difflib.get_close_matches(name, [known for known in NAMES if known != name], 1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise TypeError(f"forward() got an unexpected keyword argument {name!r}{hint}")
-    if given.get("output_attentions") or (given.get("output_attentions") is None and config.output_attentions):
-        raise ValueError("output_attentions: these models form no attention weights to return; leave it out")
+    if given.get("output_attentions") or (
+        given.get("output_attentions") is None and config.output_attentions
+    ):
+        raise ValueError(
+            "output_attentions: these models form no attention weights to return; leave it out"
+        )
     if given.get("output_router_logits"):
         raise ValueError("output_router_logits: these models have no experts; leave it out")
     causal = given.get("is_causal")
     if causal is not None and bool(causal) != config.is_causal:
-        raise ValueError(f"is_causal: the configuration says {config.is_causal}; build the model with another")
+        raise ValueError(
+            f"is_causal: the configuration says {config.is_causal}; build the model with another"
+        )
     head_mask = given.get("head_mask")
     for mask in () if head_mask is None else head_mask:
         if mask is not None:
@@ -88,16 +112,23 @@ def check_tokens(input_ids: Tensor | None, inputs_embeds: Tensor | None, dim: in
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("input_ids: pass either input_ids [B, T] or inputs_embeds [B, T, D]")
     if inputs_embeds is not None and (inputs_embeds.dim() != 3 or inputs_embeds.shape[2] != dim):
-        raise ValueError(f"inputs_embeds: expected [B, T, D] with D={dim}, got {list(inputs_embeds.shape)}")
+        raise ValueError(
+            f"inputs_embeds: expected [B, T, D] with D={dim}, got {list(inputs_embeds.shape)}"
+        )
     if input_ids is None:
         return
     if not isinstance(input_ids, Tensor):
-        raise TypeError(f"input_ids: expected a tensor [B, T], got {type(input_ids).__name__}; try torch.tensor(...)")
+        raise TypeError(
+            f"input_ids: expected a tensor [B, T], got {type(input_ids).__name__}; try"
+            " torch.tensor(...)"
+        )
     if input_ids.dim() != 2:
         hint = "; one text is a batch of one, input_ids[None]" if input_ids.dim() == 1 else ""
         raise ValueError(f"input_ids: expected [B, T], got {list(input_ids.shape)}{hint}")
     if input_ids.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"input_ids: expected int64 or int32, got {input_ids.dtype}; try input_ids.long()")
+        raise TypeError(
+            f"input_ids: expected int64 or int32, got {input_ids.dtype}; try input_ids.long()"
+        )
 
 
 def check_token_types(token_type_ids: Tensor | None) -> None:
@@ -116,28 +147,39 @@ def check_cache_position(cache_position: Tensor | None, past: int, length: int) 
         return
     expected = torch.arange(past, past + length, device=cache_position.device)
     last = past + length - 1
-    message = f"cache_position: expected [T] = {past} to {last}, behind the {past} cached positions; leave it out"
+    message = (
+        f"cache_position: expected [T] = {past} to {last}, behind the {past} cached positions;"
+        " leave it out"
+    )
     if cache_position.shape != expected.shape:
         raise ValueError(message)
     require((cache_position == expected).all(), message)
 
 
-def split_mask(attention_mask: Tensor | None, x: Tensor, past: int) -> tuple[Tensor | None, Tensor | None]:
-    """Masks of the new tokens ``[B, T]`` and of the cached ones ``[B, S]``; None where all positions are tokens."""
+def split_mask(
+    attention_mask: Tensor | None, x: Tensor, past: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """Masks of the new tokens ``[B, T]`` and of the cached ones ``[B, S]``; None where all
+    positions are tokens.
+    """
     if attention_mask is None:
         return None, None
     B, T = x.shape[:2]
-    if attention_mask.dim() != 2 or attention_mask.shape[0] != B or attention_mask.shape[1] != past + T:
+    if (
+        attention_mask.dim() != 2
+        or attention_mask.shape[0] != B
+        or attention_mask.shape[1] != past + T
+    ):
         raise ValueError(
-            f"attention_mask: expected [B, S + T] = [{B}, {past + T}], {past} cached positions and {T} new ones, "
-            f"got {list(attention_mask.shape)}"
+            f"attention_mask: expected [B, S + T] = [{B}, {past + T}], {past} cached positions and"
+            f" {T} new ones, got {list(attention_mask.shape)}"
         )
     mask = attention_mask.bool()
     if attention_mask.dtype != torch.bool:
         require(
             (attention_mask == mask).all(),
-            "attention_mask: expected 1 for tokens and 0 for padding, got other numbers; documents in one row are "
-            "marked by position_ids, seq_idx or cu_seqlens",
+            "attention_mask: expected 1 for tokens and 0 for padding, got other numbers; documents"
+            " in one row are marked by position_ids, seq_idx or cu_seqlens",
         )
     if not torch.compiler.is_compiling() and bool(mask.all()):
         return None, None
@@ -155,19 +197,25 @@ def places(
     cu_seqlens: Tensor | None,
     count_padding: bool,
 ) -> Tensor:
-    """Place of each new token in its text, ``[T]`` or ``[B, T]``: padding takes none, unless it counts."""
+    """Place of each new token in its text, ``[T]`` or ``[B, T]``: padding takes none, unless it
+    counts.
+    """
     T = x.shape[1]
     if cu_seqlens is not None:
         return offsets(T, cu_seqlens)
-    place = torch.arange(T, device=x.device) if key_mask is None or count_padding else key_mask.cumsum(1) - 1
+    place = (
+        torch.arange(T, device=x.device)
+        if key_mask is None or count_padding
+        else key_mask.cumsum(1) - 1
+    )
     if past_mask is None or count_padding:
         return place + past
     return place + past_mask.sum(1, keepdim=True)
 
 
 def select_logits(hidden: Tensor, keep: int | Tensor) -> Tensor:
-    """The hidden states whose logits are asked for, of ``[B, T, D]``: the last so many (0: all); the places ``[n]``, or
-    ``[B, n]`` of each row; or where ``[B, T]`` is true, as ``[n, D]``."""
+    """The hidden states whose logits are asked for, of ``[B, T, D]``: the last so many (0: all);
+    the places ``[n]``, or ``[B, n]`` of each row; or where ``[B, T]`` is true, as ``[n, D]``."""
     if not isinstance(keep, Tensor):
         return hidden[:, -keep:] if keep else hidden
     if keep.dtype == torch.bool:
@@ -181,6 +229,6 @@ def check_labels(labels: Tensor, logits: Tensor) -> None:
     """A label for each of the logits."""
     if labels.dim() != 2 or labels.shape != logits.shape[:-1]:
         raise ValueError(
-            f"labels: expected {list(logits.shape[:-1])}, one for each of the logits, got {list(labels.shape)}; with "
-            "logits_to_keep pass the labels of those places, or none"
+            f"labels: expected {list(logits.shape[:-1])}, one for each of the logits, got"
+            f" {list(labels.shape)}; with logits_to_keep pass the labels of those places, or none"
         )

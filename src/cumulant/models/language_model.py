@@ -1,4 +1,6 @@
-"""The language model: embedding, depth × (mixer, feed-forward), norm, logits, as a Hugging Face model."""
+"""The language model: embedding, depth × (mixer, feed-forward), norm, logits, as a Hugging Face
+model.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +58,9 @@ class CumulantBlock(GradientCheckpointingLayer):  # type: ignore[misc]
 
     def __init__(self, config: CumulantConfig, layer: int):
         super().__init__()
-        self.mixer_norm = make_norm(config.norm, config.hidden_size, config.norm_eps, affine=config.norm_affine)
+        self.mixer_norm = make_norm(
+            config.norm, config.hidden_size, config.norm_eps, affine=config.norm_affine
+        )
         self.mixer = build_mixer(config, layer)
         self.dropout = nn.Dropout(config.dropout)
         projections: list[Any] = [self.mixer.out_proj]
@@ -98,7 +102,11 @@ class CumulantBlock(GradientCheckpointingLayer):  # type: ignore[misc]
         x = x + self.dropout(h)
         if self.feed_forward is not None:
             fed = step(self, x, emit=CumulantBlock.emit_feed_forward)
-            x = x + self.dropout(self.feed_forward(self.feed_forward_norm(x))) if fed is None else fed[0]
+            x = (
+                x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
+                if fed is None
+                else fed[0]
+            )
         return x
 
     def state_after(self, x: Tensor, key_mask: Tensor | None, state: Any) -> Any:
@@ -129,14 +137,20 @@ class CumulantPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
-        """Nothing to do: every saved folder is loadable so already. Subclasses outside of Cumulant are registered."""
+        """Nothing to do: every saved folder is loadable so already. Subclasses outside of Cumulant
+        are registered.
+        """
         if not cls.__module__.startswith("cumulant."):
             super().register_for_auto_class(auto_class)
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Normal weights; those of projections into the residual stream smaller, as depth adds them up."""
+        """Normal weights; those of projections into the residual stream smaller, as depth adds them
+        up.
+        """
         if getattr(module, "writes_residual", False):
-            std = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers * self.config.wraps)
+            std = self.config.initializer_range / math.sqrt(
+                2 * self.config.num_hidden_layers * self.config.wraps
+            )
             init.normal_(module.weight, std=std)
             if module.bias is not None:
                 init.zeros_(module.bias)
@@ -164,9 +178,14 @@ class CumulantModel(CumulantPreTrainedModel):
     def __init__(self, config: CumulantConfig):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(CumulantBlock(config, i) for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(
+            CumulantBlock(config, i) for i in range(config.num_hidden_layers)
+        )
         self.norm = make_norm(
-            config.final_norm or config.norm, config.hidden_size, config.norm_eps, affine=config.norm_affine
+            config.final_norm or config.norm,
+            config.hidden_size,
+            config.norm_eps,
+            affine=config.norm_affine,
         )
         self.wrap_bias: nn.Parameter | None = None
         if config.wraps > 1:
@@ -202,17 +221,29 @@ class CumulantModel(CumulantPreTrainedModel):
             past_key_values, past = prepare_cache(past_key_values, self.config, T)
         check_cache_position(kwargs.get("cache_position"), past, T)
         key_mask, past_mask = split_mask(attention_mask, x, past)
-        marks = Marks.read(kwargs, position_ids=position_ids, seq_idx=seq_idx, cu_seqlens=cu_seqlens)
+        marks = Marks.read(
+            kwargs, position_ids=position_ids, seq_idx=seq_idx, cu_seqlens=cu_seqlens
+        )
         documents = find_documents(
-            marks, B, T, key_mask, absolute=self.config.counts_positions, past=past, past_mask=past_mask
+            marks,
+            B,
+            T,
+            key_mask,
+            absolute=self.config.counts_positions,
+            past=past,
+            past_mask=past_mask,
         )
         cu_seqlens = None
         if documents is not None:
             if past_key_values is not None:
-                raise ValueError("past_key_values: packed documents have no single state; leave the cache out")
+                raise ValueError(
+                    "past_key_values: packed documents have no single state; leave the cache out"
+                )
             x, key_mask, cu_seqlens = documents.flatten(x), None, documents.cu_seqlens
         if use_cache is None:
-            use_cache = self.config.use_cache and not self.training and not torch.compiler.is_exporting()
+            use_cache = (
+                self.config.use_cache and not self.training and not torch.compiler.is_exporting()
+            )
         if documents is not None or not self.config.is_causal:
             use_cache = False
         if self.training and self.layers[0].gradient_checkpointing:
@@ -222,7 +253,11 @@ class CumulantModel(CumulantPreTrainedModel):
         if self.position is not None:
             place = places(x, past, key_mask, past_mask, cu_seqlens, self.config.count_padding)
             x = x + self.position(place).to(x.dtype)
-        keep = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        keep = (
+            self.config.output_hidden_states
+            if output_hidden_states is None
+            else output_hidden_states
+        )
         hidden = self._run(x, key_mask, cu_seqlens, past_key_values, past_mask, past, bool(keep))
         if documents is not None:
             hidden = [documents.restore(h, B, T) for h in hidden]
@@ -241,8 +276,9 @@ class CumulantModel(CumulantPreTrainedModel):
             x: Tensor = self.embed_tokens(input_ids)
         except IndexError as error:
             raise ValueError(
-                f"input_ids: expected ids from 0 to vocab_size - 1 = {self.config.vocab_size - 1}, got "
-                f"{int(input_ids.min())} to {int(input_ids.max())}; is the tokenizer the model's?"
+                f"input_ids: expected ids from 0 to vocab_size - 1 = {self.config.vocab_size - 1},"
+                f" got {int(input_ids.min())} to {int(input_ids.max())}; is the tokenizer the"
+                " model's?"
             ) from error
         return x
 
@@ -256,10 +292,14 @@ class CumulantModel(CumulantPreTrainedModel):
         past: int,
         keep: bool,
     ) -> list[Tensor]:
-        """The normed output; before it, if asked to `keep` them, the residual stream before each run of a block."""
+        """The normed output; before it, if asked to `keep` them, the residual stream before each
+        run of a block.
+        """
         x = self.dropout(x)
         hidden = []
-        depth = self.config.num_hidden_layers  # fewer than there are while early layers draft (assistant_early_exit)
+        depth = (
+            self.config.num_hidden_layers
+        )  # fewer than there are while early layers draft (assistant_early_exit)
         for wrap in range(self.config.wraps):
             if self.wrap_bias is not None:
                 x = x + self.wrap_bias[wrap].to(x.dtype)
@@ -279,7 +319,9 @@ class CumulantModel(CumulantPreTrainedModel):
 
 
 class CumulantWithLogits(CumulantPreTrainedModel):
-    """The stack and its logits; embedding and logits share their matrix unless the configuration says otherwise."""
+    """The stack and its logits; embedding and logits share their matrix unless the configuration
+    says otherwise.
+    """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 (the base class's convention)
 
@@ -289,7 +331,11 @@ class CumulantWithLogits(CumulantPreTrainedModel):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.logits_bias)
         if config.tie_word_embeddings:
             self._keys_to_ignore_on_save = ["lm_head.weight"]
-        self.logit_ffn = None if config.logit_ffn is None else LogitFeedForward(config.vocab_size, config.logit_ffn)
+        self.logit_ffn = (
+            None
+            if config.logit_ffn is None
+            else LogitFeedForward(config.vocab_size, config.logit_ffn)
+        )
         self.post_init()
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -299,11 +345,16 @@ class CumulantWithLogits(CumulantPreTrainedModel):
 
 
 class CumulantForCausalLM(CumulantWithLogits, CumulantGenerationMixin):
-    """The language model; `generate`, `save_pretrained`, `Trainer`, `AutoModelForCausalLM` work as with any other."""
+    """The language model; `generate`, `save_pretrained`, `Trainer`, `AutoModelForCausalLM` work as
+    with any other.
+    """
 
     def __init__(self, config: CumulantConfig):
         if not config.is_causal:
-            raise ValueError("is_causal: a causal language model cannot see later tokens; use CumulantForMaskedLM")
+            raise ValueError(
+                "is_causal: a causal language model cannot see later tokens; use"
+                " CumulantForMaskedLM"
+            )
         super().__init__(config)
 
     @can_return_tuple  # type: ignore[untyped-decorator]
@@ -327,23 +378,24 @@ class CumulantForCausalLM(CumulantWithLogits, CumulantGenerationMixin):
 
         Args:
             input_ids: ``[B, T]``; with a cache, any number of new tokens.
-            attention_mask: ``[B, T]``, with a cache ``[B, S + T]``; 0 marks padding, on either side. None: no padding,
-                in the cache neither.
-            position_ids: ``[B, T]``, only to mark documents: positions rise by one in a document, and a smaller one
-                begins the next. None sees another.
+            attention_mask: ``[B, T]``, with a cache ``[B, S + T]``; 0 marks padding, on either
+                side. None: no padding, in the cache neither.
+            position_ids: ``[B, T]``, only to mark documents: positions rise by one in a document,
+                and a smaller one begins the next. None sees another.
             past_key_values: cache of earlier tokens, from a call with ``use_cache=True`` or
                 ``transformers.DynamicCache(config=model.config)``.
             inputs_embeds: ``[B, T, D]`` in place of `input_ids`.
-            labels: ``[B, T]``, as `input_ids`; -100 is left out, and so is the first token of a packed document.
-                Shifted here.
+            labels: ``[B, T]``, as `input_ids`; -100 is left out, and so is the first token of a
+                packed document. Shifted here.
             use_cache: return the cache; by default when neither training nor exporting.
-            output_hidden_states: return the residual stream after the embedding and after each run of a block.
-            cu_seqlens: ``[N + 1]`` offsets of documents packed end to end in one row (B = 1), in place of
-                `position_ids`.
+            output_hidden_states: return the residual stream after the embedding and after each run
+                of a block.
+            cu_seqlens: ``[N + 1]`` offsets of documents packed end to end in one row (B = 1), in
+                place of `position_ids`.
             seq_idx: ``[B, T]``, a number for each document, in place of `position_ids`.
             token_type_ids: zeros.
-            logits_to_keep: compute only the last so many logits (0: all), or those at places ``[n]`` or ``[B, n]``, or
-                where ``[B, T]`` is true.
+            logits_to_keep: compute only the last so many logits (0: all), or those at places
+                ``[n]`` or ``[B, n]``, or where ``[B, T]`` is true.
             kwargs: `CausalArguments`, that other models take too.
 
         Raises:
@@ -369,7 +421,9 @@ class CumulantForCausalLM(CumulantWithLogits, CumulantGenerationMixin):
         loss, items = None, kwargs.get("num_items_in_batch")
         if labels is not None:
             check_labels(labels, logits)
-            marks = Marks.read(kwargs, position_ids=position_ids, seq_idx=seq_idx, cu_seqlens=cu_seqlens)
+            marks = Marks.read(
+                kwargs, position_ids=position_ids, seq_idx=seq_idx, cu_seqlens=cu_seqlens
+            )
             labels, items = leave_out_first(labels, marks, attention_mask, hidden.shape[1], items)
         if labels is not None or shift_labels is not None:
             loss = self.loss_function(

@@ -17,18 +17,20 @@ if TYPE_CHECKING:
 
 
 class CumulantForMaskedLM(CumulantWithLogits):
-    """Masked language model of mixers that see both ways; `Trainer`, `save_pretrained`, `AutoModelForMaskedLM` work as
-    with any other.
+    """Masked language model of mixers that see both ways; `Trainer`, `save_pretrained`,
+    `AutoModelForMaskedLM` work as with any other.
 
     >>> from cumulant.models import from_preset
-    >>> config = from_preset("flash", is_causal=False, vocab_size=300, hidden_size=64, num_hidden_layers=2)
+    >>> config = from_preset("flash", is_causal=False, vocab_size=300, num_hidden_layers=2)
     >>> CumulantForMaskedLM(config)(torch.randint(300, (1, 10))).logits.shape
     torch.Size([1, 10, 300])
     """
 
     def __init__(self, config: CumulantConfig):
         if config.is_causal:
-            raise ValueError("is_causal: an encoder sees later tokens; give the configuration is_causal=False")
+            raise ValueError(
+                "is_causal: an encoder sees later tokens; give the configuration is_causal=False"
+            )
         super().__init__(config)
 
     @can_return_tuple  # type: ignore[untyped-decorator]
@@ -52,8 +54,10 @@ class CumulantForMaskedLM(CumulantWithLogits):
             attention_mask: ``[B, T]``; 0 marks padding, anywhere: it does not exist for the others.
             inputs_embeds: ``[B, T, D]`` in place of `input_ids`.
             labels: ``[B, T]``, the token expected at each place; -100 is left out.
-            output_hidden_states: return the residual stream after the embedding and after each block.
-            position_ids, seq_idx, cu_seqlens: marks of packed texts, see `CumulantForCausalLM.forward`.
+            output_hidden_states: return the residual stream after the embedding and after each
+                block.
+            position_ids, seq_idx, cu_seqlens: marks of packed texts, see
+                `CumulantForCausalLM.forward`.
             token_type_ids: zeros.
             kwargs: `ClientArguments`, that other models take too.
         """

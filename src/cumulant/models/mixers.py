@@ -32,9 +32,13 @@ def build_mixer(config: CumulantConfig, layer: int) -> nn.Module:
         "rotary_base": config.rotary_base,
     }
     if name == "softmax":
-        return SoftmaxAttention(dim, heads, head_dim=config.head_dim, is_causal=config.is_causal, **shared)
+        return SoftmaxAttention(
+            dim, heads, head_dim=config.head_dim, is_causal=config.is_causal, **shared
+        )
     if name == "sliding_window":
-        return SlidingWindowAttention(dim, heads, head_dim=config.head_dim, window=config.sliding_window, **shared)
+        return SlidingWindowAttention(
+            dim, heads, head_dim=config.head_dim, window=config.sliding_window, **shared
+        )
     shared |= {
         "is_causal": config.is_causal,
         "value_dim": config.head_dim,
@@ -44,7 +48,9 @@ def build_mixer(config: CumulantConfig, layer: int) -> nn.Module:
         "qk_norm": config.qk_norm,
     }
     if name == "linear":
-        return LinearAttention(dim, heads, head_dim=config.head_dim, feature_map=config.feature_map, **shared)
+        return LinearAttention(
+            dim, heads, head_dim=config.head_dim, feature_map=config.feature_map, **shared
+        )
     return TaylorAttention(
         dim,
         heads,

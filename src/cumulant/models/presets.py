@@ -21,7 +21,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         "position_embedding": "scaled_sinusoidal",
         "token_shift": True,
     },
-    "elita": {"mixers": ["elita"], "feed_forward": "elita", "norm": "layernorm", "norm_affine": False},
+    "elita": {
+        "mixers": ["elita"],
+        "feed_forward": "elita",
+        "norm": "layernorm",
+        "norm_affine": False,
+    },
 }
 
 

@@ -14,17 +14,24 @@ from ..nn.checks import check_dtype, check_tensor
 MIXERS = ("taylor", "linear", "softmax", "none")
 
 
-def sincos_2d(height: int, width: int, dim: int, *, device: torch.device, base: float = 10000.0) -> Tensor:
-    """Fixed positions ``[height · width, dim]``: sines and cosines of the column, then of the row, at ``dim / 4``
-    frequencies from 1 to 1 / base in equal ratios (Beyer et al. 2022, "Better plain ViT baselines")."""
+def sincos_2d(
+    height: int, width: int, dim: int, *, device: torch.device, base: float = 10000.0
+) -> Tensor:
+    """Fixed positions ``[height · width, dim]``: sines and cosines of the column, then of the row,
+    at ``dim / 4`` frequencies from 1 to 1 / base in equal ratios (Beyer et al. 2022, "Better plain
+    ViT baselines").
+    """
     frequency = base ** -(torch.arange(dim // 4, device=device) / (dim // 4 - 1))
-    row, column = torch.meshgrid(torch.arange(height, device=device), torch.arange(width, device=device), indexing="ij")
+    row, column = torch.meshgrid(
+        torch.arange(height, device=device), torch.arange(width, device=device), indexing="ij"
+    )
     x, y = column.flatten()[:, None] * frequency, row.flatten()[:, None] * frequency
     return torch.cat((x.sin(), x.cos(), y.sin(), y.cos()), 1)
 
 
 class ConvFeedForward(nn.Module):
-    """``W_out h(W_mid (conv(h(W_in x))))`` with h = hardswish and a depthwise convolution over the image.
+    """``W_out h(W_mid (conv(h(W_in x))))`` with h = hardswish and a depthwise convolution over the
+    image.
 
     Args:
         dim: channels D.
@@ -46,7 +53,9 @@ class ConvFeedForward(nn.Module):
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """``x [B, N, D]``, the N tokens of an image of ``grid`` patches, row by row."""
         h = F.hardswish(self.in_proj(x))
-        h = self.conv(h.mT.unflatten(2, grid)).flatten(2).mT  # views: the memory stays tokens by channels
+        h = (
+            self.conv(h.mT.unflatten(2, grid)).flatten(2).mT
+        )  # views: the memory stays tokens by channels
         h = self.dropout(F.hardswish(self.mid_proj(h)))
         y: Tensor = self.dropout(self.out_proj(h))
         return y
@@ -70,11 +79,12 @@ class Block(nn.Module):
 
 
 class TaylorViT(nn.Module):
-    """Image classifier: patches, 2-D sin-cos positions, depth × (bidirectional Taylor attention, convolutional
-    feed-forward), mean pooling, logits. Time and memory are linear in the number of patches.
+    """Image classifier: patches, 2-D sin-cos positions, depth × (bidirectional Taylor attention,
+    convolutional feed-forward), mean pooling, logits. Time and memory are linear in the number of
+    patches.
 
-    Takes images of any size that the patches divide. The architecture is that of taylor-series-linear-attention's
-    `ViT`; `cumulant.interop.from_taylor_series` loads its weights.
+    Takes images of any size that the patches divide. The architecture is that of
+    taylor-series-linear-attention's `ViT`; `cumulant.interop.from_taylor_series` loads its weights.
 
     Args:
         patch_size: height and width of a patch, a number or a pair.
@@ -84,7 +94,8 @@ class TaylorViT(nn.Module):
         num_heads: attention heads H.
         head_dim: dim of queries, keys and values of a head.
         channels: channels of the images.
-        patch_norm: LayerNorm of a patch's numbers, which hides its brightness; leave out for patches of few pixels.
+        patch_norm: LayerNorm of a patch's numbers, which hides its brightness; leave out for
+            patches of few pixels.
         ff_mult: hidden dim of the feed-forward in multiples of D.
         kernel_size: of the feed-forward's depthwise convolution; 1: it mixes no positions.
         dropout: of attention outputs and in the feed-forward.
@@ -116,31 +127,54 @@ class TaylorViT(nn.Module):
             raise ValueError(f"mixer: expected one of {', '.join(MIXERS)}, got {mixer!r}")
         if dim < 8 or dim % 4:
             raise ValueError(f"dim: expected a multiple of 4, at least 8, got {dim}")
-        self.patch_size = (patch_size, patch_size) if isinstance(patch_size, int) else tuple(patch_size)
+        self.patch_size = (
+            (patch_size, patch_size) if isinstance(patch_size, int) else tuple(patch_size)
+        )
         if len(self.patch_size) != 2 or min(self.patch_size) < 1:
-            raise ValueError(f"patch_size: expected a positive number or a pair of them, got {patch_size}")
+            raise ValueError(
+                f"patch_size: expected a positive number or a pair of them, got {patch_size}"
+            )
         self.channels = channels
         size = self.patch_size[0] * self.patch_size[1] * channels
         if patch_norm and size == 1:
-            raise ValueError("patch_norm: normalising a patch of one number leaves nothing of it; use patch_norm=False")
+            raise ValueError(
+                "patch_norm: normalising a patch of one number leaves nothing of it; use"
+                " patch_norm=False"
+            )
         norm = nn.LayerNorm(size) if patch_norm else nn.Identity()
         self.embed = nn.Sequential(norm, nn.Linear(size, dim), nn.LayerNorm(dim))
         self.dropout = nn.Dropout(embedding_dropout)
         attention: dict[str, Callable[[], nn.Module | None]] = {
             "taylor": lambda: TaylorAttention(
-                dim, num_heads, head_dim=head_dim, value_dim=head_dim, order=order, is_causal=False, dropout=dropout
+                dim,
+                num_heads,
+                head_dim=head_dim,
+                value_dim=head_dim,
+                order=order,
+                is_causal=False,
+                dropout=dropout,
             ),
             "linear": lambda: LinearAttention(
-                dim, num_heads, head_dim=head_dim, value_dim=head_dim, is_causal=False, dropout=dropout
+                dim,
+                num_heads,
+                head_dim=head_dim,
+                value_dim=head_dim,
+                is_causal=False,
+                dropout=dropout,
             ),
             "softmax": lambda: nn.Sequential(
-                SoftmaxAttention(dim, num_heads, head_dim=head_dim, is_causal=False), nn.Dropout(dropout)
+                SoftmaxAttention(dim, num_heads, head_dim=head_dim, is_causal=False),
+                nn.Dropout(dropout),
             ),
             "none": lambda: None,
         }
         hidden = round(dim * ff_mult)
         self.layers = nn.ModuleList(
-            Block(dim, attention[mixer](), ConvFeedForward(dim, hidden, kernel_size=kernel_size, dropout=dropout))
+            Block(
+                dim,
+                attention[mixer](),
+                ConvFeedForward(dim, hidden, kernel_size=kernel_size, dropout=dropout),
+            )
             for _ in range(depth)
         )
         self.norm = nn.LayerNorm(dim)
@@ -159,7 +193,8 @@ class TaylorViT(nn.Module):
             or not all(images.shape[2:])
         ):
             raise ValueError(
-                f"images: expected {letters} with H a multiple of {ph} and W of {pw}, got {list(images.shape)}"
+                f"images: expected {letters} with H a multiple of {ph} and W of {pw}, got"
+                f" {list(images.shape)}"
             )
         check_dtype(images, self.embed[1], letters, "images")
         patches = images.unflatten(3, (-1, pw)).unflatten(2, (-1, ph))  # [B, c, h, ph, w, pw]

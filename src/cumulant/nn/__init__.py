@@ -3,11 +3,13 @@
     y = mixer(x, key_mask=None, cu_seqlens=None)
     y, state = mixer(x, key_mask=None, state=None, return_state=True)
 
-``x [B, T, D]``; ``key_mask [B, T]`` bool, True where there is a token: masked positions count for nothing, wherever
-they stand, and come out as zeros; ``cu_seqlens [N + 1]`` offsets of sequences packed end to end in one row (B = 1). A
-state continues the sequence: whole = any split = one token at a time.
+``x [B, T, D]``; ``key_mask [B, T]`` bool, True where there is a token: masked positions count for
+nothing, wherever they stand, and come out as zeros; ``cu_seqlens [N + 1]`` offsets of sequences
+packed end to end in one row (B = 1). A state continues the sequence: whole = any split = one token
+at a time.
 
-`LinearAttention` and `TaylorAttention` with ``is_causal=False`` attend in both directions, and across::
+`LinearAttention` and `TaylorAttention` with ``is_causal=False`` attend in both directions, and
+across::
 
     y = mixer(x, context=context, context_mask=context_mask)
     state = mixer.encode_context(context)      # once

@@ -11,9 +11,11 @@ from .checks import check_floats, check_tensor
 
 
 class ChannelFirst(nn.Module):
-    """Runs a mixer over every position of ``[B, D, H, W]``, ``[B, D, T, H, W]`` or any ``[B, D, ...]``.
+    """Runs a mixer over every position of ``[B, D, H, W]``, ``[B, D, T, H, W]`` or any
+    ``[B, D, ...]``.
 
-    Positions are read row by row (the last dimension runs fastest), as one sequence of tokens ``[B, T·H·W, D]``.
+    Positions are read row by row (the last dimension runs fastest), as one sequence of tokens
+    ``[B, T·H·W, D]``.
 
     Args:
         module: a mixer of the protocol in `cumulant.nn`, ``[B, N, D] -> [B, N, D']``.
@@ -22,7 +24,9 @@ class ChannelFirst(nn.Module):
     def __init__(self, module: nn.Module):
         super().__init__()
         if not isinstance(module, nn.Module):
-            raise TypeError(f"module: expected a mixer, a torch.nn.Module, got {type(module).__name__}")
+            raise TypeError(
+                f"module: expected a mixer, a torch.nn.Module, got {type(module).__name__}"
+            )
         self.module = module
 
     def forward(
@@ -33,8 +37,10 @@ class ChannelFirst(nn.Module):
         context: Tensor | None = None,
         context_mask: Tensor | None = None,
     ) -> Tensor:
-        """``x [B, D, ...]`` -> ``[B, D', ...]``; `key_mask` ``[B, ...]`` bool, True where there is something to see;
-        `context` ``[B, S, D_c]`` and `context_mask` ``[B, S]`` are tokens, as the mixer takes them."""
+        """``x [B, D, ...]`` -> ``[B, D', ...]``; `key_mask` ``[B, ...]`` bool, True where there is
+        something to see; `context` ``[B, S, D_c]`` and `context_mask` ``[B, S]`` are tokens, as the
+        mixer takes them.
+        """
         self._check(x)
         shape = x.shape[2:]
         options = {"key_mask": key_mask, "context": context, "context_mask": context_mask}
@@ -43,11 +49,14 @@ class ChannelFirst(nn.Module):
         if key_mask is not None:
             check_tensor(key_mask, "[B, ...]", "key_mask")
             if key_mask.shape != (x.shape[0], *shape):
-                raise ValueError(f"key_mask: expected [B, ...] = {[x.shape[0], *shape]}, got {list(key_mask.shape)}")
+                raise ValueError(
+                    f"key_mask: expected [B, ...] = {[x.shape[0], *shape]}, got"
+                    f" {list(key_mask.shape)}"
+                )
             if key_mask.dtype != torch.bool:
                 raise TypeError(
-                    f"key_mask: expected a boolean tensor [B, ...], True = attend, got {key_mask.dtype}; "
-                    "try key_mask.bool()"
+                    "key_mask: expected a boolean tensor [B, ...], True = attend, got"
+                    f" {key_mask.dtype}; try key_mask.bool()"
                 )
             given["key_mask"] = key_mask.flatten(1)
         y: Tensor = self.module(x.flatten(2).mT, **given)
@@ -58,7 +67,10 @@ class ChannelFirst(nn.Module):
         """Before the mixer, whose messages know of tokens alone."""
         check_floats(x, "[B, D, ...]")
         if x.dim() < 3:
-            raise ValueError(f"x: expected [B, D, ...] with at least one dimension of positions, got {list(x.shape)}")
+            raise ValueError(
+                "x: expected [B, D, ...] with at least one dimension of positions, got"
+                f" {list(x.shape)}"
+            )
         dim = getattr(self.module, "dim", None)
         if isinstance(dim, int) and x.shape[1] != dim:
             hint = "; channels come second, try x.movedim(-1, 1)" if x.shape[-1] == dim else ""

@@ -1,4 +1,6 @@
-"""What modules check of their inputs and states. Errors name the argument, what was expected, what came, and a fix."""
+"""What modules check of their inputs and states. Errors name the argument, what was expected, what
+came, and a fix.
+"""
 
 from __future__ import annotations
 
@@ -37,43 +39,60 @@ def check_tensor(x: object, letters: str, name: str = "x") -> None:
 def check_floats(x: object, letters: str, name: str = "x") -> None:
     """A tensor of the dtypes that modules work in."""
     check_tensor(x, letters, name)
-    if x.dtype not in FLOATS:  # type: ignore[attr-defined]
+    dtype = x.dtype  # type: ignore[attr-defined]
+    if dtype not in FLOATS:
         raise TypeError(
-            f"{name}: expected {letters} in fp16, bf16, fp32 or fp64, got {x.dtype}; embed or convert it first"  # type: ignore[attr-defined]
+            f"{name}: expected {letters} in fp16, bf16, fp32 or fp64, got {dtype};"
+            " embed or convert it first"
         )
 
 
 def check_dtype(x: Tensor, layer: nn.Module, letters: str, name: str = "x") -> None:
     """Numbers that `layer` can multiply."""
     check_floats(x, letters, name)
-    weight = getattr(layer, "weight", None)  # quantised ones, of any other type, convert what they read
+    weight = getattr(
+        layer, "weight", None
+    )  # quantised ones, of any other type, convert what they read
     if not isinstance(weight, Tensor) or weight.dtype not in FLOATS or weight.dtype == x.dtype:
         return
     if not torch.is_autocast_enabled(x.device.type):
         raise TypeError(
-            f"{name}: expected {weight.dtype}, as the module's weights, got {x.dtype}; convert with "
-            f"{name}.to({weight.dtype}), or run under torch.autocast"
+            f"{name}: expected {weight.dtype}, as the module's weights, got {x.dtype}; convert with"
+            f" {name}.to({weight.dtype}), or run under torch.autocast"
         )
 
 
-def check_features(x: Tensor, layer: nn.Module, dim: int, letters: str = "[B, T, D]", name: str = "x") -> None:
-    """``x [B, T, D]`` (or ``[..., D]``) is a tensor of numbers that `layer`, the first to read it, can multiply."""
+def check_features(
+    x: Tensor, layer: nn.Module, dim: int, letters: str = "[B, T, D]", name: str = "x"
+) -> None:
+    """``x [B, T, D]`` (or ``[..., D]``) is a tensor of numbers that `layer`, the first to read it,
+    can multiply.
+    """
     check_tensor(x, letters, name)
     if x.dim() == 0 or x.shape[-1] != dim or ("..." not in letters and x.dim() != 3):
-        raise ValueError(f"{name}: expected {letters} with {letters[-2]}={dim}, got {list(x.shape)}")
+        raise ValueError(
+            f"{name}: expected {letters} with {letters[-2]}={dim}, got {list(x.shape)}"
+        )
     check_dtype(x, layer, letters, name)
 
 
 def check_places(position: object, letters: str = "[T] or [B, T]", name: str = "position") -> None:
     """Positions are numbers, whole ones as a rule."""
     check_tensor(position, letters, name)
-    if position.dtype == torch.bool or position.is_complex():  # type: ignore[attr-defined]
-        hint = "; positions of a mask's tokens are mask.cumsum(-1) - 1" if position.dtype == torch.bool else ""  # type: ignore[attr-defined]
-        raise TypeError(f"{name}: expected {letters} of numbers, got {position.dtype}{hint}")  # type: ignore[attr-defined]
+    dtype = position.dtype  # type: ignore[attr-defined]
+    if dtype == torch.bool or dtype.is_complex:
+        mask = dtype == torch.bool
+        hint = "; positions of a mask's tokens are mask.cumsum(-1) - 1" if mask else ""
+        raise TypeError(f"{name}: expected {letters} of numbers, got {dtype}{hint}")
 
 
 def check_input(
-    x: Tensor, layer: nn.Module, dim: int, key_mask: Tensor | None, cu_seqlens: Tensor | None, has_state: bool
+    x: Tensor,
+    layer: nn.Module,
+    dim: int,
+    key_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    has_state: bool,
 ) -> None:
     """The arguments that every mixer takes; `layer`: its first linear layer."""
     check_features(x, layer, dim)
@@ -94,15 +113,22 @@ def check_state(state: State | None, kind: type[State], x: Tensor) -> None:
     if state is None:
         return
     if not isinstance(state, kind):
-        raise TypeError(f"state: expected a {kind.__name__} from return_state=True, got {type(state).__name__}")
+        raise TypeError(
+            f"state: expected a {kind.__name__} from return_state=True, got {type(state).__name__}"
+        )
     position, rows = getattr(state, "position", None), x.shape[0]
     found = position.shape[0] if isinstance(position, Tensor) and position.dim() == 1 else rows
     if found != rows:
-        raise ValueError(f"state: expected {rows} rows, as x has, got {found}; choose rows with state.select(index)")
+        raise ValueError(
+            f"state: expected {rows} rows, as x has, got {found}; choose rows with"
+            " state.select(index)"
+        )
     check_position(position, rows, x.device)
 
 
-def check_like(part: object, expected: str, letters: str, shape: tuple[int, ...], x: Tensor, reason: str = "") -> None:
+def check_like(
+    part: object, expected: str, letters: str, shape: tuple[int, ...], x: Tensor, reason: str = ""
+) -> None:
     """Numbers of this shape, where x is. expected: how the message begins."""
     if not isinstance(part, Tensor) or tuple(part.shape) != shape:
         raise ValueError(f"{expected} {letters} = {list(shape)}, got {_show(part)}{reason}")
@@ -112,8 +138,12 @@ def check_like(part: object, expected: str, letters: str, shape: tuple[int, ...]
         raise TypeError(f"{expected} on {x.device}, got {part.device}; move it with .to(device)")
 
 
-def check_part(part: object, name: str, letters: str, shape: tuple[int, ...] | None, x: Tensor) -> None:
-    """A part of a state that a module reads itself: numbers of this shape, where x is; None without a shape."""
+def check_part(
+    part: object, name: str, letters: str, shape: tuple[int, ...] | None, x: Tensor
+) -> None:
+    """A part of a state that a module reads itself: numbers of this shape, where x is; None without
+    a shape.
+    """
     if shape is None:
         if part is not None:
             raise ValueError(f"state: expected no {name} here, got {_show(part)}; {_ANOTHER}")
@@ -121,7 +151,9 @@ def check_part(part: object, name: str, letters: str, shape: tuple[int, ...] | N
     check_like(part, f"state: expected {name}", letters, shape, x, f"; {_ANOTHER}")
 
 
-def check_keys(state: KeyValueState | None, groups: int, key_dim: int, value_dim: int, x: Tensor) -> None:
+def check_keys(
+    state: KeyValueState | None, groups: int, key_dim: int, value_dim: int, x: Tensor
+) -> None:
     """The keys and values of a state, of however many tokens, and their mask."""
     if state is None:
         return

@@ -30,9 +30,10 @@ class ElitaAttention(nn.Module):
         num_heads: H.
         head_dim: value dim V of a head, by default D / H.
         features: sines of each position logit.
-        horizon: length over which positions run from 0 to `time`, as a rule the longest training context; see
-            `SinusoidalLogits` for what lies beyond. None: the sequence's own length less one, as published. Positions
-            then depend on how long the sequence turns out, so there is no state, and prefixes differ from wholes.
+        horizon: length over which positions run from 0 to `time`, as a rule the longest training
+            context; see `SinusoidalLogits` for what lies beyond. None: the sequence's own length
+            less one, as published. Positions then depend on how long the sequence turns out, so
+            there is no state, and prefixes differ from wholes.
         time: see `SinusoidalLogits`.
         query_logit: k₃; False leaves P₂ alone in r, as in the published code.
         clip: limit of the size of c, r and s, 20 in the published code; None: exact for any size.
@@ -53,13 +54,19 @@ class ElitaAttention(nn.Module):
         super().__init__()
         check_counts(dim=dim, num_heads=num_heads, head_dim=head_dim)
         if head_dim is None and dim % num_heads:
-            raise ValueError(f"num_heads: {num_heads} must divide dim={dim}, or head_dim must be given")
+            raise ValueError(
+                f"num_heads: {num_heads} must divide dim={dim}, or head_dim must be given"
+            )
         if clip is not None and not clip > 0:
             raise ValueError(f"clip: expected a number above 0 or None, got {clip}")
         self.dim, self.num_heads, self.clip, self.relative = dim, num_heads, clip, horizon is None
         self.head_dim = dim // num_heads if head_dim is None else head_dim
-        self.logit_proj = nn.Linear(dim, (3 if query_logit else 2) * num_heads, bias=False)  # rows k1, k2, k3
-        self.position = SinusoidalLogits(num_heads, features, horizon=1 if horizon is None else horizon, time=time)
+        self.logit_proj = nn.Linear(
+            dim, (3 if query_logit else 2) * num_heads, bias=False
+        )  # rows k1, k2, k3
+        self.position = SinusoidalLogits(
+            num_heads, features, horizon=1 if horizon is None else horizon, time=time
+        )
         self.v_proj = nn.Linear(dim, num_heads * self.head_dim, bias=False)
         self.out_proj = nn.Linear(num_heads * self.head_dim, dim, bias=False)
 
@@ -75,13 +82,17 @@ class ElitaAttention(nn.Module):
         state: ElitaState | None = None,
         return_state: bool = False,
     ) -> Tensor | tuple[Tensor, ElitaState]:
-        """``x [B, T, D]`` -> ``[B, T, D]``, with `return_state` also the state; see `cumulant.nn` for the protocol."""
-        check_input(x, self.v_proj, self.dim, key_mask, cu_seqlens, state is not None or return_state)
+        """``x [B, T, D]`` -> ``[B, T, D]``, with `return_state` also the state; see `cumulant.nn`
+        for the protocol.
+        """
+        check_input(
+            x, self.v_proj, self.dim, key_mask, cu_seqlens, state is not None or return_state
+        )
         check_state(state, ElitaState, x)
         if self.relative and (state is not None or return_state):
             raise ValueError(
-                "state: with horizon=None positions depend on the length of the whole sequence, so there is no state; "
-                "give a horizon"
+                "state: with horizon=None positions depend on the length of the whole sequence, so"
+                " there is no state; give a horizon"
             )
         rows = None
         if key_mask is not None:
@@ -90,22 +101,37 @@ class ElitaAttention(nn.Module):
             x = clear_slack(x, cu_seqlens)
         key, query = self._position_logits(x, key_mask, cu_seqlens, state)
         content = project(self.logit_proj, x)
-        content = content.to(torch.promote_types(content.dtype, torch.float32)).unflatten(-1, (-1, self.num_heads))
+        content = content.to(torch.promote_types(content.dtype, torch.float32)).unflatten(
+            -1, (-1, self.num_heads)
+        )
         parts = content.permute(2, 0, 3, 1)  # [2 or 3, B, H, T]
         c, s = parts[0] + key, parts[1]
         r = parts[2] + query if len(parts) == 3 else query.to(c.dtype).expand_as(c)
         if self.clip is not None:
             c, r, s = (logit.clamp(-self.clip, self.clip) for logit in (c, r, s))
-        value = project(self.v_proj, x).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+        value = (
+            project(self.v_proj, x).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+        )
         attended = elita_attention(
-            c, r, s, value, key_mask=key_mask, cu_seqlens=cu_seqlens, state=state, return_state=return_state
+            c,
+            r,
+            s,
+            value,
+            key_mask=key_mask,
+            cu_seqlens=cu_seqlens,
+            state=state,
+            return_state=return_state,
         )
         out = attended[0] if isinstance(attended, tuple) else attended
         y = restore(project(self.out_proj, out.transpose(1, 2).flatten(2)), rows)
         return (y, attended[1]) if isinstance(attended, tuple) else y
 
     def _position_logits(
-        self, x: Tensor, key_mask: Tensor | None, cu_seqlens: Tensor | None, state: ElitaState | None
+        self,
+        x: Tensor,
+        key_mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        state: ElitaState | None,
     ) -> tuple[Tensor, Tensor]:
         """P₁ and P₂, ``[H, T]`` or ``[B, H, T]``: masked tokens take no position."""
         T = x.shape[1]
@@ -118,7 +144,9 @@ class ElitaAttention(nn.Module):
         horizon = self._lengths(T, key_mask, cu_seqlens) if self.relative else None
         if state is not None:
             position = position + state.position[:, None]
-        elif horizon is None and position.dim() == 2:  # each position once, however many tokens stand there
+        elif (
+            horizon is None and position.dim() == 2
+        ):  # each position once, however many tokens stand there
             table = self.position(torch.arange(T, device=x.device))
             return table[0][position].mT, table[1][position].mT
         key, query = self.position(position, horizon)
@@ -131,4 +159,6 @@ class ElitaAttention(nn.Module):
             lengths = torch.cat((cu_seqlens.diff(), cu_seqlens.new_full((1,), T)))
             index = torch.arange(T, device=cu_seqlens.device)
             return (lengths[torch.searchsorted(cu_seqlens[1:], index, right=True)] - 1).clamp(min=1)
-        return max(T - 1, 1) if key_mask is None else (key_mask.sum(1, keepdim=True) - 1).clamp(min=1)
+        return (
+            max(T - 1, 1) if key_mask is None else (key_mask.sum(1, keepdim=True) - 1).clamp(min=1)
+        )

@@ -11,10 +11,11 @@ from .projection import is_plain, project
 
 
 class ElitaFeedForward(nn.Module):
-    """``y_k = Σ_{i,j} W₃[i, j, k] σ(W₁ x + b₁)_i σ(W₂ x + b₂)_j + b₃_k`` with swish σ and j over few channels.
+    """``y_k = Σ_{i,j} W₃[i, j, k] σ(W₁ x + b₁)_i σ(W₂ x + b₂)_j + b₃_k`` with swish σ and j over
+    few channels.
 
-    A hidden layer of ``hidden · factor`` channels, addressed by row and column. Its activations are formed for a block
-    of tokens at a time and never kept.
+    A hidden layer of ``hidden · factor`` channels, addressed by row and column. Its activations are
+    formed for a block of tokens at a time and never kept.
 
     Source: Sharma 2023, ELiTA, Feed-Forward2.
 

@@ -1,7 +1,8 @@
 """Learnable feature maps for `LinearAttention`, and for `cumulant.linear_attention` as callables.
 
-Each sends ``[B, H, T, K]`` to ``[B, H, T, F]`` with weights of its own for every head. Queries and keys have maps of
-their own: ``feature_map=(HedgehogFeatureMap(H, K), HedgehogFeatureMap(G, K))``, or by name, ``"hedgehog"``.
+Each sends ``[B, H, T, K]`` to ``[B, H, T, F]`` with weights of its own for every head. Queries and
+keys have maps of their own: ``feature_map=(HedgehogFeatureMap(H, K), HedgehogFeatureMap(G, K))``,
+or by name, ``"hedgehog"``.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ class LearnedFeatureMap(nn.Module):
         check_tensor(x, "[B, H, T, K]")
         if x.dim() != 4 or x.shape[1] != self.num_heads or x.shape[3] != self.head_dim:
             raise ValueError(
-                f"feature_map: expected [B, H, T, K] with H={self.num_heads}, K={self.head_dim}, got {list(x.shape)}"
+                f"feature_map: expected [B, H, T, K] with H={self.num_heads}, K={self.head_dim},"
+                f" got {list(x.shape)}"
             )
         check_dtype(x, self, "[B, H, T, K]")
 
@@ -40,8 +42,9 @@ class LearnedFeatureMap(nn.Module):
 
 
 class HedgehogFeatureMap(LearnedFeatureMap):
-    """``φ(x) = [softmax(W x), softmax(-W x)]``, F = 2K: positive, and spiky where softmax is (Zhang et al. 2024, "The
-    Hedgehog & the Porcupine", arXiv 2402.04347, section 4.2). W starts as the identity.
+    """``φ(x) = [softmax(W x), softmax(-W x)]``, F = 2K: positive, and spiky where softmax is (Zhang
+    et al. 2024, "The Hedgehog & the Porcupine", arXiv 2402.04347, section 4.2). W starts as the
+    identity.
 
     Args:
         num_heads: heads H, each with its own W ``[K, K]``.
@@ -60,8 +63,9 @@ class HedgehogFeatureMap(LearnedFeatureMap):
 
 
 class RebasedFeatureMap(LearnedFeatureMap):
-    """Monomials of degree 2 of ``y = γ ⊙ LayerNorm(x) + β``, so that ``φ(q)·φ(k) = (y_q·y_k)² / K``, F = K (K + 1) / 2:
-    ReBased's learnable quadratic kernel (Aksenov et al. 2024, arXiv 2402.10644). γ starts at 1, β at 0.
+    """Monomials of degree 2 of ``y = γ ⊙ LayerNorm(x) + β``, so that
+    ``φ(q)·φ(k) = (y_q·y_k)² / K``, F = K (K + 1) / 2: ReBased's learnable quadratic kernel (Aksenov
+    et al. 2024, arXiv 2402.10644). γ starts at 1, β at 0.
 
     Args:
         num_heads: heads H, each with its own γ and β ``[K]``.

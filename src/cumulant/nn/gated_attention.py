@@ -17,8 +17,9 @@ from .padding import positions
 
 
 class GatedAttentionUnit(GatedUnit):
-    """GAU (Hua et al. 2022, section 2): ``y = W_o (silu(W_g h) ⊙ f(q kᵀ / n + b) silu(W_v h)) + x`` with h = norm(x)
-    and q, k two scaled and offset copies of ``silu(W_z h)``. Quadratic, with a state that grows.
+    """GAU (Hua et al. 2022, section 2): ``y = W_o (silu(W_g h) ⊙ f(q kᵀ / n + b) silu(W_v h)) + x``
+    with h = norm(x) and q, k two scaled and offset copies of ``silu(W_z h)``. Quadratic, with a
+    state that grows.
 
     Args:
         dim: model dim D.
@@ -26,9 +27,9 @@ class GatedAttentionUnit(GatedUnit):
         expansion_factor: value dim over D.
         is_causal: token t sees tokens up to t.
         activation: "relu2" or "laplace".
-        length_scale: n: a number; None for the number of tokens that a query sees; or "total" for that of the whole
-            sequence, as in FLASH-pytorch. With "total" a causal unit's outputs change as the sequence grows, so it has
-            no state and cannot generate.
+        length_scale: n: a number; None for the number of tokens that a query sees; or "total" for
+            that of the whole sequence, as in FLASH-pytorch. With "total" a causal unit's outputs
+            change as the sequence grows, so it has no state and cannot generate.
         scale_bias: divide the bias by n as well, as in FLASH-pytorch.
         norm: "layernorm", "rmsnorm", "scalenorm" or None.
         residual: add x.
@@ -37,8 +38,8 @@ class GatedAttentionUnit(GatedUnit):
         rotary_base: see `RotaryEmbedding`.
         dropout: of attention weights.
         out_dropout: of the output, before x is added.
-        count_padding: masked tokens keep their places and count in n, as in FLASH-pytorch; only their keys are hidden,
-            and their outputs are left as they come.
+        count_padding: masked tokens keep their places and count in n, as in FLASH-pytorch; only
+            their keys are hidden, and their outputs are left as they come.
     """
 
     def __init__(
@@ -79,7 +80,9 @@ class GatedAttentionUnit(GatedUnit):
         )
         number = isinstance(length_scale, (int, float)) and 0 < length_scale < math.inf
         if not (length_scale is None or length_scale == "total" or number):
-            raise ValueError(f"length_scale: expected a positive number, 'total' or None, got {length_scale!r}")
+            raise ValueError(
+                f"length_scale: expected a positive number, 'total' or None, got {length_scale!r}"
+            )
         self.length_scale, self.scale_bias = length_scale, scale_bias
 
     def extra_repr(self) -> str:
@@ -95,16 +98,21 @@ class GatedAttentionUnit(GatedUnit):
         return_state: bool = False,
         bias: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, KeyValueState]:
-        """``x [B, T, D]`` -> ``[B, T, D]``, with `return_state` also the state; see `cumulant.nn` for the protocol.
+        """``x [B, T, D]`` -> ``[B, T, D]``, with `return_state` also the state; see `cumulant.nn`
+        for the protocol.
 
-        ``bias [T, S]`` or ``[B, 1, T, S]`` is added to the unit's own, by slots of x; S counts the state's too.
+        ``bias [T, S]`` or ``[B, 1, T, S]`` is added to the unit's own, by slots of x; S counts the
+        state's too.
         """
-        check_input(x, self.qk_proj, self.dim, key_mask, cu_seqlens, state is not None or return_state)
+        check_input(
+            x, self.qk_proj, self.dim, key_mask, cu_seqlens, state is not None or return_state
+        )
         check_state(state, KeyValueState, x)
         check_keys(state, 1, self.query_key_dim, self.hidden_dim, x)
         if state is not None or return_state:
             self._check_stateful()
-        # A state keeps tokens in their slots; without one, moved out of the way they share one bias.
+        # A state keeps tokens in their slots; without one, moved out of the way they share one
+        # bias.
         stateless = state is None and not return_state and bias is None
         inner = self._prepare(x, key_mask, cu_seqlens, in_order=stateless)
         mask = key_mask if inner.rows is None else inner.rows.mask
@@ -138,15 +146,19 @@ class GatedAttentionUnit(GatedUnit):
     def _check_stateful(self) -> None:
         if not self.is_causal:
             raise ValueError(
-                "state: only causal attention carries a state from call to call; build with is_causal=True"
+                "state: only causal attention carries a state from call to call; build with"
+                " is_causal=True"
             )
         if self.length_scale == "total":
             raise ValueError(
-                "state: length_scale='total' divides scores by the length of the whole sequence, which is not known "
-                "while it grows; build with length_scale=<the length the unit was trained at>, or length_scale=None"
+                "state: length_scale='total' divides scores by the length of the whole sequence,"
+                " which is not known while it grows; build with length_scale=<the length the unit"
+                " was trained at>, or length_scale=None"
             )
 
-    def _position(self, inner: Prepared, state: KeyValueState | None, cu_seqlens: Tensor | None) -> Tensor:
+    def _position(
+        self, inner: Prepared, state: KeyValueState | None, cu_seqlens: Tensor | None
+    ) -> Tensor:
         """Place of each token in its sequence, ``[T]`` or ``[B, T]``."""
         start = None if state is None else state.position
         if self.count_padding and state is not None:
@@ -156,8 +168,12 @@ class GatedAttentionUnit(GatedUnit):
         place = (inner.rows.mask.cumsum(1) - 1).clamp(min=0)
         return place if start is None else place + start[:, None]
 
-    def _divisor(self, inner: Prepared, position: Tensor, cu_seqlens: Tensor | None) -> float | Tensor | None:
-        """n: a number, or of every query ``[B or 1, T or 1]``; None to leave it to the operation."""
+    def _divisor(
+        self, inner: Prepared, position: Tensor, cu_seqlens: Tensor | None
+    ) -> float | Tensor | None:
+        """n: a number, or of every query ``[B or 1, T or 1]``; None to leave it to the
+        operation.
+        """
         T = inner.x.shape[1]
         if isinstance(self.length_scale, (int, float)):
             return float(self.length_scale)
@@ -168,7 +184,9 @@ class GatedAttentionUnit(GatedUnit):
         if inner.rows is not None:
             return inner.rows.tokens[:, None].clamp(min=1)
         if cu_seqlens is not None:
-            first = torch.arange(T, device=position.device) - position  # where each token's sequence begins
+            first = (
+                torch.arange(T, device=position.device) - position
+            )  # where each token's sequence begins
             ends = torch.cat((cu_seqlens[1:], cu_seqlens.new_full((1,), T)))
             after = torch.searchsorted(cu_seqlens[1:].contiguous(), first, right=True)
             return (ends[after] - first).clamp(min=1)[None]
@@ -187,12 +205,19 @@ class GatedAttentionUnit(GatedUnit):
         """The unit's bias and the one given, ``[1, T, S]`` or ``[B, 1, T, S]``."""
         T, past = position.shape[-1], 0 if state is None else state.key.shape[2]
         S = past + T
-        check_bias(bias, ((T, S), (1, T, S), (1, 1, T, S), (x.shape[0], 1, T, S)), "[T, S] or [B, 1, T, S]", x)
+        check_bias(
+            bias,
+            ((T, S), (1, T, S), (1, 1, T, S), (x.shape[0], 1, T, S)),
+            "[T, S] or [B, 1, T, S]",
+            x,
+        )
         if self.relative_bias is not None:
             if scattered:
                 own = self.relative_bias.at(position, _key_places(position, state))
             elif cu_seqlens is not None and bias is None and not torch.compiler.is_compiling():
-                T = S = int(cu_seqlens.diff().max())  # one for all sequences, as long as the longest
+                T = S = int(
+                    cu_seqlens.diff().max()
+                )  # one for all sequences, as long as the longest
                 own = self.relative_bias(T, device=x.device)
             else:
                 own = self.relative_bias(T, S, device=x.device)
@@ -202,10 +227,12 @@ class GatedAttentionUnit(GatedUnit):
         if cu_seqlens is not None and isinstance(divisor, Tensor):
             if self.length_scale == "total" or not self.is_causal:
                 raise ValueError(
-                    "cu_seqlens: with scale_bias each packed sequence needs a bias of its own; pass a padded batch, or "
-                    "build with length_scale=<a number>"
+                    "cu_seqlens: with scale_bias each packed sequence needs a bias of its own; pass"
+                    " a padded batch, or build with length_scale=<a number>"
                 )
-            divisor = torch.arange(1, T + 1, device=bias.device)[None]  # by places in a sequence, as the bias
+            divisor = torch.arange(1, T + 1, device=bias.device)[
+                None
+            ]  # by places in a sequence, as the bias
         return bias / (divisor if isinstance(divisor, float) else divisor[:, None, :, None])
 
 

@@ -1,4 +1,6 @@
-"""What `GatedAttentionUnit` and `MixedChunkAttention` share: norm, projections, positions, gate and residual."""
+"""What `GatedAttentionUnit` and `MixedChunkAttention` share: norm, projections, positions, gate and
+residual.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +31,9 @@ class Prepared(NamedTuple):
 
 
 class GatedUnit(nn.Module):
-    """``out = W_o (silu(W_g h) ⊙ attend(...)) (+ x)`` with h = norm(x), values ``silu(W_v h)`` of ``expansion · D``
-    channels, and queries and keys that are scaled and offset copies of one ``silu(W_z h)`` of K channels.
+    """``out = W_o (silu(W_g h) ⊙ attend(...)) (+ x)`` with h = norm(x), values ``silu(W_v h)`` of
+    ``expansion · D`` channels, and queries and keys that are scaled and offset copies of one
+    ``silu(W_z h)`` of K channels.
 
     Subclasses say how many copies there are, and attend with them.
     """
@@ -56,13 +59,20 @@ class GatedUnit(nn.Module):
     ):
         super().__init__()
         check_counts(dim=dim, query_key_dim=query_key_dim)
-        if not isinstance(rotary_dim, int) or rotary_dim % 2 or not 0 <= rotary_dim <= query_key_dim:
+        if (
+            not isinstance(rotary_dim, int)
+            or rotary_dim % 2
+            or not 0 <= rotary_dim <= query_key_dim
+        ):
             raise ValueError(
-                f"rotary_dim: expected an even number from 0 to query_key_dim={query_key_dim}, got {rotary_dim}"
+                f"rotary_dim: expected an even number from 0 to query_key_dim={query_key_dim}, got"
+                f" {rotary_dim}"
             )
         hidden = int(expansion_factor * dim)
         if hidden < 1:
-            raise ValueError(f"expansion_factor: expected at least 1 / dim = 1 / {dim}, got {expansion_factor}")
+            raise ValueError(
+                f"expansion_factor: expected at least 1 / dim = 1 / {dim}, got {expansion_factor}"
+            )
         for name, p in (("dropout", dropout), ("out_dropout", out_dropout)):
             if not 0 <= p < 1:
                 raise ValueError(f"{name}: expected a probability below 1, got {p}")
@@ -79,23 +89,33 @@ class GatedUnit(nn.Module):
         self.out_dropout = nn.Dropout(out_dropout)
         self.rotary = RotaryEmbedding(rotary_dim, rotary_base) if rotary_dim else None
         self.relative_bias = (
-            T5RelativePositionBias(is_causal=is_causal, scale=relative_bias_scale) if relative_bias else None
+            T5RelativePositionBias(is_causal=is_causal, scale=relative_bias_scale)
+            if relative_bias
+            else None
         )
 
     def extra_repr(self) -> str:
-        return f"is_causal={self.is_causal}, activation={self.activation!r}, residual={self.residual}"
+        return (
+            f"is_causal={self.is_causal}, activation={self.activation!r}, residual={self.residual}"
+        )
 
-    def _prepare(self, x: Tensor, key_mask: Tensor | None, cu_seqlens: Tensor | None, *, in_order: bool) -> Prepared:
+    def _prepare(
+        self, x: Tensor, key_mask: Tensor | None, cu_seqlens: Tensor | None, *, in_order: bool
+    ) -> Prepared:
         """Masked tokens hidden, or with `in_order` moved out of the way."""
         if key_mask is not None and not self.count_padding:
             x, rows = (compact if in_order else hide)(x, key_mask)
             return Prepared(x, rows, x.shape[1] - rows.tokens, None, None)
         if cu_seqlens is not None:
-            return Prepared(clear_slack(x, cu_seqlens), None, None, offsets(x.shape[1], cu_seqlens), cu_seqlens)
+            return Prepared(
+                clear_slack(x, cu_seqlens), None, None, offsets(x.shape[1], cu_seqlens), cu_seqlens
+            )
         return Prepared(x, None, None, None, None)
 
     def _copies(self, h: Tensor, position: Tensor) -> tuple[Tensor, ...]:
-        """Queries and keys ``[B, 1, T, K]``, one for each use, rotated to ``position [T]`` or ``[B, T]``."""
+        """Queries and keys ``[B, 1, T, K]``, one for each use, rotated to ``position [T]`` or
+        ``[B, T]``.
+        """
         z = self.offset_scale(F.silu(project(self.qk_proj, h)))
         if self.rotary is not None:
             d = self.rotary.dim
@@ -109,7 +129,9 @@ class GatedUnit(nn.Module):
         return F.silu(project(self.value_proj, h))[:, None]
 
     def _finish(self, attended: Tensor, h: Tensor, inner: Prepared) -> Tensor:
-        y: Tensor = self.out_dropout(project(self.out_proj, F.silu(project(self.gate_proj, h)) * attended[:, 0]))
+        y: Tensor = self.out_dropout(
+            project(self.out_proj, F.silu(project(self.gate_proj, h)) * attended[:, 0])
+        )
         if inner.cu_seqlens is not None:
             y = clear_slack(y, inner.cu_seqlens)
         return restore(y + inner.x if self.residual else y, inner.rows)

@@ -1,4 +1,6 @@
-"""What `LinearAttention` and `TaylorAttention` share: projections, local mixing, positions, gates and the state."""
+"""What `LinearAttention` and `TaylorAttention` share: projections, local mixing, positions, gates
+and the state.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ from .token_shift import token_shift
 
 @dataclass(frozen=True)
 class KernelAttentionState(State):
-    """sums: the attention's own state. shift: ``[B, 1, D/2]`` or None. conv: ``[B, size - 1, E]`` or None."""
+    """sums: the attention's own state. shift: ``[B, 1, D/2]`` or None. conv: ``[B, size - 1, E]``
+    or None.
+    """
 
     sums: LinearState
     shift: Tensor | None
@@ -38,7 +42,9 @@ register(KernelAttentionState)
 
 
 class _Local(NamedTuple):
-    """How local mixing reads the rows: padding ``[B]`` at their ends, index ``[T]`` in packed sequences."""
+    """How local mixing reads the rows: padding ``[B]`` at their ends, index ``[T]`` in packed
+    sequences.
+    """
 
     padding: Tensor | None
     offset: Tensor | None
@@ -47,9 +53,9 @@ class _Local(NamedTuple):
 class KernelAttention(nn.Module):
     """Multi-head attention through one of the linear operations. Subclasses say which, in `attend`.
 
-    ``q, k, v = conv(W_q h, W_k h, W_v h)`` with h = norm(shift(x)), q and k normalised, then rotated;
-    ``out = W_o (gate(shift(x)) ⊙ attend(q, k, v))``. In cross attention k and v are ``W_k c, W_v c`` of a context c.
-    Every part but the projections is optional.
+    ``q, k, v = conv(W_q h, W_k h, W_v h)`` with h = norm(shift(x)), q and k normalised, then
+    rotated; ``out = W_o (gate(shift(x)) ⊙ attend(q, k, v))``. In cross attention k and v are
+    ``W_k c, W_v c`` of a context c. Every part but the projections is optional.
     """
 
     def __init__(
@@ -80,18 +86,32 @@ class KernelAttention(nn.Module):
         head_dim = max(dim // num_heads, 1) if head_dim is None else head_dim
         groups = num_heads if num_kv_heads is None else num_kv_heads
         if num_heads % groups:
-            raise ValueError(f"num_kv_heads: the {groups} key/value heads must divide the {num_heads} query heads")
+            raise ValueError(
+                f"num_kv_heads: the {groups} key/value heads must divide the {num_heads} query"
+                " heads"
+            )
         if value_dim is None and dim % num_heads:
-            raise ValueError(f"num_heads: {num_heads} must divide dim={dim}, or value_dim must be given")
+            raise ValueError(
+                f"num_heads: {num_heads} must divide dim={dim}, or value_dim must be given"
+            )
         if conv_size and not is_causal:
-            raise ValueError("conv_size: the short convolution looks backwards only; it needs is_causal=True")
+            raise ValueError(
+                "conv_size: the short convolution looks backwards only; it needs is_causal=True"
+            )
         if context_dim is not None and is_causal:
-            raise ValueError("context_dim: causal attention takes no context; build with is_causal=False")
+            raise ValueError(
+                "context_dim: causal attention takes no context; build with is_causal=False"
+            )
         if context_dim is not None and rotary:
             raise ValueError(_NO_ROTARY)
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout: expected a probability below 1, got {dropout}")
-        self.dim, self.num_heads, self.num_kv_heads, self.head_dim = dim, num_heads, groups, head_dim
+        self.dim, self.num_heads, self.num_kv_heads, self.head_dim = (
+            dim,
+            num_heads,
+            groups,
+            head_dim,
+        )
         self.value_dim = dim // num_heads if value_dim is None else value_dim
         self.context_dim = dim if context_dim is None else context_dim
         self.is_causal, self.qk_norm, self.shift_tokens = is_causal, qk_norm, shift_tokens
@@ -99,7 +119,9 @@ class KernelAttention(nn.Module):
         self.q_proj = nn.Linear(dim, num_heads * head_dim, bias=bias)
         self.k_proj = nn.Linear(self.context_dim, groups * head_dim, bias=bias)
         self.v_proj = nn.Linear(self.context_dim, groups * self.value_dim, bias=bias)
-        self.out_proj = nn.Linear(num_heads * self.value_dim, dim, bias=bias) if combine_heads else None
+        self.out_proj = (
+            nn.Linear(num_heads * self.value_dim, dim, bias=bias) if combine_heads else None
+        )
         self.gate_proj = nn.Linear(dim, num_heads, bias=False) if gate_values else None
         self.rotary = RotaryEmbedding(head_dim, rotary_base) if rotary else None
         self.conv = ShortConvolution(sum(self._sizes), conv_size) if conv_size else None
@@ -134,18 +156,22 @@ class KernelAttention(nn.Module):
         state: KernelAttentionState | None = None,
         return_state: bool = False,
     ) -> Tensor | tuple[Tensor, KernelAttentionState]:
-        """``x [B, T, D]`` -> ``[B, T, D]`` (``[B, T, H·V]`` without `combine_heads`); `return_state` adds the state.
+        """``x [B, T, D]`` -> ``[B, T, D]`` (``[B, T, H·V]`` without `combine_heads`);
+        `return_state` adds the state.
 
-        Self attention: see `cumulant.nn` for the protocol. Cross attention (``is_causal=False``): x looks at ``context
-        [B, S, D_c]`` where ``context_mask [B, S]`` is True, and at what `state` has summed, of whatever it was. A state
-        alone will do: compute it once with `encode_context`, read it with many queries.
+        Self attention: see `cumulant.nn` for the protocol. Cross attention (``is_causal=False``): x
+        looks at ``context [B, S, D_c]`` where ``context_mask [B, S]`` is True, and at what `state`
+        has summed, of whatever it was. A state alone will do: compute it once with
+        `encode_context`, read it with many queries.
         """
         alone = key_mask is None and cu_seqlens is None and context is None and context_mask is None
         if state is not None and return_state and alone:
             stepped = step_mixer(self, x, state)
             if stepped is not None:
                 return stepped
-        check_input(x, self.q_proj, self.dim, key_mask, cu_seqlens, state is not None or return_state)
+        check_input(
+            x, self.q_proj, self.dim, key_mask, cu_seqlens, state is not None or return_state
+        )
         check_state(state, KernelAttentionState, x)
         self._check_local(state, x)
         crossing = self._crosses(x, context, context_mask, cu_seqlens, state, return_state)
@@ -172,7 +198,11 @@ class KernelAttention(nn.Module):
             out = out * project(self.gate_proj, x).sigmoid().mT[..., None]
         y = out.transpose(1, 2).flatten(2)
         y = restore(self.dropout(y if self.out_proj is None else project(self.out_proj, y)), rows)
-        return (y, KernelAttentionState(attended[1], shift, conv)) if isinstance(attended, tuple) else y
+        return (
+            (y, KernelAttentionState(attended[1], shift, conv))
+            if isinstance(attended, tuple)
+            else y
+        )
 
     def kernel(self) -> dict[str, Any] | None:
         """`attend` as `Program.attend` knows it; None where steps take the ordinary path."""
@@ -188,7 +218,9 @@ class KernelAttention(nn.Module):
         x = program.shift(x) if self.shift_tokens else x
         h = x if self.norm is None else builder.norm(self.norm, x)
         mixed = program.vector(sum(self._sizes))
-        for projection, part in zip((self.q_proj, self.k_proj, self.v_proj), mixed.split(*self._sizes), strict=True):
+        for projection, part in zip(
+            (self.q_proj, self.k_proj, self.v_proj), mixed.split(*self._sizes), strict=True
+        ):
             builder.project(projection, h, part)
         if self.conv is not None:
             builder.rely_on(self.conv)
@@ -209,28 +241,44 @@ class KernelAttention(nn.Module):
         """A state's tensors in the order of `emit_step`; none of another mixer's state."""
         if not isinstance(state, KernelAttentionState) or not isinstance(state.sums, LinearState):
             return []
-        if self.shift_tokens != (state.shift is not None) or (self.conv is None) != (state.conv is None):
+        if self.shift_tokens != (state.shift is not None) or (self.conv is None) != (
+            state.conv is None
+        ):
             return []
-        local = ([state.shift] if self.shift_tokens else []) + ([] if self.conv is None else [state.conv])
-        return [*local, state.sums.numerator, *([] if state.sums.denominator is None else [state.sums.denominator])]
+        local = ([state.shift] if self.shift_tokens else []) + (
+            [] if self.conv is None else [state.conv]
+        )
+        return [
+            *local,
+            state.sums.numerator,
+            *([] if state.sums.denominator is None else [state.sums.denominator]),
+        ]
 
     def state_from_tensors(self, tensors: list[Tensor], position: Tensor) -> KernelAttentionState:
         """The state of which these are the tensors."""
         shift = tensors.pop(0) if self.shift_tokens else None
         conv = None if self.conv is None else tensors.pop(0)
         numerator, *rest = tensors
-        return KernelAttentionState(LinearState(numerator, rest[0] if rest else None, position), shift, conv)
+        return KernelAttentionState(
+            LinearState(numerator, rest[0] if rest else None, position), shift, conv
+        )
 
     def encode_context(
-        self, context: Tensor, *, context_mask: Tensor | None = None, state: KernelAttentionState | None = None
+        self,
+        context: Tensor,
+        *,
+        context_mask: Tensor | None = None,
+        state: KernelAttentionState | None = None,
     ) -> KernelAttentionState:
-        """What cross attention keeps of ``context [B, S, D_c]``, added to `state`; ``self(x, state=...)`` reads it.
+        """What cross attention keeps of ``context [B, S, D_c]``, added to `state`;
+        ``self(x, state=...)`` reads it.
 
         Its size does not depend on S, nor does the cost of reading it.
         """
         check_features(context, self.k_proj, self.context_dim, "[B, S, D]", "context")
         x = context.new_zeros(context.shape[0], 0, self.dim)
-        return self(x, context=context, context_mask=context_mask, state=state, return_state=True)[1]  # type: ignore[no-any-return]
+        options = {"context": context, "context_mask": context_mask, "state": state}
+        return self(x, **options, return_state=True)[1]  # type: ignore[no-any-return]
 
     def _check_local(self, state: KernelAttentionState | None, x: Tensor) -> None:
         """What a state keeps for local mixing is what this module reads."""
@@ -238,7 +286,11 @@ class KernelAttention(nn.Module):
             return
         shift = (x.shape[0], 1, self.dim // 2) if self.shift_tokens else None
         check_part(state.shift, "shift", "[B, 1, D/2]", shift, x)
-        conv = None if self.conv is None or not self.is_causal else (x.shape[0], self.conv.size - 1, self.conv.dim)
+        conv = (
+            None
+            if self.conv is None or not self.is_causal
+            else (x.shape[0], self.conv.size - 1, self.conv.dim)
+        )
         check_part(state.conv, "conv", "[B, size - 1, E]", conv, x)
 
     def _crosses(
@@ -254,7 +306,8 @@ class KernelAttention(nn.Module):
         if self.is_causal:
             if context is not None or context_mask is not None:
                 raise ValueError(
-                    "context: causal attention is over x itself; build with is_causal=False for cross attention"
+                    "context: causal attention is over x itself; build with is_causal=False for"
+                    " cross attention"
                 )
             return False
         if context is None:
@@ -262,26 +315,48 @@ class KernelAttention(nn.Module):
                 raise ValueError("context_mask: given without a context; the mask of x is key_mask")
             if state is None and return_state:
                 raise ValueError(
-                    "return_state: only causal attention carries a state from call to call (is_causal=True); "
-                    "for cross attention pass the context"
+                    "return_state: only causal attention carries a state from call to call"
+                    " (is_causal=True); for cross attention pass the context"
                 )
             if state is None and self.context_dim != self.dim:
-                raise ValueError(f"context: needed, as keys and values are projected from {self.context_dim} channels")
+                raise ValueError(
+                    f"context: needed, as keys and values are projected from {self.context_dim}"
+                    " channels"
+                )
             if state is None:
                 return False
         if self.rotary is not None:
             raise ValueError(_NO_ROTARY)
         if cu_seqlens is not None:
-            raise ValueError("cu_seqlens: packed sequences have no context; pass a padded batch with key_mask")
+            raise ValueError(
+                "cu_seqlens: packed sequences have no context; pass a padded batch with key_mask"
+            )
         if context is not None:
-            if not isinstance(context, Tensor) or context.dtype != x.dtype or context.device != x.device:
-                got = f"{context.dtype} on {context.device}" if isinstance(context, Tensor) else type(context).__name__
-                raise TypeError(f"context: expected a tensor like x, {x.dtype} on {x.device}, got {got}")
-            if context.dim() != 3 or context.shape[0] != x.shape[0] or context.shape[2] != self.context_dim:
-                raise ValueError(
-                    f"context: expected [B, S, D] = [{x.shape[0]}, S, {self.context_dim}], got {list(context.shape)}"
+            if (
+                not isinstance(context, Tensor)
+                or context.dtype != x.dtype
+                or context.device != x.device
+            ):
+                got = (
+                    f"{context.dtype} on {context.device}"
+                    if isinstance(context, Tensor)
+                    else type(context).__name__
                 )
-            check_key_mask(context_mask, x.shape[0], context.shape[1], x.device, name="context_mask")
+                raise TypeError(
+                    f"context: expected a tensor like x, {x.dtype} on {x.device}, got {got}"
+                )
+            if (
+                context.dim() != 3
+                or context.shape[0] != x.shape[0]
+                or context.shape[2] != self.context_dim
+            ):
+                raise ValueError(
+                    f"context: expected [B, S, D] = [{x.shape[0]}, S, {self.context_dim}], got"
+                    f" {list(context.shape)}"
+                )
+            check_key_mask(
+                context_mask, x.shape[0], context.shape[1], x.device, name="context_mask"
+            )
         return True
 
     def _attend_self(
@@ -297,8 +372,14 @@ class KernelAttention(nn.Module):
         q, k, v = project(self.q_proj, x), project(self.k_proj, x), project(self.v_proj, x)
         tail = None if state is None else state.conv
         if self.conv is not None:
-            q, k, v, tail = self.conv(q, k, v, tail=tail, offset=local.offset, padding=local.padding)
-        q, k, v = self._heads(q, self.num_heads), self._heads(k, self.num_kv_heads), self._heads(v, self.num_kv_heads)
+            q, k, v, tail = self.conv(
+                q, k, v, tail=tail, offset=local.offset, padding=local.padding
+            )
+        q, k, v = (
+            self._heads(q, self.num_heads),
+            self._heads(k, self.num_kv_heads),
+            self._heads(v, self.num_kv_heads),
+        )
         q, k = self._normed(q), self._normed(k)
         if self.rotary is not None:
             start = None if state is None else state.position
@@ -327,7 +408,9 @@ class KernelAttention(nn.Module):
         if context is None:
             context = x.new_zeros(x.shape[0], 0, self.context_dim)
         if context_mask is not None:
-            context = context.masked_fill(~context_mask[..., None], 0)  # junk there must reach no gradient
+            context = context.masked_fill(
+                ~context_mask[..., None], 0
+            )  # junk there must reach no gradient
         k = self._normed(self._heads(project(self.k_proj, context), self.num_kv_heads))
         v = self._heads(project(self.v_proj, context), self.num_kv_heads)
         return self.attend(
@@ -350,4 +433,7 @@ class KernelAttention(nn.Module):
         return F.layer_norm(x, x.shape[-1:]) if self.qk_norm else x
 
 
-_NO_ROTARY = "rotary: queries and context have no common positions; build with rotary=False for cross attention"
+_NO_ROTARY = (
+    "rotary: queries and context have no common positions; build with rotary=False for cross"
+    " attention"
+)

@@ -31,10 +31,11 @@ register(MixedChunkAttentionState)
 
 
 class MixedChunkAttention(GatedUnit):
-    """FLASH (Hua et al. 2022, section 3): quadratic inside groups, linear across them, gated. One head.
+    """FLASH (Hua et al. 2022, section 3): quadratic inside groups, linear across them, gated. One
+    head.
 
-    ``y = W_o (silu(W_g h) ⊙ mixed_chunk_attention(q, k, r, s, silu(W_v h))) + x`` with h = shift(norm(x)) and q, k, r,
-    s four scaled and offset, then rotated, copies of ``silu(W_z h)``.
+    ``y = W_o (silu(W_g h) ⊙ mixed_chunk_attention(q, k, r, s, silu(W_v h))) + x`` with h =
+    shift(norm(x)) and q, k, r, s four scaled and offset, then rotated, copies of ``silu(W_z h)``.
 
     Args:
         dim: model dim D.
@@ -47,14 +48,16 @@ class MixedChunkAttention(GatedUnit):
         residual: add x.
         shift_tokens: the first half of the channels of norm(x) comes from the token before.
         relative_bias: T5's bias on quadratic scores, times sqrt(K).
-        rotary_dim: rotate so many dimensions of queries and keys, an even number; by default 32, or what K has of them;
-            0 for none.
+        rotary_dim: rotate so many dimensions of queries and keys, an even number; by default 32, or
+            what K has of them; 0 for none.
         rotary_base: see `RotaryEmbedding`.
         dropout: of quadratic weights.
         out_dropout: of the output, before x is added.
-        reduce_group_non_causal_attn: False, when not causal: the linear sum, too, stays inside the group.
-        count_padding: masked tokens keep their places in groups and neighbourhoods and count in the divisor, as in
-            FLASH-pytorch; only their keys are hidden, and their outputs are left as they come.
+        reduce_group_non_causal_attn: False, when not causal: the linear sum, too, stays inside the
+            group.
+        count_padding: masked tokens keep their places in groups and neighbourhoods and count in the
+            divisor, as in FLASH-pytorch; only their keys are hidden, and their outputs are left as
+            they come.
     """
 
     def __init__(
@@ -99,7 +102,10 @@ class MixedChunkAttention(GatedUnit):
         self.reduce_group_non_causal_attn = reduce_group_non_causal_attn
 
     def extra_repr(self) -> str:
-        return f"group_size={self.group_size}, {super().extra_repr()}, shift_tokens={self.shift_tokens}"
+        return (
+            f"group_size={self.group_size}, {super().extra_repr()},"
+            f" shift_tokens={self.shift_tokens}"
+        )
 
     def forward(
         self,
@@ -110,22 +116,31 @@ class MixedChunkAttention(GatedUnit):
         state: MixedChunkAttentionState | None = None,
         return_state: bool = False,
     ) -> Tensor | tuple[Tensor, MixedChunkAttentionState]:
-        """``x [B, T, D]`` -> ``[B, T, D]``, with `return_state` also the state; see `cumulant.nn` for the protocol."""
-        check_input(x, self.qk_proj, self.dim, key_mask, cu_seqlens, state is not None or return_state)
+        """``x [B, T, D]`` -> ``[B, T, D]``, with `return_state` also the state; see `cumulant.nn`
+        for the protocol.
+        """
+        check_input(
+            x, self.qk_proj, self.dim, key_mask, cu_seqlens, state is not None or return_state
+        )
         check_state(state, MixedChunkAttentionState, x)
         if state is not None:
             shape = (x.shape[0], 1, (self.dim + 1) // 2) if self.shift_tokens else None
             check_part(state.shift, "shift", "[B, 1, D / 2]", shape, x)
         if not self.is_causal and (state is not None or return_state):
             raise ValueError(
-                "state: only causal attention carries a state from call to call; build with is_causal=True"
+                "state: only causal attention carries a state from call to call; build with"
+                " is_causal=True"
             )
         inner = self._prepare(x, key_mask, cu_seqlens, in_order=True)
         h = inner.x if self.norm is None else self.norm(inner.x)
         shift = None if state is None else state.shift
         if self.shift_tokens:
-            h, shift = token_shift(h, tail=shift, offset=inner.offset, padding=inner.padding, first_half=True)
-        position = positions(h.shape[1], None if state is None else state.position, cu_seqlens, h.device)
+            h, shift = token_shift(
+                h, tail=shift, offset=inner.offset, padding=inner.padding, first_half=True
+            )
+        position = positions(
+            h.shape[1], None if state is None else state.position, cu_seqlens, h.device
+        )
         quad_query, lin_query, quad_key, lin_key = self._copies(h, position)
         value, mask = self._value(h), None if inner.rows is None else inner.rows.mask
         if self.count_padding and key_mask is not None:
@@ -140,7 +155,11 @@ class MixedChunkAttention(GatedUnit):
             group_size=self.group_size,
             is_causal=self.is_causal,
             activation=self.activation,
-            bias=None if self.relative_bias is None else self.relative_bias(self.group_size, device=h.device),
+            bias=(
+                None
+                if self.relative_bias is None
+                else self.relative_bias(self.group_size, device=h.device)
+            ),
             reduce_group_non_causal_attn=self.reduce_group_non_causal_attn,
             dropout_p=self._dropout_p,
             key_mask=mask,

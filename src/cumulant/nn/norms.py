@@ -23,7 +23,8 @@ class RMSNorm(nn.RMSNorm):
 class ScaleNorm(nn.Module):
     """``y = g x / max(|x| / sqrt(D), eps)``: one learned number for all channels.
 
-    Source: Nguyen and Salazar 2019, "Transformers without Tears", with the sqrt(D) of Hua et al. 2022 taken out of g.
+    Source: Nguyen and Salazar 2019, "Transformers without Tears", with the sqrt(D) of Hua et al.
+        2022 taken out of g.
 
     Args:
         dim: channels D.
@@ -51,7 +52,9 @@ class ScaleNorm(nn.Module):
 
 
 def make_norm(name: str, dim: int, eps: float | None = None, *, affine: bool = True) -> nn.Module:
-    """A norm by name, with its own usual epsilon unless one is given; without `affine`, nothing in it is learned."""
+    """A norm by name, with its own usual epsilon unless one is given; without `affine`, nothing in
+    it is learned.
+    """
     if name not in NORMS:
         raise ValueError(f"norm: expected one of {', '.join(map(repr, NORMS))}, got {name!r}")
     if name == "rmsnorm":

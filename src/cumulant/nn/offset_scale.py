@@ -9,7 +9,8 @@ from .checks import check_counts, check_features
 
 
 class OffsetScale(nn.Module):
-    """``x ⊙ gamma_h + beta_h`` for each of H uses: queries and keys from one projection (Hua et al. 2022, section 2).
+    """``x ⊙ gamma_h + beta_h`` for each of H uses: queries and keys from one projection (Hua et al.
+    2022, section 2).
 
     Args:
         dim: channels K.

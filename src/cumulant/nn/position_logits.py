@@ -15,12 +15,13 @@ class SinusoidalLogits(nn.Module):
 
         P_n(j) = Σ_m c_m sin(a_nm · τ_j + b_nm),   τ_j = time · j / horizon
 
-    with frequencies a₁, a₂ and phases b₁, b₂ of their own and one set of amplitudes c, all learned. Their sum
-    ``P(i, j) = P₂(i) + P₁(j)`` is what position adds to the logit of query i and key j.
+    with frequencies a₁, a₂ and phases b₁, b₂ of their own and one set of amplitudes c, all learned.
+    Their sum ``P(i, j) = P₂(i) + P₁(j)`` is what position adds to the logit of query i and key j.
 
-    Nothing happens at the horizon: positions beyond it go on along the same sines, at values of τ above `time` which
-    training on up to `horizon` tokens has not seen. To read a longer text within the range that was trained, raise
-    `horizon` (or lower `time`): positions then lie as much closer together.
+    Nothing happens at the horizon: positions beyond it go on along the same sines, at values of τ
+    above `time` which training on up to `horizon` tokens has not seen. To read a longer text within
+    the range that was trained, raise `horizon` (or lower `time`): positions then lie as much closer
+    together.
 
     Source: Sharma 2023, ELiTA, p₁ and p₂.
 
@@ -37,7 +38,9 @@ class SinusoidalLogits(nn.Module):
     b2: Tensor
     c: Tensor
 
-    def __init__(self, num_heads: int, features: int = 16, *, horizon: float = 1024, time: float = 1.0):
+    def __init__(
+        self, num_heads: int, features: int = 16, *, horizon: float = 1024, time: float = 1.0
+    ):
         super().__init__()
         check_counts(num_heads=num_heads, features=features)
         check_horizon(horizon)
@@ -50,18 +53,26 @@ class SinusoidalLogits(nn.Module):
     def initial(self) -> dict[str, Tensor]:
         """Initial ``[H, M]`` of each parameter, between -0.05 and 0.05 as published."""
         shape = self.num_heads, self.features
-        return {name: torch.empty(shape).uniform_(-0.05, 0.05) for name in ("a1", "b1", "a2", "b2", "c")}
+        return {
+            name: torch.empty(shape).uniform_(-0.05, 0.05) for name in ("a1", "b1", "a2", "b2", "c")
+        }
 
     def extra_repr(self) -> str:
         return f"{self.num_heads}, {self.features}, horizon={self.horizon}, time={self.time}"
 
-    def forward(self, position: Tensor, horizon: Tensor | float | None = None) -> tuple[Tensor, Tensor]:
-        """``position [...]`` (integers) -> P₁ and P₂ ``[..., H]`` in fp32; `horizon` in place of the module's own."""
+    def forward(
+        self, position: Tensor, horizon: Tensor | float | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """``position [...]`` (integers) -> P₁ and P₂ ``[..., H]`` in fp32; `horizon` in place of
+        the module's own.
+        """
         check_places(position, "[...]")
         horizon = self.horizon if horizon is None else horizon
         if not isinstance(horizon, Tensor):
             check_horizon(horizon)
-        tau = (self.time * position.double() / horizon).to(torch.promote_types(self.c.dtype, torch.float32))
+        tau = (self.time * position.double() / horizon).to(
+            torch.promote_types(self.c.dtype, torch.float32)
+        )
         tau = tau[..., None, None]
         with torch.autocast(position.device.type, enabled=False):
             return (
@@ -71,5 +82,9 @@ class SinusoidalLogits(nn.Module):
 
 
 def check_horizon(horizon: float) -> None:
-    if isinstance(horizon, bool) or not isinstance(horizon, int | float) or not 0 < horizon < float("inf"):
+    if (
+        isinstance(horizon, bool)
+        or not isinstance(horizon, int | float)
+        or not 0 < horizon < float("inf")
+    ):
         raise ValueError(f"horizon: expected a number of positions above 0, got {horizon!r}")

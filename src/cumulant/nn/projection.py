@@ -16,8 +16,9 @@ _GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
 def project(layer: nn.Module, x: Tensor) -> Tensor:
     """``layer(x)``: ``[..., in_features]`` -> ``[..., out_features]``.
 
-    A plain `torch.nn.Linear` runs up to twice as fast on CPUs where PyTorch's own matrix products are slow. Whatever
-    else stands in its place, as quantised layers, adapters and offloaded weights do, is called as the module it is.
+    A plain `torch.nn.Linear` runs up to twice as fast on CPUs where PyTorch's own matrix products
+    are slow. Whatever else stands in its place, as quantised layers, adapters and offloaded weights
+    do, is called as the module it is.
     """
     if torch.compiler.is_compiling() or not is_plain(layer):
         y: Tensor = layer(x)

@@ -12,10 +12,12 @@ from .step import known_to_programs
 
 @known_to_programs
 class RotaryEmbedding(nn.Module):
-    """Rotates neighbouring pairs of dimensions by position-dependent angles (Su et al. 2021, "RoFormer", eq. 34).
+    """Rotates neighbouring pairs of dimensions by position-dependent angles (Su et al. 2021,
+    "RoFormer", eq. 34).
 
-    Pair i at position t turns by ``t · base^(-2i/dim)``. Whole turns are taken off in fp64, so that a million tokens
-    in the angles are as exact as at the start, whatever the module's dtype. No parameters, no buffers.
+    Pair i at position t turns by ``t · base^(-2i/dim)``. Whole turns are taken off in fp64, so that
+    a million tokens in the angles are as exact as at the start, whatever the module's dtype. No
+    parameters, no buffers.
 
     Args:
         dim: rotated dimensions, even.
@@ -34,7 +36,9 @@ class RotaryEmbedding(nn.Module):
 
     def angles(self, position: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines ``[..., T, dim/2]`` in fp32 for ``position [..., T]``."""
-        exponent = torch.arange(0, self.dim, 2, dtype=torch.float64, device=position.device) / -self.dim
+        exponent = (
+            torch.arange(0, self.dim, 2, dtype=torch.float64, device=position.device) / -self.dim
+        )
         turns = position[..., None] * (self.base**exponent / (2 * torch.pi))
         angle = ((turns - turns.floor()) * (2 * torch.pi)).float()
         return angle.cos(), angle.sin()
@@ -55,12 +59,14 @@ class RotaryEmbedding(nn.Module):
         check_floats(x, "[B, H, T, dim]", name)
         check_places(position)
         if x.dim() != 4 or x.shape[-1] != self.dim:
-            raise ValueError(f"{name}: expected [B, H, T, dim] with dim={self.dim}, got {list(x.shape)}")
+            raise ValueError(
+                f"{name}: expected [B, H, T, dim] with dim={self.dim}, got {list(x.shape)}"
+            )
         if torch.compiler.is_compiling():  # comparing lengths would fix the graph's
             return
         B, T = x.shape[0], x.shape[2]
         if position.shape not in ((T,), (1, T), (B, T)):
             raise ValueError(
-                f"position: expected [T] or [B, T], [{T}] or [{B}, {T}] for {name} {list(x.shape)}, "
-                f"got {list(position.shape)}"
+                f"position: expected [T] or [B, T], [{T}] or [{B}, {T}] for {name} {list(x.shape)},"
+                f" got {list(position.shape)}"
             )

@@ -1,4 +1,6 @@
-"""Short causal convolutions: the local mixer that linear attention needs beside it (Arora et al. 2023)."""
+"""Short causal convolutions: the local mixer that linear attention needs beside it (Arora et al.
+2023).
+"""
 
 from __future__ import annotations
 
@@ -18,9 +20,11 @@ from .step import StepBuilder, known_to_programs, step_mixer
 
 @known_to_programs
 class ShortConvolution(nn.Module):
-    """Depthwise causal convolution: ``y_t = Σ_{j < size} w_j ⊙ x_{t-j}``, zeros before the first token.
+    """Depthwise causal convolution: ``y_t = Σ_{j < size} w_j ⊙ x_{t-j}``, zeros before the first
+    token.
 
-    It starts as the identity (w_0 = 1, the rest small), so that adding it to a model changes nothing at first.
+    It starts as the identity (w_0 = 1, the rest small), so that adding it to a model changes
+    nothing at first.
 
     Args:
         dim: channels D.
@@ -46,9 +50,14 @@ class ShortConvolution(nn.Module):
         return weight
 
     def forward(
-        self, *x: Tensor, tail: Tensor | None = None, offset: Tensor | None = None, padding: Tensor | None = None
+        self,
+        *x: Tensor,
+        tail: Tensor | None = None,
+        offset: Tensor | None = None,
+        padding: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
-        """``x [B, T, D]`` -> the same and the new tail ``[B, size - 1, D]``; arguments as in `token_shift`.
+        """``x [B, T, D]`` -> the same and the new tail ``[B, size - 1, D]``; arguments as in
+        `token_shift`.
 
         The channels may come as several tensors, which have their outputs each.
         """
@@ -60,27 +69,50 @@ class ShortConvolution(nn.Module):
         for part, past in zip(x, tails, strict=True):
             # a graph that compares lengths holds for some only
             long = padding is None and not torch.compiler.is_compiling() and part.shape[1] >= n
-            before = part.new_zeros(part.shape[0], n, part.shape[2]) if past is None and not long else past
+            before = (
+                part.new_zeros(part.shape[0], n, part.shape[2])
+                if past is None and not long
+                else past
+            )
             new.append(last_tokens(part if long else torch.cat((before, part), 1), padding, n))
-        mixed = (short_convolution(*inputs, offset) for inputs in zip(x, weights, tails, strict=True))
+        mixed = (
+            short_convolution(*inputs, offset) for inputs in zip(x, weights, tails, strict=True)
+        )
         tail = new[0] if len(x) == 1 else torch.cat(new, -1)
-        return *mixed, tail.to(self.weight.dtype)  # a state's dtype is that of the weights, under autocast too
+        return *mixed, tail.to(
+            self.weight.dtype
+        )  # a state's dtype is that of the weights, under autocast too
 
     def _check(self, x: tuple[Tensor, ...], tail: Tensor | None) -> None:
         for part in x:
             check_floats(part, "[B, T, D]")
-        if not x or any(part.dim() != 3 for part in x) or sum(part.shape[-1] for part in x) != self.dim:
-            raise ValueError(f"x: expected [B, T, D] with D={self.dim} in all, got {[list(part.shape) for part in x]}")
+        if (
+            not x
+            or any(part.dim() != 3 for part in x)
+            or sum(part.shape[-1] for part in x) != self.dim
+        ):
+            raise ValueError(
+                f"x: expected [B, T, D] with D={self.dim} in all, got"
+                f" {[list(part.shape) for part in x]}"
+            )
         if any(part.shape[:2] != x[0].shape[:2] or part.dtype != x[0].dtype for part in x[1:]):
             got = ", ".join(f"{list(part.shape)} {part.dtype}" for part in x)
             raise ValueError(f"x: expected tensors with the same B, T and dtype, got {got}")
         if tail is not None:
-            check_like(tail, "tail: expected", "[B, size - 1, D]", (x[0].shape[0], self.size - 1, self.dim), x[0])
+            check_like(
+                tail,
+                "tail: expected",
+                "[B, size - 1, D]",
+                (x[0].shape[0], self.size - 1, self.dim),
+                x[0],
+            )
 
 
 @dataclass(frozen=True)
 class ConvolutionState(State):
-    """tail: ``[B, size - 1, D]``, the inputs that the next tokens still see. position: ``[B]`` tokens so far."""
+    """tail: ``[B, size - 1, D]``, the inputs that the next tokens still see. position: ``[B]``
+    tokens so far.
+    """
 
     tail: Tensor
     position: Tensor
@@ -91,7 +123,8 @@ register(ConvolutionState)
 
 @known_to_programs
 class GatedShortConvolution(nn.Module):
-    """Gated convolution mixer, ``out(conv(in(x)) ⊙ gate(x))``: Based's third kind of layer, causal, with a tiny state.
+    """Gated convolution mixer, ``out(conv(in(x)) ⊙ gate(x))``: Based's third kind of layer, causal,
+    with a tiny state.
 
     Args:
         dim: model dim D.
@@ -114,12 +147,16 @@ class GatedShortConvolution(nn.Module):
         state: ConvolutionState | None = None,
         return_state: bool = False,
     ) -> Tensor | tuple[Tensor, ConvolutionState]:
-        """``x [B, T, D]``, ``key_mask [B, T]`` True = a token; see `cumulant.nn` for the mixer protocol."""
+        """``x [B, T, D]``, ``key_mask [B, T]`` True = a token; see `cumulant.nn` for the mixer
+        protocol.
+        """
         if state is not None and return_state and key_mask is None and cu_seqlens is None:
             stepped = step_mixer(self, x, state)
             if stepped is not None:
                 return stepped
-        check_input(x, self.in_proj, self.dim, key_mask, cu_seqlens, state is not None or return_state)
+        check_input(
+            x, self.in_proj, self.dim, key_mask, cu_seqlens, state is not None or return_state
+        )
         check_state(state, ConvolutionState, x)
         if state is not None:
             tail = x.shape[0], self.conv.size - 1, self.dim
@@ -131,11 +168,17 @@ class GatedShortConvolution(nn.Module):
         if cu_seqlens is not None:
             x, offset = clear_slack(x, cu_seqlens), offsets(x.shape[1], cu_seqlens)
         content, gate = project(self.in_proj, x).chunk(2, -1)
-        content, tail = self.conv(content, tail=None if state is None else state.tail, offset=offset, padding=padding)
+        content, tail = self.conv(
+            content, tail=None if state is None else state.tail, offset=offset, padding=padding
+        )
         y = restore(project(self.out_proj, content * gate), rows)
         if not return_state:
             return y
-        count = x.new_full((x.shape[0],), x.shape[1], dtype=torch.int64) if rows is None else rows.tokens
+        count = (
+            x.new_full((x.shape[0],), x.shape[1], dtype=torch.int64)
+            if rows is None
+            else rows.tokens
+        )
         return y, ConvolutionState(tail, count if state is None else count + state.position)
 
     def emit_step(self, builder: StepBuilder, x: Vector, residual: Vector | None) -> Vector:
@@ -143,7 +186,9 @@ class GatedShortConvolution(nn.Module):
         builder.rely_on(self)
         builder.rely_on(self.conv)
         content, gate = builder.project(self.in_proj, x).split(self.dim, self.dim)
-        mixed = builder.program.activate("product", builder.program.convolve(content, self.conv.weight), gate)
+        mixed = builder.program.activate(
+            "product", builder.program.convolve(content, self.conv.weight), gate
+        )
         return builder.project(self.out_proj, mixed, residual, add=residual is not None)
 
     @staticmethod

@@ -25,7 +25,9 @@ class ScaledSinusoidalEmbedding(nn.Module):
         super().__init__()
         check_count("dim", dim)
         if dim < 2 or dim % 2:
-            raise ValueError(f"dim: sinusoidal positions need an even number of channels, got {dim}")
+            raise ValueError(
+                f"dim: sinusoidal positions need an even number of channels, got {dim}"
+            )
         self.dim = dim
         self.angles = RotaryEmbedding(dim, base)
         self.scale = nn.Parameter(self.initial_scale())

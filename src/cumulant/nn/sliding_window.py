@@ -1,4 +1,6 @@
-"""Sliding-window softmax attention: each token sees itself and the `window` - 1 tokens before it, in O(T · window)."""
+"""Sliding-window softmax attention: each token sees itself and the `window` - 1 tokens before it,
+in O(T · window).
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,8 @@ from .softmax import SoftmaxAttention, attend_softmax, attend_visible
 
 
 class SlidingWindowAttention(SoftmaxAttention):
-    """Softmax attention over the last `window` tokens. Its state holds the last ``window - 1`` keys and values.
+    """Softmax attention over the last `window` tokens. Its state holds the last ``window - 1`` keys
+    and values.
 
     Args:
         dim, num_heads, num_kv_heads, head_dim, rotary, rotary_base: as in `SoftmaxAttention`.
@@ -33,7 +36,12 @@ class SlidingWindowAttention(SoftmaxAttention):
         rotary_base: float = 10000.0,
     ):
         super().__init__(
-            dim, num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, rotary=rotary, rotary_base=rotary_base
+            dim,
+            num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            rotary=rotary,
+            rotary_base=rotary_base,
         )
         check_count("window", window)
         self.window = window
@@ -47,20 +55,42 @@ class SlidingWindowAttention(SoftmaxAttention):
         state: KeyValueState | None = None,
         return_state: bool = False,
     ) -> Tensor | tuple[Tensor, KeyValueState]:
-        """``x [B, T, D]`` -> ``[B, T, D]``, with `return_state` also the state; see `cumulant.nn` for the protocol."""
-        if key_mask is None or x.dim() != 3 or key_mask.shape != x.shape[:2] or key_mask.dtype != torch.bool:
-            return super().forward(x, key_mask=key_mask, cu_seqlens=cu_seqlens, state=state, return_state=return_state)
-        # Windows count tokens, not padding: the row is compacted, so that neighbours in it are neighbours in the text.
+        """``x [B, T, D]`` -> ``[B, T, D]``, with `return_state` also the state; see `cumulant.nn`
+        for the protocol.
+        """
+        if (
+            key_mask is None
+            or x.dim() != 3
+            or key_mask.shape != x.shape[:2]
+            or key_mask.dtype != torch.bool
+        ):
+            return super().forward(
+                x, key_mask=key_mask, cu_seqlens=cu_seqlens, state=state, return_state=return_state
+            )
+        # Windows count tokens, not padding: the row is compacted, so that neighbours in it are
+        # neighbours in the text.
         x, rows = compact(x, key_mask)
-        result = super().forward(x, key_mask=rows.mask, cu_seqlens=cu_seqlens, state=state, return_state=return_state)
-        return (restore(result[0], rows), result[1]) if isinstance(result, tuple) else restore(result, rows)
+        result = super().forward(
+            x, key_mask=rows.mask, cu_seqlens=cu_seqlens, state=state, return_state=return_state
+        )
+        return (
+            (restore(result[0], rows), result[1])
+            if isinstance(result, tuple)
+            else restore(result, rows)
+        )
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, past: int) -> Tensor:
         T, w = q.shape[2], self.window
         if exports_to_onnx():  # whose blocks would keep the length that they were exported with
-            ahead = torch.arange(T, device=q.device)[:, None] + past - torch.arange(k.shape[2], device=q.device)
+            ahead = (
+                torch.arange(T, device=q.device)[:, None]
+                + past
+                - torch.arange(k.shape[2], device=q.device)
+            )
             visible = (ahead >= 0) & (ahead < w)
-            return attend_visible(q, k, v, visible if mask is None else visible & mask[:, None, None])
+            return attend_visible(
+                q, k, v, visible if mask is None else visible & mask[:, None, None]
+            )
         if T == 0:
             return q
         if mask is None and T == 1:
@@ -69,16 +99,22 @@ class SlidingWindowAttention(SoftmaxAttention):
             return attend_softmax(q, k, v, is_causal=True)
         return self._attend_blocks(q, k, v, mask, past)
 
-    def _attend_blocks(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, past: int) -> Tensor:
+    def _attend_blocks(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, past: int
+    ) -> Tensor:
         """Blocks of n <= window queries, each on the n + window - 1 keys that they can see."""
         (B, _H, T, _), w = q.shape, self.window
         n = max(1, min(w, T))
         blocks = -(-T // n)
         left, right = w - 1 - past, blocks * n - T
-        seen = torch.ones(B, k.shape[2], dtype=torch.bool, device=q.device) if mask is None else mask
+        seen = (
+            torch.ones(B, k.shape[2], dtype=torch.bool, device=q.device) if mask is None else mask
+        )
         q = F.pad(q, (0, 0, 0, right)).unflatten(2, (blocks, n))
         # F.pad with a negative left side drops keys older than any query's window
-        place = torch.arange(blocks, device=q.device)[:, None] * n + torch.arange(n + w - 1, device=q.device)
+        place = torch.arange(blocks, device=q.device)[:, None] * n + torch.arange(
+            n + w - 1, device=q.device
+        )
         k, v = (_windows(F.pad(x, (0, 0, left, right)), place, n) for x in (k, v))
         seen = F.pad(seen, (left, right)).unfold(1, n + w - 1, n)
         ahead = torch.arange(n + w - 1, device=q.device) - torch.arange(n, device=q.device)[:, None]
@@ -92,8 +128,12 @@ class SlidingWindowAttention(SoftmaxAttention):
         out = out.unflatten(0, (B, blocks)).transpose(1, 2).flatten(2, 3)[:, :, :T]
         return out
 
-    def remember(self, k: Tensor, v: Tensor, mask: Tensor | None, position: Tensor) -> KeyValueState:
-        """The last window - 1 tokens of each row, older slots first; the mask says which slots are filled."""
+    def remember(
+        self, k: Tensor, v: Tensor, mask: Tensor | None, position: Tensor
+    ) -> KeyValueState:
+        """The last window - 1 tokens of each row, older slots first; the mask says which slots are
+        filled.
+        """
         keep = min(self.window - 1, k.shape[2])
         if mask is None:
             # copies: views would keep the whole sequence alive
@@ -108,8 +148,8 @@ class SlidingWindowAttention(SoftmaxAttention):
 
 
 def _windows(x: Tensor, place: Tensor, step: int) -> Tensor:
-    """``x [B, G, S, K]`` at every window's places ``[windows, size]``, which begin every `step`: ``[B, G, windows,
-    size, K]``."""
+    """``x [B, G, S, K]`` at every window's places ``[windows, size]``, which begin every `step`:
+    ``[B, G, windows, size, K]``."""
     if torch.compiler.is_compiling() or plainly_called():
         return x.unfold(2, place.shape[1], step).mT
     return x[:, :, place]  # gradients of unfold cannot be mapped

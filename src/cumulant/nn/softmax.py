@@ -1,4 +1,6 @@
-"""Softmax attention (PyTorch's SDPA) behind the mixer protocol: the baseline, with a cache that grows."""
+"""Softmax attention (PyTorch's SDPA) behind the mixer protocol: the baseline, with a cache that
+grows.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ from .rotary import RotaryEmbedding
 
 
 def attend_softmax(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
-    """SDPA with grouped heads; by its formula where its kernels have no rule: for tangents, and mapped."""
+    """SDPA with grouped heads; by its formula where its kernels have no rule: for tangents, and
+    mapped.
+    """
     if torch.compiler.is_compiling() or plainly_called():
         return F.scaled_dot_product_attention(query, key, value, enable_gqa=True, **options)
     with sdpa_kernel(SDPBackend.MATH):
@@ -27,7 +31,9 @@ def attend_softmax(query: Tensor, key: Tensor, value: Tensor, **options: Any) ->
 
 
 def attend_visible(query: Tensor, key: Tensor, value: Tensor, visible: Tensor) -> Tensor:
-    """SDPA under a boolean mask ``[..., T, S]``; rows that see nothing give zeros instead of NaN."""
+    """SDPA under a boolean mask ``[..., T, S]``; rows that see nothing give zeros instead of
+    NaN.
+    """
     blind = ~visible.any(-1, keepdim=True)
     out = attend_softmax(query, key, value, attn_mask=visible | blind)
     return out.masked_fill(blind, 0)
@@ -61,9 +67,14 @@ class SoftmaxAttention(nn.Module):
         check_counts(dim=dim, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim)
         groups = num_heads if num_kv_heads is None else num_kv_heads
         if num_heads % groups:
-            raise ValueError(f"num_kv_heads: the {groups} key/value heads must divide the {num_heads} query heads")
+            raise ValueError(
+                f"num_kv_heads: the {groups} key/value heads must divide the {num_heads} query"
+                " heads"
+            )
         if head_dim is None and dim % num_heads:
-            raise ValueError(f"num_heads: {num_heads} must divide dim={dim}, or head_dim must be given")
+            raise ValueError(
+                f"num_heads: {num_heads} must divide dim={dim}, or head_dim must be given"
+            )
         self.dim, self.num_heads, self.num_kv_heads = dim, num_heads, groups
         self.head_dim = dim // num_heads if head_dim is None else head_dim
         self.is_causal = is_causal
@@ -82,13 +93,18 @@ class SoftmaxAttention(nn.Module):
         state: KeyValueState | None = None,
         return_state: bool = False,
     ) -> Tensor | tuple[Tensor, KeyValueState]:
-        """``x [B, T, D]`` -> ``[B, T, D]``, with `return_state` also the state; see `cumulant.nn` for the protocol."""
-        check_input(x, self.q_proj, self.dim, key_mask, cu_seqlens, state is not None or return_state)
+        """``x [B, T, D]`` -> ``[B, T, D]``, with `return_state` also the state; see `cumulant.nn`
+        for the protocol.
+        """
+        check_input(
+            x, self.q_proj, self.dim, key_mask, cu_seqlens, state is not None or return_state
+        )
         check_state(state, KeyValueState, x)
         check_keys(state, self.num_kv_heads, self.head_dim, self.head_dim, x)
         if not self.is_causal and (state is not None or return_state):
             raise ValueError(
-                "state: only causal attention carries a state from call to call; build with is_causal=True"
+                "state: only causal attention carries a state from call to call; build with"
+                " is_causal=True"
             )
         q, k, v, count = self._project(x, key_mask, cu_seqlens, state)
         past = 0
@@ -96,9 +112,15 @@ class SoftmaxAttention(nn.Module):
         if state is not None:
             past = state.key.shape[2]
             if key_mask is not None or state.mask is not None:
-                mask = torch.cat((_filled(state.mask, x, past), _filled(key_mask, x, x.shape[1])), 1)
+                mask = torch.cat(
+                    (_filled(state.mask, x, past), _filled(key_mask, x, x.shape[1])), 1
+                )
             k, v = torch.cat((state.key, k), 2), torch.cat((state.value, v), 2)
-        out = self.attend_packed(q, k, v, cu_seqlens) if cu_seqlens is not None else self.attend(q, k, v, mask, past)
+        out = (
+            self.attend_packed(q, k, v, cu_seqlens)
+            if cu_seqlens is not None
+            else self.attend(q, k, v, mask, past)
+        )
         y = project(self.out_proj, out.transpose(1, 2).flatten(2))
         if key_mask is not None:
             y = y.masked_fill(~key_mask[..., None], 0)
@@ -108,7 +130,11 @@ class SoftmaxAttention(nn.Module):
         return y, self.remember(k, v, mask, position)
 
     def _project(
-        self, x: Tensor, key_mask: Tensor | None, cu_seqlens: Tensor | None, state: KeyValueState | None
+        self,
+        x: Tensor,
+        key_mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        state: KeyValueState | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Rotated q, k, then v, and the number of new tokens in each row ``[B]``."""
         B, T = x.shape[:2]
@@ -120,8 +146,16 @@ class SoftmaxAttention(nn.Module):
         else:
             count = torch.full((B,), T, dtype=torch.int64, device=x.device)
         q = project(self.q_proj, x).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
-        k = project(self.k_proj, x).unflatten(-1, (self.num_kv_heads, self.head_dim)).transpose(1, 2)
-        v = project(self.v_proj, x).unflatten(-1, (self.num_kv_heads, self.head_dim)).transpose(1, 2)
+        k = (
+            project(self.k_proj, x)
+            .unflatten(-1, (self.num_kv_heads, self.head_dim))
+            .transpose(1, 2)
+        )
+        v = (
+            project(self.v_proj, x)
+            .unflatten(-1, (self.num_kv_heads, self.head_dim))
+            .transpose(1, 2)
+        )
         if self.rotary is not None:
             if cu_seqlens is not None:
                 position = offsets(T, cu_seqlens)
@@ -138,7 +172,9 @@ class SoftmaxAttention(nn.Module):
         """q ``[B,H,T,K]`` on k, v ``[B,G,past + T,K]``."""
         T, S = q.shape[2], k.shape[2]
         if mask is None and (past == 0 or T == 1 or not self.is_causal):
-            causal = self.is_causal if past == 0 else False  # a bool in compiled graphs too, where lengths are symbols
+            causal = (
+                self.is_causal if past == 0 else False
+            )  # a bool in compiled graphs too, where lengths are symbols
             return attend_softmax(q, k, v, is_causal=causal)
         visible = torch.ones(T, S, dtype=torch.bool, device=q.device)
         if self.is_causal:
@@ -155,7 +191,9 @@ class SoftmaxAttention(nn.Module):
         outs.append(torch.zeros_like(q[:, :, bounds[-1] :]))
         return torch.cat(outs, 2)
 
-    def remember(self, k: Tensor, v: Tensor, mask: Tensor | None, position: Tensor) -> KeyValueState:
+    def remember(
+        self, k: Tensor, v: Tensor, mask: Tensor | None, position: Tensor
+    ) -> KeyValueState:
         return KeyValueState(k, v, mask, position)
 
 

@@ -1,7 +1,9 @@
-"""One-token steps of whole modules as native programs: writing them down, and telling when they still hold.
+"""One-token steps of whole modules as native programs: writing them down, and telling when they
+still hold.
 
-A module that can be stepped is an `EmitsStep`, a mixer with a state a `StepsWithState`. What a program cannot do, and
-whatever may watch (gradients, hooks, tracing), takes the module's `forward` instead.
+A module that can be stepped is an `EmitsStep`, a mixer with a state a `StepsWithState`. What a
+program cannot do, and whatever may watch (gradients, hooks, tracing), takes the module's `forward`
+instead.
 """
 
 from __future__ import annotations
@@ -27,8 +29,8 @@ class EmitsStep(Protocol):
     """A module that can write down one token's work."""
 
     def emit_step(self, builder: StepBuilder, x: Vector, residual: Vector | None) -> Vector:
-        """Add the instructions of ``forward`` on `x`, and return where its output comes. With `residual` the output is
-        added to that vector, which is returned."""
+        """Add the instructions of ``forward`` on `x`, and return where its output comes. With
+        `residual` the output is added to that vector, which is returned."""
         ...
 
 
@@ -49,7 +51,8 @@ def _steps_with_state(kind: type) -> bool:
     return issubclass(kind, StepsWithState)
 
 
-# Whether modules of a class are `StepsWithState`: asked for every token, where `isinstance` would take longer.
+# Whether modules of a class are `StepsWithState`: asked for every token, where `isinstance` would
+# take longer.
 steps_with_state: Callable[[type], bool] = cache(_steps_with_state)
 
 
@@ -59,11 +62,17 @@ _methods: dict[type, dict[str, Any]] = {}  # of every class that programs know, 
 
 
 def known_to_programs(kind: _Kind) -> _Kind:
-    """A class, not its subclasses, that programs may take the place of, as long as its methods are these."""
+    """A class, not its subclasses, that programs may take the place of, as long as its methods are
+    these.
+    """
     own = kind.__mro__[: kind.__mro__.index(nn.Module)]
     functions = (FunctionType, staticmethod)
-    names = {name for base in own for name, value in vars(base).items() if isinstance(value, functions)}
-    _methods[kind] = {name: getattr(kind, name) for name in sorted(names) if not name.startswith("__")}
+    names = {
+        name for base in own for name, value in vars(base).items() if isinstance(value, functions)
+    }
+    _methods[kind] = {
+        name: getattr(kind, name) for name in sorted(names) if not name.startswith("__")
+    }
     return kind
 
 
@@ -79,7 +88,9 @@ class StepBuilder:
         self.modules: list[nn.Module] = []
 
     def rely_on(self, module: nn.Module, *kinds: type[nn.Module]) -> None:
-        """Take the module as it is now, which must be known to programs, and of one of these kinds if any are named."""
+        """Take the module as it is now, which must be known to programs, and of one of these kinds
+        if any are named.
+        """
         kind = type(module)
         if kind not in _methods or (kinds and kind not in kinds):
             raise Unsuitable
@@ -101,7 +112,9 @@ class StepBuilder:
         eps = torch.finfo(torch.float32).eps if norm.eps is None else norm.eps
         return self.program.norm(x, "rmsnorm", eps, norm.weight)
 
-    def project(self, projection: nn.Module, x: Vector, to: Vector | None = None, add: bool = False) -> Vector:
+    def project(
+        self, projection: nn.Module, x: Vector, to: Vector | None = None, add: bool = False
+    ) -> Vector:
         self.rely_on(projection, nn.Linear)
         return self.program.matrix(x, projection.weight, projection.bias, to, add)  # type: ignore[arg-type]
 
@@ -124,8 +137,9 @@ _dereference: Any = methodcaller("__call__")
 class CompiledStep:
     """The program of a module, or None where there can be none, and what that rests on.
 
-    Modules are held weakly, as what is kept here lives as long as they do. What must be looked at before every step is
-    kept in lists, and compared by functions of C, which is several times as fast as module by module.
+    Modules are held weakly, as what is kept here lives as long as they do. What must be looked at
+    before every step is kept in lists, and compared by functions of C, which is several times as
+    fast as module by module.
     """
 
     def __init__(self, module: nn.Module, emit: Emit, dim: int):
@@ -144,8 +158,13 @@ class CompiledStep:
         self._sizes = list(map(len, attributes))
         self._settings = [itemgetter("training", *_settings(a)) for a in attributes]
         self._values = list(map(itemgetter.__call__, self._settings, attributes))
-        children, self._parameters = _entries(attributes, "_modules"), _entries(attributes, "_parameters")
-        self._children: list[Any] = [type(None) if child is None else ref(child) for child in children]
+        children, self._parameters = (
+            _entries(attributes, "_modules"),
+            _entries(attributes, "_parameters"),
+        )
+        self._children: list[Any] = [
+            type(None) if child is None else ref(child) for child in children
+        ]
         self._weights = [p for p in self._parameters if p is not None]
         self._memory = _memory(self._weights)
 
@@ -180,7 +199,11 @@ class CompiledStep:
 
 
 def _settings(attributes: dict[str, Any]) -> list[str]:
-    return [name for name, value in attributes.items() if type(value) in (bool, int, float, str, tuple, type(None))]
+    return [
+        name
+        for name, value in attributes.items()
+        if type(value) in (bool, int, float, str, tuple, type(None))
+    ]
 
 
 def _entries(attributes: list[dict[str, Any]], table: str) -> list[Any]:
@@ -207,9 +230,11 @@ def step(
     position: Tensor | None = None,
     emit: Emit | None = None,
 ) -> tuple[Tensor, list[Tensor]] | None:
-    """``x [B, 1, D]`` at ``position [B]`` through `module` -> ``[B, 1, D]`` and its new states, in one native call.
+    """``x [B, 1, D]`` at ``position [B]`` through `module` -> ``[B, 1, D]`` and its new states, in
+    one native call.
 
-    None where that cannot be, and `forward` must run. emit: what writes the instructions, by default `emit_step`.
+    None where that cannot be, and `forward` must run. emit: what writes the instructions, by
+    default `emit_step`.
     """
     if not may_step(x):
         return None
@@ -224,15 +249,27 @@ def step(
     if position is not None:
         if not isinstance(position, Tensor):
             return None
-        if position.dtype != torch.int64 or position.shape != x.shape[:1] or position.device.type != "cpu":
+        if (
+            position.dtype != torch.int64
+            or position.shape != x.shape[:1]
+            or position.device.type != "cpu"
+        ):
             return None
         position = position.contiguous()
     y, after = program.run(x.contiguous(), states, position)  # type: ignore[arg-type]
     return y[:, None], after
 
 
-def step_mixer(mixer: Any, x: Tensor, state: Any, module: nn.Module | None = None) -> tuple[Tensor, Any] | None:
-    """A step of a mixer with its state, or of the `module` around it: the output and the new state, or None."""
+def step_mixer(
+    mixer: Any, x: Tensor, state: Any, module: nn.Module | None = None
+) -> tuple[Tensor, Any] | None:
+    """A step of a mixer with its state, or of the `module` around it: the output and the new state,
+    or None.
+    """
     position: Any = getattr(state, "position", None)
     stepped = step(module or mixer, x, mixer.state_tensors(state), position)
-    return None if stepped is None else (stepped[0], mixer.state_from_tensors(stepped[1], position + 1))
+    return (
+        None
+        if stepped is None
+        else (stepped[0], mixer.state_from_tensors(stepped[1], position + 1))
+    )

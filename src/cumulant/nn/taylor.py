@@ -15,11 +15,12 @@ from .step import known_to_programs
 
 @known_to_programs
 class TaylorAttention(KernelAttention):
-    """Multi-head Taylor attention (`cumulant.taylor_attention`): softmax attention with the exponential expanded to
-    `order`, in linear time, with a state of ``G · F · (V + 1)`` numbers.
+    """Multi-head Taylor attention (`cumulant.taylor_attention`): softmax attention with the
+    exponential expanded to `order`, in linear time, with a state of ``G · F · (V + 1)`` numbers.
 
-    ``qk_norm=True, constant_term=False`` is Mercat's higher order linear transformer (arXiv 2010.14816): normalised
-    queries and keys bound the scores by ``sqrt(K) / alpha``, where the expansion is close to the exponential.
+    ``qk_norm=True, constant_term=False`` is Mercat's higher order linear transformer (arXiv
+    2010.14816): normalised queries and keys bound the scores by ``sqrt(K) / alpha``, where the
+    expansion is close to the exponential.
 
     Args:
         dim: model dim D.
@@ -31,14 +32,16 @@ class TaylorAttention(KernelAttention):
         order: degree of the expansion; even orders have positive weights.
         scale: factor of q·k, by default ``1 / (alpha · sqrt(K))``.
         alpha: see `scale`; by default 3 with `qk_norm`, else 1.
-        constant_term: keep the term of degree 0. Without it weights can be negative and denominators vanish.
+        constant_term: keep the term of degree 0. Without it weights can be negative and
+            denominators vanish.
         is_causal: token t sees tokens up to t. False: every token sees all, or those of a context.
         rotary: rotate queries and keys by their position (self attention only).
         rotary_base: see `RotaryEmbedding`.
         prenorm: RMSNorm of x (not of a context) before the projections.
         qk_norm: LayerNorm without parameters on each head's queries and keys.
         gate_values: multiply each head's output by ``sigmoid(w_h · x_t)``.
-        combine_heads: project the heads' outputs to D; False leaves them side by side, ``[B, T, H·V]``.
+        combine_heads: project the heads' outputs to D; False leaves them side by side,
+            ``[B, T, H·V]``.
         shift_tokens: take half of the input channels from the token before.
         conv_size: taps of a causal depthwise convolution over q, k and v; 0 for none.
         bias: biases in the projections of q, k, v and the output.
@@ -93,7 +96,9 @@ class TaylorAttention(KernelAttention):
         )
         check_order(order)
         if alpha is not None and scale is not None:
-            raise ValueError("alpha: given beside scale; leave one out, as scale = 1 / (alpha · sqrt(K))")
+            raise ValueError(
+                "alpha: given beside scale; leave one out, as scale = 1 / (alpha · sqrt(K))"
+            )
         if alpha is None:
             alpha = 3.0 if qk_norm else 1.0
         if not 0 < alpha < math.inf:

@@ -17,7 +17,8 @@ def token_shift(
     padding: Tensor | None = None,
     first_half: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Second half of the channels from the previous token: ``[B, T, D]`` -> the same, and the new tail ``[B, 1, D/2]``.
+    """Second half of the channels from the previous token: ``[B, T, D]`` -> the same, and the new
+    tail ``[B, 1, D/2]``.
 
     Args:
         x: ``[B, T, D]``.

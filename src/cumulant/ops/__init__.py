@@ -1,1 +1,3 @@
-"""The operations: what is computed. One file an operation; how it is computed lies in `cumulant.kernels`."""
+"""The operations: what is computed. One file an operation; how it is computed lies in
+`cumulant.kernels`.
+"""

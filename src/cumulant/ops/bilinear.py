@@ -21,8 +21,8 @@ def bilinear(a: Tensor, b: Tensor, weight: Tensor, bias: Tensor | None = None) -
         bias: ``[D]``.
 
     Returns:
-        ``[..., D]``, in a's dtype. Outer products ``[..., F·A]`` exist for a block of tokens at a time, and none is
-        kept for the backward pass.
+        ``[..., D]``, in a's dtype. Outer products ``[..., F·A]`` exist for a block of tokens at a
+        time, and none is kept for the backward pass.
     """
     if torch.is_autocast_enabled(a.device.type):
         dtype = torch.get_autocast_dtype(a.device.type)

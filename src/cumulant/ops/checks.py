@@ -1,4 +1,6 @@
-"""Input checks shared by the operations. Errors name the argument, the expected shape in letters, what came, a fix."""
+"""Input checks shared by the operations. Errors name the argument, the expected shape in letters,
+what came, a fix.
+"""
 
 from __future__ import annotations
 
@@ -45,14 +47,23 @@ def check_attention(
     cu_seqlens: Tensor | None,
     names: tuple[str, str] = ("query", "key"),
 ) -> Sizes:
-    """Shapes, dtypes and devices of query, key, value and masks; `names` of the first two in messages."""
+    """Shapes, dtypes and devices of query, key, value and masks; `names` of the first two in
+    messages.
+    """
     first, second = names
-    layout = ((first, query, "[B, H, T, K]"), (second, key, "[B, G, S, K]"), ("value", value, "[B, G, S, V]"))
+    layout = (
+        (first, query, "[B, H, T, K]"),
+        (second, key, "[B, G, S, K]"),
+        ("value", value, "[B, G, S, V]"),
+    )
     for name, x, letters in layout:
         if not isinstance(x, Tensor):
             raise TypeError(f"{name}: expected a tensor {letters}, got {type(x).__name__}")
         if x.dim() != 4:
-            raise ValueError(f"{name}: expected {letters}, got {_show(x)}; heads are the second dimension, as in SDPA")
+            raise ValueError(
+                f"{name}: expected {letters}, got {_show(x)}; heads are the second dimension, as in"
+                " SDPA"
+            )
         if x.dtype not in FLOATS:
             raise TypeError(f"{name}: expected fp16, bf16, fp32 or fp64, got {x.dtype}")
         if x.dtype != query.dtype or x.device != query.device:
@@ -63,11 +74,17 @@ def check_attention(
     B, H, T, K = query.shape
     G, S, V = key.shape[1], key.shape[2], value.shape[3]
     if key.shape[0] != B or key.shape[3] != K:
-        raise ValueError(f"{second}: expected [B, G, S, K] with B={B}, K={K} as in {first}, got {_show(key)}")
+        raise ValueError(
+            f"{second}: expected [B, G, S, K] with B={B}, K={K} as in {first}, got {_show(key)}"
+        )
     if value.shape[:3] != key.shape[:3]:
-        raise ValueError(f"value: expected [B, G, S, V] = [{B}, {G}, {S}, V] as in {second}, got {_show(value)}")
+        raise ValueError(
+            f"value: expected [B, G, S, V] = [{B}, {G}, {S}, V] as in {second}, got {_show(value)}"
+        )
     if G == 0 or H % G:
-        raise ValueError(f"{second}: the {G} key/value heads (G) must divide the {H} query heads (H)")
+        raise ValueError(
+            f"{second}: the {G} key/value heads (G) must divide the {H} query heads (H)"
+        )
     if K == 0:
         raise ValueError(f"{first}: expected [B, H, T, K] with K >= 1, got {_show(query)}")
     if is_causal and T != S:
@@ -81,12 +98,16 @@ def check_attention(
     return Sizes(B, H, G, T, S, K, V)
 
 
-def check_key_mask(key_mask: Tensor | None, B: int, S: int, device: torch.device, *, name: str = "key_mask") -> None:
+def check_key_mask(
+    key_mask: Tensor | None, B: int, S: int, device: torch.device, *, name: str = "key_mask"
+) -> None:
     if key_mask is None:
         return
     if not isinstance(key_mask, Tensor) or key_mask.dtype != torch.bool:
         got = key_mask.dtype if isinstance(key_mask, Tensor) else type(key_mask).__name__
-        raise TypeError(f"{name}: expected a boolean tensor [B, S], True = attend, got {got}; try {name}.bool()")
+        raise TypeError(
+            f"{name}: expected a boolean tensor [B, S], True = attend, got {got}; try {name}.bool()"
+        )
     if key_mask.shape != (B, S):
         raise ValueError(f"{name}: expected [B, S] = [{B}, {S}], got {_show(key_mask)}")
     if key_mask.device != device:
@@ -98,11 +119,13 @@ def check_cu_seqlens(cu_seqlens: Tensor, B: int, T: int, S: int, device: torch.d
         got = cu_seqlens.dtype if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
         raise TypeError(f"cu_seqlens: expected an int32 or int64 tensor [N + 1], got {got}")
     if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2:
-        raise ValueError(f"cu_seqlens: expected [N + 1] with N >= 1 sequences, got {_show(cu_seqlens)}")
+        raise ValueError(
+            f"cu_seqlens: expected [N + 1] with N >= 1 sequences, got {_show(cu_seqlens)}"
+        )
     if B != 1 or T != S:
         raise ValueError(
-            f"cu_seqlens: packed sequences need B = 1 and as many keys as queries, got B={B}, T={T}, S={S}; "
-            "put the sequences end to end along T"
+            f"cu_seqlens: packed sequences need B = 1 and as many keys as queries, got B={B},"
+            f" T={T}, S={S}; put the sequences end to end along T"
         )
     if cu_seqlens.device != device:
         raise ValueError(f"cu_seqlens: expected on {device} like query, got {cu_seqlens.device}")
@@ -110,18 +133,28 @@ def check_cu_seqlens(cu_seqlens: Tensor, B: int, T: int, S: int, device: torch.d
         return
     bounds = cu_seqlens.tolist()
     if bounds[0] != 0 or bounds[-1] > T or any(b < a for a, b in itertools.pairwise(bounds)):
-        raise ValueError(f"cu_seqlens: expected offsets rising from 0 to at most T={T}, got {bounds[:8]}")
+        raise ValueError(
+            f"cu_seqlens: expected offsets rising from 0 to at most T={T}, got {bounds[:8]}"
+        )
 
 
 def check_position(position: object, rows: int, device: torch.device) -> None:
     """The count of tokens that a state holds: its dtype, shape and device, never its values."""
     letters = f"state: expected position [B] int64 = [{rows}] on {device}"
     if not isinstance(position, Tensor):
-        raise TypeError(f"{letters}, got {type(position).__name__}; pass a state from return_state=True as it is")
+        raise TypeError(
+            f"{letters}, got {type(position).__name__}; pass a state from return_state=True as"
+            " it is"
+        )
     if position.dtype != torch.int64:
-        raise TypeError(f"{letters}, got {list(position.shape)} {_dtype(position)}; convert it with position.long()")
+        raise TypeError(
+            f"{letters}, got {list(position.shape)} {_dtype(position)}; convert it with"
+            " position.long()"
+        )
     if position.dim() != 1 or position.shape[0] != rows:
-        raise ValueError(f"{letters}, got {list(position.shape)}; choose rows with state.select(index)")
+        raise ValueError(
+            f"{letters}, got {list(position.shape)}; choose rows with state.select(index)"
+        )
     if position.device != device:
         raise TypeError(f"{letters}, got one on {position.device}; move it with state.to(device)")
 
@@ -130,17 +163,22 @@ def _dtype(x: Tensor) -> str:
     return str(x.dtype).removeprefix("torch.")
 
 
-def check_linear_state(state: LinearState | None, N: int, sizes: Sizes, F: int, normalize: bool, query: Tensor) -> None:
+def check_linear_state(
+    state: LinearState | None, N: int, sizes: Sizes, F: int, normalize: bool, query: Tensor
+) -> None:
     """A state fits this call: `N` rows (batch, or packed sequences), `F` features."""
     if state is None:
         return
     if not isinstance(state, LinearState):
-        raise TypeError(f"state: expected a LinearState from return_state=True, got {type(state).__name__}")
+        raise TypeError(
+            f"state: expected a LinearState from return_state=True, got {type(state).__name__}"
+        )
     expected = (N, sizes.G, F, sizes.V)
     if _shape(state.numerator) != expected:
         raise ValueError(
-            f"state: expected numerator [B, G, F, V] = {list(expected)}, got {_show(state.numerator)}; "
-            "the state comes from another batch, head layout, order or feature map"
+            f"state: expected numerator [B, G, F, V] = {list(expected)}, got"
+            f" {_show(state.numerator)}; the state comes from another batch, head layout, order or"
+            " feature map"
         )
     if normalize and _shape(state.denominator) != expected[:3]:
         got = "None (normalize=False)" if state.denominator is None else _show(state.denominator)
@@ -148,10 +186,14 @@ def check_linear_state(state: LinearState | None, N: int, sizes: Sizes, F: int, 
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     if state.numerator.dtype != dtype or state.numerator.device != query.device:
         raise TypeError(
-            f"state: expected {dtype} on {query.device}, got {state.numerator.dtype} on {state.numerator.device}; "
-            "move it with state.to(device)"
+            f"state: expected {dtype} on {query.device}, got {state.numerator.dtype} on"
+            f" {state.numerator.device}; move it with state.to(device)"
         )
-    if normalize and state.denominator is not None and not _alike(state.denominator, state.numerator):
+    if (
+        normalize
+        and state.denominator is not None
+        and not _alike(state.denominator, state.numerator)
+    ):
         got = f"{state.denominator.dtype} on {state.denominator.device}"
         raise TypeError(f"state: expected denominator in {dtype} on {query.device}, got {got}")
     check_position(state.position, N, query.device)
@@ -166,7 +208,9 @@ ACTIVATIONS = ("relu2", "laplace")
 
 def check_activation(activation: str) -> None:
     if activation not in ACTIVATIONS:
-        raise ValueError(f"activation: expected one of {', '.join(map(repr, ACTIVATIONS))}, got {activation!r}")
+        raise ValueError(
+            f"activation: expected one of {', '.join(map(repr, ACTIVATIONS))}, got {activation!r}"
+        )
 
 
 def check_group_size(group_size: int) -> None:
@@ -180,9 +224,15 @@ def check_dropout(dropout_p: float) -> None:
 
 
 def check_bias(
-    bias: Tensor | None, shapes: tuple[tuple[int, ...], ...], letters: str, query: Tensor, *, static: bool = False
+    bias: Tensor | None,
+    shapes: tuple[tuple[int, ...], ...],
+    letters: str,
+    query: Tensor,
+    *,
+    static: bool = False,
 ) -> None:
-    """A bias on scores: floating, where query is, of one of `shapes`. Those that are not `static` are left alone while
+    """A bias on scores: floating, where query is, of one of `shapes`. Those that are not `static`
+    are left alone while
     compiling: comparing them would fix the length of the graph."""
     if bias is None:
         return
@@ -201,21 +251,25 @@ def check_parts(
     dtype: torch.dtype | None,
     query: Tensor,
 ) -> None:
-    """A state of `kind` whose parts have the expected shapes, rows first, of `dtype` (None: any) on query's device."""
+    """A state of `kind` whose parts have the expected shapes, rows first, of `dtype` (None: any) on
+    query's device.
+    """
     if state is None:
         return
     if not isinstance(state, kind):
-        raise TypeError(f"state: expected a {kind.__name__} from return_state=True, got {type(state).__name__}")
+        raise TypeError(
+            f"state: expected a {kind.__name__} from return_state=True, got {type(state).__name__}"
+        )
     for name, shape in expected.items():
         part = getattr(state, name)
         if _shape(part) != shape:
             raise ValueError(
-                f"state: expected {name} {list(shape)}, got {_show(part)}; the state comes from another batch, "
-                "head layout or group size"
+                f"state: expected {name} {list(shape)}, got {_show(part)}; the state comes from"
+                " another batch, head layout or group size"
             )
         if (dtype is not None and part.dtype != dtype) or part.device != query.device:
             raise TypeError(
-                f"state: expected {dtype or part.dtype} on {query.device}, got {part.dtype} on {part.device}; "
-                "move it with state.to(device)"
+                f"state: expected {dtype or part.dtype} on {query.device}, got {part.dtype} on"
+                f" {part.device}; move it with state.to(device)"
             )
     check_position(state.position, next(iter(expected.values()))[0], query.device)  # type: ignore[attr-defined]

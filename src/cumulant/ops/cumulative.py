@@ -1,4 +1,6 @@
-"""What linear and Taylor attention share: running the chosen implementation and keeping count in the state."""
+"""What linear and Taylor attention share: running the chosen implementation and keeping count in
+the state.
+"""
 
 from __future__ import annotations
 
@@ -32,13 +34,18 @@ def attention_inputs(
     return AttentionInputs(query, key, value, key_mask, cu_seqlens, numerator, denominator)
 
 
-def attend(plan: Plan[AttentionSpec], inputs: AttentionInputs, state: LinearState | None) -> tuple[Tensor, LinearState]:
-    """Output ``[B, H, T, V]``, in query's dtype, and the state after these keys, empty if the plan returns none.
+def attend(
+    plan: Plan[AttentionSpec], inputs: AttentionInputs, state: LinearState | None
+) -> tuple[Tensor, LinearState]:
+    """Output ``[B, H, T, V]``, in query's dtype, and the state after these keys, empty if the plan
+    returns none.
     state: what came in."""
     found = _reference(plan.spec, inputs) if plan.impl == "reference" else _run(plan, inputs)
     denominator = found.final_denominator if plan.spec.normalize else None
     position = count_tokens(inputs.key, inputs.key_mask, inputs.cu_seqlens, state)
-    return found.out.to(inputs.query.dtype), LinearState(found.final_numerator, denominator, position)
+    return found.out.to(inputs.query.dtype), LinearState(
+        found.final_numerator, denominator, position
+    )
 
 
 def _run(plan: Plan[AttentionSpec], inputs: AttentionInputs) -> AttentionOutputs:
@@ -46,7 +53,9 @@ def _run(plan: Plan[AttentionSpec], inputs: AttentionInputs) -> AttentionOutputs
         return attention(plan.impl, inputs, plan.spec)
     # kernels need a channel: one of zeros, taken away again
     numerator = None if inputs.numerator is None else pad(inputs.numerator, (0, 1))
-    found = attention(plan.impl, inputs._replace(value=pad(inputs.value, (0, 1)), numerator=numerator), plan.spec)
+    found = attention(
+        plan.impl, inputs._replace(value=pad(inputs.value, (0, 1)), numerator=numerator), plan.spec
+    )
     return found._replace(out=found.out[..., :0], final_numerator=found.final_numerator[..., :0])
 
 
@@ -57,7 +66,11 @@ def _reference(spec: AttentionSpec, inputs: AttentionInputs) -> AttentionOutputs
         similarity = reference.taylor_similarity(spec.order, spec.constant_term)
     else:
         features = partial(elementwise, spec.activation)
-        query_features = reference.level_features(features, spec.activation == "elu") if spec.normalize else features
+        query_features = (
+            reference.level_features(features, spec.activation == "elu")
+            if spec.normalize
+            else features
+        )
         similarity = lambda q, k: reference.dot_similarity(query_features(q), features(k))  # noqa: E731
     run = partial(
         reference.quadratic_attention,
@@ -75,8 +88,12 @@ def _reference(spec: AttentionSpec, inputs: AttentionInputs) -> AttentionOutputs
         if cu_seqlens is None:
             out, sums = run(scaled, key, value, key_mask=inputs.key_mask, state=past)
         else:
-            out, sums = reference.packed(run, scaled, key, value, cu_seqlens, key_mask=inputs.key_mask, state=past)
-    return AttentionOutputs(out, out.new_empty(0), sums[0], out.new_empty(0) if sums[1] is None else sums[1])
+            out, sums = reference.packed(
+                run, scaled, key, value, cu_seqlens, key_mask=inputs.key_mask, state=past
+            )
+    return AttentionOutputs(
+        out, out.new_empty(0), sums[0], out.new_empty(0) if sums[1] is None else sums[1]
+    )
 
 
 def count_tokens(

@@ -1,10 +1,11 @@
-"""Which implementation runs. An explicit `impl` is honoured or refused; "auto" takes the first that nothing hinders.
+"""Which implementation runs. An explicit `impl` is honoured or refused; "auto" takes the first that
+nothing hinders.
 
-An operation makes a plan of its call and then runs it. `explain` calls the operation with an `impl` that only asks, and
-is handed the plan's choice before anything runs.
+An operation makes a plan of its call and then runs it. `explain` calls the operation with an `impl`
+that only asks, and is handed the plan's choice before anything runs.
 
-The environment variable CUMULANT_IMPL says what "auto" means: the name of an implementation stands for every call that
-names none, and is honoured or refused in the same way.
+The environment variable CUMULANT_IMPL says what "auto" means: the name of an implementation stands
+for every call that names none, and is honoured or refused in the same way.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from ..kernels.transforms import needs_formula, transformed
 
 PLANNED = ("triton",)  # names that a later version will know
 VARIABLE = "CUMULANT_IMPL"
-# Every call asks, and os.environ takes as long as a small layer where a variable is not set: ask the dict behind it.
+# Every call asks, and os.environ takes as long as a small layer where a variable is not set: ask
+# the dict behind it.
 _environment: Any = getattr(os.environ, "_data", os.environ)
 _key: Any = os.environ.encodekey(VARIABLE) if hasattr(os.environ, "encodekey") else VARIABLE
 
@@ -41,19 +43,26 @@ class Choice:
 
 
 def automatic() -> str:
-    """What "auto" means: CUMULANT_IMPL, or else "reference" in an export to ONNX and "auto" anywhere else."""
+    """What "auto" means: CUMULANT_IMPL, or else "reference" in an export to ONNX and "auto"
+    anywhere else.
+    """
     name = os.environ[VARIABLE] if _environment.get(_key) else "auto"
     if name not in ("auto", *BACKENDS, "reference"):
-        raise ValueError(f"{VARIABLE}: expected {_listed('auto', *BACKENDS, 'reference')}, got {name!r}")
+        raise ValueError(
+            f"{VARIABLE}: expected {_listed('auto', *BACKENDS, 'reference')}, got {name!r}"
+        )
     return "reference" if name == "auto" and exports_to_onnx() else name
 
 
-# What torch.compiler.assume_constant_result does, which would import all of torch.compile with this file.
+# What torch.compiler.assume_constant_result does, which would import all of torch.compile with this
+# file.
 automatic._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def exports_to_onnx() -> bool:
-    """Whether `torch.onnx.export` is tracing: ONNX knows none of our operators, so that only PyTorch's own may run."""
+    """Whether `torch.onnx.export` is tracing: ONNX knows none of our operators, so that only
+    PyTorch's own may run.
+    """
     traced = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
     return traced and torch.onnx.is_in_onnx_export()
 
@@ -67,18 +76,22 @@ def _listed(*names: str) -> str:
 
 
 def resolve(impl: str, obstacles: Mapping[str, str]) -> str:
-    """The implementation to run for a request. obstacles: what stands in the way of each, the fastest first; empty
-    where nothing does."""
+    """The implementation to run for a request. obstacles: what stands in the way of each, the
+    fastest first; empty where nothing does."""
     name = "impl"
     if impl == "auto":
         name, impl = VARIABLE, automatic()
         if impl == "auto":
             return next(each for each, obstacle in obstacles.items() if not obstacle)
     if impl in BACKENDS and exports_to_onnx():
-        raise ValueError(f"{name}: {impl!r} runs operators of its own, which ONNX has not; use 'auto' or 'reference'")
+        raise ValueError(
+            f"{name}: {impl!r} runs operators of its own, which ONNX has not; use 'auto' or"
+            " 'reference'"
+        )
     if impl not in (*BACKENDS, "reference", *PLANNED):
         raise ValueError(
-            f"{name}: expected {_listed('auto', 'reference', *reversed(BACKENDS), *PLANNED)}, got {impl!r}"
+            f"{name}: expected {_listed('auto', 'reference', *reversed(BACKENDS), *PLANNED)}, got"
+            f" {impl!r}"
         )
     obstacle = obstacles.get(impl, "is not part of this version of cumulant")
     if not obstacle:
@@ -106,13 +119,19 @@ def make_plan(operation: str, impl: str, inputs: Any, spec: Spec) -> Plan[Spec]:
     module = None if chosen == "reference" else implementation(chosen, operation)
     plan = Plan(chosen, spec if module is None else module.prepared(inputs, spec))
     if type(impl) is _Question:
-        work = "the quadratic form, T x S weights" if module is None else module.describe(inputs, plan.spec)
+        work = (
+            "the quadratic form, T x S weights"
+            if module is None
+            else module.describe(inputs, plan.spec)
+        )
         raise _Answer(Choice(chosen, f"{_wish(impl)}: {work}"))
     return plan
 
 
 def _obstacles(operation: str, inputs: Any, spec: Any, free: bool) -> dict[str, str]:
-    """What stands in the way of each implementation; where the choice is free, also that another is the faster."""
+    """What stands in the way of each implementation; where the choice is free, also that another is
+    the faster.
+    """
     found = {}
     for name in BACKENDS:
         module = implementation(name, operation)
@@ -151,13 +170,15 @@ def operation(op: Operation) -> Operation:
 
 
 def plainly_called() -> bool:
-    """Whether nothing differentiates forwards, maps or transforms, by `torch.func` or otherwise: kernels without such
-    rules may run, and what is made may be kept for the next call."""
+    """Whether nothing differentiates forwards, maps or transforms, by `torch.func` or otherwise:
+    kernels without such rules may run, and what is made may be kept for the next call."""
     return not transformed() and not needs_formula()
 
 
 def native_by_default(x: Tensor) -> bool:
-    """Whether native kernels may run where nobody names an implementation: beside attention, and in steps."""
+    """Whether native kernels may run where nobody names an implementation: beside attention, and in
+    steps.
+    """
     return automatic() in ("auto", "native") and not native_obstacle(x)
 
 
@@ -173,8 +194,8 @@ def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Choice:
 
     >>> q, k, v = (torch.randn(1, 8, 1000, 16) for _ in range(3))
     >>> cm.explain(cm.taylor_attention, q, k, v, is_causal=True, impl="reference")
-    Choice(impl='reference', reason='asked for: the quadratic form, T x S weights; query read as B = 1
-    rows, H = 8 heads, T = 1000 tokens')
+    Choice(impl='reference', reason='asked for: the quadratic form, T x S weights; query read as B =
+    1 rows, H = 8 heads, T = 1000 tokens')
     """
     if not getattr(op, "is_operation", False):
         raise TypeError(f"op: expected an operation such as cumulant.taylor_attention, got {op!r}")

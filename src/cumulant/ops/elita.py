@@ -1,4 +1,6 @@
-"""ELiTA's attention: a softmax over scalar logits of keys and queries, with one more for the token itself."""
+"""ELiTA's attention: a softmax over scalar logits of keys and queries, with one more for the token
+itself.
+"""
 
 from __future__ import annotations
 
@@ -32,26 +34,32 @@ def elita_attention(
     return_state: bool = False,
     impl: str = "auto",
 ) -> Tensor | tuple[Tensor, ElitaState]:
-    """Causal attention whose logits are sums of a key's and a query's number, in O(T) time and memory.
+    """Causal attention whose logits are sums of a key's and a query's number, in O(T) time and
+    memory.
 
-    With key, query and self logits c, r and s, row i is the softmax over ``s_i`` (value v_i) and all ``r_i + c_j``,
-    j ≤ i (values v_j)::
+    With key, query and self logits c, r and s, row i is the softmax over ``s_i`` (value v_i) and
+    all ``r_i + c_j``, j ≤ i (values v_j)::
 
         out_i = (e^{s_i} v_i + e^{r_i} Σ_{j≤i} e^{c_j} v_j) / (e^{s_i} + e^{r_i} Σ_{j≤i} e^{c_j})
 
-    computed as ``out_i = g_i v_i + (1 - g_i) u_i``, ``g_i = σ(s_i - r_i - m_i)``, with the running log-sum
-    ``m_i = log Σ_{j≤i} e^{c_j}`` and mean ``u_i = Σ_{j≤i} e^{c_j - m_i} v_j``: exact for logits of any size, as
-    differences of logits are taken in fp64 and nothing larger than 1 is exponentiated.
+    computed as ``out_i = g_i v_i + (1 - g_i) u_i``, ``g_i = σ(s_i - r_i - m_i)``, with the running
+    log-sum ``m_i = log Σ_{j≤i} e^{c_j}`` and mean ``u_i = Σ_{j≤i} e^{c_j - m_i} v_j``: exact for
+    logits of any size, as differences of logits are taken in fp64 and nothing larger than 1 is
+    exponentiated.
 
     Args:
-        key_logit: c, ``[B, G, T]``; fp16, bf16, fp32 or fp64, as the two others; -inf for a key of no weight.
-        query_logit: r, ``[B, H, T]``; the G key/value heads divide H, head h reads keys and values ``h // (H / G)``.
+        key_logit: c, ``[B, G, T]``; fp16, bf16, fp32 or fp64, as the two others; -inf for a key of
+            no weight.
+        query_logit: r, ``[B, H, T]``; the G key/value heads divide H, head h reads keys and values
+            ``h // (H / G)``.
         self_logit: s, ``[B, H, T]``; -inf to leave the term out.
-        value: ``[B, G, T, V]``, of any floating dtype. Sums are taken in fp32 (fp64 for fp64), and carried from call to
-            call in fp64.
-        key_mask: ``[B, T]`` bool, True = attend. Masked tokens count for nothing, not even for themselves.
-        cu_seqlens: ``[N + 1]`` int32/int64, offsets of N sequences packed end to end along T (then B = 1); they do not
-            see each other. Rows after the last offset come out as zeros. States have N rows.
+        value: ``[B, G, T, V]``, of any floating dtype. Sums are taken in fp32 (fp64 for fp64), and
+            carried from call to call in fp64.
+        key_mask: ``[B, T]`` bool, True = attend. Masked tokens count for nothing, not even for
+            themselves.
+        cu_seqlens: ``[N + 1]`` int32/int64, offsets of N sequences packed end to end along T (then
+            B = 1); they do not see each other. Rows after the last offset come out as zeros. States
+            have N rows.
         state: m and u of earlier tokens, from `return_state`.
         return_state: return ``(out, state)``.
         impl: "auto", "native", "torch", "reference"; see `cumulant.explain`.
@@ -60,11 +68,12 @@ def elita_attention(
         ``[B, H, T, V]`` in value's dtype; zeros where a token has nothing to attend to.
 
     Raises:
-        ValueError, TypeError: naming the argument, what was expected and what came. Logits that are NaN or +inf are
-            refused on the CPU; on other devices, where the check would wait for the device, NaN comes out.
+        ValueError, TypeError: naming the argument, what was expected and what came. Logits that are
+            NaN or +inf are refused on the CPU; on other devices, where the check would wait for the
+            device, NaN comes out.
 
-    Source: Sharma 2023, "Efficient Linear-Time Attention Transformers" (ELiTA), its Attention2, without the clipping
-    of logits.
+    Source: Sharma 2023, "Efficient Linear-Time Attention Transformers" (ELiTA), its Attention2,
+    without the clipping of logits.
     """
     _check(key_logit, query_logit, self_logit, value, key_mask, cu_seqlens, state)
     past = () if state is None else (state.log_weight, state.mean)
@@ -77,7 +86,11 @@ def elita_attention(
         out, sums = _packed_with_states(plan, tokens, key_mask, cu_seqlens, state)
     else:
         first = _first(value.shape[2], cu_seqlens)
-        found = elita(plan.impl, ElitaInputs(*_prepared(tokens, key_mask, cu_seqlens), first, *past), plan.spec)
+        found = elita(
+            plan.impl,
+            ElitaInputs(*_prepared(tokens, key_mask, cu_seqlens), first, *past),
+            plan.spec,
+        )
         out, sums = found.out, (found.final_log_weight, found.final_mean)
     if not return_state:
         return out
@@ -89,7 +102,9 @@ Sums = tuple[Tensor, Tensor]
 
 
 def _prepared(tokens: Tokens, key_mask: Tensor | None, cu_seqlens: Tensor | None) -> Tokens:
-    """Logits in fp32 at least; what is masked, or behind the last sequence, without weight, whatever it holds."""
+    """Logits in fp32 at least; what is masked, or behind the last sequence, without weight,
+    whatever it holds.
+    """
     c, r, s, v = tokens
     dtype = torch.promote_types(torch.promote_types(c.dtype, v.dtype), torch.float32)
     c, r, s = c.to(dtype), r.to(dtype), s.to(dtype)
@@ -117,13 +132,21 @@ def _first(length: int, cu_seqlens: Tensor | None) -> Tensor | None:
 
 
 def _packed_with_states(
-    plan: Plan[ElitaSpec], tokens: Tokens, key_mask: Tensor | None, cu_seqlens: Tensor, state: ElitaState | None
+    plan: Plan[ElitaSpec],
+    tokens: Tokens,
+    key_mask: Tensor | None,
+    cu_seqlens: Tensor,
+    state: ElitaState | None,
 ) -> tuple[Tensor, Sums]:
-    """Each sequence between two more places: one that holds its state, and one that reads the mean at its end."""
+    """Each sequence between two more places: one that holds its state, and one that reads the mean
+    at its end.
+    """
     c, r, s, v = _prepared(tokens, key_mask, cu_seqlens)
     G, T, N = c.shape[1], c.shape[2], cu_seqlens.shape[0] - 1
     bounds, index = cu_seqlens.long(), torch.arange(T, device=v.device)
-    number = torch.searchsorted(bounds[1:], index, right=True)  # of each token's sequence, N behind the last
+    number = torch.searchsorted(
+        bounds[1:], index, right=True
+    )  # of each token's sequence, N behind the last
     place = torch.where(number < N, index + 2 * number + 1, index + 2 * N)
     starts = bounds[:-1] + 2 * torch.arange(N, device=v.device)
     ends = bounds[1:] + 2 * torch.arange(N, device=v.device) + 1
@@ -131,7 +154,9 @@ def _packed_with_states(
 
     def spread(x: Tensor, empty: float, at_start: Tensor | None = None) -> Tensor:
         wide = x.new_full((1, x.shape[1], size, *x.shape[3:]), empty).index_copy(2, place, x)
-        return wide if at_start is None else wide.index_copy(2, starts, at_start.transpose(0, 1)[None])
+        return (
+            wide if at_start is None else wide.index_copy(2, starts, at_start.transpose(0, 1)[None])
+        )
 
     v = v.double()  # as states are
     c = spread(c.double(), -torch.inf, None if state is None else state.log_weight)
@@ -141,13 +166,18 @@ def _packed_with_states(
     first = first | (torch.arange(size, device=v.device) == bounds[-1] + 2 * N)
     out = elita(plan.impl, ElitaInputs(c, r, s, values, first), plan.spec).out
     mean = (
-        out[0, :: out.shape[1] // G].index_select(1, ends).transpose(0, 1).clone(memory_format=torch.contiguous_format)
+        out[0, :: out.shape[1] // G]
+        .index_select(1, ends)
+        .transpose(0, 1)
+        .clone(memory_format=torch.contiguous_format)
     )
     return out.index_select(2, place).to(tokens[3].dtype), (_log_sums(c[0], first, N), mean)
 
 
 def _log_sums(c: Tensor, first: Tensor, N: int) -> Tensor:
-    """log Σ exp(c) over each of N segments of ``c [G, T]`` that begin where `first` is True: ``[N, G]``."""
+    """log Σ exp(c) over each of N segments of ``c [G, T]`` that begin where `first` is True:
+    ``[N, G]``.
+    """
     segment = (first.cumsum(0) - 1).expand_as(c)
     low = torch.finfo(c.dtype).min
     top = c.new_full((c.shape[0], N + 1), low).scatter_reduce(1, segment, c.detach(), "amax")
@@ -192,7 +222,10 @@ def _check(
     state: ElitaState | None,
 ) -> None:
     logits = (("key_logit", key_logit), ("query_logit", query_logit), ("self_logit", self_logit))
-    for name, x, letters, dims in (*((n, x, "[B, H, T]", 3) for n, x in logits), ("value", value, "[B, G, T, V]", 4)):
+    for name, x, letters, dims in (
+        *((n, x, "[B, H, T]", 3) for n, x in logits),
+        ("value", value, "[B, G, T, V]", 4),
+    ):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name}: expected a tensor {letters}, got {type(x).__name__}")
         if x.dim() != dims:
@@ -204,28 +237,45 @@ def _check(
     B, G, T, V = value.shape
     H = query_logit.shape[1]
     if key_logit.shape != (B, G, T):
-        raise ValueError(f"key_logit: expected [B, G, T] = [{B}, {G}, {T}] as in value, got {list(key_logit.shape)}")
+        raise ValueError(
+            f"key_logit: expected [B, G, T] = [{B}, {G}, {T}] as in value, got"
+            f" {list(key_logit.shape)}"
+        )
     for name, x in logits[1:]:
         if x.shape != (B, H, T):
-            raise ValueError(f"{name}: expected [B, H, T] = [{B}, {H}, {T}], T as in value, got {list(x.shape)}")
+            raise ValueError(
+                f"{name}: expected [B, H, T] = [{B}, {H}, {T}], T as in value, got {list(x.shape)}"
+            )
         if x.dtype != key_logit.dtype:
             raise TypeError(f"{name}: expected key_logit's dtype, {key_logit.dtype}, got {x.dtype}")
     if G == 0 or H % G:
-        raise ValueError(f"key_logit: the {G} key/value heads (G) must divide the {H} query heads (H)")
+        raise ValueError(
+            f"key_logit: the {G} key/value heads (G) must divide the {H} query heads (H)"
+        )
     check_key_mask(key_mask, B, T, value.device)
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, B, T, T, value.device)
     rows = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    check_parts(state, ElitaState, {"log_weight": (rows, G), "mean": (rows, G, V)}, torch.float64, value)
-    if value.device.type == "cpu" and readable(key_logit, query_logit, self_logit, key_mask, cu_seqlens):
+    check_parts(
+        state, ElitaState, {"log_weight": (rows, G), "mean": (rows, G, V)}, torch.float64, value
+    )
+    if value.device.type == "cpu" and readable(
+        key_logit, query_logit, self_logit, key_mask, cu_seqlens
+    ):
         _check_finite(logits, key_mask, cu_seqlens)
 
 
-def _check_finite(logits: tuple[tuple[str, Tensor], ...], key_mask: Tensor | None, cu_seqlens: Tensor | None) -> None:
-    """No NaN and no +inf among the logits of tokens that count; -inf only where it means no weight."""
+def _check_finite(
+    logits: tuple[tuple[str, Tensor], ...], key_mask: Tensor | None, cu_seqlens: Tensor | None
+) -> None:
+    """No NaN and no +inf among the logits of tokens that count; -inf only where it means no
+    weight.
+    """
     for name, logit in logits:
         x = logit.detach()[..., : logit.shape[-1] if cu_seqlens is None else int(cu_seqlens[-1])]
-        if x.numel() == 0 or (x.amax() < torch.inf and (name != "query_logit" or x.amin() > -torch.inf)):
+        if x.numel() == 0 or (
+            x.amax() < torch.inf and (name != "query_logit" or x.amin() > -torch.inf)
+        ):
             continue  # what is NaN would have come out
         good = x < torch.inf
         if name == "query_logit":
@@ -235,4 +285,7 @@ def _check_finite(logits: tuple[tuple[str, Tensor], ...], key_mask: Tensor | Non
         if not good.all():
             found = x[~good.expand_as(x)][0].item()
             kinds = "below +inf, -inf for no weight" if name != "query_logit" else "finite"
-            raise ValueError(f"{name}: expected logits {kinds}, got {found}; an earlier layer may have overflowed")
+            raise ValueError(
+                f"{name}: expected logits {kinds}, got {found}; an earlier layer may have"
+                " overflowed"
+            )

@@ -1,11 +1,13 @@
-"""Feature maps of kernelised linear attention, by name, any callable, or a pair of them for queries and keys.
+"""Feature maps of kernelised linear attention, by name, any callable, or a pair of them for queries
+and keys.
 
 A map sends ``[..., K]`` to ``[..., F]``. Names:
 
 - ``"elu"``: ``elu(x) + 1`` (Katharopoulos et al. 2020), positive.
 - ``"relu"``: ``max(x, 0)``; a query whose features are all zero gets zeros.
 - ``"identity"``: ``x`` (pair it with ``normalize=False``: its denominators change sign).
-- ``"softmax"``: Shen et al. 2018, ``softmax(q)`` over features and ``softmax(k)`` over tokens; see `softmax_features`.
+- ``"softmax"``: Shen et al. 2018, ``softmax(q)`` over features and ``softmax(k)`` over tokens; see
+  `softmax_features`.
 """
 
 from __future__ import annotations
@@ -34,23 +36,39 @@ def check_feature_map(feature_map: FeatureMap) -> None:
     if isinstance(feature_map, str):
         if feature_map not in NAMES:
             choices = ", ".join(repr(name) for name in NAMES)
-            hint = "; learned maps by name are cumulant.nn.LinearAttention's" if feature_map in LEARNED else ""
-            raise ValueError(f"feature_map: expected one of {choices} or a callable, got {feature_map!r}{hint}")
+            hint = (
+                "; learned maps by name are cumulant.nn.LinearAttention's"
+                if feature_map in LEARNED
+                else ""
+            )
+            raise ValueError(
+                f"feature_map: expected one of {choices} or a callable, got {feature_map!r}{hint}"
+            )
     elif isinstance(feature_map, tuple):
         if len(feature_map) != 2 or not all(callable(m) for m in feature_map):
-            raise TypeError("feature_map: expected a pair of callables, for queries and for keys, got another tuple")
+            raise TypeError(
+                "feature_map: expected a pair of callables, for queries and for keys, got another"
+                " tuple"
+            )
     elif not callable(feature_map):
         hint = "; a mask is passed as key_mask" if isinstance(feature_map, Tensor) else ""
-        raise TypeError(f"feature_map: expected a name or a callable, got {type(feature_map).__name__}{hint}")
+        raise TypeError(
+            f"feature_map: expected a name or a callable, got {type(feature_map).__name__}{hint}"
+        )
 
 
-def apply_maps(feature_map: Map | tuple[Map, Map], query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+def apply_maps(
+    feature_map: Map | tuple[Map, Map], query: Tensor, key: Tensor
+) -> tuple[Tensor, Tensor]:
     """Features of queries and keys by one callable or a pair, with their shapes checked."""
-    query_map, key_map = feature_map if isinstance(feature_map, tuple) else (feature_map, feature_map)
+    query_map, key_map = (
+        feature_map if isinstance(feature_map, tuple) else (feature_map, feature_map)
+    )
     q, k = _apply(query_map, "query", query), _apply(key_map, "key", key)
     if q.shape[-1] != k.shape[-1]:
         raise ValueError(
-            f"feature_map: expected as many features for queries as for keys, got {q.shape[-1]} and {k.shape[-1]}"
+            f"feature_map: expected as many features for queries as for keys, got {q.shape[-1]} and"
+            f" {k.shape[-1]}"
         )
     return q, k
 
@@ -75,16 +93,27 @@ def softmax_features(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Shen's efficient attention as features that need no further normaliser.
 
-    ``out_i = Σ_f softmax(q_i)_f (Σ_j e^{k_jf} v_j) / (Σ_j e^{k_jf})``: every feature is a softmax over tokens, causal
-    when j runs to i. Returns the query's features divided by their feature's sum, the key's features ``e^k``, and the
-    sums after the last token ``[N, G, F]``. Exponentials are taken in fp32 (fp64), less each feature's
-    largest key where the whole context is at hand (bidirectional, no state in or out, not packed); elsewhere as they
-    stand, and then keys must lie between -87 and 88.
+    ``out_i = Σ_f softmax(q_i)_f (Σ_j e^{k_jf} v_j) / (Σ_j e^{k_jf})``: every feature is a softmax
+    over tokens, causal when j runs to i. Returns the query's features divided by their feature's
+    sum, the key's features ``e^k``, and the sums after the last token ``[N, G, F]``. Exponentials
+    are taken in fp32 (fp64), less each feature's largest key where the whole context is at hand
+    (bidirectional, no state in or out, not packed); elsewhere as they stand, and then keys must lie
+    between -87 and 88.
     """
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     key = key.to(dtype)
-    if not is_causal and denominator is None and not return_state and cu_seqlens is None and key.shape[2]:
-        seen = key if key_mask is None else key.masked_fill(~key_mask[:, None, :, None], torch.finfo(dtype).min)
+    if (
+        not is_causal
+        and denominator is None
+        and not return_state
+        and cu_seqlens is None
+        and key.shape[2]
+    ):
+        seen = (
+            key
+            if key_mask is None
+            else key.masked_fill(~key_mask[:, None, :, None], torch.finfo(dtype).min)
+        )
         key = key - seen.detach().amax(2, keepdim=True)
     phi_k = key.exp()
     if key_mask is not None:
@@ -96,7 +125,11 @@ def softmax_features(
         total = phi_k.sum(2) if denominator is None else phi_k.sum(2) + denominator
         sums = phi_k.cumsum(2) + first if is_causal else total[:, :, None]
     H, G = query.shape[1], key.shape[1]
-    if H > G:  # chosen, not repeated: the exporter of PyTorch 2.11 takes a repeated tensor's strides for a limit on T
+    if (
+        H > G
+        # chosen, not repeated: the exporter of PyTorch 2.11 takes a repeated tensor's strides for a
+        # limit on T
+    ):
         sums = sums.index_select(1, torch.arange(H, device=sums.device) // (H // G))
     phi_q = query.to(dtype).softmax(-1) / sums.masked_fill(sums == 0, 1)
     return phi_q, phi_k, total

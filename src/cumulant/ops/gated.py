@@ -14,7 +14,15 @@ from ..kernels import reference
 from ..kernels.operators.gated import gated
 from ..kernels.spec import GatedInputs, GatedSpec
 from ..kernels.transforms import readable, without_autocast
-from .checks import Sizes, check_activation, check_attention, check_bias, check_dropout, check_key_mask, check_parts
+from .checks import (
+    Sizes,
+    check_activation,
+    check_attention,
+    check_bias,
+    check_dropout,
+    check_key_mask,
+    check_parts,
+)
 from .dispatch import make_plan, operation
 from .sdpa_names import hint_at_names
 from .state import KeyValueState
@@ -38,28 +46,31 @@ def gated_attention(
     return_state: bool = False,
     impl: str = "auto",
 ) -> Tensor | tuple[Tensor, KeyValueState]:
-    """Attention with weights ``f(q·k / n + b)`` that are not normalised: O(T · S) time, O(T + S) memory.
+    """Attention with weights ``f(q·k / n + b)`` that are not normalised: O(T · S) time, O(T + S)
+    memory.
 
-    ``out_i = Σ_j f(q_i·k_j / n_i + b_ij) v_j``, over j ≤ i if `is_causal`, else over all j, with f = relu² or the
-    Laplace function ``½ (1 + erf((x - √½) / (σ √2)))``, σ² = 1 / (4π).
+    ``out_i = Σ_j f(q_i·k_j / n_i + b_ij) v_j``, over j ≤ i if `is_causal`, else over all j, with f
+    = relu² or the Laplace function ``½ (1 + erf((x - √½) / (σ √2)))``, σ² = 1 / (4π).
 
     Args:
         query: ``[B, H, T, K]``; fp16, bf16, fp32 or fp64. Sums are taken in fp32 (fp64 for fp64).
-        key: ``[B, G, S, K]``; the G key/value heads divide H, query head h uses key head ``h // (H / G)``.
+        key: ``[B, G, S, K]``; the G key/value heads divide H, query head h uses key head
+            ``h // (H / G)``.
         value: ``[B, G, S, V]``.
         activation: f: "relu2" or "laplace".
         is_causal: query i sees keys up to i (and all of `state`); needs S = T.
-        length_scale: n, one number for all queries or a tensor ``[B or 1, T or 1]``. By default the number of keys that
-            query i may see: i + 1 if `is_causal`, so that no output depends on how many tokens follow, else all that
-            are not masked. The published unit divides by the whole sequence's length also when causal.
-        bias: b, added to the scaled scores: ``[T, S]``, ``[H, T, S]`` or ``[B, 1 or H, T, S]``, by slots, masked ones
-            included; with a state, S counts its keys too.
+        length_scale: n, one number for all queries or a tensor ``[B or 1, T or 1]``. By default the
+            number of keys that query i may see: i + 1 if `is_causal`, so that no output depends on
+            how many tokens follow, else all that are not masked. The published unit divides by the
+            whole sequence's length also when causal.
+        bias: b, added to the scaled scores: ``[T, S]``, ``[H, T, S]`` or ``[B, 1 or H, T, S]``, by
+            slots, masked ones included; with a state, S counts its keys too.
         dropout_p: probability of dropping a weight; the others are divided by ``1 - dropout_p``.
-        key_mask: ``[B, S]`` bool, True = attend. Masked keys count for nothing, whatever they hold; queries must
-            be finite.
-        cu_seqlens: ``[N + 1]`` int32/int64, offsets of N sequences packed end to end along T (then B = 1); they do not
-            see each other. Row and column of `bias` then count from each sequence's start, and there must be as many as
-            the longest has tokens. Not with a state.
+        key_mask: ``[B, S]`` bool, True = attend. Masked keys count for nothing, whatever they hold;
+            queries must be finite.
+        cu_seqlens: ``[N + 1]`` int32/int64, offsets of N sequences packed end to end along T (then
+            B = 1); they do not see each other. Row and column of `bias` then count from each
+            sequence's start, and there must be as many as the longest has tokens. Not with a state.
         state: earlier keys and values, from `return_state`; it grows with every token.
         return_state: return ``(out, state)``, causal only.
         impl: "auto", "torch", "reference"; see `cumulant.explain`.
@@ -70,8 +81,8 @@ def gated_attention(
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came.
 
-    Sources: Hua et al. 2022, "Transformer Quality in Linear Time", section 2; Ma et al. 2022, "Mega", equation 16 (the
-    Laplace function).
+    Sources: Hua et al. 2022, "Transformer Quality in Linear Time", section 2; Ma et al. 2022,
+    "Mega", equation 16 (the Laplace function).
     """
     sizes = _check(
         query,
@@ -104,7 +115,9 @@ def gated_attention(
 def _extended(
     key: Tensor, value: Tensor, key_mask: Tensor | None, state: KeyValueState | None, *, own: bool
 ) -> KeyValueState:
-    """All keys and values, the state's first, zeros for masked ones; with `own` in memory of their own."""
+    """All keys and values, the state's first, zeros for masked ones; with `own` in memory of their
+    own.
+    """
     mask, count = key_mask, torch.full((key.shape[0],), key.shape[2], device=key.device)
     if key_mask is not None:
         hidden, count = ~key_mask[:, None, :, None], key_mask.sum(1)
@@ -140,7 +153,9 @@ def _scale(
         return 1 / length_scale.to(dtype)
     if length_scale is not None:
         return torch.full((1, 1), 1 / length_scale, dtype=dtype, device=query.device)
-    seen = torch.ones(1, keys, dtype=torch.int64, device=query.device) if mask is None else mask.long()
+    seen = (
+        torch.ones(1, keys, dtype=torch.int64, device=query.device) if mask is None else mask.long()
+    )
     running = seen.cumsum(1)
     if cu_seqlens is not None:
         bounds, index = cu_seqlens.long(), torch.arange(T, device=query.device)
@@ -155,7 +170,10 @@ def _scale(
 def _reference(x: GatedInputs, spec: GatedSpec) -> Tensor:
     """The whole batch, or each packed sequence by itself."""
     run = partial(
-        reference.gated_attention, activation=spec.activation, is_causal=spec.is_causal, dropout_p=spec.dropout_p
+        reference.gated_attention,
+        activation=spec.activation,
+        is_causal=spec.is_causal,
+        dropout_p=spec.dropout_p,
     )
     with without_autocast(x.query):
         if x.cu_seqlens is None:
@@ -164,8 +182,12 @@ def _reference(x: GatedInputs, spec: GatedSpec) -> Tensor:
         for a, b in pairwise(bounds):
             bias = None if x.bias is None else x.bias[..., : b - a, : b - a]
             scale = x.scale if x.scale.shape[1] == 1 else x.scale[:, a:b]
-            outs.append(run(*(t[:, :, a:b] for t in (x.query, x.key, x.value)), scale=scale, bias=bias))
-        outs.append(x.query.new_zeros(1, x.query.shape[1], x.query.shape[2] - bounds[-1], x.value.shape[3]))
+            outs.append(
+                run(*(t[:, :, a:b] for t in (x.query, x.key, x.value)), scale=scale, bias=bias)
+            )
+        outs.append(
+            x.query.new_zeros(1, x.query.shape[1], x.query.shape[2] - bounds[-1], x.value.shape[3])
+        )
         return torch.cat(outs, 2)
 
 
@@ -183,28 +205,43 @@ def _check(
     state: KeyValueState | None,
     return_state: bool,
 ) -> Sizes:
-    sizes = check_attention(query, key, value, is_causal=is_causal, key_mask=key_mask, cu_seqlens=cu_seqlens)
+    sizes = check_attention(
+        query, key, value, is_causal=is_causal, key_mask=key_mask, cu_seqlens=cu_seqlens
+    )
     check_activation(activation)
     check_dropout(dropout_p)
     if isinstance(length_scale, Tensor) and length_scale.requires_grad:
-        raise ValueError("length_scale: no gradient reaches it; to learn a scale, multiply the query by it")
-    if isinstance(length_scale, Tensor) and not torch.compiler.is_compiling():  # would fix the length of a graph
+        raise ValueError(
+            "length_scale: no gradient reaches it; to learn a scale, multiply the query by it"
+        )
+    if (
+        isinstance(length_scale, Tensor) and not torch.compiler.is_compiling()
+    ):  # would fix the length of a graph
         fits = (
-            length_scale.dim() == 2 and length_scale.shape[0] in (1, sizes.B) and length_scale.shape[1] in (1, sizes.T)
+            length_scale.dim() == 2
+            and length_scale.shape[0] in (1, sizes.B)
+            and length_scale.shape[1] in (1, sizes.T)
         )
         if not fits:
             raise ValueError(
-                f"length_scale: expected a number or [B or 1, T or 1] with B={sizes.B}, T={sizes.T}, "
-                f"got {list(length_scale.shape)}"
+                f"length_scale: expected a number or [B or 1, T or 1] with B={sizes.B},"
+                f" T={sizes.T}, got {list(length_scale.shape)}"
             )
     number = isinstance(length_scale, (int, float)) and not isinstance(length_scale, bool)
     if not isinstance(length_scale, Tensor | None) and not (number and 0 < length_scale < math.inf):
-        raise ValueError(f"length_scale: expected a positive number or a tensor, got {length_scale!r}")
+        raise ValueError(
+            f"length_scale: expected a positive number or a tensor, got {length_scale!r}"
+        )
     if state is not None or return_state:
         if not is_causal:
-            raise ValueError("state: only causal gated attention carries a state; pass is_causal=True")
+            raise ValueError(
+                "state: only causal gated attention carries a state; pass is_causal=True"
+            )
         if cu_seqlens is not None:
-            raise ValueError("cu_seqlens: a state of gated attention grows with each sequence; pass a padded batch")
+            raise ValueError(
+                "cu_seqlens: a state of gated attention grows with each sequence; pass a padded"
+                " batch"
+            )
     past = 0 if not isinstance(state, KeyValueState) else state.key.shape[2]
     B, G = sizes.B, sizes.G
     expected = {"key": (B, G, past, sizes.K), "value": (B, G, past, sizes.V)}
@@ -213,8 +250,16 @@ def _check(
         check_key_mask(state.mask, B, past, query.device, name="state.mask")
     T, S = sizes.T, past + sizes.S
     if bias is not None and cu_seqlens is not None and readable(cu_seqlens):
-        T = S = max(int(cu_seqlens.diff().max()), min(bias.shape[-2:], default=0) if isinstance(bias, Tensor) else 0)
+        T = S = max(
+            int(cu_seqlens.diff().max()),
+            min(bias.shape[-2:], default=0) if isinstance(bias, Tensor) else 0,
+        )
     if bias is not None:
-        shapes = ((T, S), (1, T, S), (sizes.H, T, S), *((b, h, T, S) for b in (1, B) for h in (1, sizes.H)))
+        shapes = (
+            (T, S),
+            (1, T, S),
+            (sizes.H, T, S),
+            *((b, h, T, S) for b in (1, B) for h in (1, sizes.H)),
+        )
         check_bias(bias, shapes, "[T, S], [H, T, S] or [B, H, T, S]", query)
     return sizes

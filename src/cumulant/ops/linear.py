@@ -36,37 +36,44 @@ def linear_attention(
 ) -> Tensor | tuple[Tensor, LinearState]:
     """Attention with weights ``φ(q)·φ(k)``, in O(T) time and memory.
 
-    ``out_i = φ(q_i)ᵀ Σ_j φ(k_j) v_jᵀ / (φ(q_i)ᵀ Σ_j φ(k_j))``, over j ≤ i if `is_causal`, else over all j;
-    ``normalize=False`` leaves out the denominator. A NaN or infinite value reaches later outputs, and earlier ones of
-    its chunk (at most 128 tokens).
+    ``out_i = φ(q_i)ᵀ Σ_j φ(k_j) v_jᵀ / (φ(q_i)ᵀ Σ_j φ(k_j))``, over j ≤ i if `is_causal`, else over
+    all j; ``normalize=False`` leaves out the denominator. A NaN or infinite value reaches later
+    outputs, and earlier ones of its chunk (at most 128 tokens).
 
     Args:
         query: ``[B, H, T, K]``; fp16, bf16, fp32 or fp64. Sums are taken in fp32 (fp64 for fp64).
-        key: ``[B, G, S, K]``; the G key/value heads divide H, query head h uses key head ``h // (H / G)``.
+        key: ``[B, G, S, K]``; the G key/value heads divide H, query head h uses key head
+            ``h // (H / G)``.
         value: ``[B, G, S, V]``.
-        feature_map: ``"elu"`` (elu + 1), ``"relu"``, ``"softmax"`` (Shen et al.), ``"identity"``, or any callable or
-            module ``[..., K] -> [..., F]``, applied in the inputs' dtype; or a pair, for queries and for keys.
+        feature_map: ``"elu"`` (elu + 1), ``"relu"``, ``"softmax"`` (Shen et al.), ``"identity"``,
+            or any callable or module ``[..., K] -> [..., F]``, applied in the inputs' dtype; or a
+            pair, for queries and for keys.
         is_causal: query i sees keys up to i (and all of `state`); needs S = T.
         scale: factor of the query before its feature map, by default 1.
         normalize: divide by the sum of weights.
-        key_mask: ``[B, S]`` bool, True = attend. Masked keys count for nothing, whatever they hold; queries must
-            be finite.
-        cu_seqlens: ``[N + 1]`` int32/int64, offsets of N sequences packed end to end along T (then B = 1); they do not
-            see each other. Rows after the last offset come out as zeros. States have N rows.
+        key_mask: ``[B, S]`` bool, True = attend. Masked keys count for nothing, whatever they hold;
+            queries must be finite.
+        cu_seqlens: ``[N + 1]`` int32/int64, offsets of N sequences packed end to end along T (then
+            B = 1); they do not see each other. Rows after the last offset come out as zeros. States
+            have N rows.
         state: sums over earlier keys, from `return_state`.
-        return_state: return ``(out, state)``; not causal, the state is the whole context's, for later queries.
+        return_state: return ``(out, state)``; not causal, the state is the whole context's, for
+            later queries.
         impl: "auto", "native", "torch", "reference"; see `cumulant.explain`.
 
     Returns:
-        ``[B, H, T, V]`` in query's dtype; a query with nothing to attend to, or with all features zero, gets zeros.
+        ``[B, H, T, V]`` in query's dtype; a query with nothing to attend to, or with all features
+        zero, gets zeros.
 
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came.
 
-    Sources: Katharopoulos et al. 2020, "Transformers are RNNs", equations 4 to 12; Shen et al. 2018, "Efficient
-    Attention".
+    Sources: Katharopoulos et al. 2020, "Transformers are RNNs", equations 4 to 12; Shen et al.
+    2018, "Efficient Attention".
     """
-    sizes = check_attention(query, key, value, is_causal=is_causal, key_mask=key_mask, cu_seqlens=cu_seqlens)
+    sizes = check_attention(
+        query, key, value, is_causal=is_causal, key_mask=key_mask, cu_seqlens=cu_seqlens
+    )
     check_feature_map(feature_map)
     named = feature_map if isinstance(feature_map, str) else ""
     elementwise, dtype = named in ELEMENTWISE, query.dtype
@@ -80,7 +87,13 @@ def linear_attention(
     check_linear_state(state, rows, sizes, k.shape[-1], normalize, query)
     by_softmax = named == "softmax" and normalize  # whose features need no further normaliser
     inputs = attention_inputs(
-        q, k, value, key_mask=key_mask, cu_seqlens=cu_seqlens, state=state, normalize=normalize and not by_softmax
+        q,
+        k,
+        value,
+        key_mask=key_mask,
+        cu_seqlens=cu_seqlens,
+        state=state,
+        normalize=normalize and not by_softmax,
     )
     spec = AttentionSpec(
         order=0,
@@ -94,8 +107,14 @@ def linear_attention(
     plan, denominator = make_plan("attention", impl, inputs, spec), None
     if by_softmax:
         past = None if state is None else state.denominator
-        masks: dict[str, Any] = {"is_causal": is_causal, "key_mask": key_mask, "cu_seqlens": cu_seqlens}
-        q, k, denominator = softmax_features(q, k, denominator=past, return_state=return_state, **masks)
+        masks: dict[str, Any] = {
+            "is_causal": is_causal,
+            "key_mask": key_mask,
+            "cu_seqlens": cu_seqlens,
+        }
+        q, k, denominator = softmax_features(
+            q, k, denominator=past, return_state=return_state, **masks
+        )
     elif named == "softmax":
         wide = torch.promote_types(dtype, torch.float32)
         q, k = q.to(wide).softmax(-1), k.to(wide).exp()
@@ -106,8 +125,12 @@ def linear_attention(
     return (out, end) if return_state else out
 
 
-def _clear(query: Tensor, key: Tensor, key_mask: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Zeros for masked keys and beyond the last packed sequence: what stands there must not reach a feature map."""
+def _clear(
+    query: Tensor, key: Tensor, key_mask: Tensor | None, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Zeros for masked keys and beyond the last packed sequence: what stands there must not reach a
+    feature map.
+    """
     if cu_seqlens is not None:
         slack = (torch.arange(key.shape[2], device=key.device) >= cu_seqlens[-1])[:, None]
         query, key = query.masked_fill(slack, 0), key.masked_fill(slack, 0)

@@ -14,7 +14,15 @@ from ..kernels import reference
 from ..kernels.operators.mixed_chunk import mixed_chunk
 from ..kernels.spec import MixedChunkInputs, MixedChunkOutputs, MixedChunkSpec
 from ..kernels.transforms import without_autocast
-from .checks import Sizes, check_activation, check_attention, check_bias, check_dropout, check_group_size, check_parts
+from .checks import (
+    Sizes,
+    check_activation,
+    check_attention,
+    check_bias,
+    check_dropout,
+    check_group_size,
+    check_parts,
+)
 from .cumulative import count_tokens
 from .dispatch import Plan, make_plan, operation
 from .sdpa_names import hint_at_names
@@ -42,34 +50,40 @@ def mixed_chunk_attention(
     return_state: bool = False,
     impl: str = "auto",
 ) -> Tensor | tuple[Tensor, MixedChunkState]:
-    """Gated attention inside groups of g tokens plus linear attention across groups: O(T · g) time, O(T) memory.
+    """Gated attention inside groups of g tokens plus linear attention across groups: O(T · g) time,
+    O(T) memory.
 
-    With q, k the quadratic, r, s the linear queries and keys, and ``c(i) = i // g`` the group of token i::
+    With q, k the quadratic, r, s the linear queries and keys, and ``c(i) = i // g`` the group of
+    token i::
 
         out_i = Σ_{c(j) = c(i)} f(q_i·k_j / g + b[i % g, j % g]) v_j  +  r_iᵀ L_i
         is_causal: the first sum over j ≤ i,  L_i = 1/g Σ_{c(j) < c(i)} s_j v_jᵀ
         else:      L_i = 1/n Σ_j s_j v_jᵀ over all n tokens
 
-    f is relu² or the Laplace function of `gated_attention`. Nothing is normalised. A value that is NaN or infinite
-    reaches every output of later tokens, and earlier ones of its group, as ``0 · NaN`` does in softmax attention.
+    f is relu² or the Laplace function of `gated_attention`. Nothing is normalised. A value that is
+    NaN or infinite reaches every output of later tokens, and earlier ones of its group, as
+    ``0 · NaN`` does in softmax attention.
 
     Args:
-        quad_query, lin_query: ``[B, H, T, K]``; the two may differ in K; fp16, bf16, fp32 or fp64. Sums are taken in
-            fp32 (fp64 for fp64).
+        quad_query, lin_query: ``[B, H, T, K]``; the two may differ in K; fp16, bf16, fp32 or fp64.
+            Sums are taken in fp32 (fp64 for fp64).
         quad_key, lin_key: ``[B, G, T, K]``; the G key/value heads divide H.
         value: ``[B, G, T, V]``.
         group_size: g, tokens in a group.
         is_causal: token i sees tokens up to i (and all of `state`).
         activation: f: "relu2" or "laplace".
         bias: b, ``[g, g]`` or ``[H, g, g]``, by the places of query and key in their group.
-        reduce_group_non_causal_attn: False, when not causal: sum s_j v_jᵀ over the token's own group alone (still over
-            n), so that no group sees another.
-        dropout_p: probability of dropping a quadratic weight; the others are divided by ``1 - dropout_p``.
-        key_mask: ``[B, T]`` bool, True = a token. What is masked does not exist: groups count the tokens that do, n
-            counts them, and outputs are zero at the others.
-        cu_seqlens: ``[N + 1]`` int32/int64, offsets of N sequences packed end to end along T (then B = 1); groups begin
-            with each sequence. Rows after the last offset come out as zeros. States have N rows.
-        state: the past, from `return_state`; its size does not depend on how many tokens it has seen.
+        reduce_group_non_causal_attn: False, when not causal: sum s_j v_jᵀ over the token's own
+            group alone (still over n), so that no group sees another.
+        dropout_p: probability of dropping a quadratic weight; the others are divided by
+            ``1 - dropout_p``.
+        key_mask: ``[B, T]`` bool, True = a token. What is masked does not exist: groups count the
+            tokens that do, n counts them, and outputs are zero at the others.
+        cu_seqlens: ``[N + 1]`` int32/int64, offsets of N sequences packed end to end along T (then
+            B = 1); groups begin with each sequence. Rows after the last offset come out as zeros.
+            States have N rows.
+        state: the past, from `return_state`; its size does not depend on how many tokens it has
+            seen.
         return_state: return ``(out, state)``, causal only.
         impl: "auto", "native", "torch", "reference"; see `cumulant.explain`.
 
@@ -82,11 +96,24 @@ def mixed_chunk_attention(
     Source: Hua et al. 2022, "Transformer Quality in Linear Time", section 3.
     """
     tokens = (quad_query, quad_key, lin_query, lin_key, value)
-    _check(tokens, group_size, is_causal, activation, bias, dropout_p, key_mask, cu_seqlens, state, return_state)
+    _check(
+        tokens,
+        group_size,
+        is_causal,
+        activation,
+        bias,
+        dropout_p,
+        key_mask,
+        cu_seqlens,
+        state,
+        return_state,
+    )
     bias = None if bias is None else bias[(None,) * (3 - bias.dim())]
     inputs = MixedChunkInputs(*tokens, bias, key_mask, cu_seqlens, **_past(state))
     reduced = reduce_group_non_causal_attn or is_causal
-    spec = MixedChunkSpec(group_size, activation, is_causal, reduced, float(dropout_p), return_state)
+    spec = MixedChunkSpec(
+        group_size, activation, is_causal, reduced, float(dropout_p), return_state
+    )
     plan = make_plan("mixed_chunk", impl, inputs, spec)
     if plan.impl == "reference":
         with without_autocast(value):
@@ -95,7 +122,9 @@ def mixed_chunk_attention(
         found = _run(plan, inputs)
     if not return_state:
         return found.out
-    return found.out, MixedChunkState(*found.state, count_tokens(value, key_mask, cu_seqlens, state))
+    return found.out, MixedChunkState(
+        *found.state, count_tokens(value, key_mask, cu_seqlens, state)
+    )
 
 
 def _past(state: MixedChunkState | None) -> dict[str, Tensor]:
@@ -116,7 +145,9 @@ def _run(plan: Plan[MixedChunkSpec], inputs: MixedChunkInputs) -> MixedChunkOutp
     # kernels need a channel: one of zeros, taken away again
     wide = {name: getattr(inputs, name) for name in ("value", "numerator", "open_value")}
     wide = {name: None if x is None else pad(x, (0, 1)) for name, x in wide.items()}
-    out, numerator, quad_key, lin_key, value = mixed_chunk(plan.impl, inputs._replace(**wide), plan.spec)
+    out, numerator, quad_key, lin_key, value = mixed_chunk(
+        plan.impl, inputs._replace(**wide), plan.spec
+    )
     return MixedChunkOutputs(out[..., :0], numerator[..., :0], quad_key, lin_key, value[..., :0])
 
 
@@ -140,12 +171,16 @@ def _reference(x: MixedChunkInputs, spec: MixedChunkSpec) -> MixedChunkOutputs:
         row = None if past is None else tuple(s[i : i + 1] for s in past)
         position = None if x.position is None else x.position[i : i + 1]
         mask = None if x.key_mask is None else x.key_mask[:, a:b]
-        out, sums = run(*(t[:, :, a:b] for t in x.tokens), key_mask=mask, state=row, position=position)
+        out, sums = run(
+            *(t[:, :, a:b] for t in x.tokens), key_mask=mask, state=row, position=position
+        )
         outs.append(out)
         ends.append(sums)
     slack = x.value.shape[2] - bounds[-1]
     outs.append(x.value.new_zeros(1, x.quad_query.shape[1], slack, x.value.shape[3]))
-    return MixedChunkOutputs(torch.cat(outs, 2), *(torch.cat(parts) for parts in zip(*ends, strict=True)))
+    return MixedChunkOutputs(
+        torch.cat(outs, 2), *(torch.cat(parts) for parts in zip(*ends, strict=True))
+    )
 
 
 def _check(
@@ -166,20 +201,25 @@ def _check(
     linear = check_attention(lin_query, lin_key, value, names=("lin_query", "lin_key"), **masks)
     if sizes.T != sizes.S:
         raise ValueError(
-            f"quad_key: mixed chunk attention is over the queries' own tokens (S = T), got T={sizes.T}, S={sizes.S}"
+            "quad_key: mixed chunk attention is over the queries' own tokens (S = T), got"
+            f" T={sizes.T}, S={sizes.S}"
         )
     if lin_query.shape[:3] != quad_query.shape[:3] or lin_query.dtype != quad_query.dtype:
         raise ValueError(
-            f"lin_query: expected [B, H, T, K] = [{sizes.B}, {sizes.H}, {sizes.T}, K] as quad_query, in "
-            f"{quad_query.dtype}, got {list(lin_query.shape)} in {lin_query.dtype}"
+            f"lin_query: expected [B, H, T, K] = [{sizes.B}, {sizes.H}, {sizes.T}, K] as"
+            f" quad_query, in {quad_query.dtype}, got {list(lin_query.shape)} in {lin_query.dtype}"
         )
     check_group_size(group_size)
     check_activation(activation)
     check_dropout(dropout_p)
     g = group_size
-    check_bias(bias, ((g, g), (1, g, g), (sizes.H, g, g)), "[g, g] or [H, g, g]", value, static=True)
+    check_bias(
+        bias, ((g, g), (1, g, g), (sizes.H, g, g)), "[g, g] or [H, g, g]", value, static=True
+    )
     if (state is not None or return_state) and not is_causal:
-        raise ValueError("state: only causal mixed chunk attention carries a state; pass is_causal=True")
+        raise ValueError(
+            "state: only causal mixed chunk attention carries a state; pass is_causal=True"
+        )
     rows = sizes.B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     expected = {
         "numerator": (rows, sizes.G, linear.K, sizes.V),
@@ -187,5 +227,7 @@ def _check(
         "lin_key": (rows, sizes.G, g, linear.K),
         "value": (rows, sizes.G, g, sizes.V),
     }
-    check_parts(state, MixedChunkState, expected, torch.promote_types(value.dtype, torch.float32), value)
+    check_parts(
+        state, MixedChunkState, expected, torch.promote_types(value.dtype, torch.float32), value
+    )
     return sizes

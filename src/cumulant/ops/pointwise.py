@@ -1,7 +1,7 @@
 """What stands beside attention in a layer: SwiGLU, RMSNorm, short convolutions, rotations.
 
-Formulas of PyTorch's operators, and for fp32 on a CPU native kernels that read and write each number once. Gradients of
-any order: those of gradients are the formulas'.
+Formulas of PyTorch's operators, and for fp32 on a CPU native kernels that read and write each
+number once. Gradients of any order: those of gradients are the formulas'.
 """
 
 from __future__ import annotations
@@ -23,26 +23,34 @@ def _native(x: Tensor, *others: Tensor | None) -> bool:
     return (
         not torch.compiler.is_compiling()
         and x.numel() >= LEAST
-        and all(y is None or (y.dtype == torch.float32 and y.device.type == "cpu") for y in (x, *others))
+        and all(
+            y is None or (y.dtype == torch.float32 and y.device.type == "cpu") for y in (x, *others)
+        )
         and not torch.is_autocast_enabled("cpu")
         and native_by_default(x)
         and is_plain_call(x, *others)
     )
 
 
-def _by_formula(formula: Callable[..., Tensor], inputs: Sequence[Tensor | None], dout: Tensor) -> list[Tensor | None]:
+def _by_formula(
+    formula: Callable[..., Tensor], inputs: Sequence[Tensor | None], dout: Tensor
+) -> list[Tensor | None]:
     """Gradients by PyTorch's operators, which can be differentiated again, and mapped."""
     again = torch.is_grad_enabled()
     with torch.enable_grad():
         # one input may depend on another: gradients are those of the formula alone
         own = [x.view_as(x) if x is not None and x.requires_grad else x for x in inputs]
         wanted = [x for x in own if x is not None and x.requires_grad]
-        found = iter(torch.autograd.grad(formula(*own), wanted, dout, create_graph=again, allow_unused=True))
+        found = iter(
+            torch.autograd.grad(formula(*own), wanted, dout, create_graph=again, allow_unused=True)
+        )
     return [next(found) if x is not None and x.requires_grad else None for x in own]
 
 
 def _by_kernel(dout: Tensor) -> bool:
-    """Whether a backward pass is one of plain numbers, neither to be differentiated nor mapped over."""
+    """Whether a backward pass is one of plain numbers, neither to be differentiated nor mapped
+    over.
+    """
     return not torch.is_grad_enabled() and is_plain_call(dout)
 
 
@@ -77,7 +85,11 @@ class _SwiGLU(torch.autograd.Function):
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """``x / sqrt(mean(x²) + eps) ⊙ weight`` over the last dimension: ``[..., D]``, ``[D]``."""
-    if x.dim() != 3 or (weight is not None and weight.shape != x.shape[-1:]) or not _native(x, weight):
+    if (
+        x.dim() != 3
+        or (weight is not None and weight.shape != x.shape[-1:])
+        or not _native(x, weight)
+    ):
         return F.rms_norm(x, x.shape[-1:], weight, eps)
     return _RMSNorm.apply(x, weight, eps)  # type: ignore[no-any-return, no-untyped-call]
 
@@ -98,11 +110,18 @@ class _RMSNorm(torch.autograd.Function):
 
         x, weight, factors = ctx.saved_tensors
         if not _by_kernel(dout):
-            return *_by_formula(lambda x, w: F.rms_norm(x, x.shape[-1:], w, ctx.eps), (x, weight), dout), None
+            return (
+                *_by_formula(
+                    lambda x, w: F.rms_norm(x, x.shape[-1:], w, ctx.eps), (x, weight), dout
+                ),
+                None,
+            )
         return *pointwise.rms_norm_backward(x, weight, factors, dout), None
 
 
-def short_convolution(x: Tensor, weight: Tensor, tail: Tensor | None = None, offset: Tensor | None = None) -> Tensor:
+def short_convolution(
+    x: Tensor, weight: Tensor, tail: Tensor | None = None, offset: Tensor | None = None
+) -> Tensor:
     """``y_t = Σ_j weight[j] ⊙ x_{t-j}``, depthwise and causal.
 
     Args:
@@ -111,7 +130,11 @@ def short_convolution(x: Tensor, weight: Tensor, tail: Tensor | None = None, off
         tail: ``[B, size - 1, D]``, the tokens before x; zeros if None.
         offset: ``[T]`` int64, the place of each token in its packed sequence, which sees no other.
     """
-    fits = x.dim() == 3 and weight.shape[1:] == x.shape[2:] and (offset is None or offset.shape == x.shape[1:2])
+    fits = (
+        x.dim() == 3
+        and weight.shape[1:] == x.shape[2:]
+        and (offset is None or offset.shape == x.shape[1:2])
+    )
     if tail is not None:
         fits = fits and tail.shape == (x.shape[0], weight.shape[0] - 1, x.shape[2])
     if not fits or not _native(x, weight, tail):
@@ -122,7 +145,9 @@ def short_convolution(x: Tensor, weight: Tensor, tail: Tensor | None = None, off
 def _convolution(x: Tensor, weight: Tensor, tail: Tensor | None, offset: Tensor | None) -> Tensor:
     n, T, dtype = weight.shape[0] - 1, x.shape[1], x.dtype
     tail = x.new_zeros(x.shape[0], n, x.shape[2]) if tail is None else tail
-    wide = torch.promote_types(dtype, torch.float32)  # of half numbers, the sum is rounded once, not at every tap
+    wide = torch.promote_types(
+        dtype, torch.float32
+    )  # of half numbers, the sum is rounded once, not at every tap
     weight, buffer = weight.to(wide), torch.cat((tail, x), 1).to(wide)
     y = buffer[:, n:] * weight[0]
     for j in range(1, n + 1):
@@ -135,7 +160,9 @@ def _convolution(x: Tensor, weight: Tensor, tail: Tensor | None, offset: Tensor 
 
 class _Convolution(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, tail: Tensor | None, offset: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, tail: Tensor | None, offset: Tensor | None
+    ) -> Tensor:
         from ..kernels.native import pointwise
 
         ctx.save_for_backward(x, weight, tail, offset)
@@ -152,9 +179,13 @@ class _Convolution(torch.autograd.Function):
 
 
 def turn(x: Tensor, cosine: Tensor, sine: Tensor, back: bool = False) -> Tensor:
-    """Neighbouring pairs of ``x [B, H, T, D]`` turned by angles, given by cosines and sines ``[T, D/2]`` or ``[B, T,
-    D/2]`` in fp32; or turned back."""
-    fits = x.dim() == 4 and cosine.shape == sine.shape and cosine.shape[-2:] == (x.shape[2], x.shape[3] // 2)
+    """Neighbouring pairs of ``x [B, H, T, D]`` turned by angles, given by cosines and sines
+    ``[T, D/2]`` or ``[B, T, D/2]`` in fp32; or turned back."""
+    fits = (
+        x.dim() == 4
+        and cosine.shape == sine.shape
+        and cosine.shape[-2:] == (x.shape[2], x.shape[3] // 2)
+    )
     fits = fits and (cosine.dim() == 2 or cosine.shape[:-2] == x.shape[:1])
     if not fits or cosine.requires_grad or sine.requires_grad or not _native(x, cosine, sine):
         return _turned(x, cosine, sine, back)

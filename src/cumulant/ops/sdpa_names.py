@@ -1,4 +1,6 @@
-"""Arguments of `scaled_dot_product_attention`, and other usual names, that the operations have under another name."""
+"""Arguments of `scaled_dot_product_attention`, and other usual names, that the operations have
+under another name.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +12,17 @@ from typing import ParamSpec, TypeVar
 P = ParamSpec("P")
 R = TypeVar("R")
 
-_MASK = "pass key_mask [B, S] (boolean, True = attend), or is_causal=True; a mask of each query's own is not possible"
+_MASK = (
+    "pass key_mask [B, S] (boolean, True = attend), or is_causal=True; a mask of each query's own"
+    " is not possible"
+)
 HINTS = {
     **dict.fromkeys(("attn_mask", "attention_mask", "mask", "key_padding_mask"), _MASK),
     "causal": "pass is_causal=True",
-    **dict.fromkeys(("dropout_p", "dropout"), "attention weights are not formed, so none can be dropped; leave it out"),
+    **dict.fromkeys(
+        ("dropout_p", "dropout"),
+        "attention weights are not formed, so none can be dropped; leave it out",
+    ),
     **dict.fromkeys(("softmax_scale", "sm_scale"), "pass scale"),
     **dict.fromkeys(("initial_state", "past"), "pass state, from a call with return_state=True"),
     "output_final_state": "pass return_state=True",
@@ -23,7 +31,9 @@ HINTS = {
 
 
 def hint_at_names(op: Callable[P, R]) -> Callable[P, R]:
-    """The operation, whose error for an argument of another library's name says what it is called here."""
+    """The operation, whose error for an argument of another library's name says what it is called
+    here.
+    """
     parameters = inspect.signature(op).parameters
     hints = {name: hint for name, hint in HINTS.items() if name not in parameters}
 
@@ -31,7 +41,9 @@ def hint_at_names(op: Callable[P, R]) -> Callable[P, R]:
     def called(*args: P.args, **kwargs: P.kwargs) -> R:
         for name in kwargs:
             if name in hints:
-                raise TypeError(f"{op.__name__}() got an unexpected keyword argument {name!r}: {hints[name]}")
+                raise TypeError(
+                    f"{op.__name__}() got an unexpected keyword argument {name!r}: {hints[name]}"
+                )
         return op(*args, **kwargs)
 
     return called

@@ -1,7 +1,8 @@
 """States: what a causal operation or module knows of the past, as immutable values.
 
-A state is a frozen dataclass of tensors (and of further states) with the batch in front. It is a pytree, so
-`torch.compile`, `torch.export` and `torch.utils._pytree` handle it; nothing in this library writes into one.
+A state is a frozen dataclass of tensors (and of further states) with the batch in front. It is a
+pytree, so `torch.compile`, `torch.export` and `torch.utils._pytree` handle it; nothing in this
+library writes into one.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ STRUCTURE = "cumulant.state"  # the metadata of a file that says which states it
 
 @dataclass(frozen=True)
 class State:
-    """Base of all states: tensors with the batch in front, nested states, or None where a part is not in use."""
+    """Base of all states: tensors with the batch in front, nested states, or None where a part is
+    not in use.
+    """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -40,7 +43,9 @@ class State:
 
     def map(self: S, function: Callable[[Tensor], Tensor]) -> S:
         """The same state with `function` applied to every tensor."""
-        return type(self)(**{f.name: _mapped(getattr(self, f.name), function) for f in fields(self)})
+        return type(self)(
+            **{f.name: _mapped(getattr(self, f.name), function) for f in fields(self)}
+        )
 
     def clone(self: S) -> S:
         return self.map(torch.Tensor.clone)
@@ -53,7 +58,9 @@ class State:
         return self.map(lambda x: x.to(device))
 
     def select(self: S, index: Tensor) -> S:
-        """Rows `index` ``[N]`` (int64) of the batch, in that order: reorder beams, drop or repeat sequences."""
+        """Rows `index` ``[N]`` (int64) of the batch, in that order: reorder beams, drop or repeat
+        sequences.
+        """
         return self.map(lambda x: x.index_select(0, index.to(x.device)))
 
     def tensors(self) -> dict[str, Tensor]:
@@ -74,8 +81,8 @@ class LinearState(State):
     denominator: ``[B, G, F]``, Σ_j φ(k_j); None when the operation does not normalise.
     position: ``[B]`` int64, the number of keys summed (masked keys don't count).
 
-    Taylor features are ordered by degree, then lexicographically by their indices, and carry the weights
-    ``sqrt(multinomial / p!)``: every implementation reads and writes the same layout.
+    Taylor features are ordered by degree, then lexicographically by their indices, and carry the
+    weights ``sqrt(multinomial / p!)``: every implementation reads and writes the same layout.
     """
 
     numerator: Tensor
@@ -87,7 +94,8 @@ class LinearState(State):
 class KeyValueState(State):
     """Keys and values seen so far: the state of attention that is quadratic, which grows.
 
-    key, value: ``[B, G, S, K]``, ``[B, G, S, V]``. mask: ``[B, S]`` bool, or None where every slot holds a token.
+    key, value: ``[B, G, S, K]``, ``[B, G, S, V]``. mask: ``[B, S]`` bool, or None where every slot
+        holds a token.
     position: ``[B]`` int64, tokens seen (masked ones don't count).
     """
 
@@ -99,11 +107,14 @@ class KeyValueState(State):
 
 @dataclass(frozen=True)
 class MixedChunkState(State):
-    """The past of causal mixed chunk attention, in fp32 (fp64 for fp64): sums over whole groups, and the open group.
+    """The past of causal mixed chunk attention, in fp32 (fp64 for fp64): sums over whole groups,
+    and the open group.
 
     numerator: ``[B, G, K, V]``, Σ_j lin_key_j value_jᵀ over all tokens of whole groups.
-    quad_key, lin_key, value: ``[B, G, g, ·]``, the tokens after the last whole group, zeros behind them.
-    position: ``[B]`` int64, tokens seen (masked ones don't count); the first ``position % g`` slots are filled.
+    quad_key, lin_key, value: ``[B, G, g, ·]``, the tokens after the last whole group, zeros behind
+        them.
+    position: ``[B]`` int64, tokens seen (masked ones don't count); the first ``position % g`` slots
+        are filled.
     """
 
     numerator: Tensor
@@ -121,8 +132,8 @@ class ElitaState(State):
     mean: ``[B, G, V]``, u = Σ_j exp(c_j - m) v_j.
     position: ``[B]`` int64, the number of keys (masked keys don't count).
 
-    Both in fp64: fp32 would keep m to 1e-3 where logits are 1e4, and u would stop moving, one token at a time, once a
-    token's weight is below its last digit.
+    Both in fp64: fp32 would keep m to 1e-3 where logits are 1e4, and u would stop moving, one token
+    at a time, once a token's weight is below its last digit.
     """
 
     log_weight: Tensor
@@ -140,13 +151,23 @@ for _kind_of_state in (LinearState, KeyValueState, MixedChunkState, ElitaState):
 
 
 def _brief(name: str, part: Any) -> str:
-    """A part of a state for reading: numbers only of short positions; layers that look alike once, with their count."""
+    """A part of a state for reading: numbers only of short positions; layers that look alike once,
+    with their count.
+    """
     if isinstance(part, tuple):
         counts = Counter(_brief(name, p) for p in part)
-        return f"({', '.join(shown if n == 1 else f'{n} x {shown}' for shown, n in counts.items())})"
+        return (
+            f"({', '.join(shown if n == 1 else f'{n} x {shown}' for shown, n in counts.items())})"
+        )
     if not isinstance(part, Tensor):
         return repr(part)
-    if name == "position" and type(part) is Tensor and part.dim() == 1 and part.numel() <= 8 and not part.is_meta:
+    if (
+        name == "position"
+        and type(part) is Tensor
+        and part.dim() == 1
+        and part.numel() <= 8
+        and not part.is_meta
+    ):
         try:
             return str(part.tolist())
         except RuntimeError:  # under torch.func and while compiling there are no numbers
@@ -158,7 +179,10 @@ def _describe(part: Any) -> Any:
     """Structure as JSON: class names for states, lists for tuples, "tensor" and null for leaves."""
     if isinstance(part, State):
         kind = f"{type(part).__module__}:{type(part).__name__}"
-        return {"kind": kind, "parts": {f.name: _describe(getattr(part, f.name)) for f in fields(part)}}
+        return {
+            "kind": kind,
+            "parts": {f.name: _describe(getattr(part, f.name)) for f in fields(part)},
+        }
     if isinstance(part, tuple):
         return [_describe(p) for p in part]
     return "tensor" if isinstance(part, Tensor) else None
@@ -176,15 +200,28 @@ def _kind(name: str) -> type[State] | None:
 def _rebuild(shape: Any, prefix: str, tensors: dict[str, Tensor], path: str) -> Any:
     if isinstance(shape, dict):
         kind, parts = _kind(str(shape.get("kind"))), shape.get("parts")
-        if kind is None or not isinstance(parts, dict) or set(parts) != {f.name for f in fields(kind)}:
-            raise ValueError(f"{path}: holds a state of a kind this version does not know: {shape.get('kind')!r}")
-        return kind(**{k: _rebuild(v, f"{prefix}.{k}" if prefix else k, tensors, path) for k, v in parts.items()})
+        if (
+            kind is None
+            or not isinstance(parts, dict)
+            or set(parts) != {f.name for f in fields(kind)}
+        ):
+            raise ValueError(
+                f"{path}: holds a state of a kind this version does not know: {shape.get('kind')!r}"
+            )
+        return kind(
+            **{
+                k: _rebuild(v, f"{prefix}.{k}" if prefix else k, tensors, path)
+                for k, v in parts.items()
+            }
+        )
     if isinstance(shape, list):
         return tuple(_rebuild(s, f"{prefix}.{i}", tensors, path) for i, s in enumerate(shape))
     if shape is None:
         return None
     if shape != "tensor" or prefix not in tensors:
-        raise ValueError(f"{path}: the tensor {prefix!r} of the state is missing; the file is damaged")
+        raise ValueError(
+            f"{path}: the tensor {prefix!r} of the state is missing; the file is damaged"
+        )
     return tensors[prefix]
 
 
@@ -192,14 +229,20 @@ def _safetensors() -> Any:
     try:
         import safetensors.torch
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("saving and loading states needs safetensors: pip install safetensors") from error
+        raise ModuleNotFoundError(
+            "saving and loading states needs safetensors: pip install safetensors"
+        ) from error
     return safetensors
 
 
-def save_state(path: str | os.PathLike[str], state: State, metadata: dict[str, str] | None = None) -> None:
-    """Write `state` to a safetensors file, atomically: an existing file is replaced whole or left as it was.
+def save_state(
+    path: str | os.PathLike[str], state: State, metadata: dict[str, str] | None = None
+) -> None:
+    """Write `state` to a safetensors file, atomically: an existing file is replaced whole or left
+    as it was.
 
-    A symbolic link is followed. `metadata` (strings) is stored beside it, for `load_state(..., return_metadata=True)`.
+    A symbolic link is followed. `metadata` (strings) is stored beside it, for
+    `load_state(..., return_metadata=True)`.
 
     Raises:
         TypeError: `state` is none, or `metadata` holds what is not a string.
@@ -210,9 +253,14 @@ def save_state(path: str | os.PathLike[str], state: State, metadata: dict[str, s
     for key, value in (metadata or {}).items():
         for part in (key, value):
             if not isinstance(part, str):
-                raise TypeError(f"metadata: expected strings, got {type(part).__name__} {part!r} in {key!r}")
+                raise TypeError(
+                    f"metadata: expected strings, got {type(part).__name__} {part!r} in {key!r}"
+                )
     if STRUCTURE in (metadata or {}):
-        raise ValueError(f"metadata: {STRUCTURE!r} is the name under which a state's structure is kept; take another")
+        raise ValueError(
+            f"metadata: {STRUCTURE!r} is the name under which a state's structure is kept; take"
+            " another"
+        )
     library = _safetensors()
     target = _writable_target(path)
     header = {**(metadata or {}), STRUCTURE: json.dumps(_describe(state))}
@@ -244,7 +292,9 @@ def check_writable(path: str | os.PathLike[str]) -> None:
 def _writable_target(path: str | os.PathLike[str]) -> Path:
     """The file that `path` stands for, links followed."""
     if not os.fspath(path):
-        raise FileNotFoundError("expected the name of a file to save the state in, got an empty one")
+        raise FileNotFoundError(
+            "expected the name of a file to save the state in, got an empty one"
+        )
     target = Path(os.path.realpath(path))
     if target.is_dir():
         raise IsADirectoryError(f"{path}: is a folder; name a file to save the state in")
@@ -256,9 +306,13 @@ def _writable_target(path: str | os.PathLike[str]) -> Path:
 
 
 def load_state(
-    path: str | os.PathLike[str], device: torch.device | str = "cpu", *, return_metadata: bool = False
+    path: str | os.PathLike[str],
+    device: torch.device | str = "cpu",
+    *,
+    return_metadata: bool = False,
 ) -> Any:
-    """Read a state written by `save_state`; with `return_metadata` also the strings stored beside it.
+    """Read a state written by `save_state`; with `return_metadata` also the strings stored beside
+    it.
 
     Raises:
         ValueError: the file is no state, or a damaged one.
@@ -274,18 +328,25 @@ def load_state(
     except library.SafetensorError as error:
         raise ValueError(f"{path}: not a safetensors file: {error}") from error
     if STRUCTURE not in header:
-        raise ValueError(f"{path}: a safetensors file, but not a state written by cumulant.save_state")
+        raise ValueError(
+            f"{path}: a safetensors file, but not a state written by cumulant.save_state"
+        )
     try:
         structure = json.loads(header.pop(STRUCTURE))
     except ValueError as error:
-        raise ValueError(f"{path}: the structure of the state cannot be read; the file is damaged") from error
+        raise ValueError(
+            f"{path}: the structure of the state cannot be read; the file is damaged"
+        ) from error
     if not isinstance(structure, dict):
-        raise ValueError(f"{path}: the structure of the state is not a state's; the file is damaged")
+        raise ValueError(
+            f"{path}: the structure of the state is not a state's; the file is damaged"
+        )
     state = _rebuild(structure, "", tensors, str(path))
     return (state, header) if return_metadata else state
 
 
-# Not nested functions: one that calls itself is a cycle, and would hold tensors until the garbage collector runs.
+# Not nested functions: one that calls itself is a cycle, and would hold tensors until the garbage
+# collector runs.
 
 
 def _mapped(part: Any, function: Callable[[Tensor], Tensor]) -> Any:
@@ -304,4 +365,6 @@ def _named_tensors(prefix: str, part: Any) -> Iterator[tuple[str, Tensor]]:
             yield from _named_tensors(f"{prefix}.{i}", p)
     elif isinstance(part, State):
         for f in fields(part):
-            yield from _named_tensors(f"{prefix}.{f.name}" if prefix else f.name, getattr(part, f.name))
+            yield from _named_tensors(
+                f"{prefix}.{f.name}" if prefix else f.name, getattr(part, f.name)
+            )

@@ -1,6 +1,7 @@
 """Steps: one token through a whole module in one native call, for decoding.
 
-A module writes its work down once, as a `Program`; see `cumulant.nn.step`, which knows when programs may run.
+A module writes its work down once, as a `Program`; see `cumulant.nn.step`, which knows when
+programs may run.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ MOST_ROWS = 16  # above, PyTorch's matrix products are the faster ones
 
 
 def may_step(x: Tensor) -> bool:
-    """Whether ``x [B, 1, D]`` is a token that a program may take: few rows of fp32 on a CPU, in a plain call."""
+    """Whether ``x [B, 1, D]`` is a token that a program may take: few rows of fp32 on a CPU, in a
+    plain call.
+    """
     return (
         is_plain_call(x)
         and x.dim() == 3

@@ -1,7 +1,8 @@
 """Chat messages as text, by a tokenizer's chat template.
 
-Control tokens that the template writes (``<|im_start|>``) are read as the tokenizer's special tokens. The same
-characters inside a message would be read so too, and a text could pretend to be a turn: such a chat is not rendered.
+Control tokens that the template writes (``<|im_start|>``) are read as the tokenizer's special
+tokens. The same characters inside a message would be read so too, and a text could pretend to be a
+turn: such a chat is not rendered.
 """
 
 from __future__ import annotations
@@ -19,22 +20,34 @@ Chat = Callable[[Messages], str | None]
 
 
 def read_chat_template(folder: Path) -> str | None:
-    """The template beside a ``tokenizer.json``, in ``chat_template.jinja`` or in ``tokenizer_config.json``; of several
-    there the one named "default"."""
+    """The template beside a ``tokenizer.json``, in ``chat_template.jinja`` or in
+    ``tokenizer_config.json``; of several there the one named "default"."""
     file, settings = folder / "chat_template.jinja", folder / "tokenizer_config.json"
     try:
         if file.is_file():
             return file.read_text(encoding="utf-8")
-        found = json.loads(settings.read_text(encoding="utf-8")).get("chat_template") if settings.is_file() else None
+        found = (
+            json.loads(settings.read_text(encoding="utf-8")).get("chat_template")
+            if settings.is_file()
+            else None
+        )
     except (ValueError, AttributeError) as error:
         raise ValueError(f"tokenizer: {settings} is damaged: {error}") from error
     if isinstance(found, list):
-        found = next((t.get("template") for t in found if isinstance(t, dict) and t.get("name") == "default"), None)
+        found = next(
+            (
+                t.get("template")
+                for t in found
+                if isinstance(t, dict) and t.get("name") == "default"
+            ),
+            None,
+        )
     return found if isinstance(found, str) else None
 
 
 def chat_renderer(tokenizer: PreTrainedTokenizerFast) -> Chat | None:
-    """What makes text of messages; None without a template. Its result is None for messages that hold a control token.
+    """What makes text of messages; None without a template. Its result is None for messages that
+    hold a control token.
 
     Raises:
         ValueError: the template refuses the messages, such as roles in another order than it knows.
@@ -51,9 +64,17 @@ def chat_renderer(tokenizer: PreTrainedTokenizerFast) -> Chat | None:
 def holds_control_token(tokenizer: PreTrainedTokenizerFast, value: Any) -> bool:
     """Whether any text in messages, however deep, holds the characters of a special token."""
     if isinstance(value, str):
-        special = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+        special = (
+            token.content for token in tokenizer.added_tokens_decoder.values() if token.special
+        )
         return any(token in value for token in special)
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    inner = (
+        value.values()
+        if isinstance(value, dict)
+        else value
+        if isinstance(value, list | tuple)
+        else ()
+    )
     return any(holds_control_token(tokenizer, x) for x in inner)
 
 
@@ -62,7 +83,10 @@ def render_prompt(tokenizer: PreTrainedTokenizerFast, prompt: str) -> str:
     if tokenizer.chat_template is None:
         raise ValueError("chat: the model's tokenizer has no chat template; leave --chat out")
     if holds_control_token(tokenizer, prompt):
-        raise ValueError("prompt: holds a control token of the tokenizer, which would be read as the end of a turn")
+        raise ValueError(
+            "prompt: holds a control token of the tokenizer, which would be read as the end of a"
+            " turn"
+        )
     return _render(tokenizer, [{"role": "user", "content": prompt}], add_generation_prompt=True)
 
 
@@ -71,7 +95,9 @@ def end_of_turn(tokenizer: PreTrainedTokenizerFast) -> int | None:
     answer = "cumulant"
     messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
     behind = _render(tokenizer, messages).rpartition(answer)[2].lstrip()
-    special = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special = {
+        token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special
+    }
     return next((i for token, i in special.items() if behind.startswith(token)), None)
 
 

@@ -14,7 +14,9 @@ from .runs import WHOLE, find_damage, newest_intact
 from .tokenizer import load_tokenizer, vocabulary_size
 
 
-def load_checkpoint(path: str, device: str = "auto") -> tuple[CumulantForCausalLM, PreTrainedTokenizerFast]:
+def load_checkpoint(
+    path: str, device: str = "auto"
+) -> tuple[CumulantForCausalLM, PreTrainedTokenizerFast]:
     """Model (in evaluation mode) and tokenizer from a run's folder or one of its checkpoints.
 
     Raises:
@@ -26,8 +28,8 @@ def load_checkpoint(path: str, device: str = "auto") -> tuple[CumulantForCausalL
     tokenizer = load_tokenizer(folder)
     if vocabulary_size(tokenizer) > model.config.vocab_size:
         raise ValueError(
-            f"tokenizer: {folder} holds a tokenizer of {vocabulary_size(tokenizer)} tokens, but the model has "
-            f"{model.config.vocab_size}; use the tokenizer it was trained with"
+            f"tokenizer: {folder} holds a tokenizer of {vocabulary_size(tokenizer)} tokens, but the"
+            f" model has {model.config.vocab_size}; use the tokenizer it was trained with"
         )
     model.generation_config.suppress_tokens = unused_ids(tokenizer, model.config.vocab_size) or None
     return model.to(device).eval(), tokenizer
@@ -43,25 +45,30 @@ def checkpoint_folder(path: str) -> Path:
     folder = Path(path).expanduser()
     if folder.is_file():
         raise ValueError(
-            f"checkpoint: {path} is a file; expected the folder of a trained model (a text goes to --data)"
+            f"checkpoint: {path} is a file; expected the folder of a trained model (a text goes to"
+            " --data)"
         )
     if (folder / "config.json").is_file():
         return folder
     intact, damaged = newest_intact(folder) if folder.is_dir() else (None, {})
     for place, what in damaged.items():
         if intact is None:
-            raise ValueError(f"checkpoint: {place} is damaged ({what}), and there is no other in {folder}")
+            raise ValueError(
+                f"checkpoint: {place} is damaged ({what}), and there is no other in {folder}"
+            )
         warnings.warn(f"{place} is damaged ({what}); taking {intact.name}", stacklevel=2)
     if intact is None:
-        raise ValueError(f"checkpoint: no model at {path}; train one with: cumulant train --output {path}")
+        raise ValueError(
+            f"checkpoint: no model at {path}; train one with: cumulant train --output {path}"
+        )
     return intact
 
 
 def load_weights(
     folder: Path, config: CumulantConfig | None = None, *, new: tuple[str, ...] = ()
 ) -> CumulantForCausalLM:
-    """The model in `folder`, under its own configuration or another; only weights whose names begin with one of `new`
-    may be missing there: they keep their initial values."""
+    """The model in `folder`, under its own configuration or another; only weights whose names begin
+    with one of `new` may be missing there: they keep their initial values."""
     model: CumulantForCausalLM
     if (folder / WHOLE).is_file() and (damage := find_damage(folder)):
         raise ValueError(f"checkpoint: {folder} is damaged: {damage}")
@@ -71,8 +78,14 @@ def load_weights(
         )
     except (RuntimeError, OSError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"checkpoint: the weights in {folder} do not fit its config.json: {reason}") from error
-    missing = [name for name in info["missing_keys"] if not name.startswith(new)] if new else info["missing_keys"]
+        raise ValueError(
+            f"checkpoint: the weights in {folder} do not fit its config.json: {reason}"
+        ) from error
+    missing = (
+        [name for name in info["missing_keys"] if not name.startswith(new)]
+        if new
+        else info["missing_keys"]
+    )
     wrong = [*missing, *(entry[0] for entry in info["mismatched_keys"]), *info["unexpected_keys"]]
     if wrong:
         what = "its config.json" if config is None else "this run's options"
@@ -80,7 +93,7 @@ def load_weights(
     bad = next((name for name, p in model.named_parameters() if not bool(p.isfinite().all())), None)
     if bad is not None:
         raise ValueError(
-            f"checkpoint: the weights in {folder} hold NaN or infinity ({bad}): that run diverged; take an earlier "
-            "checkpoint, or train with a lower --learning-rate"
+            f"checkpoint: the weights in {folder} hold NaN or infinity ({bad}): that run diverged;"
+            " take an earlier checkpoint, or train with a lower --learning-rate"
         )
     return model

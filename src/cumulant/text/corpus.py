@@ -1,4 +1,6 @@
-"""Documents to train on: files, folders, globs, Hugging Face datasets, or Python's own standard library."""
+"""Documents to train on: files, folders, globs, Hugging Face datasets, or Python's own standard
+library.
+"""
 
 from __future__ import annotations
 
@@ -17,16 +19,25 @@ from .files import STANDARD_INPUT, NotText, read_files, read_text
 
 STDLIB = "stdlib"
 LEAST_HELDOUT = 128  # bytes: bits per byte of less say nothing
-_SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib2to3"}
+_SKIPPED_FOLDERS = {
+    "test",
+    "tests",
+    "idle_test",
+    "site-packages",
+    "dist-packages",
+    "__pycache__",
+    "lib2to3",
+}
 
 
 @dataclass(frozen=True)
 class Corpus:
     """Documents, already split.
 
-    name: what was asked for. train, heldout: documents as UTF-8 bytes. digest: SHA-256 over all of them, in order.
-    skipped: files left out, each with the reason. notes: what else was done to the documents. is_chat: they are chats,
-    written by a template, whose control tokens are to be read.
+    name: what was asked for. train, heldout: documents as UTF-8 bytes. digest: SHA-256 over all of
+        them, in order.
+    skipped: files left out, each with the reason. notes: what else was done to the documents.
+    is_chat: they are chats, written by a template, whose control tokens are to be read.
     """
 
     name: str
@@ -46,7 +57,10 @@ class Corpus:
         """What there is, in lines for people: sizes first, then what was left out and why."""
         kept, held = self.sizes
         share = 100 * held / (kept + held)
-        first = f"text: {self.name}, {kept:,} bytes in {len(self.train)} documents, {held:,} held out ({share:.1f}%)"
+        first = (
+            f"text: {self.name}, {kept:,} bytes in {len(self.train)} documents, {held:,} held out"
+            f" ({share:.1f}%)"
+        )
         left = [f"text: left out: {reason}" for reason in self.skipped[:5]]
         if len(self.skipped) > 5:
             left.append(f"text: and {len(self.skipped) - 5} more files left out")
@@ -65,13 +79,14 @@ def load_corpus(
     """Read documents and split them, the same way every time.
 
     Args:
-        data: a file, a folder (all text files below it), a glob, "-" for standard input, the id of a Hugging Face
-            dataset (``owner/name``; ``hf:ID`` or ``hf:ID:CONFIG`` for any, also a local one), "enwik8" (downloaded
-            once), or None or "stdlib" for the source of Python's standard library without its tests. Several files,
-            folders and globs are one text.
-        heldout: share held out. Several documents are split by a hash of their names (or by a dataset's own validation
-            or test split), copies of one with it. Where no set of whole documents comes near the share, and of a single
-            document, tails are held out, cut at lines; enwik8 keeps its usual split.
+        data: a file, a folder (all text files below it), a glob, "-" for standard input, the id of
+            a Hugging Face dataset (``owner/name``; ``hf:ID`` or ``hf:ID:CONFIG`` for any, also a
+            local one), "enwik8" (downloaded once), or None or "stdlib" for the source of Python's
+            standard library without its tests. Several files, folders and globs are one text.
+        heldout: share held out. Several documents are split by a hash of their names (or by a
+            dataset's own validation or test split), copies of one with it. Where no set of whole
+            documents comes near the share, and of a single document, tails are held out, cut at
+            lines; enwik8 keeps its usual split.
         text_column: column of a dataset that holds the text.
         encoding: of the files, if it is not UTF-8.
         exclude: folders left out of those that are read, such as that of the run itself.
@@ -101,7 +116,11 @@ class Documents(list[bytes]):
 
 
 def load_documents(
-    data: str | Sequence[str], *, text_column: str = "text", encoding: str | None = None, chat: Chat | None = None
+    data: str | Sequence[str],
+    *,
+    text_column: str = "text",
+    encoding: str | None = None,
+    chat: Chat | None = None,
 ) -> Documents:
     """All documents of `data`, as in `load_corpus`, unsplit."""
     sources = _sources(data)
@@ -124,7 +143,9 @@ def _sources(data: str | Sequence[str] | None) -> list[str]:
     if len(sources) > 1:
         for source in sources:
             if source in (STDLIB, ENWIK8) or _is_dataset(source):
-                raise ValueError(f"data: {source} stands alone; only files, folders and globs are read together")
+                raise ValueError(
+                    f"data: {source} stands alone; only files, folders and globs are read together"
+                )
     return sources
 
 
@@ -140,7 +161,9 @@ def _read(
 
 
 def stdlib_documents() -> list[tuple[str, bytes]]:
-    """The standard library's Python files, without tests and installed packages, by relative path."""
+    """The standard library's Python files, without tests and installed packages, by relative
+    path.
+    """
     root = Path(sysconfig.get_paths()["stdlib"])
     paths = sorted(p.relative_to(root) for p in root.rglob("*.py"))
     found = []
@@ -154,17 +177,26 @@ def stdlib_documents() -> list[tuple[str, bytes]]:
         if text:
             found.append((path.as_posix(), text))
     if not found:
-        raise ValueError(f"data: Python's standard library has no source files under {root}; pass --data")
+        raise ValueError(
+            f"data: Python's standard library has no source files under {root}; pass --data"
+        )
     return found
 
 
-def _split(named: list[tuple[str, bytes]], heldout: float, notes: list[str]) -> tuple[list[bytes], list[bytes]]:
-    """Whole documents if a set of them comes near the share, else the tail of each. Copies stand on one side."""
+def _split(
+    named: list[tuple[str, bytes]], heldout: float, notes: list[str]
+) -> tuple[list[bytes], list[bytes]]:
+    """Whole documents if a set of them comes near the share, else the tail of each. Copies stand on
+    one side.
+    """
     copies = Counter(text for _, text in named)
     first = dict.fromkeys(text for _, text in named)
     if len(first) < len(named):
         again = len(named) - len(first)
-        notes.append(f"{again} {'copy' if again == 1 else 'copies'} of other documents, kept on one side with them")
+        notes.append(
+            f"{again} {'copy' if again == 1 else 'copies'} of other documents, kept on one side"
+            " with them"
+        )
     names: dict[bytes, str] = {}
     for name, text in named:
         names.setdefault(text, name)
@@ -179,16 +211,24 @@ def _split(named: list[tuple[str, bytes]], heldout: float, notes: list[str]) -> 
         shortest = min(ranked, key=len)
         if len(shortest) * copies[shortest] <= 2 * heldout * total:
             held.add(shortest)
-    if sum(len(text) * copies[text] for text in held) >= heldout * total / 2 and len(held) < len(first):
+    if sum(len(text) * copies[text] for text in held) >= heldout * total / 2 and len(held) < len(
+        first
+    ):
         return [t for _, t in named if t not in held], [t for _, t in named if t in held]
     if len(named) > 1:
-        notes.append("no set of whole documents comes near the share held out: the tail of each is held out")
-    pairs = [_cut(text, heldout) for text in first]  # a copy's head would hold the tail of its original
+        notes.append(
+            "no set of whole documents comes near the share held out: the tail of each is held out"
+        )
+    pairs = [
+        _cut(text, heldout) for text in first
+    ]  # a copy's head would hold the tail of its original
     return [head for head, _ in pairs if head], [tail for _, tail in pairs if tail]
 
 
 def _cut(text: bytes, heldout: float) -> tuple[bytes, bytes]:
-    """Head and tail, cut at a line if one ends near enough to the share, else at a space, else between characters."""
+    """Head and tail, cut at a line if one ends near enough to the share, else at a space, else
+    between characters.
+    """
     at, length = int(len(text) * (1 - heldout)), len(text)
     share = length - at
     for separator in (b"\n", b" "):
@@ -203,8 +243,8 @@ def _cut(text: bytes, heldout: float) -> tuple[bytes, bytes]:
 
 
 def _is_dataset(data: str) -> bool:
-    """Marked as one, or of the form owner/name without a file's ending and with no folder `owner` here: a mistyped path
-    is refused at once instead of being looked for on the hub."""
+    """Marked as one, or of the form owner/name without a file's ending and with no folder `owner`
+    here: a mistyped path is refused at once instead of being looked for on the hub."""
     if data.startswith("hf:"):
         return True
     named = re.fullmatch(r"[\w-]+/[\w.-]+", data) and not re.search(r"\.[A-Za-z]\w{0,4}$", data)
@@ -221,11 +261,16 @@ def _from_dataset(data: str, heldout: float, text_column: str, chat: Chat | None
     held = [text for text in splits[held_split] if text not in known]
     if len(held) < len(splits[held_split]):
         again = len(splits[held_split]) - len(held)
-        notes.append(f"{again} documents of the split {held_split!r} are in the training split, and not held out")
+        notes.append(
+            f"{again} documents of the split {held_split!r} are in the training split, and not"
+            " held out"
+        )
     return replace(_corpus(data, train, held, [], notes), is_chat=train.is_chat)
 
 
-def _dataset(data: str, text_column: str, chat: Chat | None) -> tuple[dict[str, Documents], str | None, list[str]]:
+def _dataset(
+    data: str, text_column: str, chat: Chat | None
+) -> tuple[dict[str, Documents], str | None, list[str]]:
     """The documents of a dataset's splits, the name of its own held-out split, notes."""
     import datasets
 
@@ -236,13 +281,19 @@ def _dataset(data: str, text_column: str, chat: Chat | None) -> tuple[dict[str, 
         splits = datasets.load_dataset(identifier, config or None)
     except Exception as error:  # the library raises whatever its loaders and the network raise
         nowhere = "" if data.startswith("hf:") else f"no such file or folder: {data}; and "
-        raise ValueError(f"data: {nowhere}cannot load the dataset {identifier!r}: {error}") from error
+        raise ValueError(
+            f"data: {nowhere}cannot load the dataset {identifier!r}: {error}"
+        ) from error
     if not isinstance(splits, dict) or "train" not in splits:
         raise ValueError(f"data: the dataset {identifier!r} has no split named train")
     held_split = next((name for name in ("validation", "test") if name in splits), None)
     notes: list[str] = []
     wanted = ["train", *([held_split] if held_split else [])]
-    return {name: _rows(splits[name], text_column, identifier, chat, notes) for name in wanted}, held_split, notes
+    return (
+        {name: _rows(splits[name], text_column, identifier, chat, notes) for name in wanted},
+        held_split,
+        notes,
+    )
 
 
 def _find_on_hub(identifier: str) -> None:
@@ -253,18 +304,28 @@ def _find_on_hub(identifier: str) -> None:
         HfApi().dataset_info(identifier, timeout=5)
     except Exception as error:  # whatever the network and the hub raise
         raise ValueError(
-            f"data: no such file or folder: {identifier}; and there is no dataset of that name within reach "
-            f"({type(error).__name__}); hf:{identifier} loads one that is on disk already"
+            f"data: no such file or folder: {identifier}; and there is no dataset of that name"
+            f" within reach ({type(error).__name__}); hf:{identifier} loads one that is on disk"
+            " already"
         ) from error
 
 
 def _rows(
-    split: Iterable[dict[str, object]], column: str, identifier: str, chat: Chat | None, notes: list[str]
+    split: Iterable[dict[str, object]],
+    column: str,
+    identifier: str,
+    chat: Chat | None,
+    notes: list[str],
 ) -> Documents:
-    """Texts of a column; rows that hold none are counted, and chats that would be read as other than they are."""
+    """Texts of a column; rows that hold none are counted, and chats that would be read as other
+    than they are.
+    """
     names = getattr(split, "column_names", [])
     if column not in names:
-        raise ValueError(f"text_column: the dataset {identifier!r} has no column {column!r}; it has {', '.join(names)}")
+        raise ValueError(
+            f"text_column: the dataset {identifier!r} has no column {column!r}; it has"
+            f" {', '.join(names)}"
+        )
     documents, kinds, without, unsafe = Documents(), set(), 0, 0
     for row in split:
         value = row[column]
@@ -279,13 +340,16 @@ def _rows(
             documents.append(text.encode())
     if len(kinds) > 1:
         raise ValueError(
-            f"text_column: the column {column!r} of {identifier!r} holds texts and chats; name one of them"
+            f"text_column: the column {column!r} of {identifier!r} holds texts and chats; name one"
+            " of them"
         )
     documents.is_chat = list in kinds
     if without:
         notes.append(f"{without} rows without text (null) left out")
     if unsafe:
-        notes.append(f"{unsafe} chats left out, as their messages hold control tokens of the tokenizer")
+        notes.append(
+            f"{unsafe} chats left out, as their messages hold control tokens of the tokenizer"
+        )
     return documents
 
 
@@ -294,20 +358,26 @@ def _as_text(value: object, column: str, identifier: str, chat: Chat | None) -> 
     if isinstance(value, str):
         return value
     messages = (
-        isinstance(value, list) and value and all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in value)
+        isinstance(value, list)
+        and value
+        and all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in value)
     )
     if messages and chat is not None:
         return chat(value)  # type: ignore[arg-type]
     what = (
-        "chat messages, and the tokenizer has no chat template" if messages else f"no text, but {type(value).__name__}"
+        "chat messages, and the tokenizer has no chat template"
+        if messages
+        else f"no text, but {type(value).__name__}"
     )
     raise ValueError(
-        f"text_column: the column {column!r} of the dataset {identifier!r} holds {what}; name a column of text or "
-        "write one first"
+        f"text_column: the column {column!r} of the dataset {identifier!r} holds {what}; name a"
+        " column of text or write one first"
     )
 
 
-def _corpus(name: str, train: list[bytes], heldout: list[bytes], skipped: list[str], notes: list[str]) -> Corpus:
+def _corpus(
+    name: str, train: list[bytes], heldout: list[bytes], skipped: list[str], notes: list[str]
+) -> Corpus:
     if not train or not heldout:
         raise ValueError(f"data: {name} holds too few documents to train on and to hold out")
     digest = hashlib.sha256()
@@ -317,7 +387,7 @@ def _corpus(name: str, train: list[bytes], heldout: list[bytes], skipped: list[s
     corpus = Corpus(name, train, heldout, digest.hexdigest(), skipped, notes)
     if corpus.sizes[1] < LEAST_HELDOUT:
         raise ValueError(
-            f"data: {name} leaves {corpus.sizes[1]} bytes to hold out, too few to measure anything (at least "
-            f"{LEAST_HELDOUT}); pass more text or a larger --heldout"
+            f"data: {name} leaves {corpus.sizes[1]} bytes to hold out, too few to measure anything"
+            f" (at least {LEAST_HELDOUT}); pass more text or a larger --heldout"
         )
     return corpus

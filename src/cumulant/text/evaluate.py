@@ -1,12 +1,13 @@
 """Bits per byte of a text under a model.
 
-The model's code length of the text, in bits, over the text's length in UTF-8 bytes. Every token is predicted once; the
-text's documents are preceded by the end-of-text token, and the last document is not followed by one. Two ways:
+The model's code length of the text, in bits, over the text's length in UTF-8 bytes. Every token is
+predicted once; the text's documents are preceded by the end-of-text token, and the last document is
+not followed by one. Two ways:
 
-- *whole*: each document by itself, from its first token to its last, the state carried all along: any token can use all
-  of the document before it.
-- *windowed*: the documents end to end, cut into windows of `context` tokens that do not overlap; a token can use what
-  stands before it in its window.
+- *whole*: each document by itself, from its first token to its last, the state carried all along:
+  any token can use all of the document before it.
+- *windowed*: the documents end to end, cut into windows of `context` tokens that do not overlap; a
+  token can use what stands before it in its window.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ LONG = 16_384  # tokens of a document that softmax attention reads in some secon
 
 @dataclass(frozen=True)
 class Score:
-    """bits_per_byte; loss: nats per token; tokens predicted; text_bytes of UTF-8; lost: share of these that the
-    tokenizer does not keep, so that bits per byte cannot be compared with others'."""
+    """bits_per_byte; loss: nats per token; tokens predicted; text_bytes of UTF-8; lost: share of
+    these that the tokenizer does not keep, so that bits per byte cannot be compared with others'.
+    """
 
     bits_per_byte: float
     loss: float
@@ -49,24 +51,33 @@ def lost_note(lost: float) -> str:
     if not lost:
         return ""
     share = f"{lost:.0%}" if lost >= 0.01 else "less than 1%"
-    return f"the tokenizer does not keep the text: {share} of its bytes differ; bits per byte is not comparable"
+    return (
+        f"the tokenizer does not keep the text: {share} of its bytes differ; bits per byte is not"
+        " comparable"
+    )
 
 
 def check_scored(tokens: int, text: TokenFile) -> None:
     """Refuse a figure by bytes of which some were not scored."""
     if tokens != len(text.ids) - 1:
-        raise ValueError(f"text: {tokens} tokens were scored, but the text has {len(text.ids) - 1} to score")
+        raise ValueError(
+            f"text: {tokens} tokens were scored, but the text has {len(text.ids) - 1} to score"
+        )
 
 
 def _score(nats: float, tokens: int, text: TokenFile) -> Score:
     check_scored(tokens, text)
-    return Score(nats / math.log(2) / text.text_bytes, nats / tokens, tokens, text.text_bytes, text.lost)
+    return Score(
+        nats / math.log(2) / text.text_bytes, nats / tokens, tokens, text.text_bytes, text.lost
+    )
 
 
 def _nats(logits: Tensor, labels: Tensor) -> float:
     """Summed cross entropy, in fp64 across the batch."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+    losses = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), labels.flatten(), reduction="none"
+    )
     return float(losses.double().sum())
 
 
@@ -102,7 +113,9 @@ def _windows(ids: Ids, context: int, batch_size: int) -> Iterator[tuple[Tensor, 
         yield rest[None, :-1], rest[None, 1:]
 
 
-def evaluate_windowed(model: PreTrainedModel, text: TokenFile, context: int, *, batch_size: int = 16) -> Score:
+def evaluate_windowed(
+    model: PreTrainedModel, text: TokenFile, context: int, *, batch_size: int = 16
+) -> Score:
     """Bits per byte over windows of `context` tokens; see the module's docstring."""
     if batch_size < 1:
         raise ValueError(f"batch: expected at least 1 window, got {batch_size}")
@@ -122,7 +135,9 @@ def evaluate_whole(model: PreTrainedModel, text: TokenFile, *, piece: int = 4096
     for start, end in zip(text.starts, ends, strict=True):
         cache = DynamicCache(config=model.config)
         for a in range(start, end, piece):
-            ids = torch.from_numpy(text.ids[a : min(a + piece, end) + 1].astype(np.int64))[None].to(model.device)
+            ids = torch.from_numpy(text.ids[a : min(a + piece, end) + 1].astype(np.int64))[None].to(
+                model.device
+            )
             logits = model(input_ids=ids[:, :-1], past_key_values=cache, use_cache=True).logits
             nats += _nats(logits, ids[:, 1:])
             count += ids.shape[1] - 1
@@ -130,12 +145,13 @@ def evaluate_whole(model: PreTrainedModel, text: TokenFile, *, piece: int = 4096
 
 
 def notice_of_cost(model: PreTrainedModel, text: TokenFile) -> str:
-    """What to say before `evaluate_whole`, if attention to all of a long document makes it slow; else nothing."""
+    """What to say before `evaluate_whole`, if attention to all of a long document makes it slow;
+    else nothing.
+    """
     longest = int(np.diff([*text.starts, len(text.ids)]).max())
     if longest <= LONG or "full_attention" not in model.config.layer_types:
         return ""
     return (
-        f"whole documents: the longest has {longest:,} tokens, and softmax attention takes time that grows with "
-        "their square; "
-        "--no-whole leaves them out"
+        f"whole documents: the longest has {longest:,} tokens, and softmax attention takes time"
+        " that grows with their square; --no-whole leaves them out"
     )

@@ -20,24 +20,31 @@ _MARKS = {  # byte order marks, the longer ones first
 
 
 class NotText(ValueError):
-    """A file whose bytes are no text in the encoding expected; the message says where and what they may be."""
+    """A file whose bytes are no text in the encoding expected; the message says where and what they
+    may be.
+    """
 
 
 @dataclass
 class Found:
-    """texts: (name, UTF-8 bytes). skipped: what was left out, with the reason. links: further names of files read."""
+    """texts: (name, UTF-8 bytes). skipped: what was left out, with the reason. links: further names
+    of files read.
+    """
 
     texts: list[tuple[str, bytes]] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
     links: int = 0
 
 
-def read_files(sources: list[str], *, encoding: str | None = None, exclude: Collection[Path] = ()) -> Found:
-    """The text files that `sources` name: files, folders with all below them, globs, "-" for standard input.
+def read_files(
+    sources: list[str], *, encoding: str | None = None, exclude: Collection[Path] = ()
+) -> Found:
+    """The text files that `sources` name: files, folders with all below them, globs, "-" for
+    standard input.
 
-    A file is read once, whatever links lead to it. Folders follow links; their hidden entries and whatever is under
-    `exclude` are left out. Names are relative to the folder that holds all files, so that they do not depend on how it
-    was spelled.
+    A file is read once, whatever links lead to it. Folders follow links; their hidden entries and
+    whatever is under `exclude` are left out. Names are relative to the folder that holds all files,
+    so that they do not depend on how it was spelled.
     """
     found, seen = Found(), set[str]()
     wanted: list[tuple[Path, bool]] = []  # a path, and whether it was named itself
@@ -47,7 +54,11 @@ def read_files(sources: list[str], *, encoding: str | None = None, exclude: Coll
     root = os.path.commonpath([os.path.abspath(path.parent) for path in regular]) if regular else ""
     empty = []
     for path, named in wanted:
-        name = path.name if str(path) == STANDARD_INPUT else Path(os.path.relpath(path, root)).as_posix()
+        name = (
+            path.name
+            if str(path) == STANDARD_INPUT
+            else Path(os.path.relpath(path, root)).as_posix()
+        )
         real = os.path.realpath(path)
         if real in seen:
             found.links += 1
@@ -65,7 +76,9 @@ def read_files(sources: list[str], *, encoding: str | None = None, exclude: Coll
         else:
             empty.append(shown(name))
     if not found.texts:
-        problem = found.skipped[0] if found.skipped else f"{empty[0]} is empty" if empty else "no files"
+        problem = (
+            found.skipped[0] if found.skipped else f"{empty[0]} is empty" if empty else "no files"
+        )
         raise ValueError(f"data: {problem}; pass text files")
     return found
 
@@ -102,7 +115,11 @@ def _walk(folder: Path, exclude: set[str]) -> Iterator[Path]:
             continue
         visited.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield from (Path(place, name) for name in files if not name.startswith(".") and Path(place, name).is_file())
+        yield from (
+            Path(place, name)
+            for name in files
+            if not name.startswith(".") and Path(place, name).is_file()
+        )
 
 
 def shown(name: str | Path) -> str:
@@ -111,7 +128,8 @@ def shown(name: str | Path) -> str:
 
 
 def read_text(path: Path, encoding: str | None = None) -> bytes:
-    """The file's text as UTF-8 bytes, without a byte order mark; gzip and Zstandard files are unpacked.
+    """The file's text as UTF-8 bytes, without a byte order mark; gzip and Zstandard files are
+    unpacked.
 
     Raises:
         NotText: the bytes are no text in `encoding` (default: UTF-8).
@@ -126,8 +144,12 @@ def read_text(path: Path, encoding: str | None = None) -> bytes:
     except UnicodeError as error:
         at = getattr(error, "start", 0)
         if encoding is not None:
-            raise NotText(f"{name} is not {encoding} text: at byte {at}: {getattr(error, 'reason', error)}") from error
-        raise NotText(f"{name} is not UTF-8 text: byte 0x{raw[at]:02x} at offset {at}; {_likely(raw)}") from error
+            raise NotText(
+                f"{name} is not {encoding} text: at byte {at}: {getattr(error, 'reason', error)}"
+            ) from error
+        raise NotText(
+            f"{name} is not UTF-8 text: byte 0x{raw[at]:02x} at offset {at}; {_likely(raw)}"
+        ) from error
     if "\0" in text:
         raise NotText(f"{name} is no text: a NUL at offset {raw.index(0)}; {_likely(raw)}")
     return text.removeprefix("\ufeff").encode()
@@ -140,7 +162,9 @@ def _unpacked(raw: bytes, name: str) -> bytes:
         if raw.startswith(b"\x28\xb5\x2f\xfd"):
             import pyarrow
 
-            unpacked: bytes = pyarrow.CompressedInputStream(pyarrow.BufferReader(raw), "zstd").read()
+            unpacked: bytes = pyarrow.CompressedInputStream(
+                pyarrow.BufferReader(raw), "zstd"
+            ).read()
             return unpacked
     except (OSError, EOFError) as error:  # both libraries' errors for a damaged file
         raise NotText(f"{name} cannot be unpacked: {error}") from error

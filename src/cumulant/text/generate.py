@@ -16,7 +16,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedTokenizerFast, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    DynamicCache,
+    PreTrainedTokenizerFast,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from ..models import CumulantForCausalLM, cache_bytes, export_state, import_state
 from ..ops.state import check_writable, load_state, save_state
@@ -24,13 +29,16 @@ from .chat import end_of_turn, render_prompt
 from .stream import IncrementalDecoder, Output
 from .tokenizer import encode
 
-LEAST_TEMPERATURE = 1e-6  # below it fp32 logits overflow, and nothing differs from the likeliest token
+# below it fp32 logits overflow, and nothing differs from the likeliest token
+LEAST_TEMPERATURE = 1e-6
 PIECE = 4096  # prompt tokens a step: bounds the memory of a long prompt
 
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """max_new_tokens; temperature (0: greedy); top_k and top_p (0 and 1: off); seed (None: a new one each time)."""
+    """max_new_tokens; temperature (0: greedy); top_k and top_p (0 and 1: off); seed (None: a new
+    one each time).
+    """
 
     max_new_tokens: int = 200
     temperature: float = 0.8
@@ -40,12 +48,15 @@ class SamplingOptions:
 
     def __post_init__(self) -> None:
         if not 1 <= self.max_new_tokens < 2**31:
-            raise ValueError(f"max_new_tokens: expected 1 to 2,147,483,647, got {self.max_new_tokens}")
+            raise ValueError(
+                f"max_new_tokens: expected 1 to 2,147,483,647, got {self.max_new_tokens}"
+            )
         if self.temperature < 0:
             raise ValueError(f"temperature: expected 0 (greedy) or more, got {self.temperature}")
         if not (self.temperature == 0 or LEAST_TEMPERATURE <= self.temperature < math.inf):
             raise ValueError(
-                f"temperature: expected 0 (greedy) or a number of at least {LEAST_TEMPERATURE}, got {self.temperature}"
+                f"temperature: expected 0 (greedy) or a number of at least {LEAST_TEMPERATURE}, got"
+                f" {self.temperature}"
             )
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p: expected a probability above 0 and up to 1, got {self.top_p}")
@@ -57,7 +68,9 @@ class SamplingOptions:
 
 @dataclass(frozen=True)
 class Generation:
-    """What was generated, and what it took. context: tokens seen in all, those of a loaded state included."""
+    """What was generated, and what it took. context: tokens seen in all, those of a loaded state
+    included.
+    """
 
     text: str
     new_tokens: int
@@ -86,16 +99,20 @@ def generate(
     """Continue `prompt`; an empty one starts a new text.
 
     Args:
-        chat: the prompt is a user's message, rendered by the tokenizer's chat template; the answer ends with its turn.
-        load: file of a state to go on from (`save_state`); the prompt is appended to what it has seen. The texts of
-            two such runs, joined, are that of one.
-        save: file to leave the state in, of a size that does not depend on the context (softmax models aside). It is
-            written as well when the run is interrupted or its output cannot be printed, and goes on from there.
+        chat: the prompt is a user's message, rendered by the tokenizer's chat template; the answer
+            ends with its turn.
+        load: file of a state to go on from (`save_state`); the prompt is appended to what it has
+            seen. The texts of two such runs, joined, are that of one.
+        save: file to leave the state in, of a size that does not depend on the context (softmax
+            models aside). It is written as well when the run is interrupted or its output cannot be
+            printed, and goes on from there.
         stream: print the text as it comes.
 
     Raises:
-        ValueError: a state of another model, a prompt that is no text; before anything is generated.
-        OSError: `save` cannot be written, before anything is generated; or the text cannot be printed.
+        ValueError: a state of another model, a prompt that is no text; before anything is
+            generated.
+        OSError: `save` cannot be written, before anything is generated; or the text cannot be
+            printed.
     """
     if save is not None:
         check_writable(save)
@@ -109,14 +126,25 @@ def generate(
     ends = _ends(model, tokenizer) if chat else None
     started = prompted = time.perf_counter()
     with _held_back(save is not None) as stop:
-        read = prefill(model, torch.tensor([ids[:-1]], dtype=torch.long, device=model.device), cache, stop)
+        read = prefill(
+            model, torch.tensor([ids[:-1]], dtype=torch.long, device=model.device), cache, stop
+        )
         prompted = time.perf_counter()
-        new = _continue(model, cache, ids[-1], options, output, stop, ends) if read == len(ids) - 1 else []
+        new = (
+            _continue(model, cache, ids[-1], options, output, stop, ends)
+            if read == len(ids) - 1
+            else []
+        )
         seconds = time.perf_counter() - prompted
         output.close(goes_on=save is not None)
         if save is not None:
-            # the last token was drawn but not yet read by the model; an interrupted run may have more of them
-            _write_past(save, Past(cache, new[-1:] or ids[read:], tuple(decoder.tokens), decoder.given), model)
+            # the last token was drawn but not yet read by the model; an interrupted run may have
+            # more of them
+            _write_past(
+                save,
+                Past(cache, new[-1:] or ids[read:], tuple(decoder.tokens), decoder.given),
+                model,
+            )
     if output.failure is not None:
         raise output.failure
     return Generation(
@@ -135,11 +163,13 @@ def _prompt_ids(tokenizer: PreTrainedTokenizerFast, prompt: str, chat: bool) -> 
         prompt.encode()
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"prompt: expected UTF-8 text, got the byte 0x{ord(prompt[error.start]) & 0xFF:02x} at character "
-            f"{error.start}"
+            f"prompt: expected UTF-8 text, got the byte 0x{ord(prompt[error.start]) & 0xFF:02x} at"
+            f" character {error.start}"
         ) from error
     text = render_prompt(tokenizer, prompt) if chat else prompt
-    ids: list[int] = encode(tokenizer, [text.encode()], control_tokens=chat)[0].tolist()  # as the text trained on
+    ids: list[int] = encode(tokenizer, [text.encode()], control_tokens=chat)[
+        0
+    ].tolist()  # as the text trained on
     return ids
 
 
@@ -159,21 +189,31 @@ def _continue(
     stop: Callable[[], bool],
     ends: list[int] | None,
 ) -> list[int]:
-    """The tokens drawn after `token`, which the model has not read yet, as it has not read the last of them."""
+    """The tokens drawn after `token`, which the model has not read yet, as it has not read the last
+    of them.
+    """
     if options.seed is not None:
         torch.manual_seed(options.seed)
     sampling: dict[str, Any] = {"do_sample": False}
     if options.temperature > 0:
-        chosen = {"temperature": options.temperature, "top_k": options.top_k, "top_p": options.top_p}
+        chosen = {
+            "temperature": options.temperature,
+            "top_k": options.top_k,
+            "top_p": options.top_p,
+        }
         sampling = {"do_sample": True, **chosen}
     if ends is not None:
         sampling["eos_token_id"] = ends
     ids: Tensor = model.generate(
         torch.tensor([[token]], device=model.device),
-        attention_mask=torch.ones(1, cache.get_seq_length() + 1, dtype=torch.long, device=model.device),
+        attention_mask=torch.ones(
+            1, cache.get_seq_length() + 1, dtype=torch.long, device=model.device
+        ),
         past_key_values=cache,
         streamer=output,
-        stopping_criteria=StoppingCriteriaList([_Stop(lambda: stop() or output.failure is not None)]),
+        stopping_criteria=StoppingCriteriaList(
+            [_Stop(lambda: stop() or output.failure is not None)]
+        ),
         max_new_tokens=options.max_new_tokens,
         **sampling,
     )
@@ -192,8 +232,8 @@ class _Stop(StoppingCriteria):  # type: ignore[misc]
 
 @contextmanager
 def _held_back(wanted: bool) -> Iterator[Callable[[], bool]]:
-    """Interrupts (Ctrl-C, termination) wait until the end of the block, which asks whether there was one; a second one
-    does not wait. Only where handlers can be set: in the main thread."""
+    """Interrupts (Ctrl-C, termination) wait until the end of the block, which asks whether there
+    was one; a second one does not wait. Only where handlers can be set: in the main thread."""
     caught: list[int] = []
     if not wanted or threading.current_thread() is not threading.main_thread():
         yield lambda: False
@@ -220,9 +260,14 @@ def _held_back(wanted: bool) -> Iterator[Callable[[], bool]]:
 
 
 def prefill(
-    model: CumulantForCausalLM, tokens: Tensor, cache: DynamicCache, stop: Callable[[], bool] = lambda: False
+    model: CumulantForCausalLM,
+    tokens: Tensor,
+    cache: DynamicCache,
+    stop: Callable[[], bool] = lambda: False,
 ) -> int:
-    """Read ``tokens [B, T]`` into the cache, a piece at a time, without logits, until `stop` says so; how many of T."""
+    """Read ``tokens [B, T]`` into the cache, a piece at a time, without logits, until `stop` says
+    so; how many of T.
+    """
     read = 0
     with torch.inference_mode():
         while read < tokens.shape[1] and not (read and stop()):
@@ -233,27 +278,37 @@ def prefill(
 
 
 def decoding_speed(model: CumulantForCausalLM, cache: DynamicCache, steps: int = 50) -> float:
-    """Tokens/s of greedy single-token steps onto `cache` (which they extend); the median step counts."""
+    """Tokens/s of greedy single-token steps onto `cache` (which they extend); the median step
+    counts.
+    """
     token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
     times = []
     with torch.inference_mode():
         for _ in range(steps):
             started = time.perf_counter()
-            token = model(input_ids=token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+            token = (
+                model(input_ids=token, past_key_values=cache, use_cache=True)
+                .logits[:, -1:]
+                .argmax(-1)
+            )
             int(token)  # waits for the device
             times.append(time.perf_counter() - started)
     return 1 / sorted(times)[steps // 2]
 
 
 def fill_cache(model: CumulantForCausalLM, context: int) -> DynamicCache:
-    """A batch-1 cache as after `context` tokens, with random numbers for keys and values: for timing, without a softmax
-    model's quadratic prompt. Mixers of fixed state read random tokens."""
+    """A batch-1 cache as after `context` tokens, with random numbers for keys and values: for
+    timing, without a softmax model's quadratic prompt. Mixers of fixed state read random tokens."""
     cache = DynamicCache(config=model.config)
     if set(model.config.mixers or ()) == {"softmax"}:
         config: Any = model.config
         shape = (1, config.num_key_value_heads, context, config.head_dim)
         for layer in range(len(model.config.layer_types)):
-            cache.update(torch.randn(shape, device=model.device), torch.randn(shape, device=model.device), layer)
+            cache.update(
+                torch.randn(shape, device=model.device),
+                torch.randn(shape, device=model.device),
+                layer,
+            )
         return cache
     prefill(model, torch.randint(model.config.vocab_size, (1, context), device=model.device), cache)
     return cache
@@ -261,7 +316,9 @@ def fill_cache(model: CumulantForCausalLM, context: int) -> DynamicCache:
 
 @dataclass(frozen=True)
 class Past:
-    """Where a text stands: the model's cache; unread: tokens that are not in it yet; tokens, given: the decoder's."""
+    """Where a text stands: the model's cache; unread: tokens that are not in it yet; tokens, given:
+    the decoder's.
+    """
 
     cache: DynamicCache
     unread: list[int]
@@ -283,22 +340,39 @@ def _read_past(model: CumulantForCausalLM, load: str | None) -> Past:
         )
         raise ValueError(f"load_state: {load} cannot be gone on from: {why}; save the state again")
     if metadata["weights"] != fingerprint(model):
-        raise ValueError(f"load_state: {load} was written by another model; load that model's folder")
+        raise ValueError(
+            f"load_state: {load} was written by another model; load that model's folder"
+        )
     try:
         text = json.loads(metadata["text"])
-        unread, tokens, given = ([int(i) for i in text["unread"]], [int(i) for i in text["tokens"]], int(text["given"]))
-        known = all(0 <= i < model.config.vocab_size for i in (*unread, *tokens)) and unread and given >= 0
+        unread, tokens, given = (
+            [int(i) for i in text["unread"]],
+            [int(i) for i in text["tokens"]],
+            int(text["given"]),
+        )
+        known = (
+            all(0 <= i < model.config.vocab_size for i in (*unread, *tokens))
+            and unread
+            and given >= 0
+        )
     except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"load_state: {load} is damaged: its note of the text cannot be read") from error
+        raise ValueError(
+            f"load_state: {load} is damaged: its note of the text cannot be read"
+        ) from error
     if not known:
-        raise ValueError(f"load_state: {load} is damaged: its note of the text names tokens that the model has not")
+        raise ValueError(
+            f"load_state: {load} is damaged: its note of the text names tokens that the model"
+            " has not"
+        )
     import_state(cache, state)
     return Past(cache, unread, tuple(tokens), given)
 
 
 def _write_past(path: str, past: Past, model: CumulantForCausalLM) -> None:
     text = {"unread": past.unread, "tokens": past.tokens, "given": past.given}
-    save_state(path, export_state(past.cache), {"text": json.dumps(text), "weights": fingerprint(model)})
+    save_state(
+        path, export_state(past.cache), {"text": json.dumps(text), "weights": fingerprint(model)}
+    )
 
 
 def fingerprint(model: CumulantForCausalLM) -> str:
@@ -320,5 +394,7 @@ def peak_bytes(device: torch.device) -> int:
         return int(psutil.Process().memory_info().peak_wset)
     import resource
 
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB elsewhere
+    unit = (
+        1 if sys.platform == "darwin" else 1024
+    )  # ru_maxrss is in bytes on macOS, in KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

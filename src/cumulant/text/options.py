@@ -28,39 +28,55 @@ def option(default: Any, text: str) -> Any:
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """What to train, on what, how; the command line's options are these fields. Checked on construction."""
+    """What to train, on what, how; the command line's options are these fields. Checked on
+    construction.
+    """
 
     output: str = option("runs/model", "folder for checkpoints, logs and the final model")
     data: str | list[str] | None = option(  # noqa: RUF009
         None,
-        "file, folder, glob, several of these (repeat it), - for standard input, enwik8, or id of a Hugging Face "
-        "dataset; default: Python's standard library",
+        "file, folder, glob, several of these (repeat it), - for standard input, enwik8, or id of a"
+        " Hugging Face dataset; default: Python's standard library",
     )
-    encoding: str | None = option(None, "encoding of the files, if it is not UTF-8; for example latin-1")
+    encoding: str | None = option(
+        None, "encoding of the files, if it is not UTF-8; for example latin-1"
+    )
     heldout: float = option(0.05, "share of the text held out for evaluation")
     text_column: str = option("text", "column of a dataset that holds the text")
     tokenizer: str | None = option(None, "a tokenizer.json or a folder with one; default: bytes")
     train_bpe: int | None = option(None, "train a byte-level BPE of so many tokens on the text")
     preset: str = option("taylor", f"model: {', '.join(PRESETS)}")
     model_option: list[str] | None = option(  # noqa: RUF009
-        None, "field=value of the model's configuration, for example group_size=128; give it several times"
+        None,
+        "field=value of the model's configuration, for example group_size=128; give it several"
+        " times",
     )
-    init_from: str | None = option(None, "folder of a trained model to start from, with its tokenizer and its sizes")
+    init_from: str | None = option(
+        None, "folder of a trained model to start from, with its tokenizer and its sizes"
+    )
     freeze_backbone: bool = option(False, "train only the feed-forward over the logits")
     logit_ffn: int | None = option(None, "width of a feed-forward over the logits; default: none")
     width: int = option(256, "model dim")
     depth: int = option(4, "layers")
     heads: int = option(4, "attention heads")
-    intermediate: int | None = option(None, "width of the feed-forward; default: 8/3 of the model dim")
+    intermediate: int | None = option(
+        None, "width of the feed-forward; default: 8/3 of the model dim"
+    )
     context: int = option(256, "tokens in a window")
     batch: int = option(16, "windows a step and process")
     accumulate: int = option(1, "batches a step")
-    disjoint: bool = option(False, "windows side by side, each once in every pass over the text, in shuffled order")
-    packed: bool = option(False, "pack documents into windows, none seeing another, instead of windows anywhere")
+    disjoint: bool = option(
+        False, "windows side by side, each once in every pass over the text, in shuffled order"
+    )
+    packed: bool = option(
+        False, "pack documents into windows, none seeing another, instead of windows anywhere"
+    )
     steps: int = option(1000, "optimizer steps")
     learning_rate: float = option(2e-3, "peak learning rate")
     schedule: str = option(
-        "cosine", "of the learning rate: cosine to zero, or capped_inverse_sqrt: times min(1, 10 / sqrt(step))"
+        "cosine",
+        "of the learning rate: cosine to zero, or capped_inverse_sqrt: times min(1, 10 /"
+        " sqrt(step))",
     )
     warmup: float = option(0.1, "share of the steps with rising learning rate; cosine only")
     adam_beta2: float = option(0.95, "AdamW's second beta")
@@ -68,16 +84,22 @@ class TrainingOptions:
     clip: float = option(1.0, "largest gradient norm")
     dropout: float = option(0.0, "dropout of mixers and feed-forwards")
     evaluate_every: int = option(
-        0, "steps between evaluations on the held-out text, the best model is kept; 0: only at the end"
+        0,
+        "steps between evaluations on the held-out text, the best model is kept; 0: only at"
+        " the end",
     )
-    save_every: int = option(0, "steps between checkpoints; 0: with each evaluation, else ten times")
+    save_every: int = option(
+        0, "steps between checkpoints; 0: with each evaluation, else ten times"
+    )
     seed: int = option(0, "seed of weights and batches")
     bf16: bool = option(False, "autocast to bfloat16")
     device: str = option("auto", "auto, cpu or cuda")
     fsdp: bool = option(False, "shard the model over the processes of torchrun")
     gradient_checkpointing: bool = option(False, "recompute layers in the backward pass")
     resume: bool = option(
-        False, "go on from the last whole checkpoint in the output folder, with its options; --steps may be more"
+        False,
+        "go on from the last whole checkpoint in the output folder, with its options; --steps may"
+        " be more",
     )
 
     def __post_init__(self) -> None:
@@ -110,10 +132,13 @@ class TrainingOptions:
     def _check_numbers(self) -> None:
         for name in ("weight_decay", "clip"):
             if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name}: expected a finite number, 0 or more, got {getattr(self, name)}")
+                raise ValueError(
+                    f"{name}: expected a finite number, 0 or more, got {getattr(self, name)}"
+                )
         if self.train_bpe is not None and self.train_bpe < 257:
             raise ValueError(
-                f"train_bpe: expected at least 257 tokens (the bytes and the end of text), got {self.train_bpe}"
+                "train_bpe: expected at least 257 tokens (the bytes and the end of text), got"
+                f" {self.train_bpe}"
             )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout: expected a probability below 1, got {self.dropout}")
@@ -147,22 +172,33 @@ class TrainingOptions:
         if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
             raise ValueError(f"learning_rate: expected a positive number, got {self.learning_rate}")
         if self.schedule not in SCHEDULES:
-            raise ValueError(f"schedule: expected one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
+            raise ValueError(
+                f"schedule: expected one of {', '.join(SCHEDULES)}, got {self.schedule!r}"
+            )
         if not 0 < self.adam_beta2 < 1:
-            raise ValueError(f"adam_beta2: expected a number between 0 and 1, got {self.adam_beta2}")
+            raise ValueError(
+                f"adam_beta2: expected a number between 0 and 1, got {self.adam_beta2}"
+            )
 
     def _check_combinations(self) -> None:
         if self.save_every and self.evaluate_every and self.save_every % self.evaluate_every:
             raise ValueError(
-                f"save_every: expected a multiple of evaluate_every={self.evaluate_every}, so that the best model is "
-                f"kept, got {self.save_every}"
+                f"save_every: expected a multiple of evaluate_every={self.evaluate_every}, so that"
+                f" the best model is kept, got {self.save_every}"
             )
         if self.tokenizer is not None and self.train_bpe is not None:
-            raise ValueError("train_bpe: pass either a tokenizer or the size of one to train, not both")
-        if self.init_from is not None and (self.tokenizer is not None or self.train_bpe is not None):
+            raise ValueError(
+                "train_bpe: pass either a tokenizer or the size of one to train, not both"
+            )
+        if self.init_from is not None and (
+            self.tokenizer is not None or self.train_bpe is not None
+        ):
             raise ValueError("init_from: the model there comes with its tokenizer; pass no other")
         if self.freeze_backbone and (self.init_from is None or self.logit_ffn is None):
-            raise ValueError("freeze_backbone: needs a trained model, --init-from, and something to train, --logit-ffn")
+            raise ValueError(
+                "freeze_backbone: needs a trained model, --init-from, and something to train,"
+                " --logit-ffn"
+            )
         if self.disjoint and self.packed:
             raise ValueError("disjoint: pass either disjoint windows or packed documents, not both")
 
@@ -174,7 +210,9 @@ class TrainingOptions:
             if not (name and equals):
                 raise ValueError(f"model_option: expected field=value, got {item!r}")
             try:
-                found[name] = json.loads({"True": "true", "False": "false", "None": "null"}.get(text, text))
+                found[name] = json.loads(
+                    {"True": "true", "False": "false", "None": "null"}.get(text, text)
+                )
             except json.JSONDecodeError:
                 found[name] = text
         return found
@@ -186,7 +224,9 @@ def check_device(device: str) -> None:
     import torch
 
     if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device: cuda was asked for, but PyTorch sees no CUDA device here; use --device cpu")
+        raise ValueError(
+            "device: cuda was asked for, but PyTorch sees no CUDA device here; use --device cpu"
+        )
 
 
 def choose_device(device: str) -> str:

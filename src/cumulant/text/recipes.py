@@ -7,9 +7,9 @@ from typing import Any
 from .options import TrainingOptions
 
 RECIPES: dict[str, dict[str, Any]] = {
-    # FLASH-pytorch's train.py: 8 layers of 512, sequences of 1024 bytes, 16 a step, 100,000 steps at 2e-4. Ours warms
-    # up and follows a cosine, with Adam's second beta at 0.95, starts positions smaller (1/sqrt(D), as the paper), and
-    # scores the whole held-out text instead of one batch.
+    # FLASH-pytorch's train.py: 8 layers of 512, sequences of 1024 bytes, 16 a step, 100,000 steps
+    # at 2e-4. Ours warms up and follows a cosine, with Adam's second beta at 0.95, starts positions
+    # smaller (1/sqrt(D), as the paper), and scores the whole held-out text instead of one batch.
     "flash-enwik8": {
         "data": "enwik8",
         "preset": "flash",
@@ -43,4 +43,6 @@ def from_recipe(name: str, **options: Any) -> TrainingOptions:
     more = options.pop("model_option", None) or []
     if "steps" in options and "evaluate_every" not in options:
         options["evaluate_every"] = min(recipe.get("evaluate_every", 0), options["steps"])
-    return TrainingOptions(**{**recipe, **options, "model_option": [*recipe.get("model_option", []), *more]})
+    return TrainingOptions(
+        **{**recipe, **options, "model_option": [*recipe.get("model_option", []), *more]}
+    )

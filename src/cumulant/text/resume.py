@@ -13,7 +13,13 @@ from .options import TrainingOptions
 from .runs import STARTED, checkpoints, newest_intact, read_object, write_json
 from .schedule import Leg, plan_leg, rate_at
 
-_FREE = {"output", "device", "resume", "evaluate_every", "save_every"}  # say nothing about what is trained
+_FREE = {
+    "output",
+    "device",
+    "resume",
+    "evaluate_every",
+    "save_every",
+}  # say nothing about what is trained
 _RATE = ("steps", "learning_rate", "warmup")  # a change begins a new leg of the schedule
 _SHARE = ("batch", "accumulate")  # may change where windows a step do not
 _PATHS = ("data", "tokenizer", "init_from")
@@ -21,7 +27,9 @@ _PATHS = ("data", "tokenizer", "init_from")
 
 @dataclass(frozen=True)
 class Run:
-    """options; legs of the schedule; digest of the text, once it is known; start: the checkpoint to go on from."""
+    """options; legs of the schedule; digest of the text, once it is known; start: the checkpoint to
+    go on from.
+    """
 
     options: TrainingOptions
     legs: list[Leg]
@@ -30,11 +38,17 @@ class Run:
 
     @classmethod
     def new(cls, options: TrainingOptions) -> Run:
-        return cls(options, [plan_leg(0, options.steps, 0.0, options.learning_rate, options.warmup)])
+        return cls(
+            options, [plan_leg(0, options.steps, 0.0, options.learning_rate, options.warmup)]
+        )
 
     def note(self, processes: int) -> None:
         """Leave in the folder what a run that goes on has to know."""
-        more = {"legs": [asdict(leg) for leg in self.legs], "processes": processes, "digest": self.digest}
+        more = {
+            "legs": [asdict(leg) for leg in self.legs],
+            "processes": processes,
+            "digest": self.digest,
+        }
         write_json(Path(self.options.output) / STARTED, {**asdict(self.options), **more})
 
 
@@ -44,13 +58,19 @@ def given_options(options: TrainingOptions) -> set[str]:
 
 
 def resume(
-    options: TrainingOptions, given: Collection[str], processes: int, first: bool, say: Callable[[str], None]
+    options: TrainingOptions,
+    given: Collection[str],
+    processes: int,
+    first: bool,
+    say: Callable[[str], None],
 ) -> Run:
-    """The run in ``options.output`` as it was started, with what may change taken from the options `given`.
+    """The run in ``options.output`` as it was started, with what may change taken from the options
+    `given`.
 
-    ``steps``, ``learning_rate`` and ``warmup`` begin a new leg at the checkpoint. ``batch`` and ``accumulate`` may
-    change where their product with the number of processes does not. The others must agree. In the `first` process,
-    checkpoints that were cut short or are damaged are removed, unless no other is left.
+    ``steps``, ``learning_rate`` and ``warmup`` begin a new leg at the checkpoint. ``batch`` and
+    ``accumulate`` may change where their product with the number of processes does not. The others
+    must agree. In the `first` process, checkpoints that were cut short or are damaged are removed,
+    unless no other is left.
 
     Raises:
         ValueError: no run there, a damaged one, or options that do not agree with it.
@@ -68,10 +88,15 @@ def resume(
     _compare(past, options, given, output)
     start = _start(output, first, say)
     done = int(start.name.rpartition("-")[2]) if start else 0
-    shared = replace(past, **{name: getattr(options, name) for name in (*_SHARE, "data") if name in given})
+    shared = replace(
+        past, **{name: getattr(options, name) for name in (*_SHARE, "data") if name in given}
+    )
     _check_windows(noted.get("processes"), past, shared, processes)
     run = Run(shared, legs or Run.new(past).legs, noted.get("digest"), start)
-    say(f"resuming {output} from {start.name if start else 'the beginning: it has no whole checkpoint yet'}")
+    say(
+        f"resuming {output} from"
+        f" {start.name if start else 'the beginning: it has no whole checkpoint yet'}"
+    )
     changes = {name: getattr(options, name) for name in _RATE if name in given}
     if any(getattr(past, name) != value for name, value in changes.items()):
         run = _new_leg(run, changes, done, say)
@@ -80,20 +105,30 @@ def resume(
     return run
 
 
-def _past(noted: dict[str, Any], options: TrainingOptions, given: Collection[str]) -> TrainingOptions:
+def _past(
+    noted: dict[str, Any], options: TrainingOptions, given: Collection[str]
+) -> TrainingOptions:
     kept = {f.name: noted[f.name] for f in fields(TrainingOptions) if f.name in noted}
     kept |= {name: getattr(options, name) for name in _FREE if name in given}
     return TrainingOptions(**{**kept, "output": options.output, "resume": True})
 
 
-def _compare(past: TrainingOptions, options: TrainingOptions, given: Collection[str], output: Path) -> None:
+def _compare(
+    past: TrainingOptions, options: TrainingOptions, given: Collection[str], output: Path
+) -> None:
     for name in given:
-        if name in _FREE or name in _RATE or name in _SHARE or name == "data":  # a text is known by its digest
+        if (
+            name in _FREE or name in _RATE or name in _SHARE or name == "data"
+        ):  # a text is known by its digest
             continue
         before, now = getattr(past, name), getattr(options, name)
-        same_path = name in _PATHS and before and now and os.path.realpath(before) == os.path.realpath(now)
+        same_path = (
+            name in _PATHS and before and now and os.path.realpath(before) == os.path.realpath(now)
+        )
         if before != now and not same_path:
-            raise ValueError(f"resume: the run in {output} was started with {name}={before!r}, not {now!r}")
+            raise ValueError(
+                f"resume: the run in {output} was started with {name}={before!r}, not {now!r}"
+            )
 
 
 def _start(output: Path, first: bool, say: Callable[[str], None]) -> Path | None:
@@ -101,7 +136,8 @@ def _start(output: Path, first: bool, say: Callable[[str], None]) -> Path | None
     if damaged and start is None:
         path, what = next(iter(damaged.items()))
         raise ValueError(
-            f"resume: no checkpoint in {output} is intact ({path.name}: {what}); remove them to start anew"
+            f"resume: no checkpoint in {output} is intact ({path.name}: {what}); remove them to"
+            " start anew"
         )
     for path, what in damaged.items():
         say(f"{path.name} is damaged ({what}) and is removed")
@@ -112,32 +148,43 @@ def _start(output: Path, first: bool, say: Callable[[str], None]) -> Path | None
     return start
 
 
-def _check_windows(before: Any, past: TrainingOptions, now: TrainingOptions, processes: int) -> None:
+def _check_windows(
+    before: Any, past: TrainingOptions, now: TrainingOptions, processes: int
+) -> None:
     """The windows of a step are those of the run, however they are spread."""
     before = before if isinstance(before, int) else processes
     old, new = past.batch * past.accumulate * before, now.batch * now.accumulate * processes
     if old != new:
         raise ValueError(
-            f"resume: the run took {old} windows a step (batch {past.batch}, accumulate {past.accumulate}, processes "
-            f"{before}); batch {now.batch}, accumulate {now.accumulate} and processes {processes} would take {new}; "
-            "pass --batch or --accumulate so that they are as many"
+            f"resume: the run took {old} windows a step (batch {past.batch}, accumulate"
+            f" {past.accumulate}, processes {before}); batch {now.batch}, accumulate"
+            f" {now.accumulate} and processes {processes} would take {new}; pass --batch or"
+            " --accumulate so that they are as many"
         )
 
 
 def _new_leg(run: Run, changes: dict[str, Any], done: int, say: Callable[[str], None]) -> Run:
     options = replace(run.options, **changes)
     if options.steps < done:
-        raise ValueError(f"steps: the run has done {done} steps already, got {options.steps}; pass more to lengthen it")
+        raise ValueError(
+            f"steps: the run has done {done} steps already, got {options.steps}; pass more to"
+            " lengthen it"
+        )
     if options.steps == done and "steps" not in changes:
-        raise ValueError(f"learning_rate: all {done} steps are done; pass --steps with a larger number as well")
+        raise ValueError(
+            f"learning_rate: all {done} steps are done; pass --steps with a larger number as well"
+        )
     before = [leg for leg in run.legs if leg.first < done]
     start = rate_at(before, options.schedule, done) if before else 0.0
     leg = plan_leg(done, options.steps, start, options.learning_rate, options.warmup)
     if options.schedule == "cosine":
         say(
-            f"from step {done} on: the learning rate goes from {start:.2g} to {leg.peak:.2g} in {leg.warmup} steps, "
-            f"then along a cosine to zero at step {leg.last}"
+            f"from step {done} on: the learning rate goes from {start:.2g} to {leg.peak:.2g} in"
+            f" {leg.warmup} steps, then along a cosine to zero at step {leg.last}"
         )
     else:
-        say(f"from step {done} on: learning rate {leg.peak:.2g} times min(1, 10 / sqrt(step)), to step {leg.last}")
+        say(
+            f"from step {done} on: learning rate {leg.peak:.2g} times min(1, 10 / sqrt(step)), to"
+            f" step {leg.last}"
+        )
     return replace(run, options=options, legs=[*before, leg])

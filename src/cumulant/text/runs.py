@@ -15,7 +15,9 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-WHOLE = "whole.json"  # written into a checkpoint after everything else: without it the checkpoint is not used
+WHOLE = (  # written into a checkpoint after everything else: without it the checkpoint is not used
+    "whole.json"
+)
 STARTED = "options.json"
 LOCK = ".lock"
 
@@ -24,7 +26,9 @@ def write_json(path: Path, content: object) -> None:
     """Write atomically; what is not finite as null, since JSON has no NaN."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(json.dumps(finite(content), indent=2, allow_nan=False), encoding="utf-8")
+        temporary.write_text(
+            json.dumps(finite(content), indent=2, allow_nan=False), encoding="utf-8"
+        )
         os.replace(temporary, path)
     except OSError:
         temporary.unlink(missing_ok=True)
@@ -51,13 +55,19 @@ def read_object(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} cannot be read: expected a JSON object, got {type(content).__name__}")
+        raise ValueError(
+            f"{path} cannot be read: expected a JSON object, got {type(content).__name__}"
+        )
     return content
 
 
 def checkpoints(output: Path) -> list[Path]:
     """All checkpoints, oldest first, also those that were cut short."""
-    found = [p for p in output.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name) and p.is_dir()]
+    found = [
+        p
+        for p in output.glob("checkpoint-*")
+        if re.fullmatch(r"checkpoint-\d+", p.name) and p.is_dir()
+    ]
     return sorted(found, key=lambda p: int(p.name.rpartition("-")[2]))
 
 
@@ -69,7 +79,11 @@ def whole_checkpoints(output: Path) -> list[Path]:
 def mark_whole(folder: Path, step: int) -> None:
     """Note that everything in a checkpoint is written, and what it is."""
     files = {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if p.is_file()}
-    noted = {name: {"bytes": p.stat().st_size, "sha256": _digest(p)} for name, p in files.items() if name != WHOLE}
+    noted = {
+        name: {"bytes": p.stat().st_size, "sha256": _digest(p)}
+        for name, p in files.items()
+        if name != WHOLE
+    }
     write_json(folder / WHOLE, {"step": step, "files": noted})
 
 
@@ -82,8 +96,8 @@ def _digest(path: Path) -> str:
 
 
 def find_damage(folder: Path) -> str | None:
-    """How a checkpoint differs from what its mark says, in words; None if it does not. A mark of an earlier version
-    names no files: then only the trainer's state is looked at."""
+    """How a checkpoint differs from what its mark says, in words; None if it does not. A mark of an
+    earlier version names no files: then only the trainer's state is looked at."""
     try:
         files = read_object(folder / WHOLE).get("files", {})
         for name, noted in files.items():
@@ -117,8 +131,14 @@ def check_unused(output: Path) -> None:
     """A new run needs a folder without one that has come anywhere."""
     if output.exists() and not output.is_dir():
         raise ValueError(f"output: {output} is a file, not a folder")
-    if checkpoints(output) or (output / "result.json").exists() or list(output.glob("model*.safetensors")):
-        raise ValueError(f"output: {output} holds a run already; go on with --resume or name another folder")
+    if (
+        checkpoints(output)
+        or (output / "result.json").exists()
+        or list(output.glob("model*.safetensors"))
+    ):
+        raise ValueError(
+            f"output: {output} holds a run already; go on with --resume or name another folder"
+        )
 
 
 def lock_folder(folder: Path) -> FileLock | None:
@@ -127,7 +147,9 @@ def lock_folder(folder: Path) -> FileLock | None:
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
-        raise ValueError(f"output: another run is filling {folder}; wait for it, or name another folder") from error
+        raise ValueError(
+            f"output: another run is filling {folder}; wait for it, or name another folder"
+        ) from error
     except NotImplementedError:
         return None
     return lock

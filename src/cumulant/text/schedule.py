@@ -13,8 +13,9 @@ SCHEDULES = ("cosine", "capped_inverse_sqrt")
 class Leg:
     """Steps asked for at once: those after `first`, up to `last`.
 
-    start: the rate at `first`, that of the leg before; 0 at the beginning of a run. peak: ``--learning-rate``. warmup:
-    steps in which the rate goes from `start` to `peak`, in a straight line.
+    start: the rate at `first`, that of the leg before; 0 at the beginning of a run. peak:
+    ``--learning-rate``. warmup: steps in which the rate goes from `start` to `peak`, in a straight
+    line.
     """
 
     first: int
@@ -33,7 +34,8 @@ def plan_leg(first: int, last: int, start: float, peak: float, warmup_share: flo
 def rate_at(legs: Sequence[Leg], schedule: str, done: int) -> float:
     """The learning rate of the step that follows `done` steps.
 
-    cosine: in each leg from its start to its peak, then ``peak · (1 + cos(π x)) / 2`` with x from 0 to 1 at its end.
+    cosine: in each leg from its start to its peak, then ``peak · (1 + cos(π x)) / 2`` with x from 0
+        to 1 at its end.
     capped_inverse_sqrt: ``peak · min(1, 10 / sqrt(done + 1))``.
     """
     leg = [leg for leg in legs if leg.first <= done][-1]

@@ -1,4 +1,6 @@
-"""Text as its tokens come: whole characters only, and the same text whether it comes from one run or from several."""
+"""Text as its tokens come: whole characters only, and the same text whether it comes from one run
+or from several.
+"""
 
 from __future__ import annotations
 
@@ -8,21 +10,25 @@ from typing import Any
 from transformers import PreTrainedTokenizerFast
 from transformers.generation.streamers import BaseStreamer
 
-UNFINISHED = "\ufffd"  # what decoders make of a character whose bytes are not all there, and of bytes that are none
+# what decoders make of a character whose bytes are not all there, and of bytes that are none
+UNFINISHED = "\ufffd"
 KEPT = 16  # tokens before the next one: what it is decoded behind
 MOST = 256  # tokens that are held back, or decoded at a time
 
 
 class IncrementalDecoder:
-    """Turns tokens into text, piece by piece: the pieces of all tokens, joined, are what decoding them at once gives
-    behind what came before.
+    """Turns tokens into text, piece by piece: the pieces of all tokens, joined, are what decoding
+    them at once gives behind what came before.
 
-    A token can be part of a character, and what it stands for can depend on the token before it (WordPiece, Metaspace),
-    so the last tokens are decoded together with it. `tokens` are those, `given` the characters of their text that were
-    given out (or belong to a prompt). Both fit into a file, and a decoder made from it goes on as this one would.
+    A token can be part of a character, and what it stands for can depend on the token before it
+    (WordPiece, Metaspace), so the last tokens are decoded together with it. `tokens` are those,
+    `given` the characters of their text that were given out (or belong to a prompt). Both fit into
+    a file, and a decoder made from it goes on as this one would.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, tokens: tuple[int, ...] = (), given: int = 0):
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerFast, tokens: tuple[int, ...] = (), given: int = 0
+    ):
         self.tokenizer, self.tokens, self.given = tokenizer, list(tokens), given
 
     def read_prompt(self, tokens: list[int]) -> None:
@@ -37,9 +43,11 @@ class IncrementalDecoder:
         """The text that `token` completes; empty while a character is unfinished."""
         self.tokens.append(token)
         text = self._decode(self.tokens)
-        # a decoder may show every byte of an unfinished character by itself; bytes that never become one must not wait
-        # for ever
-        whole = text.rstrip(UNFINISHED) if len(self.tokens) <= MOST else text.removesuffix(UNFINISHED)
+        # a decoder may show every byte of an unfinished character by itself; bytes that never
+        # become one must not wait for ever
+        whole = (
+            text.rstrip(UNFINISHED) if len(self.tokens) <= MOST else text.removesuffix(UNFINISHED)
+        )
         new = whole[self.given :]
         self.given = max(self.given, len(whole))
         if new or len(self.tokens) > MOST:
@@ -57,7 +65,9 @@ class IncrementalDecoder:
         return text
 
     def _forget(self, text: str) -> None:
-        """Keep the shortest tail, of `KEPT` tokens or more, that reads like the end of `text` by itself."""
+        """Keep the shortest tail, of `KEPT` tokens or more, that reads like the end of `text` by
+        itself.
+        """
         if len(self.tokens) < 2 * KEPT:
             return
         for first in range(len(self.tokens) - KEPT, 0, -1):
@@ -71,7 +81,8 @@ class IncrementalDecoder:
 class Output(BaseStreamer):  # type: ignore[misc]
     """Collects the text that a model generates and, with `stream`, prints it as it comes.
 
-    If it cannot be printed, because a pipe was closed or a disk is full, `failure` says so and nothing more is printed.
+    If it cannot be printed, because a pipe was closed or a disk is full, `failure` says so and
+    nothing more is printed.
     """
 
     def __init__(self, decoder: IncrementalDecoder, *, stream: bool):
@@ -91,8 +102,8 @@ class Output(BaseStreamer):  # type: ignore[misc]
         """Nothing: whether the text ends here, only the caller knows."""
 
     def close(self, *, goes_on: bool) -> None:
-        """The end of the text, or with `goes_on` of this part: then what is unfinished is left to the next one, and no
-        line ends."""
+        """The end of the text, or with `goes_on` of this part: then what is unfinished is left to
+        the next one, and no line ends."""
         if not goes_on:
             self._write(self.decoder.finish())
         if self.stream and (not goes_on or (sys.stdout is not None and sys.stdout.isatty())):

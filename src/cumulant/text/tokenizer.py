@@ -17,7 +17,8 @@ from transformers import PreTrainedTokenizerFast
 from .chat import read_chat_template
 
 END = "<|endoftext|>"
-LONGEST_WORD = 128  # characters: merging takes the square of a word's length, and text may come without spaces
+# characters: merging takes the square of a word's length, and text may come without spaces
+LONGEST_WORD = 128
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -31,11 +32,19 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 def train_bpe(documents: Iterable[bytes], vocab_size: int) -> PreTrainedTokenizerFast:
     """Byte-level BPE with `vocab_size` tokens, the end of text among them."""
     if vocab_size < 257:
-        raise ValueError(f"train_bpe: expected at least 257 tokens (the bytes and the end of text), got {vocab_size}")
+        raise ValueError(
+            "train_bpe: expected at least 257 tokens (the bytes and the end of text), got"
+            f" {vocab_size}"
+        )
     tokenizer = Tokenizer(models.BPE())
-    runs = "|".join(f"{kind}{{{LONGEST_WORD}}}" for kind in (r"\p{L}", r"\p{N}", r"[^\s\p{L}\p{N}]", r"\s"))
+    runs = "|".join(
+        f"{kind}{{{LONGEST_WORD}}}" for kind in (r"\p{L}", r"\p{N}", r"[^\s\p{L}\p{N}]", r"\s")
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(runs), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.Split(Regex(runs), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
     )
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -49,10 +58,12 @@ def train_bpe(documents: Iterable[bytes], vocab_size: int) -> PreTrainedTokenize
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
-    """From a ``tokenizer.json`` or a folder that holds one; its end-of-text token is kept, or added.
+    """From a ``tokenizer.json`` or a folder that holds one; its end-of-text token is kept, or
+    added.
 
-    Of what the file sets, only what makes text into tokens counts: truncation, padding, tokens put around a text, a
-    space put before it and random merges are dropped. Of the settings beside it only a chat template is read.
+    Of what the file sets, only what makes text into tokens counts: truncation, padding, tokens put
+    around a text, a space put before it and random merges are dropped. Of the settings beside it
+    only a chat template is read.
     """
     file = Path(path)
     file = file / "tokenizer.json" if file.is_dir() else file
@@ -68,7 +79,14 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     tokenizer.post_processor = None
     if getattr(tokenizer.model, "dropout", None) is not None:
         tokenizer.model.dropout = None
-    end = next((t for t in (END, "</s>", "<eos>", "<|end_of_text|>") if tokenizer.token_to_id(t) is not None), END)
+    end = next(
+        (
+            t
+            for t in (END, "</s>", "<eos>", "<|end_of_text|>")
+            if tokenizer.token_to_id(t) is not None
+        ),
+        END,
+    )
     tokenizer = _with_token(tokenizer, end)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -85,12 +103,16 @@ def _without_prefix_space(settings: Any) -> Any:
     if isinstance(settings, dict):
         off = {"add_prefix_space": False} if settings.get("type") == "ByteLevel" else {}
         return {name: _without_prefix_space(value) for name, value in settings.items()} | off
-    return [_without_prefix_space(value) for value in settings] if isinstance(settings, list) else settings
+    return (
+        [_without_prefix_space(value) for value in settings]
+        if isinstance(settings, list)
+        else settings
+    )
 
 
 def _with_token(tokenizer: Tokenizer, token: str) -> Tokenizer:
-    """With `token` behind the highest id. The library would number it by the count of tokens, which is another token's
-    id where ids have gaps."""
+    """With `token` behind the highest id. The library would number it by the count of tokens, which
+    is another token's id where ids have gaps."""
     ids = set(tokenizer.get_vocab().values())
     if tokenizer.token_to_id(token) is not None or len(ids) == max(ids, default=-1) + 1:
         return tokenizer
@@ -113,7 +135,9 @@ def _wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
 
 
 def _byte_characters() -> dict[int, str]:
-    """Stand-ins of the 256 bytes in byte-level vocabularies: printable Latin-1 for itself, the rest from 256 on."""
+    """Stand-ins of the 256 bytes in byte-level vocabularies: printable Latin-1 for itself, the rest
+    from 256 on.
+    """
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in printable]
     return {**{b: chr(b) for b in printable}, **{b: chr(256 + i) for i, b in enumerate(others)}}
@@ -125,11 +149,15 @@ def vocabulary_size(tokenizer: PreTrainedTokenizerFast) -> int:
 
 
 def token_sizes(tokenizer: PreTrainedTokenizerFast) -> NDArray[np.int64]:
-    """Bytes of text in each token of a byte-level vocabulary, special tokens having none: ``[vocabulary]``."""
+    """Bytes of text in each token of a byte-level vocabulary, special tokens having none:
+    ``[vocabulary]``.
+    """
     special = set(tokenizer.all_special_ids)
     # every character of a token stands for a byte
     tokens = tokenizer.convert_ids_to_tokens(list(range(vocabulary_size(tokenizer))))
-    return np.array([0 if token is None or i in special else len(token) for i, token in enumerate(tokens)])
+    return np.array(
+        [0 if token is None or i in special else len(token) for i, token in enumerate(tokens)]
+    )
 
 
 def is_bytes(tokenizer: PreTrainedTokenizerFast) -> bool:
@@ -141,9 +169,11 @@ def encode(
 ) -> list[NDArray[np.uint32]]:
     """Ids of each document: of all of it and of nothing else.
 
-    No special tokens are added, and none are read: ``<|endoftext|>`` in a text is the characters it is written with.
+    No special tokens are added, and none are read: ``<|endoftext|>`` in a text is the characters it
+    is written with.
     control_tokens: read them after all, in chats that a template has written.
-    Truncation, padding and the like, which a call of the tokenizer may have left in it, do not count.
+    Truncation, padding and the like, which a call of the tokenizer may have left in it, do not
+    count.
     """
     if is_bytes(tokenizer):
         return [np.frombuffer(text, dtype=np.uint8).astype(np.uint32) for text in documents]
@@ -152,30 +182,39 @@ def encode(
     backend.no_padding()
     backend.encode_special_tokens = not control_tokens
     encoded: list[NDArray[np.uint32]] = []
-    for first in range(0, len(documents), 256):  # an encoding takes many times the memory of its ids
+    for first in range(
+        0, len(documents), 256
+    ):  # an encoding takes many times the memory of its ids
         texts = [text.decode() for text in documents[first : first + 256]]
         batch = interruptible(lambda: backend.encode_batch_fast(texts, add_special_tokens=False))  # noqa: B023
         encoded += [np.array(e.ids, dtype=np.uint32) for e in batch]
     return encoded
 
 
-def share_lost(tokenizer: PreTrainedTokenizerFast, documents: list[bytes], ids: list[NDArray[np.uint32]]) -> float:
-    """Share of the documents' bytes that decoding their ids does not give back; 0 exactly if it gives back all.
+def share_lost(
+    tokenizer: PreTrainedTokenizerFast, documents: list[bytes], ids: list[NDArray[np.uint32]]
+) -> float:
+    """Share of the documents' bytes that decoding their ids does not give back; 0 exactly if it
+    gives back all.
 
-    Measured on up to 100 pieces of 200 characters from all over the text, each encoded by itself, by the longest common
-    blocks (difflib) of a piece and what comes back.
+    Measured on up to 100 pieces of 200 characters from all over the text, each encoded by itself,
+    by the longest common blocks (difflib) of a piece and what comes back.
     """
     if is_bytes(tokenizer):
         return 0.0
     backend = tokenizer.backend_tokenizer
-    back = interruptible(lambda: backend.decode_batch([i.tolist() for i in ids], skip_special_tokens=False))
+    back = interruptible(
+        lambda: backend.decode_batch([i.tolist() for i in ids], skip_special_tokens=False)
+    )
     if all(text.decode() == came for text, came in zip(documents, back, strict=True)):
         return 0.0
     text = b"\n".join(documents).decode()
     pieces = [text[a : a + 200] for a in range(0, len(text), max(200, len(text) // 100))]
     encoded = encode(tokenizer, [piece.encode() for piece in pieces])
     size = kept = 0
-    for piece, came in zip(pieces, (backend.decode(i.tolist(), skip_special_tokens=False) for i in encoded)):
+    for piece, came in zip(
+        pieces, (backend.decode(i.tolist(), skip_special_tokens=False) for i in encoded)
+    ):
         blocks = SequenceMatcher(None, piece, came, autojunk=False).get_matching_blocks()
         kept += sum(len(piece[block.a : block.a + block.size].encode()) for block in blocks)
         size += len(piece.encode())
@@ -183,8 +222,8 @@ def share_lost(tokenizer: PreTrainedTokenizerFast, documents: list[bytes], ids: 
 
 
 def interruptible(work: Callable[[], Any]) -> Any:
-    """The result of `work`, which runs in a thread: Ctrl-C is answered at once while native code is at work. That code
-    then runs on until it is done, or the program ends."""
+    """The result of `work`, which runs in a thread: Ctrl-C is answered at once while native code is
+    at work. That code then runs on until it is done, or the program ends."""
     result: list[Any] = []
     failure: list[BaseException] = []
 

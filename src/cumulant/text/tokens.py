@@ -24,10 +24,12 @@ Ids = NDArray[Any]
 
 @dataclass(frozen=True)
 class TokenFile:
-    """One split: documents end to end, each preceded by the end-of-text token, as one memory-mapped array.
+    """One split: documents end to end, each preceded by the end-of-text token, as one memory-mapped
+    array.
 
-    ids: ``[N]``. starts: offset of each document's leading end-of-text token ``[documents]``. text_bytes: UTF-8
-    bytes of the documents. lost: share of them that the tokenizer does not keep (`share_lost`), if measured.
+    ids: ``[N]``. starts: offset of each document's leading end-of-text token ``[documents]``.
+    text_bytes: UTF-8 bytes of the documents. lost: share of them that the tokenizer does not keep
+        (`share_lost`), if measured.
     """
 
     ids: Ids
@@ -37,9 +39,15 @@ class TokenFile:
 
 
 def tokenize(
-    documents: list[bytes], tokenizer: PreTrainedTokenizerFast, *, measure: bool = True, control_tokens: bool = False
+    documents: list[bytes],
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    measure: bool = True,
+    control_tokens: bool = False,
 ) -> TokenFile:
-    """Documents as tokens, in memory; `measure` what the tokenizer loses of them. control_tokens: see `encode`."""
+    """Documents as tokens, in memory; `measure` what the tokenizer loses of them. control_tokens:
+    see `encode`.
+    """
     end = np.array([tokenizer.eos_token_id], dtype=np.uint32)
     encoded = encode(tokenizer, documents, control_tokens=control_tokens)
     pieces = [np.concatenate((end, ids)) for ids in encoded]
@@ -48,9 +56,11 @@ def tokenize(
     return TokenFile(np.concatenate(pieces), starts, sum(map(len, documents)), lost)
 
 
-def write_tokens(folder: Path, corpus: Corpus, tokenizer: PreTrainedTokenizerFast, *, context: int = 1) -> None:
-    """Tokenize a corpus into `folder`, atomically; nothing is done if it is there already. Refuses, before anything is
-    written, text shorter than a window of `context` tokens."""
+def write_tokens(
+    folder: Path, corpus: Corpus, tokenizer: PreTrainedTokenizerFast, *, context: int = 1
+) -> None:
+    """Tokenize a corpus into `folder`, atomically; nothing is done if it is there already. Refuses,
+    before anything is written, text shorter than a window of `context` tokens."""
     index = folder / "tokens.json"
     key = {"digest": corpus.digest, "tokenizer": _fingerprint(tokenizer)}
     if corpus.is_chat:
@@ -58,7 +68,9 @@ def write_tokens(folder: Path, corpus: Corpus, tokenizer: PreTrainedTokenizerFas
     if _key(index) == key:
         return
     splits = {
-        name: tokenize(documents, tokenizer, measure=name == "heldout", control_tokens=corpus.is_chat)
+        name: tokenize(
+            documents, tokenizer, measure=name == "heldout", control_tokens=corpus.is_chat
+        )
         for name, documents in (("train", corpus.train), ("heldout", corpus.heldout))
     }
     RandomWindows(splits["train"], context, 1, seed=0)
@@ -72,18 +84,27 @@ def write_tokens(folder: Path, corpus: Corpus, tokenizer: PreTrainedTokenizerFas
         _save(folder / f"{split}-starts.npy", tokens.starts)
         sizes[split] = tokens.text_bytes
     lost = splits["heldout"].lost
-    _replace(index, json.dumps({"key": key, "bytes": sizes, "data": corpus.name, "lost": lost}, indent=2).encode())
+    _replace(
+        index,
+        json.dumps(
+            {"key": key, "bytes": sizes, "data": corpus.name, "lost": lost}, indent=2
+        ).encode(),
+    )
 
 
 def check_tokens(folder: Path, corpus: Corpus) -> None:
     """A run that goes on needs the text it was started with."""
     index = folder / "tokens.json"
     if _key(index).get("digest") != corpus.digest:
-        raise ValueError(f"data: {corpus.name} is not the text that the run in {folder.parent} was started with")
+        raise ValueError(
+            f"data: {corpus.name} is not the text that the run in {folder.parent} was started with"
+        )
 
 
 def _key(index: Path) -> dict[str, Any]:
-    """Of which text and tokenizer the tokens are; of none, where nothing is written or it cannot be read."""
+    """Of which text and tokenizer the tokens are; of none, where nothing is written or it cannot be
+    read.
+    """
     try:
         found = json.loads(index.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -143,13 +164,15 @@ def _replace(path: Path, content: bytes) -> None:
 
 
 class RandomWindows(Dataset[dict[str, Tensor]]):
-    """Window i is ``length + 1`` tokens, drawn from (seed, i): the same in any order, process or restart."""
+    """Window i is ``length + 1`` tokens, drawn from (seed, i): the same in any order, process or
+    restart.
+    """
 
     def __init__(self, tokens: TokenFile, length: int, count: int, seed: int):
         if len(tokens.ids) < length + 1:
             raise ValueError(
-                f"context: the training text has {len(tokens.ids)} tokens, too few for one window of {length} + 1; "
-                "pass more text or a shorter --context"
+                f"context: the training text has {len(tokens.ids)} tokens, too few for one window"
+                f" of {length} + 1; pass more text or a shorter --context"
             )
         self.tokens, self.length, self.count, self.seed = tokens, length, count, seed
 
@@ -164,7 +187,9 @@ class RandomWindows(Dataset[dict[str, Tensor]]):
 
 
 class DisjointWindows(Dataset[dict[str, Tensor]]):
-    """Windows side by side, in an order drawn anew from (seed, pass) for every pass over the text."""
+    """Windows side by side, in an order drawn anew from (seed, pass) for every pass over the
+    text.
+    """
 
     def __init__(self, tokens: TokenFile, length: int, count: int, seed: int):
         RandomWindows(tokens, length, count, seed)  # the same demand on the text
@@ -185,8 +210,10 @@ class DisjointWindows(Dataset[dict[str, Tensor]]):
 
 
 class PackedDocuments(Dataset[dict[str, Tensor]]):
-    """Window i holds documents end to end, drawn from (seed, i) in proportion to their length; none sees another. What
-    does not fit is cut: a long document to a random part of it, the last one to the room that is left."""
+    """Window i holds documents end to end, drawn from (seed, i) in proportion to their length; none
+    sees another. What does not fit is cut: a long document to a random part of it, the last one to
+    the room that is left.
+    """
 
     def __init__(self, tokens: TokenFile, length: int, count: int, seed: int):
         RandomWindows(tokens, length, count, seed)  # the same demand on the text
@@ -206,7 +233,9 @@ class PackedDocuments(Dataset[dict[str, Tensor]]):
             last = int(starts[document + 1]) if document + 1 < len(starts) else len(ids)
             if last - first > self.length + 1:
                 first = int(draw.integers(first, last - self.length))
-            piece = ids[first : min(last + 1, first + room + 1)].astype(np.int64)  # + 1: the next end of text
+            piece = ids[first : min(last + 1, first + room + 1)].astype(
+                np.int64
+            )  # + 1: the next end of text
             if len(piece) < 2:
                 continue
             pieces.append(piece)

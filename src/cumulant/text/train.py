@@ -51,7 +51,9 @@ class Text(NamedTuple):
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """losses: (step, nats per token) as logged. score: the final model on the held-out text, windowed."""
+    """losses: (step, nats per token) as logged. score: the final model on the held-out text,
+    windowed.
+    """
 
     output: str
     losses: list[tuple[int, float]]
@@ -67,15 +69,17 @@ def train(
     text: Text | None = None,
     say: Callable[[str], None] = print,
 ) -> TrainingResult:
-    """Read the text, train the model, evaluate it on the held-out part and leave it in ``options.output``.
+    """Read the text, train the model, evaluate it on the held-out part and leave it in
+    ``options.output``.
 
-    With `text`, the options' data and tokenizer are not read: several runs share one tokenized text. `given` names the
-    options that were asked for in so many words; by default those that are not at their defaults. A run that goes on
-    takes all others from its folder.
+    With `text`, the options' data and tokenizer are not read: several runs share one tokenized
+    text. `given` names the options that were asked for in so many words; by default those that are
+    not at their defaults. A run that goes on takes all others from its folder.
 
     Raises:
         ValueError: for anything that the user can mend, before training starts.
-        Diverged: a loss, a gradient or a weight is not finite; nothing is saved over what was there.
+        Diverged: a loss, a gradient or a weight is not finite; nothing is saved over what was
+            there.
     """
     say = say if is_first_process() else (lambda _: None)
     given = given_options(options) if given is None else given
@@ -96,7 +100,11 @@ def train(
 
 
 def _train(
-    run: Run, given: Collection[str], arguments: TrainingArguments, text: Text, say: Callable[[str], None]
+    run: Run,
+    given: Collection[str],
+    arguments: TrainingArguments,
+    text: Text,
+    say: Callable[[str], None],
 ) -> TrainingResult:
     options = run.options
     set_seed(options.seed)
@@ -105,7 +113,13 @@ def _train(
     some = "" if trained == parameters else f", {trained:,} of them trained"
     layers = f"{model.config.num_hidden_layers} layers of {model.config.hidden_size}"
     say(f"model: {model.config.preset}, {parameters:,} parameters{some}, {layers}")
-    window = PackedDocuments if options.packed else DisjointWindows if options.disjoint else RandomWindows
+    window = (
+        PackedDocuments
+        if options.packed
+        else DisjointWindows
+        if options.disjoint
+        else RandomWindows
+    )
     windows = options.steps * options.batch * options.accumulate * arguments.world_size
     trainer = LanguageModelTrainer(
         model=model,
@@ -128,10 +142,12 @@ def _train(
     return _finish(trainer, options, text.heldout, parameters, say)
 
 
-def _prepare_text(run: Run, given: Collection[str], arguments: TrainingArguments, say: Callable[[str], None]) -> Text:
-    """Tokenizer and both splits, written by the first process and read by all. Nothing is written if anything is
-    wrong. A run that goes on has its tokens; only a text that was named again is read again, to see that it is the
-    same."""
+def _prepare_text(
+    run: Run, given: Collection[str], arguments: TrainingArguments, say: Callable[[str], None]
+) -> Text:
+    """Tokenizer and both splits, written by the first process and read by all. Nothing is written
+    if anything is wrong. A run that goes on has its tokens; only a text that was named again is
+    read again, to see that it is the same."""
     output, options = Path(run.options.output), run.options
 
     def prepare() -> None:
@@ -170,15 +186,18 @@ def _check_early(options: TrainingOptions, given: Collection[str]) -> None:
 
 
 def _check_model(
-    options: TrainingOptions, tokenizer: PreTrainedTokenizerFast, given: Collection[str], size: int | None = None
+    options: TrainingOptions,
+    tokenizer: PreTrainedTokenizerFast,
+    given: Collection[str],
+    size: int | None = None,
 ) -> None:
     """Refuse what cannot be built before anything is written."""
     config = _configuration(options, tokenizer, None, given)
     needed = vocabulary_size(tokenizer) if size is None else min(size, vocabulary_size(tokenizer))
     if config.vocab_size < needed:
         raise ValueError(
-            f"vocab_size: expected at least {needed}, since the tokenizer has ids up to {needed - 1}, got "
-            f"{config.vocab_size}"
+            f"vocab_size: expected at least {needed}, since the tokenizer has ids up to"
+            f" {needed - 1}, got {config.vocab_size}"
         )
     if options.init_from is not None:
         inherited_model(options, config)
@@ -193,9 +212,14 @@ def _begin(run: Run, tokenizer: PreTrainedTokenizerFast, arguments: TrainingArgu
 
 
 def _model(
-    options: TrainingOptions, tokenizer: PreTrainedTokenizerFast, start: Path | None, given: Collection[str]
+    options: TrainingOptions,
+    tokenizer: PreTrainedTokenizerFast,
+    start: Path | None,
+    given: Collection[str],
 ) -> CumulantForCausalLM:
-    """New, or the trained one to start from; a run that goes on finds its weights in its checkpoint."""
+    """New, or the trained one to start from; a run that goes on finds its weights in its
+    checkpoint.
+    """
     config = _configuration(options, tokenizer, start, () if options.resume else given)
     fresh = options.init_from is None or start is not None
     model = CumulantForCausalLM(config) if fresh else inherited_model(options, config)
@@ -205,7 +229,9 @@ def _model(
     return model
 
 
-def _tokenizer(options: TrainingOptions, corpus: Corpus | None, say: Callable[[str], None]) -> PreTrainedTokenizerFast:
+def _tokenizer(
+    options: TrainingOptions, corpus: Corpus | None, say: Callable[[str], None]
+) -> PreTrainedTokenizerFast:
     if options.init_from is not None:
         return load_tokenizer(checkpoint_folder(options.init_from))
     if options.tokenizer is not None:
@@ -217,18 +243,27 @@ def _tokenizer(options: TrainingOptions, corpus: Corpus | None, say: Callable[[s
 
 
 def _chat(options: TrainingOptions) -> Chat | None:
-    """By the template of the tokenizer that the run is to use; one that is trained here has none."""
+    """By the template of the tokenizer that the run is to use; one that is trained here has
+    none.
+    """
     if options.resume:
         return chat_renderer(load_tokenizer(options.output))
     return chat_renderer(_tokenizer(options, None, lambda _: None))
 
 
 def _configuration(
-    options: TrainingOptions, tokenizer: PreTrainedTokenizerFast, start: Path | None, given: Collection[str]
+    options: TrainingOptions,
+    tokenizer: PreTrainedTokenizerFast,
+    start: Path | None,
+    given: Collection[str],
 ) -> CumulantConfig:
-    """That of the checkpoint `start`, of the model to start from, or one from the preset and the options."""
+    """That of the checkpoint `start`, of the model to start from, or one from the preset and the
+    options.
+    """
     if options.init_from is not None:
-        return inherited_configuration(options, start or checkpoint_folder(options.init_from), given)
+        return inherited_configuration(
+            options, start or checkpoint_folder(options.init_from), given
+        )
     fields = {
         "vocab_size": vocabulary_size(tokenizer),
         "hidden_size": options.width,
@@ -257,8 +292,12 @@ def _arguments(run: Run) -> TrainingArguments:
     options = run.options
     every = options.evaluate_every or options.steps
     save = options.save_every or options.evaluate_every or max(1, options.steps // 10)
-    best = save % every == 0  # Trainer keeps the best model only where every save follows an evaluation
-    checkpointing = "activation_checkpointing"  # its name before transformers 5.23: gradient_checkpointing
+    best = (
+        save % every == 0
+    )  # Trainer keeps the best model only where every save follows an evaluation
+    checkpointing = (  # its name before transformers 5.23: gradient_checkpointing
+        "activation_checkpointing"
+    )
     if checkpointing not in TrainingArguments.__dataclass_fields__:
         checkpointing = "gradient_checkpointing"
     return TrainingArguments(
@@ -297,13 +336,15 @@ def _arguments(run: Run) -> TrainingArguments:
 
 
 def _logging_steps(steps: int, save: int) -> int:
-    """At most 10 and 1/20 of the run, and a divisor of the steps between checkpoints: a resumed run then logs the means
-    over the same steps as one that was not interrupted."""
+    """At most 10 and 1/20 of the run, and a divisor of the steps between checkpoints: a resumed run
+    then logs the means over the same steps as one that was not interrupted."""
     return max(d for d in range(1, max(1, min(10, steps // 20)) + 1) if save % d == 0)
 
 
 def _save_model(trainer: LanguageModelTrainer, output: Path) -> None:
-    """Write the model beside the one that may be there, and put it in its place once it is whole."""
+    """Write the model beside the one that may be there, and put it in its place once it is
+    whole.
+    """
     place = output / ".saving"
     trainer.save_model(str(place))
     if trainer.is_world_process_zero():
@@ -321,7 +362,8 @@ def explained(output: Path) -> Iterator[None]:
         shutil.rmtree(output / ".saving", ignore_errors=True)
         if is_disk_full(error, output):
             raise ValueError(
-                f"output: no space left on the disk of {output}; make room, then go on with --resume"
+                f"output: no space left on the disk of {output}; make room, then go on with"
+                " --resume"
             ) from error
         raise
 
@@ -337,12 +379,19 @@ def _finish(
     _save_model(trainer, Path(options.output))
     history = trainer.state.log_history
     evaluations = [entry for entry in history if "eval_loss" in entry]
-    kept_best = trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint is not None
+    kept_best = (
+        trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint is not None
+    )
     best = min(evaluations, key=lambda e: e["eval_loss"]) if kept_best else evaluations[-1]
     tokens = len(heldout.ids) - 1
-    score = Score(best["eval_bits_per_byte"], best["eval_loss"], tokens, heldout.text_bytes, heldout.lost)
+    score = Score(
+        best["eval_bits_per_byte"], best["eval_loss"], tokens, heldout.text_bytes, heldout.lost
+    )
     losses = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
-    rate = next((e["train_steps_per_second"] for e in reversed(history) if "train_steps_per_second" in e), 0.0)
+    rate = next(
+        (e["train_steps_per_second"] for e in reversed(history) if "train_steps_per_second" in e),
+        0.0,
+    )
     rate *= options.batch * options.accumulate * options.context * trainer.args.world_size
     result = TrainingResult(options.output, losses, score, parameters, rate)
     if trainer.is_world_process_zero():
@@ -360,7 +409,10 @@ def _finish(
             "tokens_per_second": rate,
         }
         write_json(Path(options.output) / "result.json", summary)
-    say(f"held out: {score.bits_per_byte:.4f} bits per byte over {score.text_bytes:,} bytes, context {options.context}")
+    say(
+        f"held out: {score.bits_per_byte:.4f} bits per byte over {score.text_bytes:,} bytes,"
+        f" context {options.context}"
+    )
     if score.note:
         say(f"held out: {score.note}")
     return result

@@ -1,4 +1,6 @@
-"""Hugging Face's Trainer with our evaluation, schedule and checkpoints, and what it says on the way."""
+"""Hugging Face's Trainer with our evaluation, schedule and checkpoints, and what it says on the
+way.
+"""
 
 from __future__ import annotations
 
@@ -30,10 +32,13 @@ class Diverged(ValueError):
 class LanguageModelTrainer(Trainer):  # type: ignore[misc]
     """Hugging Face's Trainer, evaluating in bits per byte over the whole held-out text.
 
-    It stops before a step whose loss or gradient is not finite, and before it writes weights that are not.
+    It stops before a step whose loss or gradient is not finite, and before it writes weights that
+    are not.
     """
 
-    def __init__(self, *, heldout: TokenFile, context: int, legs: Sequence[Leg], schedule: str, **kwargs: Any):
+    def __init__(
+        self, *, heldout: TokenFile, context: int, legs: Sequence[Leg], schedule: str, **kwargs: Any
+    ):
         super().__init__(eval_dataset=heldout, **kwargs)
         self.heldout, self.context, self.legs, self.schedule = heldout, context, legs, schedule
         self.step_losses: list[Tensor] = []
@@ -90,16 +95,20 @@ class LanguageModelTrainer(Trainer):  # type: ignore[misc]
         whole = whole_checkpoints(output)
         rate = rate_at(self.legs, self.schedule, max(step - 1, 0))
         go_on = (
-            f"the last checkpoint before is {whole[-1]}: go on from it with --resume --learning-rate LOWER"
+            f"the last checkpoint before is {whole[-1]}: go on from it with --resume"
+            " --learning-rate LOWER"
             if whole
             else "no checkpoint was written before"
         )
         return Diverged(
-            f"step {step}: {what}: training diverged; lower --learning-rate (there {rate:.2g}) or --clip; {go_on}"
+            f"step {step}: {what}: training diverged; lower --learning-rate (there {rate:.2g}) or"
+            f" --clip; {go_on}"
         )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As Trainer does, with a configuration that asks for a cache, which training does without."""
+        """As Trainer does, with a configuration that asks for a cache, which training does
+        without.
+        """
         config = self.accelerator.unwrap_model(self.model).config
         before, config.use_cache = config.use_cache, True
         try:
@@ -141,8 +150,8 @@ def removed_if_full(folder: Path, step: int) -> Iterator[None]:
         whole = whole_checkpoints(folder.parent)
         last = f"{whole[-1].name} is whole" if whole else "there is no checkpoint yet"
         raise ValueError(
-            f"output: no space left for {folder} after step {step}; {last}; make room, then go on with: "
-            f"cumulant train --output {folder.parent} --resume"
+            f"output: no space left for {folder} after step {step}; {last}; make room, then go on"
+            f" with: cumulant train --output {folder.parent} --resume"
         ) from error
 
 
@@ -151,11 +160,18 @@ def is_disk_full(error: BaseException | None, place: Path) -> bool:
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return True
-        if any(words in str(error) for words in ("No space left", "quota exceeded", "File too large")):
+        if any(
+            words in str(error) for words in ("No space left", "quota exceeded", "File too large")
+        ):
             return True
-        if "unexpected pos" in str(error):  # torch.save's writer found fewer bytes in its file than it wrote
+        if "unexpected pos" in str(
+            error
+        ):  # torch.save's writer found fewer bytes in its file than it wrote
             return True
-        if "PytorchStreamWriter failed writing" in str(error) and shutil.disk_usage(place).free < 2**20:
+        if (
+            "PytorchStreamWriter failed writing" in str(error)
+            and shutil.disk_usage(place).free < 2**20
+        ):
             return True
         error = error.__cause__ or error.__context__
     return False
@@ -167,7 +183,9 @@ class StopWhereDiverged(TrainerCallback):  # type: ignore[misc]
     def __init__(self, trainer: LanguageModelTrainer):
         self.trainer = trainer
 
-    def on_pre_optimizer_step(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: Any, control: Any, **_: Any
+    ) -> None:
         losses, self.trainer.step_losses = self.trainer.step_losses, []
         loss = float(torch.stack([x.float() for x in losses]).sum()) if losses else 0.0
         norm = _norm(p.grad for p in self.trainer.model.parameters() if p.grad is not None)
@@ -184,7 +202,9 @@ def _norm(tensors: Iterable[Tensor]) -> float:
 
 
 class TakeUp(TrainerCallback):  # type: ignore[misc]
-    """What a checkpoint remembers of the command that wrote it gives way to what this one asks for."""
+    """What a checkpoint remembers of the command that wrote it gives way to what this one asks
+    for.
+    """
 
     def __init__(self, trainer: LanguageModelTrainer):
         self.trainer = trainer
@@ -223,7 +243,9 @@ class Lines(TrainerCallback):  # type: ignore[misc]
     def __init__(self, say: Callable[[str], None]):
         self.say, self.next_line = say, 0
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any
+    ) -> None:
         logs = logs or {}
         if not state.is_world_process_zero:
             return

@@ -19,14 +19,18 @@ SETTLED = {
 }
 
 
-def inherited_configuration(options: TrainingOptions, folder: Path, given: Collection[str] = ()) -> CumulantConfig:
-    """The trained model's configuration, with this run's dropout, feed-forward over the logits and model options.
-    Options `given` for what the model has settled must agree with it."""
+def inherited_configuration(
+    options: TrainingOptions, folder: Path, given: Collection[str] = ()
+) -> CumulantConfig:
+    """The trained model's configuration, with this run's dropout, feed-forward over the logits and
+    model options. Options `given` for what the model has settled must agree with it."""
     config = CumulantConfig.from_pretrained(folder)
     for name, field in SETTLED.items():
         there = getattr(config, field)
         if name in given and getattr(options, name) != there:
-            raise ValueError(f"{name}: the model in {folder} has {there!r}, and a trained model keeps its own")
+            raise ValueError(
+                f"{name}: the model in {folder} has {there!r}, and a trained model keeps its own"
+            )
     changes = {"dropout": options.dropout, **options.overrides()}
     if options.logit_ffn is not None:
         changes["logit_ffn"] = options.logit_ffn

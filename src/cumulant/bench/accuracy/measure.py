@@ -1,8 +1,10 @@
-"""`cumulant bench accuracy`: runs every operation in every implementation and dtype, and keeps the errors.
+"""`cumulant bench accuracy`: runs every operation in every implementation and dtype, and keeps the
+errors.
 
-A row is the error of one causal operation, ``||out - exact|| / ||exact||``, over its last tokens (at most 1,024), whose
-sums are the longest. The exact outputs are those of the same operation in float64, on the same rounded inputs; the
-tests check float64 against the quadratic formulas. Values are 1 + N(0, 1), so that outputs do not vanish with length.
+A row is the error of one causal operation, ``||out - exact|| / ||exact||``, over its last tokens
+(at most 1,024), whose sums are the longest. The exact outputs are those of the same operation in
+float64, on the same rounded inputs; the tests check float64 against the quadratic formulas. Values
+are 1 + N(0, 1), so that outputs do not vanish with length.
 """
 
 from __future__ import annotations
@@ -33,7 +35,9 @@ class Settings:
             require_dtype(name)
         for name in self.operations:
             if name not in OPERATIONS:
-                raise ValueError(f"operation: expected one of {', '.join(OPERATIONS)}, got {name!r}")
+                raise ValueError(
+                    f"operation: expected one of {', '.join(OPERATIONS)}, got {name!r}"
+                )
         if not self.lengths or min(self.lengths) < 1:
             raise ValueError(f"length: expected numbers of at least 1, got {list(self.lengths)}")
 
@@ -41,7 +45,9 @@ class Settings:
 def run(settings: Settings, output: str, *, device: str, force: bool, console: Console) -> Folder:
     """Measure the rows that the folder lacks, and draw the report."""
     pyplot()  # refuses before anything is measured
-    folder = Folder.start(output, REPORT.command, {**asdict(settings), "device": device}, force=force)
+    folder = Folder.start(
+        output, REPORT.command, {**asdict(settings), "device": device}, force=force
+    )
     done = {(row["operation"], row["length"], row["dtype"]) for row in folder.rows(REPORT.fields)}
     try:
         for length in sorted(settings.lengths):
@@ -71,6 +77,12 @@ def measure_errors(operation: str, length: int, dtype: str, seed: int, device: s
         if implementation.can_run(inputs):
             out = implementation.run(call, inputs)[:, :, -LAST:].double()
             error = float((out - exact).norm() / exact.norm())
-            found = {"operation": operation, "length": length, "dtype": dtype, "implementation": name, "error": error}
+            found = {
+                "operation": operation,
+                "length": length,
+                "dtype": dtype,
+                "implementation": name,
+                "error": error,
+            }
             rows.append(found)
     return rows

@@ -14,7 +14,9 @@ from .subjects import IMPLEMENTATIONS
 
 
 def draw(rows: list[Row], folder: Path) -> str:
-    """Error by length: a panel for each operation, a colour for each dtype, a marker for each implementation."""
+    """Error by length: a panel for each operation, a colour for each dtype, a marker for each
+    implementation.
+    """
     operations = list(dict.fromkeys(row["operation"] for row in rows))
     figure, panels = panel_column(len(operations), sharey=True)
     for panel, operation in zip(panels, operations, strict=True):
@@ -37,7 +39,11 @@ def _name_colours_and_markers(panel: Any, lines: Iterable[tuple[str, str]]) -> N
     for dtype in dtypes:
         panel.plot([], [], color=_colour(dtype), label=dtype)
     for implementation in implementations:
-        label = IMPLEMENTATIONS[implementation].label if implementation in IMPLEMENTATIONS else implementation
+        label = (
+            IMPLEMENTATIONS[implementation].label
+            if implementation in IMPLEMENTATIONS
+            else implementation
+        )
         style = {"marker": _marker(implementation), "color": BLACK.colour, "fillstyle": "none"}
         panel.plot([], [], linestyle="", label=label, **style)
 
@@ -50,4 +56,6 @@ def _colour(dtype: str) -> str:
 
 
 def _marker(implementation: str) -> str:
-    return IMPLEMENTATIONS[implementation].marker if implementation in IMPLEMENTATIONS else GREY.marker
+    return (
+        IMPLEMENTATIONS[implementation].marker if implementation in IMPLEMENTATIONS else GREY.marker
+    )

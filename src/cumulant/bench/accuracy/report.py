@@ -17,12 +17,20 @@ def report(folder: Folder, console: Console | None = None) -> Page:
         "Accuracy: error against float64 by length",
         _answer(rows),
         [_table(rows, operation) for operation in dict.fromkeys(row["operation"] for row in rows)],
-        [Picture(draw(rows, folder.path), "Error of the last 1,024 outputs against float64, by length")],
         [
-            "Operations are causal, with one head of 16 numbers and values 1 + N(0, 1). The exact outputs are those of "
-            "the same operation in float64 on the same rounded inputs. Outputs in bf16 and fp16 are themselves "
-            "rounded, by about 1.7e-3 and 2e-4. The reference, which has T x T weights, is run up to "
-            f"{QUADRATIC:,} tokens, and one token at a time (steps) up to {STEPWISE:,}.",
+            Picture(
+                draw(rows, folder.path),
+                "Error of the last 1,024 outputs against float64, by length",
+            )
+        ],
+        [
+            (
+                "Operations are causal, with one head of 16 numbers and values 1 + N(0, 1). The"
+                " exact outputs are those of the same operation in float64 on the same rounded"
+                " inputs. Outputs in bf16 and fp16 are themselves rounded, by about 1.7e-3 and"
+                f" 2e-4. The reference, which has T x T weights, is run up to {QUADRATIC:,} tokens,"
+                f" and one token at a time (steps) up to {STEPWISE:,}."
+            ),
         ],
     )
     write_page(folder, page, console)
@@ -41,7 +49,9 @@ def _table(rows: list[Row], operation: str) -> Table:
     body = []
     for dtype, implementation in lines:
         errors = (cells.get((dtype, implementation, T)) for T in lengths)
-        body.append((dtype, implementation, *("" if error is None else f"{error:.1e}" for error in errors)))
+        body.append(
+            (dtype, implementation, *("" if error is None else f"{error:.1e}" for error in errors))
+        )
     return Table(operation, ("dtype", "implementation", *(f"{T:,}" for T in lengths)), body)
 
 
@@ -50,10 +60,14 @@ def _answer(rows: list[Row]) -> list[str]:
     longest = max(row["length"] for row in rows)
     said = []
     for dtype in dict.fromkeys(row["dtype"] for row in rows):
-        worst = max((row for row in rows if row["dtype"] == dtype), key=lambda row: float(row["error"]))
+        worst = max(
+            (row for row in rows if row["dtype"] == dtype), key=lambda row: float(row["error"])
+        )
         where = f"{worst['operation']}, {worst['implementation']}, {worst['length']:,} tokens"
         said.append(f"{dtype} {worst['error']:.1e} ({where})")
     return [f"The largest error up to {longest:,} tokens: {'; '.join(said)}."]
 
 
-REPORT = Report("bench accuracy", ("operation", "length", "dtype", "implementation", "error"), report)
+REPORT = Report(
+    "bench accuracy", ("operation", "length", "dtype", "implementation", "error"), report
+)

@@ -29,7 +29,9 @@ def _taylor(order: int) -> Operation:
 
 
 def _elita(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
-    return elita_attention(k[..., 0].contiguous(), q[..., 0].contiguous(), q[..., 1].contiguous(), v, **options)
+    return elita_attention(
+        k[..., 0].contiguous(), q[..., 0].contiguous(), q[..., 1].contiguous(), v, **options
+    )
 
 
 def _mixed_chunk(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
@@ -49,8 +51,8 @@ OPERATIONS: dict[str, Operation] = {
 
 @dataclass(frozen=True)
 class Implementation:
-    """A way to compute an operation. name: in rows. label, marker: in pictures. can_run: whether it is run on these
-    inputs. run: the outputs, the last `LAST` at least."""
+    """A way to compute an operation. name: in rows. label, marker: in pictures. can_run: whether it
+    is run on these inputs. run: the outputs, the last `LAST` at least."""
 
     name: str
     label: str
@@ -70,19 +72,35 @@ def _by_implementation(impl: str) -> Callable[[Operation, list[Tensor]], Tensor]
 def _in_steps(operation: Operation, inputs: list[Tensor]) -> Tensor:
     state, outs = None, []
     for t in range(inputs[0].shape[2]):
-        out, state = operation(*(x[:, :, t : t + 1] for x in inputs), state=state, return_state=True)
+        out, state = operation(
+            *(x[:, :, t : t + 1] for x in inputs), state=state, return_state=True
+        )
         outs.append(out)
     return torch.cat(outs[-LAST:], 2)
 
 
 _IMPLEMENTATIONS = (
     Implementation(
-        "reference", "reference", "x", lambda inputs: inputs[0].shape[2] <= QUADRATIC, _by_implementation("reference")
+        "reference",
+        "reference",
+        "x",
+        lambda inputs: inputs[0].shape[2] <= QUADRATIC,
+        _by_implementation("reference"),
     ),
     Implementation("torch", "torch", "s", lambda inputs: True, _by_implementation("torch")),
     Implementation(
-        "native", "native", "o", lambda inputs: not native_obstacle(inputs[0]), _by_implementation("native")
+        "native",
+        "native",
+        "o",
+        lambda inputs: not native_obstacle(inputs[0]),
+        _by_implementation("native"),
     ),
-    Implementation("one token at a time", "steps", "^", lambda inputs: inputs[0].shape[2] <= STEPWISE, _in_steps),
+    Implementation(
+        "one token at a time",
+        "steps",
+        "^",
+        lambda inputs: inputs[0].shape[2] <= STEPWISE,
+        _in_steps,
+    ),
 )
 IMPLEMENTATIONS = {implementation.name: implementation for implementation in _IMPLEMENTATIONS}

@@ -1,8 +1,9 @@
 """The error of Taylor attention against softmax attention, for one set of queries, keys and values.
 
-The error is ``||taylor - softmax|| / ||softmax||`` over all outputs of causal attention, with values drawn
-independently of the keys. "Order 0" is the mean of the values seen, which an approximation must beat. The size of the
-scores is their root mean square over the pairs of query and key that see each other; the expansion is around 0.
+The error is ``||taylor - softmax|| / ||softmax||`` over all outputs of causal attention, with
+values drawn independently of the keys. "Order 0" is the mean of the values seen, which an
+approximation must beat. The size of the scores is their root mean square over the pairs of query
+and key that see each other; the expansion is around 0.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ ORDERS = tuple(STYLES)
 SIZES = (0.125, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)
 DIMS = (4, 8, 16, 32, 64)
 ALPHAS = (0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-LENGTH = 128  # tokens: one chunk of the torch implementation, which computes any order without features
+# tokens: one chunk of the torch implementation, which computes any order without features
+LENGTH = 128
 
 
 def order_name(order: int) -> str:
@@ -34,9 +36,9 @@ def order_name(order: int) -> str:
 class Case:
     """One measurement.
 
-    kind: "random" (Gaussian q and k), "normalised" (q and k after LayerNorm, scores divided by ``alpha · sqrt(K)``) or
-    "trained" (a head of a trained model, which `where` names). size: root mean square of the scores. error: see this
-    module's docstring.
+    kind: "random" (Gaussian q and k), "normalised" (q and k after LayerNorm, scores divided by
+    ``alpha · sqrt(K)``) or "trained" (a head of a trained model, which `where` names). size: root
+    mean square of the scores. error: see this module's docstring.
     """
 
     kind: str
@@ -64,7 +66,13 @@ def taylor_output(query: Tensor, key: Tensor, value: Tensor, order: int) -> Tens
 
 
 def measure_orders(
-    query: Tensor, key: Tensor, value: Tensor, kind: str, *, alpha: float | None = None, where: str | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kind: str,
+    *,
+    alpha: float | None = None,
+    where: str | None = None,
 ) -> list[Case]:
     """A case for each order; scores are q·k / sqrt(K)."""
     dim = query.shape[-1]
@@ -79,7 +87,9 @@ def measure_orders(
 
 
 def random_cases(seed: int) -> list[Case]:
-    """For each head dim: Gaussian queries and keys with scores of each size, then normalised ones with each alpha."""
+    """For each head dim: Gaussian queries and keys with scores of each size, then normalised ones
+    with each alpha.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def draw(dim: int, batch: int = 16) -> Tensor:

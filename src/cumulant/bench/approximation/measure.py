@@ -1,5 +1,5 @@
-"""`cumulant bench approximation`: how far Taylor attention is from softmax attention, by order, size of the scores,
-head dim, alpha, and in trained models."""
+"""`cumulant bench approximation`: how far Taylor attention is from softmax attention, by order,
+size of the scores, head dim, alpha, and in trained models."""
 
 from __future__ import annotations
 
@@ -17,8 +17,12 @@ from .trained import load_model, train_small_model, trained_cases, weights_diges
 TRAINED = ("softmax", "taylor")  # presets of the models that it trains
 
 
-def run(output: str, models: list[str], *, quick: bool, seed: int, force: bool, console: Console) -> Folder:
-    """Measure the cases that the folder lacks, and draw the report. models: folders of training runs."""
+def run(
+    output: str, models: list[str], *, quick: bool, seed: int, force: bool, console: Console
+) -> Folder:
+    """Measure the cases that the folder lacks, and draw the report. models: folders of training
+    runs.
+    """
     pyplot()  # refuses before anything is measured
     for given in models:  # so do models that cannot be measured
         load_model(given, 1)

@@ -30,14 +30,18 @@ def draw_exponential(folder: Path) -> str:
         differences.plot(x, np.abs(expansion / np.exp(x) - 1), **line)
     weights.set(xlabel="score x", ylabel="weight", ylim=(-4, 16))
     weights.axhline(0, color="black", linewidth=0.5)
-    differences.set(xlabel="score x", ylabel="|expansion / exp(x) − 1|", yscale="log", ylim=(1e-4, 100))
+    differences.set(
+        xlabel="score x", ylabel="|expansion / exp(x) − 1|", yscale="log", ylim=(1e-4, 100)
+    )
     add_legend(weights, "exp and its Taylor expansions")
     add_legend(differences, "relative error of a weight")
     return save_figure(figure, folder, "exponential")
 
 
 def draw_error(cases: list[Case], folder: Path) -> str:
-    """Error against softmax attention by size of the scores, head dim, alpha, and in trained heads."""
+    """Error against softmax attention by size of the scores, head dim, alpha, and in trained
+    heads.
+    """
     trained = [c for c in cases if c.kind == "trained"]
     random = [c for c in cases if c.kind == "random"]
     figure, (by_size, by_dim, by_alpha, *heads) = panel_column(4 if trained else 3)
@@ -47,17 +51,27 @@ def draw_error(cases: list[Case], folder: Path) -> str:
         # the cases of a head dim lie in the order of SIZES
         at_one = [c for i, c in enumerate(own) if i % len(SIZES) == SIZES.index(1.0)]
         _draw_line(by_dim, order, style, [(c.head_dim, c.error) for c in at_one])
-        normalised = [c for c in cases if c.kind == "normalised" and c.order == order and c.head_dim == 16]
+        normalised = [
+            c for c in cases if c.kind == "normalised" and c.order == order and c.head_dim == 16
+        ]
         _draw_line(by_alpha, order, style, [(c.alpha or 1, c.error) for c in normalised])
     _finish_panel(
-        by_size, "random q and k, K = 16", "size of the scores (root mean square)", (0.125, 0.25, 0.5, 1, 2, 4)
+        by_size,
+        "random q and k, K = 16",
+        "size of the scores (root mean square)",
+        (0.125, 0.25, 0.5, 1, 2, 4),
     )
     _finish_panel(by_dim, "random q and k, scores of size 1", "head dim K", (4, 8, 16, 32, 64))
-    _finish_panel(by_alpha, "LayerNorm of q and k, scores / (α √K), K = 16", "α", (0.5, 1, 2, 3, 4, 6))
+    _finish_panel(
+        by_alpha, "LayerNorm of q and k, scores / (α √K), K = 16", "α", (0.5, 1, 2, 3, 4, 6)
+    )
     for panel in heads:
         _draw_heads(panel, trained)
         _finish_panel(
-            panel, "each head of trained models", "size of the scores (root mean square)", (0.5, 1, 2, 3, 4, 6)
+            panel,
+            "each head of trained models",
+            "size of the scores (root mean square)",
+            (0.5, 1, 2, 3, 4, 6),
         )
         panel.set_ylim(0.1, HIGHEST)
     return save_figure(figure, folder, "error")
@@ -72,22 +86,35 @@ def _styles(cases: list[Case]) -> dict[int, Style]:
 
 def _draw_line(panel: Any, order: int, style: Style, points: list[tuple[float, float]]) -> None:
     if points:
-        panel.plot(*zip(*sorted(points), strict=True), label=order_name(order), **style.line_options())
+        panel.plot(
+            *zip(*sorted(points), strict=True), label=order_name(order), **style.line_options()
+        )
 
 
 def _draw_heads(panel: Any, cases: list[Case]) -> None:
-    """A column of marks for each head, filled by model; errors above the axis are drawn at its upper end."""
+    """A column of marks for each head, filled by model; errors above the axis are drawn at its
+    upper end.
+    """
     models = [_model_name(case) for case in cases]
     fills = {model: FILLS[i % len(FILLS)] for i, model in enumerate(dict.fromkeys(models))}
     styles = _styles(cases)
     for model, fill in fills.items():
         for order, style in styles.items():
-            own = [c for c, of in zip(cases, models, strict=True) if c.order == order and of == model]
+            own = [
+                c for c, of in zip(cases, models, strict=True) if c.order == order and of == model
+            ]
             options = {**style.line_options(), "linestyle": "", "fillstyle": fill}
             label = order_name(order) if model == models[0] else None
-            panel.plot([c.size for c in own], [min(c.error, 0.95 * HIGHEST) for c in own], label=label, **options)
+            panel.plot(
+                [c.size for c in own],
+                [min(c.error, 0.95 * HIGHEST) for c in own],
+                label=label,
+                **options,
+            )
     for model, fill in fills.items():
-        panel.plot([], [], linestyle="", marker="s", color="black", fillstyle=fill, label=f"{model} model")
+        panel.plot(
+            [], [], linestyle="", marker="s", color="black", fillstyle=fill, label=f"{model} model"
+        )
 
 
 def _model_name(case: Case) -> str:

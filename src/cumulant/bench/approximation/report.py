@@ -21,7 +21,10 @@ def median_errors(cases: list[Case]) -> dict[str, dict[int, float]]:
     orders = sorted({c.order for c in cases})
 
     def errors(chosen: list[Case]) -> dict[int, float]:
-        return {order: statistics.median([c.error for c in chosen if c.order == order]) for order in orders}
+        return {
+            order: statistics.median([c.error for c in chosen if c.order == order])
+            for order in orders
+        }
 
     random = [c for c in cases if c.kind == "random" and c.head_dim == 16]
     rows = {}
@@ -29,7 +32,11 @@ def median_errors(cases: list[Case]) -> dict[str, dict[int, float]]:
         rows[f"random, size {size:g}"] = errors(random[len(orders) * i : len(orders) * (i + 1)])
     for dim in (16, 64):
         for alpha in (1.0, 3.0):
-            chosen = [c for c in cases if c.kind == "normalised" and c.head_dim == dim and c.alpha == alpha]
+            chosen = [
+                c
+                for c in cases
+                if c.kind == "normalised" and c.head_dim == dim and c.alpha == alpha
+            ]
             rows[f"LayerNorm, K={dim}, α={alpha:g}"] = errors(chosen)
     trained = [c for c in cases if c.kind == "trained"]
     for name in dict.fromkeys((c.where or "").rpartition(" head ")[0] for c in trained):
@@ -52,8 +59,9 @@ def report(folder: Folder, console: Console | None = None) -> Page:
     page = Page(
         "How near Taylor attention comes to softmax attention",
         [
-            f"Taylor attention of order 2 is {as_percent(one[2])} from softmax attention at scores of size 1 and "
-            f"{as_percent(two[2])} at 2; order 4 is {as_percent(one[4])} and {as_percent(two[4])}."
+            f"Taylor attention of order 2 is {as_percent(one[2])} from softmax attention at scores"
+            f" of size 1 and {as_percent(two[2])} at 2; order 4 is {as_percent(one[4])} and"
+            f" {as_percent(two[4])}."
         ],
         [
             Table(
@@ -64,13 +72,18 @@ def report(folder: Folder, console: Console | None = None) -> Page:
         ],
         [
             Picture(draw_exponential(folder.path), "The exponential and its Taylor expansions"),
-            Picture(draw_error(cases, folder.path), "Error of the output against softmax attention"),
+            Picture(
+                draw_error(cases, folder.path), "Error of the output against softmax attention"
+            ),
         ],
         [
-            f"The error is ||taylor - softmax|| / ||softmax|| over the outputs of causal attention on {LENGTH} tokens, "
-            "with values independent of the keys. The size is the root mean square of the scores. Averaging is the "
-            "mean of the values so far, which an approximation must beat. Figures of trained models are medians over "
-            "the heads of a layer.",
+            (
+                "The error is ||taylor - softmax|| / ||softmax|| over the outputs of causal"
+                f" attention on {LENGTH} tokens, with values independent of the keys. The size is"
+                " the root mean square of the scores. Averaging is the mean of the values so far,"
+                " which an approximation must beat. Figures of trained models are medians over the"
+                " heads of a layer."
+            ),
         ],
     )
     write_page(folder, page, console)

@@ -19,15 +19,23 @@ from .cases import LENGTH, Case, measure_orders
 
 @contextmanager
 def recorded_heads(model: torch.nn.Module) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
-    """Queries and keys of each softmax and Taylor mixer in a call of `model`, such that scores are q·k / sqrt(K)."""
+    """Queries and keys of each softmax and Taylor mixer in a call of `model`, such that scores are
+    q·k / sqrt(K).
+    """
     found: dict[str, tuple[Tensor, Tensor]] = {}
     changed = []
 
     def record(name: str, mixer: SoftmaxAttention | TaylorAttention) -> None:
         attend: Callable[..., object] = mixer.attend
 
-        def attend_and_record(query: Tensor, key: Tensor, *rest: object, **options: object) -> object:
-            scale = mixer.scale * math.sqrt(query.shape[-1]) if isinstance(mixer, TaylorAttention) else 1.0
+        def attend_and_record(
+            query: Tensor, key: Tensor, *rest: object, **options: object
+        ) -> object:
+            scale = (
+                mixer.scale * math.sqrt(query.shape[-1])
+                if isinstance(mixer, TaylorAttention)
+                else 1.0
+            )
             repeat = query.shape[1] // key.shape[1]
             found[name] = query.detach() * scale, key.detach().repeat_interleave(repeat, 1)
             return attend(query, key, *rest, **options)
@@ -52,10 +60,16 @@ def load_model(folder: str, windows: int) -> tuple[CumulantForCausalLM, Tensor]:
 
     model, _ = load_checkpoint(folder, "cpu")
     if not (Path(folder) / "tokens" / "tokens.json").is_file():
-        raise ValueError(f"model: {folder} keeps no held-out text; give the folder of a training run")
-    ids = torch.from_numpy(read_tokens(Path(folder) / "tokens")[1].ids[: windows * LENGTH].astype("int64"))
+        raise ValueError(
+            f"model: {folder} keeps no held-out text; give the folder of a training run"
+        )
+    ids = torch.from_numpy(
+        read_tokens(Path(folder) / "tokens")[1].ids[: windows * LENGTH].astype("int64")
+    )
     if len(ids) < LENGTH:
-        raise ValueError(f"model: the held-out text of {folder} has {len(ids)} tokens, {LENGTH} are needed")
+        raise ValueError(
+            f"model: the held-out text of {folder} has {len(ids)} tokens, {LENGTH} are needed"
+        )
     return model, ids
 
 
@@ -68,12 +82,17 @@ def weights_digest(folder: str) -> str:
 
 
 def trained_cases(folder: str, name: str, seed: int, windows: int = 16) -> list[Case]:
-    """Every head of the softmax and Taylor mixers of a trained model, called `name`, on its held-out text."""
+    """Every head of the softmax and Taylor mixers of a trained model, called `name`, on its
+    held-out text.
+    """
     model, ids = load_model(folder, windows)
     with torch.inference_mode(), recorded_heads(model) as found:
         model(ids[: len(ids) // LENGTH * LENGTH].view(-1, LENGTH), use_cache=False)
     if not found:
-        raise ValueError(f"model: {folder} has no softmax or Taylor mixer; train one with --preset softmax or taylor")
+        raise ValueError(
+            f"model: {folder} has no softmax or Taylor mixer; train one with --preset softmax or"
+            " taylor"
+        )
     generator = torch.Generator().manual_seed(seed)
     cases = []
     for layer, (queries, keys) in found.items():
@@ -92,7 +111,9 @@ def train_small_model(folder: Path, preset: str, say: Callable[[str], None]) -> 
     from ...text.train import train
 
     output = folder / "models" / preset
-    options = TrainingOptions(str(output), preset=preset, width=128, depth=3, context=128, batch=16, steps=500)
+    options = TrainingOptions(
+        str(output), preset=preset, width=128, depth=3, context=128, batch=16, steps=500
+    )
     if (output / STARTED).is_file():
         options = replace(options, resume=True)
     if not (output / "config.json").is_file():

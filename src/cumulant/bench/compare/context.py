@@ -1,4 +1,6 @@
-"""Whether a model uses its context: loss by the length of the context, and loss on text that is repeated."""
+"""Whether a model uses its context: loss by the length of the context, and loss on text that is
+repeated.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ SHORTEST = 32  # tokens of context
 
 @dataclass(frozen=True)
 class Stretch:
-    """Bits per byte of `tokens` tokens, which had first, ..., last - 1 tokens before them in their window."""
+    """Bits per byte of `tokens` tokens, which had first, ..., last - 1 tokens before them in their
+    window.
+    """
 
     first: int
     last: int
@@ -35,11 +39,12 @@ def loss_by_context(
     tokens: int = 50_000,
     batch_tokens: int = 16_384,
 ) -> list[Stretch]:
-    """Mean loss of the same tokens, about `tokens` in all, in windows of `length`, `length` / 2, `length` / 4, ...
-    tokens, but not less than 32.
+    """Mean loss of the same tokens, about `tokens` in all, in windows of `length`, `length` / 2,
+    `length` / 4, ... tokens, but not less than 32.
 
-    A window of c tokens begins c / 2 tokens behind the one before, and its second half is scored. A model that uses
-    its context has a lower loss in longer windows. A model that cannot go beyond its training length has a higher one.
+    A window of c tokens begins c / 2 tokens behind the one before, and its second half is scored. A
+    model that uses its context has a lower loss in longer windows. A model that cannot go beyond
+    its training length has a higher one.
 
     Raises:
         ValueError: the text is shorter than a window.
@@ -47,28 +52,38 @@ def loss_by_context(
     half = length // 2
     count = min((len(text.ids) - 1 - half) // half, max(1, tokens // half)) if half else 0
     if count < 1:
-        raise ValueError(f"length: the text has {len(text.ids):,} tokens, fewer than a window of {length:,}")
+        raise ValueError(
+            f"length: the text has {len(text.ids):,} tokens, fewer than a window of {length:,}"
+        )
     model.eval()
     lengths = [length]
     while lengths[0] % 4 == 0 and lengths[0] // 2 >= SHORTEST:
         lengths.insert(0, lengths[0] // 2)
-    found, text_bytes = [], int(token_sizes(tokenizer)[text.ids[half + 1 : half + 1 + count * half]].sum())
+    found, text_bytes = (
+        [],
+        int(token_sizes(tokenizer)[text.ids[half + 1 : half + 1 + count * half]].sum()),
+    )
     for size in lengths:
         step = size // 2
         starts = range(half - step, half + count * half - step, step)
         nats, together = 0.0, max(1, batch_tokens // size)
         for at in range(0, len(starts), together):
-            rows = [text.ids[start : start + size + 1].astype(np.int64) for start in starts[at : at + together]]
+            rows = [
+                text.ids[start : start + size + 1].astype(np.int64)
+                for start in starts[at : at + together]
+            ]
             losses = _token_losses(model, torch.from_numpy(np.stack(rows)).to(model.device))
             nats += float(losses[:, -step:].sum())
-        found.append(Stretch(size - step, size, nats / math.log(2) / text_bytes, len(starts) * step))
+        found.append(
+            Stretch(size - step, size, nats / math.log(2) / text_bytes, len(starts) * step)
+        )
     return found
 
 
 @dataclass(frozen=True)
 class Copying:
-    """Bits per byte of spans of `span` tokens at the end of a window. second: where the same span is at its beginning,
-    with `distance` tokens between. control: where another span is there."""
+    """Bits per byte of spans of `span` tokens at the end of a window. second: where the same span
+    is at its beginning, with `distance` tokens between. control: where another span is there."""
 
     distance: int
     second: float
@@ -89,8 +104,9 @@ def loss_on_copies(
 ) -> list[Copying]:
     """Loss on spans of about `span` bytes that the model has read before, and could copy.
 
-    A window is a span, `distance` tokens of text from elsewhere, and the span again; the control begins with another
-    span. Spans are the same at all distances. The tokenizer must be a byte-level one.
+    A window is a span, `distance` tokens of text from elsewhere, and the span again; the control
+    begins with another span. Spans are the same at all distances. The tokenizer must be a
+    byte-level one.
 
     Raises:
         ValueError: the text is too short for the greatest distance.
@@ -98,19 +114,31 @@ def loss_on_copies(
     ids, farthest = text.ids, max(distances)
     length = max(2, round(span * len(ids) / text.text_bytes))
     if len(ids) < 4 * (farthest + length):
-        raise ValueError(f"distance: the text has {len(ids):,} tokens, too few for spans {farthest:,} tokens apart")
+        raise ValueError(
+            f"distance: the text has {len(ids):,} tokens, too few for spans {farthest:,} tokens"
+            " apart"
+        )
     model.eval()
     starts = np.array(_draw_starts(len(ids), length, farthest, samples))
-    pieces, others = (np.stack([ids[at : at + length] for at in starts[:, i]]).astype(np.int64) for i in (0, 1))
-    size = int(token_sizes(tokenizer)[pieces[:, 1:]].sum())  # a span's first token follows other text
+    pieces, others = (
+        np.stack([ids[at : at + length] for at in starts[:, i]]).astype(np.int64) for i in (0, 1)
+    )
+    size = int(
+        token_sizes(tokenizer)[pieces[:, 1:]].sum()
+    )  # a span's first token follows other text
     found = []
     for distance in distances:
         between = np.stack([ids[at : at + distance] for at in starts[:, 2]]).astype(np.int64)
         together = max(1, batch_tokens // (distance + 2 * length))
         bits = []
         for before in (pieces, others):
-            windows = torch.from_numpy(np.concatenate((before, between, pieces), 1)).to(model.device)
-            nats = sum(float(_token_losses(model, part)[:, 1 - length :].sum()) for part in windows.split(together))
+            windows = torch.from_numpy(np.concatenate((before, between, pieces), 1)).to(
+                model.device
+            )
+            nats = sum(
+                float(_token_losses(model, part)[:, 1 - length :].sum())
+                for part in windows.split(together)
+            )
             bits.append(nats / math.log(2) / size)
         second, control = bits
         found.append(Copying(distance, second, control, length))
@@ -118,11 +146,15 @@ def loss_on_copies(
 
 
 def _draw_starts(size: int, span: int, between: int, samples: int) -> list[tuple[int, int, int]]:
-    """Where a span, another span, and the text between begin; neither of the latter two overlaps the span."""
+    """Where a span, another span, and the text between begin; neither of the latter two overlaps
+    the span.
+    """
     draw = np.random.default_rng(0)
     found: list[tuple[int, int, int]] = []
     while len(found) < samples:
-        one, other, rest = (int(draw.integers(0, size - length + 1)) for length in (span, span, between))
+        one, other, rest = (
+            int(draw.integers(0, size - length + 1)) for length in (span, span, between)
+        )
         if abs(one - other) >= span and not one - between < rest < one + span:
             found.append((one, other, rest))
     return found
@@ -131,5 +163,7 @@ def _draw_starts(size: int, span: int, between: int, samples: int) -> list[tuple
 def _token_losses(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
     """Loss of every token after the first: ``[B, T + 1]`` -> ``[B, T]``, in fp64."""
     logits = model(input_ids=ids[:, :-1], use_cache=False).logits.float()
-    losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    losses = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
+    )
     return losses.double().view(ids.shape[0], -1)

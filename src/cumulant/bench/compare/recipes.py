@@ -1,7 +1,7 @@
 """What `cumulant compare` trains: mechanisms under one budget.
 
-A mechanism of several recipes is defined once, and recipes change its fields where they must. A new mechanism is an
-entry in the recipe that compares it.
+A mechanism of several recipes is defined once, and recipes change its fields where they must. A new
+mechanism is an entry in the recipe that compares it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ QUICK_STEPS = 40
 
 @dataclass(frozen=True)
 class Mechanism:
-    """A preset, and the fields of its configuration that differ. The width of its feed-forward is fitted to the budget.
+    """A preset, and the fields of its configuration that differ. The width of its feed-forward is
+    fitted to the budget.
 
     style: in pictures; None: one that no other mechanism of the picture has.
     """
@@ -38,16 +39,20 @@ class Mechanism:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Mechanisms on the same tokens in the same order, with the same optimizer, in models of the same width and size.
+    """Mechanisms on the same tokens in the same order, with the same optimizer, in models of the
+    same width and size.
 
-    Each keeps what its preset has beside it (short convolutions, norms, feed-forwards): see `differences`.
+    Each keeps what its preset has beside it (short convolutions, norms, feed-forwards): see
+    `differences`.
 
-    baseline: the mechanism that the others are compared with. learning_rates: each mechanism is trained with all of
-    them from the first seed, and with its best one from the others. parameters: of every model, within 2%. vocabulary:
-    tokens of a byte-level BPE trained on the text; 0: bytes. data: the text that is used if none is named; None:
-    Python's standard library. heldout: the share of it that is held out. steps: of `batch` x `accumulate` windows of
-    `context` tokens; 0: as many as make `epochs` passes. evaluations: points of the curve. reach: the trained models
-    are also tested at this multiple of `context`. shared: fields of all models. training: fields of `TrainingOptions`.
+    baseline: the mechanism that the others are compared with. learning_rates: each mechanism is
+    trained with all of them from the first seed, and with its best one from the others. parameters:
+    of every model, within 2%. vocabulary: tokens of a byte-level BPE trained on the text; 0: bytes.
+    data: the text that is used if none is named; None: Python's standard library. heldout: the
+    share of it that is held out. steps: of `batch` x `accumulate` windows of `context` tokens; 0:
+    as many as make `epochs` passes. evaluations: points of the curve. reach: the trained models are
+    also tested at this multiple of `context`. shared: fields of all models. training: fields of
+    `TrainingOptions`.
     """
 
     mechanisms: tuple[Mechanism, ...]
@@ -73,16 +78,22 @@ class Comparison:
 
     def __post_init__(self) -> None:
         if not (self.learning_rates and all(0 < rate < math.inf for rate in self.learning_rates)):
-            raise ValueError(f"learning_rate: expected numbers above 0, got {list(self.learning_rates)}")
+            raise ValueError(
+                f"learning_rate: expected numbers above 0, got {list(self.learning_rates)}"
+            )
         if len(set(self.learning_rates)) < len(self.learning_rates):
             raise ValueError(f"learning_rate: each once, got {list(self.learning_rates)}")
         styles = [m.style for m in self.mechanisms if m.style is not None]
         if len(set(styles)) < len(styles):
-            raise ValueError(f"style: two of {', '.join(m.name for m in self.mechanisms)} share one")
+            raise ValueError(
+                f"style: two of {', '.join(m.name for m in self.mechanisms)} share one"
+            )
         if self.seeds < 1:
             raise ValueError(f"seeds: expected at least 1, got {self.seeds}")
         if self.steps < 0:
-            raise ValueError(f"steps: expected at least 1, or 0 for as many as the epochs take, got {self.steps}")
+            raise ValueError(
+                f"steps: expected at least 1, or 0 for as many as the epochs take, got {self.steps}"
+            )
         if not 0 < self.epochs < math.inf:
             raise ValueError(f"epochs: expected a number above 0, got {self.epochs}")
 
@@ -107,7 +118,9 @@ class Comparison:
         return replace(self, mechanisms=kept)
 
     def quick(self) -> Comparison:
-        """A trial run: a few steps on a fourth of the tokens. It does not say which mechanism is better."""
+        """A trial run: a few steps on a fourth of the tokens. It does not say which mechanism is
+        better.
+        """
         return replace(
             self,
             context=max(self.context // 4, 1),
@@ -126,7 +139,8 @@ FLASH_LAPLACE = FLASH.with_fields(gated_activation="laplace")
 ELITA = Mechanism("elita", "elita", style=palette.PINK)
 
 RECIPES = {
-    # A context that softmax can still afford, in sizes that two cores train in three quarters of an hour.
+    # A context that softmax can still afford, in sizes that two cores train in three quarters of an
+    # hour.
     "long-context": Comparison(
         mechanisms=(
             SOFTMAX,
@@ -147,9 +161,10 @@ RECIPES = {
         steps=300,
         vocabulary=1024,
     ),
-    # FLASH-pytorch's train.py: enwik8, 8 layers of 512, sequences of 1024 bytes, 16 a step, 100,000 steps at 2e-4 (as
-    # in `cumulant.text.recipes`), beside a transformer with rotary positions and SwiGLU, which FLASH's paper claims to
-    # equal at 512 to 8192 tokens. As there, two FLASH layers stand against one of attention and feed-forward.
+    # FLASH-pytorch's train.py: enwik8, 8 layers of 512, sequences of 1024 bytes, 16 a step, 100,000
+    # steps at 2e-4 (as in `cumulant.text.recipes`), beside a transformer with rotary positions and
+    # SwiGLU, which FLASH's paper claims to equal at 512 to 8192 tokens. As there, two FLASH layers
+    # stand against one of attention and feed-forward.
     "flash-enwik8": Comparison(
         mechanisms=(
             SOFTMAX,
@@ -192,10 +207,10 @@ RECIPES = {
         shared={"tie_word_embeddings": False, "logits_bias": True},
         training={"weight_decay": 0.0, "clip": 0.5},
     ),
-    # ELiTA's README, 2023: fewer than 300K parameters, sequences of 256, 128 a step, Adam with min(1e-3, 1e-2 /
-    # sqrt(step)) and betas 0.9 and 0.99, one epoch of WikiText, against a transformer with rotary positions and SwiGLU.
-    # Sizes, vocabulary, initial weights, seeds and which WikiText are not stated there: these are ours, as are three
-    # of the rates.
+    # ELiTA's README, 2023: fewer than 300K parameters, sequences of 256, 128 a step, Adam with
+    # min(1e-3, 1e-2 / sqrt(step)) and betas 0.9 and 0.99, one epoch of WikiText, against a
+    # transformer with rotary positions and SwiGLU. Sizes, vocabulary, initial weights, seeds and
+    # which WikiText are not stated there: these are ours, as are three of the rates.
     "elita-wikitext": Comparison(
         mechanisms=(
             SOFTMAX,
@@ -221,7 +236,9 @@ RECIPES = {
 }
 
 
-STYLES = {m.name: m.style for recipe in RECIPES.values() for m in recipe.mechanisms if m.style is not None}
+STYLES = {
+    m.name: m.style for recipe in RECIPES.values() for m in recipe.mechanisms if m.style is not None
+}
 
 
 def find_recipe(name: str) -> Comparison:
@@ -232,7 +249,8 @@ def find_recipe(name: str) -> Comparison:
 
 
 def configuration(recipe: Comparison, mechanism: Mechanism, vocab_size: int) -> CumulantConfig:
-    """The mechanism's model; its feed-forward has the width that gives the recipe's number of parameters.
+    """The mechanism's model; its feed-forward has the width that gives the recipe's number of
+    parameters.
 
     Raises:
         ValueError: no width comes within 2% of that number.
@@ -246,20 +264,26 @@ def configuration(recipe: Comparison, mechanism: Mechanism, vocab_size: int) -> 
         **recipe.shared,
         **mechanism.fields,
     }
-    one, two = (_parameter_count(from_preset(mechanism.preset, **fields, intermediate_size=n)) for n in (1, 2))
+    one, two = (
+        _parameter_count(from_preset(mechanism.preset, **fields, intermediate_size=n))
+        for n in (1, 2)
+    )
     width = max(1 + round((recipe.parameters - one) / (two - one)), 1) if two > one else 1
     config = from_preset(mechanism.preset, **fields, intermediate_size=width)
     found = _parameter_count(config)
     if abs(found / recipe.parameters - 1) > TOLERANCE:
         raise ValueError(
-            f"{mechanism.name}: has {found:,} parameters at the nearest width of its feed-forward, {width}, not "
-            f"{recipe.parameters:,} within {TOLERANCE:.0%}; change the recipe's width or depth"
+            f"{mechanism.name}: has {found:,} parameters at the nearest width of its feed-forward,"
+            f" {width}, not {recipe.parameters:,} within {TOLERANCE:.0%}; change the recipe's width"
+            " or depth"
         )
     return config
 
 
 def differences(config: CumulantConfig, baseline: CumulantConfig) -> dict[str, Any]:
-    """The fields of the configuration that differ from the baseline's, but for the width of the feed-forward."""
+    """The fields of the configuration that differ from the baseline's, but for the width of the
+    feed-forward.
+    """
     own, other = config.to_diff_dict(), baseline.to_diff_dict()
     left = {"preset", "intermediate_size", "layer_types"}
     return {

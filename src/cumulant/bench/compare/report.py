@@ -21,8 +21,14 @@ def report(folder: Folder, console: Console | None = None) -> Page:
     text = next(row for row in rows if row["row"] == "text")
     context = settings["context"]
     pictures = [
-        Picture(draw_curves(found, settings, folder.path), "Held-out loss during training, by step and by time"),
-        Picture(draw_sweep(found, folder.path), "Held-out loss at the end by learning rate, from the first seed"),
+        Picture(
+            draw_curves(found, settings, folder.path),
+            "Held-out loss during training, by step and by time",
+        ),
+        Picture(
+            draw_sweep(found, folder.path),
+            "Held-out loss at the end by learning rate, from the first seed",
+        ),
     ]
     tables = [_final_table(found, settings)]
     in_context, copied = [r for r in found if r.contexts], [r for r in found if r.copying]
@@ -31,7 +37,10 @@ def report(folder: Folder, console: Console | None = None) -> Page:
         pictures.append(Picture(draw_contexts(in_context, context, folder.path), caption))
         tables.append(_context_table(in_context))
     if copied:
-        caption = "Loss on spans of 128 bytes that stand earlier in the window, relative to spans that do not"
+        caption = (
+            "Loss on spans of 128 bytes that stand earlier in the window, relative to spans that"
+            " do not"
+        )
         pictures.append(Picture(draw_copying(copied, context, folder.path), caption))
         tables.append(_copying_table(copied))
     answer = [
@@ -47,20 +56,29 @@ def report(folder: Folder, console: Console | None = None) -> Page:
 
 def _notes(found: list[Result], settings: dict[str, Any], text: Row) -> list[str]:
     differ = [
-        f"{r.mechanism}: {', '.join(f'{name} {value}' for name, value in r.cost['differs'].items())}"
+        f"{r.mechanism}:"
+        f" {', '.join(f'{name} {value}' for name, value in r.cost['differs'].items())}"
         for r in found
         if r.cost["differs"]
     ]
     return [
-        f"{text['bytes']:,} bytes of {settings['data']} to train on, {text['heldout_bytes']:,} others scored, "
-        f"{text['steps']:,} steps of {_step_tokens(settings):,} tokens in the same order for all. Numbers of "
-        "parameters agree within 2%. The learning rate is each mechanism's best of the sweep, chosen by the first "
-        "seed's loss on the same held-out text. ± is the standard error of the mean over seeds.",
-        f"Each mechanism keeps what its preset has beside it. Models differ from {settings['baseline']}'s in: "
-        f"{'; '.join(differ)}.",
-        "Time is the median of training steps; mechanisms take turns, so that other programs slow all of them alike. "
-        "Kept is the memory that a step keeps for its backward pass. State is that of one sequence after "
-        f"{settings['context']:,} tokens; softmax's grows with every token.",
+        (
+            f"{text['bytes']:,} bytes of {settings['data']} to train on, {text['heldout_bytes']:,}"
+            f" others scored, {text['steps']:,} steps of {_step_tokens(settings):,} tokens in the"
+            " same order for all. Numbers of parameters agree within 2%. The learning rate is each"
+            " mechanism's best of the sweep, chosen by the first seed's loss on the same held-out"
+            " text. ± is the standard error of the mean over seeds."
+        ),
+        (
+            "Each mechanism keeps what its preset has beside it. Models differ from"
+            f" {settings['baseline']}'s in: {'; '.join(differ)}."
+        ),
+        (
+            "Time is the median of training steps; mechanisms take turns, so that other programs"
+            " slow all of them alike. Kept is the memory that a step keeps for its backward pass."
+            f" State is that of one sequence after {settings['context']:,} tokens; softmax's grows"
+            " with every token."
+        ),
     ]
 
 
@@ -74,38 +92,59 @@ def _answer_lines(found: list[Result], settings: dict[str, Any], text: Row) -> l
     said = ", ".join(f"{result.mechanism} {result.final.text()}" for result in ranked)
     tokens = text["steps"] * _step_tokens(settings)
     lines = [f"Bits per byte of {settings['data']} after {tokens:,} tokens: {said}."]
-    others = [(r.mechanism, r.difference) for r in ranked if r.difference is not None and r.difference.count > 1]
+    others = [
+        (r.mechanism, r.difference)
+        for r in ranked
+        if r.difference is not None and r.difference.count > 1
+    ]
     if others:
-        apart = [f"{name} ({difference.value:+.4f})" for name, difference in others if difference.differs_from_zero()]
-        lines.append(f"Different from {settings['baseline']} at 95% over the seeds: {', '.join(apart) or 'none'}.")
+        apart = [
+            f"{name} ({difference.value:+.4f})"
+            for name, difference in others
+            if difference.differs_from_zero()
+        ]
+        lines.append(
+            f"Different from {settings['baseline']} at 95% over the seeds:"
+            f" {', '.join(apart) or 'none'}."
+        )
     edge = [f"{result.mechanism} ({result.rate:g})" for result in found if result.at_edge]
     if edge:
-        lines.append(f"The best rate is at the end of the sweep, so a rate beyond it may be better: {', '.join(edge)}.")
+        lines.append(
+            "The best rate is at the end of the sweep, so a rate beyond it may be better:"
+            f" {', '.join(edge)}."
+        )
     return lines
 
 
 def _longer_context_lines(tested: list[Result], context: int) -> list[str]:
-    """The change of the loss on the same tokens, from windows as in training to the longest ones."""
+    """The change of the loss on the same tokens, from windows as in training to the longest
+    ones.
+    """
     lasts = [last for _, last, _ in tested[0].contexts] if tested else []
     if context not in lasts[:-1]:
         return []
     at = lasts.index(context)
     each = ", ".join(f"{r.mechanism} {r.contexts[-1][2] - r.contexts[at][2]:+.3f}" for r in tested)
     return [
-        f"Change of the loss on the same tokens, from windows of {context:,} tokens as in training to {lasts[-1]:,}: "
-        f"{each}."
+        f"Change of the loss on the same tokens, from windows of {context:,} tokens as in training"
+        f" to {lasts[-1]:,}: {each}."
     ]
 
 
 def _copying_lines(tested: list[Result], context: int) -> list[str]:
     """The relative loss on repeated spans, at the greatest distance within the training length."""
-    inside = [i for i, c in enumerate(tested[0].copying) if c[0] + 2 * c[3] <= context] if tested else []
+    inside = (
+        [i for i, c in enumerate(tested[0].copying) if c[0] + 2 * c[3] <= context] if tested else []
+    )
     if not inside:
         return []
     at = inside[-1]
     each = ", ".join(f"{r.mechanism} {r.copying[at][1] / r.copying[at][2]:.0%}" for r in tested)
     between = tested[0].copying[at][0]
-    return [f"Loss on a span that stands {between:,} tokens earlier as well, relative to one that does not: {each}."]
+    return [
+        f"Loss on a span that stands {between:,} tokens earlier as well, relative to one that does"
+        f" not: {each}."
+    ]
 
 
 def _final_table(found: list[Result], settings: dict[str, Any]) -> Table:
@@ -144,14 +183,19 @@ def _final_table(found: list[Result], settings: dict[str, Any]) -> Table:
 def _context_table(tested: list[Result]) -> Table:
     headings = ("mechanism", *(f"{a:,}–{b:,}" for a, b, _ in tested[0].contexts))
     rows = [(r.mechanism, *(f"{x:.3f}" for _, _, x in r.contexts)) for r in tested]
-    return Table("Bits per byte of the same tokens, by number of tokens before them", headings, rows)
+    return Table(
+        "Bits per byte of the same tokens, by number of tokens before them", headings, rows
+    )
 
 
 def _copying_table(tested: list[Result]) -> Table:
     headings = ("mechanism", *(f"{distance:,} between" for distance, *_ in tested[0].copying))
     rows = [(r.mechanism, *(f"{x:.3f} of {y:.3f}" for _, x, y, _ in r.copying)) for r in tested]
     span = tested[0].copying[0][3]
-    title = f"Bits per byte of repeated spans of {span} tokens and of the same, not repeated, by tokens between"
+    title = (
+        f"Bits per byte of repeated spans of {span} tokens and of the same, not repeated, by tokens"
+        " between"
+    )
     return Table(title, headings, rows)
 
 

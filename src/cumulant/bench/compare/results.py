@@ -1,4 +1,6 @@
-"""What the rows of `cumulant compare` say about each mechanism: its best rate, means over seeds, differences."""
+"""What the rows of `cumulant compare` say about each mechanism: its best rate, means over seeds,
+differences.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ T95 = {2: 12.7, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 1
 
 @dataclass(frozen=True)
 class Mean:
-    """The mean of `count` values and its standard error, which is nan for one value and where a run diverged."""
+    """The mean of `count` values and its standard error, which is nan for one value and where a run
+    diverged.
+    """
 
     value: float
     error: float
@@ -43,8 +47,10 @@ class Mean:
 class Result:
     """A mechanism with its best learning rate; losses are in bits per byte of the held-out text.
 
-    final: at the end of training. difference: from the baseline's run of the same seed. curve: by step, of each seed.
-    sweep: at the end by learning rate, from the first seed. cost, contexts, copying: see `work`; means over seeds.
+    final: at the end of training. difference: from the baseline's run of the same seed. curve: by
+        step, of each seed.
+    sweep: at the end by learning rate, from the first seed. cost, contexts, copying: see `work`;
+        means over seeds.
     """
 
     mechanism: str
@@ -72,7 +78,11 @@ def final_loss(run: Row) -> float:
 
 def losses_by_rate(runs: list[Row], mechanism: str) -> dict[float, float]:
     """The final loss by learning rate, from the first seed."""
-    return {run["learning_rate"]: final_loss(run) for run in runs if run["mechanism"] == mechanism and run["seed"] == 0}
+    return {
+        run["learning_rate"]: final_loss(run)
+        for run in runs
+        if run["mechanism"] == mechanism and run["seed"] == 0
+    }
 
 
 def best_rate(runs: list[Row], mechanism: str) -> float:
@@ -103,8 +113,14 @@ def results(rows: list[Row], baseline: str) -> list[Result]:
                 losses_by_rate(runs, name),
                 own[0]["parameters"],
                 costs[name],
-                [(int(a), int(b), x) for a, b, x, _ in _mean_table([row["contexts"] for row in asked])],
-                [(int(d), x, y, int(span)) for d, x, y, span in _mean_table([row["copying"] for row in asked])],
+                [
+                    (int(a), int(b), x)
+                    for a, b, x, _ in _mean_table([row["contexts"] for row in asked])
+                ],
+                [
+                    (int(d), x, y, int(span))
+                    for d, x, y, span in _mean_table([row["copying"] for row in asked])
+                ],
             )
         )
     return found
@@ -116,4 +132,7 @@ def _with_rate(rows: list[Row], mechanism: str, rate: float | None) -> list[Row]
 
 def _mean_table(tables: list[list[list[float]]]) -> list[list[float]]:
     """The mean of several tables, entry by entry."""
-    return [[statistics.fmean(cells) for cells in zip(*rows, strict=True)] for rows in zip(*tables, strict=True)]
+    return [
+        [statistics.fmean(cells) for cells in zip(*rows, strict=True)]
+        for rows in zip(*tables, strict=True)
+    ]

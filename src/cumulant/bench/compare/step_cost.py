@@ -14,8 +14,8 @@ from ...models import CumulantConfig, CumulantForCausalLM, cache_bytes
 
 @dataclass(frozen=True)
 class Cost:
-    """seconds: of a training step. kept_bytes: that it keeps for its backward pass. state_bytes: of the cache of one
-    sequence, after the context."""
+    """seconds: of a training step. kept_bytes: that it keeps for its backward pass. state_bytes: of
+    the cache of one sequence, after the context."""
 
     seconds: float
     kept_bytes: int
@@ -23,12 +23,23 @@ class Cost:
 
 
 def measure_costs(
-    configs: dict[str, CumulantConfig], *, batch: int, context: int, device: str = "cpu", rounds: int = 5
+    configs: dict[str, CumulantConfig],
+    *,
+    batch: int,
+    context: int,
+    device: str = "cpu",
+    rounds: int = 5,
 ) -> dict[str, Cost]:
-    """Medians of `rounds` steps. Mechanisms take turns, so that other programs slow all of them alike."""
+    """Medians of `rounds` steps. Mechanisms take turns, so that other programs slow all of them
+    alike.
+    """
     set_seed(0)
-    ids = torch.randint(next(iter(configs.values())).vocab_size, (batch, context + 1), device=device)
-    models = {name: CumulantForCausalLM(config).to(device).train() for name, config in configs.items()}
+    ids = torch.randint(
+        next(iter(configs.values())).vocab_size, (batch, context + 1), device=device
+    )
+    models = {
+        name: CumulantForCausalLM(config).to(device).train() for name, config in configs.items()
+    }
     optimizers = {name: torch.optim.AdamW(model.parameters()) for name, model in models.items()}
     times: dict[str, list[float]] = {name: [] for name in models}
     for _ in range(rounds + 1):
@@ -39,7 +50,11 @@ def measure_costs(
             optimizers[name].zero_grad()
             times[name].append(_now(device) - start)
     return {
-        name: Cost(statistics.median(times[name][1:]), _kept_bytes(model, ids), _state_bytes(model, context))
+        name: Cost(
+            statistics.median(times[name][1:]),
+            _kept_bytes(model, ids),
+            _state_bytes(model, context),
+        )
         for name, model in models.items()
     }
 
@@ -73,5 +88,9 @@ def _kept_bytes(model: CumulantForCausalLM, ids: torch.Tensor) -> int:
 @torch.inference_mode()
 def _state_bytes(model: CumulantForCausalLM, context: int) -> int:
     cache = DynamicCache(config=model.config)
-    model.eval()(torch.zeros(1, context, dtype=torch.long, device=model.device), past_key_values=cache, use_cache=True)
+    model.eval()(
+        torch.zeros(1, context, dtype=torch.long, device=model.device),
+        past_key_values=cache,
+        use_cache=True,
+    )
     return cache_bytes(cache)

@@ -1,12 +1,16 @@
-"""`cumulant compare`: trains the mechanisms of a recipe on one text, and measures the trained models.
+"""`cumulant compare`: trains the mechanisms of a recipe on one text, and measures the trained
+models.
 
-Every mechanism is trained with all learning rates from the first seed, and with its best rate from the other seeds.
-Then the trained models are tested on their context. Each result is a row of the folder:
+Every mechanism is trained with all learning rates from the first seed, and with its best rate from
+the other seeds. Then the trained models are tested on their context. Each result is a row of the
+folder:
 
-- ``text``: its size, how many tokens of the held-out text are scored, and how many steps are trained.
+- ``text``: its size, how many tokens of the held-out text are scored, and how many steps are
+  trained.
 - ``cost``: `step_cost.Cost` of a mechanism, and how its model differs from the baseline's.
 - ``run``: ``heldout``, bits per byte of the held-out text by step.
-- ``context``: of a run with the best rate, ``contexts`` (`context.Stretch`) and ``copying`` (`context.Copying`).
+- ``context``: of a run with the best rate, ``contexts`` (`context.Stretch`) and ``copying``
+  (`context.Copying`).
 """
 
 from __future__ import annotations
@@ -56,8 +60,8 @@ def run(
 ) -> Folder:
     """Train what the folder lacks, and draw the report, after an interruption as well.
 
-    The folder keeps its rows when more learning rates or seeds are asked for. scored: tokens of the held-out text at
-    most.
+    The folder keeps its rows when more learning rates or seeds are asked for. scored: tokens of the
+    held-out text at most.
     """
     pyplot()  # refuses before anything is trained
     place = choose_device(device)
@@ -65,7 +69,9 @@ def run(
     # the text is known by its name and digest, so that its file may be moved
     identity = {"data": Path(corpus.name).name, "digest": corpus.digest}
     settings = {"recipe": name, **recipe.settings(), **identity, "device": place}
-    folder = Folder.start(output, REPORT.command, settings, force=force, extends=("learning_rates", "seeds"))
+    folder = Folder.start(
+        output, REPORT.command, settings, force=force, extends=("learning_rates", "seeds")
+    )
     try:
         text, steps = _prepare_text(recipe, corpus, folder, scored)
         configs = {m.name: configuration(recipe, m, len(text.tokenizer)) for m in recipe.mechanisms}
@@ -76,26 +82,34 @@ def run(
     return folder
 
 
-def _prepare_text(recipe: Comparison, corpus: Corpus, folder: Folder, scored: int) -> tuple[Text, int]:
-    """The text as tokens, with the held-out part that is scored, and the number of training steps."""
+def _prepare_text(
+    recipe: Comparison, corpus: Corpus, folder: Folder, scored: int
+) -> tuple[Text, int]:
+    """The text as tokens, with the held-out part that is scored, and the number of training
+    steps.
+    """
     place = folder.path / "text"
     done = next((row for row in folder.rows() if row["row"] == "text"), None)
     if done is None:
         for old in (place, folder.path / "runs"):
             shutil.rmtree(old, ignore_errors=True)
-        tokenizer = train_bpe(corpus.train, recipe.vocabulary) if recipe.vocabulary else byte_tokenizer()
+        tokenizer = (
+            train_bpe(corpus.train, recipe.vocabulary) if recipe.vocabulary else byte_tokenizer()
+        )
         tokenizer.save_pretrained(place)
         write_tokens(place, corpus, tokenizer, context=recipe.context)
     tokenizer, (training, heldout) = load_tokenizer(place), read_tokens(place)
     if done is not None:
-        return Text(tokenizer, training, _first_tokens(heldout, done["heldout_tokens"], tokenizer)), int(done["steps"])
+        return Text(
+            tokenizer, training, _first_tokens(heldout, done["heldout_tokens"], tokenizer)
+        ), int(done["steps"])
     text = Text(tokenizer, training, _first_tokens(heldout, scored, tokenizer))
     windows = (len(text.train.ids) - 1) // recipe.context
     steps = recipe.steps or int(recipe.epochs * windows / (recipe.batch * recipe.accumulate))
     if steps < 1:
         raise ValueError(
-            f"data: {len(text.train.ids):,} tokens are not one step of {recipe.batch * recipe.accumulate} x "
-            f"{recipe.context}; pass more text"
+            f"data: {len(text.train.ids):,} tokens are not one step of"
+            f" {recipe.batch * recipe.accumulate} x {recipe.context}; pass more text"
         )
     sizes = {"tokens": len(text.train.ids), "heldout_tokens": len(text.heldout.ids) - 1}
     sizes |= {"bytes": text.train.text_bytes, "heldout_bytes": text.heldout.text_bytes}
@@ -133,8 +147,9 @@ class ComparisonRun:
     def run_all(self) -> None:
         recipe, text = self.recipe, self.text
         self.say(
-            f"{self.corpus.name}: {len(text.train.ids):,} tokens to train on, {text.heldout.text_bytes:,} bytes held "
-            f"out; {self.steps:,} steps of {recipe.step_tokens:,} tokens"
+            f"{self.corpus.name}: {len(text.train.ids):,} tokens to train on,"
+            f" {text.heldout.text_bytes:,} bytes held out; {self.steps:,} steps of"
+            f" {recipe.step_tokens:,} tokens"
         )
         if not self.rows_of("cost"):
             self.measure_costs()
@@ -148,13 +163,18 @@ class ComparisonRun:
         for seed in range(recipe.seeds):
             for name in mechanisms:
                 place = self.run_folder(name, best[name], seed) / f"checkpoint-{self.steps}"
-                if (name, best[name], seed) not in asked and place.is_dir():  # a run that diverged has none
+                if (
+                    name,
+                    best[name],
+                    seed,
+                ) not in asked and place.is_dir():  # a run that diverged has none
                     self.measure_context(name, best[name], seed)
 
     def runs_in_order(self) -> Iterator[tuple[str, float, int]]:
         """Runs (mechanism, learning rate, seed) in order: the sweep, then the other seeds.
 
-        All mechanisms are trained before the next rate or seed, so that they can be compared at any time.
+        All mechanisms are trained before the next rate or seed, so that they can be compared at any
+        time.
         """
         names = [m.name for m in self.recipe.mechanisms]
         for rate in self.recipe.learning_rates:
@@ -169,14 +189,23 @@ class ComparisonRun:
         found = measure_costs(self.configs, **sizes, device=self.device)
         base = self.configs[self.recipe.baseline]
         differs = {name: differences(config, base) for name, config in self.configs.items()}
-        rows = ({"mechanism": name, "differs": differs[name], **asdict(cost)} for name, cost in found.items())
+        rows = (
+            {"mechanism": name, "differs": differs[name], **asdict(cost)}
+            for name, cost in found.items()
+        )
         self.folder.append(*({"row": "cost", **row} for row in rows))
 
     def run_folder(self, name: str, rate: float, seed: int) -> Path:
-        return self.folder.path / "runs" / f"{name.replace(', ', '-').replace(' ', '-')}-{rate:g}-{seed}"
+        return (
+            self.folder.path
+            / "runs"
+            / f"{name.replace(', ', '-').replace(' ', '-')}-{rate:g}-{seed}"
+        )
 
     def train_model(self, mechanism: Mechanism, rate: float, seed: int) -> None:
-        """Train one model, from the start or from where an interruption left it, and write its row."""
+        """Train one model, from the start or from where an interruption left it, and write its
+        row.
+        """
         recipe, output = self.recipe, self.run_folder(mechanism.name, rate, seed)
         fields = {**recipe.shared, **mechanism.fields}
         options = TrainingOptions(
@@ -227,7 +256,10 @@ class ComparisonRun:
             }
         )
         took = f"{time.perf_counter() - start:.0f} s"
-        self.say(f"{mechanism.name}, rate {rate:g}, seed {seed}: {heldout[-1][1]:.4f} bits per byte, {took}")
+        self.say(
+            f"{mechanism.name}, rate {rate:g}, seed {seed}: {heldout[-1][1]:.4f} bits per byte,"
+            f" {took}"
+        )
 
     def append_diverged(self, name: str, rate: float, seed: int, what: str) -> None:
         with torch.device("meta"):
@@ -239,13 +271,21 @@ class ComparisonRun:
     def measure_context(self, name: str, rate: float, seed: int) -> None:
         """Measure how the trained model uses its context, and write the row."""
         recipe, text = self.recipe, self.text.heldout
-        model, _ = load_checkpoint(str(self.run_folder(name, rate, seed) / f"checkpoint-{self.steps}"), self.device)
+        model, _ = load_checkpoint(
+            str(self.run_folder(name, rate, seed) / f"checkpoint-{self.steps}"), self.device
+        )
         length = recipe.reach * recipe.context
         while length > len(text.ids) - 1:
             length //= 2
-        stretches = loss_by_context(model, text, self.text.tokenizer, length) if length >= SHORTEST else []
+        stretches = (
+            loss_by_context(model, text, self.text.tokenizer, length) if length >= SHORTEST else []
+        )
         distances = [d for d in self.copying_distances() if 4 * (d + SPAN) <= len(text.ids)]
-        copies = loss_on_copies(model, text, self.text.tokenizer, distances, span=SPAN) if distances else []
+        copies = (
+            loss_on_copies(model, text, self.text.tokenizer, distances, span=SPAN)
+            if distances
+            else []
+        )
         self.folder.append(
             {
                 "row": "context",
@@ -258,7 +298,9 @@ class ComparisonRun:
         )
 
     def copying_distances(self) -> list[int]:
-        """Distances of copied spans: powers of two times an eighth of the context, up to beyond it."""
+        """Distances of copied spans: powers of two times an eighth of the context, up to beyond
+        it.
+        """
         found, last = [], self.recipe.context * self.recipe.reach
         distance = max(self.recipe.context // 8, 1)
         while distance <= last:

@@ -10,8 +10,8 @@ from ..reports.folder import Row
 
 @dataclass(frozen=True)
 class Best:
-    """A mechanism at a width, with its best learning rate. accuracy: by number of pairs, mean and standard deviation
-    over the seeds."""
+    """A mechanism at a width, with its best learning rate. accuracy: by number of pairs, mean and
+    standard deviation over the seeds."""
 
     mechanism: str
     conv: bool
@@ -30,7 +30,9 @@ class Best:
 
 
 def best_rates(rows: list[Row]) -> list[Best]:
-    """For each mechanism and width, the learning rate with the highest mean accuracy at the most pairs."""
+    """For each mechanism and width, the learning rate with the highest mean accuracy at the most
+    pairs.
+    """
     groups: dict[tuple[str, bool, int], dict[float, list[Row]]] = {}
     for row in rows:
         rates = groups.setdefault((row["mechanism"], row["conv"], row["width"]), {})
@@ -38,8 +40,12 @@ def best_rates(rows: list[Row]) -> list[Best]:
     found = []
     for (mechanism, conv, width), rates in groups.items():
         candidates = [_summary(mechanism, conv, width, rate, own) for rate, own in rates.items()]
-        most = max(candidate.seeds for candidate in candidates)  # a rate that lacks seeds is not compared yet
-        found.append(max((c for c in candidates if c.seeds == most), key=lambda c: c.hardest_accuracy))
+        most = max(
+            candidate.seeds for candidate in candidates
+        )  # a rate that lacks seeds is not compared yet
+        found.append(
+            max((c for c in candidates if c.seeds == most), key=lambda c: c.hardest_accuracy)
+        )
     return found
 
 

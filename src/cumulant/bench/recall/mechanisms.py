@@ -19,8 +19,8 @@ from .task import Task
 
 @dataclass(frozen=True)
 class Mechanism:
-    """name, style: in tables and pictures. mixer: of both layers. fields: of the model's configuration. window: tokens
-    of a sliding window, in a third layer."""
+    """name, style: in tables and pictures. mixer: of both layers. fields: of the model's
+    configuration. window: tokens of a sliding window, in a third layer."""
 
     name: str
     style: Style
@@ -40,7 +40,12 @@ _MECHANISMS = (
     Mechanism("taylor-24", palette.NAVY, "taylor", {"taylor_head_dim": 24}),
     Mechanism("higher_order", palette.BROWN, "taylor", {"taylor_head_dim": 16, "qk_norm": True}),
     Mechanism("based", palette.VERMILION, "taylor", {"taylor_head_dim": 16}, window=16),
-    Mechanism("flash", palette.GREEN, "flash", {"group_size": 32, "query_key_dim": 32, "expansion_factor": 1.0}),
+    Mechanism(
+        "flash",
+        palette.GREEN,
+        "flash",
+        {"group_size": 32, "query_key_dim": 32, "expansion_factor": 1.0},
+    ),
     Mechanism("elita", palette.PINK, "elita"),
 )
 MECHANISMS = by_name(_MECHANISMS)
@@ -51,8 +56,9 @@ STYLES = {name: mechanism.style for name, mechanism in MECHANISMS.items()}
 class Setting:
     """One model and how it is trained.
 
-    mechanism: a name of `MECHANISMS`. conv: the first of its two layers is a short convolution instead of the
-    mechanism. learning_rate: of AdamW with weight decay 0.1, falling to 0 along a cosine. steps: of `batch` sequences.
+    mechanism: a name of `MECHANISMS`. conv: the first of its two layers is a short convolution
+    instead of the mechanism. learning_rate: of AdamW with weight decay 0.1, falling to 0 along a
+    cosine. steps: of `batch` sequences.
     """
 
     task: Task
@@ -66,7 +72,9 @@ class Setting:
 
 
 def build_model(setting: Setting) -> CumulantForCausalLM:
-    """A model of two layers (based: three, with its sliding window) of one head, without feed-forwards."""
+    """A model of two layers (based: three, with its sliding window) of one head, without
+    feed-forwards.
+    """
     mechanism = MECHANISMS[setting.mechanism]
     fields, mixers = dict(mechanism.fields), [mechanism.mixer, mechanism.mixer]
     if setting.conv:

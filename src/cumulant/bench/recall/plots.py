@@ -32,21 +32,31 @@ def _save(figure: Any, panels: dict[bool, Any], folder: Path, name: str) -> str:
 
 
 def _styles(found: list[Best]) -> dict[str, dict[str, Any]]:
-    return {name: style.line_options() for name, style in styles_for([b.mechanism for b in found], STYLES).items()}
+    return {
+        name: style.line_options()
+        for name, style in styles_for([b.mechanism for b in found], STYLES).items()
+    }
 
 
 def draw_state(found: list[Best], folder: Path) -> str:
     """Accuracy at the most pairs by bytes of state: a line for each mechanism over its widths."""
     ticker, styles = pyplot().matplotlib.ticker, _styles(found)
     most_pairs = list(found[0].accuracy)[-1]
-    figure, panels = _panels(found, f"accuracy at {most_pairs} pairs", xlabel="state after the context")
+    figure, panels = _panels(
+        found, f"accuracy at {most_pairs} pairs", xlabel="state after the context"
+    )
     least, most = min(b.state_bytes for b in found), max(b.state_bytes for b in found)
     steps = (1, 2, 5) if most < 200 * least else (1,)
     ticks = [x * 10**p for p in range(12) for x in steps if least / 1.5 <= x * 10**p <= most * 1.5]
     for conv, panel in panels.items():
         for name, style in styles.items():
-            own = sorted((b for b in found if b.mechanism == name and b.conv == conv), key=lambda b: b.state_bytes)
-            panel.plot([b.state_bytes for b in own], [b.hardest_accuracy for b in own], label=name, **style)
+            own = sorted(
+                (b for b in found if b.mechanism == name and b.conv == conv),
+                key=lambda b: b.state_bytes,
+            )
+            panel.plot(
+                [b.state_bytes for b in own], [b.hardest_accuracy for b in own], label=name, **style
+            )
         panel.xaxis.set_major_formatter(ticker.EngFormatter("B", sep=" "))
         panel.xaxis.set_minor_formatter(ticker.NullFormatter())
         panel.set_xticks(ticks)
@@ -65,7 +75,14 @@ def draw_pairs(found: list[Best], folder: Path) -> str:
             b = max(own, key=lambda b: b.hardest_accuracy)
             means, deviations = zip(*b.accuracy.values(), strict=True)
             pairs = [int(n) for n in b.accuracy]
-            panel.errorbar(pairs, means, yerr=deviations if b.seeds > 1 else None, capsize=3, label=name, **style)
+            panel.errorbar(
+                pairs,
+                means,
+                yerr=deviations if b.seeds > 1 else None,
+                capsize=3,
+                label=name,
+                **style,
+            )
         panel.set_xticks(pairs, [str(n) for n in pairs])
         panel.minorticks_off()
     return _save(figure, panels, folder, "recall_pairs")

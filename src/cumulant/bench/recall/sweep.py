@@ -1,7 +1,8 @@
 """`cumulant recall`: trains every mechanism of a sweep on the recall test.
 
-Each setting is one call of `training.train`. Runs are independent, with one thread each, and as many run at a time as
-there are workers. A report names, for each mechanism, the learning rate with the best mean over the seeds.
+Each setting is one call of `training.train`. Runs are independent, with one thread each, and as
+many run at a time as there are workers. A report names, for each mechanism, the learning rate with
+the best mean over the seeds.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ from .training import train_model
 class Sweep:
     """Each mechanism, at each width and learning rate, from each seed.
 
-    conv: whether the first layer is a short convolution. steps, length, vocabulary, pairs: see `Setting` and `Task`.
+    conv: whether the first layer is a short convolution. steps, length, vocabulary, pairs: see
+        `Setting` and `Task`.
     """
 
     mechanisms: tuple[str, ...] = tuple(MECHANISMS)
@@ -46,17 +48,23 @@ class Sweep:
     def __post_init__(self) -> None:
         for name in self.mechanisms:
             if name not in MECHANISMS:
-                raise ValueError(f"mechanism: expected one of {', '.join(MECHANISMS)}, got {name!r}")
+                raise ValueError(
+                    f"mechanism: expected one of {', '.join(MECHANISMS)}, got {name!r}"
+                )
         for name in ("seeds", "steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
         if not self.widths or min(self.widths) < 8 or any(width % 8 for width in self.widths):
             raise ValueError(f"width: expected multiples of 8, got {list(self.widths)}")
         if not (self.learning_rates and all(0 < rate < math.inf for rate in self.learning_rates)):
-            raise ValueError(f"learning_rate: expected numbers above 0, got {list(self.learning_rates)}")
+            raise ValueError(
+                f"learning_rate: expected numbers above 0, got {list(self.learning_rates)}"
+            )
 
     def settings(self) -> Iterator[Setting]:
-        """All settings of one seed before the next seed, so that a part of the sweep can be compared."""
+        """All settings of one seed before the next seed, so that a part of the sweep can be
+        compared.
+        """
         task = Task(self.length, self.vocabulary, self.pairs)
         orders = range(self.seeds), self.conv, self.widths, self.mechanisms, self.learning_rates
         for seed, conv, width, mechanism, rate in product(*orders):
@@ -67,8 +75,12 @@ FULL = Sweep()
 QUICK = Sweep(("softmax", "taylor-16", "linear"), conv=(True,), widths=(64,), seeds=2)
 
 
-def run(sweep: Sweep, output: str, *, workers: int, device: str, force: bool, console: Console) -> Folder:
-    """Train the models that the folder lacks, and draw the report, after an interruption as well."""
+def run(
+    sweep: Sweep, output: str, *, workers: int, device: str, force: bool, console: Console
+) -> Folder:
+    """Train the models that the folder lacks, and draw the report, after an interruption as
+    well.
+    """
     if workers < 1:
         raise ValueError(f"workers: expected at least 1, got {workers}")
     wanted = list(sweep.settings())
@@ -84,26 +96,40 @@ def run(sweep: Sweep, output: str, *, workers: int, device: str, force: bool, co
     return folder
 
 
-def _train_all(left: list[Setting], folder: Folder, workers: int, device: str, console: Console) -> None:
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_prepare_worker)
+def _train_all(
+    left: list[Setting], folder: Folder, workers: int, device: str, console: Console
+) -> None:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    pool = ProcessPoolExecutor(
+        workers, multiprocessing.get_context("spawn"), initializer=_prepare_worker
+    )
     with Progress(*columns, console=console) as progress:
         bar = progress.add_task("runs", total=len(left))
         try:
-            runs: dict[Future[Row], Setting] = {pool.submit(train_model, setting, device): setting for setting in left}
+            runs: dict[Future[Row], Setting] = {
+                pool.submit(train_model, setting, device): setting for setting in left
+            }
             for future in as_completed(runs):
                 setting = runs[future]
                 try:
                     row = {**asdict(setting), "device": device, **future.result()}
                 except (torch.OutOfMemoryError, MemoryError) as error:
-                    progress.print(f"{setting.mechanism}, width {setting.width}: out of memory, left out ({error})")
+                    progress.print(
+                        f"{setting.mechanism}, width {setting.width}: out of memory, left out"
+                        f" ({error})"
+                    )
                     continue
                 folder.append(row)
                 shown = ", ".join(f"{n} pairs {right:.0%}" for n, right in row["accuracy"].items())
                 conv = "" if setting.conv else " without convolution"
                 progress.print(
-                    f"{setting.mechanism}{conv}, width {setting.width}, rate {setting.learning_rate:g}, seed "
-                    f"{setting.seed}: {shown}",
+                    f"{setting.mechanism}{conv}, width {setting.width}, rate"
+                    f" {setting.learning_rate:g}, seed {setting.seed}: {shown}",
                     highlight=False,
                 )
                 progress.advance(bar)

@@ -1,8 +1,9 @@
 """Multi-query associative recall (Arora et al. 2023, "Zoology"): its sequences.
 
-A sequence states n pairs of a key and its value, then asks for each key once: ``k1 v1 … kn vn``, and behind them slots
-of two tokens. Each key stands again in one slot, in early slots more likely: slot g has the probability
-``p(g) ∝ (g + 1)^(a - 1)`` with a = 0.01. There the model is to predict the key's value. All other tokens are 0.
+A sequence states n pairs of a key and its value, then asks for each key once: ``k1 v1 … kn vn``,
+and behind them slots of two tokens. Each key stands again in one slot, in early slots more likely:
+slot g has the probability ``p(g) ∝ (g + 1)^(a - 1)`` with a = 0.01. There the model is to predict
+the key's value. All other tokens are 0.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ POWER = 0.01  # a
 
 @dataclass(frozen=True)
 class Task:
-    """Sequences of `length` tokens from a vocabulary of `vocabulary`; pairs: the numbers of pairs that they have."""
+    """Sequences of `length` tokens from a vocabulary of `vocabulary`; pairs: the numbers of pairs
+    that they have.
+    """
 
     length: int = 128
     vocabulary: int = 512
@@ -30,14 +33,20 @@ class Task:
             raise ValueError(f"pairs: expected numbers of at least 1, got {list(self.pairs)}")
         if self.length % 2 or 4 * max(self.pairs) > self.length:
             raise ValueError(
-                f"length: expected an even number of at least {4 * max(self.pairs)}, for {max(self.pairs)} pairs and "
-                f"as many questions, got {self.length}"
+                f"length: expected an even number of at least {4 * max(self.pairs)}, for"
+                f" {max(self.pairs)} pairs and as many questions, got {self.length}"
             )
         if max(self.pairs) > self.vocabulary // 2 - 1:
-            raise ValueError(f"vocabulary: {self.vocabulary} tokens hold no {max(self.pairs)} different keys")
+            raise ValueError(
+                f"vocabulary: {self.vocabulary} tokens hold no {max(self.pairs)} different keys"
+            )
 
-    def draw_sequences(self, rows: int, pairs: int, random: Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens ``[rows, length]``; positions of the questions, and their answers, ``[rows, pairs]``."""
+    def draw_sequences(
+        self, rows: int, pairs: int, random: Generator
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens ``[rows, length]``; positions of the questions, and their answers,
+        ``[rows, pairs]``.
+        """
         half = self.vocabulary // 2
 
         def different(first: int, last: int) -> np.ndarray:

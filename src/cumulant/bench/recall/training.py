@@ -21,22 +21,34 @@ ENOUGH = 0.999  # accuracy at all numbers of pairs, at which training stops
 def question_logits(model: CumulantForCausalLM, tokens: Tensor, places: Tensor) -> Tensor:
     """Logits at the positions of the questions: ``[rows, pairs, vocabulary]``."""
     hidden = model.model(input_ids=tokens, use_cache=False).last_hidden_state
-    logits: Tensor = model.logits(hidden.gather(1, places[..., None].expand(-1, -1, hidden.shape[2])))
+    logits: Tensor = model.logits(
+        hidden.gather(1, places[..., None].expand(-1, -1, hidden.shape[2]))
+    )
     return logits
 
 
 @torch.inference_mode()
-def measure_accuracy(model: CumulantForCausalLM, task: Task, pairs: int, seed: int, rows: int = 256) -> float:
-    """Share of the questions with the right answer, on sequences that are the same for all models of a seed."""
+def measure_accuracy(
+    model: CumulantForCausalLM, task: Task, pairs: int, seed: int, rows: int = 256
+) -> float:
+    """Share of the questions with the right answer, on sequences that are the same for all models
+    of a seed.
+    """
     tokens, places, values = (
-        x.to(model.device) for x in task.draw_sequences(rows, pairs, np.random.default_rng([seed, pairs, 1]))
+        x.to(model.device)
+        for x in task.draw_sequences(rows, pairs, np.random.default_rng([seed, pairs, 1]))
     )
-    right = [question_logits(model, *part).argmax(-1) for part in zip(tokens.split(64), places.split(64), strict=True)]
+    right = [
+        question_logits(model, *part).argmax(-1)
+        for part in zip(tokens.split(64), places.split(64), strict=True)
+    ]
     return float((torch.cat(right) == values).float().mean())
 
 
 def train_model(setting: Setting, device: str = "cpu", every: int = 200) -> dict[str, Any]:
-    """Train a model: its accuracy by number of pairs, size, state, time, and its accuracy during training."""
+    """Train a model: its accuracy by number of pairs, size, state, time, and its accuracy during
+    training.
+    """
     task = setting.task
     set_seed(setting.seed)
     model = build_model(setting).to(device)
@@ -46,9 +58,13 @@ def train_model(setting: Setting, device: str = "cpu", every: int = 200) -> dict
     started, curve, found = time.perf_counter(), [], {}
     for step in range(1, setting.steps + 1):
         pairs = task.pairs[step % len(task.pairs)]
-        tokens, places, values = (x.to(device) for x in task.draw_sequences(setting.batch, pairs, random))
+        tokens, places, values = (
+            x.to(device) for x in task.draw_sequences(setting.batch, pairs, random)
+        )
         model.train()
-        loss = F.cross_entropy(question_logits(model, tokens, places).flatten(0, 1), values.flatten())
+        loss = F.cross_entropy(
+            question_logits(model, tokens, places).flatten(0, 1), values.flatten()
+        )
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

@@ -35,17 +35,23 @@ def environment() -> dict[str, Any]:
 
 
 def revision() -> str | None:
-    """The commit that the package was run from, with a "+" if its files have changed since; None outside a checkout."""
+    """The commit that the package was run from, with a "+" if its files have changed since; None
+    outside a checkout.
+    """
 
     def git(*arguments: str) -> str:
         command = ["git", *arguments]
-        done = subprocess.run(command, cwd=PACKAGE, capture_output=True, text=True, check=True, timeout=10)
+        done = subprocess.run(
+            command, cwd=PACKAGE, capture_output=True, text=True, check=True, timeout=10
+        )
         return done.stdout.strip()
 
     try:
         if not git("ls-files", "--", "bench"):
             return None
-        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "--", ".") else "")
+        return git("rev-parse", "--short=12", "HEAD") + (
+            "+" if git("status", "--porcelain", "--", ".") else ""
+        )
     except (OSError, subprocess.SubprocessError):
         return None
 

@@ -1,7 +1,7 @@
 """The folder of a measurement: a file of JSON lines, from which plots and page are drawn.
 
-The first line says what was asked and on which machine. Each other line is a row of results. Rows are written as they
-come, so an interruption loses none.
+The first line says what was asked and on which machine. Each other line is a row of results. Rows
+are written as they come, so an interruption loses none.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ ROWS_FILE = "rows.jsonl"
 class Folder:
     """A folder that a command fills, or has filled.
 
-    kind: the command, such as "bench accuracy". settings: what it was asked. environment: see `environment`.
+    kind: the command, such as "bench accuracy". settings: what it was asked. environment: see
+        `environment`.
     lock: held by the process that started the folder, for as long as this object lives.
     """
 
@@ -38,12 +39,19 @@ class Folder:
 
     @classmethod
     def start(
-        cls, path: str, kind: str, settings: dict[str, Any], *, force: bool = False, extends: tuple[str, ...] = ()
+        cls,
+        path: str,
+        kind: str,
+        settings: dict[str, Any],
+        *,
+        force: bool = False,
+        extends: tuple[str, ...] = (),
     ) -> Folder:
         """A folder for the command `kind`, new or begun before.
 
-        Rows that the same command has written with the same settings are kept. `extends` names settings that may have
-        grown since (more seeds, more learning rates). With `force` the rows of any report are dropped.
+        Rows that the same command has written with the same settings are kept. `extends` names
+        settings that may have grown since (more seeds, more learning rates). With `force` the rows
+        of any report are dropped.
 
         Raises:
             ValueError: the folder holds other files, the rows of another measurement, or is in use.
@@ -62,8 +70,9 @@ class Folder:
                 return begun._with_settings(settings).note_environment()
             if begun.rows():
                 raise ValueError(
-                    f"output: {path} holds the report of another measurement ({begun.kind}, or the same with other "
-                    "settings); name another folder, or pass --force to replace it"
+                    f"output: {path} holds the report of another measurement ({begun.kind}, or the"
+                    " same with other settings); name another folder, or pass --force to"
+                    " replace it"
                 )
         new = cls(folder, kind, settings, environment(), lock)
         new._write("")
@@ -94,35 +103,52 @@ class Folder:
         return more
 
     def note_environment(self) -> Folder:
-        """Add a line if versions, revision or machine have changed since the last rows were written."""
+        """Add a line if versions, revision or machine have changed since the last rows were
+        written.
+        """
         now = environment()
-        if any(now[name] != value for name, value in self.environments()[-1].items() if name != "time" and name in now):
+        if any(
+            now[name] != value
+            for name, value in self.environments()[-1].items()
+            if name != "time" and name in now
+        ):
             self.append({"environment": now})
         return self
 
     def environments(self) -> list[dict[str, Any]]:
         """The environments of all rows, in the order of the rows."""
-        return [self.environment, *(row["environment"] for _, row in self._lines() if _is_environment(row))]
+        return [
+            self.environment,
+            *(row["environment"] for _, row in self._lines() if _is_environment(row)),
+        ]
 
     @classmethod
     def open(cls, path: str) -> Folder:
         """A folder that a command has filled.
 
         Raises:
-            ValueError: it has no file of rows, or the file's first line is not what a command writes.
+            ValueError: it has no file of rows, or the file's first line is not what a command
+                writes.
         """
         try:
             with (Path(path) / ROWS_FILE).open(encoding="utf-8") as lines:
                 header = json.loads(lines.readline())
             kind, settings, environment = header["kind"], header["settings"], header["environment"]
-            if not (isinstance(kind, str) and isinstance(settings, dict) and isinstance(environment, dict)):
+            if not (
+                isinstance(kind, str)
+                and isinstance(settings, dict)
+                and isinstance(environment, dict)
+            ):
                 raise TypeError("the first line is not what a command writes")
             return cls(Path(path), kind, settings, environment)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"folder: {path} is not the folder of a report: no readable {ROWS_FILE} in it") from error
+            raise ValueError(
+                f"folder: {path} is not the folder of a report: no readable {ROWS_FILE} in it"
+            ) from error
 
     def rows(self, required: Sequence[str] = ()) -> list[Row]:
-        """All rows; a line that was cut short is left out. required: fields that each row must have.
+        """All rows; a line that was cut short is left out. required: fields that each row must
+        have.
 
         Raises:
             ValueError: a line is not a row, or lacks a required field.
@@ -134,7 +160,8 @@ class Folder:
             missing = [name for name in required if name not in row]
             if missing:
                 raise ValueError(
-                    f"{self._line_name(number)} is no row of 'cumulant {self.kind}': it has no {missing[0]!r}"
+                    f"{self._line_name(number)} is no row of 'cumulant {self.kind}': it has no"
+                    f" {missing[0]!r}"
                 )
             found.append(row)
         return found
@@ -156,7 +183,9 @@ class Folder:
                 yield number, row
 
     def append(self, *rows: Row) -> None:
-        """Write rows; they are on the disk when this returns. A crash leaves all of them or none."""
+        """Write rows; they are on the disk when this returns. A crash leaves all of them or
+        none.
+        """
         path = self.path / ROWS_FILE
         with path.open("rb+") as lines:  # a line that was cut short must not swallow this one
             lines.seek(0, os.SEEK_END)

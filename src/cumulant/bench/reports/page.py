@@ -1,4 +1,6 @@
-"""A report as one self-contained HTML page: the answer, pictures and tables, and how it was made."""
+"""A report as one self-contained HTML page: the answer, pictures and tables, and how it was
+made.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ class Table:
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture of the folder. name: of the SVG file, without its suffix. caption: what it shows."""
+    """A picture of the folder. name: of the SVG file, without its suffix. caption: what it
+    shows.
+    """
 
     name: str
     caption: str
@@ -33,7 +37,9 @@ class Picture:
 
 @dataclass(frozen=True)
 class Page:
-    """answer: the result in sentences, which come first. notes: how the tables are to be read, and their limits."""
+    """answer: the result in sentences, which come first. notes: how the tables are to be read, and
+    their limits.
+    """
 
     title: str
     answer: list[str]
@@ -44,8 +50,8 @@ class Page:
 
 @dataclass(frozen=True)
 class Report:
-    """What a measurement's command leaves. command: that fills the folder. fields: of each of its rows. draw: writes
-    plots and page."""
+    """What a measurement's command leaves. command: that fills the folder. fields: of each of its
+    rows. draw: writes plots and page."""
 
     command: str
     fields: tuple[str, ...]
@@ -58,11 +64,15 @@ body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff }
 body { max-width: 60rem; margin: 0 auto; padding: 1rem }
 h1 { font-size: 1.5rem; line-height: 1.2 } h2 { font-size: 1.15rem; margin-top: 2rem }
 .answer { font-size: 1.1rem; border-left: .3rem solid #0072B2; padding-left: 1rem }
-.wide { overflow-x: auto } table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums }
-th, td { padding: .25rem .6rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap }
+.wide { overflow-x: auto }
+table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums }
+th, td { padding: .25rem .6rem; border-bottom: 1px solid #ddd; text-align: right;
+  white-space: nowrap }
 th:first-child, td:first-child { text-align: left } th { border-bottom: 2px solid #888 }
-.pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); gap: 1rem 2rem }
-figure { margin: 1rem 0 } figure img { width: 100%; max-width: 34rem } figcaption { color: #444; font-size: .9rem }
+.pictures { display: grid;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); gap: 1rem 2rem }
+figure { margin: 1rem 0 } figure img { width: 100%; max-width: 34rem }
+figcaption { color: #444; font-size: .9rem }
 footer { margin-top: 2rem; color: #444; font-size: .85rem }
 footer dt { font-weight: 600 } footer dd { margin: 0 0 .3rem }
 """
@@ -82,16 +92,24 @@ def write_page(folder: Folder, page: Page, console: Console | None = None) -> Pa
 
 def _html(folder: Folder, page: Page) -> str:
     text = html.escape
-    parts = [f"<h1>{text(page.title)}</h1>", *(f'<p class="answer">{text(line)}</p>' for line in page.answer)]
+    parts = [
+        f"<h1>{text(page.title)}</h1>",
+        *(f'<p class="answer">{text(line)}</p>' for line in page.answer),
+    ]
     parts.append('<div class="pictures">')
     for picture in page.pictures:
         caption, image = text(picture.caption), (folder.path / f"{picture.name}.svg").read_bytes()
         source = f"data:image/svg+xml;base64,{base64.b64encode(image).decode()}"
-        parts.append(f'<figure><img alt="{caption}" src="{source}"><figcaption>{caption}</figcaption></figure>')
+        parts.append(
+            f'<figure><img alt="{caption}"'
+            f' src="{source}"><figcaption>{caption}</figcaption></figure>'
+        )
     parts.append("</div>")
     for table in page.tables:
         head = "".join(f"<th>{text(cell)}</th>" for cell in table.headings)
-        body = "".join(f"<tr>{''.join(f'<td>{text(cell)}</td>' for cell in row)}</tr>" for row in table.rows)
+        body = "".join(
+            f"<tr>{''.join(f'<td>{text(cell)}</td>' for cell in row)}</tr>" for row in table.rows
+        )
         parts.append(
             f'<h2>{text(table.title)}</h2><div class="wide"><table><thead><tr>{head}</tr></thead>'
             f"<tbody>{body}</tbody></table></div>"
@@ -100,9 +118,15 @@ def _html(folder: Folder, page: Page) -> str:
     environments = folder.environments()
     facts = {"command": f"cumulant {folder.kind}", **environments[0], **folder.settings}
     for before, now in pairwise(environments):
-        changed = (f"{name} {value}" for name, value in now.items() if name != "time" and before.get(name) != value)
+        changed = (
+            f"{name} {value}"
+            for name, value in now.items()
+            if name != "time" and before.get(name) != value
+        )
         facts[f"from {now['time']} on"] = ", ".join(changed)
-    listed = "".join(f"<dt>{text(name)}</dt><dd>{text(_fact(value))}</dd>" for name, value in facts.items())
+    listed = "".join(
+        f"<dt>{text(name)}</dt><dd>{text(_fact(value))}</dd>" for name, value in facts.items()
+    )
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -118,7 +142,12 @@ def _fact(value: object) -> str:
 def _markdown(page: Page) -> str:
     lines = [f"# {page.title}", "", *page.answer, ""]
     for table in page.tables:
-        lines += [f"## {table.title}", "", f"| {' | '.join(table.headings)} |", "|---" * len(table.headings) + "|"]
+        lines += [
+            f"## {table.title}",
+            "",
+            f"| {' | '.join(table.headings)} |",
+            "|---" * len(table.headings) + "|",
+        ]
         lines += [f"| {' | '.join(row)} |" for row in table.rows]
         lines.append("")
     return "\n".join([*lines, *page.notes]).rstrip() + "\n"

@@ -1,7 +1,7 @@
 """Colours and markers of all pictures, so that a mechanism looks the same in each of them.
 
-A mechanism names its style where it is defined. Each colour here belongs to one marker, so that lines can also be told
-apart without colours.
+A mechanism names its style where it is defined. Each colour here belongs to one marker, so that
+lines can also be told apart without colours.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ VARIANTS = (("-", "full"), ("--", "none"), (":", "left"), ("-.", "top"))
 
 @dataclass(frozen=True)
 class Style:
-    """How a line is drawn. colour: as #rrggbb; marker, line, fill: matplotlib's marker, linestyle and fillstyle."""
+    """How a line is drawn. colour: as #rrggbb; marker, line, fill: matplotlib's marker, linestyle
+    and fillstyle.
+    """
 
     colour: str
     marker: str
@@ -25,7 +27,9 @@ class Style:
     fill: str = "full"
 
     def variant(self, number: int = 1) -> Style:
-        """The same colour and marker with another line: for the same mechanism with one difference."""
+        """The same colour and marker with another line: for the same mechanism with one
+        difference.
+        """
         line, fill = VARIANTS[number % len(VARIANTS)]
         return replace(self, line=line, fill=fill)
 
@@ -40,7 +44,8 @@ class Style:
         }
 
 
-# Okabe and Ito's colours, which the colour-blind can tell apart, and darker ones of the same families
+# Okabe and Ito's colours, which the colour-blind can tell apart, and darker ones of the same
+# families
 BLACK = Style("#000000", "o")
 GREY = Style("#999999", "v")
 SLATE = Style("#666666", "h")
@@ -56,7 +61,9 @@ PALETTE = (BLACK, BLUE, ORANGE, GREEN, PINK, VERMILION, SKY, GREY, BROWN, NAVY, 
 
 
 def styles_for(names: Iterable[str], known: Mapping[str, Style]) -> dict[str, Style]:
-    """A style for each name: the known one, or for names that this version does not know one that is still free."""
+    """A style for each name: the known one, or for names that this version does not know one that
+    is still free.
+    """
     names = list(dict.fromkeys(names))
     taken = {known[name] for name in names if name in known}
     variants = (style.variant(number) for number, style in product(range(len(VARIANTS)), PALETTE))
@@ -89,6 +96,9 @@ def by_name(drawn: Iterable[DrawnT]) -> dict[str, DrawnT]:
             if old.name == new.name:
                 raise ValueError(f"name: {new.name!r} is defined twice")
             if old.style == new.style:
-                raise ValueError(f"style: {old.name!r} and {new.name!r} share {new.style}; give one another style")
+                raise ValueError(
+                    f"style: {old.name!r} and {new.name!r} share {new.style}; give one another"
+                    " style"
+                )
         found[new.name] = new
     return found

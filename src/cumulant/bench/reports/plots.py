@@ -1,4 +1,6 @@
-"""What all pictures share: one panel a row, so that they can be read on a phone, and a legend above each panel."""
+"""What all pictures share: one panel a row, so that they can be read on a phone, and a legend above
+each panel.
+"""
 
 from __future__ import annotations
 
@@ -35,9 +37,16 @@ def pyplot() -> Any:
 
 
 def panel_column(count: int, *, height: float = 2.3, **options: Any) -> tuple[Any, list[Any]]:
-    """A figure and its panels, one below another. height: of a panel in inches. options: for ``subplots``."""
+    """A figure and its panels, one below another. height: of a panel in inches. options: for
+    ``subplots``.
+    """
     figure, axes = pyplot().subplots(
-        count, 1, figsize=(WIDTH, (height + OTHER_HEIGHT) * count), layout="constrained", squeeze=False, **options
+        count,
+        1,
+        figsize=(WIDTH, (height + OTHER_HEIGHT) * count),
+        layout="constrained",
+        squeeze=False,
+        **options,
     )
     panels = list(axes[:, 0])
     for panel in panels:
@@ -72,18 +81,25 @@ def _legend_columns(labels: Sequence[str]) -> int:
     for columns in range(len(labels), 1, -1):
         lines = math.ceil(len(labels) / columns)
         longest = [max(map(len, labels[i : i + lines])) for i in range(0, len(labels), lines)]
-        if len(longest) == columns and sum(HANDLE + LETTER * letters for letters in longest) <= LEGEND_WIDTH:
+        if (
+            len(longest) == columns
+            and sum(HANDLE + LETTER * letters for letters in longest) <= LEGEND_WIDTH
+        ):
             return columns
     return 1
 
 
 def label_ticks(axis: Any, ticks: Sequence[float], form: str = "{:g}") -> None:
-    """Ticks at these values alone. axis: ``panel.xaxis`` or ``panel.yaxis``, after its scale is set."""
+    """Ticks at these values alone. axis: ``panel.xaxis`` or ``panel.yaxis``, after its scale is
+    set.
+    """
     axis.set_ticks(ticks, [form.format(tick) for tick in ticks])
     axis.set_minor_locator(pyplot().matplotlib.ticker.NullLocator())
 
 
-def save_figure(figure: Any, folder: Path, name: str, suffixes: Sequence[str] = (".png", ".svg")) -> str:
+def save_figure(
+    figure: Any, folder: Path, name: str, suffixes: Sequence[str] = (".png", ".svg")
+) -> str:
     """Write the figure as PNG and SVG, or with the suffixes given; the name again."""
     for path in (folder / f"{name}{suffix}" for suffix in suffixes):
         metadata = {"Date": None} if path.suffix == ".svg" else None

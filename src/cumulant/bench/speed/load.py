@@ -11,7 +11,8 @@ import psutil
 class Load:
     """Counts from its creation on.
 
-    Times that agree do not show that a machine is busy, because a scheduler's time slices all have the same length.
+    Times that agree do not show that a machine is busy, because a scheduler's time slices all have
+    the same length.
     """
 
     def __init__(self) -> None:
@@ -24,6 +25,8 @@ class Load:
         return time.perf_counter(), busy - own.user - own.system
 
     def busy_processors(self) -> float:
-        """Mean number of processors that other processes, or other machines on the same hardware, took."""
+        """Mean number of processors that other processes, or other machines on the same hardware,
+        took.
+        """
         (before, taken), (after, then) = self._start, self._now()
         return max((then - taken) / max(after - before, 1e-9), 0.0)

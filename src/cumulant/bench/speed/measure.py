@@ -1,7 +1,8 @@
-"""`cumulant bench`: runs each mechanism in each pass at each length, and keeps its times and memory.
+"""`cumulant bench`: runs each mechanism in each pass at each length, and keeps its times and
+memory.
 
-A row is a cell (length, pass, mechanism). A cell that would take too long, as the shorter lengths say, or too much
-memory becomes a row that says so, and the measurement goes on.
+A row is a cell (length, pass, mechanism). A cell that would take too long, as the shorter lengths
+say, or too much memory becomes a row that says so, and the measurement goes on.
 """
 
 from __future__ import annotations
@@ -28,11 +29,14 @@ from .report import REPORT, report
 from .subjects import SUBJECTS, Shape, Subject
 from .verdicts import format_number
 
-# A cell is measured so often, with the other mechanisms between: the spread shows what else ran in the meantime.
+# A cell is measured so often, with the other mechanisms between: the spread shows what else ran in
+# the meantime.
 ROUNDS = 3
 
 
-def run(recipe: Recipe, output: str, *, device: str, threads: int, force: bool, console: Console) -> Folder:
+def run(
+    recipe: Recipe, output: str, *, device: str, threads: int, force: bool, console: Console
+) -> Folder:
     """Measure the cells that the folder lacks, and draw the report."""
     if threads < 0:
         raise ValueError(f"threads: expected at least 1, or 0 for all, got {threads}")
@@ -41,11 +45,17 @@ def run(recipe: Recipe, output: str, *, device: str, threads: int, force: bool, 
     pyplot()  # refuses before anything is measured
     settings = {**asdict(recipe), "device": device, "threads": torch.get_num_threads()}
     folder = Folder.start(output, REPORT.command, settings, force=force)
-    done = {(row["length"], row["pass"], row["mechanism"]): row for row in folder.rows(REPORT.fields)}
+    done = {
+        (row["length"], row["pass"], row["mechanism"]): row for row in folder.rows(REPORT.fields)
+    }
     try:
-        with Live(_progress_table(recipe, done, console), console=console, refresh_per_second=2) as live:
+        with Live(
+            _progress_table(recipe, done, console), console=console, refresh_per_second=2
+        ) as live:
             for group in recipe.groups():
-                rows = _measure_group(recipe, [cell for cell in group if cell not in done], device, done)
+                rows = _measure_group(
+                    recipe, [cell for cell in group if cell not in done], device, done
+                )
                 folder.append(*rows.values())
                 done |= rows
                 live.update(_progress_table(recipe, done, console))
@@ -55,11 +65,15 @@ def run(recipe: Recipe, output: str, *, device: str, threads: int, force: bool, 
     return folder
 
 
-def _measure_group(recipe: Recipe, cells: list[Cell], device: str, done: dict[Cell, Row]) -> dict[Cell, Row]:
-    """A row for each cell. Cells are measured in turn, `ROUNDS` times; a cell whose runs are long is measured once, as
-    disturbances are shorter than its runs."""
+def _measure_group(
+    recipe: Recipe, cells: list[Cell], device: str, done: dict[Cell, Row]
+) -> dict[Cell, Row]:
+    """A row for each cell. Cells are measured in turn, `ROUNDS` times; a cell whose runs are long
+    is measured once, as disturbances are shorter than its runs."""
     load = Load()
-    found: dict[Cell, list[Row]] = {cell: [_measure_cell(recipe, cell, device, done)] for cell in cells}
+    found: dict[Cell, list[Row]] = {
+        cell: [_measure_cell(recipe, cell, device, done)] for cell in cells
+    }
     for _ in range(ROUNDS - 1):
         for cell, rows in found.items():
             if rows[-1]["status"] == "measured" and min(rows[-1]["times"]) < recipe.budget:
@@ -68,18 +82,28 @@ def _measure_group(recipe: Recipe, cells: list[Cell], device: str, done: dict[Ce
     return {cell: {**_merge_rounds(rows), "others": others} for cell, rows in found.items()}
 
 
-def _measure_cell(recipe: Recipe, cell: Cell, device: str, done: dict[Cell, Row], with_memory: bool = True) -> Row:
-    """One round: the seconds of each run, and the memory of one if asked; or the reason why there are none."""
+def _measure_cell(
+    recipe: Recipe, cell: Cell, device: str, done: dict[Cell, Row], with_memory: bool = True
+) -> Row:
+    """One round: the seconds of each run, and the memory of one if asked; or the reason why there
+    are none.
+    """
     T, kind, mechanism = cell
     row: Row = {"length": T, "pass": kind, "mechanism": mechanism}
-    shape = Shape(recipe.batch, recipe.heads, T, recipe.dim, DTYPES[recipe.dtype].torch, device, recipe.causal)
+    shape = Shape(
+        recipe.batch, recipe.heads, T, recipe.dim, DTYPES[recipe.dtype].torch, device, recipe.causal
+    )
     expected = _expected_seconds(recipe, cell, done)
     if expected > recipe.seconds:
         why = "as at the length before" if expected == math.inf else f"about {expected:.0f} s a run"
         return {**row, "status": "too long", "why": why}
     needed, room = _least_bytes(shape, kind, mechanism), available_bytes(device)
     if room is not None and needed > 0.8 * room:
-        return {**row, "status": "out of memory", "why": f"about {needed / 2**30:.1f} GiB of {room / 2**30:.1f}"}
+        return {
+            **row,
+            "status": "out of memory",
+            "why": f"about {needed / 2**30:.1f} GiB of {room / 2**30:.1f}",
+        }
     try:
         times, peak = _run_times(recipe, shape, kind, mechanism, with_memory)
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
@@ -90,8 +114,8 @@ def _measure_cell(recipe: Recipe, cell: Cell, device: str, done: dict[Cell, Row]
 
 
 def _merge_rounds(rounds: list[Row]) -> Row:
-    """One row of all rounds. low, high: the least and the greatest median of a round; of one run, if there was one
-    round."""
+    """One row of all rounds. low, high: the least and the greatest median of a round; of one run,
+    if there was one round."""
     last = rounds[-1]
     if last["status"] != "measured":
         return last
@@ -109,10 +133,14 @@ def _merge_rounds(rounds: list[Row]) -> Row:
 
 
 def _expected_seconds(recipe: Recipe, cell: Cell, done: dict[Cell, Row]) -> float:
-    """Seconds that a run will take, as the longest shorter length says; infinite if that was too long itself."""
+    """Seconds that a run will take, as the longest shorter length says; infinite if that was too
+    long itself.
+    """
     T, kind, mechanism = cell
     before = [
-        row for row in done.values() if (row["pass"], row["mechanism"]) == (kind, mechanism) and row["length"] < T
+        row
+        for row in done.values()
+        if (row["pass"], row["mechanism"]) == (kind, mechanism) and row["length"] < T
     ]
     if not before:
         return 0.0
@@ -126,17 +154,25 @@ def _expected_seconds(recipe: Recipe, cell: Cell, done: dict[Cell, Row]) -> floa
 
 
 def _least_bytes(shape: Shape, kind: str, mechanism: str) -> float:
-    """Bytes that a run holds at least: inputs, outputs, gradients and, where all are kept, the T × T weights."""
+    """Bytes that a run holds at least: inputs, outputs, gradients and, where all are kept, the T ×
+    T weights.
+    """
     numbers = 4 * shape.B * shape.H * shape.T * shape.d * (2 if kind == "training" else 1)
-    weights = SUBJECTS[mechanism].weights * shape.B * shape.H * shape.T * (1 if kind == "decode" else shape.T)
+    weights = (
+        SUBJECTS[mechanism].weights
+        * shape.B
+        * shape.H
+        * shape.T
+        * (1 if kind == "decode" else shape.T)
+    )
     return float(numbers + weights) * torch.empty(0, dtype=shape.dtype).element_size()
 
 
 def _run_times(
     recipe: Recipe, shape: Shape, kind: str, mechanism: str, with_memory: bool = True
 ) -> tuple[list[float], int | None]:
-    """Seconds of each run after one that warms up, and bytes: the peak of a run, or what decoding keeps of the
-    context."""
+    """Seconds of each run after one that warms up, and bytes: the peak of a run, or what decoding
+    keeps of the context."""
     torch.manual_seed(0)
     subject = SUBJECTS[mechanism]
     if kind == "decode":
@@ -198,4 +234,6 @@ def _progress_table(recipe: Recipe, done: dict[Cell, Row], console: Console) -> 
 def _cell_text(row: Row | None) -> str:
     if row is None:
         return "not yet"
-    return format_number(row["median"] * 1e3, 3) if row["status"] == "measured" else str(row["status"])
+    return (
+        format_number(row["median"] * 1e3, 3) if row["status"] == "measured" else str(row["status"])
+    )

@@ -16,10 +16,16 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 def available_bytes(device: str) -> int | None:
     """Bytes that can still be allocated; None where the system does not tell."""
     if device.startswith("cuda"):
-        return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        return (
+            torch.cuda.mem_get_info()[0]
+            + torch.cuda.memory_reserved()
+            - torch.cuda.memory_allocated()
+        )
     try:
         lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+        return next(
+            int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")
+        )
     except (OSError, StopIteration):
         return None
 
@@ -28,7 +34,8 @@ def available_bytes(device: str) -> int | None:
 def peak_memory(device: str) -> Iterator[Callable[[], int | None]]:
     """Yields a function that returns the peak since the start, less the bytes at the start.
 
-    The bytes are the allocator's on CUDA and the process's on Linux; elsewhere the function returns None.
+    The bytes are the allocator's on CUDA and the process's on Linux; elsewhere the function returns
+    None.
     """
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()

@@ -19,7 +19,9 @@ def _styles(mechanisms: list[str]) -> dict[str, Style]:
 def _draw_lines(
     rows: list[Row], mechanisms: list[str], field: str, unit: float, label: str
 ) -> tuple[Any, dict[str, Any]]:
-    """A panel for each pass whose rows have the field, with a line for each mechanism, in `unit`s by length."""
+    """A panel for each pass whose rows have the field, with a line for each mechanism, in `unit`s
+    by length.
+    """
     styles = _styles(mechanisms)
     kinds = list(dict.fromkeys(row["pass"] for row in rows if row.get(field)))
     figure, axes = panel_column(len(kinds))
@@ -29,7 +31,10 @@ def _draw_lines(
             points = _points(rows, kind, name, field)
             if points:
                 panel.plot(
-                    [T for T, _ in points], [x / unit for _, x in points], label=name, **styles[name].line_options()
+                    [T for T, _ in points],
+                    [x / unit for _, x in points],
+                    label=name,
+                    **styles[name].line_options(),
                 )
         panel.set(xscale="log", yscale="log", xlabel="tokens", ylabel=label)
         lengths = sorted({row["length"] for row in rows if row["pass"] == kind and row.get(field)})
@@ -45,7 +50,11 @@ def _save(figure: Any, panels: dict[str, Any], folder: Path, name: str) -> str:
 
 def _points(rows: list[Row], kind: str, mechanism: str, field: str) -> list[tuple[int, float]]:
     """Length and value, by length, of a mechanism's rows that have the field."""
-    cells = (row for row in rows if (row["pass"], row["mechanism"]) == (kind, mechanism) and row.get(field))
+    cells = (
+        row
+        for row in rows
+        if (row["pass"], row["mechanism"]) == (kind, mechanism) and row.get(field)
+    )
     return sorted((row["length"], row[field]) for row in cells)
 
 

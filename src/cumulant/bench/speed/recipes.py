@@ -17,9 +17,9 @@ Cell = tuple[int, str, str]  # length, pass, mechanism
 class Recipe:
     """Cells that are measured: each mechanism, in each pass, at each length.
 
-    batch: sequences. heads, dim: heads, and numbers in the value of one. repeats: runs of a cell at most, and at least
-    one. budget: seconds after which a cell is not run again, over all its rounds. seconds: the most that a single run
-    may take.
+    batch: sequences. heads, dim: heads, and numbers in the value of one. repeats: runs of a cell at
+    most, and at least one. budget: seconds after which a cell is not run again, over all its
+    rounds. seconds: the most that a single run may take.
     """
 
     mechanisms: tuple[str, ...]
@@ -72,12 +72,21 @@ RECIPES = {
     "fair": Recipe(FAIR, PASSES, tuple(2**p for p in range(7, 21))),
     # What `impl="auto"` takes, beside PyTorch's operations. It should be slower at no length.
     "implementations": Recipe(
-        (BASELINE, *(f"{name}{impl}" for name in FAIR if f"{name}, torch" in SUBJECTS for impl in ("", ", torch"))),
+        (
+            BASELINE,
+            *(
+                f"{name}{impl}"
+                for name in FAIR
+                if f"{name}, torch" in SUBJECTS
+                for impl in ("", ", torch")
+            ),
+        ),
         PASSES,
         tuple(2**p for p in range(4, 15, 2)),
     ),
-    # "Linear Attention Is All You Need": one layer, d = 64, batch 32, forward, on a T4; mean and deviation of 100 runs.
-    # Its softmax keeps all weights in memory. PyTorch's fused softmax and Taylor attention are measured beside it.
+    # "Linear Attention Is All You Need": one layer, d = 64, batch 32, forward, on a T4; mean and
+    # deviation of 100 runs. Its softmax keeps all weights in memory. PyTorch's fused softmax and
+    # Taylor attention are measured beside it.
     "blog": Recipe(
         ("naive softmax", "softmax", "linear", "taylor"),
         ("forward",),

@@ -1,8 +1,9 @@
-"""What `cumulant bench` measures: each mechanism as a function of tensors, its inputs, and its step.
+"""What `cumulant bench` measures: each mechanism as a function of tensors, its inputs, and its
+step.
 
-A new mechanism is one class and one entry of `_MECHANISMS`. Each is the attention of one layer with H heads, whose
-values have d numbers. Queries and keys have d numbers as well, but 16 in Taylor attention, and 128 in FLASH, whose one
-head holds the values of all heads.
+A new mechanism is one class and one entry of `_MECHANISMS`. Each is the attention of one layer with
+H heads, whose values have d numbers. Queries and keys have d numbers as well, but 16 in Taylor
+attention, and 128 in FLASH, whose one head holds the values of all heads.
 """
 
 from __future__ import annotations
@@ -37,16 +38,20 @@ class Shape:
     causal: bool = True
 
     def random(self, heads: int, size: int, tokens: int | None = None) -> Tensor:
-        """``[B, heads, T, size]``, the heads of a token side by side in memory as projections leave them."""
+        """``[B, heads, T, size]``, the heads of a token side by side in memory as projections leave
+        them.
+        """
         shape = (self.B, self.T if tokens is None else tokens, heads, size)
         return torch.randn(shape, dtype=self.dtype, device=self.device).transpose(1, 2)
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A mechanism that is measured. name, style: in tables and pictures. fair: it is part of the recipe "fair".
+    """A mechanism that is measured. name, style: in tables and pictures. fair: it is part of the
+    recipe "fair".
 
-    quadratic: its time grows as T². weights: numbers of a T × T matrix that it holds at once, for each head.
+    quadratic: its time grows as T². weights: numbers of a T × T matrix that it holds at once, for
+        each head.
     """
 
     name: str
@@ -63,7 +68,9 @@ class Subject:
         raise NotImplementedError
 
     def step(self, shape: Shape) -> tuple[Callable[[], Any], int]:
-        """A function that computes one more token behind a context of T, and the bytes that the context takes."""
+        """A function that computes one more token behind a context of T, and the bytes that the
+        context takes.
+        """
         raise NotImplementedError
 
 
@@ -136,12 +143,18 @@ class Flash(Recurrent):
         return *(shape.random(1, 128) for _ in range(4)), shape.random(1, shape.H * shape.d)
 
     def call(self, inputs: tuple[Tensor, ...], causal: bool, **options: Any) -> Any:
-        return mixed_chunk_attention(*inputs, group_size=GROUP, is_causal=causal, impl=self.impl, **options)
+        return mixed_chunk_attention(
+            *inputs, group_size=GROUP, is_causal=causal, impl=self.impl, **options
+        )
 
     def step(self, shape: Shape) -> tuple[Callable[[], Any], int]:
-        """A step behind a group that is half full: its time grows with the group. Short contexts are used whole."""
+        """A step behind a group that is half full: its time grows with the group. Short contexts
+        are used whole.
+        """
         half = GROUP // 2
-        return super().step(replace(shape, T=max(shape.T // GROUP * GROUP - half, min(shape.T, half))))
+        return super().step(
+            replace(shape, T=max(shape.T // GROUP * GROUP - half, min(shape.T, half)))
+        )
 
 
 class Elita(Recurrent):

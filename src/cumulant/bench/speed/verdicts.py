@@ -1,7 +1,8 @@
 """Sentences about measured times, where the measurements are clear enough for one.
 
-The time of a cell is an interval, from the least to the greatest median of its rounds. A mechanism is faster than
-another where the intervals do not overlap. Where they are too wide to tell, the sentence says so.
+The time of a cell is an interval, from the least to the greatest median of its rounds. A mechanism
+is faster than another where the intervals do not overlap. Where they are too wide to tell, the
+sentence says so.
 """
 
 from __future__ import annotations
@@ -14,14 +15,17 @@ from ..reports.folder import Row
 PASSES = ("forward", "training", "decode")  # training: forward and backward; decode: one more token
 BASELINE = "softmax"
 SCATTER = 1.5  # greatest over least time of a cell, above which it tells nothing
-OTHERS = 0.25  # processors that other processes take, above which times tell nothing, however well they agree
+# processors that other processes take, above which times tell nothing, however well they agree
+OTHERS = 0.25
 CANNOT_TELL = "these measurements scatter too much to tell; close other programs"
 
 Interval = tuple[float, float]
 
 
 def time_interval(row: Row) -> Interval:
-    """The row's times. A row of an earlier version, which had no rounds: a deviation around its median."""
+    """The row's times. A row of an earlier version, which had no rounds: a deviation around its
+    median.
+    """
     if "low" in row:
         return float(row["low"]), float(row["high"])
     deviation = float(row.get("deviation") or 0.0)
@@ -31,7 +35,9 @@ def time_interval(row: Row) -> Interval:
 def compared_intervals(
     rows: list[Row], kind: str, mechanism: str, other: str = BASELINE
 ) -> list[tuple[int, Interval, Interval]]:
-    """The lengths at which both were measured, each with the interval of the mechanism and of the other."""
+    """The lengths at which both were measured, each with the interval of the mechanism and of the
+    other.
+    """
     found = {
         (row["length"], row["mechanism"]): time_interval(row)
         for row in rows
@@ -42,8 +48,8 @@ def compared_intervals(
 
 
 def overtaking_length(rows: list[Row], kind: str, mechanism: str) -> int | None:
-    """The least length from which the mechanism is clearly faster than softmax, at all lengths where both were
-    measured."""
+    """The least length from which the mechanism is clearly faster than softmax, at all lengths
+    where both were measured."""
     ahead = None
     for T, (_, most), (least, _) in reversed(compared_intervals(rows, kind, mechanism)):
         if most >= least:
@@ -53,7 +59,9 @@ def overtaking_length(rows: list[Row], kind: str, mechanism: str) -> int | None:
 
 
 def answers(rows: list[Row], mechanisms: list[str]) -> list[str]:
-    """For each pass, from which length each mechanism beats softmax, and by how much at the greatest common length."""
+    """For each pass, from which length each mechanism beats softmax, and by how much at the
+    greatest common length.
+    """
     found = []
     for kind in PASSES:
         others = [m for m in mechanisms if m != BASELINE and compared_intervals(rows, kind, m)]
@@ -62,13 +70,21 @@ def answers(rows: list[Row], mechanisms: list[str]) -> list[str]:
         if _is_scattered(rows, kind, [BASELINE, *others]):
             found.append(f"On this machine, {kind}: {CANNOT_TELL}.")
         else:
-            found.append(f"On this machine, {kind}: {'; '.join(_verdict(rows, kind, m) for m in others)}.")
-    return [*found, *_against_torch(rows, mechanisms)] or ["Nothing to compare with softmax was measured yet."]
+            found.append(
+                f"On this machine, {kind}: {'; '.join(_verdict(rows, kind, m) for m in others)}."
+            )
+    return [*found, *_against_torch(rows, mechanisms)] or [
+        "Nothing to compare with softmax was measured yet."
+    ]
 
 
 def _is_scattered(rows: list[Row], kind: str, mechanisms: list[str]) -> bool:
     """Whether half of a pass's cells scatter too much, or too much else ran beside half of them."""
-    cells = [r for r in rows if r["pass"] == kind and r["mechanism"] in mechanisms and r["status"] == "measured"]
+    cells = [
+        r
+        for r in rows
+        if r["pass"] == kind and r["mechanism"] in mechanisms and r["status"] == "measured"
+    ]
     spreads = [high / low if low > 0 else float("inf") for low, high in map(time_interval, cells)]
     others = statistics.median(float(row.get("others", 0.0)) for row in cells)
     return statistics.median(spreads) > SCATTER or others > OTHERS
@@ -78,14 +94,22 @@ def _verdict(rows: list[Row], kind: str, mechanism: str) -> str:
     T, own, softmax = compared_intervals(rows, kind, mechanism)[-1]
     ahead = overtaking_length(rows, kind, mechanism)
     if ahead:
-        return f"{mechanism} beats softmax from T = {ahead:,} ({_speed_ratio(own, softmax)} times as fast at {T:,})"
+        return (
+            f"{mechanism} beats softmax from T = {ahead:,} ({_speed_ratio(own, softmax)} times as"
+            f" fast at {T:,})"
+        )
     if own[0] > softmax[1]:
-        return f"{mechanism} does not beat softmax ({_speed_ratio(own, softmax)} times as fast at {T:,})"
+        return (
+            f"{mechanism} does not beat softmax ({_speed_ratio(own, softmax)} times as fast at"
+            f" {T:,})"
+        )
     return f"whether {mechanism} beats softmax, {CANNOT_TELL}"
 
 
 def _speed_ratio(own: Interval, other: Interval) -> str:
-    """The quotient of the times as text, from the least to the greatest that the intervals allow."""
+    """The quotient of the times as text, from the least to the greatest that the intervals
+    allow.
+    """
     least, most = other[0] / own[1], other[1] / max(own[0], 1e-12)
     low, high = format_number(least, 2), format_number(most, 2)
     if low != high:
@@ -94,18 +118,23 @@ def _speed_ratio(own: Interval, other: Interval) -> str:
 
 
 def _against_torch(rows: list[Row], mechanisms: list[str]) -> list[str]:
-    """Speed of the implementation that `auto` takes over that of PyTorch's operations: least and greatest of all
-    lengths."""
+    """Speed of the implementation that `auto` takes over that of PyTorch's operations: least and
+    greatest of all lengths."""
     parts = []
     for name, kind in product((m for m in mechanisms if f"{m}, torch" in mechanisms), PASSES):
-        ratios = {T: (other, own) for T, own, other in compared_intervals(rows, kind, name, f"{name}, torch")}
+        ratios = {
+            T: (other, own)
+            for T, own, other in compared_intervals(rows, kind, name, f"{name}, torch")
+        }
         if ratios and _is_scattered(rows, kind, [name, f"{name}, torch"]):
             parts.append(f"{name} {kind}: {CANNOT_TELL}")
         elif ratios:
             middle = {T: sum(other) / sum(own) for T, (other, own) in ratios.items()}
             least = min(middle, key=lambda T: middle[T])
             most = format_number(max(middle.values()), 2)
-            parts.append(f"{name} {kind} {format_number(middle[least], 2)} (at {least:,}) to {most}")
+            parts.append(
+                f"{name} {kind} {format_number(middle[least], 2)} (at {least:,}) to {most}"
+            )
     return [f"Times as fast as PyTorch's operations: {'; '.join(parts)}."] if parts else []
 
 

@@ -1,8 +1,10 @@
-"""The operations in plain PyTorch, chunk by chunk: O(T) time, differentiable any number of times in either mode.
+"""The operations in plain PyTorch, chunk by chunk: O(T) time, differentiable any number of times in
+either mode.
 
-Operators with hand-written backward passes know gradients of first order. Where more is asked for (tangents, gradients
-of gradients, anything nested under `torch.func`), these take their place, with the same inputs and specifications.
-Nothing is written in place and no value is read, but the bounds of packed sequences.
+Operators with hand-written backward passes know gradients of first order. Where more is asked for
+(tangents, gradients of gradients, anything nested under `torch.func`), these take their place, with
+the same inputs and specifications. Nothing is written in place and no value is read, but the bounds
+of packed sequences.
 """
 
 from __future__ import annotations

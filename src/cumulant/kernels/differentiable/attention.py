@@ -1,4 +1,6 @@
-"""Linear and Taylor attention: the polynomial of scores inside a chunk, features and sums across chunks."""
+"""Linear and Taylor attention: the polynomial of scores inside a chunk, features and sums across
+chunks.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +19,16 @@ CHUNK = 128
 
 
 def attention(inputs: AttentionInputs, spec: AttentionSpec) -> AttentionOutputs:
-    """Outputs and the state after all keys, its denominator also where outputs are not normalised."""
+    """Outputs and the state after all keys, its denominator also where outputs are not
+    normalised.
+    """
     run = partial(_attend, spec=spec)
     with without_autocast(inputs.query):
         if inputs.cu_seqlens is None:
             return run(inputs)
-        found: AttentionOutputs = each_sequence(run, inputs, ("query", "key", "value"), ("numerator", "denominator"))
+        found: AttentionOutputs = each_sequence(
+            run, inputs, ("query", "key", "value"), ("numerator", "denominator")
+        )
         return found
 
 
@@ -32,7 +38,11 @@ def _attend(inputs: AttentionInputs, spec: AttentionSpec) -> AttentionOutputs:
     (B, H, T, _), (G, tokens), V = query.shape, key.shape[1:3], value.shape[3]
     order, constant_term, chunk = spec.order, spec.constant_term, CHUNK
     dtype, hidden = inputs.dtype, None
-    q, k, v = _activate(query.to(dtype) * spec.scale, spec.activation), key.to(dtype), value.to(dtype)
+    q, k, v = (
+        _activate(query.to(dtype) * spec.scale, spec.activation),
+        key.to(dtype),
+        value.to(dtype),
+    )
     if key_mask is not None:
         hidden = ~key_mask[:, None, :, None]
         k, v = k.masked_fill(hidden, 0), v.masked_fill(hidden, 0)
@@ -59,7 +69,11 @@ def _attend(inputs: AttentionInputs, spec: AttentionSpec) -> AttentionOutputs:
         y, z = k.new_zeros(()), k.new_zeros(())
         if spec.is_causal:
             weights = _polynomial(part @ k[:, :, None, at].mT, order, constant_term)
-            weights = weights.tril() if hidden is None else weights.tril().masked_fill(hidden[:, :, None, at].mT, 0)
+            weights = (
+                weights.tril()
+                if hidden is None
+                else weights.tril().masked_fill(hidden[:, :, None, at].mT, 0)
+            )
             y, z = weights @ v[:, :, None, at], weights.sum(-1)
         if not spec.is_causal or start or not fresh:
             phi = _expand(part, order, constant_term)
@@ -95,7 +109,9 @@ def _polynomial(x: Tensor, order: int, constant_term: bool) -> Tensor:
 
 @lru_cache(maxsize=64)
 def _monomials(dim: int, degree: int) -> tuple[list[int], list[int], list[float]]:
-    """Of a degree, lexicographic: which monomial of one degree lower, which factor more, weight 1 / sqrt(Π m_i!)."""
+    """Of a degree, lexicographic: which monomial of one degree lower, which factor more, weight 1 /
+    sqrt(Π m_i!).
+    """
     lower = {m: i for i, m in enumerate(combinations_with_replacement(range(dim), degree - 1))}
     found = list(combinations_with_replacement(range(dim), degree))
     weights = [1 / math.sqrt(math.prod(math.factorial(m.count(i)) for i in set(m))) for m in found]

@@ -1,4 +1,6 @@
-"""ELiTA's attention: log-sums and means chunk by chunk, relative to the running maximum of the logits."""
+"""ELiTA's attention: log-sums and means chunk by chunk, relative to the running maximum of the
+logits.
+"""
 
 from __future__ import annotations
 
@@ -38,8 +40,8 @@ def attention(inputs: ElitaInputs, spec: ElitaSpec) -> ElitaOutputs:
 def _chunk(
     c: Tensor, v: Tensor, m: Tensor, u: Tensor, number: Tensor | None, before: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Log-sums ``[B,G,C]`` and means ``[B,G,C,V]`` after every token, from those before the chunk; with the number of
-    each token's sequence ``[C]``, and of the token before the chunk."""
+    """Log-sums ``[B,G,C]`` and means ``[B,G,C,V]`` after every token, from those before the chunk;
+    with the number of each token's sequence ``[C]``, and of the token before the chunk."""
     logits = torch.cat((m[..., None], c), -1)[:, :, None]  # what came before is one more key
     length = c.shape[-1]
     later = torch.ones(length, length + 1, dtype=torch.bool, device=c.device).triu(2)
@@ -47,7 +49,9 @@ def _chunk(
         first = number[:1] * 0 if before is None else before[None]
         later = later | (number[:, None] != torch.cat((first, number)))
     logits = logits.expand(-1, -1, length, -1).masked_fill(later, -torch.inf)
-    top = logits.detach().amax(-1, keepdim=True).clamp(min=torch.finfo(c.dtype).min)  # cancels, so it is a constant
+    top = (
+        logits.detach().amax(-1, keepdim=True).clamp(min=torch.finfo(c.dtype).min)
+    )  # cancels, so it is a constant
     weights = (logits - top).exp()
     total = weights.sum(-1, keepdim=True)
     empty = total == 0

@@ -33,7 +33,9 @@ def attention(inputs: GatedInputs, spec: GatedSpec) -> GatedOutputs:
             scale = inputs.scale if inputs.scale.shape[1] == 1 else inputs.scale[:, a:b]
             bias = None if inputs.bias is None else inputs.bias[..., : b - a, : b - a]
             outs.append(_attend(GatedInputs(q, k, v, scale, bias), spec))
-        outs.append(query.new_zeros(*query.shape[:2], query.shape[2] - bounds[-1], inputs.value.shape[3]))
+        outs.append(
+            query.new_zeros(*query.shape[:2], query.shape[2] - bounds[-1], inputs.value.shape[3])
+        )
         return GatedOutputs(torch.cat(outs, 2))
 
 
@@ -49,7 +51,9 @@ def _attend(inputs: GatedInputs, spec: GatedSpec) -> Tensor:
     for start in range(0, T, BLOCK):
         rows, end = slice(start, start + BLOCK), min(start + BLOCK, T) + S - T if is_causal else S
         scores = q[:, :, :, rows] @ k[:, :, :, :end].mT
-        weights = activate(spec.activation, scores if bias is None else scores + bias[:, :, :, rows, :end])
+        weights = activate(
+            spec.activation, scores if bias is None else scores + bias[:, :, :, rows, :end]
+        )
         if is_causal:
             weights = weights.tril(S - T + start)
         weights = dropout(weights, spec.dropout_p) if spec.dropout_p else weights

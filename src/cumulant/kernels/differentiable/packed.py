@@ -12,10 +12,14 @@ Inputs = TypeVar("Inputs", bound=Any)
 
 
 def each_sequence(
-    run: Callable[[Inputs], Any], inputs: Inputs, by_token: Sequence[str], by_sequence: Sequence[str] = ()
+    run: Callable[[Inputs], Any],
+    inputs: Inputs,
+    by_token: Sequence[str],
+    by_sequence: Sequence[str] = (),
 ) -> Any:
-    """``run(inputs)`` of each packed sequence by itself: outputs along T, zeros behind the last one; what else comes
-    out, along N. by_token, by_sequence: the inputs ``[1, heads, T, ...]`` and ``[N, ...]``."""
+    """``run(inputs)`` of each packed sequence by itself: outputs along T, zeros behind the last
+    one; what else comes out, along N. by_token, by_sequence: the inputs ``[1, heads, T, ...]`` and
+    ``[N, ...]``."""
     bounds = inputs.cu_seqlens.tolist()
     results = []
     for i, (a, b) in enumerate(pairwise(bounds)):

@@ -1,7 +1,8 @@
 """Linear and Taylor attention on the native kernels.
 
-The C++ walks each sequence a chunk at a time: the tokens' features are formed in the first cache, a slab at a time, and
-multiplied at once with the sums, so that memory is read and written once. See docs/kernels.md.
+The C++ walks each sequence a chunk at a time: the tokens' features are formed in the first cache, a
+slab at a time, and multiplied at once with the sums, so that memory is read and written once. See
+docs/kernels.md.
 """
 
 from __future__ import annotations
@@ -12,7 +13,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..spec import AttentionInputs, AttentionOutputs, AttentionSpec, feature_count, new_heads, sequence_count
+from ..spec import (
+    AttentionInputs,
+    AttentionOutputs,
+    AttentionSpec,
+    feature_count,
+    new_heads,
+    sequence_count,
+)
 from ..transforms import longest_sequence
 from . import library
 from .library import (
@@ -33,7 +41,8 @@ ACTIVATIONS = ("identity", "elu", "relu")
 CHUNK = 64
 SHORT_CHUNK = 48  # causal, without Taylor features: less is done inside chunks, beside small sums
 SPAN = 512
-# Features beyond which PyTorch's quadratic form, which needs none, is the faster one for so few tokens.
+# Features beyond which PyTorch's quadratic form, which needs none, is the faster one for so few
+# tokens.
 MANY, FEW_TOKENS = 600, 128
 
 
@@ -44,7 +53,9 @@ def obstacle(inputs: AttentionInputs, spec: AttentionSpec) -> str:
     if spec.order > MAX_ORDER:
         return f"its kernels go up to order {MAX_ORDER}, and this is order {spec.order}"
     if spec.order > 3 and math.comb(K + spec.order, spec.order) >= 2**31:
-        return f"its kernels go up to 2**31 features, and these are more: K = {K}, order {spec.order}"
+        return (
+            f"its kernels go up to 2**31 features, and these are more: K = {K}, order {spec.order}"
+        )
     return ""
 
 
@@ -63,7 +74,9 @@ def slower(inputs: AttentionInputs, spec: AttentionSpec) -> str:
 def prepared(inputs: AttentionInputs, spec: AttentionSpec) -> AttentionSpec:
     """In both directions the sums are there anyhow, and kept for the backward pass."""
     chunk = min(CHUNK, SHORT_CHUNK) if spec.is_causal and spec.order == 0 else CHUNK
-    return replace(spec, chunk=chunk, span=SPAN, returns_state=spec.returns_state or not spec.is_causal)
+    return replace(
+        spec, chunk=chunk, span=SPAN, returns_state=spec.returns_state or not spec.is_causal
+    )
 
 
 def describe(inputs: AttentionInputs, spec: AttentionSpec) -> str:
@@ -71,15 +84,22 @@ def describe(inputs: AttentionInputs, spec: AttentionSpec) -> str:
     length = longest_sequence(inputs.cu_seqlens, T)
     if length <= spec.chunk and spec.is_causal:
         return f"one block of {length} tokens, the quadratic form"
-    return f"chunks of {spec.chunk} tokens, {feature_count(K, spec.order, spec.constant_term)} features"
+    return (
+        f"chunks of {spec.chunk} tokens, {feature_count(K, spec.order, spec.constant_term)}"
+        " features"
+    )
 
 
 def _check(x: AttentionInputs, spec: AttentionSpec) -> None:
     """What the C++ takes for granted."""
     (B, H, T, K), (G, S), V = x.query.shape, x.key.shape[1:3], x.value.shape[-1]
-    check_inputs(query=(x.query, (B, H, T, K)), key=(x.key, (B, G, S, K)), value=(x.value, (B, G, S, V)))
+    check_inputs(
+        query=(x.query, (B, H, T, K)), key=(x.key, (B, G, S, K)), value=(x.value, (B, G, S, V))
+    )
     require(G > 0 and H % G == 0, "key", f"heads that divide query's {H}", G)
-    require(max(H * K, G * V, 1) < 2**31, "value", "fewer than 2**31 numbers a token", max(H * K, G * V))
+    require(
+        max(H * K, G * V, 1) < 2**31, "value", "fewer than 2**31 numbers a token", max(H * K, G * V)
+    )
     require(not spec.is_causal or T == S, "key", f"{T} tokens, as many as queries", S)
     if x.key_mask is not None:
         require(x.key_mask.shape == (B, S), "key_mask", str([B, S]), list(x.key_mask.shape))
@@ -102,17 +122,22 @@ class _Call(Arguments):
     def __init__(self, x: AttentionInputs, spec: AttentionSpec):
         _check(x, spec)
         (B, H, T, K), (_, G, S, _), V = x.query.shape, x.key.shape, x.value.shape[3]
-        super().__init__(torch.promote_types(torch.promote_types(x.query.dtype, x.key.dtype), x.value.dtype))
+        super().__init__(
+            torch.promote_types(torch.promote_types(x.query.dtype, x.key.dtype), x.value.dtype)
+        )
         F = feature_count(K, spec.order, spec.constant_term)
         self.sums = sequence_count(B, x.cu_seqlens), G, F
         self.check_sums(V, numerator=x.numerator, denominator=x.denominator)
         both = (x.numerator is None) == (x.denominator is None)
         require(not spec.normalize or both, "denominator", "with the numerator", x.denominator)
         a = self.attention = Attention(
-            B=B, N=self.sums[0], H=H, G=G, T=T, S=S, K=K, V=V, F=F, chunk=spec.chunk, span=spec.span,
+            B=B, N=self.sums[0], H=H, G=G, T=T, S=S, K=K, V=V, F=F, chunk=spec.chunk,
+            span=spec.span,
             type=TYPES[self.dtype], order=spec.order, constant_term=spec.constant_term,
-            activation=ACTIVATIONS.index(spec.activation), normalize=spec.normalize, is_causal=spec.is_causal,
-            threads=threads(max(T, S) * B * H * (F * V + spec.chunk * (K + V))), isa=instruction_set(),
+            activation=ACTIVATIONS.index(spec.activation), normalize=spec.normalize,
+            is_causal=spec.is_causal,
+            threads=threads(max(T, S) * B * H * (F * V + spec.chunk * (K + V))),
+            isa=instruction_set(),
             scale=spec.scale,
         )  # fmt: skip
         a.query, a.key, a.value = (self.array(t) for t in (x.query, x.key, x.value))
@@ -120,13 +145,19 @@ class _Call(Arguments):
             a.key_mask = self.pointer(x.key_mask, torch.bool)
         if x.cu_seqlens is not None:
             a.offsets = self.pointer(x.cu_seqlens.to("cpu"), torch.int64)
-        a.numerator, a.denominator = (self.pointer(s, self.sums_dtype) for s in (x.numerator, x.denominator))
+        a.numerator, a.denominator = (
+            self.pointer(s, self.sums_dtype) for s in (x.numerator, x.denominator)
+        )
 
     def check_sums(self, V: int, **sums: Tensor | None) -> None:
-        """Numerators ``[N, G, F, V]`` and denominators ``[N, G, F]``, by the ends of their names."""
+        """Numerators ``[N, G, F, V]`` and denominators ``[N, G, F]``, by the ends of their
+        names.
+        """
         for name, x in sums.items():
             if x is not None:
-                check_inputs(**{name: (x, (*self.sums, V) if name.endswith("numerator") else self.sums)})
+                check_inputs(
+                    **{name: (x, (*self.sums, V) if name.endswith("numerator") else self.sums)}
+                )
 
 
 def forward(inputs: AttentionInputs, spec: AttentionSpec) -> AttentionOutputs:
@@ -142,23 +173,39 @@ def forward(inputs: AttentionInputs, spec: AttentionSpec) -> AttentionOutputs:
 
 
 def backward(
-    upstream: AttentionOutputs, inputs: AttentionInputs, outputs: AttentionOutputs, spec: AttentionSpec
+    upstream: AttentionOutputs,
+    inputs: AttentionInputs,
+    outputs: AttentionOutputs,
+    spec: AttentionSpec,
 ) -> AttentionInputs:
     c, shape, V = _Call(inputs, spec), inputs.query.shape[:3], inputs.value.shape[3]
     a = c.attention
-    dout, dS, dz = upstream.out, upstream.final_numerator, upstream.final_denominator if spec.normalize else None
+    dout, dS, dz = (
+        upstream.out,
+        upstream.final_numerator,
+        upstream.final_denominator if spec.normalize else None,
+    )
     check_inputs(dout=(dout, (*shape, V)), out=(outputs.out, (*shape, V)))
     found = list(outputs.denominators.shape)
     require(not spec.normalize or found == list(shape), "denominators", list(shape), found)
     c.check_sums(V, dnumerator=dS, ddenominator=dz)
     a.out, a.dout = c.array(outputs.out, c.sums_dtype), c.array(dout, c.sums_dtype)
     a.denominators = c.pointer(outputs.denominators, c.sums_dtype)
-    a.dfinal_numerator, a.dfinal_denominator = c.pointer(dS, c.sums_dtype), c.pointer(dz, c.sums_dtype)
+    a.dfinal_numerator, a.dfinal_denominator = (
+        c.pointer(dS, c.sums_dtype),
+        c.pointer(dz, c.sums_dtype),
+    )
     if not spec.is_causal:
         S, z = outputs.final_numerator, outputs.final_denominator if spec.normalize else None
         c.check_sums(V, final_numerator=S, final_denominator=z)
-        a.final_numerator, a.final_denominator = c.pointer(S, c.sums_dtype), c.pointer(z, c.sums_dtype)
-    dq, dk, dv = (new_heads(t, t.shape[1], t.shape[3], c.dtype) for t in (inputs.query, inputs.key, inputs.value))
+        a.final_numerator, a.final_denominator = (
+            c.pointer(S, c.sums_dtype),
+            c.pointer(z, c.sums_dtype),
+        )
+    dq, dk, dv = (
+        new_heads(t, t.shape[1], t.shape[3], c.dtype)
+        for t in (inputs.query, inputs.key, inputs.value)
+    )
     new = torch.empty_like if spec.normalize else torch.zeros_like
     past = inputs.numerator, inputs.denominator
     dS0, dz0 = (None if s is None else new(s, memory_format=torch.contiguous_format) for s in past)

@@ -1,6 +1,7 @@
 """ELiTA's attention on the native kernels.
 
-They keep means for the backward pass, which walks backwards and would need a walk forwards of its own to form them.
+They keep means for the backward pass, which walks backwards and would need a walk forwards of its
+own to form them.
 """
 
 from __future__ import annotations
@@ -55,7 +56,12 @@ def _check(x: ElitaInputs, spec: ElitaSpec) -> None:
     require(logits in (torch.float32, torch.float64), "key_logit", "fp32 or fp64", logits)
     starts = None if x.first is None else list(x.first.shape)
     require(x.first is None or starts == [T], "first", [T], starts)
-    require((x.log_weight is None) == (x.mean is None), "mean", "a log-sum and a mean, or neither", x.mean)
+    require(
+        (x.log_weight is None) == (x.mean is None),
+        "mean",
+        "a log-sum and a mean, or neither",
+        x.mean,
+    )
     if x.past is not None:
         check_inputs(log_weight=(x.past[0], (B, G)), mean=(x.past[1], (B, G, V)))
     require(spec.span >= 1, "span", "at least 1", spec.span)
@@ -70,8 +76,10 @@ class _Call(Arguments):
         super().__init__(x.value.dtype)
         (B, G, T, V), H = x.value.shape, x.query_logit.shape[1]
         e = self.elita = Elita(
-            B=B, H=H, G=G, T=T, V=V, span=spec.span, type=TYPES[self.dtype], logits=TYPES[x.key_logit.dtype],
-            gates=TYPES[self.sums_dtype], threads=threads(B * H * T * (V + 16) * 8), isa=instruction_set(),
+            B=B, H=H, G=G, T=T, V=V, span=spec.span, type=TYPES[self.dtype],
+            logits=TYPES[x.key_logit.dtype],
+            gates=TYPES[self.sums_dtype], threads=threads(B * H * T * (V + 16) * 8),
+            isa=instruction_set(),
         )  # fmt: skip
         e.value = self.array(x.value)
         e.first = self.pointer(x.first, torch.bool)
@@ -95,16 +103,24 @@ def _forward(inputs: ElitaInputs, spec: ElitaSpec, y: ElitaOutputs) -> ElitaOutp
     if spec.block:
         y.means[:, :, inputs.value.shape[2] // spec.block :] = 0
         e.key_odds, e.own_odds, e.means = pointer(y.key_odds), pointer(y.own_odds), pointer(y.means)
-    e.key_logit, e.query_logit, e.self_logit = (c.pointer(x, inputs.key_logit.dtype) for x in logits)
+    e.key_logit, e.query_logit, e.self_logit = (
+        c.pointer(x, inputs.key_logit.dtype) for x in logits
+    )
     e.final_log_weight, e.final_mean = pointer(y.final_log_weight), pointer(y.final_mean)
     call("cumulant_elita_forward", e)
     return y
 
 
-def backward(upstream: ElitaOutputs, inputs: ElitaInputs, outputs: ElitaOutputs, spec: ElitaSpec) -> ElitaInputs:
+def backward(
+    upstream: ElitaOutputs, inputs: ElitaInputs, outputs: ElitaOutputs, spec: ElitaSpec
+) -> ElitaInputs:
     (B, G, T, V), H = inputs.value.shape, inputs.query_logit.shape[1]
     odds, means = (outputs.key_odds, outputs.own_odds), outputs.means
-    check_inputs(dout=(upstream.out, (B, H, T, V)), key_odds=(odds[0], (B, G, T)), own_odds=(odds[1], (B, H, T)))
+    check_inputs(
+        dout=(upstream.out, (B, H, T, V)),
+        key_odds=(odds[0], (B, G, T)),
+        own_odds=(odds[1], (B, H, T)),
+    )
     check_inputs(means=(means, (B, G, T // ELITA_BLOCK + 2, V)))
     dm, du = upstream.final_log_weight, upstream.final_mean
     for name, x, shape in (("dlog_weight", dm, (B, G)), ("dmean", du, (B, G, V))):

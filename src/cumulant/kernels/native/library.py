@@ -1,4 +1,6 @@
-"""The compiled kernels: finding and loading them, and the structs that cross the C boundary (`src/abi.hpp`)."""
+"""The compiled kernels: finding and loading them, and the structs that cross the C boundary
+(`src/abi.hpp`).
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,10 @@ class Attention(ctypes.Structure):
         *((name, _pointer) for name in ("key_mask", "offsets", "numerator", "denominator")),
         *((name, _pointer) for name in ("final_numerator", "final_denominator", "denominators")),
         *((name, Array) for name in ("dout", "dquery", "dkey", "dvalue")),
-        *((name, _pointer) for name in ("dfinal_numerator", "dfinal_denominator", "dnumerator", "ddenominator")),
+        *(
+            (name, _pointer)
+            for name in ("dfinal_numerator", "dfinal_denominator", "dnumerator", "ddenominator")
+        ),
     ]
 
 
@@ -53,7 +58,10 @@ class Elita(ctypes.Structure):
         *((name, _pointer) for name in ("key_odds", "own_odds", "means")),
         *((name, _pointer) for name in ("log_weight", "mean", "final_log_weight", "final_mean")),
         *((name, Array) for name in ("dout", "dvalue")),
-        *((name, _pointer) for name in ("dkey_logit", "dself_logit", "dfinal_log_weight", "dfinal_mean")),
+        *(
+            (name, _pointer)
+            for name in ("dkey_logit", "dself_logit", "dfinal_log_weight", "dfinal_mean")
+        ),
         *((name, _pointer) for name in ("dlog_weight", "dmean")),
     ]
 
@@ -61,14 +69,35 @@ class Elita(ctypes.Structure):
 class MixedChunk(ctypes.Structure):
     _fields_ = [
         *((name, _i64) for name in ("B", "N", "H", "G", "T", "K", "L", "V", "size", "span")),
-        *((name, _i32) for name in ("type", "activation", "is_causal", "summed", "biases", "threads", "isa")),
-        *((name, Array) for name in ("quad_query", "quad_key", "lin_query", "lin_key", "value", "out")),
-        *((name, _pointer) for name in ("index", "bounds", "open_quad_key", "open_lin_key", "open_value")),
+        *(
+            (name, _i32)
+            for name in ("type", "activation", "is_causal", "summed", "biases", "threads", "isa")
+        ),
+        *(
+            (name, Array)
+            for name in ("quad_query", "quad_key", "lin_query", "lin_key", "value", "out")
+        ),
+        *(
+            (name, _pointer)
+            for name in ("index", "bounds", "open_quad_key", "open_lin_key", "open_value")
+        ),
         *((name, _pointer) for name in ("bias", "bias_turned", "numerator")),
-        *((name, _pointer) for name in ("final_numerator", "final_quad_key", "final_lin_key", "final_value")),
-        *((name, Array) for name in ("dout", "dquad_query", "dquad_key", "dlin_query", "dlin_key", "dvalue")),
-        *((name, _pointer) for name in ("dfinal_numerator", "dfinal_quad_key", "dfinal_lin_key", "dfinal_value")),
-        *((name, _pointer) for name in ("dnumerator", "dopen_quad_key", "dopen_lin_key", "dopen_value")),
+        *(
+            (name, _pointer)
+            for name in ("final_numerator", "final_quad_key", "final_lin_key", "final_value")
+        ),
+        *(
+            (name, Array)
+            for name in ("dout", "dquad_query", "dquad_key", "dlin_query", "dlin_key", "dvalue")
+        ),
+        *(
+            (name, _pointer)
+            for name in ("dfinal_numerator", "dfinal_quad_key", "dfinal_lin_key", "dfinal_value")
+        ),
+        *(
+            (name, _pointer)
+            for name in ("dnumerator", "dopen_quad_key", "dopen_lin_key", "dopen_value")
+        ),
     ]
 
 
@@ -77,7 +106,10 @@ class Pointwise(ctypes.Structure):
         *((name, _i32) for name in ("operation", "threads", "isa", "back")),
         *((name, _i64) for name in ("B", "T", "H", "n", "taps")),
         *((name, Array) for name in ("x", "out", "dout", "dx")),
-        *((name, _pointer) for name in ("second", "weight", "tail", "dsecond", "dweight", "dtail", "factors")),
+        *(
+            (name, _pointer)
+            for name in ("second", "weight", "tail", "dsecond", "dweight", "dtail", "factors")
+        ),
         *((name, _pointer) for name in ("offset", "cosine", "sine")),
         ("angles", _i64),
         ("epsilon", ctypes.c_double),
@@ -112,7 +144,9 @@ def require(condition: bool, name: str, wanted: object, got: object) -> None:
 
 
 def check_inputs(**inputs: tuple[Tensor, tuple[int, ...]]) -> None:
-    """Numbers on the CPU, of these shapes, none of which is too large for 32 bits inside a token."""
+    """Numbers on the CPU, of these shapes, none of which is too large for 32 bits inside a
+    token.
+    """
     for name, (x, shape) in inputs.items():
         numbers = shape[1] * shape[3] if len(shape) == 4 else 0
         if x.dtype in TYPES and x.device.type == "cpu" and x.shape == shape and numbers < 2**31:
@@ -124,12 +158,16 @@ def check_inputs(**inputs: tuple[Tensor, tuple[int, ...]]) -> None:
 
 
 def materialized(x: Tensor) -> Tensor:
-    """The same numbers, as they stand in memory: not their negatives, and not zeros that take none."""
+    """The same numbers, as they stand in memory: not their negatives, and not zeros that take
+    none.
+    """
     return x.clone() if x.is_neg() or x._is_zerotensor() else x
 
 
 class Arguments:
-    """Tensors as the C++ reads them, kept alive for the call: of one dtype, rows of numbers that lie side by side."""
+    """Tensors as the C++ reads them, kept alive for the call: of one dtype, rows of numbers that
+    lie side by side.
+    """
 
     def __init__(self, dtype: torch.dtype):
         self.dtype, self.sums_dtype = dtype, accumulation_dtype(dtype)
@@ -163,7 +201,9 @@ STRUCTURES = (Array, Attention, Elita, MixedChunk, Pointwise, Instruction, Progr
 
 
 def expected_layout() -> str:
-    """Where the fields of all structs lie: a line each, as `cumulant_layout` in struct_layout.cpp says it."""
+    """Where the fields of all structs lie: a line each, as `cumulant_layout` in struct_layout.cpp
+    says it.
+    """
     lines = []
     for structure in STRUCTURES:
         names = [field[0] for field in structure._fields_]
@@ -183,7 +223,13 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     if sys.platform == "win32":
         return None, "its kernels are not built on Windows"
     if not PATH.exists():
-        return None, "its kernels were not compiled: no C++ compiler (GCC, Clang) when cumulant was installed"
+        return (
+            None,
+            (
+                "its kernels were not compiled: no C++ compiler (GCC, Clang) when cumulant was"
+                " installed"
+            ),
+        )
     try:
         library = ctypes.CDLL(os.fspath(PATH))
     except OSError as error:
@@ -198,7 +244,9 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
 
 
 def _openmp() -> int | None:
-    """The address by which torch's own OpenMP runtime starts threads, if that is one of GNU's kind."""
+    """The address by which torch's own OpenMP runtime starts threads, if that is one of GNU's
+    kind.
+    """
     path = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     try:
         loaded = ctypes.CDLL(os.fspath(path), mode=os.RTLD_NOLOAD | os.RTLD_LAZY)
@@ -219,18 +267,23 @@ def missing() -> str:
     return _load()[1]
 
 
-# What torch.compiler.assume_constant_result does, which would import all of torch.compile with this file.
+# What torch.compiler.assume_constant_result does, which would import all of torch.compile with this
+# file.
 missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @lru_cache(maxsize=1)
 def instructions() -> str:
-    """The instruction set whose kernels run: the widest this machine has, or what CUMULANT_ISA names."""
+    """The instruction set whose kernels run: the widest this machine has, or what CUMULANT_ISA
+    names.
+    """
     library = loaded()
     supported = [name for i, name in enumerate(INSTRUCTIONS) if library.cumulant_supports(i)]
     wanted = os.environ.get("CUMULANT_ISA") or supported[-1]
     if wanted not in supported:
-        raise ValueError(f"CUMULANT_ISA: expected one of {', '.join(supported)} on this machine, got {wanted!r}")
+        raise ValueError(
+            f"CUMULANT_ISA: expected one of {', '.join(supported)} on this machine, got {wanted!r}"
+        )
     return wanted
 
 
@@ -251,7 +304,9 @@ def loaded() -> ctypes.CDLL:
 
 
 def multiply_rate(threads: int, dtype: torch.dtype = torch.float32) -> float:
-    """Multiplications and additions a second that the vector units reach on so many threads, measured now."""
+    """Multiplications and additions a second that the vector units reach on so many threads,
+    measured now.
+    """
     rate = loaded().cumulant_multiply_rate
     rate.restype = ctypes.c_double
     return float(rate(TYPES[dtype], instruction_set(), threads))

@@ -34,7 +34,9 @@ ACTIVATIONS = ("relu2", "laplace")
 
 
 def obstacle(inputs: MixedChunkInputs, spec: MixedChunkSpec) -> str:
-    return library.obstacle(inputs.value) or ("its kernels have no dropout" if spec.dropout_p else "")
+    return library.obstacle(inputs.value) or (
+        "its kernels have no dropout" if spec.dropout_p else ""
+    )
 
 
 def prepared(inputs: MixedChunkInputs, spec: MixedChunkSpec) -> MixedChunkSpec:
@@ -48,10 +50,15 @@ def describe(inputs: MixedChunkInputs, spec: MixedChunkSpec) -> str:
 
 
 def _slots(
-    rows: int, tokens: int, key_mask: Tensor | None, cu_seqlens: Tensor | None, fill: Tensor | None, group_size: int
+    rows: int,
+    tokens: int,
+    key_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    fill: Tensor | None,
+    group_size: int,
 ) -> tuple[Tensor, Tensor]:
-    """What stands in each slot of every sequence, one sequence after another, and where each begins ``[N + 1]``:
-    the number of a token, or -1 - slot for one of the open group that came in."""
+    """What stands in each slot of every sequence, one sequence after another, and where each begins
+    ``[N + 1]``: the number of a token, or -1 - slot for one of the open group that came in."""
     fills = [0] * rows if fill is None else fill.tolist()
     if key_mask is None and cu_seqlens is None and len(set(fills)) == 1:
         place, old = torch.arange(rows * tokens), fills[0]
@@ -64,7 +71,10 @@ def _slots(
         N, owner = rows, place // max(tokens, 1)
         seen = torch.ones_like(place, dtype=torch.bool)
     else:
-        N, owner = cu_seqlens.shape[0] - 1, torch.searchsorted(cu_seqlens.long(), place, right=True) - 1
+        N, owner = (
+            cu_seqlens.shape[0] - 1,
+            torch.searchsorted(cu_seqlens.long(), place, right=True) - 1,
+        )
         seen = owner < cu_seqlens.shape[0] - 1
     if key_mask is not None:
         seen &= key_mask.flatten()
@@ -87,16 +97,22 @@ class _Call(Arguments):
         (B, H, T, K), (_, G, _, V), L = x.quad_query.shape, x.value.shape, x.lin_query.shape[3]
         g, biases = spec.group_size, 0 if x.bias is None else x.bias.shape[0]
         m = self.mixed_chunk = MixedChunk(
-            B=B, N=sequence_count(B, x.cu_seqlens), H=H, G=G, T=T, K=K, L=L, V=V, size=g, span=spec.span,
-            type=TYPES[x.value.dtype], activation=ACTIVATIONS.index(spec.activation), is_causal=spec.is_causal,
+            B=B, N=sequence_count(B, x.cu_seqlens), H=H, G=G, T=T, K=K, L=L, V=V, size=g,
+            span=spec.span,
+            type=TYPES[x.value.dtype], activation=ACTIVATIONS.index(spec.activation),
+            is_causal=spec.is_causal,
             summed=spec.is_causal or spec.reduce_groups, biases=biases,
             threads=threads(B * H * T * (2 * L * V + g * (K + V))), isa=instruction_set(),
         )  # fmt: skip
-        m.quad_query, m.quad_key, m.lin_query, m.lin_key, m.value = (self.array(t) for t in x.tokens)
+        m.quad_query, m.quad_key, m.lin_query, m.lin_key, m.value = (
+            self.array(t) for t in x.tokens
+        )
         fill = None if x.position is None else x.position.long() % g
         index, bounds = _slots(B, T, x.key_mask, x.cu_seqlens, fill, g)
         m.index, m.bounds = self.pointer(index, torch.int64), self.pointer(bounds, torch.int64)
-        m.numerator, m.open_quad_key, m.open_lin_key, m.open_value = (self.pointer(s, self.sums_dtype) for s in x.sums)
+        m.numerator, m.open_quad_key, m.open_lin_key, m.open_value = (
+            self.pointer(s, self.sums_dtype) for s in x.sums
+        )
         if x.bias is not None:
             m.bias = self.pointer(x.bias, self.sums_dtype)
             if T > 1:  # for one row of it a copy would cost more than it saves
@@ -105,7 +121,12 @@ class _Call(Arguments):
 
 def _check(x: MixedChunkInputs, spec: MixedChunkSpec) -> None:
     """What the C++ takes for granted."""
-    (B, H, T, K), (_, G, _, V), L, g = x.quad_query.shape, x.value.shape, x.lin_query.shape[3], spec.group_size
+    (B, H, T, K), (_, G, _, V), L, g = (
+        x.quad_query.shape,
+        x.value.shape,
+        x.lin_query.shape[3],
+        spec.group_size,
+    )
     check_inputs(
         quad_query=(x.quad_query, (B, H, T, K)),
         quad_key=(x.quad_key, (B, G, T, K)),
@@ -117,7 +138,12 @@ def _check(x: MixedChunkInputs, spec: MixedChunkSpec) -> None:
     require(0 < g < 2**31, "group_size", "at least 1, below 2**31", g)
     require(spec.activation in ACTIVATIONS, "activation", f"one of {ACTIVATIONS}", spec.activation)
     require(spec.span >= 1, "span", "at least 1", spec.span)
-    require(spec.is_causal or not spec.returns_state, "returns_state", "False, if not causal", spec.returns_state)
+    require(
+        spec.is_causal or not spec.returns_state,
+        "returns_state",
+        "False, if not causal",
+        spec.returns_state,
+    )
     if x.key_mask is not None:
         require(x.key_mask.shape == (B, T), "key_mask", [B, T], list(x.key_mask.shape))
     if x.bias is not None:
@@ -125,7 +151,12 @@ def _check(x: MixedChunkInputs, spec: MixedChunkSpec) -> None:
     if x.cu_seqlens is not None:
         bounds = x.cu_seqlens.tolist()
         rising = bounds == sorted(bounds) and len(bounds) > 0 and bounds[0] == 0 and bounds[-1] <= T
-        require(rising and B == 1, "cu_seqlens", f"offsets that rise from 0 to at most {T}, and B = 1", bounds)
+        require(
+            rising and B == 1,
+            "cu_seqlens",
+            f"offsets that rise from 0 to at most {T}, and B = 1",
+            bounds,
+        )
     names = ("numerator", "open_quad_key", "open_lin_key", "open_value")
     for name, s, shape in zip(names, x.sums, spec.state_shapes(x), strict=True):
         require((s is None) == (x.position is None), name, "all parts of the state or none", s)
@@ -142,13 +173,18 @@ def forward(inputs: MixedChunkInputs, spec: MixedChunkSpec) -> MixedChunkOutputs
         outputs.out.zero_()
     m.out = array(outputs.out)
     if spec.returns_state:
-        m.final_numerator, m.final_quad_key, m.final_lin_key, m.final_value = (pointer(s) for s in outputs.state)
+        m.final_numerator, m.final_quad_key, m.final_lin_key, m.final_value = (
+            pointer(s) for s in outputs.state
+        )
     call("cumulant_mixed_chunk_forward", m)
     return outputs
 
 
 def backward(
-    upstream: MixedChunkOutputs, inputs: MixedChunkInputs, outputs: MixedChunkOutputs, spec: MixedChunkSpec
+    upstream: MixedChunkOutputs,
+    inputs: MixedChunkInputs,
+    outputs: MixedChunkOutputs,
+    spec: MixedChunkSpec,
 ) -> MixedChunkInputs:
     c = _Call(inputs, spec)
     m, dstate = c.mixed_chunk, upstream.state

@@ -6,7 +6,17 @@ import torch
 from torch import Tensor
 
 from ..spec import new_heads
-from .library import Array, Pointwise, array, call, instruction_set, materialized, pointer, require, threads
+from .library import (
+    Array,
+    Pointwise,
+    array,
+    call,
+    instruction_set,
+    materialized,
+    pointer,
+    require,
+    threads,
+)
 
 OPERATIONS = (
     "swiglu_forward", "swiglu_backward", "rmsnorm_forward", "rmsnorm_backward", "convolve_forward",
@@ -42,7 +52,10 @@ def _ready(x: Tensor, *shape: int) -> Tensor:
     """Such a tensor of fp32 on the CPU, its last dimension's numbers side by side."""
     require(x.shape == shape, "a tensor", list(shape), list(x.shape))
     require(
-        x.dtype == torch.float32 and x.device.type == "cpu", "a tensor", "fp32 on the CPU", f"{x.dtype} on {x.device}"
+        x.dtype == torch.float32 and x.device.type == "cpu",
+        "a tensor",
+        "fp32 on the CPU",
+        f"{x.dtype} on {x.device}",
     )
     x = materialized(x)
     return x if x.stride(-1) == 1 else x.contiguous()
@@ -64,35 +77,52 @@ def swiglu_backward(x: Tensor, up: Tensor, dout: Tensor) -> tuple[Tensor, Tensor
     x, up, dout = _flat(x, *x.shape), _flat(up, *x.shape), _flat(dout, *x.shape)
     dx, dup = torch.empty_like(x), torch.empty_like(up)
     _run(
-        "swiglu_backward", x, B=1, T=1, n=x.numel(), x=x.view(-1), second=up, dout=dout.view(-1), dx=dx.view(-1),
+        "swiglu_backward", x, B=1, T=1, n=x.numel(), x=x.view(-1), second=up, dout=dout.view(-1),
+        dx=dx.view(-1),
         dsecond=dup,
     )  # fmt: skip
     return dx, dup
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, epsilon: float) -> tuple[Tensor, Tensor]:
-    """``x [B, T, n]`` over its root mean square, times ``weight [n]``; and the factors ``[B, T]``."""
+    """``x [B, T, n]`` over its root mean square, times ``weight [n]``; and the
+    factors ``[B, T]``.
+    """
     (B, T, n), x = x.shape, _ready(x, *x.shape)
     weight = None if weight is None else _flat(weight, n)
     out, factors = x.new_empty(B, T, n), x.new_empty(B, T)
-    _run("rmsnorm_forward", x, B=B, T=T, n=n, x=x, weight=weight, out=out, factors=factors, epsilon=epsilon)
+    _run(
+        "rmsnorm_forward",
+        x,
+        B=B,
+        T=T,
+        n=n,
+        x=x,
+        weight=weight,
+        out=out,
+        factors=factors,
+        epsilon=epsilon,
+    )
     return out, factors
 
 
-def rms_norm_backward(x: Tensor, weight: Tensor | None, factors: Tensor, dout: Tensor) -> tuple[Tensor, Tensor | None]:
+def rms_norm_backward(
+    x: Tensor, weight: Tensor | None, factors: Tensor, dout: Tensor
+) -> tuple[Tensor, Tensor | None]:
     (B, T, n), x, dout = x.shape, _ready(x, *x.shape), _ready(dout, *x.shape)
     factors, weight = _flat(factors, B, T), None if weight is None else _flat(weight, n)
     dx, dweight = x.new_empty(B, T, n), None if weight is None else x.new_empty(n)
     _run(
-        "rmsnorm_backward", x, B=B, T=T, n=n, taps=1, x=x, weight=weight, factors=factors, dout=dout, dx=dx,
+        "rmsnorm_backward", x, B=B, T=T, n=n, taps=1, x=x, weight=weight, factors=factors,
+        dout=dout, dx=dx,
         dweight=dweight,
     )  # fmt: skip
     return dx, dweight
 
 
 def convolve(x: Tensor, weight: Tensor, tail: Tensor | None, offset: Tensor | None) -> Tensor:
-    """``y_t = Σ_j weight[j] ⊙ x_{t-j}``: ``x [B, T, n]``, ``weight [taps, n]``, ``tail [B, taps - 1, n]``, ``offset
-    [T]``."""
+    """``y_t = Σ_j weight[j] ⊙ x_{t-j}``: ``x [B, T, n]``, ``weight [taps, n]``,
+    ``tail [B, taps - 1, n]``, ``offset [T]``."""
     inputs = _convolution(x, weight, tail, offset)
     out = x.new_empty(x.shape)
     _run("convolve_forward", x, out=out, **inputs)
@@ -110,23 +140,46 @@ def convolve_backward(
     return dx, dweight, dtail
 
 
-def _convolution(x: Tensor, weight: Tensor, tail: Tensor | None, offset: Tensor | None) -> dict[str, object]:
+def _convolution(
+    x: Tensor, weight: Tensor, tail: Tensor | None, offset: Tensor | None
+) -> dict[str, object]:
     (B, T, n), taps = x.shape, weight.shape[0]
     if offset is not None:
-        require(offset.shape == (T,) and offset.dtype == torch.int64, "offset", f"int64 [{T}]", list(offset.shape))
+        require(
+            offset.shape == (T,) and offset.dtype == torch.int64,
+            "offset",
+            f"int64 [{T}]",
+            list(offset.shape),
+        )
         offset = offset.contiguous()
     return {
-        "B": B, "T": T, "n": n, "taps": taps, "x": _ready(x, B, T, n), "weight": _flat(weight, taps, n),
+        "B": B, "T": T, "n": n, "taps": taps, "x": _ready(x, B, T, n), "weight": _flat(weight,
+        taps, n),
         "tail": None if tail is None else _flat(tail, B, taps - 1, n), "offset": offset,
     }  # fmt: skip
 
 
 def turn(x: Tensor, cosine: Tensor, sine: Tensor, back: bool) -> Tensor:
-    """Pairs of ``x [B, H, T, n]`` by angles whose cosines and sines are ``[T, n/2]`` or ``[B, T, n/2]``; or back."""
+    """Pairs of ``x [B, H, T, n]`` by angles whose cosines and sines are ``[T, n/2]`` or
+    ``[B, T, n/2]``; or back.
+    """
     B, H, T, n = x.shape
     shape = (B, T, n // 2) if cosine.dim() == 3 else (T, n // 2)
     x, cosine, sine = _ready(x, B, H, T, n), _flat(cosine, *shape), _flat(sine, *shape)
     out = new_heads(x, H, n)
     angles = T * (n // 2) if cosine.dim() == 3 else 0
-    _run("turn", x, B=B, T=T, H=H, n=n, back=back, x=x, out=out, cosine=cosine, sine=sine, angles=angles)
+    _run(
+        "turn",
+        x,
+        B=B,
+        T=T,
+        H=H,
+        n=n,
+        back=back,
+        x=x,
+        out=out,
+        cosine=cosine,
+        sine=sine,
+        angles=angles,
+    )
     return out

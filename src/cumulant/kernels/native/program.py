@@ -1,7 +1,8 @@
-"""Programs: one token through a whole layer in one call, for decoding, where Python would take longer than the numbers.
+"""Programs: one token through a whole layer in one call, for decoding, where Python would take
+longer than the numbers.
 
-A program is a list of instructions on vectors, which modules write once; it then runs token by token. fp32, without
-gradients.
+A program is a list of instructions on vectors, which modules write once; it then runs token by
+token. fp32, without gradients.
 """
 
 from __future__ import annotations
@@ -20,7 +21,16 @@ from .attention import ACTIVATIONS
 from .library import CHUNK, MAX_ORDER, Attention, Instruction, _pointer, call, instruction_set
 from .library import Program as Arguments
 
-OPERATIONS = ("norm", "matrix", "convolution", "shift", "rotary", "attend", "gate", "activate")  # as in abi.hpp
+OPERATIONS = (
+    "norm",
+    "matrix",
+    "convolution",
+    "shift",
+    "rotary",
+    "attend",
+    "gate",
+    "activate",
+)  # as in abi.hpp
 NORMS = ("rmsnorm", "layernorm", "scalenorm")
 ACTIVATED = ("swiglu", "gelu", "product")
 
@@ -58,7 +68,13 @@ class Program:
         return Vector(start, size)
 
     def norm(
-        self, x: Vector, kind: str, eps: float, weight: Tensor | None = None, bias: Tensor | None = None, heads: int = 1
+        self,
+        x: Vector,
+        kind: str,
+        eps: float,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        heads: int = 1,
     ) -> Vector:
         """Each head of x normalised."""
         size = x.size // heads
@@ -66,12 +82,25 @@ class Program:
         self._fits(bias, (size,))
         y = self.vector(x.size)
         self._add(
-            "norm", kind=NORMS.index(kind), source=x, target=y, n=heads, k=size, weight=weight, bias=bias, scalar=eps
+            "norm",
+            kind=NORMS.index(kind),
+            source=x,
+            target=y,
+            n=heads,
+            k=size,
+            weight=weight,
+            bias=bias,
+            scalar=eps,
         )
         return y
 
     def matrix(
-        self, x: Vector, weight: Tensor, bias: Tensor | None = None, to: Vector | None = None, add: bool = False
+        self,
+        x: Vector,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        to: Vector | None = None,
+        add: bool = False,
     ) -> Vector:
         """``W x + b``, to a new vector, or written (or added) to one."""
         n, k = weight.shape
@@ -93,7 +122,14 @@ class Program:
     def shift(self, x: Vector) -> Vector:
         """The second half of the numbers from the token before, ``[1, x.size // 2]``."""
         y, shifted = self.vector(x.size), x.size // 2
-        self._add("shift", source=x, target=y, n=x.size - shifted, k=shifted, state=self._state(1, shifted))
+        self._add(
+            "shift",
+            source=x,
+            target=y,
+            n=x.size - shifted,
+            k=shifted,
+            state=self._state(1, shifted),
+        )
         return y
 
     def rotate(self, x: Vector, dim: int, base: float) -> None:
@@ -115,7 +151,9 @@ class Program:
         scale: float,
         normalize: bool,
     ) -> Vector:
-        """Linear or Taylor attention; its states are the numerator ``[G, F, V]`` and, normalised, the denominator."""
+        """Linear or Taylor attention; its states are the numerator ``[G, F, V]`` and, normalised,
+        the denominator.
+        """
         K, V = query.size // heads, value.size // groups
         features = math.comb(K + order, order) if order else K
         sizes = query.size == heads * K and key.size == groups * K and value.size == groups * V
@@ -128,7 +166,8 @@ class Program:
         self._attention.append(
             Attention(
                 H=heads, G=groups, T=1, S=1, K=K, V=V, F=F, chunk=CHUNK, span=1, order=order,
-                constant_term=constant_term, activation=ACTIVATIONS.index(activation), normalize=normalize,
+                constant_term=constant_term, activation=ACTIVATIONS.index(activation),
+                normalize=normalize,
                 is_causal=True, scale=scale,
             )
         )  # fmt: skip
@@ -144,7 +183,9 @@ class Program:
     def activate(self, kind: str, x: Vector, up: Vector | None = None) -> Vector:
         """``silu(x) ⊙ up`` ("swiglu"), ``gelu(x)``, or ``x ⊙ up`` ("product")."""
         y = self.vector(x.size)
-        self._add("activate", kind=ACTIVATED.index(kind), source=x, second=up or x, target=y, n=x.size)
+        self._add(
+            "activate", kind=ACTIVATED.index(kind), source=x, second=up or x, target=y, n=x.size
+        )
         return y
 
     def end(self, output: Vector) -> None:
@@ -165,8 +206,11 @@ class Program:
                 return False
         return True
 
-    def run(self, x: Tensor, states: Sequence[Tensor], position: Tensor | None) -> tuple[Tensor, list[Tensor]]:
-        """``x [B, ..., dim]``, contiguous, at ``position [B]`` -> ``[B, output]`` and the new states.
+    def run(
+        self, x: Tensor, states: Sequence[Tensor], position: Tensor | None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """``x [B, ..., dim]``, contiguous, at ``position [B]`` -> ``[B, output]`` and the new
+        states.
 
         Only rotations need a position.
         """
@@ -178,7 +222,8 @@ class Program:
         pointers = _pointer * len(states)
         arguments = Arguments(
             rows, self._width, len(self._instructions), self.input.size, output.start, output.size,
-            torch.get_num_threads(), instruction_set(), self._written, at, x.data_ptr(), out.data_ptr(),
+            torch.get_num_threads(), instruction_set(), self._written, at, x.data_ptr(),
+            out.data_ptr(),
             pointers(*map(Tensor.data_ptr, states)), pointers(*map(Tensor.data_ptr, after)),
         )  # fmt: skip
         call("cumulant_program", arguments)
@@ -191,7 +236,11 @@ class Program:
     def _fits(self, weight: Tensor | None, shape: tuple[int, ...]) -> None:
         if weight is None:
             return
-        plain = type(weight) in (Tensor, Parameter) and weight.dtype == torch.float32 and weight.device.type == "cpu"
+        plain = (
+            type(weight) in (Tensor, Parameter)
+            and weight.dtype == torch.float32
+            and weight.device.type == "cpu"
+        )
         if not plain or not weight.is_contiguous() or weight.shape != shape:
             raise Unsuitable
         self._weights.append(weight)

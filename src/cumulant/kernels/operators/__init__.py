@@ -1,1 +1,3 @@
-"""The operations as PyTorch sees them: one operator each, with its gradients, in front of every implementation."""
+"""The operations as PyTorch sees them: one operator each, with its gradients, in front of every
+implementation.
+"""

@@ -21,7 +21,9 @@ OPERATOR = Operator(
 
 
 def attention(impl: str, inputs: AttentionInputs, spec: AttentionSpec) -> AttentionOutputs:
-    """The outputs by implementation `impl`, or where derivatives need it by a formula of plain operators."""
+    """The outputs by implementation `impl`, or where derivatives need it by a formula of plain
+    operators.
+    """
     if needs_formula(torch.compiler.is_compiling()):
         from ..differentiable.attention import attention as formula
 

@@ -8,8 +8,8 @@ from ..spec import ElitaInputs, ElitaOutputs, ElitaSpec
 from ..transforms import needs_formula
 from .operator import Operator
 
-# The logits are not read backwards. They are saved so that asking for gradients of these gradients is an error: without
-# them, those would be taken for zero.
+# The logits are not read backwards. They are saved so that asking for gradients of these gradients
+# is an error: without them, those would be taken for zero.
 OPERATOR = Operator(
     "elita_attention",
     "elita",
@@ -23,7 +23,9 @@ OPERATOR = Operator(
 
 
 def elita(impl: str, inputs: ElitaInputs, spec: ElitaSpec) -> ElitaOutputs:
-    """The outputs by implementation `impl`, or where derivatives need it by a formula of plain operators."""
+    """The outputs by implementation `impl`, or where derivatives need it by a formula of plain
+    operators.
+    """
     if needs_formula(torch.compiler.is_compiling()):
         from ..differentiable.elita import attention as formula
 

@@ -19,7 +19,9 @@ OPERATOR = Operator(
 
 
 def gated(impl: str, inputs: GatedInputs, spec: GatedSpec) -> GatedOutputs:
-    """The output by implementation `impl`, or where derivatives need it by a formula of plain operators."""
+    """The output by implementation `impl`, or where derivatives need it by a formula of plain
+    operators.
+    """
     if needs_formula(torch.compiler.is_compiling()):
         from ..differentiable.gated import attention as formula
 

@@ -23,7 +23,9 @@ OPERATOR = Operator(
 
 
 def mixed_chunk(impl: str, inputs: MixedChunkInputs, spec: MixedChunkSpec) -> MixedChunkOutputs:
-    """The outputs by implementation `impl`, or where derivatives need it by a formula of plain operators."""
+    """The outputs by implementation `impl`, or where derivatives need it by a formula of plain
+    operators.
+    """
     if needs_formula(torch.compiler.is_compiling()):
         from ..differentiable.mixed_chunk import attention as formula
 

@@ -1,12 +1,14 @@
-"""One operation as `torch.library` operators, for all implementations at once: schema, fake kernel, gradients, `vmap`.
+"""One operation as `torch.library` operators, for all implementations at once: schema, fake kernel,
+gradients, `vmap`.
 
-Everything follows from the operation's classes in `spec.py`. An implementation is a module with two functions,
+Everything follows from the operation's classes in `spec.py`. An implementation is a module with two
+functions,
 
     forward(inputs, spec) -> outputs
     backward(upstream, inputs, outputs, spec) -> gradients of the inputs
 
-where upstream and gradients have the classes of outputs and inputs, with None where there is nothing. A third,
-`forward_only`, may leave out what the backward pass reads.
+where upstream and gradients have the classes of outputs and inputs, with None where there is
+nothing. A third, `forward_only`, may leave out what the backward pass reads.
 """
 
 from __future__ import annotations
@@ -65,11 +67,13 @@ def _filled(kind: Any, names: Sequence[str], given: Iterator[Any]) -> Any:
 
 
 class Operator(Generic[Inputs, Outputs, Spec]):
-    """An operation as an operator ``cumulant::<name>``, and its backward pass as ``cumulant::<name>_backward``.
+    """An operation as an operator ``cumulant::<name>``, and its backward pass as
+    ``cumulant::<name>_backward``.
 
     module: where implementations have it.
     differentiable: inputs that have gradients.
-    carriers: outputs whose gradients the backward pass takes, the first of which is the output proper.
+    carriers: outputs whose gradients the backward pass takes, the first of which is the output
+        proper.
     saved_inputs, saved_outputs: what is kept for the backward pass; the rest reaches it as None.
     """
 
@@ -104,9 +108,14 @@ class Operator(Generic[Inputs, Outputs, Spec]):
             *(f"Tensor {name}" for name in saved_outputs),
             *options,
         ]
-        self.forward = self._operator(name, _schema(forward, len(self._output_names)), self._run, self._fake)
+        self.forward = self._operator(
+            name, _schema(forward, len(self._output_names)), self._run, self._fake
+        )
         self.backward = self._operator(
-            f"{name}_backward", _schema(backward, len(differentiable)), self._run_backward, self._fake_backward
+            f"{name}_backward",
+            _schema(backward, len(differentiable)),
+            self._run_backward,
+            self._fake_backward,
         )
         self.forward.register_autograd(self._differentiate, setup_context=self._save)
         self._mapped_backward = mappable(self.backward)
@@ -119,7 +128,9 @@ class Operator(Generic[Inputs, Outputs, Spec]):
         return operator
 
     def __call__(self, impl: str, inputs: Inputs, spec: Spec) -> Outputs:
-        """The outputs, by implementation `impl`; without an operator's cost where nothing asks for one."""
+        """The outputs, by implementation `impl`; without an operator's cost where nothing asks for
+        one.
+        """
         if self._runs_directly(inputs):
             module = implementation(impl, self.module)
             found: Outputs = getattr(module, "forward_only", module.forward)(inputs, spec)
@@ -130,7 +141,9 @@ class Operator(Generic[Inputs, Outputs, Spec]):
 
     @staticmethod
     def _runs_directly(inputs: Inputs) -> bool:
-        """Whether the operator may be left out: nothing differentiates, traces, transforms or counts the call."""
+        """Whether the operator may be left out: nothing differentiates, traces, transforms or
+        counts the call.
+        """
         if torch.is_grad_enabled():
             for x in inputs:
                 if x is not None and x.requires_grad:
@@ -145,7 +158,11 @@ class Operator(Generic[Inputs, Outputs, Spec]):
         self, impl: str, upstream: Outputs, inputs: Inputs, outputs: Outputs, spec: Spec
     ) -> list[Any]:
         """And in that of `backward`."""
-        sources = (upstream, self._carriers), (inputs, self._saved_inputs), (outputs, self._saved_outputs)
+        sources = (
+            (upstream, self._carriers),
+            (inputs, self._saved_inputs),
+            (outputs, self._saved_outputs),
+        )
         tensors = [getattr(source, name) for source, names in sources for name in names]
         return [*tensors, *self._values(spec), impl]
 
@@ -205,9 +222,13 @@ class Operator(Generic[Inputs, Outputs, Spec]):
         if dout is None:
             like = next(x for x in saved if x is not None)
             dout = like.new_zeros(ctx.out_shape, dtype=ctx.out_dtype)
-        if not getattr(ctx.spec, "returns_state", True):  # a state that nobody wanted, whatever gradient came for it
+        if not getattr(
+            ctx.spec, "returns_state", True
+        ):  # a state that nobody wanted, whatever gradient came for it
             rest = [None] * len(rest)
         found = self._mapped_backward(dout, *rest, *saved, *self._values(ctx.spec), ctx.impl)
         ours = dict(zip(self._differentiable, found, strict=True))
         wanted = zip(self._input_names, ctx.given, strict=True)
-        return *(ours.get(name) if given else None for name, given in wanted), *[None] * (len(self._options) + 1)
+        return *(ours.get(name) if given else None for name, given in wanted), *[None] * (
+            len(self._options) + 1
+        )

@@ -19,8 +19,8 @@ def obstacle(inputs: AttentionInputs, spec: AttentionSpec) -> str:
 
 
 def prepared(inputs: AttentionInputs, spec: AttentionSpec) -> AttentionSpec:
-    """In both directions the sums over many keys are kept for the backward pass, which else would sum them again, as it
-    does in compiled graphs, made for any length."""
+    """In both directions the sums over many keys are kept for the backward pass, which else would
+    sum them again, as it does in compiled graphs, made for any length."""
     kept = spec.returns_state
     if not spec.is_causal and inputs.cu_seqlens is None and not torch.compiler.is_compiling():
         kept |= max(inputs.query.shape[2], inputs.key.shape[2]) > CHUNK
@@ -54,7 +54,10 @@ def forward(inputs: AttentionInputs, spec: AttentionSpec) -> AttentionOutputs:
 
 
 def backward(
-    upstream: AttentionOutputs, inputs: AttentionInputs, outputs: AttentionOutputs, spec: AttentionSpec
+    upstream: AttentionOutputs,
+    inputs: AttentionInputs,
+    outputs: AttentionOutputs,
+    spec: AttentionSpec,
 ) -> AttentionInputs:
     with without_autocast(inputs.query):
         return passes.backward(_tokens(inputs, spec), upstream, outputs)

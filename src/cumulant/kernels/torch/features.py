@@ -1,8 +1,9 @@
 """Feature maps for the chunk-parallel implementation, with hand-written derivatives.
 
-Vectors are stored token-minor, ``[..., K, C]``: a feature is a row of ``C`` tokens, so that gathering the factors of
-a monomial copies whole rows. A map has two stages: an elementwise `activation` (elu + 1, relu, identity) and an
-`Expansion` (identity, or the Taylor monomials), whose inner product is a polynomial of the plain inner product.
+Vectors are stored token-minor, ``[..., K, C]``: a feature is a row of ``C`` tokens, so that
+gathering the factors of a monomial copies whole rows. A map has two stages: an elementwise
+`activation` (elu + 1, relu, identity) and an `Expansion` (identity, or the Taylor monomials), whose
+inner product is a polynomial of the plain inner product.
 """
 
 from __future__ import annotations
@@ -20,12 +21,16 @@ from ..spec import feature_count
 
 def activate(x: Tensor, activation: str) -> Tensor:
     if activation == "elu":
-        return x.clamp(max=0).exp_().add_(x.relu())  # unlike elu(x) + 1, exact to the last bits where it is small
+        return (
+            x.clamp(max=0).exp_().add_(x.relu())
+        )  # unlike elu(x) + 1, exact to the last bits where it is small
     return x.relu() if activation == "relu" else x
 
 
 def activate_vjp(activated: Tensor, grad: Tensor, activation: str) -> Tensor:
-    """Gradient at the input from the activated value: elu + 1 has slope min(value, 1), relu slope [value > 0]."""
+    """Gradient at the input from the activated value: elu + 1 has slope min(value, 1), relu slope
+    [value > 0].
+    """
     if activation == "elu":
         return grad * activated.clamp(max=1)
     return grad * (activated > 0) if activation == "relu" else grad
@@ -33,8 +38,10 @@ def activate_vjp(activated: Tensor, grad: Tensor, activation: str) -> Tensor:
 
 @lru_cache(maxsize=64)
 def _monomials(dim: int, degree: int) -> tuple[list[int], list[int], list[float]]:
-    """Monomials of a degree over `dim` variables, lexicographic: index of the monomial without its last factor (among
-    those one degree lower), that last factor, and the weight sqrt(multinomial / degree!) = 1 / sqrt(prod m_i!)."""
+    """Monomials of a degree over `dim` variables, lexicographic: index of the monomial without its
+    last factor (among those one degree lower), that last factor, and the weight sqrt(multinomial /
+    degree!) = 1 / sqrt(prod m_i!).
+    """
     lower = {m: i for i, m in enumerate(combinations_with_replacement(range(dim), degree - 1))}
     parents, lasts, weights = [], [], []
     for m in combinations_with_replacement(range(dim), degree):
@@ -45,8 +52,8 @@ def _monomials(dim: int, degree: int) -> tuple[list[int], list[int], list[float]
 
 
 class _Sum:
-    """Adds rows of ``[..., n, C]`` into ``[..., size, C]`` by an index: a product with a 0/1 matrix, which is faster
-    than scattering, where that matrix is small."""
+    """Adds rows of ``[..., n, C]`` into ``[..., size, C]`` by an index: a product with a 0/1
+    matrix, which is faster than scattering, where that matrix is small."""
 
     LARGEST = 4_000_000
 
@@ -73,9 +80,13 @@ class _Degree(NamedTuple):
 
 
 class Expansion:
-    """``expand(q)ᵀ expand(k) = polynomial(q·k)``: the identity for order 0, else the Taylor features of exp."""
+    """``expand(q)ᵀ expand(k) = polynomial(q·k)``: the identity for order 0, else the Taylor
+    features of exp.
+    """
 
-    def __init__(self, dim: int, order: int, constant_term: bool, dtype: torch.dtype, device: torch.device):
+    def __init__(
+        self, dim: int, order: int, constant_term: bool, dtype: torch.dtype, device: torch.device
+    ):
         self.dim, self.order, self.constant_term = dim, order, constant_term
         self.dtype, self.device = dtype, device
         degrees = [math.comb(dim + p - 1, p) for p in range(2, order + 1)]
@@ -98,12 +109,16 @@ class Expansion:
 
     @staticmethod
     @lru_cache(maxsize=64)
-    def get(dim: int, order: int, constant_term: bool, dtype: torch.dtype, device: torch.device) -> Expansion:
+    def get(
+        dim: int, order: int, constant_term: bool, dtype: torch.dtype, device: torch.device
+    ) -> Expansion:
         """The expansion with its index tables, built once."""
         return Expansion(dim, order, constant_term, dtype, device)
 
     def polynomial(self, scores: Tensor) -> Tensor:
-        """Σ_p scores^p / p!, by Horner's rule; without the constant never adding the 1 that would swallow digits."""
+        """Σ_p scores^p / p!, by Horner's rule; without the constant never adding the 1 that would
+        swallow digits.
+        """
         if self.order == 0:
             return scores
         result = scores / self.order
@@ -112,7 +127,9 @@ class Expansion:
         return result.add_(1) if self.constant_term else result
 
     def slope(self, scores: Tensor) -> Tensor | None:
-        """The polynomial's derivative: the same sum with one term fewer. None where it is 1 everywhere."""
+        """The polynomial's derivative: the same sum with one term fewer. None where it is 1
+        everywhere.
+        """
         if self.order <= 1:
             return None
         result = scores / (self.order - 1) + 1

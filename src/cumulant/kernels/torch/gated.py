@@ -1,4 +1,6 @@
-"""Gated attention, ``f(q kᵀ / n + bias) v``, a block of queries at a time: weights exist for one block only."""
+"""Gated attention, ``f(q kᵀ / n + bias) v``, a block of queries at a time: weights exist for one
+block only.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ def describe(inputs: GatedInputs, spec: GatedSpec) -> str:
 
 
 class _Block(NamedTuple):
-    """Queries ``rows`` of one sequence, which see keys ``columns``, `past` more than queries come before them."""
+    """Queries ``rows`` of one sequence, which see keys ``columns``, `past` more than queries come
+    before them.
+    """
 
     number: int
     rows: slice
@@ -55,7 +59,11 @@ class _Call(NamedTuple):
 
     def blocks(self) -> Iterator[_Block]:
         T, S = self.inputs.query.shape[2], self.inputs.key.shape[2]
-        spans = [(0, T, 0, S)] if self.bounds is None else [(a, b, a, b) for a, b in pairwise(self.bounds)]
+        spans = (
+            [(0, T, 0, S)]
+            if self.bounds is None
+            else [(a, b, a, b) for a, b in pairwise(self.bounds)]
+        )
         number = 0
         for first, end, first_key, end_key in spans:
             for a in range(first, end, self.spec.block):
@@ -67,12 +75,22 @@ class _Call(NamedTuple):
 
     def load(self, at: _Block) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Scaled queries ``[B,G,R·n,K]``, keys and values seen, scale ``[B,1,n,1]``."""
-        query, key, value, scale = self.inputs.query, self.inputs.key, self.inputs.value, self.inputs.scale
+        query, key, value, scale = (
+            self.inputs.query,
+            self.inputs.key,
+            self.inputs.value,
+            self.inputs.scale,
+        )
         (B, H), G = query.shape[:2], key.shape[1]
         scale = (scale[:, at.rows] if scale.shape[1] > 1 else scale)[:, None, :, None]
         q = query[:, :, at.rows].to(self.dtype) * scale
         q = q.reshape(B, G, H // G * q.shape[2], q.shape[3])
-        return q, key[:, :, at.columns].to(self.dtype), value[:, :, at.columns].to(self.dtype), scale
+        return (
+            q,
+            key[:, :, at.columns].to(self.dtype),
+            value[:, :, at.columns].to(self.dtype),
+            scale,
+        )
 
     def scores(self, at: _Block, q: Tensor, k: Tensor) -> Tensor:
         scores = matmul(q, k.mT)
@@ -81,7 +99,11 @@ class _Call(NamedTuple):
 
     def _bias(self, at: _Block) -> Tensor | None:
         rows = slice(at.rows.start - at.first, at.rows.stop - at.first)
-        columns, G, H = at.columns.stop - at.columns.start, self.inputs.key.shape[1], self.inputs.query.shape[1]
+        columns, G, H = (
+            at.columns.stop - at.columns.start,
+            self.inputs.key.shape[1],
+            self.inputs.query.shape[1],
+        )
         return bias_rows(self.inputs.bias, G, H, rows, columns)
 
 
@@ -101,11 +123,15 @@ def forward(inputs: GatedInputs, spec: GatedSpec) -> GatedOutputs:
     return GatedOutputs(out)
 
 
-def backward(upstream: GatedOutputs, inputs: GatedInputs, outputs: GatedOutputs, spec: GatedSpec) -> GatedInputs:
+def backward(
+    upstream: GatedOutputs, inputs: GatedInputs, outputs: GatedOutputs, spec: GatedSpec
+) -> GatedInputs:
     query, key, value, bias = inputs.query, inputs.key, inputs.value, inputs.bias
     with without_autocast(query):
         t = _Call.of(inputs, spec)
-        dquery, dkey, dvalue = (new_heads(x, x.shape[1], x.shape[3], t.dtype).zero_() for x in (query, key, value))
+        dquery, dkey, dvalue = (
+            new_heads(x, x.shape[1], x.shape[3], t.dtype).zero_() for x in (query, key, value)
+        )
         dbias = None if bias is None else bias.new_zeros(bias.shape, dtype=t.dtype)
         for at in t.blocks():
             q, k, v, scale = t.load(at)

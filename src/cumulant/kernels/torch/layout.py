@@ -1,8 +1,8 @@
 """Where the tokens of chunk c lie: slices of a batch, or gathers from packed sequences.
 
-Both layouts give chunks with the batch in front, ``[n, G, ...]``, where ``n`` counts the sequences that reach the
-chunk. Packed sequences are walked longest first, so those still alive are always the first ``n``: the work is that of
-the tokens themselves, not that of padding to the longest sequence.
+Both layouts give chunks with the batch in front, ``[n, G, ...]``, where ``n`` counts the sequences
+that reach the chunk. Packed sequences are walked longest first, so those still alive are always the
+first ``n``: the work is that of the tokens themselves, not that of padding to the longest sequence.
 """
 
 from __future__ import annotations
@@ -56,11 +56,19 @@ class Dense:
 class Packed:
     """``[1, H, size, D]`` holding sequences of the given lengths, read by gathers.
 
-    The tokens of all sequences, one sequence after another, stand at `order`, by default in place. What no sequence
-    holds comes out as zeros; an index of `size` or above is a slot without a token.
+    The tokens of all sequences, one sequence after another, stand at `order`, by default in place.
+    What no sequence holds comes out as zeros; an index of `size` or above is a slot without a
+    token.
     """
 
-    def __init__(self, lengths: Tensor, size: int, chunk: int, device: torch.device, order: Tensor | None = None):
+    def __init__(
+        self,
+        lengths: Tensor,
+        size: int,
+        chunk: int,
+        device: torch.device,
+        order: Tensor | None = None,
+    ):
         self.batch, self.size = len(lengths), size
         firsts = lengths.cumsum(0) - lengths
         by_length = torch.argsort(lengths, descending=True, stable=True)
@@ -89,7 +97,9 @@ class Packed:
         assert c.index is not None
         assert c.valid is not None
         if x.shape[2] == 0:  # an open group alone, that asks nothing more
-            return x.new_zeros(c.rows, groups, x.shape[1] // groups * c.length, x.shape[-1], dtype=dtype)
+            return x.new_zeros(
+                c.rows, groups, x.shape[1] // groups * c.length, x.shape[-1], dtype=dtype
+            )
         found = x[0].index_select(1, c.index.clamp(max=x.shape[2] - 1).flatten())
         tokens: Tensor = found.to(dtype).unflatten(1, c.index.shape).transpose(0, 1)  # [n, H, C, D]
         tokens = tokens.masked_fill(~c.valid[:, None, :, None], 0)

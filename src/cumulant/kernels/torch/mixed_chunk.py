@@ -21,7 +21,9 @@ from .weights import activate
 
 
 class _Even:
-    """Every sequence goes on at the same place of its open group, token `fill`: the rows are slices of the batch."""
+    """Every sequence goes on at the same place of its open group, token `fill`: the rows are slices
+    of the batch.
+    """
 
     def __init__(self, batch: int, tokens: int, fill: int, group_size: int):
         self.fill, self.group_size = fill, group_size
@@ -46,7 +48,9 @@ class _Even:
 
 
 class _Ragged:
-    """Sequences of their own lengths, fills and places: all tokens in one row, followed by all open groups."""
+    """Sequences of their own lengths, fills and places: all tokens in one row, followed by all open
+    groups.
+    """
 
     def __init__(
         self,
@@ -75,13 +79,17 @@ class _Ragged:
         lengths = torch.bincount(owner, minlength=rows)
         if fill is not None:
             slots = (torch.arange(group_size) < fill.cpu()[:, None]).nonzero()
-            place = torch.cat((self.batch * self.tokens + slots[:, 0] * group_size + slots[:, 1], place))
+            place = torch.cat(
+                (self.batch * self.tokens + slots[:, 0] * group_size + slots[:, 1], place)
+            )
             owner = torch.cat((slots[:, 0], owner))
             place = place[torch.argsort(owner, stable=True)]
             lengths = lengths + fill.cpu()
         size = self.batch * self.tokens
         self.queries = Packed(lengths, size, group_size, device, place)
-        self.keys = Packed(lengths, size + (0 if fill is None else rows * group_size), group_size, device, place)
+        self.keys = Packed(
+            lengths, size + (0 if fill is None else rows * group_size), group_size, device, place
+        )
         self.lengths = self.keys.lengths
 
     def query(self, x: Tensor) -> Tensor:
@@ -122,7 +130,9 @@ def _align(x: MixedChunkInputs, spec: MixedChunkSpec) -> tuple[_Even | _Ragged, 
     even = x.covers_tokens and len(set(fills)) <= 1
     rows: _Even | _Ragged
     rows = (
-        _Even(shape[0], shape[2], (fills or [0])[0], g) if even else _Ragged(shape, x.key_mask, x.cu_seqlens, fill, g)
+        _Even(shape[0], shape[2], (fills or [0])[0], g)
+        if even
+        else _Ragged(shape, x.key_mask, x.cu_seqlens, fill, g)
     )
     groups = Groups(
         rows.query(x.quad_query),
@@ -144,14 +154,23 @@ def _align(x: MixedChunkInputs, spec: MixedChunkSpec) -> tuple[_Even | _Ragged, 
 def _step(
     x: MixedChunkInputs, numerator: Tensor, past: Open, position: Tensor, g: int, activation: str
 ) -> MixedChunkOutputs:
-    """One token onto a state: into the open group, which it reads, as it does the sums; whole groups join the sums."""
+    """One token onto a state: into the open group, which it reads, as it does the sums; whole
+    groups join the sums.
+    """
     (quad_query, quad_key, lin_query, lin_key, value), bias = x.tokens, x.bias
-    (B, H, _, _), G, dtype, fill = quad_query.shape, value.shape[1], accumulation_dtype(value), position % g
+    (B, H, _, _), G, dtype, fill = (
+        quad_query.shape,
+        value.shape[1],
+        accumulation_dtype(value),
+        position % g,
+    )
     at = (torch.arange(B, device=fill.device), slice(None), fill)
     rest = Open(*(x.clone(memory_format=torch.contiguous_format) for x in past))
     for buffer, new in zip(rest, (quad_key, lin_key, value), strict=True):
         buffer[at] = new[:, :, 0].to(dtype)
-    scores = (quad_query.to(dtype) * (1 / g)).reshape(B, G, H // G, quad_query.shape[3]) @ rest.quad_key.mT
+    scores = (quad_query.to(dtype) * (1 / g)).reshape(
+        B, G, H // G, quad_query.shape[3]
+    ) @ rest.quad_key.mT
     if bias is not None:
         scores += bias[:, fill].transpose(0, 1).expand(B, H, g).reshape(scores.shape)
     y = activate(activation, scores) @ rest.value  # slots still empty hold values of zero
@@ -162,16 +181,25 @@ def _step(
         S[closed] += rest.lin_key[closed].mT @ rest.value[closed]
         for buffer in rest:
             buffer[closed] = 0
-    out = y.reshape(B, H, 1, value.shape[3]).to(value.dtype, copy=True)  # no view, which could not be changed in place
+    out = y.reshape(B, H, 1, value.shape[3]).to(
+        value.dtype, copy=True
+    )  # no view, which could not be changed in place
     return MixedChunkOutputs(out, S, *rest)
 
 
 def forward(inputs: MixedChunkInputs, spec: MixedChunkSpec) -> MixedChunkOutputs:
     with without_autocast(inputs.value):
         plain = inputs.covers_tokens and spec.dropout_p == 0.0 and spec.returns_state
-        if plain and inputs.value.shape[2] == 1 and inputs.numerator is not None and inputs.position is not None:
+        if (
+            plain
+            and inputs.value.shape[2] == 1
+            and inputs.numerator is not None
+            and inputs.position is not None
+        ):
             past = Open(*inputs.sums[1:])  # type: ignore[arg-type]
-            return _step(inputs, inputs.numerator, past, inputs.position, spec.group_size, spec.activation)
+            return _step(
+                inputs, inputs.numerator, past, inputs.position, spec.group_size, spec.activation
+            )
         rows, groups = _align(inputs, spec)
         aligned, S, still_open = forward_groups(groups, inputs.numerator)
         out = rows.back_query(aligned)
@@ -181,21 +209,36 @@ def forward(inputs: MixedChunkInputs, spec: MixedChunkSpec) -> MixedChunkOutputs
 
 
 def backward(
-    upstream: MixedChunkOutputs, inputs: MixedChunkInputs, outputs: MixedChunkOutputs, spec: MixedChunkSpec
+    upstream: MixedChunkOutputs,
+    inputs: MixedChunkInputs,
+    outputs: MixedChunkOutputs,
+    spec: MixedChunkSpec,
 ) -> MixedChunkInputs:
     with without_autocast(inputs.value):
         rows, groups = _align(inputs, spec)
         drest = _open_upstream(upstream, inputs, spec)
-        grads = backward_groups(groups, rows.query(upstream.out), inputs.numerator, upstream.final_numerator, drest)
-        keys, still_open = zip(*(rows.back_key(x) for x in (grads.quad_key, grads.lin_key, grads.value)), strict=True)
-        found = [rows.back_query(grads.quad_query), keys[0], rows.back_query(grads.lin_query), keys[1], keys[2]]
+        grads = backward_groups(
+            groups, rows.query(upstream.out), inputs.numerator, upstream.final_numerator, drest
+        )
+        keys, still_open = zip(
+            *(rows.back_key(x) for x in (grads.quad_key, grads.lin_key, grads.value)), strict=True
+        )
+        found = [
+            rows.back_query(grads.quad_query),
+            keys[0],
+            rows.back_query(grads.lin_query),
+            keys[1],
+            keys[2],
+        ]
     tokens = [x.to(like.dtype) for x, like in zip(found, inputs.tokens, strict=True)]
     dbias = None if inputs.bias is None or grads.bias is None else grads.bias.to(inputs.bias.dtype)
     state = (None,) * 4 if inputs.numerator is None else (grads.S, *still_open)
     return mixed_chunk_gradients(tokens, dbias, state)
 
 
-def _open_upstream(upstream: MixedChunkOutputs, inputs: MixedChunkInputs, spec: MixedChunkSpec) -> Open | None:
+def _open_upstream(
+    upstream: MixedChunkOutputs, inputs: MixedChunkInputs, spec: MixedChunkSpec
+) -> Open | None:
     """Gradients at the open group, zeros for parts where none came; None if none came at all."""
     given = upstream.final_quad_key, upstream.final_lin_key, upstream.final_value
     if all(x is None for x in given):

@@ -1,8 +1,9 @@
 """Mixed chunk attention, group by group: quadratic inside a group, sums across groups.
 
-Shapes: ``n`` sequences alive, ``G`` key/value heads, ``M = (H/G) * C`` query rows, ``C`` tokens of a group: queries
-``[n,G,M,K]``, keys ``[n,G,C,K]``, values ``[n,G,C,V]``, sums ``S [n,G,K,V]``. Only the inputs are kept for the backward
-pass, which walks the groups twice, as `passes` does; weights exist for one group at a time.
+Shapes: ``n`` sequences alive, ``G`` key/value heads, ``M = (H/G) * C`` query rows, ``C`` tokens of
+a group: queries ``[n,G,M,K]``, keys ``[n,G,C,K]``, values ``[n,G,C,V]``, sums ``S [n,G,K,V]``. Only
+the inputs are kept for the backward pass, which walks the groups twice, as `passes` does; weights
+exist for one group at a time.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ class Loaded(NamedTuple):
 
 
 class Groups(NamedTuple):
-    """The inputs, aligned so that groups begin at multiples of g, with what it takes to read one group."""
+    """The inputs, aligned so that groups begin at multiples of g, with what it takes to read one
+    group.
+    """
 
     quad_query: Tensor
     quad_key: Tensor
@@ -40,13 +43,17 @@ class Groups(NamedTuple):
     seed: Tensor | None
     queries: Dense | Packed
     keys: Dense | Packed
-    lengths: Tensor  # [N] on the host, in the layout's order: tokens of each sequence, those of an open group included
+    # [N] on the host, in the layout's order: tokens of each sequence, those of an open group
+    # included
+    lengths: Tensor
     spec: MixedChunkSpec
     dtype: torch.dtype
 
     @property
     def summed(self) -> bool:
-        """Whether the linear part goes through sums; else it is a part of the weights inside the group."""
+        """Whether the linear part goes through sums; else it is a part of the weights inside the
+        group.
+        """
         return self.spec.is_causal or (self.spec.reduce_groups and len(self.keys.chunks) > 1)
 
     def linear_scale(self, n: int) -> float | Tensor:
@@ -58,7 +65,9 @@ class Groups(NamedTuple):
         return 1 / self.spec.group_size, self.linear_scale(c.rows)
 
     def chunks(self) -> list[tuple[int, Chunk, Chunk]]:
-        """Number of each group, its queries, its keys: the same slots, but an open group's tokens ask no more."""
+        """Number of each group, its queries, its keys: the same slots, but an open group's tokens
+        ask no more.
+        """
         pairs = zip(self.queries.chunks, self.keys.chunks, strict=True)
         return [(i, a, c) for i, (a, c) in enumerate(pairs)]
 
@@ -116,11 +125,15 @@ class Open(NamedTuple):
 
 def new_open(t: Groups) -> Open:
     shape = (t.keys.batch, t.value.shape[1], t.spec.group_size)
-    return Open(*(x.new_zeros(*shape, x.shape[-1], dtype=t.dtype) for x in (t.quad_key, t.lin_key, t.value)))
+    return Open(
+        *(x.new_zeros(*shape, x.shape[-1], dtype=t.dtype) for x in (t.quad_key, t.lin_key, t.value))
+    )
 
 
 def forward_groups(t: Groups, S0: Tensor | None) -> tuple[Tensor, Tensor, Open | None]:
-    """Output in the aligned layout, the sums over whole groups, and the open group if a state is wanted."""
+    """Output in the aligned layout, the sums over whole groups, and the open group if a state is
+    wanted.
+    """
     H, T, V = t.quad_query.shape[1], t.quad_query.shape[2], t.value.shape[-1]
     out = t.queries.new(H, T, V, t.value, t.value.dtype)
     S = initial_sums(t, S0)
@@ -154,7 +167,9 @@ def forward_groups(t: Groups, S0: Tensor | None) -> tuple[Tensor, Tensor, Open |
 
 
 class MixedGrads(NamedTuple):
-    """In the aligned layout; of the inputs in their order, of the bias and of the sums that came in."""
+    """In the aligned layout; of the inputs in their order, of the bias and of the sums that came
+    in.
+    """
 
     quad_query: Tensor
     quad_key: Tensor
@@ -179,7 +194,11 @@ def backward_groups(
         initial_sums(t, dS_final),
     )
     S, dS = initial_sums(t, S0), grads.S
-    drest = None if drest is None else Open(*(x[:] if t.keys.order is None else x[t.keys.order] for x in drest))
+    drest = (
+        None
+        if drest is None
+        else Open(*(x[:] if t.keys.order is None else x[t.keys.order] for x in drest))
+    )
     if t.summed and not t.spec.is_causal:
         _sum_all(t, S)
     for i, a, c in t.chunks():
@@ -205,7 +224,9 @@ def backward_groups(
     )
 
 
-def _group_backward(t: Groups, i: int, a: Chunk, c: Chunk, x: Loaded, dy: Tensor, S: Tensor, grads: MixedGrads) -> None:
+def _group_backward(
+    t: Groups, i: int, a: Chunk, c: Chunk, x: Loaded, dy: Tensor, S: Tensor, grads: MixedGrads
+) -> None:
     """Gradients inside a group, and of its linear queries."""
     weights, slope = activate_with_slope(t.spec.activation, t.scores(c, x))
     kept = dropped(weights, t.spec.dropout_p, t.seed, i)
@@ -234,12 +255,24 @@ def _group_backward(t: Groups, i: int, a: Chunk, c: Chunk, x: Loaded, dy: Tensor
 
 
 def _sums_backward(
-    t: Groups, a: Chunk, c: Chunk, dout: Tensor, dS: Tensor, drest: Open | None, grads: MixedGrads, reads: bool
+    t: Groups,
+    a: Chunk,
+    c: Chunk,
+    dout: Tensor,
+    dS: Tensor,
+    drest: Open | None,
+    grads: MixedGrads,
+    reads: bool,
 ) -> None:
-    """Gradients that reach a group's linear keys and values through the sums, and those of the open group."""
+    """Gradients that reach a group's linear keys and values through the sums, and those of the open
+    group.
+    """
     x, n = t.load(a, c), c.rows
     closed = t.closed(c) if t.spec.is_causal else n
-    dlin_key, dvalue = matmul(x.value[:closed], dS[:closed].mT), matmul(x.lin_key[:closed], dS[:closed])
+    dlin_key, dvalue = (
+        matmul(x.value[:closed], dS[:closed].mT),
+        matmul(x.lin_key[:closed], dS[:closed]),
+    )
     if closed < n:
         still = n - closed, *x.value.shape[1:3]
         if drest is None:

@@ -1,13 +1,16 @@
-"""The passes over chunks: outputs forwards in time, gradients forwards (queries) and backwards (keys, values).
+"""The passes over chunks: outputs forwards in time, gradients forwards (queries) and backwards
+(keys, values).
 
-Shapes, with ``n`` sequences alive, ``G`` key/value heads, ``M = (H/G) * C`` query rows, ``C`` keys in a chunk:
-``q [n,G,K,M]``, ``k [n,G,K,C]`` (token-minor), ``v [n,G,C,V]``, state ``S [n,G,F,V]``, ``Z [n,G,F]``.
+Shapes, with ``n`` sequences alive, ``G`` key/value heads, ``M = (H/G) * C`` query rows, ``C`` keys
+in a chunk: ``q [n,G,K,M]``, ``k [n,G,K,C]`` (token-minor), ``v [n,G,C,V]``, state ``S [n,G,F,V]``,
+``Z [n,G,F]``.
 
-Only the inputs, the output and the denominators are kept for the backward pass, the last two in fp32 at least: where
-outputs hardly depend on the query, the gradient at a denominator, -(dout · out) / z, all but cancels in the queries'
-gradients, and an output rounded to 16 bits would leave noise there. It walks the chunks twice: forwards,
-rebuilding S, for the queries' gradients and everything inside a chunk; then backwards, carrying the gradient of the
-state, for the keys' and values' gradients across chunks. Features exist for one chunk at a time.
+Only the inputs, the output and the denominators are kept for the backward pass, the last two in
+fp32 at least: where outputs hardly depend on the query, the gradient at a denominator, -(dout ·
+out) / z, all but cancels in the queries' gradients, and an output rounded to 16 bits would leave
+noise there. It walks the chunks twice: forwards, rebuilding S, for the queries' gradients and
+everything inside a chunk; then backwards, carrying the gradient of the state, for the keys' and
+values' gradients across chunks. Features exist for one chunk at a time.
 """
 
 from __future__ import annotations
@@ -49,7 +52,9 @@ class Tokens(NamedTuple):
         return grad if self.spec.scale == 1.0 else grad * self.spec.scale
 
     def kv(self, c: Chunk) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Key, value and mask ``[n, 1, 1, C]`` of a chunk. What is masked is zero, even where the input is NaN."""
+        """Key, value and mask ``[n, 1, 1, C]`` of a chunk. What is masked is zero, even where the
+        input is NaN.
+        """
         k = self.keys.load(self.inputs.key, c, self.groups, self.dtype).mT
         v = self.keys.load(self.inputs.value, c, self.groups, self.dtype)
         mask = self.keys.mask(self.inputs.key_mask, c)
@@ -61,11 +66,12 @@ class Tokens(NamedTuple):
 
 
 def _level(t: Tokens) -> tuple[Tokens, Tensor | float]:
-    """The same attention with queries whose largest feature is near 1, and what the gradient at them is multiplied by.
+    """The same attention with queries whose largest feature is near 1, and what the gradient at
+    them is multiplied by.
 
-    Where features are the activated vectors, and outputs quotients, a query's may be multiplied by any number. So
-    products with small keys, and quotients by them, neither vanish nor overflow: 1e-20 times 1e-20 has few digits in
-    fp32.
+    Where features are the activated vectors, and outputs quotients, a query's may be multiplied by
+    any number. So products with small keys, and quotients by them, neither vanish nor overflow:
+    1e-20 times 1e-20 has few digits in fp32.
     """
     spec = t.spec
     if spec.order or not spec.normalize:
@@ -90,16 +96,22 @@ def _expand(features: Expansion, k: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _hide(spec: AttentionSpec, c: Chunk, x: Tensor, mask: Tensor | None) -> Tensor:
-    """Zero, in place, where a query must not look inside its chunk: at later keys, at masked keys. x ``[n,G,M,C]``."""
+    """Zero, in place, where a query must not look inside its chunk: at later keys, at masked keys.
+    x ``[n,G,M,C]``.
+    """
     if spec.is_causal and c.length > 1:
         x.unflatten(2, (-1, c.length)).tril_()
     return x if mask is None else x.masked_fill_(~mask, 0)
 
 
 def _divide(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """Zero where the denominator is, or has lost its digits below the smallest normal number: nothing to attend to."""
+    """Zero where the denominator is, or has lost its digits below the smallest normal number:
+    nothing to attend to.
+    """
     empty = denominator.abs() < torch.finfo(denominator.dtype).tiny
-    return (numerator / denominator.masked_fill(empty, 1)[..., None]).masked_fill_(empty[..., None], 0)
+    return (numerator / denominator.masked_fill(empty, 1)[..., None]).masked_fill_(
+        empty[..., None], 0
+    )
 
 
 def _accumulate(S: Tensor, Z: Tensor | None, n: int, phi: Tensor, v: Tensor) -> None:
@@ -169,10 +181,17 @@ def forward(t: Tokens) -> AttentionOutputs:
     den = None if den is None else t.queries.finish(den)[..., 0].contiguous()
     if not wanted:
         return _outputs(t.queries.finish(out), den, None, None)
-    return _outputs(t.queries.finish(out), den, unsort_rows(S, t.keys), None if Z is None else unsort_rows(Z, t.keys))
+    return _outputs(
+        t.queries.finish(out),
+        den,
+        unsort_rows(S, t.keys),
+        None if Z is None else unsort_rows(Z, t.keys),
+    )
 
 
-def _outputs(out: Tensor, den: Tensor | None, S: Tensor | None, Z: Tensor | None) -> AttentionOutputs:
+def _outputs(
+    out: Tensor, den: Tensor | None, S: Tensor | None, Z: Tensor | None
+) -> AttentionOutputs:
     """With something empty for what is None."""
     return AttentionOutputs(out, *(out.new_empty(0) if x is None else x for x in (den, S, Z)))
 
@@ -198,20 +217,33 @@ def _one_block(t: Tokens) -> bool:
 
 
 def _local(
-    spec: AttentionSpec, features: Expansion, c: Chunk, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
+    spec: AttentionSpec,
+    features: Expansion,
+    c: Chunk,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Numerator and denominator of a chunk's queries over the chunk's own keys, by the quadratic form."""
+    """Numerator and denominator of a chunk's queries over the chunk's own keys, by the quadratic
+    form.
+    """
     weights = _hide(spec, c, features.polynomial(q.mT @ k), mask)
     return weights @ v, weights.sum(-1) if spec.normalize else None
 
 
 def backward(t: Tokens, upstream: AttentionOutputs, outputs: AttentionOutputs) -> AttentionInputs:
-    """Gradients of the inputs, for gradients at the output and, perhaps, at the state that came out."""
+    """Gradients of the inputs, for gradients at the output and, perhaps, at the state that came
+    out.
+    """
     features, (level, factor) = t.expansion(), _level(t)
     given, t = t.inputs, level
     (_, H, T, K), (_, G, keys, _), V = given.query.shape, given.key.shape, given.value.shape[3]
     dq = t.queries.new(H, T, K, given.query, t.dtype)
-    dk, dv = t.keys.new(G, keys, K, given.key, t.dtype), t.keys.new(G, keys, V, given.value, t.dtype)
+    dk, dv = (
+        t.keys.new(G, keys, K, given.key, t.dtype),
+        t.keys.new(G, keys, V, given.value, t.dtype),
+    )
     at_outputs = _Upstream(t, upstream.out, outputs)
     S, Z, local = _sums_before(t, features, outputs)
     from_numerator = sort_rows(upstream.final_numerator, t.keys)
@@ -226,7 +258,11 @@ def backward(t: Tokens, upstream: AttentionOutputs, outputs: AttentionOutputs) -
         dy, dz = at_outputs.load(c)
         if local:
             k, v, mask = t.kv(c)
-        grad_q = _local_backward(t, features, c, q, k, v, mask, dy, dz, dk, dv) if local else torch.zeros_like(q)
+        grad_q = (
+            _local_backward(t, features, c, q, k, v, mask, dy, dz, dk, dv)
+            if local
+            else torch.zeros_like(q)
+        )
         if not local or given.numerator is not None or i > 0:  # y += φ(q)ᵀ S, z += φ(q) · Z
             dphi = S[:n] @ dy.mT
             if dz is not None and Z is not None:
@@ -235,12 +271,16 @@ def backward(t: Tokens, upstream: AttentionOutputs, outputs: AttentionOutputs) -
         t.queries.store(dq, c, t.grad_q(q, grad_q))
         if local and i + 1 < len(t.queries.chunks):
             _accumulate(S, Z, n, _expand(features, k, mask), v)
-        if not local:  # every query reads the same sums, so that their gradient is complete before any key asks
+        # every query reads the same sums, so that their gradient is complete before any key asks
+        if not local:
             _accumulate_grad(features, q, dy, dz, dS, dZ, n)
 
-    # Backwards in time: keys and values reach all later queries through S, whose gradient grows with each chunk.
+    # Backwards in time: keys and values reach all later queries through S, whose gradient grows
+    # with each chunk.
     across = (t.spec.returns_state and from_state) or not local or len(t.keys.chunks) > 1
-    for i, c in reversed(list(enumerate(t.keys.chunks))) if across or given.numerator is not None else ():
+    for i, c in (
+        reversed(list(enumerate(t.keys.chunks))) if across or given.numerator is not None else ()
+    ):
         k, v, mask = t.kv(c)
         _keys_backward(t, features, c, k, v, mask, dS, dZ, dk, dv, accumulate=local)
         if local and (i > 0 or given.numerator is not None):
@@ -256,8 +296,12 @@ def backward(t: Tokens, upstream: AttentionOutputs, outputs: AttentionOutputs) -
     )
 
 
-def _sums_before(t: Tokens, features: Expansion, outputs: AttentionOutputs) -> tuple[Tensor, Tensor | None, bool]:
-    """The sums that the first chunk reads, and whether chunks see their own keys by the quadratic form."""
+def _sums_before(
+    t: Tokens, features: Expansion, outputs: AttentionOutputs
+) -> tuple[Tensor, Tensor | None, bool]:
+    """The sums that the first chunk reads, and whether chunks see their own keys by the quadratic
+    form.
+    """
     if t.spec.is_causal or _one_block(t):
         return *_initial(t, features, needed=t.spec.returns_state or len(t.keys.chunks) > 1), True
     if not t.spec.returns_state:
@@ -285,7 +329,13 @@ class _Upstream:
 
 
 def _accumulate_grad(
-    features: Expansion, q: Tensor, dy: Tensor, dz: Tensor | None, dS: Tensor, dZ: Tensor | None, n: int
+    features: Expansion,
+    q: Tensor,
+    dy: Tensor,
+    dz: Tensor | None,
+    dS: Tensor,
+    dZ: Tensor | None,
+    n: int,
 ) -> None:
     phi = features.expand(q)
     dS[:n].flatten(0, 1).baddbmm_(phi.flatten(0, 1), dy.flatten(0, 1))

@@ -1,7 +1,9 @@
-"""First-order linear recurrences ``h_t = d_t h_{t-1} + x_t``, every chunk of tokens one step at a time, side by side.
+"""First-order linear recurrences ``h_t = d_t h_{t-1} + x_t``, every chunk of tokens one step at a
+time, side by side.
 
-Walking C tokens through T / C chunks at once takes C steps of large operations. What reaches a chunk from those before
-it is a recurrence over T / C chunks, of the same kind, and so on: O(T) work in O(C log T / log C) operations.
+Walking C tokens through T / C chunks at once takes C steps of large operations. What reaches a
+chunk from those before it is a recurrence over T / C chunks, of the same kind, and so on: O(T) work
+in O(C log T / log C) operations.
 """
 
 from __future__ import annotations
@@ -11,28 +13,40 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-# advance(h [B, G, n, V], at): h, before the tokens at `at` of n chunks, becomes h after them, in place
+# advance(h [B, G, n, V], at): h, before the tokens at `at` of n chunks, becomes h after them, in
+# place
 Advance = Callable[[Tensor, slice], object]
 
 
 def steps(length: int, chunk: int, reverse: bool = False) -> list[tuple[slice, int]]:
-    """Token i of every chunk, for all i, and how many chunks have one; `reverse`: from the last i to the first."""
+    """Token i of every chunk, for all i, and how many chunks have one; `reverse`: from the last i
+    to the first.
+    """
     found = [(slice(i, None, chunk), -(-(length - i) // chunk)) for i in range(min(chunk, length))]
     return found[::-1] if reverse else found
 
 
 def carried(
-    advance: Advance, decay: Tensor, start: Tensor, chunk: int, reverse: bool = False, *, dtype: torch.dtype
+    advance: Advance,
+    decay: Tensor,
+    start: Tensor,
+    chunk: int,
+    reverse: bool = False,
+    *,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """h before each chunk ``[B, G, P, V]`` in `dtype`, and after all tokens ``[B, G, V]`` in start's.
+    """h before each chunk ``[B, G, P, V]`` in `dtype`, and after all tokens ``[B, G, V]`` in
+    start's.
 
-    decay: d, ``[B, G, T]`` with T >= 1, by which `advance` multiplies h; in fp64, as products of many factors near 1
-    would not be 1e-5 exact in fp32. start: h before the first token. `reverse`: tokens run from the last to the first,
-    and "before" a chunk is to its right.
+    decay: d, ``[B, G, T]`` with T >= 1, by which `advance` multiplies h; in fp64, as products of
+    many factors near 1 would not be 1e-5 exact in fp32. start: h before the first token. `reverse`:
+    tokens run from the last to the first, and "before" a chunk is to its right.
     """
     walk = steps(decay.shape[2], chunk, reverse)
     chunks = -(-decay.shape[2] // chunk)
-    own = start.new_zeros(*start.shape[:2], chunks, start.shape[2], dtype=dtype)  # h from zero over each chunk
+    own = start.new_zeros(
+        *start.shape[:2], chunks, start.shape[2], dtype=dtype
+    )  # h from zero over each chunk
     product = decay.new_ones(*start.shape[:2], chunks)
     for at, n in walk:
         advance(own[:, :, :n], at)
@@ -55,7 +69,9 @@ def carried(
 
 
 def scan(decay: Tensor, x: Tensor, start: Tensor, chunk: int, reverse: bool = False) -> Tensor:
-    """h after every token, of numbers: ``decay``, ``x [B, G, T]``, ``start [B, G]`` -> ``[B, G, T]``."""
+    """h after every token, of numbers: ``decay``, ``x [B, G, T]``, ``start [B, G]`` ->
+    ``[B, G, T]``.
+    """
     each = decay.to(x.dtype)
 
     def advance(h: Tensor, at: slice) -> None:

@@ -1,4 +1,6 @@
-"""Weights of gated attention inside a block: ``f(score + bias)``, what cannot be seen set to zero, dropout."""
+"""Weights of gated attention inside a block: ``f(score + bias)``, what cannot be seen set to zero,
+dropout.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ def activate(name: str, x: Tensor) -> Tensor:
     """f(x), in x's memory."""
     if name == "relu2":
         return x.relu_().square_()
-    return x.sub_(_MEAN).div_(-_WIDTH).erfc_().mul_(0.5)  # 1 + erf would cancel where scores are small
+    return (
+        x.sub_(_MEAN).div_(-_WIDTH).erfc_().mul_(0.5)
+    )  # 1 + erf would cancel where scores are small
 
 
 def activate_with_slope(name: str, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -27,7 +31,9 @@ def activate_with_slope(name: str, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def hide_later(weights: Tensor, length: int, past: int = 0) -> Tensor:
-    """Zero, in place, where query i would see beyond key ``past + i``; weights ``[..., R * length, S]``."""
+    """Zero, in place, where query i would see beyond key ``past + i``; weights
+    ``[..., R * length, S]``.
+    """
     weights.unflatten(-2, (-1, length)).tril_(past)
     return weights
 
@@ -42,12 +48,18 @@ def dropped(weights: Tensor, p: float, seed: Tensor | None, block: int) -> Tenso
     return factors
 
 
-def bias_rows(bias: Tensor | None, groups: int, heads: int, rows: slice, columns: int) -> Tensor | None:
-    """``bias [..., 1 or H, T, S]`` at some queries and the first keys, fit for weights ``[..., G, R * rows, S]``."""
+def bias_rows(
+    bias: Tensor | None, groups: int, heads: int, rows: slice, columns: int
+) -> Tensor | None:
+    """``bias [..., 1 or H, T, S]`` at some queries and the first keys, fit for weights
+    ``[..., G, R * rows, S]``.
+    """
     if bias is None:
         return None
     part = bias[..., rows, :columns]
     if heads == 1:
         return part
-    by_head: Tensor = part.expand(*part.shape[:-3], heads, *part.shape[-2:]).unflatten(-3, (groups, -1))
+    by_head: Tensor = part.expand(*part.shape[:-3], heads, *part.shape[-2:]).unflatten(
+        -3, (groups, -1)
+    )
     return by_head.flatten(-3, -2)

@@ -1,4 +1,5 @@
-// What crosses the C boundary: plain structs, mirrored field by field in `library.py`. Strides are in elements.
+// What crosses the C boundary: plain structs, mirrored field by field in `library.py`. Strides are
+// in elements.
 #pragma once
 
 #include <stdint.h>
@@ -14,17 +15,18 @@ struct Array {
   int64_t batch, head, row;
 };
 
-// One call of linear or Taylor attention, forwards or backwards. Reals that are not inputs, or their gradients (sums,
-// denominators, outputs and the gradients at them), are float, or double where the inputs are.
+// One call of linear or Taylor attention, forwards or backwards. Reals that are not inputs, or
+// their gradients (sums, denominators, outputs and the gradients at them), are float, or double
+// where the inputs are.
 struct Attention {
   int64_t B, N, H, G, T, S, K, V, F;  // N sequences: B, or those packed into one row
   int64_t chunk;                      // tokens a chunk, at most CHUNK
-  int64_t span;                       // the fewest tokens that a thread may take when a sequence is shared out
+  int64_t span;  // the fewest tokens that a thread may take when a sequence is shared out
   int32_t type, order, constant_term, activation, normalize, is_causal, threads, isa;
   double scale;
   Array query, key, value, out;
-  const uint8_t* key_mask;      // [B, S]
-  const int64_t* offsets;       // [N + 1] where packed
+  const uint8_t* key_mask;                    // [B, S]
+  const int64_t* offsets;                     // [N + 1] where packed
   void *numerator, *denominator;              // [N, G, F, V], [N, G, F]: the state that came in
   void *final_numerator, *final_denominator;  // and goes out
   void* denominators;                         // [B, H, T]
@@ -33,8 +35,8 @@ struct Attention {
   void *dfinal_numerator, *dfinal_denominator, *dnumerator, *ddenominator;
 };
 
-// One call of ELiTA's attention. Logits are float or double (`logits`), odds float (double where the values are: `gates`);
-// what the recurrences carry is always double.
+// One call of ELiTA's attention. Logits are float or double (`logits`), odds float (double where
+// the values are: `gates`); what the recurrences carry is always double.
 struct Elita {
   int64_t B, H, G, T, V;
   int64_t span;
@@ -42,10 +44,11 @@ struct Elita {
   Array value, out;
   const void *key_logit, *query_logit, *self_logit;  // [B, G, T], [B, H, T], [B, H, T]
   const uint8_t* first;                              // [T]: 1 where a sequence begins
-  void *key_odds, *own_odds;  // [B, G, T], [B, H, T]: of the gates, a / (1 - a); forwards, null: not kept
-  double* means;              // [B, G, T / 16 + 2, V]: before each block of 16 tokens; forwards, null: not kept
-  const double *log_weight, *mean;                   // [B, G], [B, G, V]: the state that came in
-  double *final_log_weight, *final_mean;             // and goes out
+  void *key_odds,
+      *own_odds;  // [B, G, T], [B, H, T]: of the gates, a / (1 - a); forwards, null: not kept
+  double* means;  // [B, G, T / 16 + 2, V]: before each block of 16 tokens; forwards, null: not kept
+  const double *log_weight, *mean;        // [B, G], [B, G, V]: the state that came in
+  double *final_log_weight, *final_mean;  // and goes out
   // backwards
   Array dout, dvalue;
   void *dkey_logit, *dself_logit;
@@ -53,9 +56,10 @@ struct Elita {
   double *dlog_weight, *dmean;
 };
 
-// Tokens begin .. end - 1 of one row and head; the state before them (backwards: the gradients after them) and after. Both
-// are [2 + V] numbers: m, how many sequences begin here, and u; or the gradient of m, the product of all decays and the
-// gradient of u. `passing`: nothing else is wanted, and of gradients not that of m.
+// Tokens begin .. end - 1 of one row and head; the state before them (backwards: the gradients
+// after them) and after. Both are [2 + V] numbers: m, how many sequences begin here, and u; or the
+// gradient of m, the product of all decays and the gradient of u. `passing`: nothing else is
+// wanted, and of gradients not that of m.
 struct ElitaSegment {
   int64_t batch, group, begin, end;
   const double* start;
@@ -63,18 +67,21 @@ struct ElitaSegment {
   bool passing;
 };
 
-// One call of mixed chunk attention. A sequence is a list of slots, in groups of `size`: `index` tells which token of the batch
-// (row * T + place) each holds, or, as -1 - slot, which slot of the open group that came in: those are keys alone.
+// One call of mixed chunk attention. A sequence is a list of slots, in groups of `size`: `index`
+// tells which token of the batch (row * T + place) each holds, or, as -1 - slot, which slot of the
+// open group that came in: those are keys alone.
 enum GateActivation { RELU2, LAPLACE };
 struct MixedChunk {
   int64_t B, N, H, G, T, K, L, V, size;  // K: quadratic queries and keys, L: linear ones
   int64_t span;
-  int32_t type, activation, is_causal, summed, biases, threads, isa;  // biases: 0, 1 for all heads, or H
+  int32_t type, activation, is_causal, summed, biases, threads,
+      isa;  // biases: 0, 1 for all heads, or H
   Array quad_query, quad_key, lin_query, lin_key, value, out;
-  const int64_t *index, *bounds;                                // [slots], [N + 1]
-  const void *open_quad_key, *open_lin_key, *open_value;        // [N, G, size, .] reals
-  const void *bias, *bias_turned;                               // [biases, size, size]: by query and key; by key and query, or null
-  const void* numerator;                                        // [N, G, L, V]: the sums that came in
+  const int64_t *index, *bounds;                          // [slots], [N + 1]
+  const void *open_quad_key, *open_lin_key, *open_value;  // [N, G, size, .] reals
+  const void *bias,
+      *bias_turned;       // [biases, size, size]: by query and key; by key and query, or null
+  const void* numerator;  // [N, G, L, V]: the sums that came in
   void *final_numerator, *final_quad_key, *final_lin_key, *final_value;  // the state that goes out
   // backwards
   Array dout, dquad_query, dquad_key, dlin_query, dlin_key, dvalue;
@@ -82,44 +89,57 @@ struct MixedChunk {
   void *dnumerator, *dopen_quad_key, *dopen_lin_key, *dopen_value;
 };
 
-// Whole groups of one sequence and key/value head, and columns of the values; sums before (backwards: after) them and where
-// to leave them; where to add the gradient of the bias, [1 or H / G, size, size] by key and query.
+// Whole groups of one sequence and key/value head, and columns of the values; sums before
+// (backwards: after) them and where to leave them; where to add the gradient of the bias, [1 or H /
+// G, size, size] by key and query.
 struct MixedSegment {
   int64_t row, group, begin, end, from, to;
   const void* start;
   void *stop, *dbias;
 };
 
-// What stands beside attention in a layer, number by number, in fp32: SWIGLU silu(x) second; RMSNORM x / rms(x) weight;
-// CONVOLVE depthwise over time; TURN pairs by angles. Gradients enter as dout and leave as dx, dsecond, dweight, dtail.
-enum PointwiseOperation { SWIGLU_FORWARD, SWIGLU_BACKWARD, RMSNORM_FORWARD, RMSNORM_BACKWARD, CONVOLVE_FORWARD, CONVOLVE_BACKWARD, TURN };
+// What stands beside attention in a layer, number by number, in fp32: SWIGLU silu(x) second;
+// RMSNORM x / rms(x) weight; CONVOLVE depthwise over time; TURN pairs by angles. Gradients enter as
+// dout and leave as dx, dsecond, dweight, dtail.
+enum PointwiseOperation {
+  SWIGLU_FORWARD,
+  SWIGLU_BACKWARD,
+  RMSNORM_FORWARD,
+  RMSNORM_BACKWARD,
+  CONVOLVE_FORWARD,
+  CONVOLVE_BACKWARD,
+  TURN
+};
 struct Pointwise {
   int32_t operation, threads, isa, back;  // TURN: back, by the angles' negatives
-  int64_t B, T, H, n, taps;               // [B, T, n] (of H heads, TURN); CONVOLVE: taps, the newest token's included
-  Array x, out, dout, dx;                 // rows [B, H, T]
-  const float *second, *weight, *tail;    // [B, T, n]; [n] or [taps, n]; [B, taps - 1, n]
+  int64_t B, T, H, n,
+      taps;  // [B, T, n] (of H heads, TURN); CONVOLVE: taps, the newest token's included
+  Array x, out, dout, dx;               // rows [B, H, T]
+  const float *second, *weight, *tail;  // [B, T, n]; [n] or [taps, n]; [B, taps - 1, n]
   float *dsecond, *dweight, *dtail;
-  float* factors;                         // [B, T]: RMSNORM's 1 / rms
-  const int64_t* offset;                  // [T]: each token's place in its packed sequence
-  const float *cosine, *sine;             // [B or 1, T, n / 2]
-  int64_t angles;                         // between rows of the batch in these
+  float* factors;              // [B, T]: RMSNORM's 1 / rms
+  const int64_t* offset;       // [T]: each token's place in its packed sequence
+  const float *cosine, *sine;  // [B or 1, T, n / 2]
+  int64_t angles;              // between rows of the batch in these
   double epsilon;
 };
 
-// One token through a whole layer: instructions on vectors of floats, which lie one after another in a row for each sequence of
-// the batch. Vectors are named by where they begin in that row.
+// One token through a whole layer: instructions on vectors of floats, which lie one after another
+// in a row for each sequence of the batch. Vectors are named by where they begin in that row.
 enum Operation { NORM, MATRIX, CONVOLUTION, SHIFT, ROTARY, ATTEND, GATE, ACTIVATE };
 enum NormKind { RMS, LAYER, SCALE };
 enum ActivationKind { SWIGLU, GELU, PRODUCT };
 struct Instruction {
   int32_t operation, kind;
-  int64_t source, second, third, target;  // vectors: read, read, read, written (or read and written)
-  int64_t n, k;                           // NORM, ROTARY, GATE: n heads of k numbers; MATRIX [n, k]; CONVOLUTION: n taps, k channels
-  const float *weight, *bias;             // may be null
-  double scalar;                          // epsilon; the rotary base
-  int64_t state;                          // the first of its states, [B, ...] each
-  int64_t add;                            // MATRIX: to what is there
-  const Attention* attention;             // ATTEND, but for its arrays
+  int64_t source, second, third,
+      target;    // vectors: read, read, read, written (or read and written)
+  int64_t n, k;  // NORM, ROTARY, GATE: n heads of k numbers; MATRIX [n, k]; CONVOLUTION: n taps, k
+                 // channels
+  const float *weight, *bias;  // may be null
+  double scalar;               // epsilon; the rotary base
+  int64_t state;               // the first of its states, [B, ...] each
+  int64_t add;                 // MATRIX: to what is there
+  const Attention* attention;  // ATTEND, but for its arrays
 };
 struct Program {
   int64_t B, width, count;  // rows, numbers in each, instructions
@@ -133,34 +153,39 @@ struct Program {
   void* const* after;
 };
 
-constexpr int CHUNK = 64;      // rows of scratch matrices are this long
+constexpr int CHUNK = 64;  // rows of scratch matrices are this long
 constexpr int MAX_ORDER = 8;
 
 // Part of a sequence of one key/value head, as one thread walks it.
 struct Segment {
-  int64_t batch, first, group;  // row of the batch, place of the sequence's first token in it, key/value head
-  int64_t row;                  // of the states: sequence * G + group
-  int64_t begin, end;           // tokens of the sequence
-  int64_t from, to;             // columns of the values
-  // Sums [F, V] and [F] before these tokens (backwards in time: after them), zero where null; and where to leave them.
+  int64_t batch, first,
+      group;    // row of the batch, place of the sequence's first token in it, key/value head
+  int64_t row;  // of the states: sequence * G + group
+  int64_t begin, end;  // tokens of the sequence
+  int64_t from, to;    // columns of the values
+  // Sums [F, V] and [F] before these tokens (backwards in time: after them), zero where null; and
+  // where to leave them.
   const void *start, *start_denominator;
   void *stop, *stop_denominator;
 };
 
-// The kernels of one instruction set for one type of reals. `scratch` tells how many reals of scratch, aligned to 64 bytes,
-// the others need. `forward` and `query_backward` run along a sequence, `key_backward` against it; not causal, their sums
-// stay as they are.
+// The kernels of one instruction set for one type of reals. `scratch` tells how many reals of
+// scratch, aligned to 64 bytes, the others need. `forward` and `query_backward` run along a
+// sequence, `key_backward` against it; not causal, their sums stay as they are.
 struct Kernels {
   typedef void Kernel(const Attention&, const Segment&, void* scratch);
   int64_t (*scratch)(const Attention&);
-  int64_t (*multiply)(int64_t rounds);  // independent multiply-adds in registers alone: how many operations
+  int64_t (*multiply)(
+      int64_t rounds);  // independent multiply-adds in registers alone: how many operations
   int64_t (*elita_scratch)(const Elita&);  // bytes
   typedef void MixedKernel(const MixedChunk&, const MixedSegment&, void* scratch);
   int64_t (*mixed_scratch)(const MixedChunk&);  // bytes
-  MixedKernel *mixed_forward, *mixed_step, *mixed_sum_keys, *mixed_sum_queries, *mixed_query_backward, *mixed_key_backward;
+  MixedKernel *mixed_forward, *mixed_step, *mixed_sum_keys, *mixed_sum_queries,
+      *mixed_query_backward, *mixed_key_backward;
   void (*elita_forward)(const Elita&, const ElitaSegment&, void* scratch);
   void (*elita_backward)(const Elita&, const ElitaSegment&, void* scratch);
-  // Tokens begin .. end - 1 of B T (SWIGLU: numbers); `dweight` is where to add the weights' gradients.
+  // Tokens begin .. end - 1 of B T (SWIGLU: numbers); `dweight` is where to add the weights'
+  // gradients.
   void (*pointwise)(const Pointwise&, int64_t begin, int64_t end, float* dweight);
   // Outputs begin .. end - 1 of one instruction, for all rows.
   void (*instruct)(const Program&, const Instruction&, float* rows, int64_t begin, int64_t end);

@@ -1,8 +1,10 @@
-// Gradients: the queries' forwards in time, where S grows again; the keys' and values' backwards, where dS does.
+// Gradients: the queries' forwards in time, where S grows again; the keys' and values' backwards,
+// where dS does.
 //
-// With dy = dout / z and dz = -(dout . out) / z: d phi(q) = S dy + Z dz, and dS = sum phi(q) dy, dZ = sum phi(q) dz over
-// the queries that see a key; d phi(k) = dS v + dZ, dv = phi(k) dS. Inside a chunk the weights w = p(q . k) are formed again:
-// dw = dy v + dz, d(q . k) = dw p'(q . k). The two passes share nothing, so that they can run beside each other.
+// With dy = dout / z and dz = -(dout . out) / z: d phi(q) = S dy + Z dz, and dS = sum phi(q) dy, dZ
+// = sum phi(q) dz over the queries that see a key; d phi(k) = dS v + dZ, dv = phi(k) dS. Inside a
+// chunk the weights w = p(q . k) are formed again: dw = dy v + dz, d(q . k) = dw p'(q . k). The two
+// passes share nothing, so that they can run beside each other.
 #pragma once
 
 #include "attention_chunk.hpp"
@@ -67,14 +69,16 @@ template <class R> void key_inside(Pass<R>& p, int n) {
   constexpr int W = LANES<R>;
   auto& w = p.w;
   p.template triangle<BY_COLUMN>(Pass<R>::LOWER, n, p.K, {w.q, CHUNK}, {w.k, CHUNK}, w.scores);
-  p.template triangle<BY_ROW>(Pass<R>::LOWER, n, p.V, {w.dy, w.stride}, {w.v_turned, CHUNK}, w.dscores);
+  p.template triangle<BY_ROW>(Pass<R>::LOWER, n, p.V, {w.dy, w.stride}, {w.v_turned, CHUNK},
+                              w.dscores);
   for (int i = 0; i < n; i++) {  // a query's weights of all keys
     R *scores = w.scores + i * CHUNK, *row = w.dscores + i * CHUNK;
     const int last = i / W * W;
     const Vec<R> hidden = p.lanes_from(i - last + 1);
     for (int j = 0; j <= last; j += W) {
       const Vec<R> x = load(scores + j);
-      const Vec<R> counted = j == last ? (hidden != R(0) ? Vec<R>{} : load(w.constant + j)) : load(w.constant + j);
+      const Vec<R> counted =
+          j == last ? (hidden != R(0) ? Vec<R>{} : load(w.constant + j)) : load(w.constant + j);
       const Vec<R> weight = polynomial<R>(x, p.a.order, p.a.constant_term);
       const Vec<R> grad = (load(row + j) + w.dz[i]) * slope<R>(x, p.a.order);
       store(scores + j, counted != R(0) ? weight : Vec<R>{});
@@ -83,7 +87,8 @@ template <class R> void key_inside(Pass<R>& p, int n) {
     zero(scores + last + W, padded<R>(n) - last - W);
     zero(row + last + W, padded<R>(n) - last - W);
   }
-  product<BY_COLUMN, R>(p.ahead, n, p.V, n, {w.scores, CHUNK}, {w.dy, w.stride}, {w.dv, w.stride}, true, FROM);
+  product<BY_COLUMN, R>(p.ahead, n, p.V, n, {w.scores, CHUNK}, {w.dy, w.stride}, {w.dv, w.stride},
+                        true, FROM);
   product<BY_ROW, R>(p.ahead, p.K, n, n, {w.q, CHUNK}, {w.dscores, CHUNK}, {w.dk, CHUNK});
 }
 
@@ -91,7 +96,8 @@ template <class R> void key_backward(const Attention& a, const Segment& s, void*
   Pass<R> p(a, s, scratch);
   auto& w = p.w;
   const bool leaves = s.stop || s.stop_denominator;
-  if (s.start || s.start_denominator || leaves || s.end - s.begin > a.chunk) p.load_sums(s.start, s.start_denominator);
+  if (s.start || s.start_denominator || leaves || s.end - s.begin > a.chunk)
+    p.load_sums(s.start, s.start_denominator);
   bool ahead = s.start || s.start_denominator;  // anything in the sums?
   const int64_t chunks = (s.end - s.begin + a.chunk - 1) / a.chunk;
   for (int64_t c = chunks - 1; c >= 0; c--) {

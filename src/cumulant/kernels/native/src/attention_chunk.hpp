@@ -1,7 +1,9 @@
-// What the passes of linear and Taylor attention share: scratch for one chunk, reading it, and the products with the sums.
+// What the passes of linear and Taylor attention share: scratch for one chunk, reading it, and the
+// products with the sums.
 //
-// For a chunk of n tokens: q, k [K, CHUNK] (scaled, activated), v [n, V], sums S [F, V], Z [F]. Features exist a slab at a
-// time: SLAB rows of CHUNK tokens, beside SLAB rows of S, stay in the first cache.
+// For a chunk of n tokens: q, k [K, CHUNK] (scaled, activated), v [n, V], sums S [F, V], Z [F].
+// Features exist a slab at a time: SLAB rows of CHUNK tokens, beside SLAB rows of S, stay in the
+// first cache.
 #pragma once
 
 #include "taylor_features.hpp"
@@ -32,11 +34,14 @@ template <class R> struct Workspace {
     dy = take(V * CHUNK), dy_turned = take(V * CHUNK), dv = take(V * CHUNK);
     scores = take(CHUNK * CHUNK), dscores = take(CHUNK * CHUNK);
     phi = take(SLAB * CHUNK), dphi = take(SLAB * CHUNK);
-    z = take(CHUNK), dz = take(CHUNK), level = take(CHUNK), ones = take(CHUNK), constant = take(CHUNK);
+    z = take(CHUNK), dz = take(CHUNK), level = take(CHUNK), ones = take(CHUNK),
+    constant = take(CHUNK);
     powers = take(2 * MAX_ORDER * CHUNK);
-    // One causal chunk without a state is the quadratic form alone: no sums, however many features there would be.
-    const bool sums = !a.is_causal || a.T > a.chunk || a.numerator || a.denominator || a.final_numerator ||
-                      a.final_denominator || a.dfinal_numerator || a.dfinal_denominator;
+    // One causal chunk without a state is the quadratic form alone: no sums, however many features
+    // there would be.
+    const bool sums = !a.is_causal || a.T > a.chunk || a.numerator || a.denominator ||
+                      a.final_numerator || a.final_denominator || a.dfinal_numerator ||
+                      a.dfinal_denominator;
     S = take(sums ? a.F * V : 0), Z = take(sums ? a.F : 0);
   }
 };
@@ -52,9 +57,16 @@ template <class R> struct Pass {
   Ahead ahead;
 
   Pass(const Attention& attention, const Segment& segment, void* scratch)
-      : a(attention), s(segment), w(attention, (R*)scratch), K(int(a.K)), V(int(a.V)), columns(int(s.to - s.from)),
-        F(int(a.F)), R_heads(int(a.H / a.G)) {
-    const int slabs = a.order == 0 ? 1 : (F + SLAB - 1) / SLAB;  // of about the same size, in whole tiles
+      : a(attention),
+        s(segment),
+        w(attention, (R*)scratch),
+        K(int(a.K)),
+        V(int(a.V)),
+        columns(int(s.to - s.from)),
+        F(int(a.F)),
+        R_heads(int(a.H / a.G)) {
+    const int slabs =
+        a.order == 0 ? 1 : (F + SLAB - 1) / SLAB;  // of about the same size, in whole tiles
     slab = ((F + slabs - 1) / slabs + 5) / 6 * 6;
     for (int i = 0; i < CHUNK; i++) w.ones[i] = 1;
   }
@@ -62,7 +74,8 @@ template <class R> struct Pass {
   // What a pass reads of every chunk, and writes: see `begin`.
   enum Needs { QUERY = 1, KEY = 2, VALUE = 4, UPSTREAM = 8, OUT = 16, DQUERY = 32, DKEY = 64 };
 
-  // Begin with the chunk at `at`: the rows it writes and those its successor, `step` tokens on, reads will be fetched.
+  // Begin with the chunk at `at`: the rows it writes and those its successor, `step` tokens on,
+  // reads will be fetched.
   void begin(int64_t at, int64_t step, int needs) {
     const int64_t next = at + step;
     const int n = count(at), m = next < s.begin || next >= s.end ? 0 : count(next);
@@ -74,15 +87,18 @@ template <class R> struct Pass {
       if (needs & UPSTREAM) expect(a.dout, head(r), next, m, 0, V, false, reals());
       if (needs & UPSTREAM && a.normalize) expect(a.out, head(r), next, m, 0, V, false, reals());
     }
-    if (needs & DKEY) expect(a.dkey, s.group, at, n, 0, K, true), expect(a.dvalue, s.group, at, n, 0, V, true);
+    if (needs & DKEY)
+      expect(a.dkey, s.group, at, n, 0, K, true), expect(a.dvalue, s.group, at, n, 0, V, true);
     if (needs & KEY) expect(a.key, s.group, next, m, 0, K);
     if (needs & VALUE) expect(a.value, s.group, next, m, s.from, columns);
   }
   static constexpr int reals() { return sizeof(R) == 4 ? F32 : F64; }
-  void expect(const Array& x, int64_t h, int64_t at, int n, int64_t from, int width, bool written = false) {
+  void expect(const Array& x, int64_t h, int64_t at, int n, int64_t from, int width,
+              bool written = false) {
     expect(x, h, at, n, from, width, written, a.type);
   }
-  void expect(const Array& x, int64_t h, int64_t at, int n, int64_t from, int width, bool written, int type) {
+  void expect(const Array& x, int64_t h, int64_t at, int n, int64_t from, int width, bool written,
+              int type) {
     const int size = type == F64 ? 8 : type == F32 ? 4 : 2;
     const int64_t offset = s.batch * x.batch + h * x.head + (s.first + at) * x.row + from;
     ahead.add((const char*)x.data + offset * size, x.row * size, n, width * size, written);
@@ -120,10 +136,12 @@ template <class R> struct Pass {
     activate_backward(w.q, grad, K, n, R(a.scale), a.activation);
     if (!levels() || a.activation == ELU) return;
     for (int d = 0; d < K; d++)
-      for (int i = 0; i < n; i += W) store(grad + d * CHUNK + i, load(grad + d * CHUNK + i) * load(w.level + i));
+      for (int i = 0; i < n; i += W)
+        store(grad + d * CHUNK + i, load(grad + d * CHUNK + i) * load(w.level + i));
   }
 
-  // Keys, and `constant`, the feature of degree 0: what is masked, or behind the last token, counts for nothing.
+  // Keys, and `constant`, the feature of degree 0: what is masked, or behind the last token, counts
+  // for nothing.
   void read_key(int64_t at, int n) {
     mask = a.key_mask ? a.key_mask + s.batch * a.S + s.first + at : nullptr;
     for (int i = 0; i < CHUNK; i++) w.constant[i] = i < n && (!mask || mask[i]) ? R(1) : R(0);
@@ -166,7 +184,8 @@ template <class R> struct Pass {
       zero(w.dy + n * w.stride, int64_t(padded<R>(n) - n) * w.stride);
     }
     if (!a.normalize) return;
-    const R* denominators = (const R*)a.denominators + (s.batch * a.H + head(r)) * a.T + s.first + at;
+    const R* denominators =
+        (const R*)a.denominators + (s.batch * a.H + head(r)) * a.T + s.first + at;
     for (int i = 0; i < n; i++) {
       Vec<R> total{};
       for (int d = 0; d < V; d += W) total += load(dout.row(i) + d) * load(out.row(i) + d);
@@ -183,7 +202,8 @@ template <class R> struct Pass {
 
   // to = row / z, zero where z vanishes: nothing to attend to.
   static void divide(const R* row, int n, R z, R* to) {
-    const bool tiny = z < R(1e-30) && z > R(-1e-30), none = vanishes(z);  // its reciprocal may overflow
+    const bool tiny = z < R(1e-30) && z > R(-1e-30),
+               none = vanishes(z);  // its reciprocal may overflow
     const R inverse = none ? R(0) : R(1) / z;
     for (int d = 0; d < n; d += W) {
       const Vec<R> x = load(row + d);
@@ -196,10 +216,12 @@ template <class R> struct Pass {
     const Rows x = reals_of(a.out, head(r), at, n);
     const bool direct = x.plain<R>(columns);
     for (int i = 0; a.normalize && i < n; i++)
-      divide(out + i * w.stride, columns, z[i], direct ? x.at<R>() + i * x.array.row + s.from : out + i * w.stride);
+      divide(out + i * w.stride, columns, z[i],
+             direct ? x.at<R>() + i * x.array.row + s.from : out + i * w.stride);
     if (!a.normalize || !direct) write(x, s.from, columns, out, w.stride);
     if (a.normalize && s.from == 0)
-      memcpy((R*)a.denominators + (s.batch * a.H + head(r)) * a.T + s.first + at, z, sizeof(R) * size_t(n));
+      memcpy((R*)a.denominators + (s.batch * a.H + head(r)) * a.T + s.first + at, z,
+             sizeof(R) * size_t(n));
   }
 
   // ---- sums ----
@@ -219,7 +241,8 @@ template <class R> struct Pass {
   void leave_sums(void* numerator, void* denominator) const {
     if (numerator)
       for (int f = 0; f < F; f++)
-        memcpy((R*)numerator + int64_t(f) * V + s.from, w.S + f * w.stride, sizeof(R) * size_t(columns));
+        memcpy((R*)numerator + int64_t(f) * V + s.from, w.S + f * w.stride,
+               sizeof(R) * size_t(columns));
     if (denominator && s.from == 0) memcpy(denominator, w.Z, sizeof(R) * size_t(F));
   }
 
@@ -237,7 +260,8 @@ template <class R> struct Pass {
   // out += phi^T S, z += phi . Z
   void read_sums(const R* x, const R* constant, int n, R* out, R* z) {
     slabs(x, constant, n, [&](int f, int rows, const R* phi) {
-      product<BY_COLUMN, R>(ahead, n, columns, rows, {phi, CHUNK}, {w.S + f * w.stride, w.stride}, {out, w.stride});
+      product<BY_COLUMN, R>(ahead, n, columns, rows, {phi, CHUNK}, {w.S + f * w.stride, w.stride},
+                            {out, w.stride});
       if (z) product<BY_ROW, R>(ahead, 1, n, rows, {w.Z + f, 0}, {phi, CHUNK}, {z, CHUNK});
     });
   }
@@ -249,19 +273,23 @@ template <class R> struct Pass {
       if (!a.normalize) return;
       for (int j = 0; j < rows; j++) {
         Vec<R> total{};
-        for (int i = 0; i < n; i += W) total += weights ? load(phi + j * CHUNK + i) * load(weights + i) : load(phi + j * CHUNK + i);
+        for (int i = 0; i < n; i += W)
+          total +=
+              weights ? load(phi + j * CHUNK + i) * load(weights + i) : load(phi + j * CHUNK + i);
         w.Z[f + j] += sum<R>(total);
       }
     });
   }
 
-  // Adds to dx what reaches a vector x through its features: d phi = S y^T + Z weights (null: of 1).
+  // Adds to dx what reaches a vector x through its features: d phi = S y^T + Z weights (null: of
+  // 1).
   void sums_backward(const R* x, int n, const R* y_turned, const R* weights, R* dx) {
     Monomials<R> m = monomials(x, w.ones, n);
     for (int f = 0; f < F; f += slab) {
       const int rows = smaller(slab, F - f);
       R* dphi = a.order == 0 ? dx : w.dphi;
-      product<BY_ROW, R>(ahead, rows, n, columns, {w.S + f * w.stride, w.stride}, {y_turned, CHUNK}, {dphi, CHUNK}, a.order == 0);
+      product<BY_ROW, R>(ahead, rows, n, columns, {w.S + f * w.stride, w.stride}, {y_turned, CHUNK},
+                         {dphi, CHUNK}, a.order == 0);
       if (a.normalize)
         for (int j = 0; j < rows; j++)
           for (int i = 0; i < n; i += W) {
@@ -274,14 +302,17 @@ template <class R> struct Pass {
 
   // ---- inside a chunk ----
 
-  // C [n, n] = op(A) B where the column is not before the row (UPPER), or not behind it; in blocks of 16 rows.
+  // C [n, n] = op(A) B where the column is not before the row (UPPER), or not behind it; in blocks
+  // of 16 rows.
   enum Half { UPPER, LOWER };
   template <Layout LAYOUT>
   void triangle(Half half, int n, int inner, Matrix<const R> A, Matrix<const R> B, R* C) {
     for (int i = 0; i < n; i += 16) {
-      const int rows = smaller(16, n - i), from = half == UPPER ? i : 0, to = half == UPPER ? n : i + rows;
+      const int rows = smaller(16, n - i), from = half == UPPER ? i : 0,
+                to = half == UPPER ? n : i + rows;
       const Matrix<const R> block{LAYOUT == BY_COLUMN ? A.data + i : A.row(i), A.stride};
-      product<LAYOUT, R>(ahead, rows, to - from, inner, block, {B.data + from, B.stride}, {C + i * CHUNK + from, CHUNK}, false);
+      product<LAYOUT, R>(ahead, rows, to - from, inner, block, {B.data + from, B.stride},
+                         {C + i * CHUNK + from, CHUNK}, false);
     }
   }
 

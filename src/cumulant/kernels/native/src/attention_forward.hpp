@@ -6,7 +6,8 @@
 namespace cumulant {
 namespace CUMULANT_ISA {
 
-// Numerators and denominators of a chunk's queries over its own keys, by the quadratic form: out [n, V], z.
+// Numerators and denominators of a chunk's queries over its own keys, by the quadratic form: out
+// [n, V], z.
 template <class R> void attend_inside(Pass<R>& p, int n) {
   constexpr int W = LANES<R>;
   auto& w = p.w;
@@ -25,7 +26,8 @@ template <class R> void attend_inside(Pass<R>& p, int n) {
       store(w.z + i, load(w.z + i) + x);
     }
   }
-  product<BY_COLUMN, R>(p.ahead, n, p.columns, n, {w.scores, CHUNK}, p.v, {w.out, w.stride}, false, UP_TO);
+  product<BY_COLUMN, R>(p.ahead, n, p.columns, n, {w.scores, CHUNK}, p.v, {w.out, w.stride}, false,
+                        UP_TO);
 }
 
 template <class R> void forward(const Attention& a, const Segment& s, void* scratch) {
@@ -74,9 +76,11 @@ template <class R> void sum_keys(const Attention& a, const Segment& s, void* scr
   p.leave_sums(s.stop, s.stop_denominator);
 }
 
-// N vectors of columns of the rows f .. f + rows - 1 of a state, which the token is added to if that is yet to do.
+// N vectors of columns of the rows f .. f + rows - 1 of a state, which the token is added to if
+// that is yet to do.
 template <class R, int N>
-INLINE void step_columns(Pass<R>& p, bool add, int f, int rows, int d, const R* phi, const R* S, R* next) {
+INLINE void step_columns(Pass<R>& p, bool add, int f, int rows, int d, const R* phi, const R* S,
+                         R* next) {
   constexpr int W = LANES<R>;
   auto& w = p.w;
   Vec<R> out[N], v[N];
@@ -119,7 +123,8 @@ template <class R> void step(const Attention& a, const Segment& s, void* scratch
       for (int j = 0; a.normalize && j < rows; j++) part += phi[j * CHUNK] * next_Z[f + j];
       z += part;
       int d = 0;
-      for (; d + N * W <= whole; d += N * W) step_columns<R, N>(p, r == 0, f, rows, d, phi, S, next);
+      for (; d + N * W <= whole; d += N * W)
+        step_columns<R, N>(p, r == 0, f, rows, d, phi, S, next);
       for (; d < whole; d += W) step_columns<R, 1>(p, r == 0, f, rows, d, phi, S, next);
       for (int j = 0; j < rows; j++)
         for (int d = whole; d < V; d++) {

@@ -1,7 +1,8 @@
 // Linear and Taylor attention: shares a call out over threads and runs the kernels.
 //
-// Sequences of every key/value head run beside each other. When those are fewer than the threads, the columns of the values
-// are shared out too (outputs only), then the sequences: each part's sums first, their running totals, then all parts at once.
+// Sequences of every key/value head run beside each other. When those are fewer than the threads,
+// the columns of the values are shared out too (outputs only), then the sequences: each part's sums
+// first, their running totals, then all parts at once.
 #include "instruction_sets.hpp"
 #include "parallel.hpp"
 
@@ -29,7 +30,8 @@ class Call {
   bool ok = true;
 
  public:
-  explicit Call(const Attention& attention) : a(attention), k(kernels(attention.isa, attention.type)), real(a.type == F64 ? 8 : 4) {}
+  explicit Call(const Attention& attention)
+      : a(attention), k(kernels(attention.isa, attention.type)), real(a.type == F64 ? 8 : 4) {}
 
   bool forward() {
     use_large_pages(a.out.data, size_t(a.B * a.H * a.T * a.V) * real);
@@ -118,7 +120,9 @@ class Call {
   bool run() {
     if (ok && !tasks.empty())
       ok = parallel(a.threads, int64_t(tasks.size()), size_t(k.scratch(a)) * real,
-                    [&](int64_t i, void* scratch) { tasks[size_t(i)].kernel(a, tasks[size_t(i)].segment, scratch); });
+                    [&](int64_t i, void* scratch) {
+                      tasks[size_t(i)].kernel(a, tasks[size_t(i)].segment, scratch);
+                    });
     tasks.clear();
     return ok;
   }
@@ -135,9 +139,11 @@ class Call {
     join(to.denominator, x.denominator, y.denominator, a.F);
   }
 
-  // How many parts the columns of the values are cut into: for threads without work, and for sums that fit a cache.
+  // How many parts the columns of the values are cut into: for threads without work, and for sums
+  // that fit a cache.
   int64_t columns() const {
-    const int64_t most = std::max<int64_t>(1, a.V / 32), idle = (a.threads + rows() - 1) / std::max<int64_t>(rows(), 1);
+    const int64_t most = std::max<int64_t>(1, a.V / 32),
+                  idle = (a.threads + rows() - 1) / std::max<int64_t>(rows(), 1);
     int64_t wanted = idle;
     if (idle == 1 && rows() % a.threads && rows() < 4 * a.threads) wanted = 2;
     return std::max(std::min(most, wanted), (a.V + 255) / 256);
@@ -170,12 +176,14 @@ class Call {
     each_row([&](Segment s) {
       for (int64_t p = 0; p < P; p++) {
         cut(s, a.S, p, P);
-        add_columns(k.sum_keys, s, p ? Sums{} : before(s.row), p ? own(s.row * (P - 1) + p - 1) : after(s.row), split);
+        add_columns(k.sum_keys, s, p ? Sums{} : before(s.row),
+                    p ? own(s.row * (P - 1) + p - 1) : after(s.row), split);
       }
     });
     run();
     each_row([&](Segment s) {
-      for (int64_t p = 1; p < P; p++) total(after(s.row), after(s.row), own(s.row * (P - 1) + p - 1));
+      for (int64_t p = 1; p < P; p++)
+        total(after(s.row), after(s.row), own(s.row * (P - 1) + p - 1));
       for (int64_t p = 0; p < Q; p++) {
         cut(s, a.T, p, Q);
         add_columns(k.forward, s, after(s.row), {}, split);
@@ -187,8 +195,12 @@ class Call {
   bool backward_causal() {
     const int64_t P = parts(2 * rows(), a.T), inner = P - 1;
     reserve(2 * rows() * inner);
-    const auto past = [&](int64_t row, int64_t p) { return own(2 * row * inner + p); };  // the sums of part p's keys
-    const auto ahead = [&](int64_t row, int64_t p) { return own((2 * row + 1) * inner + p); };  // of part p + 1's queries
+    const auto past = [&](int64_t row, int64_t p) {
+      return own(2 * row * inner + p);
+    };  // the sums of part p's keys
+    const auto ahead = [&](int64_t row, int64_t p) {
+      return own((2 * row + 1) * inner + p);
+    };  // of part p + 1's queries
     each_row([&](Segment s) {
       for (int64_t p = 0; p < inner; p++) {
         cut(s, a.T, p, P);
@@ -199,12 +211,15 @@ class Call {
     });
     run();
     each_row([&](Segment s) {
-      for (int64_t p = 0; p < inner; p++) total(past(s.row, p), past(s.row, p), p ? past(s.row, p - 1) : before(s.row));
+      for (int64_t p = 0; p < inner; p++)
+        total(past(s.row, p), past(s.row, p), p ? past(s.row, p - 1) : before(s.row));
       for (int64_t p = inner; p-- > 0;)
-        total(ahead(s.row, p), ahead(s.row, p), p + 1 < inner ? ahead(s.row, p + 1) : upstream(s.row));
+        total(ahead(s.row, p), ahead(s.row, p),
+              p + 1 < inner ? ahead(s.row, p + 1) : upstream(s.row));
       for (int64_t p = 0; p < P; p++) {
         cut(s, a.T, p, P);
-        add(k.key_backward, s, p < inner ? ahead(s.row, p) : upstream(s.row), p ? Sums{} : downstream(s.row));
+        add(k.key_backward, s, p < inner ? ahead(s.row, p) : upstream(s.row),
+            p ? Sums{} : downstream(s.row));
         add(k.query_backward, s, p ? past(s.row, p - 1) : before(s.row), {});
       }
     });
@@ -235,11 +250,13 @@ class Call {
   }
 
   // Zeros in the rows behind the last packed sequence.
-  void clear_behind(const Array& x, int64_t heads, int64_t length, int64_t width, size_t size) const {
+  void clear_behind(const Array& x, int64_t heads, int64_t length, int64_t width,
+                    size_t size) const {
     if (!a.offsets) return;
     for (int64_t h = 0; h < heads; h++)
       for (int64_t t = a.offsets[a.N]; t < length; t++)
-        std::memset(static_cast<char*>(x.data) + size_t(h * x.head + t * x.row) * size, 0, size_t(width) * size);
+        std::memset(static_cast<char*>(x.data) + size_t(h * x.head + t * x.row) * size, 0,
+                    size_t(width) * size);
   }
   void clear_denominators() const {
     if (!a.offsets || a.offsets[a.N] == a.T) return;

@@ -1,13 +1,14 @@
-// ELiTA's attention as a recurrence, a block of tokens at a time: first the gates, two numbers a token, then the columns of
-// the values, PANEL at a time, whose means stay in registers.
+// ELiTA's attention as a recurrence, a block of tokens at a time: first the gates, two numbers a
+// token, then the columns of the values, PANEL at a time, whose means stay in registers.
 //
-// With the running log-sum m of the key logits c: a = exp(c - m), g = sigmoid(s - r - m), u += a (v - u),
-// out = u + g (v - u). Backwards, with the gradient Q of u, Q = sum_r (1 - g) dout + carry, and the gradient M of m:
-// dv = a Q + sum_r g dout, and the carry is (1 - a) Q;
-// ds = g (1 - g) dout . (v - u), b = a Q . (v - u), M = -sum_r ds + carry, dc = b + a M, and the carry is (1 - a) M - b.
-// v - u is (1 - a) times the distance from the mean before, and both a and 1 - a come from the odds a / (1 - a): so
-// gradients of logits that hardly matter are small products, and not differences of large sums. All in double: a mean in
-// float would stop moving once its steps are smaller than its last digit.
+// With the running log-sum m of the key logits c: a = exp(c - m), g = sigmoid(s - r - m), u += a (v
+// - u), out = u + g (v - u). Backwards, with the gradient Q of u, Q = sum_r (1 - g) dout + carry,
+// and the gradient M of m: dv = a Q + sum_r g dout, and the carry is (1 - a) Q; ds = g (1 - g) dout
+// . (v - u), b = a Q . (v - u), M = -sum_r ds + carry, dc = b + a M, and the carry is (1 - a) M -
+// b. v - u is (1 - a) times the distance from the mean before, and both a and 1 - a come from the
+// odds a / (1 - a): so gradients of logits that hardly matter are small products, and not
+// differences of large sums. All in double: a mean in float would stop moving once its steps are
+// smaller than its last digit.
 #pragma once
 
 #include "tokens.hpp"
@@ -15,21 +16,25 @@
 namespace cumulant {
 namespace CUMULANT_ISA {
 
-constexpr int BLOCK = 16;  // tokens whose rows of doubles stay in the first cache; ELITA_BLOCK in library.py
+constexpr int BLOCK =
+    16;  // tokens whose rows of doubles stay in the first cache; ELITA_BLOCK in library.py
 constexpr int COLUMNS = CUMULANT_BYTES == 64 ? 8 : 4;  // vectors of doubles that a panel spans
 constexpr int WIDTH = COLUMNS * LANES<double>;
 constexpr double LOWEST = -1.7976931348623157e308, INFINITE = __builtin_inf();
 
-// Scratch: rows of a panel for BLOCK tokens, for values, outputs and their gradients; numbers a token.
+// Scratch: rows of a panel for BLOCK tokens, for values, outputs and their gradients; numbers a
+// token.
 struct ElitaScratch {
   alignas(64) double v[BLOCK * WIDTH], x[BLOCK * WIDTH], y[BLOCK * WIDTH];
-  alignas(64) double a[BLOCK], odds[BLOCK], top[BLOCK], total[BLOCK], decay[BLOCK], fresh[BLOCK], logit[BLOCK];
+  alignas(64) double a[BLOCK], odds[BLOCK], top[BLOCK], total[BLOCK], decay[BLOCK], fresh[BLOCK],
+      logit[BLOCK];
   alignas(64) double keep[BLOCK], by_value[BLOCK], own[BLOCK], own_total[BLOCK], grad[BLOCK];
 };
 
 // And behind it: columns of all panels, and for each query head three numbers a token.
 inline int64_t elita_scratch(const Elita& e) {
-  return int64_t(sizeof(ElitaScratch)) + int64_t(sizeof(double)) * (e.V + WIDTH + e.H / e.G * 3 * BLOCK);
+  return int64_t(sizeof(ElitaScratch)) +
+         int64_t(sizeof(double)) * (e.V + WIDTH + e.H / e.G * 3 * BLOCK);
 }
 
 // The means before the block that begins at token t: [V].
@@ -52,7 +57,8 @@ INLINE void exponentials(const double* x, double* y, int n) {
 }
 
 // Rows [n, width] of an array from column `from`, as doubles, WIDTH apart.
-INLINE void read_panel(const Array& x, int type, int64_t b, int64_t h, int64_t t, int n, int64_t from, int width, double* to) {
+INLINE void read_panel(const Array& x, int type, int64_t b, int64_t h, int64_t t, int n,
+                       int64_t from, int width, double* to) {
   for (int i = 0; i < n; i++) {
     double* row = to + i * WIDTH;
     const int64_t offset = b * x.batch + h * x.head + (t + i) * x.row + from;
@@ -67,23 +73,26 @@ INLINE void read_panel(const Array& x, int type, int64_t b, int64_t h, int64_t t
     }
   }
 }
-INLINE void write_panel(const Array& x, int type, int64_t b, int64_t h, int64_t t, int n, int64_t from, int width, const double* rows) {
+INLINE void write_panel(const Array& x, int type, int64_t b, int64_t h, int64_t t, int n,
+                        int64_t from, int width, const double* rows) {
   for (int i = 0; i < n; i++) {
     const double* row = rows + i * WIDTH;
     const int64_t offset = b * x.batch + h * x.head + (t + i) * x.row + from;
     if (type == F32 && width % LANES<double> == 0) {
       typedef float Narrow __attribute__((vector_size(CUMULANT_BYTES / 2), aligned(4), may_alias));
       float* p = (float*)x.data + offset;
-      for (int d = 0; d < width; d += LANES<double>) *(Narrow*)(p + d) = __builtin_convertvector(load(row + d), Narrow);
+      for (int d = 0; d < width; d += LANES<double>)
+        *(Narrow*)(p + d) = __builtin_convertvector(load(row + d), Narrow);
     } else {
       write_row<double>(x.data, offset, type, width, row);
     }
   }
 }
 
-// Key gates of a block, and how far the sums have come: `top` is the running maximum of the logits, `total` the running sum
-// of exp(c - top), so that nothing larger than 1 is exponentiated.
-INLINE void key_gates(const Elita& e, const ElitaSegment& s, int64_t t, int n, double& top, double& total, ElitaScratch& w) {
+// Key gates of a block, and how far the sums have come: `top` is the running maximum of the logits,
+// `total` the running sum of exp(c - top), so that nothing larger than 1 is exponentiated.
+INLINE void key_gates(const Elita& e, const ElitaSegment& s, int64_t t, int n, double& top,
+                      double& total, ElitaScratch& w) {
   read_row<double>(e.key_logit, (s.batch * e.G + s.group) * e.T + t, e.logits, n, w.logit);
   for (int i = 0; i < n; i++) {
     const bool first = e.first && e.first[t + i];
@@ -101,12 +110,14 @@ INLINE void key_gates(const Elita& e, const ElitaSegment& s, int64_t t, int n, d
     total = before + w.fresh[i];
     w.total[i] = total;
     w.odds[i] = w.fresh[i] > 0 ? w.fresh[i] / before : 0;
-    w.a[i] = w.fresh[i] / larger(total, 0.5);  // sums are at least 1, but zero where nothing was seen
+    w.a[i] =
+        w.fresh[i] / larger(total, 0.5);  // sums are at least 1, but zero where nothing was seen
   }
 }
 
 // Odds 1 / (total exp(r + top - s)) for one query head, and its gates g.
-INLINE void own_gates(const Elita& e, const ElitaSegment& s, int64_t h, int64_t t, int n, ElitaScratch& w, double* g) {
+INLINE void own_gates(const Elita& e, const ElitaSegment& s, int64_t h, int64_t t, int n,
+                      ElitaScratch& w, double* g) {
   read_row<double>(e.query_logit, (s.batch * e.H + h) * e.T + t, e.logits, n, w.grad);
   read_row<double>(e.self_logit, (s.batch * e.H + h) * e.T + t, e.logits, n, w.own);
   for (int i = 0; i < n; i++) {
@@ -117,7 +128,9 @@ INLINE void own_gates(const Elita& e, const ElitaSegment& s, int64_t h, int64_t 
   exponentials(w.keep, w.keep, n);
   for (int i = 0; i < n; i++) {
     const double x = w.keep[i];
-    const double odds = w.own[i] == -INFINITE ? 0 : w.logit[i] > 0 ? x / w.total[i] : 1 / (w.total[i] * x);
+    const double odds = w.own[i] == -INFINITE ? 0
+                        : w.logit[i] > 0      ? x / w.total[i]
+                                              : 1 / (w.total[i] * x);
     w.own[i] = odds;
     g[i] = 1 / (1 + 1 / odds);
   }
@@ -162,9 +175,11 @@ inline void elita_forward(const Elita& e, const ElitaSegment& s, void* scratch) 
     const int n = int(smaller<int64_t>(BLOCK, s.end - t));
     key_gates(e, s, t, n, top, total, w);
     if (!s.passing) {
-      if (e.key_odds) write_row<double>(e.key_odds, (s.batch * e.G + s.group) * e.T + t, e.gates, n, w.odds);
+      if (e.key_odds)
+        write_row<double>(e.key_odds, (s.batch * e.G + s.group) * e.T + t, e.gates, n, w.odds);
       if (e.means) memcpy(kept_means(e, s, t), means, sizeof(double) * size_t(e.V));
-      for (int64_t r = 0; r < heads; r++) own_gates(e, s, s.group * heads + r, t, n, w, gates + r * BLOCK);
+      for (int64_t r = 0; r < heads; r++)
+        own_gates(e, s, s.group * heads + r, t, n, w, gates + r * BLOCK);
     }
     for (int64_t from = 0; from < e.V; from += WIDTH) {
       const int width = int(smaller<int64_t>(WIDTH, e.V - from));
@@ -189,8 +204,10 @@ inline void elita_forward(const Elita& e, const ElitaSegment& s, void* scratch) 
   for (int64_t d = 0; d < e.V; d++) s.stop[2 + d] = means[d];
 }
 
-// The values of a panel in w.v become their distances v - u from the means; `before`: the means before the n tokens.
-template <int N> void distances(const Elita& e, int64_t t, int n, const double* before, ElitaScratch& w) {
+// The values of a panel in w.v become their distances v - u from the means; `before`: the means
+// before the n tokens.
+template <int N>
+void distances(const Elita& e, int64_t t, int n, const double* before, ElitaScratch& w) {
   constexpr int W = LANES<double>;
   Vec<double> u[N];
   for (int d = 0; d < N; d++) u[d] = load(before + d * W);
@@ -207,8 +224,8 @@ template <int N> void distances(const Elita& e, int64_t t, int n, const double* 
   }
 }
 
-// The gradients of a panel's means over n tokens, backwards, from sums of (1 - g) dout in w.y: Q . (v - u), whose second
-// factor stands in w.v, and dv, whose part of the query heads stands in w.x.
+// The gradients of a panel's means over n tokens, backwards, from sums of (1 - g) dout in w.y: Q .
+// (v - u), whose second factor stands in w.v, and dv, whose part of the query heads stands in w.x.
 template <int N> void retreat(int n, double* carry, ElitaScratch& w) {
   constexpr int W = LANES<double>;
   Vec<double> Q[N];
@@ -229,7 +246,8 @@ template <int N> void retreat(int n, double* carry, ElitaScratch& w) {
 }
 
 // a and 1 - a from a's odds, for a block; `gates`: g, 1 - g and zeros for each query head.
-INLINE void read_gates(const Elita& e, const ElitaSegment& s, int64_t t, int n, ElitaScratch& w, double* gates) {
+INLINE void read_gates(const Elita& e, const ElitaSegment& s, int64_t t, int n, ElitaScratch& w,
+                       double* gates) {
   read_row<double>(e.key_odds, (s.batch * e.G + s.group) * e.T + t, e.gates, n, w.odds);
   for (int i = 0; i < n; i++) {
     w.a[i] = 1 / (1 + 1 / w.odds[i]);
@@ -237,7 +255,8 @@ INLINE void read_gates(const Elita& e, const ElitaSegment& s, int64_t t, int n, 
   }
   const int64_t heads = e.H / e.G;
   for (int64_t r = 0; r < heads; r++, gates += 3 * BLOCK) {
-    read_row<double>(e.own_odds, (s.batch * e.H + s.group * heads + r) * e.T + t, e.gates, n, w.own);
+    read_row<double>(e.own_odds, (s.batch * e.H + s.group * heads + r) * e.T + t, e.gates, n,
+                     w.own);
     for (int i = 0; i < n; i++) {
       gates[i] = 1 / (1 + 1 / w.own[i]);
       gates[BLOCK + i] = 1 / (1 + w.own[i]);
@@ -246,8 +265,10 @@ INLINE void read_gates(const Elita& e, const ElitaSegment& s, int64_t t, int n, 
   }
 }
 
-// What one query head adds to a panel: g dout to w.x, (1 - g) dout to w.y, dout . (v - u) to the third row of its gates.
-INLINE void gather(const Elita& e, const ElitaSegment& s, int64_t h, int64_t t, int n, int64_t from, int width, double* gates, ElitaScratch& w) {
+// What one query head adds to a panel: g dout to w.x, (1 - g) dout to w.y, dout . (v - u) to the
+// third row of its gates.
+INLINE void gather(const Elita& e, const ElitaSegment& s, int64_t h, int64_t t, int n, int64_t from,
+                   int width, double* gates, ElitaScratch& w) {
   alignas(64) double dout[WIDTH];
   const int used = rounded(width);
   for (int i = 0; i < n; i++) {
@@ -287,7 +308,8 @@ inline void elita_backward(const Elita& e, const ElitaSegment& s, void* scratch)
         memcpy(before, kept_means(e, s, t) + from, sizeof(double) * size_t(width));
         by_vectors(width, [&](auto N) { distances<N.value>(e, t, n, before, w); });
       }
-      for (int64_t r = 0; r < heads; r++) gather(e, s, s.group * heads + r, t, n, from, width, gates + r * 3 * BLOCK, w);
+      for (int64_t r = 0; r < heads; r++)
+        gather(e, s, s.group * heads + r, t, n, from, width, gates + r * 3 * BLOCK, w);
       by_vectors(width, [&](auto N) { retreat<N.value>(n, carry + from, w); });
       if (!s.passing) write_panel(e.dvalue, e.type, s.batch, s.group, t, n, from, width, w.x);
     }
@@ -296,7 +318,9 @@ inline void elita_backward(const Elita& e, const ElitaSegment& s, void* scratch)
       const double* const g = gates + r * 3 * BLOCK;
       for (int i = 0; i < n; i++) w.grad[i] = g[i] * g[BLOCK + i] * g[2 * BLOCK + i];
       for (int i = 0; i < n; i++) w.own_total[i] += w.grad[i];
-      if (!s.passing) write_row<double>(e.dself_logit, (s.batch * e.H + s.group * heads + r) * e.T + t, e.gates, n, w.grad);
+      if (!s.passing)
+        write_row<double>(e.dself_logit, (s.batch * e.H + s.group * heads + r) * e.T + t, e.gates,
+                          n, w.grad);
     }
     for (int i = n - 1; i >= 0; i--) {
       const double b = w.a[i] * w.by_value[i];
@@ -305,7 +329,8 @@ inline void elita_backward(const Elita& e, const ElitaSegment& s, void* scratch)
       M = w.decay[i] * M - b;
       product *= w.decay[i];
     }
-    if (!s.passing) write_row<double>(e.dkey_logit, (s.batch * e.G + s.group) * e.T + t, e.gates, n, w.grad);
+    if (!s.passing)
+      write_row<double>(e.dkey_logit, (s.batch * e.G + s.group) * e.T + t, e.gates, n, w.grad);
   }
   if (!s.stop) return;
   s.stop[0] = M;

@@ -1,7 +1,8 @@
 // ELiTA's attention: shares a call out over threads.
 //
-// Rows of key/value heads run beside each other. When those are fewer than the threads, sequences are cut into parts: how
-// each part moves what it is handed (means forwards, gradients backwards), then what every part is handed, then the parts.
+// Rows of key/value heads run beside each other. When those are fewer than the threads, sequences
+// are cut into parts: how each part moves what it is handed (means forwards, gradients backwards),
+// then what every part is handed, then the parts.
 #include "instruction_sets.hpp"
 #include "parallel.hpp"
 
@@ -11,21 +12,29 @@
 namespace cumulant {
 namespace {
 
-double read_number(const void* x, int type, int64_t i) { return type == F64 ? ((const double*)x)[i] : ((const float*)x)[i]; }
+double read_number(const void* x, int type, int64_t i) {
+  return type == F64 ? ((const double*)x)[i] : ((const float*)x)[i];
+}
 
 class ElitaCall {
   typedef decltype(Kernels::elita_forward) Kernel;
   const Elita& e;
   const Kernels& k;
   const int64_t rows, size, parts;
-  std::vector<double> starts, ends;  // [rows, parts, size]: what each part is handed, and what it leaves
+  std::vector<double> starts,
+      ends;  // [rows, parts, size]: what each part is handed, and what it leaves
   std::vector<ElitaSegment> segments;
 
  public:
   explicit ElitaCall(const Elita& elita)
-      : e(elita), k(kernels(elita.isa, F64)), rows(e.B * e.G), size(e.V + 2),
-        parts(std::max<int64_t>(1, std::min((e.threads + rows - 1) / std::max<int64_t>(rows, 1), e.T / e.span))),
-        starts(size_t(rows * parts * size)), ends(starts.size()) {}
+      : e(elita),
+        k(kernels(elita.isa, F64)),
+        rows(e.B * e.G),
+        size(e.V + 2),
+        parts(std::max<int64_t>(
+            1, std::min((e.threads + rows - 1) / std::max<int64_t>(rows, 1), e.T / e.span))),
+        starts(size_t(rows * parts * size)),
+        ends(starts.size()) {}
 
   bool forward() {
     use_large_pages(e.out.data, size_t(e.B * e.H * e.T * e.V) * bytes_of(e.type));
@@ -51,7 +60,8 @@ class ElitaCall {
     for (int64_t row = 0; row < rows; row++) {
       double* const first = start(row, 0);
       first[0] = e.dfinal_log_weight ? e.dfinal_log_weight[row] : 0;
-      for (int64_t d = 0; d < e.V; d++) first[2 + d] = e.dfinal_mean ? e.dfinal_mean[row * e.V + d] : 0;
+      for (int64_t d = 0; d < e.V; d++)
+        first[2 + d] = e.dfinal_mean ? e.dfinal_mean[row * e.V + d] : 0;
       for (int64_t p = 1; p < parts; p++) {
         const double* before = start(row, p - 1);
         double* after = start(row, p);
@@ -77,28 +87,36 @@ class ElitaCall {
   double* end(int64_t row, int64_t p) { return ends.data() + (row * parts + p) * size; }
 
   // Where the part at `place` in time begins.
-  int64_t edge(int64_t place) const { return std::min(e.T, (e.T + CHUNK - 1) / CHUNK * place / parts * CHUNK); }
+  int64_t edge(int64_t place) const {
+    return std::min(e.T, (e.T + CHUNK - 1) / CHUNK * place / parts * CHUNK);
+  }
 
-  // Adds to part p, backwards, the gradient of m that comes from behind it; what goes on from there.
+  // Adds to part p, backwards, the gradient of m that comes from behind it; what goes on from
+  // there.
   double hand_on(int64_t row, int64_t p, double carried) {
     const int64_t place = parts - 1 - p, from = edge(place), offset = row * e.T;
     double reaching = carried;
     for (int64_t t = edge(place + 1) - 1; t >= from && reaching != 0; t--) {
-      const double odds = read_number(e.key_odds, e.gates, offset + t), more = reaching / (1 + 1 / odds);
-      if (e.gates == F64) ((double*)e.dkey_logit)[offset + t] += more;
-      else ((float*)e.dkey_logit)[offset + t] += float(more);
+      const double odds = read_number(e.key_odds, e.gates, offset + t),
+                   more = reaching / (1 + 1 / odds);
+      if (e.gates == F64)
+        ((double*)e.dkey_logit)[offset + t] += more;
+      else
+        ((float*)e.dkey_logit)[offset + t] += float(more);
       reaching = e.first && e.first[t] ? 0 : reaching / (1 + odds);
     }
     return end(row, p)[0] + reaching;
   }
 
-  // All parts of all rows, counted in the direction of time; `passing`: only how the parts but the last move what comes.
+  // All parts of all rows, counted in the direction of time; `passing`: only how the parts but the
+  // last move what comes.
   bool run(Kernel kernel, bool passing, bool backwards) {
     segments.clear();
     for (int64_t row = 0; row < rows; row++)
       for (int64_t p = 0; p < parts - passing; p++) {
         const int64_t place = backwards ? parts - 1 - p : p;
-        segments.push_back({row / e.G, row % e.G, edge(place), edge(place + 1), passing ? nullptr : start(row, p),
+        segments.push_back({row / e.G, row % e.G, edge(place), edge(place + 1),
+                            passing ? nullptr : start(row, p),
                             passing ? start(row, p + 1) : end(row, p), passing});
       }
     return parallel(e.threads, int64_t(segments.size()), size_t(k.elita_scratch(e)),

@@ -10,8 +10,8 @@
 
 namespace cumulant {
 
-#define DECLARE(isa) \
-  namespace isa {    \
+#define DECLARE(isa)                     \
+  namespace isa {                        \
   extern const Kernels singles, doubles; \
   }
 DECLARE(baseline)
@@ -23,13 +23,15 @@ DECLARE(avx512)
 enum Isa { BASELINE, AVX2, AVX512 };
 
 #ifdef CUMULANT_X86
-// Whether the processor has all of these features and the system saves their registers (asked here, as not every compiler's
-// runtime library answers __builtin_cpu_supports).
+// Whether the processor has all of these features and the system saves their registers (asked here,
+// as not every compiler's runtime library answers __builtin_cpu_supports).
 inline bool supported_x86(int isa) {
-  constexpr unsigned FMA = 1u << 12, OSXSAVE = 1u << 27, AVX = 1u << 28, F16C = 1u << 29, AVX2_BIT = 1u << 5;
+  constexpr unsigned FMA = 1u << 12, OSXSAVE = 1u << 27, AVX = 1u << 28, F16C = 1u << 29,
+                     AVX2_BIT = 1u << 5;
   constexpr unsigned AVX512_BITS = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31;  // F, DQ, BW, VL
   unsigned a, b, c, d, low, high;
-  const unsigned basic = FMA | OSXSAVE | AVX | F16C, extended = AVX2_BIT | (isa == AVX512 ? AVX512_BITS : 0);
+  const unsigned basic = FMA | OSXSAVE | AVX | F16C,
+                 extended = AVX2_BIT | (isa == AVX512 ? AVX512_BITS : 0);
   if (!__get_cpuid(1, &a, &b, &c, &d) || (c & basic) != basic) return false;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (b & extended) != extended) return false;
   asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
@@ -40,7 +42,8 @@ inline bool supported_x86(int isa) {
 
 inline bool supported(int isa) {
 #ifdef CUMULANT_X86
-  static const bool avx2 = supported_x86(AVX2), avx512 = supported_x86(AVX512);  // asking takes long on virtual machines
+  static const bool avx2 = supported_x86(AVX2),
+                    avx512 = supported_x86(AVX512);  // asking takes long on virtual machines
   if (isa == AVX2 || isa == AVX512) return isa == AVX2 ? avx2 : avx512;
 #endif
   return isa == BASELINE;

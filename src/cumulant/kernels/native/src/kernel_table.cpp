@@ -1,7 +1,8 @@
-// The kernels of one instruction set: compiled once for each, with its flags and its name as CUMULANT_ISA.
+// The kernels of one instruction set: compiled once for each, with its flags and its name as
+// CUMULANT_ISA.
 #include "attention_backward.hpp"
-#include "elita_recurrence.hpp"
 #include "attention_forward.hpp"
+#include "elita_recurrence.hpp"
 #include "mixed_chunk_groups.hpp"
 #include "mixed_chunk_step.hpp"
 #include "pointwise.hpp"

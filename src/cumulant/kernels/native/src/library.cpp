@@ -25,11 +25,15 @@ double multiply_rate(const Kernels& k, int threads) {
 }  // namespace cumulant
 
 extern "C" {
-// Counted up by hand with what the kernels do to what the structs point at; struct_layout.cpp tells when the structs differ.
+// Counted up by hand with what the kernels do to what the structs point at; struct_layout.cpp tells
+// when the structs differ.
 int cumulant_abi() { return 4; }
 int cumulant_supports(int isa) { return cumulant::supported(isa); }
-void cumulant_use_openmp(void* entry) { cumulant::openmp() = reinterpret_cast<cumulant::OpenMP>(entry); }
+void cumulant_use_openmp(void* entry) {
+  cumulant::openmp() = reinterpret_cast<cumulant::OpenMP>(entry);
+}
 double cumulant_multiply_rate(int type, int isa, int threads) {
-  return cumulant::supported(isa) ? cumulant::multiply_rate(cumulant::kernels(isa, type), threads) : 0;
+  return cumulant::supported(isa) ? cumulant::multiply_rate(cumulant::kernels(isa, type), threads)
+                                  : 0;
 }
 }

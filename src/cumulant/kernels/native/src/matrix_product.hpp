@@ -1,7 +1,8 @@
 // Products of small matrices that lie in cache: C += op(A) B.
 //
-// B's rows (n values) are vectors; A is read one number at a time and multiplies a whole row. A tile of C, up to
-// ACCUMULATORS vectors, stays in registers while k runs, which is what lets the multipliers work at their full rate.
+// B's rows (n values) are vectors; A is read one number at a time and multiplies a whole row. A
+// tile of C, up to ACCUMULATORS vectors, stays in registers while k runs, which is what lets the
+// multipliers work at their full rate.
 #pragma once
 
 #include "simd.hpp"
@@ -11,7 +12,8 @@ namespace CUMULANT_ISA {
 
 // How A lies: its element (m, k) at A[m * lda + k], or at A[k * lda + m].
 enum Layout { BY_ROW, BY_COLUMN };
-// Which k count for row m: all, k <= m, or k >= m (what lies outside is zero, and skipped by whole tiles).
+// Which k count for row m: all, k <= m, or k >= m (what lies outside is zero, and skipped by whole
+// tiles).
 enum Range { ALL, UP_TO, FROM };
 
 template <class R> struct Matrix {
@@ -20,7 +22,8 @@ template <class R> struct Matrix {
   INLINE R* row(int64_t i) const { return data + i * stride; }
 };
 
-// Rows that will be read or written next, fetched into the second cache by and by while tiles are multiplied.
+// Rows that will be read or written next, fetched into the second cache by and by while tiles are
+// multiplied.
 class Ahead {
   struct Block {
     const char* data;
@@ -35,7 +38,8 @@ class Ahead {
  public:
   void clear() { count = at = 0; }
   void add(const void* data, int64_t stride, int rows, int bytes, bool written) {
-    if (count < MOST && rows > 0) blocks[count++] = {(const char*)data, stride, rows, bytes, written};
+    if (count < MOST && rows > 0)
+      blocks[count++] = {(const char*)data, stride, rows, bytes, written};
   }
   INLINE void fetch() {
     for (int left = AT_ONCE; left > 0 && at < count;) {
@@ -54,8 +58,10 @@ class Ahead {
 };
 
 template <class R, int M, int N, Layout LAYOUT>
-INLINE void tile(int begin, int end, const R* A, int64_t lda, const R* B, int64_t ldb, R* C, int64_t ldc, bool add) {
-  // From zero, also where C is added to: among many small terms a large sum would lose their last digits, all the same way.
+INLINE void tile(int begin, int end, const R* A, int64_t lda, const R* B, int64_t ldb, R* C,
+                 int64_t ldc, bool add) {
+  // From zero, also where C is added to: among many small terms a large sum would lose their last
+  // digits, all the same way.
   Vec<R> c[M][N];
   for (int m = 0; m < M; m++)
     for (int n = 0; n < N; n++) c[m][n] = Vec<R>{};
@@ -76,32 +82,39 @@ INLINE void tile(int begin, int end, const R* A, int64_t lda, const R* B, int64_
 
 // A panel of N vectors: whole tiles of M rows, then what is left in tiles of fewer.
 template <class R, int M, int N, Layout LAYOUT>
-void panel(int from, int rows, int k, Matrix<const R> A, Matrix<const R> B, Matrix<R> C, bool add, Range range, Ahead& ahead) {
+void panel(int from, int rows, int k, Matrix<const R> A, Matrix<const R> B, Matrix<R> C, bool add,
+           Range range, Ahead& ahead) {
   int m = from;
   for (; m + M <= rows; m += M) {
-    const int begin = range == FROM ? smaller(m, k) : 0, end = range == UP_TO ? smaller(k, m + M) : k;
+    const int begin = range == FROM ? smaller(m, k) : 0,
+              end = range == UP_TO ? smaller(k, m + M) : k;
     const R* a = LAYOUT == BY_ROW ? A.row(m) : A.data + m;
     ahead.fetch();
     tile<R, M, N, LAYOUT>(begin, end, a, A.stride, B.data, B.stride, C.row(m), C.stride, add);
   }
   if constexpr (M > 1) {
-    if (m < rows) panel<R, (M > 8 ? M / 2 : M - 1), N, LAYOUT>(m, rows, k, A, B, C, add, range, ahead);
+    if (m < rows)
+      panel<R, (M > 8 ? M / 2 : M - 1), N, LAYOUT>(m, rows, k, A, B, C, add, range, ahead);
   }
 }
 
-// C [m, n] (+)= op(A) B with B [k, n]; n is rounded up to whole vectors, which must be there to read and write.
+// C [m, n] (+)= op(A) B with B [k, n]; n is rounded up to whole vectors, which must be there to
+// read and write.
 template <Layout LAYOUT, class R>
-void product(Ahead& ahead, int m, int n, int k, Matrix<const R> A, Matrix<const R> B, Matrix<R> C, bool add = true,
-             Range range = ALL) {
+void product(Ahead& ahead, int m, int n, int k, Matrix<const R> A, Matrix<const R> B, Matrix<R> C,
+             bool add = true, Range range = ALL) {
   constexpr int W = LANES<R>, ROWS = ACCUMULATORS / PANEL;
   int from = 0;
   for (; from + PANEL * W <= padded<R>(n); from += PANEL * W)
-    panel<R, ROWS, PANEL, LAYOUT>(0, m, k, A, {B.data + from, B.stride}, {C.data + from, C.stride}, add, range, ahead);
+    panel<R, ROWS, PANEL, LAYOUT>(0, m, k, A, {B.data + from, B.stride}, {C.data + from, C.stride},
+                                  add, range, ahead);
   const int left = (padded<R>(n) - from) / W;
   B.data += from;
   C.data += from;
-  if (PANEL > 3 && left == 3) panel<R, ACCUMULATORS / 3, 3, LAYOUT>(0, m, k, A, B, C, add, range, ahead);
-  if (PANEL > 2 && left == 2) panel<R, ACCUMULATORS / 2, 2, LAYOUT>(0, m, k, A, B, C, add, range, ahead);
+  if (PANEL > 3 && left == 3)
+    panel<R, ACCUMULATORS / 3, 3, LAYOUT>(0, m, k, A, B, C, add, range, ahead);
+  if (PANEL > 2 && left == 2)
+    panel<R, ACCUMULATORS / 2, 2, LAYOUT>(0, m, k, A, B, C, add, range, ahead);
   if (left == 1) panel<R, (PANEL > 2 ? 12 : 8), 1, LAYOUT>(0, m, k, A, B, C, add, range, ahead);
 }
 

@@ -36,12 +36,14 @@ struct Scratch {
   ~Scratch() { std::free(data); }
 };
 
-// Fresh memory comes a page at a time, as it is first written: for large results by 2 MiB instead of 4 KiB, which would take
-// as long as the arithmetic.
+// Fresh memory comes a page at a time, as it is first written: for large results by 2 MiB instead
+// of 4 KiB, which would take as long as the arithmetic.
 inline void use_large_pages(void* data, size_t bytes) {
 #ifdef MADV_HUGEPAGE
-  const uintptr_t page = 2 << 20, begin = (uintptr_t(data) + page - 1) / page * page, end = uintptr_t(data) + bytes;
-  if (end > begin + 2 * page) madvise(reinterpret_cast<void*>(begin), (end - begin) / page * page, MADV_HUGEPAGE);
+  const uintptr_t page = 2 << 20, begin = (uintptr_t(data) + page - 1) / page * page,
+                  end = uintptr_t(data) + bytes;
+  if (end > begin + 2 * page)
+    madvise(reinterpret_cast<void*>(begin), (end - begin) / page * page, MADV_HUGEPAGE);
 #endif
   (void)data, (void)bytes;
 }

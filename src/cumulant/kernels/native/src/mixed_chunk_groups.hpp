@@ -1,8 +1,10 @@
-// Mixed chunk attention: the quadratic form inside a group, by blocks of CHUNK queries on CHUNK keys, and sums across groups.
+// Mixed chunk attention: the quadratic form inside a group, by blocks of CHUNK queries on CHUNK
+// keys, and sums across groups.
 //
-// Out = f(q k^T / size + bias) v inside the group, plus r^T S with the linear queries r and S = sum s v^T over linear keys s:
-// of earlier groups if causal, else of all (where `summed`; else r s^T v inside the group). Keys and values are read where
-// they lie if they can be; queries of a block are turned: [K, CHUNK].
+// Out = f(q k^T / size + bias) v inside the group, plus r^T S with the linear queries r and S = sum
+// s v^T over linear keys s: of earlier groups if causal, else of all (where `summed`; else r s^T v
+// inside the group). Keys and values are read where they lie if they can be; queries of a block are
+// turned: [K, CHUNK].
 #pragma once
 
 #include "tokens.hpp"
@@ -10,7 +12,8 @@
 namespace cumulant {
 namespace CUMULANT_ISA {
 
-// f at scores s: relu(s)^2, or the Laplace function 1/2 erfc((sqrt(1/2) - s) sqrt(2 pi)); and its slope.
+// f at scores s: relu(s)^2, or the Laplace function 1/2 erfc((sqrt(1/2) - s) sqrt(2 pi)); and its
+// slope.
 constexpr double LAPLACE_MEAN = 0.70710678118654752440, LAPLACE_RATE = 2.50662827463100050242;
 
 template <class R> INLINE Vec<R> gate(Vec<R> s, int activation) {
@@ -19,7 +22,8 @@ template <class R> INLINE Vec<R> gate(Vec<R> s, int activation) {
     return x * x;
   }
   Vec<R> y;
-  for (int i = 0; i < LANES<R>; i++) y[i] = R(__builtin_erfc((LAPLACE_MEAN - double(s[i])) * LAPLACE_RATE) / 2);
+  for (int i = 0; i < LANES<R>; i++)
+    y[i] = R(__builtin_erfc((LAPLACE_MEAN - double(s[i])) * LAPLACE_RATE) / 2);
   return y;
 }
 template <class R> INLINE Vec<R> gate_slope(Vec<R> s, int activation) {
@@ -30,12 +34,13 @@ template <class R> INLINE Vec<R> gate_slope(Vec<R> s, int activation) {
 
 template <class R> struct MixedScratch {
   int64_t used = 0;
-  R *quad_key, *lin_key, *value;      // of a group, where they must be copied
-  R *quad_query, *lin_query, *rows;   // of a block: token-major
+  R *quad_key, *lin_key, *value;              // of a group, where they must be copied
+  R *quad_query, *lin_query, *rows;           // of a block: token-major
   R *quad_turned, *lin_turned, *wide_turned;  // [K | L | V, CHUNK]
-  R *dy, *out, *dquad, *dlin;         // [CHUNK, V], [CHUNK, V], [K, CHUNK], [L, CHUNK]
-  R *scores, *weights, *all, *S;      // [CHUNK, CHUNK] twice, [size, CHUNK], [L, V]
-  int64_t K, L, V;  // strides of rows; of values not a power of two, which would press a panel of them into few sets of a cache
+  R *dy, *out, *dquad, *dlin;                 // [CHUNK, V], [CHUNK, V], [K, CHUNK], [L, CHUNK]
+  R *scores, *weights, *all, *S;              // [CHUNK, CHUNK] twice, [size, CHUNK], [L, V]
+  int64_t K, L, V;  // strides of rows; of values not a power of two, which would press a panel of
+                    // them into few sets of a cache
 
   MixedScratch(const MixedChunk& m, R* base)
       : K(padded<R>(int(m.K))), L(padded<R>(int(m.L))), V(padded<R>(int(m.V)) + 16) {
@@ -46,7 +51,8 @@ template <class R> struct MixedScratch {
     };
     const int64_t group = (m.size + CHUNK - 1) / CHUNK * CHUNK;
     quad_key = take(group * K), lin_key = take(group * L), value = take(group * V);
-    quad_query = take(CHUNK * K), lin_query = take(CHUNK * L), rows = take(CHUNK * larger(larger(K, L), V));
+    quad_query = take(CHUNK * K), lin_query = take(CHUNK * L),
+    rows = take(CHUNK * larger(larger(K, L), V));
     quad_turned = take(CHUNK * K), lin_turned = take(CHUNK * L), wide_turned = take(CHUNK * V);
     dy = take(CHUNK * V), out = take(CHUNK * V), dquad = take(CHUNK * K), dlin = take(CHUNK * L);
     scores = take(CHUNK * CHUNK), weights = take(CHUNK * CHUNK), all = take(group * CHUNK);
@@ -71,9 +77,17 @@ template <class R> struct MixedPass {
   Ahead ahead;
 
   MixedPass(const MixedChunk& call, const MixedSegment& segment, void* scratch)
-      : m(call), s(segment), w(call, (R*)scratch), index(call.index + call.bounds[segment.row]),
-        length(call.bounds[segment.row + 1] - call.bounds[segment.row]), heads(call.H / call.G), K(int(call.K)),
-        L(int(call.L)), V(int(call.V)), columns(int(segment.to - segment.from)), quad_scale(R(1) / R(call.size)),
+      : m(call),
+        s(segment),
+        w(call, (R*)scratch),
+        index(call.index + call.bounds[segment.row]),
+        length(call.bounds[segment.row + 1] - call.bounds[segment.row]),
+        heads(call.H / call.G),
+        K(int(call.K)),
+        L(int(call.L)),
+        V(int(call.V)),
+        columns(int(segment.to - segment.from)),
+        quad_scale(R(1) / R(call.size)),
         lin_scale(R(1) / R(call.is_causal ? call.size : larger<int64_t>(length, 1))) {}
 
   int64_t size_at(int64_t at) const { return smaller(m.size, length - at); }
@@ -94,9 +108,10 @@ template <class R> struct MixedPass {
   const R* open_row(const void* open, int64_t slot, int64_t width) const {
     return (const R*)open + ((s.row * m.G + s.group) * m.size + slot) * width;
   }
-  // Slots at .. at + n - 1 -> rows of `to`; zeros where a slot of the open group asks nothing, and behind the last row.
-  void gather(const Array& x, const void* open, int64_t h, int64_t at, int n, int64_t width, int64_t from, int count, R* to,
-              int64_t stride) const {
+  // Slots at .. at + n - 1 -> rows of `to`; zeros where a slot of the open group asks nothing, and
+  // behind the last row.
+  void gather(const Array& x, const void* open, int64_t h, int64_t at, int n, int64_t width,
+              int64_t from, int count, R* to, int64_t stride) const {
     for (int i = 0; i < n; i++) {
       R* row = to + i * stride;
       const int64_t token = index[at + i];
@@ -110,8 +125,8 @@ template <class R> struct MixedPass {
     }
     zero(to + n * stride, int64_t(padded<R>(n) - n) * stride);
   }
-  void scatter(const Array& x, void* open, int64_t h, int64_t at, int n, int64_t width, int64_t from, int count,
-               const R* rows, int64_t stride) const {
+  void scatter(const Array& x, void* open, int64_t h, int64_t at, int n, int64_t width,
+               int64_t from, int count, const R* rows, int64_t stride) const {
     for (int i = 0; i < n; i++) {
       const int64_t token = index[at + i];
       if (token >= 0)
@@ -120,21 +135,26 @@ template <class R> struct MixedPass {
         copy(rows + i * stride, (R*)open_row(open, -1 - token, width) + from, count);
     }
   }
-  // The group's rows of keys or values: as they lie, if they are reals one token after another in whole vectors.
-  Matrix<const R> group_rows(const Array& x, const void* open, int64_t at, int64_t n, int64_t width, int64_t from, int count,
-                             R* copies, int64_t stride) const {
-    bool plain = m.type == (sizeof(R) == 4 ? F32 : F64) && count % W == 0 && n % W == 0 && index[at] >= 0;
+  // The group's rows of keys or values: as they lie, if they are reals one token after another in
+  // whole vectors.
+  Matrix<const R> group_rows(const Array& x, const void* open, int64_t at, int64_t n, int64_t width,
+                             int64_t from, int count, R* copies, int64_t stride) const {
+    bool plain =
+        m.type == (sizeof(R) == 4 ? F32 : F64) && count % W == 0 && n % W == 0 && index[at] >= 0;
     plain = plain && (count <= CHUNK || x.row * int64_t(sizeof(R)) % 1024);  // see MixedScratch::V
-    plain = plain && index[at + n - 1] - index[at] == n - 1 && index[at] / m.T == index[at + n - 1] / m.T;
+    plain = plain && index[at + n - 1] - index[at] == n - 1 &&
+            index[at] / m.T == index[at + n - 1] / m.T;
     for (int64_t i = 1; plain && i < n; i++) plain = index[at + i] == index[at] + i;
     if (plain) return {(const R*)x.data + offset(x, s.group, index[at]) + from, x.row};
     for (int64_t i = 0; i < n; i += CHUNK)
-      gather(x, open, s.group, at + i, block(i, n), width, from, count, copies + i * stride, stride);
+      gather(x, open, s.group, at + i, block(i, n), width, from, count, copies + i * stride,
+             stride);
     return {copies, stride};
   }
   void read_group(int64_t at, bool quadratic) {
     const int64_t n = size_at(at);
-    if (quadratic) quad_key = group_rows(m.quad_key, m.open_quad_key, at, n, K, 0, K, w.quad_key, w.K);
+    if (quadratic)
+      quad_key = group_rows(m.quad_key, m.open_quad_key, at, n, K, 0, K, w.quad_key, w.K);
     lin_key = group_rows(m.lin_key, m.open_lin_key, at, n, L, 0, L, w.lin_key, w.L);
     value = group_rows(m.value, m.open_value, at, n, V, s.from, columns, w.value, w.V);
   }
@@ -144,8 +164,10 @@ template <class R> struct MixedPass {
   void read_queries(int64_t h, int64_t at, int n) {
     gather(m.quad_query, nullptr, h, at, n, K, 0, K, w.quad_query, w.K);
     gather(m.lin_query, nullptr, h, at, n, L, 0, L, w.lin_query, w.L);
-    for (int64_t i = 0; i < n * w.K; i += W) store(w.quad_query + i, load(w.quad_query + i) * quad_scale);
-    for (int64_t i = 0; i < n * w.L; i += W) store(w.lin_query + i, load(w.lin_query + i) * lin_scale);
+    for (int64_t i = 0; i < n * w.K; i += W)
+      store(w.quad_query + i, load(w.quad_query + i) * quad_scale);
+    for (int64_t i = 0; i < n * w.L; i += W)
+      store(w.lin_query + i, load(w.lin_query + i) * lin_scale);
   }
   void turn_queries(int n) {
     transpose(n, K, w.quad_query, w.K, w.quad_turned, CHUNK);
@@ -165,9 +187,12 @@ template <class R> struct MixedPass {
     }
   }
   void leave_sums() const {
-    for (int l = 0; s.stop && l < L; l++) copy(w.S + l * w.V, (R*)s.stop + int64_t(l) * V + s.from, columns);
+    for (int l = 0; s.stop && l < L; l++)
+      copy(w.S + l * w.V, (R*)s.stop + int64_t(l) * V + s.from, columns);
   }
-  R* final_row(void* open, int64_t slot, int64_t width) const { return (R*)open_row(open, slot, width); }
+  R* final_row(void* open, int64_t slot, int64_t width) const {
+    return (R*)open_row(open, slot, width);
+  }
   // The group that stays open, which is the last that was read, for the state that goes out.
   void leave_open() const {
     const int64_t open = s.stop ? length % m.size : 0;
@@ -199,22 +224,26 @@ template <class R> struct MixedPass {
     return (const R*)bias + (m.biases > 1 ? h : 0) * m.size * m.size;
   }
   // Adds the bias of a block, its rows at `row` and columns at `column` of the group.
-  void add_bias(const void* bias, int64_t h, int64_t row, int64_t column, int rows, int count, R* scores) const {
+  void add_bias(const void* bias, int64_t h, int64_t row, int64_t column, int rows, int count,
+                R* scores) const {
     if (!m.biases) return;
     const R* from = bias_of(bias, h) + row * m.size + column;
     for (int i = 0; i < rows; i++)
       for (int j = 0; j < count; j++) scores[i * CHUNK + j] += from[i * m.size + j];
   }
   // The same of a block [keys, queries].
-  void add_bias_turned(int64_t h, int64_t key, int64_t query, int keys, int queries, R* scores) const {
-    if (!m.biases || m.bias_turned) return add_bias(m.bias_turned, h, key, query, keys, queries, scores);
+  void add_bias_turned(int64_t h, int64_t key, int64_t query, int keys, int queries,
+                       R* scores) const {
+    if (!m.biases || m.bias_turned)
+      return add_bias(m.bias_turned, h, key, query, keys, queries, scores);
     const R* from = bias_of(m.bias, h) + query * m.size + key;
     for (int j = 0; j < keys; j++)
       for (int i = 0; i < queries; i++) scores[j * CHUNK + i] += from[i * m.size + j];
   }
 };
 
-template <class R> INLINE void copy_rows(Matrix<const R> from, int rows, int width, R* to, int64_t stride) {
+template <class R>
+INLINE void copy_rows(Matrix<const R> from, int rows, int width, R* to, int64_t stride) {
   for (int i = 0; i < rows; i++) {
     copy(from.row(i), to + i * stride, width);
     for (int d = width; d < padded<R>(width); d++) to[i * stride + d] = 0;
@@ -222,9 +251,11 @@ template <class R> INLINE void copy_rows(Matrix<const R> from, int rows, int wid
   zero(to + rows * stride, int64_t(padded<R>(rows) - rows) * stride);
 }
 
-// Adds what reaches tokens of the group that stays open through the state: rows [n, width] from its slot `first` on.
+// Adds what reaches tokens of the group that stays open through the state: rows [n, width] from its
+// slot `first` on.
 template <class R>
-INLINE void add_open(const MixedPass<R>& p, const void* from, int64_t at, int64_t first, int n, int width, R* rows, int64_t stride) {
+INLINE void add_open(const MixedPass<R>& p, const void* from, int64_t at, int64_t first, int n,
+                     int width, R* rows, int64_t stride) {
   if (!from || p.closed(at)) return;
   for (int i = 0; i < n; i++) {
     const R* row = p.open_row(from, first + i, width);
@@ -232,8 +263,10 @@ INLINE void add_open(const MixedPass<R>& p, const void* from, int64_t at, int64_
   }
 }
 
-// One block of queries on one block of keys, [keys, queries]: `seen` (diagonal: only where the query is not before the key).
-template <class R, class Visit> INLINE void over_block(int rows, int columns, bool diagonal, bool lower, Visit visit) {
+// One block of queries on one block of keys, [keys, queries]: `seen` (diagonal: only where the
+// query is not before the key).
+template <class R, class Visit>
+INLINE void over_block(int rows, int columns, bool diagonal, bool lower, Visit visit) {
   constexpr int W = LANES<R>;
   for (int j = 0; j < rows; j++)
     for (int i = 0; i < columns; i += W) {
@@ -261,10 +294,12 @@ template <class R> void mixed_forward(const MixedChunk& m, const MixedSegment& s
         for (int64_t j = 0; j < (m.is_causal ? i + 1 : size); j += CHUNK) {
           const int keys = p.block(j, size);
           R* const scores = w.all + j * CHUNK;
-          product<BY_ROW, R>(p.ahead, keys, n, p.K, p.rows_from(p.quad_key, j), {w.quad_turned, CHUNK}, {scores, CHUNK}, false);
+          product<BY_ROW, R>(p.ahead, keys, n, p.K, p.rows_from(p.quad_key, j),
+                             {w.quad_turned, CHUNK}, {scores, CHUNK}, false);
           p.add_bias_turned(h, j, i, keys, n, scores);
           if (!m.summed)
-            product<BY_ROW, R>(p.ahead, keys, n, p.L, p.rows_from(p.lin_key, j), {w.lin_turned, CHUNK}, {w.weights, CHUNK}, false);
+            product<BY_ROW, R>(p.ahead, keys, n, p.L, p.rows_from(p.lin_key, j),
+                               {w.lin_turned, CHUNK}, {w.weights, CHUNK}, false);
           over_block<R>(keys, n, m.is_causal && i == j, false, [&](int at, auto seen) {
             Vec<R> x = gate<R>(load(scores + at), m.activation);
             if (!m.summed) x += load(w.weights + at);
@@ -272,10 +307,14 @@ template <class R> void mixed_forward(const MixedChunk& m, const MixedSegment& s
           });
         }
         const int64_t whole = m.is_causal ? i : size;
-        product<BY_COLUMN, R>(p.ahead, n, p.columns, int(whole), {w.all, CHUNK}, p.value, {w.out, w.V}, false);
+        product<BY_COLUMN, R>(p.ahead, n, p.columns, int(whole), {w.all, CHUNK}, p.value,
+                              {w.out, w.V}, false);
         if (m.is_causal)
-          product<BY_COLUMN, R>(p.ahead, n, p.columns, n, {w.all + i * CHUNK, CHUNK}, p.rows_from(p.value, i), {w.out, w.V}, true, UP_TO);
-        if (past) product<BY_COLUMN, R>(p.ahead, n, p.columns, p.L, {w.lin_turned, CHUNK}, {w.S, w.V}, {w.out, w.V});
+          product<BY_COLUMN, R>(p.ahead, n, p.columns, n, {w.all + i * CHUNK, CHUNK},
+                                p.rows_from(p.value, i), {w.out, w.V}, true, UP_TO);
+        if (past)
+          product<BY_COLUMN, R>(p.ahead, n, p.columns, p.L, {w.lin_turned, CHUNK}, {w.S, w.V},
+                                {w.out, w.V});
         p.scatter(m.out, nullptr, h, at + i, n, p.V, s.from, p.columns, w.out, w.V);
       }
     }
@@ -302,7 +341,8 @@ template <class R> void mixed_sum_keys(const MixedChunk& m, const MixedSegment& 
 }
 
 // What the segment's queries add to the gradient of the sums.
-template <class R> void mixed_sum_queries(const MixedChunk& m, const MixedSegment& s, void* scratch) {
+template <class R>
+void mixed_sum_queries(const MixedChunk& m, const MixedSegment& s, void* scratch) {
   MixedPass<R> p(m, s, scratch);
   p.load_sums();
   for (int64_t at = s.begin; at < s.end; at += CHUNK) {
@@ -317,7 +357,8 @@ template <class R> void mixed_sum_queries(const MixedChunk& m, const MixedSegmen
   p.leave_sums();
 }
 
-template <class R> void mixed_query_backward(const MixedChunk& m, const MixedSegment& s, void* scratch) {
+template <class R>
+void mixed_query_backward(const MixedChunk& m, const MixedSegment& s, void* scratch) {
   MixedPass<R> p(m, s, scratch);
   auto& w = p.w;
   bool past = m.summed && (s.start || s.begin > 0);
@@ -337,27 +378,36 @@ template <class R> void mixed_query_backward(const MixedChunk& m, const MixedSeg
         zero(w.dlin, w.L * CHUNK);
         for (int64_t j = 0; j < (m.is_causal ? i + 1 : size); j += CHUNK) {
           const int keys = p.block(j, size);
-          product<BY_ROW, R>(p.ahead, keys, n, p.K, p.rows_from(p.quad_key, j), {w.quad_turned, CHUNK}, {w.scores, CHUNK}, false);
+          product<BY_ROW, R>(p.ahead, keys, n, p.K, p.rows_from(p.quad_key, j),
+                             {w.quad_turned, CHUNK}, {w.scores, CHUNK}, false);
           p.add_bias_turned(h, j, i, keys, n, w.scores);
-          product<BY_ROW, R>(p.ahead, keys, n, p.V, p.rows_from(p.value, j), {w.wide_turned, CHUNK}, {w.weights, CHUNK}, false);
+          product<BY_ROW, R>(p.ahead, keys, n, p.V, p.rows_from(p.value, j), {w.wide_turned, CHUNK},
+                             {w.weights, CHUNK}, false);
           if (!m.summed)
-            product<BY_COLUMN, R>(p.ahead, p.L, n, keys, p.rows_from(p.lin_key, j), {w.weights, CHUNK}, {w.dlin, CHUNK});
+            product<BY_COLUMN, R>(p.ahead, p.L, n, keys, p.rows_from(p.lin_key, j),
+                                  {w.weights, CHUNK}, {w.dlin, CHUNK});
           over_block<R>(keys, n, m.is_causal && i == j, false, [&](int at, auto seen) {
-            const Vec<R> x = load(w.weights + at) * gate_slope<R>(load(w.scores + at), m.activation);
+            const Vec<R> x =
+                load(w.weights + at) * gate_slope<R>(load(w.scores + at), m.activation);
             store(w.scores + at, seen ? x : Vec<R>{});
           });
-          product<BY_COLUMN, R>(p.ahead, p.K, n, keys, p.rows_from(p.quad_key, j), {w.scores, CHUNK}, {w.dquad, CHUNK});
+          product<BY_COLUMN, R>(p.ahead, p.K, n, keys, p.rows_from(p.quad_key, j),
+                                {w.scores, CHUNK}, {w.dquad, CHUNK});
           if (!s.dbias) continue;
           R* const dbias = (R*)s.dbias + (m.biases > 1 ? r : 0) * m.size * m.size + j * m.size + i;
           for (int k = 0; k < keys; k++)
             for (int l = 0; l < n; l++) dbias[k * m.size + l] += w.scores[k * CHUNK + l];
         }
-        if (past) product<BY_ROW, R>(p.ahead, p.L, n, p.V, {w.S, w.V}, {w.wide_turned, CHUNK}, {w.dlin, CHUNK});
+        if (past)
+          product<BY_ROW, R>(p.ahead, p.L, n, p.V, {w.S, w.V}, {w.wide_turned, CHUNK},
+                             {w.dlin, CHUNK});
         transpose(p.K, n, w.dquad, CHUNK, w.rows, w.K);
-        for (int64_t k = 0; k < n * w.K; k += LANES<R>) store(w.rows + k, load(w.rows + k) * p.quad_scale);
+        for (int64_t k = 0; k < n * w.K; k += LANES<R>)
+          store(w.rows + k, load(w.rows + k) * p.quad_scale);
         p.scatter(m.dquad_query, nullptr, h, at + i, n, p.K, 0, p.K, w.rows, w.K);
         transpose(p.L, n, w.dlin, CHUNK, w.rows, w.L);
-        for (int64_t k = 0; k < n * w.L; k += LANES<R>) store(w.rows + k, load(w.rows + k) * p.lin_scale);
+        for (int64_t k = 0; k < n * w.L; k += LANES<R>)
+          store(w.rows + k, load(w.rows + k) * p.lin_scale);
         p.scatter(m.dlin_query, nullptr, h, at + i, n, p.L, 0, p.L, w.rows, w.L);
       }
     }
@@ -368,7 +418,8 @@ template <class R> void mixed_query_backward(const MixedChunk& m, const MixedSeg
   }
 }
 
-template <class R> void mixed_key_backward(const MixedChunk& m, const MixedSegment& s, void* scratch) {
+template <class R>
+void mixed_key_backward(const MixedChunk& m, const MixedSegment& s, void* scratch) {
   MixedPass<R> p(m, s, scratch);
   auto& w = p.w;
   p.load_sums();
@@ -402,21 +453,27 @@ template <class R> void mixed_key_backward(const MixedChunk& m, const MixedSegme
           const int64_t h = s.group * p.heads + r;
           p.read_queries(h, at + i, queries);
           p.gather(m.dout, nullptr, h, at + i, queries, p.V, 0, p.V, w.dy, w.V);
-          product<BY_ROW, R>(p.ahead, queries, n, p.K, {w.quad_query, w.K}, {w.quad_turned, CHUNK}, {w.scores, CHUNK}, false);
+          product<BY_ROW, R>(p.ahead, queries, n, p.K, {w.quad_query, w.K}, {w.quad_turned, CHUNK},
+                             {w.scores, CHUNK}, false);
           p.add_bias(m.bias, h, i, j, queries, n, w.scores);
-          product<BY_ROW, R>(p.ahead, queries, n, p.V, {w.dy, w.V}, {w.wide_turned, CHUNK}, {w.weights, CHUNK}, false);
+          product<BY_ROW, R>(p.ahead, queries, n, p.V, {w.dy, w.V}, {w.wide_turned, CHUNK},
+                             {w.weights, CHUNK}, false);
           if (!m.summed)
-            product<BY_COLUMN, R>(p.ahead, p.L, n, queries, {w.lin_query, w.L}, {w.weights, CHUNK}, {dlin, CHUNK});
+            product<BY_COLUMN, R>(p.ahead, p.L, n, queries, {w.lin_query, w.L}, {w.weights, CHUNK},
+                                  {dlin, CHUNK});
           over_block<R>(queries, n, diagonal, true, [&](int at, auto seen) {
             const Vec<R> score = load(w.scores + at);
             const Vec<R> grad = load(w.weights + at) * gate_slope<R>(score, m.activation);
             store(w.scores + at, seen ? gate<R>(score, m.activation) : Vec<R>{});
             store(w.weights + at, seen ? grad : Vec<R>{});
           });
-          product<BY_COLUMN, R>(p.ahead, p.K, n, queries, {w.quad_query, w.K}, {w.weights, CHUNK}, {dquad, CHUNK});
+          product<BY_COLUMN, R>(p.ahead, p.K, n, queries, {w.quad_query, w.K}, {w.weights, CHUNK},
+                                {dquad, CHUNK});
           if (!m.summed)
-            product<BY_ROW, R>(p.ahead, queries, n, p.L, {w.lin_query, w.L}, {w.lin_turned, CHUNK}, {w.scores, CHUNK});
-          product<BY_COLUMN, R>(p.ahead, n, p.V, queries, {w.scores, CHUNK}, {w.dy, w.V}, {dv, w.V}, true, diagonal ? FROM : ALL);
+            product<BY_ROW, R>(p.ahead, queries, n, p.L, {w.lin_query, w.L}, {w.lin_turned, CHUNK},
+                               {w.scores, CHUNK});
+          product<BY_COLUMN, R>(p.ahead, n, p.V, queries, {w.scores, CHUNK}, {w.dy, w.V}, {dv, w.V},
+                                true, diagonal ? FROM : ALL);
         }
       }
       transpose(p.K, n, dquad, CHUNK, w.rows, w.K);

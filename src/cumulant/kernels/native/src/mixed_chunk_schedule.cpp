@@ -1,4 +1,5 @@
-// Mixed chunk attention: shares a call out over threads, as attention_schedule.cpp does. Parts of sequences are whole groups.
+// Mixed chunk attention: shares a call out over threads, as attention_schedule.cpp does. Parts of
+// sequences are whole groups.
 #include "instruction_sets.hpp"
 #include "parallel.hpp"
 
@@ -21,7 +22,10 @@ class MixedCall {
 
  public:
   explicit MixedCall(const MixedChunk& call)
-      : m(call), k(kernels(call.isa, call.type)), real(call.type == F64 ? 8 : 4), rows(call.N * call.G),
+      : m(call),
+        k(kernels(call.isa, call.type)),
+        real(call.type == F64 ? 8 : 4),
+        rows(call.N * call.G),
         numbers(call.L * call.V) {}
 
   bool forward() {
@@ -39,11 +43,15 @@ class MixedCall {
     each_row([&](MixedSegment s) {
       const int64_t first = index(s) * (total ? P : inner);
       for (int64_t p = total ? 1 : 0; m.summed && p < (total ? P : inner); p++)
-        add(own(first + (total ? 0 : p)), own(first + p), total ? own(first) : p ? own(first + p - 1) : before(s));
+        add(own(first + (total ? 0 : p)), own(first + p),
+            total ? own(first)
+            : p   ? own(first + p - 1)
+                  : before(s));
       for (int64_t p = 0; p < P; p++) {
         cut(s, p, P);
         const char* start = total ? own(first) : p ? own(first + p - 1) : before(s);
-        add_columns(steps(s) ? k.mixed_step : k.mixed_forward, s, m.summed ? start : nullptr, p < inner ? nullptr : after(s), split);
+        add_columns(steps(s) ? k.mixed_step : k.mixed_forward, s, m.summed ? start : nullptr,
+                    p < inner ? nullptr : after(s), split);
       }
     });
     return run();
@@ -55,8 +63,12 @@ class MixedCall {
     reserve(2 * rows * sums);
     const int64_t heads = m.biases > 1 ? m.H / m.G : 1, square = m.size * m.size;
     biases.assign(m.biases ? size_t(rows * P * heads * square) * real : 0, 0);
-    const auto past = [&](const MixedSegment& s, int64_t p) { return own(2 * index(s) * sums + p); };
-    const auto ahead = [&](const MixedSegment& s, int64_t p) { return own((2 * index(s) + 1) * sums + p); };
+    const auto past = [&](const MixedSegment& s, int64_t p) {
+      return own(2 * index(s) * sums + p);
+    };
+    const auto ahead = [&](const MixedSegment& s, int64_t p) {
+      return own((2 * index(s) + 1) * sums + p);
+    };
     each_row([&](MixedSegment s) {
       for (int64_t p = 0; m.summed && p < sums; p++) {
         cut(s, p, P);
@@ -68,17 +80,24 @@ class MixedCall {
     if (!run()) return false;
     each_row([&](MixedSegment s) {
       if (total) {
-        for (int64_t p = 1; p < P; p++) add(past(s, 0), past(s, 0), past(s, p)), add(ahead(s, 0), ahead(s, 0), ahead(s, p));
+        for (int64_t p = 1; p < P; p++)
+          add(past(s, 0), past(s, 0), past(s, p)), add(ahead(s, 0), ahead(s, 0), ahead(s, p));
       } else if (m.summed) {
-        for (int64_t p = 0; p < inner; p++) add(past(s, p), past(s, p), p ? past(s, p - 1) : before(s));
-        for (int64_t p = inner; p-- > 0;) add(ahead(s, p), ahead(s, p), p + 1 < inner ? ahead(s, p + 1) : upstream(s));
+        for (int64_t p = 0; p < inner; p++)
+          add(past(s, p), past(s, p), p ? past(s, p - 1) : before(s));
+        for (int64_t p = inner; p-- > 0;)
+          add(ahead(s, p), ahead(s, p), p + 1 < inner ? ahead(s, p + 1) : upstream(s));
       }
       for (int64_t p = 0; p < P; p++) {
         cut(s, p, P);
-        const char* start = !m.summed ? nullptr : total ? ahead(s, 0) : p < inner ? ahead(s, p) : upstream(s);
+        const char* start = !m.summed   ? nullptr
+                            : total     ? ahead(s, 0)
+                            : p < inner ? ahead(s, p)
+                                        : upstream(s);
         push(k.mixed_key_backward, s, start, p ? nullptr : downstream(s));
         start = !m.summed ? nullptr : total ? past(s, 0) : p ? past(s, p - 1) : before(s);
-        s.dbias = m.biases ? biases.data() + size_t((index(s) * P + p) * heads * square) * real : nullptr;
+        s.dbias =
+            m.biases ? biases.data() + size_t((index(s) * P + p) * heads * square) * real : nullptr;
         push(k.mixed_query_backward, s, start, nullptr);
         s.dbias = nullptr;
       }
@@ -89,9 +108,11 @@ class MixedCall {
   // The gradient of the bias [biases, size, size], by key and query: all parts' together.
   void sum_biases(void* to) const {
     if (!m.biases) return;
-    const int64_t heads = m.biases > 1 ? m.H / m.G : 1, width = heads * m.size * m.size, each = int64_t(biases.size() / real) / std::max<int64_t>(rows, 1);
+    const int64_t heads = m.biases > 1 ? m.H / m.G : 1, width = heads * m.size * m.size,
+                  each = int64_t(biases.size() / real) / std::max<int64_t>(rows, 1);
     for (int64_t i = 0; i < int64_t(biases.size() / real); i++) {
-      const int64_t row = i / std::max<int64_t>(each, 1), group = m.biases > 1 ? row % m.G : 0, at = group * width + i % width;
+      const int64_t row = i / std::max<int64_t>(each, 1), group = m.biases > 1 ? row % m.G : 0,
+                    at = group * width + i % width;
       if (m.type == F64)
         static_cast<double*>(to)[at] += reinterpret_cast<const double*>(biases.data())[i];
       else
@@ -107,14 +128,21 @@ class MixedCall {
   }
   const char* before(const MixedSegment& s) const { return offset(m.numerator, s); }
   const char* upstream(const MixedSegment& s) const { return offset(m.dfinal_numerator, s); }
-  char* after(const MixedSegment& s) const { return const_cast<char*>(offset(m.final_numerator, s)); }
-  char* downstream(const MixedSegment& s) const { return const_cast<char*>(offset(m.dnumerator, s)); }
-  void reserve(int64_t count) { partial.resize(size_t(std::max<int64_t>(count, 0) * numbers) * real); }
+  char* after(const MixedSegment& s) const {
+    return const_cast<char*>(offset(m.final_numerator, s));
+  }
+  char* downstream(const MixedSegment& s) const {
+    return const_cast<char*>(offset(m.dnumerator, s));
+  }
+  void reserve(int64_t count) {
+    partial.resize(size_t(std::max<int64_t>(count, 0) * numbers) * real);
+  }
   char* own(int64_t i) { return partial.data() + size_t(i * numbers) * real; }
 
   template <class Visit> void each_row(Visit visit) const {
     for (int64_t n = 0; n < m.N; n++)
-      for (int64_t g = 0; g < m.G; g++) visit(MixedSegment{n, g, 0, 0, 0, m.V, nullptr, nullptr, nullptr});
+      for (int64_t g = 0; g < m.G; g++)
+        visit(MixedSegment{n, g, 0, 0, 0, m.V, nullptr, nullptr, nullptr});
   }
   int64_t longest() const {
     int64_t most = 0;
@@ -126,7 +154,8 @@ class MixedCall {
     return at_least_one(std::min(wanted, longest() / at_least_one(std::max(m.span, m.size))));
   }
   int64_t columns() const {
-    const int64_t most = at_least_one(m.V / 64), wanted = (m.threads + rows - 1) / at_least_one(rows);
+    const int64_t most = at_least_one(m.V / 64),
+                  wanted = (m.threads + rows - 1) / at_least_one(rows);
     return std::min(most, at_least_one(wanted));
   }
   // Whether the row is one token onto a state, and its group stays open.
@@ -144,7 +173,8 @@ class MixedCall {
     s.start = start, s.stop = stop;
     tasks.push_back({kernel, s});
   }
-  void add_columns(Kernels::MixedKernel* kernel, MixedSegment s, const void* start, void* stop, int64_t split) {
+  void add_columns(Kernels::MixedKernel* kernel, MixedSegment s, const void* start, void* stop,
+                   int64_t split) {
     const int64_t width = ((m.V + split - 1) / split + 15) / 16 * 16;
     for (s.from = 0; s.from < m.V; s.from += width) {
       s.to = std::min(m.V, s.from + width);
@@ -153,7 +183,9 @@ class MixedCall {
   }
   bool run() {
     const bool ok = parallel(m.threads, int64_t(tasks.size()), size_t(k.mixed_scratch(m)),
-                             [&](int64_t i, void* scratch) { tasks[size_t(i)].kernel(m, tasks[size_t(i)].segment, scratch); });
+                             [&](int64_t i, void* scratch) {
+                               tasks[size_t(i)].kernel(m, tasks[size_t(i)].segment, scratch);
+                             });
     tasks.clear();
     return ok;
   }
@@ -162,9 +194,11 @@ class MixedCall {
     if (!y) return;
     for (int64_t i = 0; i < numbers; i++)
       if (m.type == F64)
-        reinterpret_cast<double*>(to)[i] = reinterpret_cast<const double*>(x)[i] + reinterpret_cast<const double*>(y)[i];
+        reinterpret_cast<double*>(to)[i] =
+            reinterpret_cast<const double*>(x)[i] + reinterpret_cast<const double*>(y)[i];
       else
-        reinterpret_cast<float*>(to)[i] = reinterpret_cast<const float*>(x)[i] + reinterpret_cast<const float*>(y)[i];
+        reinterpret_cast<float*>(to)[i] =
+            reinterpret_cast<const float*>(x)[i] + reinterpret_cast<const float*>(y)[i];
   }
 };
 

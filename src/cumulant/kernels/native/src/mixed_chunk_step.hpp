@@ -1,5 +1,5 @@
-// One token of mixed chunk attention onto a state, where its group stays open: values and sums are read once, and left for the
-// state that goes out as they pass.
+// One token of mixed chunk attention onto a state, where its group stays open: values and sums are
+// read once, and left for the state that goes out as they pass.
 #pragma once
 
 #include "mixed_chunk_groups.hpp"
@@ -37,12 +37,14 @@ INLINE void pass_rows(const R* x, const R* rows, R* to, int64_t stride, int widt
       out[d] += x[i] * number;
     }
 }
-template <class R> void pass(int64_t count, const R* x, const R* rows, R* to, int64_t stride, int width, R* out) {
+template <class R>
+void pass(int64_t count, const R* x, const R* rows, R* to, int64_t stride, int width, R* out) {
   constexpr int N = 4;
   int64_t i = 0;
   for (; i + N <= count; i += N)
     pass_rows<R, N>(x + i, rows + i * stride, to ? to + i * stride : nullptr, stride, width, out);
-  for (; i < count; i++) pass_rows<R, 1>(x + i, rows + i * stride, to ? to + i * stride : nullptr, stride, width, out);
+  for (; i < count; i++)
+    pass_rows<R, 1>(x + i, rows + i * stride, to ? to + i * stride : nullptr, stride, width, out);
 }
 
 template <class R> void mixed_step(const MixedChunk& m, const MixedSegment& s, void* scratch) {
@@ -58,23 +60,28 @@ template <class R> void mixed_step(const MixedChunk& m, const MixedSegment& s, v
     const int64_t h = s.group * p.heads + r;
     R* const weights = w.all;
     p.read_queries(h, last, 1);
-    for (int64_t j = 0; j < last; j++) weights[j] = inner(w.quad_query, p.open_row(m.open_quad_key, j, p.K), p.K);
+    for (int64_t j = 0; j < last; j++)
+      weights[j] = inner(w.quad_query, p.open_row(m.open_quad_key, j, p.K), p.K);
     weights[last] = inner<R>(w.quad_query, w.quad_key, p.K);
     if (m.biases) {
       const R* bias = p.bias_of(m.bias, h) + last * m.size;
       for (int64_t j = 0; j <= last; j++) weights[j] += bias[j];
     }
-    for (int64_t j = 0; j <= last; j += LANES<R>) store(weights + j, gate<R>(load(weights + j), m.activation));
+    for (int64_t j = 0; j <= last; j += LANES<R>)
+      store(weights + j, gate<R>(load(weights + j), m.activation));
     zero(w.out, w.V);
     pass(last, weights, values, r ? nullptr : left, p.V, p.columns, w.out);
     pass<R>(1, weights + last, w.value, nullptr, w.V, p.columns, w.out);
-    pass(p.L, w.lin_query, (const R*)s.start + s.from, r ? nullptr : (R*)s.stop + s.from, p.V, p.columns, w.out);
+    pass(p.L, w.lin_query, (const R*)s.start + s.from, r ? nullptr : (R*)s.stop + s.from, p.V,
+         p.columns, w.out);
     p.scatter(m.out, nullptr, h, last, 1, p.V, s.from, p.columns, w.out, w.V);
   }
   copy(w.value, left + last * p.V, p.columns);
   if (s.from == 0) {
-    memcpy(p.final_row(m.final_quad_key, 0, p.K), p.open_row(m.open_quad_key, 0, p.K), sizeof(R) * size_t(last * p.K));
-    memcpy(p.final_row(m.final_lin_key, 0, p.L), p.open_row(m.open_lin_key, 0, p.L), sizeof(R) * size_t(last * p.L));
+    memcpy(p.final_row(m.final_quad_key, 0, p.K), p.open_row(m.open_quad_key, 0, p.K),
+           sizeof(R) * size_t(last * p.K));
+    memcpy(p.final_row(m.final_lin_key, 0, p.L), p.open_row(m.open_lin_key, 0, p.L),
+           sizeof(R) * size_t(last * p.L));
     copy(w.quad_key, p.final_row(m.final_quad_key, last, p.K), p.K);
     copy(w.lin_key, p.final_row(m.final_lin_key, last, p.L), p.L);
   }

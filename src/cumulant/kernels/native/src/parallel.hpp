@@ -1,5 +1,6 @@
-// Tasks shared out over threads. The threads are those of the OpenMP runtime that torch already uses, handed to us as the
-// address of its entry point, so that the process has one pool and torch's number of threads holds; without one, our own.
+// Tasks shared out over threads. The threads are those of the OpenMP runtime that torch already
+// uses, handed to us as the address of its entry point, so that the process has one pool and
+// torch's number of threads holds; without one, our own.
 #pragma once
 
 #include "memory.hpp"
@@ -17,7 +18,8 @@ inline OpenMP& openmp() {
   return entry;
 }
 
-// Runs body(task, scratch) for tasks 0 .. count - 1, each on the next free thread. False: no memory for the scratch.
+// Runs body(task, scratch) for tasks 0 .. count - 1, each on the next free thread. False: no memory
+// for the scratch.
 template <class Body> bool parallel(int threads, int64_t count, size_t scratch, const Body& body) {
   struct Team {
     const Body& body;

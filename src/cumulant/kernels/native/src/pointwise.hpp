@@ -24,7 +24,9 @@ INLINE float total(Vec<float> x) { return sum<float>(x); }
 INLINE const float* row_of(const Array& x, int64_t b, int64_t h, int64_t t) {
   return (const float*)x.data + b * x.batch + h * x.head + t * x.row;
 }
-INLINE float* row_to(const Array& x, int64_t b, int64_t h, int64_t t) { return (float*)x.data + b * x.batch + h * x.head + t * x.row; }
+INLINE float* row_to(const Array& x, int64_t b, int64_t h, int64_t t) {
+  return (float*)x.data + b * x.batch + h * x.head + t * x.row;
+}
 
 inline void swiglu_forward(const Pointwise& p, int64_t begin, int64_t end) {
   const float *x = (const float*)p.x.data + begin, *up = p.second + begin;
@@ -36,7 +38,8 @@ inline void swiglu_forward(const Pointwise& p, int64_t begin, int64_t end) {
 }
 
 inline void swiglu_backward(const Pointwise& p, int64_t begin, int64_t end) {
-  const float *x = (const float*)p.x.data + begin, *up = p.second + begin, *dout = (const float*)p.dout.data + begin;
+  const float *x = (const float*)p.x.data + begin, *up = p.second + begin,
+              *dout = (const float*)p.dout.data + begin;
   float *dx = (float*)p.dx.data + begin, *dup = p.dsecond + begin;
   each_vector(end - begin, [&](int64_t i, auto kind) {
     const auto a = read(x + i, kind), s = sigmoid(a), d = read(dout + i, kind);
@@ -53,8 +56,10 @@ inline void rmsnorm_forward(const Pointwise& p, int64_t begin, int64_t end) {
     float rest = 0;
     each_vector(p.n, [&](int64_t j, auto kind) {
       const auto a = read(x + j, kind);
-      if constexpr (sizeof(a) == sizeof(float)) rest += a * a;
-      else squares += a * a;
+      if constexpr (sizeof(a) == sizeof(float))
+        rest += a * a;
+      else
+        squares += a * a;
     });
     const float factor = 1 / std::sqrt((total(squares) + rest) / float(p.n) + float(p.epsilon));
     if (p.factors) p.factors[i] = factor;
@@ -79,8 +84,10 @@ inline void rmsnorm_backward(const Pointwise& p, int64_t begin, int64_t end, flo
         write(dweight + j, read(dweight + j, kind) + d);
         d *= read(p.weight + j, kind);
       }
-      if constexpr (sizeof(d) == sizeof(float)) rest += d;
-      else products += d;
+      if constexpr (sizeof(d) == sizeof(float))
+        rest += d;
+      else
+        products += d;
     });
     const float mean = (total(products) + rest) / float(p.n);
     each_vector(p.n, [&](int64_t j, auto kind) {
@@ -106,9 +113,13 @@ inline void convolve_forward(const Pointwise& p, int64_t begin, int64_t end) {
       const float *x = past_row(p, b, t, j), *w = p.weight + j * p.n;
       if (!x) continue;
       if (j == 0)
-        each_vector(p.n, [&](int64_t c, auto kind) { write(out + c, read(x + c, kind) * read(w + c, kind)); });
+        each_vector(p.n, [&](int64_t c, auto kind) {
+          write(out + c, read(x + c, kind) * read(w + c, kind));
+        });
       else
-        each_vector(p.n, [&](int64_t c, auto kind) { write(out + c, read(out + c, kind) + read(x + c, kind) * read(w + c, kind)); });
+        each_vector(p.n, [&](int64_t c, auto kind) {
+          write(out + c, read(out + c, kind) + read(x + c, kind) * read(w + c, kind));
+        });
     }
   }
 }
@@ -122,24 +133,34 @@ inline void convolve_backward(const Pointwise& p, int64_t begin, int64_t end, fl
     for (int64_t j = 0; j < p.taps; j++) {
       const float *x = past_row(p, b, t, j), *w = p.weight + j * p.n;
       float* const dw = dweight + j * p.n;
-      if (x) each_vector(p.n, [&](int64_t c, auto kind) { write(dw + c, read(dw + c, kind) + read(dout + c, kind) * read(x + c, kind)); });
+      if (x)
+        each_vector(p.n, [&](int64_t c, auto kind) {
+          write(dw + c, read(dw + c, kind) + read(dout + c, kind) * read(x + c, kind));
+        });
       const bool seen = t + j < p.T && (!p.offset || p.offset[t + j] >= j);
       if (j == 0) {
-        each_vector(p.n, [&](int64_t c, auto kind) { write(dx + c, read(dout + c, kind) * read(w + c, kind)); });
+        each_vector(p.n, [&](int64_t c, auto kind) {
+          write(dx + c, read(dout + c, kind) * read(w + c, kind));
+        });
       } else if (seen) {
         const float* const later = row_of(p.dout, b, 0, t + j);
-        each_vector(p.n, [&](int64_t c, auto kind) { write(dx + c, read(dx + c, kind) + read(later + c, kind) * read(w + c, kind)); });
+        each_vector(p.n, [&](int64_t c, auto kind) {
+          write(dx + c, read(dx + c, kind) + read(later + c, kind) * read(w + c, kind));
+        });
       }
     }
     if (t != 0 || !p.dtail) continue;
-    for (int64_t s = 0; s < p.taps - 1; s++) {  // slot s stands taps - 1 - s tokens before the first
+    for (int64_t s = 0; s < p.taps - 1;
+         s++) {  // slot s stands taps - 1 - s tokens before the first
       float* const to = p.dtail + (b * (p.taps - 1) + s) * p.n;
       memset(to, 0, sizeof(float) * size_t(p.n));
       for (int64_t j = p.taps - 1 - s; j < p.taps; j++) {
         const int64_t later = s - (p.taps - 1) + j;
         if (later >= p.T || (p.offset && p.offset[later] < j)) continue;
         const float *d = row_of(p.dout, b, 0, later), *w = p.weight + j * p.n;
-        each_vector(p.n, [&](int64_t c, auto kind) { write(to + c, read(to + c, kind) + read(d + c, kind) * read(w + c, kind)); });
+        each_vector(p.n, [&](int64_t c, auto kind) {
+          write(to + c, read(to + c, kind) + read(d + c, kind) * read(w + c, kind));
+        });
       }
     }
   }
@@ -163,13 +184,20 @@ inline void turn(const Pointwise& p, int64_t begin, int64_t end) {
 
 inline void pointwise(const Pointwise& p, int64_t begin, int64_t end, float* dweight) {
   switch (p.operation) {
-    case SWIGLU_FORWARD: return swiglu_forward(p, begin, end);
-    case SWIGLU_BACKWARD: return swiglu_backward(p, begin, end);
-    case RMSNORM_FORWARD: return rmsnorm_forward(p, begin, end);
-    case RMSNORM_BACKWARD: return rmsnorm_backward(p, begin, end, dweight);
-    case CONVOLVE_FORWARD: return convolve_forward(p, begin, end);
-    case CONVOLVE_BACKWARD: return convolve_backward(p, begin, end, dweight);
-    case TURN: return turn(p, begin, end);
+    case SWIGLU_FORWARD:
+      return swiglu_forward(p, begin, end);
+    case SWIGLU_BACKWARD:
+      return swiglu_backward(p, begin, end);
+    case RMSNORM_FORWARD:
+      return rmsnorm_forward(p, begin, end);
+    case RMSNORM_BACKWARD:
+      return rmsnorm_backward(p, begin, end, dweight);
+    case CONVOLVE_FORWARD:
+      return convolve_forward(p, begin, end);
+    case CONVOLVE_BACKWARD:
+      return convolve_backward(p, begin, end, dweight);
+    case TURN:
+      return turn(p, begin, end);
   }
 }
 

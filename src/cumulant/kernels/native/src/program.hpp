@@ -26,7 +26,8 @@ template <int N> INLINE void dot_rows(const float* W, int64_t k, const float* x,
 }
 
 // Rows begin .. end - 1 of a matrix, each read from memory once for all rows of the batch.
-inline void multiply_matrix(const Program& p, const Instruction& s, float* rows, int64_t begin, int64_t end) {
+inline void multiply_matrix(const Program& p, const Instruction& s, float* rows, int64_t begin,
+                            int64_t end) {
   constexpr int N = 8;
   for (int64_t i = begin; i < end; i += N) {
     const int64_t count = smaller<int64_t>(N, end - i);
@@ -40,7 +41,8 @@ inline void multiply_matrix(const Program& p, const Instruction& s, float* rows,
         for (int64_t c = 0; c < count; c++) dot_rows<1>(W + c * s.k, s.k, row + s.source, out + c);
       }
       float* const to = row + s.target + i;
-      for (int64_t c = 0; c < count; c++) to[c] = (s.add ? to[c] : 0) + out[c] + (s.bias ? s.bias[i + c] : 0);
+      for (int64_t c = 0; c < count; c++)
+        to[c] = (s.add ? to[c] : 0) + out[c] + (s.bias ? s.bias[i + c] : 0);
     }
   }
 }
@@ -64,7 +66,8 @@ inline void normalise(const Instruction& s, const float* x, float* y) {
 }
 
 // weight [n, k], the newest tap first; the state [n - 1, k], the newest input last.
-inline void convolve(const Instruction& s, const float* before, float* after, const float* x, float* y) {
+inline void convolve(const Instruction& s, const float* before, float* after, const float* x,
+                     float* y) {
   const int64_t past = s.n - 1;
   for (int64_t c = 0; c < s.k; c++) y[c] = x[c] * s.weight[c];
   for (int64_t j = 1; j <= past; j++)
@@ -104,7 +107,8 @@ inline void activate(const Instruction& s, const float* x, const float* up, floa
   }
 }
 
-inline void instruct(const Program& p, const Instruction& s, float* rows, int64_t begin, int64_t end) {
+inline void instruct(const Program& p, const Instruction& s, float* rows, int64_t begin,
+                     int64_t end) {
   if (s.operation == MATRIX) return multiply_matrix(p, s, rows, begin, end);
   for (int64_t b = 0; b < p.B; b++) {
     float* const row = rows + b * p.width;
@@ -116,7 +120,8 @@ inline void instruct(const Program& p, const Instruction& s, float* rows, int64_
         break;
       case CONVOLUTION: {
         const int64_t size = (s.n - 1) * s.k;
-        convolve(s, (const float*)p.before[s.state] + b * size, (float*)p.after[s.state] + b * size, x, y);
+        convolve(s, (const float*)p.before[s.state] + b * size, (float*)p.after[s.state] + b * size,
+                 x, y);
         break;
       }
       case SHIFT:  // the second part of the channels from the token before

@@ -10,8 +10,9 @@ extern "C" int cumulant_attention_forward(const cumulant::Attention* a);
 namespace cumulant {
 namespace {
 
-constexpr int64_t GRAIN = 1 << 16;  // multiplications of a matrix that a further thread must be worth
-constexpr int64_t BLOCK = 8;        // rows of a matrix that are taken together
+constexpr int64_t GRAIN =
+    1 << 16;                  // multiplications of a matrix that a further thread must be worth
+constexpr int64_t BLOCK = 8;  // rows of a matrix that are taken together
 
 class Run {
   const Program& p;
@@ -19,16 +20,21 @@ class Run {
   std::vector<float> rows;
 
  public:
-  explicit Run(const Program& program) : p(program), k(kernels(p.isa, F32)), rows(size_t(p.B * p.width)) {}
+  explicit Run(const Program& program)
+      : p(program), k(kernels(p.isa, F32)), rows(size_t(p.B * p.width)) {}
 
   bool run() {
-    for (int64_t b = 0; b < p.B; b++) std::memcpy(&rows[size_t(b * p.width)], p.input + b * p.inputs, sizeof(float) * size_t(p.inputs));
+    for (int64_t b = 0; b < p.B; b++)
+      std::memcpy(&rows[size_t(b * p.width)], p.input + b * p.inputs,
+                  sizeof(float) * size_t(p.inputs));
     bool ok = true;
     for (int64_t i = 0; ok && i < p.count;) {
       const Instruction& s = p.instructions[i];
       int64_t next = i + 1;
       if (s.operation == MATRIX) {
-        while (next < p.count && p.instructions[next].operation == MATRIX && p.instructions[next].source == s.source) next++;
+        while (next < p.count && p.instructions[next].operation == MATRIX &&
+               p.instructions[next].source == s.source)
+          next++;
         ok = multiply(i, next);
       } else if (s.operation == ATTEND) {
         ok = attend(s);
@@ -38,7 +44,8 @@ class Run {
       i = next;
     }
     for (int64_t b = 0; b < p.B; b++)
-      std::memcpy(p.out + b * p.outputs, &rows[size_t(b * p.width + p.output)], sizeof(float) * size_t(p.outputs));
+      std::memcpy(p.out + b * p.outputs, &rows[size_t(b * p.width + p.output)],
+                  sizeof(float) * size_t(p.outputs));
     return ok;
   }
 
@@ -52,17 +59,22 @@ class Run {
       for (int64_t i = begin; i < end; i++) {
         const Instruction& s = p.instructions[i];
         const int64_t blocks = (s.n + BLOCK - 1) / BLOCK;
-        k.instruct(p, s, rows.data(), blocks * part / parts * BLOCK, std::min(s.n, blocks * (part + 1) / parts * BLOCK));
+        k.instruct(p, s, rows.data(), blocks * part / parts * BLOCK,
+                   std::min(s.n, blocks * (part + 1) / parts * BLOCK));
       }
     });
   }
 
   bool attend(const Instruction& s) {
     Attention a = *s.attention;
-    const auto array = [&](int64_t vector, int64_t size) { return Array{&rows[size_t(vector)], p.width, size, size}; };
+    const auto array = [&](int64_t vector, int64_t size) {
+      return Array{&rows[size_t(vector)], p.width, size, size};
+    };
     a.B = a.N = p.B;
-    a.query = array(s.source, a.K), a.key = array(s.second, a.K), a.value = array(s.third, a.V), a.out = array(s.target, a.V);
-    a.threads = int(std::max<int64_t>(1, std::min<int64_t>(p.threads, a.B * a.H * a.F * a.V / (16 * GRAIN))));
+    a.query = array(s.source, a.K), a.key = array(s.second, a.K), a.value = array(s.third, a.V),
+    a.out = array(s.target, a.V);
+    a.threads = int(
+        std::max<int64_t>(1, std::min<int64_t>(p.threads, a.B * a.H * a.F * a.V / (16 * GRAIN))));
     a.isa = p.isa;
     a.numerator = const_cast<void*>(p.before[s.state]);
     a.final_numerator = p.after[s.state];

@@ -1,8 +1,9 @@
-// Vectors of `LANES<R>` reals (R: float or double), as wide as the instruction set this file is compiled for.
+// Vectors of `LANES<R>` reals (R: float or double), as wide as the instruction set this file is
+// compiled for.
 //
-// GCC's and Clang's vector extensions: the same source serves AVX-512, AVX2, SSE2 and NEON. Each instruction set has a
-// namespace of its own (CUMULANT_ISA), so that no linker can take a function compiled for another; for the same reason
-// nothing here calls templates of the standard library.
+// GCC's and Clang's vector extensions: the same source serves AVX-512, AVX2, SSE2 and NEON. Each
+// instruction set has a namespace of its own (CUMULANT_ISA), so that no linker can take a function
+// compiled for another; for the same reason nothing here calls templates of the standard library.
 #pragma once
 
 #include <stdint.h>
@@ -38,7 +39,8 @@ template <> struct Simd<double> {
 template <class R> using Vec = typename Simd<R>::V;
 
 template <class R> constexpr int LANES = CUMULANT_BYTES / int(sizeof(R));
-// Vectors that a tile of a product spans, and accumulators it may use beside operands: 32 registers or 16.
+// Vectors that a tile of a product spans, and accumulators it may use beside operands: 32 registers
+// or 16.
 constexpr int PANEL = CUMULANT_BYTES == 64 ? 4 : 2;
 constexpr int ACCUMULATORS = CUMULANT_BYTES == 64 ? 24 : 12;
 
@@ -67,14 +69,16 @@ template <class R> INLINE R sum(Vec<R> x) {
 }
 template <class R> INLINE void zero(R* p, int64_t n) { memset(p, 0, sizeof(R) * size_t(n)); }
 
-// exp(x) for x <= 0, NaN for NaN, within 2 units in the last place; 0 where it is below the smallest normal number.
-// x = n log 2 + r, |r| <= log(2) / 2: e^r by its series, times 2^n.
+// exp(x) for x <= 0, NaN for NaN, within 2 units in the last place; 0 where it is below the
+// smallest normal number. x = n log 2 + r, |r| <= log(2) / 2: e^r by its series, times 2^n.
 template <class R> INLINE Vec<R> exponential(Vec<R> x) {
   typedef typename Simd<R>::I I;
   constexpr bool single = sizeof(R) == 4;
   constexpr int TERMS = single ? 7 : 13, MANTISSA = single ? 23 : 52;
   constexpr R least = single ? R(-87.3) : R(-708.3);
-  constexpr R high = single ? R(0.693145752) : R(0.6931471803691238);  // log 2 in two parts, the first a short number
+  constexpr R high = single
+                         ? R(0.693145752)
+                         : R(0.6931471803691238);  // log 2 in two parts, the first a short number
   constexpr R low = single ? R(1.42860677e-6) : R(1.9082149292705877e-10);
   // Adding it rounds to an integer, and leaves that with the exponent's bias in the lowest bits.
   constexpr R magic = single ? R(12582912 + 127) : R(6755399441055744.0 + 1023);

@@ -1,74 +1,178 @@
-// Where every field of the structs of abi.hpp lies, for library.py to compare with its own: an order of fields that differs
-// would not change any size.
+// Where every field of the structs of abi.hpp lies, for library.py to compare with its own: an
+// order of fields that differs would not change any size.
 #include "abi.hpp"
 
 #include <cstddef>
 #include <string>
+#include <utility>
+#include <vector>
 
 namespace cumulant {
 namespace {
 
-typedef std::string Layout;
+typedef std::vector<std::pair<const char*, size_t>> Layout;
 
-#define FIELD(name) to += " " #name ":" + std::to_string(offsetof(Struct, name));
+#define FIELD(name) {#name, offsetof(Struct, name)}
 
-void describe(Layout& to, const Array*) {
+Layout layout(const Array*) {
   typedef Array Struct;
-  FIELD(data) FIELD(batch) FIELD(head) FIELD(row)
+  return {FIELD(data), FIELD(batch), FIELD(head), FIELD(row)};
 }
-void describe(Layout& to, const Attention*) {
+Layout layout(const Attention*) {
   typedef Attention Struct;
-  FIELD(B) FIELD(N) FIELD(H) FIELD(G) FIELD(T) FIELD(S) FIELD(K) FIELD(V) FIELD(F)
-  FIELD(chunk) FIELD(span) FIELD(type) FIELD(order) FIELD(constant_term) FIELD(activation)
-  FIELD(normalize) FIELD(is_causal) FIELD(threads) FIELD(isa) FIELD(scale) FIELD(query)
-  FIELD(key) FIELD(value) FIELD(out) FIELD(key_mask) FIELD(offsets) FIELD(numerator)
-  FIELD(denominator) FIELD(final_numerator) FIELD(final_denominator) FIELD(denominators)
-  FIELD(dout) FIELD(dquery) FIELD(dkey) FIELD(dvalue) FIELD(dfinal_numerator)
-  FIELD(dfinal_denominator) FIELD(dnumerator) FIELD(ddenominator)
+  return {FIELD(B),
+          FIELD(N),
+          FIELD(H),
+          FIELD(G),
+          FIELD(T),
+          FIELD(S),
+          FIELD(K),
+          FIELD(V),
+          FIELD(F),
+          FIELD(chunk),
+          FIELD(span),
+          FIELD(type),
+          FIELD(order),
+          FIELD(constant_term),
+          FIELD(activation),
+          FIELD(normalize),
+          FIELD(is_causal),
+          FIELD(threads),
+          FIELD(isa),
+          FIELD(scale),
+          FIELD(query),
+          FIELD(key),
+          FIELD(value),
+          FIELD(out),
+          FIELD(key_mask),
+          FIELD(offsets),
+          FIELD(numerator),
+          FIELD(denominator),
+          FIELD(final_numerator),
+          FIELD(final_denominator),
+          FIELD(denominators),
+          FIELD(dout),
+          FIELD(dquery),
+          FIELD(dkey),
+          FIELD(dvalue),
+          FIELD(dfinal_numerator),
+          FIELD(dfinal_denominator),
+          FIELD(dnumerator),
+          FIELD(ddenominator)};
 }
-void describe(Layout& to, const Elita*) {
+Layout layout(const Elita*) {
   typedef Elita Struct;
-  FIELD(B) FIELD(H) FIELD(G) FIELD(T) FIELD(V) FIELD(span) FIELD(type) FIELD(logits)
-  FIELD(gates) FIELD(threads) FIELD(isa) FIELD(value) FIELD(out) FIELD(key_logit)
-  FIELD(query_logit) FIELD(self_logit) FIELD(first) FIELD(key_odds) FIELD(own_odds)
-  FIELD(means) FIELD(log_weight) FIELD(mean) FIELD(final_log_weight) FIELD(final_mean)
-  FIELD(dout) FIELD(dvalue) FIELD(dkey_logit) FIELD(dself_logit) FIELD(dfinal_log_weight)
-  FIELD(dfinal_mean) FIELD(dlog_weight) FIELD(dmean)
+  return {FIELD(B),
+          FIELD(H),
+          FIELD(G),
+          FIELD(T),
+          FIELD(V),
+          FIELD(span),
+          FIELD(type),
+          FIELD(logits),
+          FIELD(gates),
+          FIELD(threads),
+          FIELD(isa),
+          FIELD(value),
+          FIELD(out),
+          FIELD(key_logit),
+          FIELD(query_logit),
+          FIELD(self_logit),
+          FIELD(first),
+          FIELD(key_odds),
+          FIELD(own_odds),
+          FIELD(means),
+          FIELD(log_weight),
+          FIELD(mean),
+          FIELD(final_log_weight),
+          FIELD(final_mean),
+          FIELD(dout),
+          FIELD(dvalue),
+          FIELD(dkey_logit),
+          FIELD(dself_logit),
+          FIELD(dfinal_log_weight),
+          FIELD(dfinal_mean),
+          FIELD(dlog_weight),
+          FIELD(dmean)};
 }
-void describe(Layout& to, const MixedChunk*) {
+Layout layout(const MixedChunk*) {
   typedef MixedChunk Struct;
-  FIELD(B) FIELD(N) FIELD(H) FIELD(G) FIELD(T) FIELD(K) FIELD(L) FIELD(V) FIELD(size)
-  FIELD(span) FIELD(type) FIELD(activation) FIELD(is_causal) FIELD(summed) FIELD(biases)
-  FIELD(threads) FIELD(isa) FIELD(quad_query) FIELD(quad_key) FIELD(lin_query) FIELD(lin_key)
-  FIELD(value) FIELD(out) FIELD(index) FIELD(bounds) FIELD(open_quad_key) FIELD(open_lin_key)
-  FIELD(open_value) FIELD(bias) FIELD(bias_turned) FIELD(numerator) FIELD(final_numerator)
-  FIELD(final_quad_key) FIELD(final_lin_key) FIELD(final_value) FIELD(dout) FIELD(dquad_query)
-  FIELD(dquad_key) FIELD(dlin_query) FIELD(dlin_key) FIELD(dvalue) FIELD(dfinal_numerator)
-  FIELD(dfinal_quad_key) FIELD(dfinal_lin_key) FIELD(dfinal_value) FIELD(dnumerator)
-  FIELD(dopen_quad_key) FIELD(dopen_lin_key) FIELD(dopen_value)
+  return {FIELD(B),
+          FIELD(N),
+          FIELD(H),
+          FIELD(G),
+          FIELD(T),
+          FIELD(K),
+          FIELD(L),
+          FIELD(V),
+          FIELD(size),
+          FIELD(span),
+          FIELD(type),
+          FIELD(activation),
+          FIELD(is_causal),
+          FIELD(summed),
+          FIELD(biases),
+          FIELD(threads),
+          FIELD(isa),
+          FIELD(quad_query),
+          FIELD(quad_key),
+          FIELD(lin_query),
+          FIELD(lin_key),
+          FIELD(value),
+          FIELD(out),
+          FIELD(index),
+          FIELD(bounds),
+          FIELD(open_quad_key),
+          FIELD(open_lin_key),
+          FIELD(open_value),
+          FIELD(bias),
+          FIELD(bias_turned),
+          FIELD(numerator),
+          FIELD(final_numerator),
+          FIELD(final_quad_key),
+          FIELD(final_lin_key),
+          FIELD(final_value),
+          FIELD(dout),
+          FIELD(dquad_query),
+          FIELD(dquad_key),
+          FIELD(dlin_query),
+          FIELD(dlin_key),
+          FIELD(dvalue),
+          FIELD(dfinal_numerator),
+          FIELD(dfinal_quad_key),
+          FIELD(dfinal_lin_key),
+          FIELD(dfinal_value),
+          FIELD(dnumerator),
+          FIELD(dopen_quad_key),
+          FIELD(dopen_lin_key),
+          FIELD(dopen_value)};
 }
-void describe(Layout& to, const Pointwise*) {
+Layout layout(const Pointwise*) {
   typedef Pointwise Struct;
-  FIELD(operation) FIELD(threads) FIELD(isa) FIELD(back) FIELD(B) FIELD(T) FIELD(H) FIELD(n)
-  FIELD(taps) FIELD(x) FIELD(out) FIELD(dout) FIELD(dx) FIELD(second) FIELD(weight)
-  FIELD(tail) FIELD(dsecond) FIELD(dweight) FIELD(dtail) FIELD(factors) FIELD(offset)
-  FIELD(cosine) FIELD(sine) FIELD(angles) FIELD(epsilon)
+  return {FIELD(operation), FIELD(threads), FIELD(isa),     FIELD(back),   FIELD(B),
+          FIELD(T),         FIELD(H),       FIELD(n),       FIELD(taps),   FIELD(x),
+          FIELD(out),       FIELD(dout),    FIELD(dx),      FIELD(second), FIELD(weight),
+          FIELD(tail),      FIELD(dsecond), FIELD(dweight), FIELD(dtail),  FIELD(factors),
+          FIELD(offset),    FIELD(cosine),  FIELD(sine),    FIELD(angles), FIELD(epsilon)};
 }
-void describe(Layout& to, const Instruction*) {
+Layout layout(const Instruction*) {
   typedef Instruction Struct;
-  FIELD(operation) FIELD(kind) FIELD(source) FIELD(second) FIELD(third) FIELD(target) FIELD(n)
-  FIELD(k) FIELD(weight) FIELD(bias) FIELD(scalar) FIELD(state) FIELD(add) FIELD(attention)
+  return {FIELD(operation), FIELD(kind),  FIELD(source), FIELD(second),   FIELD(third),
+          FIELD(target),    FIELD(n),     FIELD(k),      FIELD(weight),   FIELD(bias),
+          FIELD(scalar),    FIELD(state), FIELD(add),    FIELD(attention)};
 }
-void describe(Layout& to, const Program*) {
+Layout layout(const Program*) {
   typedef Program Struct;
-  FIELD(B) FIELD(width) FIELD(count) FIELD(inputs) FIELD(output) FIELD(outputs) FIELD(threads)
-  FIELD(isa) FIELD(instructions) FIELD(position) FIELD(input) FIELD(out) FIELD(before)
-  FIELD(after)
+  return {FIELD(B),       FIELD(width),   FIELD(count),  FIELD(inputs),       FIELD(output),
+          FIELD(outputs), FIELD(threads), FIELD(isa),    FIELD(instructions), FIELD(position),
+          FIELD(input),   FIELD(out),     FIELD(before), FIELD(after)};
 }
 
-template <class Struct> void add(Layout& to, const char* name) {
+template <class Struct> void add(std::string& to, const char* name) {
   to += name;
-  describe(to, static_cast<const Struct*>(nullptr));
+  for (const auto& field : layout(static_cast<const Struct*>(nullptr))) {
+    to += std::string(" ") + field.first + ":" + std::to_string(field.second);
+  }
   to += " size:" + std::to_string(sizeof(Struct)) + "\n";
 }
 

@@ -1,9 +1,11 @@
-// Feature maps of a chunk and their derivatives. Vectors are token-minor, [K, CHUNK]; features likewise, [F, CHUNK].
+// Feature maps of a chunk and their derivatives. Vectors are token-minor, [K, CHUNK]; features
+// likewise, [F, CHUNK].
 //
-// A map is an elementwise activation (elu + 1, relu, none), then the Taylor monomials up to a degree (order 0: none).
-// Monomials are ordered by degree, then lexicographically by their indices i1 <= i2 <= ..., and weigh
-// 1 / sqrt(prod m_i!): each factor brings 1 / sqrt(r) where it is the r-th equal one in a row. All that share their first
-// factors (a prefix) follow one another, so a prefix is multiplied out once, and features are formed a slab at a time.
+// A map is an elementwise activation (elu + 1, relu, none), then the Taylor monomials up to a
+// degree (order 0: none). Monomials are ordered by degree, then lexicographically by their indices
+// i1 <= i2 <= ..., and weigh 1 / sqrt(prod m_i!): each factor brings 1 / sqrt(r) where it is the
+// r-th equal one in a row. All that share their first factors (a prefix) follow one another, so a
+// prefix is multiplied out once, and features are formed a slab at a time.
 #pragma once
 
 #include "tokens.hpp"
@@ -11,17 +13,20 @@
 namespace cumulant {
 namespace CUMULANT_ISA {
 
-// In place: queries times `scale`, and times or plus what brings their largest feature near 1, so that products with small
-// keys, and quotients by them, neither vanish nor overflow. Powers of two, of which `level` holds each token's, or, for
-// elu + 1, which below zero is an exponential, what is added.
+// In place: queries times `scale`, and times or plus what brings their largest feature near 1, so
+// that products with small keys, and quotients by them, neither vanish nor overflow. Powers of two,
+// of which `level` holds each token's, or, for elu + 1, which below zero is an exponential, what is
+// added.
 template <class R> void level(R* x, int K, int n, R scale, int activation, R* level) {
   typedef typename Simd<R>::I I;
-  constexpr int W = LANES<R>, MANTISSA = sizeof(R) == 4 ? 23 : 52, HIGHEST = sizeof(R) == 4 ? 254 : 2046;  // exponents
+  constexpr int W = LANES<R>, MANTISSA = sizeof(R) == 4 ? 23 : 52,
+                HIGHEST = sizeof(R) == 4 ? 254 : 2046;  // exponents
   constexpr R lowest = sizeof(R) == 4 ? R(-3.4028234663852886e38) : R(-1.7976931348623157e308);
   for (int i = 0; i < n; i += W) {
     Vec<R> top = activation == ELU ? splat(lowest) : Vec<R>{};
     for (int d = 0; d < K; d++) {
-      const Vec<R> y = load(x + d * CHUNK + i) * scale, size = activation == IDENTITY ? (y < R(0) ? -y : y) : y;
+      const Vec<R> y = load(x + d * CHUNK + i) * scale,
+                   size = activation == IDENTITY ? (y < R(0) ? -y : y) : y;
       store(x + d * CHUNK + i, y);
       top = size > top ? size : top;
     }
@@ -53,8 +58,10 @@ template <class R> void activate(R* x, int K, int n, R scale, int activation) {
     }
 }
 
-// Gradient at the input before `scale`, in place, from the activated value: elu + 1 has slope min(value, 1), relu slope [value > 0].
-template <class R> void activate_backward(const R* activated, R* grad, int K, int n, R scale, int activation) {
+// Gradient at the input before `scale`, in place, from the activated value: elu + 1 has slope
+// min(value, 1), relu slope [value > 0].
+template <class R>
+void activate_backward(const R* activated, R* grad, int K, int n, R scale, int activation) {
   constexpr int W = LANES<R>;
   if (activation == IDENTITY && scale == R(1)) return;
   for (int d = 0; d < K; d++)
@@ -68,7 +75,8 @@ template <class R> void activate_backward(const R* activated, R* grad, int K, in
     }
 }
 
-// sum_p s^p / p! by Horner's rule; without the constant the 1 that would swallow digits is never added.
+// sum_p s^p / p! by Horner's rule; without the constant the 1 that would swallow digits is never
+// added.
 template <class R> INLINE Vec<R> polynomial(Vec<R> s, int order, bool constant_term) {
   if (order == 0) return s;
   Vec<R> y = s * (R(1) / R(order));
@@ -97,7 +105,9 @@ template <class R> class Monomials {
   int index[MAX_ORDER];    // its other indices, degree - 1 of them
   int run[MAX_ORDER + 1];  // run[l]: how many equal factors end the prefix of length l
 
-  const R* prefix(int length) const { return length == 1 ? x + index[0] * CHUNK : prefixes + (length - 1) * CHUNK; }
+  const R* prefix(int length) const {
+    return length == 1 ? x + index[0] * CHUNK : prefixes + (length - 1) * CHUNK;
+  }
 
   // Multiply out the prefixes of length `from` and above.
   void extend(int from) {
@@ -106,7 +116,8 @@ template <class R> class Monomials {
       const int last = index[length - 1];
       run[length] = length > 1 && index[length - 2] == last ? run[length - 1] + 1 : 1;
       if (length == 1) continue;
-      const R *p = prefix(length - 1), *q = x + last * CHUNK, weight = weight_of_run<R>(run[length]);
+      const R *p = prefix(length - 1), *q = x + last * CHUNK,
+              weight = weight_of_run<R>(run[length]);
       R* to = prefixes + (length - 1) * CHUNK;
       for (int i = 0; i < tokens; i += W) store(to + i, load(p + i) * load(q + i) * weight);
     }
@@ -121,7 +132,8 @@ template <class R> class Monomials {
 
   bool exhausted() const { return next == (degree == 0 ? 1 : dim); }
 
-  // On to the next prefix if this one's features are used up; then how many of `wanted` features share it.
+  // On to the next prefix if this one's features are used up; then how many of `wanted` features
+  // share it.
   int arrive(int wanted) {
     if (exhausted()) {
       int at = degree - 2;
@@ -142,8 +154,15 @@ template <class R> class Monomials {
   }
 
  public:
-  Monomials(const R* vectors, const R* constant, int K, int count, int highest, bool constant_term, R* scratch)
-      : x(vectors), ones(constant), prefixes(scratch), grads(scratch + MAX_ORDER * CHUNK), dim(K), tokens(padded<R>(count)), order(highest) {
+  Monomials(const R* vectors, const R* constant, int K, int count, int highest, bool constant_term,
+            R* scratch)
+      : x(vectors),
+        ones(constant),
+        prefixes(scratch),
+        grads(scratch + MAX_ORDER * CHUNK),
+        dim(K),
+        tokens(padded<R>(count)),
+        order(highest) {
     begin_degree(constant_term ? 0 : 1);
   }
 
@@ -155,12 +174,14 @@ template <class R> class Monomials {
         for (int i = 0; i < tokens; i += W) store(to + i, load(ones + i));
       } else if (degree == 1) {
         for (int j = 0; j < n; j++)
-          for (int i = 0; i < tokens; i += W) store(to + j * CHUNK + i, load(x + (next + j) * CHUNK + i));
+          for (int i = 0; i < tokens; i += W)
+            store(to + j * CHUNK + i, load(x + (next + j) * CHUNK + i));
       } else {
         const R *p = prefix(degree - 1), *q = x + next * CHUNK, weight = first_weight();
         for (int i = 0; i < tokens; i += W) store(to + i, load(p + i) * load(q + i) * weight);
         for (int j = 1; j < n; j++)
-          for (int i = 0; i < tokens; i += W) store(to + j * CHUNK + i, load(p + i) * load(q + j * CHUNK + i));
+          for (int i = 0; i < tokens; i += W)
+            store(to + j * CHUNK + i, load(p + i) * load(q + j * CHUNK + i));
       }
       next += n;
       to += n * CHUNK;
@@ -168,7 +189,8 @@ template <class R> class Monomials {
     }
   }
 
-  // Adds to `dx` what the gradients of the next `count` features, rows of `from`, come to at the vectors.
+  // Adds to `dx` what the gradients of the next `count` features, rows of `from`, come to at the
+  // vectors.
   void backward(int count, const R* from, R* dx) {
     if (order > 1) zero(grads, order * CHUNK);
     while (count > 0) {
@@ -217,7 +239,8 @@ template <class R> class Monomials {
       if (length == 1) {
         for (int i = 0; i < tokens; i += W) store(to + i, load(to + i) + load(g + i));
       } else {
-        const R *p = prefix(length - 1), *q = x + index[length - 1] * CHUNK, weight = weight_of_run<R>(run[length]);
+        const R *p = prefix(length - 1), *q = x + index[length - 1] * CHUNK,
+                weight = weight_of_run<R>(run[length]);
         R* below = grads + (length - 1) * CHUNK;
         for (int i = 0; i < tokens; i += W) {
           const Vec<R> d = load(g + i) * weight;

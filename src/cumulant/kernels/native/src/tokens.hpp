@@ -1,5 +1,6 @@
-// Reading tokens into scratch and writing them back: strides, number formats, masks, and both ways of lying:
-// token-major [tokens, D] and token-minor [D, CHUNK], where a row holds one component of every token of the chunk.
+// Reading tokens into scratch and writing them back: strides, number formats, masks, and both ways
+// of lying: token-major [tokens, D] and token-minor [D, CHUNK], where a row holds one component of
+// every token of the chunk.
 #pragma once
 
 #include "abi.hpp"
@@ -32,13 +33,14 @@ INLINE uint16_t to_f16(float x) { return _cvtss_sh(x, 0); }
 INLINE float from_f16(uint16_t x) {
   const uint32_t sign = uint32_t(x & 0x8000) << 16, rest = uint32_t(x & 0x7fff) << 13;
   if (rest >= 0x0f800000) return from_bits(sign | rest | 0x7f800000);  // infinite, NaN
-  return from_bits(sign | to_bits(from_bits(rest) * 5.192296858534828e33f));  // 2^112, the exponents' difference
+  return from_bits(
+      sign | to_bits(from_bits(rest) * 5.192296858534828e33f));  // 2^112, the exponents' difference
 }
 INLINE uint16_t to_f16(float x) {
   const uint32_t bits = to_bits(x), sign = (bits >> 16) & 0x8000, rest = bits & 0x7fffffff;
   if (rest > 0x7f800000) return uint16_t(sign | 0x7e00);
   if (rest >= 0x477ff000) return uint16_t(sign | 0x7c00);  // 65520 and above round to infinity
-  if (rest < 0x38800000)                                   // denormal: adding a half lets the addition round
+  if (rest < 0x38800000)  // denormal: adding a half lets the addition round
     return uint16_t(sign | (to_bits(from_bits(rest) + 0.5f) - 0x3f000000));
   return uint16_t(sign | ((rest + 0xfff + ((rest >> 13) & 1) - 0x38000000) >> 13));
 }
@@ -61,7 +63,8 @@ template <class R> INLINE void read_row(const void* from, int64_t offset, int ty
   } else if (type == (sizeof(R) == 4 ? F32 : F64)) {
     copy((const R*)from + offset, to, n);
   } else {
-    for (int i = 0; i < n; i++) to[i] = R(type == F32 ? ((const float*)from)[offset + i] : ((const double*)from)[offset + i]);
+    for (int i = 0; i < n; i++)
+      to[i] = R(type == F32 ? ((const float*)from)[offset + i] : ((const double*)from)[offset + i]);
   }
 }
 template <class R> INLINE void write_row(void* to, int64_t offset, int type, int n, const R* from) {
@@ -88,14 +91,17 @@ struct Rows {
   int count;
   const uint8_t* mask;  // of the tokens, or null
 
-  // Whether `width` numbers of each lie in memory as scratch would hold them: whole vectors of reals, none masked.
+  // Whether `width` numbers of each lie in memory as scratch would hold them: whole vectors of
+  // reals, none masked.
   template <class R> bool plain(int width) const {
-    return type == (sizeof(R) == 4 ? F32 : F64) && !mask && count % LANES<R> == 0 && width % LANES<R> == 0;
+    return type == (sizeof(R) == 4 ? F32 : F64) && !mask && count % LANES<R> == 0 &&
+           width % LANES<R> == 0;
   }
   template <class R> R* at() const { return (R*)array.data + offset; }
 };
 
-// -> [count, width] from column `from`, zeros where masked and from `width` to the next whole vector.
+// -> [count, width] from column `from`, zeros where masked and from `width` to the next whole
+// vector.
 template <class R> INLINE void read(Rows x, int64_t from, int width, R* to, int64_t stride) {
   for (int i = 0; i < x.count; i++) {
     R* row = to + i * stride;
@@ -108,7 +114,8 @@ template <class R> INLINE void read(Rows x, int64_t from, int width, R* to, int6
   }
 }
 
-template <class R> INLINE void write(Rows x, int64_t from, int width, const R* rows, int64_t stride) {
+template <class R>
+INLINE void write(Rows x, int64_t from, int width, const R* rows, int64_t stride) {
   for (int i = 0; i < x.count; i++)
     write_row(x.array.data, x.offset + i * x.array.row + from, x.type, width, rows + i * stride);
 }
@@ -120,7 +127,8 @@ template <int N, int... I> struct UpTo : UpTo<N - 1, N - 1, I...> {};
 template <int... I> struct UpTo<0, I...> {
   typedef Indices<I...> Type;
 };
-template <class R, bool SECOND, int... I> INLINE Vec<R> interleave(Vec<R> a, Vec<R> b, Indices<I...>) {
+template <class R, bool SECOND, int... I>
+INLINE Vec<R> interleave(Vec<R> a, Vec<R> b, Indices<I...>) {
   constexpr int W = LANES<R>;
   return __builtin_shufflevector(a, b, ((SECOND ? W / 2 : 0) + I / 2 + (I % 2 ? W : 0))...);
 }
@@ -136,8 +144,10 @@ template <class R, bool SECOND> INLINE Vec<R> interleave(Vec<R> a, Vec<R> b) {
 }
 #endif
 
-// A square of LANES x LANES: interleaving rows i and i + LANES / 2, as often as halving takes, transposes it.
-template <class R> INLINE void transpose_square(const R* from, int64_t from_stride, R* to, int64_t to_stride) {
+// A square of LANES x LANES: interleaving rows i and i + LANES / 2, as often as halving takes,
+// transposes it.
+template <class R>
+INLINE void transpose_square(const R* from, int64_t from_stride, R* to, int64_t to_stride) {
   constexpr int W = LANES<R>;
   Vec<R> a[W], b[W];
   for (int i = 0; i < W; i++) a[i] = load(from + i * from_stride);
@@ -153,7 +163,8 @@ template <class R> INLINE void transpose_square(const R* from, int64_t from_stri
 
 // [rows, columns] -> [columns, rows]; both are rounded up to whole vectors.
 template <class R>
-void transpose(int rows, int columns, const R* from, int64_t from_stride, R* to, int64_t to_stride) {
+void transpose(int rows, int columns, const R* from, int64_t from_stride, R* to,
+               int64_t to_stride) {
   constexpr int W = LANES<R>;
   for (int i = 0; i < rows; i += W)
     for (int j = 0; j < columns; j += W)
