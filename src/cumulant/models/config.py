@@ -2,66 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
-import math
 from pathlib import Path
 from typing import Any
 
 from transformers import GenerationConfig, PreTrainedConfig
 
-from ..nn.norms import NORMS
-from ..ops.checks import ACTIVATIONS
-from ..ops.feature_maps import LEARNED, NAMES
 from .adapters import register_targets
+from .config_names import COMMON, check_names
+from .config_values import check_types, check_values
 from .folder import auto_map, write_card, write_module
-
-MIXERS = (
-    "softmax",
-    "sliding_window",
-    "linear",
-    "taylor",
-    "short_convolution",
-    "flash",
-    "gau",
-    "elita",
-)
-FEED_FORWARDS = ("swiglu", "gelu", "elita", "none")
-POSITIONS = ("none", "scaled_sinusoidal")
-LOOK_BACK = (
-    "sliding_window",
-    "short_convolution",
-    "elita",
-)  # mixers with no form in both directions
-# what transformers' configurations take besides their fields
-COMMON = (
-    *(
-        "num_labels",
-        "torch_dtype",
-        "output_attentions",
-        "attn_implementation",
-        "name_or_path",
-        "auto_map",
-        "model_type",
-    ),
-    *("quantization_config", "tokenizer_class", "classifier_dropout", "token_classification_bias"),
-    *("task_specific_params", "finetuning_task", "transformers_weights", "tie_last_hidden_states"),
-    *("experts_implementation", "_name_or_path", "_commit_hash", "_attn_implementation"),
-)
-# other models' names of fields
-SYNONYMS = {
-    **dict.fromkeys(("d_model", "n_embd", "dim", "width"), "hidden_size"),
-    **dict.fromkeys(("n_layer", "n_layers", "num_layers", "depth"), "num_hidden_layers"),
-    **dict.fromkeys(("n_head", "n_heads", "num_heads", "heads"), "num_attention_heads"),
-    **dict.fromkeys(("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon"), "norm_eps"),
-    **dict.fromkeys(("hidden_act", "activation_function"), "feed_forward"),
-    **dict.fromkeys(("attention_dropout", "hidden_dropout", "resid_pdrop"), "dropout"),
-    **{
-        "rope_theta": "rotary_base",
-        "n_inner": "intermediate_size",
-        "n_positions": "max_position_embeddings",
-    },
-}
 
 
 class CumulantConfig(PreTrainedConfig):  # type: ignore[misc]
@@ -193,7 +143,7 @@ class CumulantConfig(PreTrainedConfig):  # type: ignore[misc]
         if self.mixers is None:
             self.mixers = ["taylor"]
         self.mixers = list(self.mixers)
-        self._validate_types()
+        check_types(self, CumulantConfig.__dataclass_fields__)
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if (
@@ -209,9 +159,7 @@ class CumulantConfig(PreTrainedConfig):  # type: ignore[misc]
             width = widths.get(self.feed_forward, 8 * self.hidden_size // 3)
             self.intermediate_size = width if self.feed_forward == "elita" else -(-width // 32) * 32
         self.validate()
-        unknown = [name for name in kwargs if name not in COMMON]
-        if unknown:
-            raise ValueError(_not_a_field(unknown[0]))
+        check_names(kwargs, CumulantConfig.__dataclass_fields__)
         self.auto_map = auto_map(kwargs.pop("auto_map", None))
         super().__post_init__(**kwargs)
 
@@ -268,117 +216,12 @@ class CumulantConfig(PreTrainedConfig):  # type: ignore[misc]
             super().register_for_auto_class(auto_class)
 
     def validate(self) -> None:
-        """Raise a ValueError naming the field that cannot be. In place of the base class's checks,
-        which know only transformers' own layer types."""
-        self._validate_types()
-        unknown = [name for name in self.mixers or () if name not in MIXERS]
-        if unknown or not self.mixers:
-            raise ValueError(
-                f"mixers: expected a list of {', '.join(MIXERS)}, got {unknown or self.mixers}"
-            )
-        choices = {
-            "feed_forward": FEED_FORWARDS,
-            "position_embedding": POSITIONS,
-            "norm": NORMS,
-            "final_norm": NORMS,
-            "gated_activation": ACTIVATIONS,
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}"
-                )
-        self._validate_encoder()
-        sizes = (
-            "vocab_size",
-            "hidden_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "sliding_window",
-        )
-        counts = (
-            "group_size",
-            "query_key_dim",
-            "position_features",
-            "horizon",
-            "feed_forward_factor",
-            "wraps",
-        )
-        for name in (*sizes, *counts, "max_position_embeddings"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        if self.head_dim is None and not set(self.mixers) <= {"flash", "gau"}:
-            raise ValueError(
-                f"num_attention_heads: {self.num_attention_heads} must divide"
-                f" hidden_size={self.hidden_size}, or head_dim must be given"
-            )
-        if self.num_attention_heads % (self.num_key_value_heads or 1):
-            raise ValueError(
-                f"num_key_value_heads: {self.num_key_value_heads} must divide num_attention_heads="
-                f"{self.num_attention_heads}"
-            )
-        if self.feature_map not in (*NAMES, *LEARNED):
-            raise ValueError(
-                f"feature_map: expected one of {', '.join((*NAMES, *LEARNED))}, got"
-                f" {self.feature_map!r}"
-            )
-        self._validate_numbers()
+        """Raise a ValueError that names the first field with a wrong value.
 
-    def _validate_numbers(self) -> None:
-        if self.position_embedding != "none" and self.hidden_size % 2:
-            raise ValueError(
-                "hidden_size: sinusoidal positions need an even number of channels, got"
-                f" {self.hidden_size}"
-            )
-        if self.length_scale is not None and not 0 < self.length_scale < math.inf:
-            raise ValueError(f"length_scale: expected a positive number, got {self.length_scale}")
-        if not math.isfinite(self.horizon_time):
-            raise ValueError(f"horizon_time: expected a finite number, got {self.horizon_time}")
-        if self.logit_ffn is not None and self.logit_ffn < 1:
-            raise ValueError(
-                f"logit_ffn: expected a width of at least 1, or None for none, got {self.logit_ffn}"
-            )
-        if not self.norm_affine and "scalenorm" in (self.norm, self.final_norm):
-            raise ValueError(
-                "norm_affine: a scalenorm is its learned scale; choose layernorm or rmsnorm"
-            )
-        if self.taylor_order < 1:
-            raise ValueError(f"taylor_order: expected at least 1, got {self.taylor_order}")
-        if self.taylor_alpha is not None and not 0 < self.taylor_alpha < math.inf:
-            raise ValueError(f"taylor_alpha: expected a positive number, got {self.taylor_alpha}")
-        for name in ("dropout", "gated_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(
-                    f"{name}: expected a probability below 1, got {getattr(self, name)}"
-                )
-
-    def _validate_types(self) -> None:
-        """Every field of the type that it is declared with."""
-        kinds = {
-            "int": (int,),
-            "float": (int, float),
-            "bool": (bool,),
-            "str": (str,),
-            "None": (type(None),),
-        }
-        for name, declared in type(self).__annotations__.items():
-            value = getattr(self, name, None)
-            if name not in CumulantConfig.__dataclass_fields__ or name.endswith("_token_id"):
-                continue
-            for part in str(declared).split(" | "):
-                if isinstance(value, kinds.get(part, (list,))) and (part == "bool") == isinstance(
-                    value, bool
-                ):
-                    break
-            else:
-                raise ValueError(f"{name}: expected {declared}, got {value!r}")
-
-    def _validate_encoder(self) -> None:
-        back = [name for name in self.mixers or () if name in LOOK_BACK]
-        if self.is_causal or not (back or self.conv_size):
-            return
-        what = f"mixers: {back[0]}" if back else f"conv_size: {self.conv_size}"
-        raise ValueError(f"{what} looks backwards only; an encoder (is_causal=False) needs others")
+        It replaces the base class's checks, which know only transformers' own layer types.
+        """
+        check_types(self, CumulantConfig.__dataclass_fields__)
+        check_values(self)
 
     def mixer(self, layer: int) -> str:
         """The mixer of a layer: the pattern repeats over the depth."""
@@ -427,17 +270,3 @@ class CumulantConfig(PreTrainedConfig):  # type: ignore[misc]
         `num_hidden_layers`.
         """
         return [self] * len(self.layer_types)
-
-
-def _not_a_field(name: str) -> str:
-    """What is wrong with a name, and the likely fix."""
-    if name in GenerationConfig().to_dict():
-        return (
-            f"{name}: not a field of CumulantConfig; it belongs to generate() or"
-            " model.generation_config"
-        )
-    near = difflib.get_close_matches(name, CumulantConfig.__dataclass_fields__, 1)
-    likely = SYNONYMS.get(name) or (near[0] if near else None)
-    return f"{name}: not a field of CumulantConfig" + (
-        f"; did you mean {likely}?" if likely else ""
-    )

@@ -89,7 +89,8 @@ def find_documents(
         return Documents(cu_seqlens, None)
     if not marks.given:
         return None
-    if torch.compiler.is_exporting() and marks.position_ids is not None:  # a graph of one document
+    if torch.compiler.is_exporting() and marks.position_ids is not None:
+        # the exported graph holds for one document a row
         positions = _flat("position_ids", marks.position_ids, rows, length).view(rows, length)
         require(
             (positions.diff() > 0).all(),
@@ -102,38 +103,49 @@ def find_documents(
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, rows, length, length, device)
         index = index[index < cu_seqlens[-1]]
-    row = index // length
-    fresh = {}  # for each mark, where it begins a document, besides the rows' beginnings
+    new_row = _changes(index // length)
+    later = _later_starts(marks, cu_seqlens, index, rows, length)
+    starts = torch.cat((later.new_ones(min(1, len(index))), later))
     if marks.position_ids is not None:
         positions = _flat("position_ids", marks.position_ids, rows, length)[index]
-        fresh["position_ids"] = _restarts(positions, index, row)
-    if marks.seq_idx is not None:
-        fresh["seq_idx"] = _changes(_flat("seq_idx", marks.seq_idx, rows, length)[index])
-    if cu_seqlens is not None:
-        fresh["cu_seqlens"] = _changes(torch.searchsorted(cu_seqlens.long(), index, right=True))
-    change = _changes(row)
-    (name, first), *rest = ((name, begins | change) for name, begins in fresh.items())
-    for other, begins in rest:
-        if not torch.equal(first, begins):
-            place = int(index[(first != begins).nonzero()[0, 0] + 1]) % length
-            raise ValueError(
-                f"{other}: marks other documents than {name}, at token {place} of a row; pass one"
-                " of them"
-            )
-    begins = torch.cat((first.new_ones(min(1, len(index))), first))
-    if marks.position_ids is not None:
-        counted = past if past_mask is None else past_mask.sum(1)[row]
+        counted = past if past_mask is None else past_mask.sum(1)[index // length]
         _check_starts(
-            positions, begins, absolute=absolute, past=past, counted=counted, slot=index % length
+            positions, starts, absolute=absolute, past=past, counted=counted, slot=index % length
         )
-    if torch.equal(first, change):
+    if torch.equal(later, new_row):
         return None
-    bounds = torch.cat(
-        (begins.nonzero()[:, 0], begins.new_full((1,), len(index), dtype=torch.long))
-    )
+    end = starts.new_full((1,), len(index), dtype=torch.long)
+    bounds = torch.cat((starts.nonzero()[:, 0], end))
     _check_longest(marks, bounds)
     whole = rows == 1 and len(index) == length
     return Documents(bounds.to(torch.int32), None if whole else index)
+
+
+def _later_starts(
+    marks: Marks, cu_seqlens: Tensor | None, index: Tensor, rows: int, length: int
+) -> Tensor:
+    """Which tokens begin a document, of those at ``index [M]`` but the first: ``[M - 1]`` bool.
+
+    Every row begins one, and so does every mark. All marks must agree.
+    """
+    new_row = _changes(index // length)
+    starts = {}  # by the name of the mark
+    if marks.position_ids is not None:
+        positions = _flat("position_ids", marks.position_ids, rows, length)[index]
+        starts["position_ids"] = _restarts(positions, index, new_row)
+    if marks.seq_idx is not None:
+        starts["seq_idx"] = _changes(_flat("seq_idx", marks.seq_idx, rows, length)[index])
+    if cu_seqlens is not None:
+        starts["cu_seqlens"] = _changes(torch.searchsorted(cu_seqlens.long(), index, right=True))
+    (name, first), *rest = ((name, found | new_row) for name, found in starts.items())
+    for other, found in rest:
+        if not torch.equal(first, found):
+            slot = int(index[(first != found).nonzero()[0, 0] + 1]) % length
+            raise ValueError(
+                f"{other}: marks other documents than {name}, at token {slot} of a row; pass one"
+                " of them"
+            )
+    return first
 
 
 def leave_out_first(
@@ -208,11 +220,11 @@ def _changes(values: Tensor) -> Tensor:
     return values[1:] != values[:-1]
 
 
-def _restarts(positions: Tensor, index: Tensor, row: Tensor) -> Tensor:
+def _restarts(positions: Tensor, index: Tensor, new_row: Tensor) -> Tensor:
+    """Where positions do not rise: ``[M]`` -> ``[M - 1]``."""
     step = positions[1:] - positions[:-1]
-    gaps = (
-        (step > 1) & (step != index[1:] - index[:-1]) & ~_changes(row)
-    )  # a hole of padding may be counted or not
+    # positions may or may not count padding between two tokens
+    gaps = (step > 1) & (step != index[1:] - index[:-1]) & ~new_row
     if bool(gaps.any()):
         place = int(gaps.nonzero()[0, 0])
         raise ValueError(
@@ -224,19 +236,21 @@ def _restarts(positions: Tensor, index: Tensor, row: Tensor) -> Tensor:
 
 def _check_starts(
     positions: Tensor,
-    begins: Tensor,
+    starts: Tensor,
     *,
     absolute: bool,
     past: int,
     counted: int | Tensor,
     slot: Tensor,
 ) -> None:
-    """Positions begin where the model's own do: behind what is cached, else at 0 (or at the slot,
-    where padding was counted)."""
+    """Documents start at the position that the model counts itself.
+
+    That is 0, or the first one after the cached tokens. Where positions count padding, it is the
+    slot in the row.
+    """
     if not absolute and past == 0:
         return
-    right = (positions == counted) | (positions == slot + past)
-    wrong = begins & ~right
+    wrong = starts & (positions != counted) & (positions != slot + past)
     if bool(wrong.any()):
         found = int(positions[wrong.nonzero()[0, 0]])
         where = (

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
@@ -27,12 +26,11 @@ from ..nn import (
 from ..nn.feature_maps import LearnedFeatureMap
 from ..nn.norms import make_norm
 from ..nn.projection import project
-from ..nn.step import StepBuilder, known_to_programs, step, step_mixer, steps_with_state
-from ..ops.step import Vector
-from .cache import prepare_cache, read_state, record_input, write_state
+from .block import CumulantBlock
+from .cache import prepare_cache
 from .config import CumulantConfig
 from .documents import Marks, find_documents, leave_out_first
-from .feed_forward import LogitFeedForward, build_feed_forward
+from .feed_forward import LogitFeedForward
 from .generation import CumulantGenerationMixin
 from .inputs import (
     CausalArguments,
@@ -46,84 +44,9 @@ from .inputs import (
     select_logits,
     split_mask,
 )
-from .mixers import build_mixer
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-
-@known_to_programs
-class CumulantBlock(GradientCheckpointingLayer):  # type: ignore[misc]
-    """``x + mixer(norm(x))``, then ``x + feed_forward(norm(x))`` if there is one."""
-
-    def __init__(self, config: CumulantConfig, layer: int):
-        super().__init__()
-        self.mixer_norm = make_norm(
-            config.norm, config.hidden_size, config.norm_eps, affine=config.norm_affine
-        )
-        self.mixer = build_mixer(config, layer)
-        self.dropout = nn.Dropout(config.dropout)
-        projections: list[Any] = [self.mixer.out_proj]
-        self.feed_forward = build_feed_forward(config)
-        if self.feed_forward is not None:
-            self.feed_forward_norm = make_norm(
-                config.norm, config.hidden_size, config.norm_eps, affine=config.norm_affine
-            )
-            projections.append(self.feed_forward.out_proj)
-        for projection in projections:
-            projection.writes_residual = True
-
-    def forward(
-        self,
-        x: Tensor,
-        key_mask: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        past_mask: Tensor | None = None,
-        length: int = 0,
-        slot: int = 0,
-    ) -> Tensor:
-        """`slot`: the mixer's entry of the cache."""
-        state: Any = None
-        if past_key_values is not None:
-            state = read_state(past_key_values, slot, past_mask)
-            record_input(past_key_values, slot, self, x, key_mask)
-        if state is not None and key_mask is None and steps_with_state(type(self.mixer)):
-            stepped = step_mixer(self.mixer, x, state, self)
-            if stepped is not None:
-                write_state(past_key_values, slot, stepped[1], length)
-                return stepped[0]
-        h = self.mixer_norm(x)
-        if past_key_values is None:
-            h = self.mixer(h, key_mask=key_mask, cu_seqlens=cu_seqlens)
-        else:
-            h, state = self.mixer(h, key_mask=key_mask, state=state, return_state=True)
-            write_state(past_key_values, slot, state, length)
-        x = x + self.dropout(h)
-        if self.feed_forward is not None:
-            fed = step(self, x, emit=CumulantBlock.emit_feed_forward)
-            x = (
-                x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
-                if fed is None
-                else fed[0]
-            )
-        return x
-
-    def state_after(self, x: Tensor, key_mask: Tensor | None, state: Any) -> Any:
-        """The mixer's state alone, after inputs ``x [B, T, D]`` of this block."""
-        return self.mixer(self.mixer_norm(x), key_mask=key_mask, state=state, return_state=True)[1]
-
-    def emit_step(self, builder: StepBuilder, x: Vector, residual: Vector | None) -> Vector:
-        """See `cumulant.nn.step.EmitsStep`."""
-        builder.emit(self.mixer, builder.norm(self.mixer_norm, x), x)
-        return self.emit_feed_forward(builder, x, residual)
-
-    def emit_feed_forward(self, builder: StepBuilder, x: Vector, residual: Vector | None) -> Vector:
-        builder.rely_on(self)
-        builder.require_no_dropout(self.dropout)
-        if self.feed_forward is not None:
-            builder.emit(self.feed_forward, builder.norm(self.feed_forward_norm, x), x)
-        return x
 
 
 class CumulantPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
@@ -240,25 +163,15 @@ class CumulantModel(CumulantPreTrainedModel):
                     "past_key_values: packed documents have no single state; leave the cache out"
                 )
             x, key_mask, cu_seqlens = documents.flatten(x), None, documents.cu_seqlens
-        if use_cache is None:
-            use_cache = (
-                self.config.use_cache and not self.training and not torch.compiler.is_exporting()
-            )
-        if documents is not None or not self.config.is_causal:
-            use_cache = False
-        if self.training and self.layers[0].gradient_checkpointing:
-            use_cache = False
+        use_cache = self._keeps_cache(use_cache, packed=documents is not None)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if self.position is not None:
             place = places(x, past, key_mask, past_mask, cu_seqlens, self.config.count_padding)
             x = x + self.position(place).to(x.dtype)
-        keep = (
-            self.config.output_hidden_states
-            if output_hidden_states is None
-            else output_hidden_states
-        )
-        hidden = self._run(x, key_mask, cu_seqlens, past_key_values, past_mask, past, bool(keep))
+        keep = self.config.output_hidden_states
+        keep = bool(keep if output_hidden_states is None else output_hidden_states)
+        hidden = self._run(x, key_mask, cu_seqlens, past_key_values, past_mask, past, keep)
         if documents is not None:
             hidden = [documents.restore(h, B, T) for h in hidden]
         return BaseModelOutputWithPast(
@@ -281,6 +194,17 @@ class CumulantModel(CumulantPreTrainedModel):
                 " model's?"
             ) from error
         return x
+
+    def _keeps_cache(self, use_cache: bool | None, *, packed: bool) -> bool:
+        """Whether a call fills a cache. None in `use_cache` leaves it to the configuration."""
+        if packed or not self.config.is_causal:
+            return False
+        if self.training and self.layers[0].gradient_checkpointing:
+            return False
+        if use_cache is None:
+            exporting = torch.compiler.is_exporting()
+            return bool(self.config.use_cache and not self.training and not exporting)
+        return use_cache
 
     def _run(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +59,26 @@ class ConvFeedForward(nn.Module):
         h = self.dropout(F.hardswish(self.mid_proj(h)))
         y: Tensor = self.dropout(self.out_proj(h))
         return y
+
+
+def build_attention(
+    mixer: str, dim: int, num_heads: int, head_dim: int, order: int, dropout: float
+) -> nn.Module | None:
+    """The attention of a block by the name of its mixer, one of `MIXERS`; None for "none"."""
+    if mixer == "none":
+        return None
+    if mixer == "softmax":
+        attention = SoftmaxAttention(dim, num_heads, head_dim=head_dim, is_causal=False)
+        return nn.Sequential(attention, nn.Dropout(dropout))
+    options: dict[str, Any] = {
+        "head_dim": head_dim,
+        "value_dim": head_dim,
+        "is_causal": False,
+        "dropout": dropout,
+    }
+    if mixer == "linear":
+        return LinearAttention(dim, num_heads, **options)
+    return TaylorAttention(dim, num_heads, order=order, **options)
 
 
 class Block(nn.Module):
@@ -144,36 +164,13 @@ class TaylorViT(nn.Module):
         norm = nn.LayerNorm(size) if patch_norm else nn.Identity()
         self.embed = nn.Sequential(norm, nn.Linear(size, dim), nn.LayerNorm(dim))
         self.dropout = nn.Dropout(embedding_dropout)
-        attention: dict[str, Callable[[], nn.Module | None]] = {
-            "taylor": lambda: TaylorAttention(
-                dim,
-                num_heads,
-                head_dim=head_dim,
-                value_dim=head_dim,
-                order=order,
-                is_causal=False,
-                dropout=dropout,
-            ),
-            "linear": lambda: LinearAttention(
-                dim,
-                num_heads,
-                head_dim=head_dim,
-                value_dim=head_dim,
-                is_causal=False,
-                dropout=dropout,
-            ),
-            "softmax": lambda: nn.Sequential(
-                SoftmaxAttention(dim, num_heads, head_dim=head_dim, is_causal=False),
-                nn.Dropout(dropout),
-            ),
-            "none": lambda: None,
-        }
-        hidden = round(dim * ff_mult)
         self.layers = nn.ModuleList(
             Block(
                 dim,
-                attention[mixer](),
-                ConvFeedForward(dim, hidden, kernel_size=kernel_size, dropout=dropout),
+                build_attention(mixer, dim, num_heads, head_dim, order, dropout),
+                ConvFeedForward(
+                    dim, round(dim * ff_mult), kernel_size=kernel_size, dropout=dropout
+                ),
             )
             for _ in range(depth)
         )

@@ -31,6 +31,31 @@ def check_counts(**counts: object) -> None:
             check_count(name, count)
 
 
+def count_kv_heads(num_kv_heads: int | None, num_heads: int) -> int:
+    """The number of key/value heads, by default as many as query heads; it must divide those."""
+    groups = num_heads if num_kv_heads is None else num_kv_heads
+    if num_heads % groups:
+        raise ValueError(
+            f"num_kv_heads: the {groups} key/value heads must divide the {num_heads} query heads"
+        )
+    return groups
+
+
+def size_of_head(name: str, size: int | None, dim: int, num_heads: int) -> int:
+    """The channels of a head, by default an equal share of the model dim. name: the option's."""
+    if size is not None:
+        return size
+    if dim % num_heads:
+        raise ValueError(f"num_heads: {num_heads} must divide dim={dim}, or {name} must be given")
+    return dim // num_heads
+
+
+def check_probability(name: str, p: float) -> None:
+    """A dropout probability is at least 0 and below 1."""
+    if not 0 <= p < 1:
+        raise ValueError(f"{name}: expected a probability below 1, got {p}")
+
+
 def check_tensor(x: object, letters: str, name: str = "x") -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a tensor {letters}, got {type(x).__name__}")

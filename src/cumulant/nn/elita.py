@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..ops.elita import elita_attention
 from ..ops.state import ElitaState
-from .checks import check_counts, check_input, check_state
+from .checks import check_counts, check_input, check_state, size_of_head
 from .padding import clear_slack, hide, offsets, restore
 from .position_logits import SinusoidalLogits
 from .projection import project
@@ -53,14 +53,10 @@ class ElitaAttention(nn.Module):
     ):
         super().__init__()
         check_counts(dim=dim, num_heads=num_heads, head_dim=head_dim)
-        if head_dim is None and dim % num_heads:
-            raise ValueError(
-                f"num_heads: {num_heads} must divide dim={dim}, or head_dim must be given"
-            )
         if clip is not None and not clip > 0:
             raise ValueError(f"clip: expected a number above 0 or None, got {clip}")
         self.dim, self.num_heads, self.clip, self.relative = dim, num_heads, clip, horizon is None
-        self.head_dim = dim // num_heads if head_dim is None else head_dim
+        self.head_dim = size_of_head("head_dim", head_dim, dim, num_heads)
         self.logit_proj = nn.Linear(
             dim, (3 if query_logit else 2) * num_heads, bias=False
         )  # rows k1, k2, k3

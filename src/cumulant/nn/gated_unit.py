@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops.checks import check_activation
-from .checks import check_counts
+from .checks import check_counts, check_probability
 from .norms import make_norm
 from .offset_scale import OffsetScale
 from .padding import Rows, clear_slack, compact, hide, offsets, restore
@@ -73,9 +73,8 @@ class GatedUnit(nn.Module):
             raise ValueError(
                 f"expansion_factor: expected at least 1 / dim = 1 / {dim}, got {expansion_factor}"
             )
-        for name, p in (("dropout", dropout), ("out_dropout", out_dropout)):
-            if not 0 <= p < 1:
-                raise ValueError(f"{name}: expected a probability below 1, got {p}")
+        check_probability("dropout", dropout)
+        check_probability("out_dropout", out_dropout)
         check_activation(activation)
         self.dim, self.query_key_dim, self.hidden_dim = dim, query_key_dim, hidden
         self.is_causal, self.activation, self.residual = is_causal, activation, residual

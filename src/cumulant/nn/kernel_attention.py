@@ -10,10 +10,20 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..ops.checks import check_key_mask
 from ..ops.state import LinearState, State, register
 from ..ops.step import Unsuitable, Vector
-from .checks import check_count, check_counts, check_features, check_input, check_part, check_state
+from .checks import (
+    check_count,
+    check_counts,
+    check_features,
+    check_input,
+    check_part,
+    check_probability,
+    check_state,
+    count_kv_heads,
+    size_of_head,
+)
+from .cross_attention import check_context_dim, is_cross_attention
 from .norms import RMSNorm
 from .padding import Rows, clear_slack, compact, hide, offsets, positions, restore
 from .projection import project
@@ -83,36 +93,17 @@ class KernelAttention(nn.Module):
         check_counts(dim=dim, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim)
         check_counts(value_dim=value_dim, context_dim=context_dim)
         check_count("conv_size", conv_size, 0)
-        head_dim = max(dim // num_heads, 1) if head_dim is None else head_dim
-        groups = num_heads if num_kv_heads is None else num_kv_heads
-        if num_heads % groups:
-            raise ValueError(
-                f"num_kv_heads: the {groups} key/value heads must divide the {num_heads} query"
-                " heads"
-            )
-        if value_dim is None and dim % num_heads:
-            raise ValueError(
-                f"num_heads: {num_heads} must divide dim={dim}, or value_dim must be given"
-            )
+        check_context_dim(context_dim, is_causal=is_causal, rotary=rotary)
+        check_probability("dropout", dropout)
         if conv_size and not is_causal:
             raise ValueError(
                 "conv_size: the short convolution looks backwards only; it needs is_causal=True"
             )
-        if context_dim is not None and is_causal:
-            raise ValueError(
-                "context_dim: causal attention takes no context; build with is_causal=False"
-            )
-        if context_dim is not None and rotary:
-            raise ValueError(_NO_ROTARY)
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout: expected a probability below 1, got {dropout}")
-        self.dim, self.num_heads, self.num_kv_heads, self.head_dim = (
-            dim,
-            num_heads,
-            groups,
-            head_dim,
-        )
-        self.value_dim = dim // num_heads if value_dim is None else value_dim
+        head_dim = max(dim // num_heads, 1) if head_dim is None else head_dim
+        groups = count_kv_heads(num_kv_heads, num_heads)
+        self.dim, self.num_heads, self.num_kv_heads = dim, num_heads, groups
+        self.head_dim = head_dim
+        self.value_dim = size_of_head("value_dim", value_dim, dim, num_heads)
         self.context_dim = dim if context_dim is None else context_dim
         self.is_causal, self.qk_norm, self.shift_tokens = is_causal, qk_norm, shift_tokens
         self.norm = RMSNorm(dim, eps=1e-6) if prenorm else None
@@ -174,7 +165,17 @@ class KernelAttention(nn.Module):
         )
         check_state(state, KernelAttentionState, x)
         self._check_local(state, x)
-        crossing = self._crosses(x, context, context_mask, cu_seqlens, state, return_state)
+        crossing = is_cross_attention(
+            x,
+            context,
+            context_mask,
+            cu_seqlens,
+            has_state=state is not None,
+            return_state=return_state,
+            context_dim=self.context_dim,
+            is_causal=self.is_causal,
+            rotary=self.rotary is not None,
+        )
         rows: Rows | None = None
         padding, offset = None, None
         if key_mask is not None:
@@ -293,72 +294,6 @@ class KernelAttention(nn.Module):
         )
         check_part(state.conv, "conv", "[B, size - 1, E]", conv, x)
 
-    def _crosses(
-        self,
-        x: Tensor,
-        context: Tensor | None,
-        context_mask: Tensor | None,
-        cu_seqlens: Tensor | None,
-        state: KernelAttentionState | None,
-        return_state: bool,
-    ) -> bool:
-        """Whether this call is cross attention; refuses what cannot be."""
-        if self.is_causal:
-            if context is not None or context_mask is not None:
-                raise ValueError(
-                    "context: causal attention is over x itself; build with is_causal=False for"
-                    " cross attention"
-                )
-            return False
-        if context is None:
-            if context_mask is not None:
-                raise ValueError("context_mask: given without a context; the mask of x is key_mask")
-            if state is None and return_state:
-                raise ValueError(
-                    "return_state: only causal attention carries a state from call to call"
-                    " (is_causal=True); for cross attention pass the context"
-                )
-            if state is None and self.context_dim != self.dim:
-                raise ValueError(
-                    f"context: needed, as keys and values are projected from {self.context_dim}"
-                    " channels"
-                )
-            if state is None:
-                return False
-        if self.rotary is not None:
-            raise ValueError(_NO_ROTARY)
-        if cu_seqlens is not None:
-            raise ValueError(
-                "cu_seqlens: packed sequences have no context; pass a padded batch with key_mask"
-            )
-        if context is not None:
-            if (
-                not isinstance(context, Tensor)
-                or context.dtype != x.dtype
-                or context.device != x.device
-            ):
-                got = (
-                    f"{context.dtype} on {context.device}"
-                    if isinstance(context, Tensor)
-                    else type(context).__name__
-                )
-                raise TypeError(
-                    f"context: expected a tensor like x, {x.dtype} on {x.device}, got {got}"
-                )
-            if (
-                context.dim() != 3
-                or context.shape[0] != x.shape[0]
-                or context.shape[2] != self.context_dim
-            ):
-                raise ValueError(
-                    f"context: expected [B, S, D] = [{x.shape[0]}, S, {self.context_dim}], got"
-                    f" {list(context.shape)}"
-                )
-            check_key_mask(
-                context_mask, x.shape[0], context.shape[1], x.device, name="context_mask"
-            )
-        return True
-
     def _attend_self(
         self,
         x: Tensor,
@@ -431,9 +366,3 @@ class KernelAttention(nn.Module):
 
     def _normed(self, x: Tensor) -> Tensor:
         return F.layer_norm(x, x.shape[-1:]) if self.qk_norm else x
-
-
-_NO_ROTARY = (
-    "rotary: queries and context have no common positions; build with rotary=False for cross"
-    " attention"
-)

@@ -14,7 +14,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..ops.dispatch import plainly_called
 from ..ops.state import KeyValueState
-from .checks import check_counts, check_input, check_keys, check_state
+from .checks import (
+    check_counts,
+    check_input,
+    check_keys,
+    check_state,
+    count_kv_heads,
+    size_of_head,
+)
 from .padding import clear_slack, offsets
 from .projection import project
 from .rotary import RotaryEmbedding
@@ -65,18 +72,9 @@ class SoftmaxAttention(nn.Module):
     ):
         super().__init__()
         check_counts(dim=dim, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim)
-        groups = num_heads if num_kv_heads is None else num_kv_heads
-        if num_heads % groups:
-            raise ValueError(
-                f"num_kv_heads: the {groups} key/value heads must divide the {num_heads} query"
-                " heads"
-            )
-        if head_dim is None and dim % num_heads:
-            raise ValueError(
-                f"num_heads: {num_heads} must divide dim={dim}, or head_dim must be given"
-            )
+        groups = count_kv_heads(num_kv_heads, num_heads)
         self.dim, self.num_heads, self.num_kv_heads = dim, num_heads, groups
-        self.head_dim = dim // num_heads if head_dim is None else head_dim
+        self.head_dim = size_of_head("head_dim", head_dim, dim, num_heads)
         self.is_causal = is_causal
         self.q_proj = nn.Linear(dim, num_heads * self.head_dim, bias=False)
         self.k_proj = nn.Linear(dim, groups * self.head_dim, bias=False)
