@@ -89,6 +89,30 @@ class KernelAttention(nn.Module):
         bias: bool,
         dropout: float,
     ):
+        """The arguments that `LinearAttention` and `TaylorAttention` share.
+
+        Args:
+            dim: model dim D.
+            num_heads: query heads H.
+            num_kv_heads: key/value heads G, which divide H (1: multi-query); by default H.
+            head_dim: query/key dim K of a head.
+            value_dim: value dim V of a head, by default ``dim / num_heads``.
+            context_dim: channels of the context in cross attention, by default `dim`.
+            is_causal: token t sees tokens up to t. False: every token sees all, or those of a
+                context.
+            rotary: rotate queries and keys by their position, before any feature map (self
+                attention only).
+            rotary_base: see `RotaryEmbedding`.
+            prenorm: RMSNorm of x (not of a context) before the projections.
+            qk_norm: LayerNorm without parameters on each head's queries and keys.
+            gate_values: multiply each head's output by ``sigmoid(w_h · x_t)``.
+            combine_heads: project the heads' outputs to D; False leaves them side by side,
+                ``[B, T, H·V]``.
+            shift_tokens: take half of the input channels from the token before.
+            conv_size: taps of a causal depthwise convolution over q, k and v; 0 for none.
+            bias: biases in the projections of q, k, v and the output.
+            dropout: dropout of the output.
+        """
         super().__init__()
         check_counts(dim=dim, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim)
         check_counts(value_dim=value_dim, context_dim=context_dim)
@@ -205,15 +229,15 @@ class KernelAttention(nn.Module):
             else y
         )
 
-    def kernel(self) -> dict[str, Any] | None:
-        """`attend` as `Program.attend` knows it; None where steps take the ordinary path."""
+    def step_options(self) -> dict[str, Any] | None:
+        """The options of `Program.attend`; None where it cannot do what `attend` does."""
         return None
 
     def emit_step(self, builder: StepBuilder, x: Vector, residual: Vector | None) -> Vector:
         """See `cumulant.nn.step.EmitsStep`."""
         builder.rely_on(self)
-        program, kernel = builder.program, self.kernel()
-        if kernel is None or not self.is_causal or self.out_proj is None:
+        program, options = builder.program, self.step_options()
+        if options is None or not self.is_causal or self.out_proj is None:
             raise Unsuitable
         builder.require_no_dropout(self.dropout)
         x = program.shift(x) if self.shift_tokens else x
@@ -233,7 +257,7 @@ class KernelAttention(nn.Module):
             builder.rely_on(self.rotary)
             program.rotate(both, self.head_dim, self.rotary.base)
         q, k = both.split(*self._sizes[:2])
-        y = program.attend(q, k, v, self.num_heads, self.num_kv_heads, **kernel)
+        y = program.attend(q, k, v, self.num_heads, self.num_kv_heads, **options)
         if self.gate_proj is not None:
             program.gate(y, builder.project(self.gate_proj, x))
         return builder.project(self.out_proj, y, residual, add=residual is not None)

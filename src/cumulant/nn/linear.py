@@ -18,34 +18,18 @@ LEARNED = {"hedgehog": HedgehogFeatureMap, "rebased": RebasedFeatureMap}
 
 @known_to_programs
 class LinearAttention(KernelAttention):
-    """Multi-head kernelised linear attention (`cumulant.linear_attention`), state
-    ``G · F · (V + 1)`` numbers.
+    """Multi-head linear attention (`cumulant.linear_attention`).
+
+    Its state holds ``G · F · (V + 1)`` numbers. `__init__` documents the arguments that it shares
+    with `TaylorAttention`.
 
     Args:
-        dim: model dim D.
-        num_heads: query heads H.
-        num_kv_heads: key/value heads G, dividing H (1: multi-query); by default H.
         head_dim: query/key dim K of a head, by default ``dim / num_heads``.
-        value_dim: value dim V of a head, by default ``dim / num_heads``.
-        context_dim: channels of the context in cross attention, by default `dim`.
         feature_map: ``"elu"``, ``"relu"``, ``"softmax"`` (causal or with a state: keys within -87
             to 88), ``"identity"``; a learned one, ``"hedgehog"`` or ``"rebased"``; a callable or a
             module (then trained along); or a pair of these, for queries and for keys.
         normalize: divide by the sum of weights.
         scale: factor of the query before its feature map, by default 1.
-        is_causal: token t sees tokens up to t. False: every token sees all, or those of a context.
-        rotary: rotate queries and keys by their position, before the feature map, so that weights
-            stay positive (self attention only).
-        rotary_base: see `RotaryEmbedding`.
-        prenorm: RMSNorm of x (not of a context) before the projections.
-        qk_norm: LayerNorm without parameters on each head's queries and keys.
-        gate_values: multiply each head's output by ``sigmoid(w_h · x_t)``.
-        combine_heads: project the heads' outputs to D; False leaves them side by side,
-            ``[B, T, H·V]``.
-        shift_tokens: take half of the input channels from the token before.
-        conv_size: taps of a causal depthwise convolution over q, k and v; 0 for none.
-        bias: biases in the projections of q, k, v and the output.
-        dropout: dropout of the output.
         impl: as in `cumulant.linear_attention`.
     """
 
@@ -133,7 +117,7 @@ class LinearAttention(KernelAttention):
             impl=self.impl,
         )
 
-    def kernel(self) -> dict[str, Any] | None:
+    def step_options(self) -> dict[str, Any] | None:
         elementwise = isinstance(self.feature_map, str) and self.feature_map in ELEMENTWISE
         if self.impl not in ("auto", "native") or not elementwise:
             return None

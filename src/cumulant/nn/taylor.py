@@ -15,37 +15,23 @@ from .step import known_to_programs
 
 @known_to_programs
 class TaylorAttention(KernelAttention):
-    """Multi-head Taylor attention (`cumulant.taylor_attention`): softmax attention with the
-    exponential expanded to `order`, in linear time, with a state of ``G · F · (V + 1)`` numbers.
+    """Multi-head Taylor attention (`cumulant.taylor_attention`).
+
+    It is softmax attention with the exponential expanded to degree `order`. It runs in linear time,
+    and its state holds ``G · F · (V + 1)`` numbers. `__init__` documents the arguments that it
+    shares with `LinearAttention`.
 
     ``qk_norm=True, constant_term=False`` is Mercat's higher order linear transformer (arXiv
     2010.14816): normalised queries and keys bound the scores by ``sqrt(K) / alpha``, where the
     expansion is close to the exponential.
 
     Args:
-        dim: model dim D.
-        num_heads: query heads H.
-        num_kv_heads: key/value heads G, dividing H (1: multi-query); by default H.
         head_dim: query/key dim K of a head. Features grow as K²/2 at order 2: 16 gives 153.
-        value_dim: value dim V of a head, by default ``dim / num_heads``.
-        context_dim: channels of the context in cross attention, by default `dim`.
         order: degree of the expansion; even orders have positive weights.
         scale: factor of q·k, by default ``1 / (alpha · sqrt(K))``.
         alpha: see `scale`; by default 3 with `qk_norm`, else 1.
         constant_term: keep the term of degree 0. Without it weights can be negative and
             denominators vanish.
-        is_causal: token t sees tokens up to t. False: every token sees all, or those of a context.
-        rotary: rotate queries and keys by their position (self attention only).
-        rotary_base: see `RotaryEmbedding`.
-        prenorm: RMSNorm of x (not of a context) before the projections.
-        qk_norm: LayerNorm without parameters on each head's queries and keys.
-        gate_values: multiply each head's output by ``sigmoid(w_h · x_t)``.
-        combine_heads: project the heads' outputs to D; False leaves them side by side,
-            ``[B, T, H·V]``.
-        shift_tokens: take half of the input channels from the token before.
-        conv_size: taps of a causal depthwise convolution over q, k and v; 0 for none.
-        bias: biases in the projections of q, k, v and the output.
-        dropout: dropout of the output.
         impl: as in `cumulant.taylor_attention`.
     """
 
@@ -135,7 +121,7 @@ class TaylorAttention(KernelAttention):
             impl=self.impl,
         )
 
-    def kernel(self) -> dict[str, Any] | None:
+    def step_options(self) -> dict[str, Any] | None:
         if self.impl not in ("auto", "native"):
             return None
         return {
