@@ -30,7 +30,7 @@ from ..ops.state import State, register
 from .config import CumulantConfig
 
 MARGIN = 32  # tokens that may still be taken back once `crop` has been called
-RECORDED = 256  # recorded tokens above which `crop` forgets all but so many
+MAX_RECORDED = 256  # recorded tokens above which `crop` forgets all but so many
 
 _BUILD = "build it with transformers.DynamicCache(config=model.config)"
 
@@ -57,9 +57,9 @@ class StateLayer(LinearAttentionLayer, CacheLayerMixin):  # type: ignore[misc]
         self.state: State | None = None
         self.length = 0
         self.has_previous_state = {0: False}
-        self._forget()
+        self._forget_inputs()
 
-    def _forget(self) -> None:
+    def _forget_inputs(self) -> None:
         self.base: State | None = None
         self.inputs: list[tuple[Tensor, Tensor | None]] = []
 
@@ -71,7 +71,7 @@ class StateLayer(LinearAttentionLayer, CacheLayerMixin):  # type: ignore[misc]
         """Keep what `block` is about to read, if the past is recorded."""
         if not self.record_past:
             if self.inputs:
-                self._forget()
+                self._forget_inputs()
             return
         if not self.inputs:
             self.base = self.state
@@ -98,21 +98,21 @@ class StateLayer(LinearAttentionLayer, CacheLayerMixin):  # type: ignore[misc]
         return self.length + query_length, 0
 
     def offload(self) -> None:
-        self._replace(lambda x: x.to("cpu", non_blocking=True))
+        self._map_tensors(lambda x: x.to("cpu", non_blocking=True))
 
     def prefetch(self) -> None:
-        self._replace(lambda x: x.to(self.device, non_blocking=True))
+        self._map_tensors(lambda x: x.to(self.device, non_blocking=True))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        self._replace(lambda x: x.index_select(0, beam_idx.to(x.device)))
+        self._map_tensors(lambda x: x.index_select(0, beam_idx.to(x.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self._replace(lambda x: x.repeat_interleave(repeats, 0))
+        self._map_tensors(lambda x: x.repeat_interleave(repeats, 0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self._replace(lambda x: x[indices])
+        self._map_tensors(lambda x: x[indices])
 
-    def _replace(self, function: Any) -> None:
+    def _map_tensors(self, function: Any) -> None:
         if self.state is not None:
             self.state = self.state.map(function)
         if self.base is not None:
@@ -137,17 +137,17 @@ class StateLayer(LinearAttentionLayer, CacheLayerMixin):  # type: ignore[misc]
                 f" {recorded}; call activate_past_recording() on the cache before they are read, or"
                 " keep the state (export_state)"
             )
-        if count == 0 and recorded <= RECORDED:
+        if count == 0 and recorded <= MAX_RECORDED:
             return
-        x, mask = self._joined(recorded - count)
+        x, mask = self._recorded_inputs(recorded - count)
         first = max(x.shape[1] - MARGIN, 0)
-        self.base = self._read(x[:, :first], mask, self.base)
+        self.base = self._state_after(x[:, :first], mask, self.base)
         rest = x[:, first:].clone(), None if mask is None else mask[:, first:].clone()
         self.inputs = [rest] if rest[0].shape[1] else []
         if count:
-            self.write(self._read(*rest, self.base), self.length - count)
+            self.write(self._state_after(*rest, self.base), self.length - count)
 
-    def _joined(self, length: int) -> tuple[Tensor, Tensor | None]:
+    def _recorded_inputs(self, length: int) -> tuple[Tensor, Tensor | None]:
         """The first so many of the recorded inputs, and which are tokens."""
         x = torch.cat([x for x, _ in self.inputs], 1)[:, :length]
         if all(mask is None for _, mask in self.inputs):
@@ -158,7 +158,7 @@ class StateLayer(LinearAttentionLayer, CacheLayerMixin):  # type: ignore[misc]
         ]
         return x, torch.cat(masks, 1)[:, :length]
 
-    def _read(self, x: Tensor, mask: Tensor | None, state: State | None) -> State | None:
+    def _state_after(self, x: Tensor, mask: Tensor | None, state: State | None) -> State | None:
         """The state after ``x [B, T, D]``."""
         if x.shape[1] == 0:
             return state
@@ -181,9 +181,9 @@ def prepare_cache(cache: Any, config: CumulantConfig, new: int) -> tuple[Cache, 
         )
     if not cache.layers:  # made without a configuration
         cache.layers, cache.layer_class_to_replicate = DynamicCache(config=config).layers, None
-    seen = [_length(entry) for entry in cache.layers]
+    seen = [_layer_length(entry) for entry in cache.layers]
     if None in seen or not any(seen) or not getattr(cache, "fits_cumulant", False):
-        _check_kinds(cache, config)
+        _check_layer_types(cache, config)
         # one look is enough, also at a cache that came filled, as prefix tuning's does
         cache.fits_cumulant = True
     past = int(cache.get_seq_length())
@@ -202,7 +202,7 @@ def prepare_cache(cache: Any, config: CumulantConfig, new: int) -> tuple[Cache, 
     return cache, past
 
 
-def _length(entry: Any) -> int | None:
+def _layer_length(entry: Any) -> int | None:
     """Tokens that a layer has seen; None for one that cannot be used here."""
     if isinstance(entry, StateLayer):
         return entry.length
@@ -211,7 +211,7 @@ def _length(entry: Any) -> int | None:
     return int(entry.get_seq_length())
 
 
-def _check_kinds(cache: Cache, config: CumulantConfig) -> None:
+def _check_layer_types(cache: Cache, config: CumulantConfig) -> None:
     """Every layer is of the kind that this model's mixer there keeps."""
     wanted = config.layer_types
     if len(cache.layers) != len(wanted):
@@ -220,7 +220,7 @@ def _check_kinds(cache: Cache, config: CumulantConfig) -> None:
             f" {len(cache.layers)}; {_BUILD}"
         )
     for i, (entry, kind) in enumerate(zip(cache.layers, wanted, strict=True)):
-        if _length(entry) is None or isinstance(entry, StateLayer) != (
+        if _layer_length(entry) is None or isinstance(entry, StateLayer) != (
             kind == StateLayer._layer_type
         ):
             raise TypeError(

@@ -85,13 +85,13 @@ def find_documents(
     cu_seqlens = _offsets(marks, rows)
     others = marks.position_ids is not None or marks.seq_idx is not None
     if cu_seqlens is not None and key_mask is None and not others:
-        _check_longest(marks, cu_seqlens)
+        _check_max_length(marks, cu_seqlens)
         return Documents(cu_seqlens, None)
     if not marks.given:
         return None
     if torch.compiler.is_exporting() and marks.position_ids is not None:
         # the exported graph holds for one document a row
-        positions = _flat("position_ids", marks.position_ids, rows, length).view(rows, length)
+        positions = _flat_mark("position_ids", marks.position_ids, rows, length).view(rows, length)
         require(
             (positions.diff() > 0).all(),
             "position_ids: the exported model takes rows of one document each",
@@ -107,7 +107,7 @@ def find_documents(
     later = _later_starts(marks, cu_seqlens, index, rows, length)
     starts = torch.cat((later.new_ones(min(1, len(index))), later))
     if marks.position_ids is not None:
-        positions = _flat("position_ids", marks.position_ids, rows, length)[index]
+        positions = _flat_mark("position_ids", marks.position_ids, rows, length)[index]
         counted = past if past_mask is None else past_mask.sum(1)[index // length]
         _check_starts(
             positions, starts, absolute=absolute, past=past, counted=counted, slot=index % length
@@ -116,7 +116,7 @@ def find_documents(
         return None
     end = starts.new_full((1,), len(index), dtype=torch.long)
     bounds = torch.cat((starts.nonzero()[:, 0], end))
-    _check_longest(marks, bounds)
+    _check_max_length(marks, bounds)
     whole = rows == 1 and len(index) == length
     return Documents(bounds.to(torch.int32), None if whole else index)
 
@@ -131,10 +131,10 @@ def _later_starts(
     new_row = _changes(index // length)
     starts = {}  # by the name of the mark
     if marks.position_ids is not None:
-        positions = _flat("position_ids", marks.position_ids, rows, length)[index]
+        positions = _flat_mark("position_ids", marks.position_ids, rows, length)[index]
         starts["position_ids"] = _restarts(positions, index, new_row)
     if marks.seq_idx is not None:
-        starts["seq_idx"] = _changes(_flat("seq_idx", marks.seq_idx, rows, length)[index])
+        starts["seq_idx"] = _changes(_flat_mark("seq_idx", marks.seq_idx, rows, length)[index])
     if cu_seqlens is not None:
         starts["cu_seqlens"] = _changes(torch.searchsorted(cu_seqlens.long(), index, right=True))
     (name, first), *rest = ((name, found | new_row) for name, found in starts.items())
@@ -148,7 +148,7 @@ def _later_starts(
     return first
 
 
-def leave_out_first(
+def ignore_first_labels(
     labels: Tensor,
     marks: Marks,
     attention_mask: Tensor | None,
@@ -206,7 +206,7 @@ def _offsets(marks: Marks, rows: int) -> Tensor | None:
     return None if found is None else found[1]
 
 
-def _flat(name: str, mark: Tensor, rows: int, length: int) -> Tensor:
+def _flat_mark(name: str, mark: Tensor, rows: int, length: int) -> Tensor:
     if mark.is_floating_point() or mark.shape not in ((rows, length), (1, length), (length,)):
         raise ValueError(
             f"{name}: expected integers [B, T] = [{rows}, {length}], got {mark.dtype}"
@@ -263,7 +263,7 @@ def _check_starts(
         )
 
 
-def _check_longest(marks: Marks, cu_seqlens: Tensor) -> None:
+def _check_max_length(marks: Marks, cu_seqlens: Tensor) -> None:
     if marks.max_length is None or torch.compiler.is_compiling():
         return
     longest = int(cu_seqlens.diff().max())

@@ -10,7 +10,7 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
-from ..nn.padding import offsets
+from ..nn.padding import packed_positions
 from .config import CumulantConfig
 
 
@@ -189,7 +189,7 @@ def split_mask(
     return key_mask, past_mask if past_mask.shape[1] else None
 
 
-def places(
+def positions_in_texts(
     x: Tensor,
     past: int,
     key_mask: Tensor | None,
@@ -202,7 +202,7 @@ def places(
     """
     T = x.shape[1]
     if cu_seqlens is not None:
-        return offsets(T, cu_seqlens)
+        return packed_positions(T, cu_seqlens)
     place = (
         torch.arange(T, device=x.device)
         if key_mask is None or count_padding
@@ -213,7 +213,7 @@ def places(
     return place + past_mask.sum(1, keepdim=True)
 
 
-def select_logits(hidden: Tensor, keep: int | Tensor) -> Tensor:
+def select_hidden_states(hidden: Tensor, keep: int | Tensor) -> Tensor:
     """The hidden states whose logits are asked for, of ``[B, T, D]``: the last so many (0: all);
     the places ``[n]``, or ``[B, n]`` of each row; or where ``[B, T]`` is true, as ``[n, D]``."""
     if not isinstance(keep, Tensor):

@@ -29,7 +29,7 @@ from ..nn.projection import project
 from .block import CumulantBlock
 from .cache import prepare_cache
 from .config import CumulantConfig
-from .documents import Marks, find_documents, leave_out_first
+from .documents import Marks, find_documents, ignore_first_labels
 from .feed_forward import LogitFeedForward
 from .generation import CumulantGenerationMixin
 from .inputs import (
@@ -40,8 +40,8 @@ from .inputs import (
     check_labels,
     check_token_types,
     check_tokens,
-    places,
-    select_logits,
+    positions_in_texts,
+    select_hidden_states,
     split_mask,
 )
 
@@ -167,11 +167,13 @@ class CumulantModel(CumulantPreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if self.position is not None:
-            place = places(x, past, key_mask, past_mask, cu_seqlens, self.config.count_padding)
+            place = positions_in_texts(
+                x, past, key_mask, past_mask, cu_seqlens, self.config.count_padding
+            )
             x = x + self.position(place).to(x.dtype)
         keep = self.config.output_hidden_states
         keep = bool(keep if output_hidden_states is None else output_hidden_states)
-        hidden = self._run(x, key_mask, cu_seqlens, past_key_values, past_mask, past, keep)
+        hidden = self._run_layers(x, key_mask, cu_seqlens, past_key_values, past_mask, past, keep)
         if documents is not None:
             hidden = [documents.restore(h, B, T) for h in hidden]
         return BaseModelOutputWithPast(
@@ -206,7 +208,7 @@ class CumulantModel(CumulantPreTrainedModel):
             return bool(self.config.use_cache and not self.training and not exporting)
         return use_cache
 
-    def _run(
+    def _run_layers(
         self,
         x: Tensor,
         key_mask: Tensor | None,
@@ -341,14 +343,16 @@ class CumulantForCausalLM(CumulantWithLogits, CumulantGenerationMixin):
             **{**kwargs, "return_dict": True},
         )
         hidden = outputs.last_hidden_state
-        logits = self.logits(select_logits(hidden, logits_to_keep))
+        logits = self.logits(select_hidden_states(hidden, logits_to_keep))
         loss, items = None, kwargs.get("num_items_in_batch")
         if labels is not None:
             check_labels(labels, logits)
             marks = Marks.read(
                 kwargs, position_ids=position_ids, seq_idx=seq_idx, cu_seqlens=cu_seqlens
             )
-            labels, items = leave_out_first(labels, marks, attention_mask, hidden.shape[1], items)
+            labels, items = ignore_first_labels(
+                labels, marks, attention_mask, hidden.shape[1], items
+            )
         if labels is not None or shift_labels is not None:
             loss = self.loss_function(
                 logits,

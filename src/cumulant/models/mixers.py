@@ -25,7 +25,7 @@ def build_mixer(config: CumulantConfig, layer: int) -> nn.Module:
     if name == "short_convolution":
         return GatedShortConvolution(dim, size=config.conv_size or 4)
     if name in ("flash", "gau", "elita"):
-        return _elita(config) if name == "elita" else _gated_unit(config, name)
+        return _build_elita(config) if name == "elita" else _build_gated_unit(config, name)
     shared: dict[str, Any] = {
         "num_kv_heads": config.num_key_value_heads,
         "rotary": config.rotary,
@@ -62,7 +62,7 @@ def build_mixer(config: CumulantConfig, layer: int) -> nn.Module:
     )
 
 
-def _elita(config: CumulantConfig) -> nn.Module:
+def _build_elita(config: CumulantConfig) -> nn.Module:
     return ElitaAttention(
         config.hidden_size,
         config.num_attention_heads,
@@ -74,7 +74,7 @@ def _elita(config: CumulantConfig) -> nn.Module:
     )
 
 
-def _gated_unit(config: CumulantConfig, name: str) -> nn.Module:
+def _build_gated_unit(config: CumulantConfig, name: str) -> nn.Module:
     """FLASH or GAU without norm and residual, which are the block's."""
     shared: dict[str, Any] = {
         "query_key_dim": config.query_key_dim,

@@ -1,21 +1,21 @@
-"""Modules. Every causal mixer has one protocol::
+"""Attention modules and their parts. Every causal mixer has one protocol::
 
     y = mixer(x, key_mask=None, cu_seqlens=None)
     y, state = mixer(x, key_mask=None, state=None, return_state=True)
 
-``x [B, T, D]``; ``key_mask [B, T]`` bool, True where there is a token: masked positions count for
-nothing, wherever they stand, and come out as zeros; ``cu_seqlens [N + 1]`` offsets of sequences
-packed end to end in one row (B = 1). A state continues the sequence: whole = any split = one token
-at a time.
+x is ``[B, T, D]``. ``key_mask [B, T]`` is True at tokens. Masked positions, wherever they are,
+change no other output, and their own outputs are zero. ``cu_seqlens [N + 1]`` holds the offsets of
+sequences packed end to end in one row (B = 1). A state continues the sequence: a whole sequence,
+its splits and single tokens give the same outputs.
 
-`LinearAttention` and `TaylorAttention` with ``is_causal=False`` attend in both directions, and
-across::
+With ``is_causal=False``, `LinearAttention` and `TaylorAttention` attend in both directions, or to a
+context (cross attention)::
 
     y = mixer(x, context=context, context_mask=context_mask)
     state = mixer.encode_context(context)      # once
     y = mixer(x, state=state)                  # with many x
 
-`ChannelFirst` carries any of them to images and video.
+`ChannelFirst` applies any of them to images and video.
 """
 
 from ..ops.state import ElitaState, KeyValueState

@@ -11,11 +11,10 @@ from .checks import check_floats, check_tensor
 
 
 class ChannelFirst(nn.Module):
-    """Runs a mixer over every position of ``[B, D, H, W]``, ``[B, D, T, H, W]`` or any
-    ``[B, D, ...]``.
+    """Runs a mixer over all positions of images, video or any other ``[B, D, ...]``.
 
-    Positions are read row by row (the last dimension runs fastest), as one sequence of tokens
-    ``[B, T·H·W, D]``.
+    The positions of ``[B, D, H, W]`` or ``[B, D, T, H, W]`` are read row by row, the last dimension
+    fastest, as one sequence of tokens ``[B, T·H·W, D]``.
 
     Args:
         module: a mixer of the protocol in `cumulant.nn`, ``[B, N, D] -> [B, N, D']``.
@@ -37,11 +36,12 @@ class ChannelFirst(nn.Module):
         context: Tensor | None = None,
         context_mask: Tensor | None = None,
     ) -> Tensor:
-        """``x [B, D, ...]`` -> ``[B, D', ...]``; `key_mask` ``[B, ...]`` bool, True where there is
-        something to see; `context` ``[B, S, D_c]`` and `context_mask` ``[B, S]`` are tokens, as the
-        mixer takes them.
+        """``x [B, D, ...]`` -> ``[B, D', ...]``.
+
+        ``key_mask [B, ...]`` is True at the positions that are attended to.
+        ``context [B, S, D_c]`` and ``context_mask [B, S]`` are passed on to the mixer.
         """
-        self._check(x)
+        self._check_input(x)
         shape = x.shape[2:]
         options = {"key_mask": key_mask, "context": context, "context_mask": context_mask}
         given = {name: value for name, value in options.items() if value is not None}
@@ -63,8 +63,8 @@ class ChannelFirst(nn.Module):
         positions: Tensor = y.mT.unflatten(2, shape)
         return positions
 
-    def _check(self, x: Tensor) -> None:
-        """Before the mixer, whose messages know of tokens alone."""
+    def _check_input(self, x: Tensor) -> None:
+        """Checks x before the mixer does, whose messages are about tokens."""
         check_floats(x, "[B, D, ...]")
         if x.dim() < 3:
             raise ValueError(
@@ -77,7 +77,7 @@ class ChannelFirst(nn.Module):
             raise ValueError(f"x: expected [B, D, ...] with D={dim}, got {list(x.shape)}{hint}")
 
     def _check_options(self, given: dict[str, Tensor]) -> None:
-        """The mixer takes these arguments."""
+        """The mixer accepts these arguments."""
         parameters = inspect.signature(self.module.forward).parameters
         if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
             return

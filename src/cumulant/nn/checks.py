@@ -1,5 +1,6 @@
-"""What modules check of their inputs and states. Errors name the argument, what was expected, what
-came, and a fix.
+"""Checks of modules' inputs and states.
+
+Errors name the argument, the expected and the received value, and a fix.
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ from torch import Tensor, nn
 from ..ops.checks import FLOATS, check_key_mask, check_position
 from ..ops.state import KeyValueState, State
 
-_ANOTHER = "the state comes from another module, or from one with other options"
+_OTHER_MODULE = "the state comes from another module, or from one with other options"
 
 
 def check_count(name: str, count: object, least: int = 1) -> None:
-    """A number of channels, heads or tokens."""
+    """The number of channels, heads or tokens is an integer of at least `least`."""
     if isinstance(count, bool) or not isinstance(count, Integral):
         got = repr(count) if isinstance(count, (bool, int, float, str)) else type(count).__name__
         raise TypeError(f"{name}: expected an integer of at least {least}, got {got}")
@@ -25,7 +26,7 @@ def check_count(name: str, count: object, least: int = 1) -> None:
 
 
 def check_counts(**counts: object) -> None:
-    """Several of them by name; None is left out."""
+    """Each of these numbers is None or an integer of at least 1."""
     for name, count in counts.items():
         if count is not None:
             check_count(name, count)
@@ -62,7 +63,7 @@ def check_tensor(x: object, letters: str, name: str = "x") -> None:
 
 
 def check_floats(x: object, letters: str, name: str = "x") -> None:
-    """A tensor of the dtypes that modules work in."""
+    """x is a tensor in one of the dtypes that modules work in."""
     check_tensor(x, letters, name)
     dtype = x.dtype  # type: ignore[attr-defined]
     if dtype not in FLOATS:
@@ -73,11 +74,10 @@ def check_floats(x: object, letters: str, name: str = "x") -> None:
 
 
 def check_dtype(x: Tensor, layer: nn.Module, letters: str, name: str = "x") -> None:
-    """Numbers that `layer` can multiply."""
+    """x has a dtype that `layer` can multiply."""
     check_floats(x, letters, name)
-    weight = getattr(
-        layer, "weight", None
-    )  # quantised ones, of any other type, convert what they read
+    # quantised weights have other types, and their layers convert the input
+    weight = getattr(layer, "weight", None)
     if not isinstance(weight, Tensor) or weight.dtype not in FLOATS or weight.dtype == x.dtype:
         return
     if not torch.is_autocast_enabled(x.device.type):
@@ -90,9 +90,7 @@ def check_dtype(x: Tensor, layer: nn.Module, letters: str, name: str = "x") -> N
 def check_features(
     x: Tensor, layer: nn.Module, dim: int, letters: str = "[B, T, D]", name: str = "x"
 ) -> None:
-    """``x [B, T, D]`` (or ``[..., D]``) is a tensor of numbers that `layer`, the first to read it,
-    can multiply.
-    """
+    """x has the shape in `letters` and a dtype that `layer`, its first reader, can multiply."""
     check_tensor(x, letters, name)
     if x.dim() == 0 or x.shape[-1] != dim or ("..." not in letters and x.dim() != 3):
         raise ValueError(
@@ -101,8 +99,10 @@ def check_features(
     check_dtype(x, layer, letters, name)
 
 
-def check_places(position: object, letters: str = "[T] or [B, T]", name: str = "position") -> None:
-    """Positions are numbers, whole ones as a rule."""
+def check_positions(
+    position: object, letters: str = "[T] or [B, T]", name: str = "position"
+) -> None:
+    """Positions are real numbers, mostly integers."""
     check_tensor(position, letters, name)
     dtype = position.dtype  # type: ignore[attr-defined]
     if dtype == torch.bool or dtype.is_complex:
@@ -119,7 +119,7 @@ def check_input(
     cu_seqlens: Tensor | None,
     has_state: bool,
 ) -> None:
-    """The arguments that every mixer takes; `layer`: its first linear layer."""
+    """The arguments that every mixer takes. layer: the first linear layer that reads x."""
     check_features(x, layer, dim)
     check_key_mask(key_mask, x.shape[0], x.shape[1], x.device)
     if cu_seqlens is None:
@@ -134,7 +134,7 @@ def check_input(
 
 
 def check_state(state: State | None, kind: type[State], x: Tensor) -> None:
-    """The state is of this mixer's kind, where x is, and has as many rows as the batch."""
+    """The state has this mixer's class, the device of x, and as many rows as the batch."""
     if state is None:
         return
     if not isinstance(state, kind):
@@ -151,45 +151,47 @@ def check_state(state: State | None, kind: type[State], x: Tensor) -> None:
     check_position(position, rows, x.device)
 
 
-def check_like(
-    part: object, expected: str, letters: str, shape: tuple[int, ...], x: Tensor, reason: str = ""
+def check_tensor_like(
+    tensor: object, expected: str, letters: str, shape: tuple[int, ...], x: Tensor, reason: str = ""
 ) -> None:
-    """Numbers of this shape, where x is. expected: how the message begins."""
-    if not isinstance(part, Tensor) or tuple(part.shape) != shape:
-        raise ValueError(f"{expected} {letters} = {list(shape)}, got {_show(part)}{reason}")
-    if part.dtype not in FLOATS:
-        raise TypeError(f"{expected} in fp16, bf16, fp32 or fp64, got {part.dtype}")
-    if part.device != x.device:
-        raise TypeError(f"{expected} on {x.device}, got {part.device}; move it with .to(device)")
+    """A tensor has this shape and the device of x. expected: the beginning of the message."""
+    if not isinstance(tensor, Tensor) or tuple(tensor.shape) != shape:
+        got = _shape_or_type(tensor)
+        raise ValueError(f"{expected} {letters} = {list(shape)}, got {got}{reason}")
+    if tensor.dtype not in FLOATS:
+        raise TypeError(f"{expected} in fp16, bf16, fp32 or fp64, got {tensor.dtype}")
+    if tensor.device != x.device:
+        raise TypeError(f"{expected} on {x.device}, got {tensor.device}; move it with .to(device)")
 
 
-def check_part(
-    part: object, name: str, letters: str, shape: tuple[int, ...] | None, x: Tensor
+def check_state_tensor(
+    tensor: object, name: str, letters: str, shape: tuple[int, ...] | None, x: Tensor
 ) -> None:
-    """A part of a state that a module reads itself: numbers of this shape, where x is; None without
-    a shape.
-    """
+    """A tensor of a state has this shape and the device of x. None for a shape: there is none."""
     if shape is None:
-        if part is not None:
-            raise ValueError(f"state: expected no {name} here, got {_show(part)}; {_ANOTHER}")
+        if tensor is not None:
+            got = _shape_or_type(tensor)
+            raise ValueError(f"state: expected no {name} here, got {got}; {_OTHER_MODULE}")
         return
-    check_like(part, f"state: expected {name}", letters, shape, x, f"; {_ANOTHER}")
+    check_tensor_like(tensor, f"state: expected {name}", letters, shape, x, f"; {_OTHER_MODULE}")
 
 
-def check_keys(
+def check_key_value_state(
     state: KeyValueState | None, groups: int, key_dim: int, value_dim: int, x: Tensor
 ) -> None:
-    """The keys and values of a state, of however many tokens, and their mask."""
+    """A state's keys, values and mask fit each other and x, for any number of tokens."""
     if state is None:
         return
     rows, key = x.shape[0], state.key
     if not isinstance(key, Tensor) or key.dim() != 4:
-        raise ValueError(f"state: expected key [B, G, S, K], got {_show(key)}; {_ANOTHER}")
+        raise ValueError(
+            f"state: expected key [B, G, S, K], got {_shape_or_type(key)}; {_OTHER_MODULE}"
+        )
     slots = key.shape[2]
-    check_part(key, "key", "[B, G, S, K]", (rows, groups, slots, key_dim), x)
-    check_part(state.value, "value", "[B, G, S, V]", (rows, groups, slots, value_dim), x)
+    check_state_tensor(key, "key", "[B, G, S, K]", (rows, groups, slots, key_dim), x)
+    check_state_tensor(state.value, "value", "[B, G, S, V]", (rows, groups, slots, value_dim), x)
     check_key_mask(state.mask, rows, slots, x.device, name="state.mask")
 
 
-def _show(part: object) -> str:
-    return str(list(part.shape)) if isinstance(part, Tensor) else type(part).__name__
+def _shape_or_type(value: object) -> str:
+    return str(list(value.shape)) if isinstance(value, Tensor) else type(value).__name__

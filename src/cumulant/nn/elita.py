@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ..ops.elita import elita_attention
 from ..ops.state import ElitaState
 from .checks import check_counts, check_input, check_state, size_of_head
-from .padding import clear_slack, hide, offsets, restore
+from .padding import packed_positions, restore_rows, zero_after_packed, zero_masked
 from .position_logits import SinusoidalLogits
 from .projection import project
 
@@ -31,12 +31,12 @@ class ElitaAttention(nn.Module):
         head_dim: value dim V of a head, by default D / H.
         features: sines of each position logit.
         horizon: length over which positions run from 0 to `time`, as a rule the longest training
-            context; see `SinusoidalLogits` for what lies beyond. None: the sequence's own length
-            less one, as published. Positions then depend on how long the sequence turns out, so
-            there is no state, and prefixes differ from wholes.
+            context; see `SinusoidalLogits` for positions beyond it. None: the length of the
+            sequence less one, as published. Positions then depend on the final length. So there is
+            no state, and the outputs of a prefix differ from those of the whole.
         time: see `SinusoidalLogits`.
-        query_logit: k₃; False leaves P₂ alone in r, as in the published code.
-        clip: limit of the size of c, r and s, 20 in the published code; None: exact for any size.
+        query_logit: use k₃; False: r is P₂ alone, as in the published code.
+        clip: limit c, r and s to this size, 20 in the published code; None: exact for any size.
     """
 
     def __init__(
@@ -78,9 +78,7 @@ class ElitaAttention(nn.Module):
         state: ElitaState | None = None,
         return_state: bool = False,
     ) -> Tensor | tuple[Tensor, ElitaState]:
-        """``x [B, T, D]`` -> ``[B, T, D]``, with `return_state` also the state; see `cumulant.nn`
-        for the protocol.
-        """
+        """``x [B, T, D]`` -> ``[B, T, D]``, and the state if asked for; see `cumulant.nn`."""
         check_input(
             x, self.v_proj, self.dim, key_mask, cu_seqlens, state is not None or return_state
         )
@@ -92,9 +90,9 @@ class ElitaAttention(nn.Module):
             )
         rows = None
         if key_mask is not None:
-            x, rows = hide(x, key_mask)
+            x, rows = zero_masked(x, key_mask)
         if cu_seqlens is not None:
-            x = clear_slack(x, cu_seqlens)
+            x = zero_after_packed(x, cu_seqlens)
         key, query = self._position_logits(x, key_mask, cu_seqlens, state)
         content = project(self.logit_proj, x)
         content = content.to(torch.promote_types(content.dtype, torch.float32)).unflatten(
@@ -119,7 +117,7 @@ class ElitaAttention(nn.Module):
             return_state=return_state,
         )
         out = attended[0] if isinstance(attended, tuple) else attended
-        y = restore(project(self.out_proj, out.transpose(1, 2).flatten(2)), rows)
+        y = restore_rows(project(self.out_proj, out.transpose(1, 2).flatten(2)), rows)
         return (y, attended[1]) if isinstance(attended, tuple) else y
 
     def _position_logits(
@@ -129,27 +127,28 @@ class ElitaAttention(nn.Module):
         cu_seqlens: Tensor | None,
         state: ElitaState | None,
     ) -> tuple[Tensor, Tensor]:
-        """P₁ and P₂, ``[H, T]`` or ``[B, H, T]``: masked tokens take no position."""
+        """P₁ and P₂, ``[H, T]`` or ``[B, H, T]``. Masked tokens are not counted."""
         T = x.shape[1]
         if cu_seqlens is not None:
-            position = offsets(T, cu_seqlens)
+            position = packed_positions(T, cu_seqlens)
         elif key_mask is not None:
             position = (key_mask.cumsum(1) - 1).clamp(min=0)
         else:
             position = torch.arange(T, device=x.device)
-        horizon = self._lengths(T, key_mask, cu_seqlens) if self.relative else None
+        horizon = self._last_positions(T, key_mask, cu_seqlens) if self.relative else None
         if state is not None:
             position = position + state.position[:, None]
-        elif (
-            horizon is None and position.dim() == 2
-        ):  # each position once, however many tokens stand there
+        elif horizon is None and position.dim() == 2:
+            # rows share positions, so compute each position once
             table = self.position(torch.arange(T, device=x.device))
             return table[0][position].mT, table[1][position].mT
         key, query = self.position(position, horizon)
         return key.mT, query.mT
 
     @staticmethod
-    def _lengths(T: int, key_mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor | float:
+    def _last_positions(
+        T: int, key_mask: Tensor | None, cu_seqlens: Tensor | None
+    ) -> Tensor | float:
         """The last position of each token's sequence, at least 1."""
         if cu_seqlens is not None:
             lengths = torch.cat((cu_seqlens.diff(), cu_seqlens.new_full((1,), T)))

@@ -11,19 +11,18 @@ from .projection import is_plain, project
 
 
 class ElitaFeedForward(nn.Module):
-    """``y_k = Σ_{i,j} W₃[i, j, k] σ(W₁ x + b₁)_i σ(W₂ x + b₂)_j + b₃_k`` with swish σ and j over
-    few channels.
+    """``y_k = Σ_{i,j} W₃[i, j, k] σ(W₁ x + b₁)_i σ(W₂ x + b₂)_j + b₃_k`` with swish σ.
 
-    A hidden layer of ``hidden · factor`` channels, addressed by row and column. Its activations are
-    formed for a block of tokens at a time and never kept.
+    The hidden layer has ``hidden · factor`` channels, the products of all pairs. They are computed
+    for a block of tokens at a time and never stored.
 
     Source: Sharma 2023, ELiTA, Feed-Forward2.
 
     Args:
         dim: model dim D.
-        hidden: channels of the first projection, i; by default D.
-        factor: channels of the second, j.
-        bias: b₁, b₂ and b₃.
+        hidden: channels i of the first projection; by default D.
+        factor: channels j of the second projection, a few.
+        bias: add b₁, b₂ and b₃.
     """
 
     def __init__(self, dim: int, hidden: int | None = None, *, factor: int = 8, bias: bool = True):

@@ -1,8 +1,8 @@
 """Learnable feature maps for `LinearAttention`, and for `cumulant.linear_attention` as callables.
 
-Each sends ``[B, H, T, K]`` to ``[B, H, T, F]`` with weights of its own for every head. Queries and
-keys have maps of their own: ``feature_map=(HedgehogFeatureMap(H, K), HedgehogFeatureMap(G, K))``,
-or by name, ``"hedgehog"``.
+Each maps ``[B, H, T, K]`` to ``[B, H, T, F]`` with separate weights for every head. Queries and
+keys have separate maps: ``feature_map=(HedgehogFeatureMap(H, K), HedgehogFeatureMap(G, K))``, or by
+name, ``"hedgehog"``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from .checks import check_counts, check_dtype, check_tensor
 
 
 class LearnedFeatureMap(nn.Module):
-    """A map with weights of its own for each of `num_heads` heads of dim K."""
+    """A feature map with separate weights for each of `num_heads` heads of dim K."""
 
     def __init__(self, num_heads: int, head_dim: int):
         super().__init__()
@@ -25,7 +25,7 @@ class LearnedFeatureMap(nn.Module):
             setattr(self, name, nn.Parameter(value))
 
     def initial(self) -> dict[str, Tensor]:
-        """Where each weight starts."""
+        """The initial value of each weight."""
         raise NotImplementedError
 
     def check(self, x: Tensor) -> None:
@@ -42,9 +42,11 @@ class LearnedFeatureMap(nn.Module):
 
 
 class HedgehogFeatureMap(LearnedFeatureMap):
-    """``φ(x) = [softmax(W x), softmax(-W x)]``, F = 2K: positive, and spiky where softmax is (Zhang
-    et al. 2024, "The Hedgehog & the Porcupine", arXiv 2402.04347, section 4.2). W starts as the
-    identity.
+    """``φ(x) = [softmax(W x), softmax(-W x)]``, F = 2K.
+
+    Its weights are positive, and as spiky as those of softmax. W starts as the identity.
+
+    Source: Zhang et al. 2024, "The Hedgehog & the Porcupine", arXiv 2402.04347, section 4.2.
 
     Args:
         num_heads: heads H, each with its own W ``[K, K]``.
@@ -63,9 +65,11 @@ class HedgehogFeatureMap(LearnedFeatureMap):
 
 
 class RebasedFeatureMap(LearnedFeatureMap):
-    """Monomials of degree 2 of ``y = γ ⊙ LayerNorm(x) + β``, so that
-    ``φ(q)·φ(k) = (y_q·y_k)² / K``, F = K (K + 1) / 2: ReBased's learnable quadratic kernel (Aksenov
-    et al. 2024, arXiv 2402.10644). γ starts at 1, β at 0.
+    """Monomials of degree 2 of ``y = γ ⊙ LayerNorm(x) + β``, F = K (K + 1) / 2.
+
+    So ``φ(q)·φ(k) = (y_q·y_k)² / K``. γ starts at 1 and β at 0.
+
+    Source: Aksenov et al. 2024 (ReBased), arXiv 2402.10644.
 
     Args:
         num_heads: heads H, each with its own γ and β ``[K]``.

@@ -11,15 +11,18 @@ from torch import Tensor
 from ..ops.checks import check_bias
 from ..ops.gated import gated_attention
 from ..ops.state import KeyValueState
-from .checks import check_input, check_keys, check_state
-from .gated_unit import GatedUnit, Prepared
-from .padding import positions
+from .checks import check_input, check_key_value_state, check_state
+from .gated_unit import GatedUnit, PreparedRows
+from .padding import token_positions
 
 
 class GatedAttentionUnit(GatedUnit):
-    """GAU (Hua et al. 2022, section 2): ``y = W_o (silu(W_g h) ⊙ f(q kᵀ / n + b) silu(W_v h)) + x``
-    with h = norm(x) and q, k two scaled and offset copies of ``silu(W_z h)``. Quadratic, with a
-    state that grows.
+    """The gated attention unit: ``y = W_o (silu(W_g h) ⊙ f(q kᵀ / n + b) silu(W_v h)) + x``.
+
+    h is norm(x), and q and k are two scaled and offset copies of ``silu(W_z h)``. Its time is
+    quadratic in the length, and its state grows.
+
+    Source: Hua et al. 2022, "Transformer Quality in Linear Time", section 2.
 
     Args:
         dim: model dim D.
@@ -27,19 +30,19 @@ class GatedAttentionUnit(GatedUnit):
         expansion_factor: value dim over D.
         is_causal: token t sees tokens up to t.
         activation: "relu2" or "laplace".
-        length_scale: n: a number; None for the number of tokens that a query sees; or "total" for
-            that of the whole sequence, as in FLASH-pytorch. With "total" a causal unit's outputs
+        length_scale: the divisor n. None: the number of tokens that a query sees. "total": the
+            length of the whole sequence, as in FLASH-pytorch. With "total" a causal unit's outputs
             change as the sequence grows, so it has no state and cannot generate.
         scale_bias: divide the bias by n as well, as in FLASH-pytorch.
         norm: "layernorm", "rmsnorm", "scalenorm" or None.
-        residual: add x.
-        relative_bias: T5's bias b, times sqrt(D).
-        rotary_dim: rotate so many dimensions of q and k, an even number; 0 for none.
+        residual: add x to the output.
+        relative_bias: add T5's relative position bias b, times sqrt(D).
+        rotary_dim: number of dimensions of q and k to rotate, even; 0 for none.
         rotary_base: see `RotaryEmbedding`.
-        dropout: of attention weights.
-        out_dropout: of the output, before x is added.
-        count_padding: masked tokens keep their places and count in n, as in FLASH-pytorch; only
-            their keys are hidden, and their outputs are left as they come.
+        dropout: dropout of attention weights.
+        out_dropout: dropout of the output, before x is added.
+        count_padding: count masked tokens in positions and in n, as FLASH-pytorch does. Their keys
+            are hidden, but their outputs are not set to zero.
     """
 
     def __init__(
@@ -98,28 +101,27 @@ class GatedAttentionUnit(GatedUnit):
         return_state: bool = False,
         bias: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, KeyValueState]:
-        """``x [B, T, D]`` -> ``[B, T, D]``, with `return_state` also the state; see `cumulant.nn`
-        for the protocol.
+        """``x [B, T, D]`` -> ``[B, T, D]``, and the state if asked for; see `cumulant.nn`.
 
-        ``bias [T, S]`` or ``[B, 1, T, S]`` is added to the unit's own, by slots of x; S counts the
-        state's too.
+        ``bias [T, S]`` or ``[B, 1, T, S]`` is added to the unit's own bias. Its columns are the
+        tokens of the state, then those of x, padding included.
         """
         check_input(
             x, self.qk_proj, self.dim, key_mask, cu_seqlens, state is not None or return_state
         )
         check_state(state, KeyValueState, x)
-        check_keys(state, 1, self.query_key_dim, self.hidden_dim, x)
+        check_key_value_state(state, 1, self.query_key_dim, self.hidden_dim, x)
         if state is not None or return_state:
-            self._check_stateful()
-        # A state keeps tokens in their slots; without one, moved out of the way they share one
-        # bias.
+            self._check_state_allowed()
+        # A state keeps padding between tokens. Without one, padding moves to the end of each row,
+        # and all rows share one bias.
         stateless = state is None and not return_state and bias is None
-        inner = self._prepare(x, key_mask, cu_seqlens, in_order=stateless)
+        inner = self._prepare_rows(x, key_mask, cu_seqlens, in_order=stateless)
         mask = key_mask if inner.rows is None else inner.rows.mask
         h = inner.x if self.norm is None else self.norm(inner.x)
         position = self._position(inner, state, cu_seqlens)
-        query, key = self._copies(h, position)
-        divisor = self._divisor(inner, position, cu_seqlens)
+        query, key = self._queries_and_keys(h, position)
+        divisor = self._length_divisor(inner, position, cu_seqlens)
         scattered = not self.count_padding and not stateless
         scattered &= inner.rows is not None or (state is not None and state.mask is not None)
         attended = gated_attention(
@@ -130,7 +132,7 @@ class GatedAttentionUnit(GatedUnit):
             is_causal=self.is_causal,
             length_scale=divisor,
             bias=self._bias(x, bias, position, scattered, state, divisor, cu_seqlens),
-            dropout_p=self._dropout_p,
+            dropout_p=self._active_dropout,
             key_mask=mask,
             cu_seqlens=cu_seqlens,
             state=state,
@@ -140,10 +142,10 @@ class GatedAttentionUnit(GatedUnit):
             end = attended[1]
             if self.count_padding:
                 end = replace(end, position=torch.full_like(end.position, end.key.shape[2]))
-            return self._finish(attended[0], h, inner), end
-        return self._finish(attended, h, inner)
+            return self._gate_and_project(attended[0], h, inner), end
+        return self._gate_and_project(attended, h, inner)
 
-    def _check_stateful(self) -> None:
+    def _check_state_allowed(self) -> None:
         if not self.is_causal:
             raise ValueError(
                 "state: only causal attention carries a state from call to call; build with"
@@ -157,23 +159,21 @@ class GatedAttentionUnit(GatedUnit):
             )
 
     def _position(
-        self, inner: Prepared, state: KeyValueState | None, cu_seqlens: Tensor | None
+        self, inner: PreparedRows, state: KeyValueState | None, cu_seqlens: Tensor | None
     ) -> Tensor:
-        """Place of each token in its sequence, ``[T]`` or ``[B, T]``."""
+        """The position of each token in its sequence, ``[T]`` or ``[B, T]``."""
         start = None if state is None else state.position
         if self.count_padding and state is not None:
             return torch.arange(inner.x.shape[1], device=inner.x.device) + state.key.shape[2]
         if inner.rows is None:
-            return positions(inner.x.shape[1], start, cu_seqlens, inner.x.device)
+            return token_positions(inner.x.shape[1], start, cu_seqlens, inner.x.device)
         place = (inner.rows.mask.cumsum(1) - 1).clamp(min=0)
         return place if start is None else place + start[:, None]
 
-    def _divisor(
-        self, inner: Prepared, position: Tensor, cu_seqlens: Tensor | None
+    def _length_divisor(
+        self, inner: PreparedRows, position: Tensor, cu_seqlens: Tensor | None
     ) -> float | Tensor | None:
-        """n: a number, or of every query ``[B or 1, T or 1]``; None to leave it to the
-        operation.
-        """
+        """The divisor n, or one for each query ``[B or 1, T or 1]``; None: the operation's own."""
         T = inner.x.shape[1]
         if isinstance(self.length_scale, (int, float)):
             return float(self.length_scale)
@@ -184,9 +184,8 @@ class GatedAttentionUnit(GatedUnit):
         if inner.rows is not None:
             return inner.rows.tokens[:, None].clamp(min=1)
         if cu_seqlens is not None:
-            first = (
-                torch.arange(T, device=position.device) - position
-            )  # where each token's sequence begins
+            # the first index of each token's sequence
+            first = torch.arange(T, device=position.device) - position
             ends = torch.cat((cu_seqlens[1:], cu_seqlens.new_full((1,), T)))
             after = torch.searchsorted(cu_seqlens[1:].contiguous(), first, right=True)
             return (ends[after] - first).clamp(min=1)[None]
@@ -202,7 +201,7 @@ class GatedAttentionUnit(GatedUnit):
         divisor: float | Tensor | None,
         cu_seqlens: Tensor | None,
     ) -> Tensor | None:
-        """The unit's bias and the one given, ``[1, T, S]`` or ``[B, 1, T, S]``."""
+        """The unit's bias plus the argument's, ``[1, T, S]`` or ``[B, 1, T, S]``."""
         T, past = position.shape[-1], 0 if state is None else state.key.shape[2]
         S = past + T
         check_bias(
@@ -213,11 +212,10 @@ class GatedAttentionUnit(GatedUnit):
         )
         if self.relative_bias is not None:
             if scattered:
-                own = self.relative_bias.at(position, _key_places(position, state))
+                own = self.relative_bias.at(position, _key_positions(position, state))
             elif cu_seqlens is not None and bias is None and not torch.compiler.is_compiling():
-                T = S = int(
-                    cu_seqlens.diff().max()
-                )  # one for all sequences, as long as the longest
+                # all sequences share one bias, as long as the longest of them
+                T = S = int(cu_seqlens.diff().max())
                 own = self.relative_bias(T, device=x.device)
             else:
                 own = self.relative_bias(T, S, device=x.device)
@@ -230,14 +228,13 @@ class GatedAttentionUnit(GatedUnit):
                     "cu_seqlens: with scale_bias each packed sequence needs a bias of its own; pass"
                     " a padded batch, or build with length_scale=<a number>"
                 )
-            divisor = torch.arange(1, T + 1, device=bias.device)[
-                None
-            ]  # by places in a sequence, as the bias
+            # by position in a sequence, as the bias
+            divisor = torch.arange(1, T + 1, device=bias.device)[None]
         return bias / (divisor if isinstance(divisor, float) else divisor[:, None, :, None])
 
 
-def _key_places(position: Tensor, state: KeyValueState | None) -> Tensor:
-    """Place in its sequence of each key, the state's first: ``[B, S]``."""
+def _key_positions(position: Tensor, state: KeyValueState | None) -> Tensor:
+    """The position of each key in its sequence, the state's keys first: ``[B, S]``."""
     if state is None:
         return position
     past = torch.arange(state.key.shape[2], device=position.device).expand(position.shape[0], -1)

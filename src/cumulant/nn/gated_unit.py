@@ -1,6 +1,4 @@
-"""What `GatedAttentionUnit` and `MixedChunkAttention` share: norm, projections, positions, gate and
-residual.
-"""
+"""The base of `GatedAttentionUnit` and `MixedChunkAttention`: all but the attention itself."""
 
 from __future__ import annotations
 
@@ -14,14 +12,25 @@ from ..ops.checks import check_activation
 from .checks import check_counts, check_probability
 from .norms import make_norm
 from .offset_scale import OffsetScale
-from .padding import Rows, clear_slack, compact, hide, offsets, restore
+from .padding import (
+    Rows,
+    compact_rows,
+    packed_positions,
+    restore_rows,
+    zero_after_packed,
+    zero_masked,
+)
 from .projection import project
 from .relative_bias import T5RelativePositionBias
 from .rotary import RotaryEmbedding
 
 
-class Prepared(NamedTuple):
-    """x with its tokens in order, where they stood, and how local mixing reads them."""
+class PreparedRows(NamedTuple):
+    """The input of a unit, after padding has been zeroed or moved.
+
+    rows: how to undo that. padding: ``[B]`` padding tokens at the end of each row. offset: ``[T]``
+    index of each token in its packed sequence.
+    """
 
     x: Tensor
     rows: Rows | None
@@ -31,11 +40,11 @@ class Prepared(NamedTuple):
 
 
 class GatedUnit(nn.Module):
-    """``out = W_o (silu(W_g h) ⊙ attend(...)) (+ x)`` with h = norm(x), values ``silu(W_v h)`` of
-    ``expansion · D`` channels, and queries and keys that are scaled and offset copies of one
-    ``silu(W_z h)`` of K channels.
+    """``y = W_o (silu(W_g h) ⊙ attend(...)) (+ x)`` with h = norm(x).
 
-    Subclasses say how many copies there are, and attend with them.
+    Values are ``silu(W_v h)`` with ``expansion · D`` channels. Queries and keys are scaled and
+    offset copies of one ``silu(W_z h)`` with K channels. A subclass sets the number of copies
+    (`uses`) and attends with them.
     """
 
     def __init__(
@@ -98,43 +107,45 @@ class GatedUnit(nn.Module):
             f"is_causal={self.is_causal}, activation={self.activation!r}, residual={self.residual}"
         )
 
-    def _prepare(
+    def _prepare_rows(
         self, x: Tensor, key_mask: Tensor | None, cu_seqlens: Tensor | None, *, in_order: bool
-    ) -> Prepared:
-        """Masked tokens hidden, or with `in_order` moved out of the way."""
+    ) -> PreparedRows:
+        """Set masked tokens to zero; with `in_order` also move them to the end of their rows."""
         if key_mask is not None and not self.count_padding:
-            x, rows = (compact if in_order else hide)(x, key_mask)
-            return Prepared(x, rows, x.shape[1] - rows.tokens, None, None)
+            x, rows = (compact_rows if in_order else zero_masked)(x, key_mask)
+            return PreparedRows(x, rows, x.shape[1] - rows.tokens, None, None)
         if cu_seqlens is not None:
-            return Prepared(
-                clear_slack(x, cu_seqlens), None, None, offsets(x.shape[1], cu_seqlens), cu_seqlens
+            return PreparedRows(
+                zero_after_packed(x, cu_seqlens),
+                None,
+                None,
+                packed_positions(x.shape[1], cu_seqlens),
+                cu_seqlens,
             )
-        return Prepared(x, None, None, None, None)
+        return PreparedRows(x, None, None, None, None)
 
-    def _copies(self, h: Tensor, position: Tensor) -> tuple[Tensor, ...]:
-        """Queries and keys ``[B, 1, T, K]``, one for each use, rotated to ``position [T]`` or
-        ``[B, T]``.
-        """
+    def _queries_and_keys(self, h: Tensor, position: Tensor) -> tuple[Tensor, ...]:
+        """One ``[B, 1, T, K]`` for each use, rotated to ``position [T]`` or ``[B, T]``."""
         z = self.offset_scale(F.silu(project(self.qk_proj, h)))
         if self.rotary is not None:
             d = self.rotary.dim
-            turned = self.rotary(z[..., :d], position)
-            z = torch.cat((turned, z[..., d:]), -1) if d < z.shape[-1] else turned
+            rotated = self.rotary(z[..., :d], position)
+            z = torch.cat((rotated, z[..., d:]), -1) if d < z.shape[-1] else rotated
         copies: tuple[Tensor, ...] = z.split(1, 1)
         return copies
 
     def _value(self, h: Tensor) -> Tensor:
-        """``[B, 1, T, E]``."""
+        """The values ``[B, 1, T, E]``."""
         return F.silu(project(self.value_proj, h))[:, None]
 
-    def _finish(self, attended: Tensor, h: Tensor, inner: Prepared) -> Tensor:
+    def _gate_and_project(self, attended: Tensor, h: Tensor, inner: PreparedRows) -> Tensor:
         y: Tensor = self.out_dropout(
             project(self.out_proj, F.silu(project(self.gate_proj, h)) * attended[:, 0])
         )
         if inner.cu_seqlens is not None:
-            y = clear_slack(y, inner.cu_seqlens)
-        return restore(y + inner.x if self.residual else y, inner.rows)
+            y = zero_after_packed(y, inner.cu_seqlens)
+        return restore_rows(y + inner.x if self.residual else y, inner.rows)
 
     @property
-    def _dropout_p(self) -> float:
+    def _active_dropout(self) -> float:
         return self.dropout if self.training else 0.0

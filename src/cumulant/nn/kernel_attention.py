@@ -1,6 +1,4 @@
-"""What `LinearAttention` and `TaylorAttention` share: projections, local mixing, positions, gates
-and the state.
-"""
+"""The base of `LinearAttention` and `TaylorAttention`: all but the attention itself."""
 
 from __future__ import annotations
 
@@ -17,15 +15,23 @@ from .checks import (
     check_counts,
     check_features,
     check_input,
-    check_part,
     check_probability,
     check_state,
+    check_state_tensor,
     count_kv_heads,
     size_of_head,
 )
 from .cross_attention import check_context_dim, is_cross_attention
 from .norms import RMSNorm
-from .padding import Rows, clear_slack, compact, hide, offsets, positions, restore
+from .padding import (
+    Rows,
+    compact_rows,
+    packed_positions,
+    restore_rows,
+    token_positions,
+    zero_after_packed,
+    zero_masked,
+)
 from .projection import project
 from .rotary import RotaryEmbedding
 from .short_convolution import ShortConvolution
@@ -35,8 +41,10 @@ from .token_shift import token_shift
 
 @dataclass(frozen=True)
 class KernelAttentionState(State):
-    """sums: the attention's own state. shift: ``[B, 1, D/2]`` or None. conv: ``[B, size - 1, E]``
-    or None.
+    """The state of `LinearAttention` and `TaylorAttention`.
+
+    sums: the state of the operation. shift: ``[B, 1, D/2]``, the last token's channels for token
+    shift, or None. conv: ``[B, size - 1, E]``, the last inputs of the convolution, or None.
     """
 
     sums: LinearState
@@ -51,9 +59,11 @@ class KernelAttentionState(State):
 register(KernelAttentionState)
 
 
-class _Local(NamedTuple):
-    """How local mixing reads the rows: padding ``[B]`` at their ends, index ``[T]`` in packed
-    sequences.
+class _LocalRows(NamedTuple):
+    """Where rows end and packed sequences begin, for token shift and convolution.
+
+    padding: ``[B]`` padding tokens at the end of each row. offset: ``[T]`` index of each token in
+    its packed sequence.
     """
 
     padding: Tensor | None
@@ -61,11 +71,11 @@ class _Local(NamedTuple):
 
 
 class KernelAttention(nn.Module):
-    """Multi-head attention through one of the linear operations. Subclasses say which, in `attend`.
+    """Multi-head attention by a linear-time operation, which subclasses call in `attend`.
 
-    ``q, k, v = conv(W_q h, W_k h, W_v h)`` with h = norm(shift(x)), q and k normalised, then
-    rotated; ``out = W_o (gate(shift(x)) ⊙ attend(q, k, v))``. In cross attention k and v are
-    ``W_k c, W_v c`` of a context c. Every part but the projections is optional.
+    ``q, k, v = conv(W_q h, W_k h, W_v h)`` with h = norm(shift(x)). q and k are normalised, then
+    rotated. The output is ``W_o (gate(shift(x)) ⊙ attend(q, k, v))``. In cross attention, k and v
+    are ``W_k c, W_v c`` for a context c. All but the projections is optional.
     """
 
     def __init__(
@@ -139,11 +149,11 @@ class KernelAttention(nn.Module):
         )
         self.gate_proj = nn.Linear(dim, num_heads, bias=False) if gate_values else None
         self.rotary = RotaryEmbedding(head_dim, rotary_base) if rotary else None
-        self.conv = ShortConvolution(sum(self._sizes), conv_size) if conv_size else None
+        self.conv = ShortConvolution(sum(self._qkv_sizes), conv_size) if conv_size else None
         self.dropout = nn.Dropout(dropout)
 
     @property
-    def _sizes(self) -> tuple[int, int, int]:
+    def _qkv_sizes(self) -> tuple[int, int, int]:
         keys = self.num_kv_heads * self.head_dim
         return self.num_heads * self.head_dim, keys, self.num_kv_heads * self.value_dim
 
@@ -171,13 +181,12 @@ class KernelAttention(nn.Module):
         state: KernelAttentionState | None = None,
         return_state: bool = False,
     ) -> Tensor | tuple[Tensor, KernelAttentionState]:
-        """``x [B, T, D]`` -> ``[B, T, D]`` (``[B, T, H·V]`` without `combine_heads`);
-        `return_state` adds the state.
+        """``x [B, T, D]`` -> ``[B, T, D]``, and the state if asked for; see `cumulant.nn`.
 
-        Self attention: see `cumulant.nn` for the protocol. Cross attention (``is_causal=False``): x
-        looks at ``context [B, S, D_c]`` where ``context_mask [B, S]`` is True, and at what `state`
-        has summed, of whatever it was. A state alone will do: compute it once with
-        `encode_context`, read it with many queries.
+        Without `combine_heads` the output is ``[B, T, H·V]``. In cross attention
+        (``is_causal=False``) x attends to ``context [B, S, D_c]`` where ``context_mask [B, S]`` is
+        True, and to the tokens summed in `state`. `encode_context` computes such a state once, for
+        many x.
         """
         alone = key_mask is None and cu_seqlens is None and context is None and context_mask is None
         if state is not None and return_state and alone:
@@ -188,7 +197,7 @@ class KernelAttention(nn.Module):
             x, self.q_proj, self.dim, key_mask, cu_seqlens, state is not None or return_state
         )
         check_state(state, KernelAttentionState, x)
-        self._check_local(state, x)
+        self._check_local_state(state, x)
         crossing = is_cross_attention(
             x,
             context,
@@ -204,10 +213,10 @@ class KernelAttention(nn.Module):
         padding, offset = None, None
         if key_mask is not None:
             in_order = self.shift_tokens or self.conv is not None or self.rotary is not None
-            x, rows = (compact if in_order else hide)(x, key_mask)
+            x, rows = (compact_rows if in_order else zero_masked)(x, key_mask)
             padding = x.shape[1] - rows.tokens
         if cu_seqlens is not None:
-            x, offset = clear_slack(x, cu_seqlens), offsets(x.shape[1], cu_seqlens)
+            x, offset = zero_after_packed(x, cu_seqlens), packed_positions(x.shape[1], cu_seqlens)
         shift = None if state is None else state.shift
         if self.shift_tokens:
             x, shift = token_shift(x, tail=shift, offset=offset, padding=padding)
@@ -216,18 +225,17 @@ class KernelAttention(nn.Module):
         if crossing:
             attended = self._attend_context(h, context, context_mask, state, return_state)
         else:
-            local = _Local(padding, offset)
+            local = _LocalRows(padding, offset)
             attended, conv = self._attend_self(h, rows, local, cu_seqlens, state, return_state)
         out = attended[0] if isinstance(attended, tuple) else attended
         if self.gate_proj is not None:
             out = out * project(self.gate_proj, x).sigmoid().mT[..., None]
         y = out.transpose(1, 2).flatten(2)
-        y = restore(self.dropout(y if self.out_proj is None else project(self.out_proj, y)), rows)
-        return (
-            (y, KernelAttentionState(attended[1], shift, conv))
-            if isinstance(attended, tuple)
-            else y
-        )
+        y = self.dropout(y if self.out_proj is None else project(self.out_proj, y))
+        y = restore_rows(y, rows)
+        if isinstance(attended, tuple):
+            return y, KernelAttentionState(attended[1], shift, conv)
+        return y
 
     def step_options(self) -> dict[str, Any] | None:
         """The options of `Program.attend`; None where it cannot do what `attend` does."""
@@ -242,28 +250,28 @@ class KernelAttention(nn.Module):
         builder.require_no_dropout(self.dropout)
         x = program.shift(x) if self.shift_tokens else x
         h = x if self.norm is None else builder.norm(self.norm, x)
-        mixed = program.vector(sum(self._sizes))
+        mixed = program.vector(sum(self._qkv_sizes))
         for projection, part in zip(
-            (self.q_proj, self.k_proj, self.v_proj), mixed.split(*self._sizes), strict=True
+            (self.q_proj, self.k_proj, self.v_proj), mixed.split(*self._qkv_sizes), strict=True
         ):
             builder.project(projection, h, part)
         if self.conv is not None:
             builder.rely_on(self.conv)
             mixed = program.convolve(mixed, self.conv.weight)
-        both, v = mixed.split(sum(self._sizes[:2]), self._sizes[2])
+        both, v = mixed.split(sum(self._qkv_sizes[:2]), self._qkv_sizes[2])
         if self.qk_norm:
             both = program.norm(both, "layernorm", 1e-5, heads=self.num_heads + self.num_kv_heads)
         if self.rotary is not None:
             builder.rely_on(self.rotary)
             program.rotate(both, self.head_dim, self.rotary.base)
-        q, k = both.split(*self._sizes[:2])
+        q, k = both.split(*self._qkv_sizes[:2])
         y = program.attend(q, k, v, self.num_heads, self.num_kv_heads, **options)
         if self.gate_proj is not None:
             program.gate(y, builder.project(self.gate_proj, x))
         return builder.project(self.out_proj, y, residual, add=residual is not None)
 
     def state_tensors(self, state: object) -> list[Tensor | None]:
-        """A state's tensors in the order of `emit_step`; none of another mixer's state."""
+        """A state's tensors in the order of `emit_step`, or [] for another mixer's state."""
         if not isinstance(state, KernelAttentionState) or not isinstance(state.sums, LinearState):
             return []
         if self.shift_tokens != (state.shift is not None) or (self.conv is None) != (
@@ -280,7 +288,7 @@ class KernelAttention(nn.Module):
         ]
 
     def state_from_tensors(self, tensors: list[Tensor], position: Tensor) -> KernelAttentionState:
-        """The state of which these are the tensors."""
+        """The state that consists of these tensors."""
         shift = tensors.pop(0) if self.shift_tokens else None
         conv = None if self.conv is None else tensors.pop(0)
         numerator, *rest = tensors
@@ -295,39 +303,38 @@ class KernelAttention(nn.Module):
         context_mask: Tensor | None = None,
         state: KernelAttentionState | None = None,
     ) -> KernelAttentionState:
-        """What cross attention keeps of ``context [B, S, D_c]``, added to `state`;
-        ``self(x, state=...)`` reads it.
+        """The state of ``context [B, S, D_c]`` for cross attention, added to `state` if given.
 
-        Its size does not depend on S, nor does the cost of reading it.
+        ``self(x, state=...)`` attends to it. Neither its size nor that cost depends on S.
         """
         check_features(context, self.k_proj, self.context_dim, "[B, S, D]", "context")
         x = context.new_zeros(context.shape[0], 0, self.dim)
         options = {"context": context, "context_mask": context_mask, "state": state}
         return self(x, **options, return_state=True)[1]  # type: ignore[no-any-return]
 
-    def _check_local(self, state: KernelAttentionState | None, x: Tensor) -> None:
-        """What a state keeps for local mixing is what this module reads."""
+    def _check_local_state(self, state: KernelAttentionState | None, x: Tensor) -> None:
+        """The state has the tensors that token shift and convolution of this module read."""
         if state is None:
             return
         shift = (x.shape[0], 1, self.dim // 2) if self.shift_tokens else None
-        check_part(state.shift, "shift", "[B, 1, D/2]", shift, x)
+        check_state_tensor(state.shift, "shift", "[B, 1, D/2]", shift, x)
         conv = (
             None
             if self.conv is None or not self.is_causal
             else (x.shape[0], self.conv.size - 1, self.conv.dim)
         )
-        check_part(state.conv, "conv", "[B, size - 1, E]", conv, x)
+        check_state_tensor(state.conv, "conv", "[B, size - 1, E]", conv, x)
 
     def _attend_self(
         self,
         x: Tensor,
         rows: Rows | None,
-        local: _Local,
+        local: _LocalRows,
         cu_seqlens: Tensor | None,
         state: KernelAttentionState | None,
         return_state: bool,
     ) -> tuple[Tensor | tuple[Tensor, LinearState], Tensor | None]:
-        """Heads' outputs (and sums), and the convolution's new tail."""
+        """The heads' outputs, with `return_state` also the sums, and the convolution's new tail."""
         q, k, v = project(self.q_proj, x), project(self.k_proj, x), project(self.v_proj, x)
         tail = None if state is None else state.conv
         if self.conv is not None:
@@ -335,14 +342,14 @@ class KernelAttention(nn.Module):
                 q, k, v, tail=tail, offset=local.offset, padding=local.padding
             )
         q, k, v = (
-            self._heads(q, self.num_heads),
-            self._heads(k, self.num_kv_heads),
-            self._heads(v, self.num_kv_heads),
+            self._split_heads(q, self.num_heads),
+            self._split_heads(k, self.num_kv_heads),
+            self._split_heads(v, self.num_kv_heads),
         )
-        q, k = self._normed(q), self._normed(k)
+        q, k = self._normalize(q), self._normalize(k)
         if self.rotary is not None:
             start = None if state is None else state.position
-            position = positions(x.shape[1], start, cu_seqlens, x.device)
+            position = token_positions(x.shape[1], start, cu_seqlens, x.device)
             q, k = self.rotary.both(q, k, position)
         attended = self.attend(
             q,
@@ -363,15 +370,14 @@ class KernelAttention(nn.Module):
         state: KernelAttentionState | None,
         return_state: bool,
     ) -> Tensor | tuple[Tensor, LinearState]:
-        q = self._normed(self._heads(project(self.q_proj, x), self.num_heads))
+        q = self._normalize(self._split_heads(project(self.q_proj, x), self.num_heads))
         if context is None:
             context = x.new_zeros(x.shape[0], 0, self.context_dim)
         if context_mask is not None:
-            context = context.masked_fill(
-                ~context_mask[..., None], 0
-            )  # junk there must reach no gradient
-        k = self._normed(self._heads(project(self.k_proj, context), self.num_kv_heads))
-        v = self._heads(project(self.v_proj, context), self.num_kv_heads)
+            # masked numbers must not reach any gradient
+            context = context.masked_fill(~context_mask[..., None], 0)
+        k = self._normalize(self._split_heads(project(self.k_proj, context), self.num_kv_heads))
+        v = self._split_heads(project(self.v_proj, context), self.num_kv_heads)
         return self.attend(
             q,
             k,
@@ -383,10 +389,10 @@ class KernelAttention(nn.Module):
         )
 
     @staticmethod
-    def _heads(x: Tensor, heads: int) -> Tensor:
+    def _split_heads(x: Tensor, heads: int) -> Tensor:
         """``[B, T, H·K]`` -> ``[B, H, T, K]``."""
         split: Tensor = x.unflatten(-1, (heads, -1))
         return split.transpose(1, 2)
 
-    def _normed(self, x: Tensor) -> Tensor:
+    def _normalize(self, x: Tensor) -> Tensor:
         return F.layer_norm(x, x.shape[-1:]) if self.qk_norm else x

@@ -1,4 +1,4 @@
-"""Kernelised linear attention as a module."""
+"""Linear attention as a module."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class LinearAttention(KernelAttention):
 
     Args:
         head_dim: query/key dim K of a head, by default ``dim / num_heads``.
-        feature_map: ``"elu"``, ``"relu"``, ``"softmax"`` (causal or with a state: keys within -87
-            to 88), ``"identity"``; a learned one, ``"hedgehog"`` or ``"rebased"``; a callable or a
-            module (then trained along); or a pair of these, for queries and for keys.
+        feature_map: ``"elu"``, ``"relu"``, ``"softmax"``, ``"identity"``; a learned one,
+            ``"hedgehog"`` or ``"rebased"``; a callable; a module, which is trained too; or a pair,
+            for queries and for keys. Keys of a causal ``"softmax"`` map must lie in -87 to 88.
         normalize: divide by the sum of weights.
         scale: factor of the query before its feature map, by default 1.
         impl: as in `cumulant.linear_attention`.
@@ -84,7 +84,7 @@ class LinearAttention(KernelAttention):
                 learned(self.num_kv_heads, self.head_dim),
             )
         check_feature_map(feature_map)
-        # a pair under two names, so that modules in it are registered
+        # a pair needs two names, so that its modules are registered
         pair = feature_map if isinstance(feature_map, tuple) else (None, None)
         self.query_map: Any = pair[0]
         self.key_map: Any = pair[1]

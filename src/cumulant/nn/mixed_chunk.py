@@ -9,15 +9,19 @@ from torch import Tensor
 from ..ops.checks import check_group_size
 from ..ops.mixed_chunk import mixed_chunk_attention
 from ..ops.state import MixedChunkState, State, register
-from .checks import check_input, check_part, check_state
+from .checks import check_input, check_state, check_state_tensor
 from .gated_unit import GatedUnit
-from .padding import positions
+from .padding import token_positions
 from .token_shift import token_shift
 
 
 @dataclass(frozen=True)
 class MixedChunkAttentionState(State):
-    """groups: the attention's own state. shift: ``[B, 1, D/2]`` or None."""
+    """The state of `MixedChunkAttention`.
+
+    groups: the state of the operation. shift: ``[B, 1, D/2]``, the last token's channels for token
+    shift, or None.
+    """
 
     groups: MixedChunkState
     shift: Tensor | None
@@ -31,11 +35,12 @@ register(MixedChunkAttentionState)
 
 
 class MixedChunkAttention(GatedUnit):
-    """FLASH (Hua et al. 2022, section 3): quadratic inside groups, linear across them, gated. One
-    head.
+    """FLASH: gated attention with one head, quadratic inside groups and linear across them.
 
     ``y = W_o (silu(W_g h) ⊙ mixed_chunk_attention(q, k, r, s, silu(W_v h))) + x`` with h =
-    shift(norm(x)) and q, k, r, s four scaled and offset, then rotated, copies of ``silu(W_z h)``.
+    shift(norm(x)). q, k, r and s are four copies of ``silu(W_z h)``, scaled, offset and rotated.
+
+    Source: Hua et al. 2022, "Transformer Quality in Linear Time", section 3.
 
     Args:
         dim: model dim D.
@@ -45,19 +50,18 @@ class MixedChunkAttention(GatedUnit):
         is_causal: token t sees tokens up to t.
         activation: "relu2" or "laplace".
         norm: "layernorm", "rmsnorm", "scalenorm" or None.
-        residual: add x.
-        shift_tokens: the first half of the channels of norm(x) comes from the token before.
-        relative_bias: T5's bias on quadratic scores, times sqrt(K).
-        rotary_dim: rotate so many dimensions of queries and keys, an even number; by default 32, or
-            what K has of them; 0 for none.
+        residual: add x to the output.
+        shift_tokens: take the first half of the channels of norm(x) from the token before.
+        relative_bias: add T5's relative position bias to quadratic scores, times sqrt(K).
+        rotary_dim: number of dimensions of queries and keys to rotate, even; by default 32, or K if
+            that is smaller; 0 for none.
         rotary_base: see `RotaryEmbedding`.
-        dropout: of quadratic weights.
-        out_dropout: of the output, before x is added.
-        reduce_group_non_causal_attn: False, when not causal: the linear sum, too, stays inside the
-            group.
-        count_padding: masked tokens keep their places in groups and neighbourhoods and count in the
-            divisor, as in FLASH-pytorch; only their keys are hidden, and their outputs are left as
-            they come.
+        dropout: dropout of quadratic weights.
+        out_dropout: dropout of the output, before x is added.
+        reduce_group_non_causal_attn: without `is_causal`, sum the linear term over all groups;
+            False: over each group alone.
+        count_padding: count masked tokens in positions, groups and the divisor, as FLASH-pytorch
+            does. Their keys are hidden, but their outputs are not set to zero.
     """
 
     def __init__(
@@ -116,36 +120,36 @@ class MixedChunkAttention(GatedUnit):
         state: MixedChunkAttentionState | None = None,
         return_state: bool = False,
     ) -> Tensor | tuple[Tensor, MixedChunkAttentionState]:
-        """``x [B, T, D]`` -> ``[B, T, D]``, with `return_state` also the state; see `cumulant.nn`
-        for the protocol.
-        """
+        """``x [B, T, D]`` -> ``[B, T, D]``, and the state if asked for; see `cumulant.nn`."""
         check_input(
             x, self.qk_proj, self.dim, key_mask, cu_seqlens, state is not None or return_state
         )
         check_state(state, MixedChunkAttentionState, x)
         if state is not None:
             shape = (x.shape[0], 1, (self.dim + 1) // 2) if self.shift_tokens else None
-            check_part(state.shift, "shift", "[B, 1, D / 2]", shape, x)
+            check_state_tensor(state.shift, "shift", "[B, 1, D / 2]", shape, x)
         if not self.is_causal and (state is not None or return_state):
             raise ValueError(
                 "state: only causal attention carries a state from call to call; build with"
                 " is_causal=True"
             )
-        inner = self._prepare(x, key_mask, cu_seqlens, in_order=True)
+        inner = self._prepare_rows(x, key_mask, cu_seqlens, in_order=True)
         h = inner.x if self.norm is None else self.norm(inner.x)
         shift = None if state is None else state.shift
         if self.shift_tokens:
             h, shift = token_shift(
                 h, tail=shift, offset=inner.offset, padding=inner.padding, first_half=True
             )
-        position = positions(
+        position = token_positions(
             h.shape[1], None if state is None else state.position, cu_seqlens, h.device
         )
-        quad_query, lin_query, quad_key, lin_key = self._copies(h, position)
+        quad_query, lin_query, quad_key, lin_key = self._queries_and_keys(h, position)
         value, mask = self._value(h), None if inner.rows is None else inner.rows.mask
         if self.count_padding and key_mask is not None:
             hidden = ~key_mask[:, None, :, None]
             lin_key, value = lin_key.masked_fill(hidden, 0), value.masked_fill(hidden, 0)
+        own_bias = self.relative_bias
+        bias = None if own_bias is None else own_bias(self.group_size, device=h.device)
         attended = mixed_chunk_attention(
             quad_query,
             quad_key,
@@ -155,18 +159,15 @@ class MixedChunkAttention(GatedUnit):
             group_size=self.group_size,
             is_causal=self.is_causal,
             activation=self.activation,
-            bias=(
-                None
-                if self.relative_bias is None
-                else self.relative_bias(self.group_size, device=h.device)
-            ),
+            bias=bias,
             reduce_group_non_causal_attn=self.reduce_group_non_causal_attn,
-            dropout_p=self._dropout_p,
+            dropout_p=self._active_dropout,
             key_mask=mask,
             cu_seqlens=cu_seqlens,
             state=None if state is None else state.groups,
             return_state=return_state,
         )
         if isinstance(attended, tuple):
-            return self._finish(attended[0], h, inner), MixedChunkAttentionState(attended[1], shift)
-        return self._finish(attended, h, inner)
+            y = self._gate_and_project(attended[0], h, inner)
+            return y, MixedChunkAttentionState(attended[1], shift)
+        return self._gate_and_project(attended, h, inner)

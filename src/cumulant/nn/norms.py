@@ -21,14 +21,14 @@ class RMSNorm(nn.RMSNorm):
 
 
 class ScaleNorm(nn.Module):
-    """``y = g x / max(|x| / sqrt(D), eps)``: one learned number for all channels.
+    """``y = g x / max(|x| / sqrt(D), eps)`` with one learned number g for all channels.
 
-    Source: Nguyen and Salazar 2019, "Transformers without Tears", with the sqrt(D) of Hua et al.
-        2022 taken out of g.
+    Source: Nguyen and Salazar 2019, "Transformers without Tears". The sqrt(D) is as in Hua et al.
+        2022.
 
     Args:
         dim: channels D.
-        eps: least root mean square that is divided by.
+        eps: smallest divisor.
     """
 
     def __init__(self, dim: int, eps: float = 1e-5):
@@ -52,9 +52,7 @@ class ScaleNorm(nn.Module):
 
 
 def make_norm(name: str, dim: int, eps: float | None = None, *, affine: bool = True) -> nn.Module:
-    """A norm by name, with its own usual epsilon unless one is given; without `affine`, nothing in
-    it is learned.
-    """
+    """A norm by name, by default with its usual epsilon. Without `affine` it learns nothing."""
     if name not in NORMS:
         raise ValueError(f"norm: expected one of {', '.join(map(repr, NORMS))}, got {name!r}")
     if name == "rmsnorm":

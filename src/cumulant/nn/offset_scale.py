@@ -1,4 +1,4 @@
-"""Several uses of one projection."""
+"""Several queries and keys from one projection."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from .checks import check_counts, check_features
 
 
 class OffsetScale(nn.Module):
-    """``x ⊙ gamma_h + beta_h`` for each of H uses: queries and keys from one projection (Hua et al.
-    2022, section 2).
+    """``x ⊙ gamma_h + beta_h`` for each of H uses: queries and keys from one projection.
+
+    Source: Hua et al. 2022, "Transformer Quality in Linear Time", section 2.
 
     Args:
         dim: channels K.
-        uses: H.
+        uses: number H of queries and keys.
     """
 
     def __init__(self, dim: int, uses: int):

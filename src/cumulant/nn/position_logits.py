@@ -1,4 +1,4 @@
-"""Position logits of ELiTA: sums of learned sines."""
+"""Position logits of ELiTA, sums of learned sines."""
 
 from __future__ import annotations
 
@@ -7,28 +7,27 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .checks import check_counts, check_places
+from .checks import check_counts, check_positions
 
 
 class SinusoidalLogits(nn.Module):
-    """A logit for each position as key and one as query, ``P₁(j)`` and ``P₂(i)``, for every head::
+    """Logits of each position, ``P₁(j)`` for keys and ``P₂(i)`` for queries, for every head::
 
         P_n(j) = Σ_m c_m sin(a_nm · τ_j + b_nm),   τ_j = time · j / horizon
 
-    with frequencies a₁, a₂ and phases b₁, b₂ of their own and one set of amplitudes c, all learned.
-    Their sum ``P(i, j) = P₂(i) + P₁(j)`` is what position adds to the logit of query i and key j.
+    Keys and queries have separate frequencies (a₁, a₂) and phases (b₁, b₂), but the same amplitudes
+    c. All are learned. Position adds ``P₂(i) + P₁(j)`` to the logit of query i and key j.
 
-    Nothing happens at the horizon: positions beyond it go on along the same sines, at values of τ
-    above `time` which training on up to `horizon` tokens has not seen. To read a longer text within
-    the range that was trained, raise `horizon` (or lower `time`): positions then lie as much closer
-    together.
+    Positions beyond the horizon continue the same sines, at values of τ above `time`. Training on
+    up to `horizon` tokens has not seen those. To read a longer text within the trained range, raise
+    `horizon` or lower `time`, which moves positions closer together.
 
     Source: Sharma 2023, ELiTA, p₁ and p₂.
 
     Args:
-        num_heads: H.
+        num_heads: heads H.
         features: sines m of each logit.
-        horizon: position j at which τ is `time`; above 0.
+        horizon: position j at which τ equals `time`; above 0.
         time: τ at the horizon.
     """
 
@@ -51,7 +50,7 @@ class SinusoidalLogits(nn.Module):
             setattr(self, name, nn.Parameter(value))
 
     def initial(self) -> dict[str, Tensor]:
-        """Initial ``[H, M]`` of each parameter, between -0.05 and 0.05 as published."""
+        """The initial values ``[H, M]`` of each parameter, from -0.05 to 0.05 as published."""
         shape = self.num_heads, self.features
         return {
             name: torch.empty(shape).uniform_(-0.05, 0.05) for name in ("a1", "b1", "a2", "b2", "c")
@@ -63,10 +62,11 @@ class SinusoidalLogits(nn.Module):
     def forward(
         self, position: Tensor, horizon: Tensor | float | None = None
     ) -> tuple[Tensor, Tensor]:
-        """``position [...]`` (integers) -> P₁ and P₂ ``[..., H]`` in fp32; `horizon` in place of
-        the module's own.
+        """``position [...]`` (integers) -> P₁ and P₂ ``[..., H]`` in fp32.
+
+        `horizon` replaces the module's own.
         """
-        check_places(position, "[...]")
+        check_positions(position, "[...]")
         horizon = self.horizon if horizon is None else horizon
         if not isinstance(horizon, Tensor):
             check_horizon(horizon)

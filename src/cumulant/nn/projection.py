@@ -1,10 +1,10 @@
-"""Calling the linear layers of all modules."""
+"""How all modules call their linear layers."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as globally
+from torch.nn.modules import module as module_globals
 
 from ..ops.project import project as multiply
 
@@ -17,8 +17,7 @@ def project(layer: nn.Module, x: Tensor) -> Tensor:
     """``layer(x)``: ``[..., in_features]`` -> ``[..., out_features]``.
 
     A plain `torch.nn.Linear` runs up to twice as fast on CPUs where PyTorch's own matrix products
-    are slow. Whatever else stands in its place, as quantised layers, adapters and offloaded weights
-    do, is called as the module it is.
+    are slow. Any other layer, such as a quantised one or an adapter, is called as a module.
     """
     if torch.compiler.is_compiling() or not is_plain(layer):
         y: Tensor = layer(x)
@@ -27,14 +26,16 @@ def project(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def is_plain(layer: nn.Module) -> bool:
-    """Whether calling the layer is nothing but `torch.nn.functional.linear`: its own class and
-    method, no hooks, a weight that is an ordinary tensor."""
+    """Whether calling the layer does nothing but `torch.nn.functional.linear`.
+
+    It has the class and the method of `torch.nn.Linear`, no hooks, and an ordinary weight.
+    """
     attributes = vars(layer)
     return (
         type(layer) is nn.Linear
         and nn.Linear.forward is _FORWARD
         and "forward" not in attributes
         and not any(map(attributes.get, _HOOKS))
-        and not any(getattr(globally, name) for name in _GLOBAL_HOOKS)
+        and not any(getattr(module_globals, name) for name in _GLOBAL_HOOKS)
         and type(layer.weight) in (Tensor, nn.Parameter)
     )

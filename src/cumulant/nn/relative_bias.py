@@ -8,23 +8,23 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.dispatch import plainly_called
-from .checks import check_count, check_counts, check_places
+from .checks import check_count, check_counts, check_positions
 
 
 class T5RelativePositionBias(nn.Module):
-    """A learned number for each bucket of distances, added to attention scores.
+    """A bias on attention scores: one learned number for each bucket of distances.
 
-    The first half of the buckets holds one distance each, the second half ranges that grow
-    logarithmically up to `max_distance`; all farther ones share the last. Without `is_causal` half
-    of the buckets are for later keys.
+    In the first half each bucket has one distance. In the second half, buckets are ranges that grow
+    logarithmically up to `max_distance`, and all larger distances share the last bucket. Without
+    `is_causal`, half of the buckets are for later keys.
 
     Source: Raffel et al. 2020, "Exploring the Limits of Transfer Learning", section 2.1.
 
     Args:
-        num_heads: biases for so many heads.
+        num_heads: heads H, each with its own biases.
         is_causal: keys never come later than queries.
-        num_buckets: numbers a head.
-        max_distance: distance from which on all are alike.
+        num_buckets: learned numbers for each head.
+        max_distance: the distance from which on all share one bucket.
         scale: factor of the learned numbers.
     """
 
@@ -53,7 +53,7 @@ class T5RelativePositionBias(nn.Module):
             scale,
         )
         self.embedding = nn.Embedding(num_buckets, num_heads)
-        self._last: tuple[tuple[int, int, torch.device], Tensor] | None = None
+        self._kept: tuple[tuple[int, int, torch.device], Tensor] | None = None
         nn.init.normal_(self.embedding.weight, std=0.02)
 
     def extra_repr(self) -> str:
@@ -62,8 +62,8 @@ class T5RelativePositionBias(nn.Module):
         )
 
     def buckets(self, distance: Tensor) -> Tensor:
-        """Bucket of each ``distance``, place of the key minus place of the query (int64)."""
-        check_places(distance, "[...]", "distance")
+        """The bucket of each distance, the key's position minus the query's (int64)."""
+        check_positions(distance, "[...]", "distance")
         buckets, back = self.num_buckets, -distance
         later = torch.zeros_like(back)
         if self.is_causal:
@@ -80,11 +80,10 @@ class T5RelativePositionBias(nn.Module):
     def forward(
         self, queries: int, keys: int | None = None, *, device: torch.device | None = None
     ) -> Tensor:
-        """Bias ``[H, T, S]`` of the last T = `queries` of S = `keys` places (by default as many) on
-        all of them.
+        """The bias ``[H, T, S]`` of the last T = `queries` of S = `keys` positions on all of them.
 
-        `device`: where it is wanted, by default where the weights are, which is elsewhere while
-        they are offloaded.
+        keys: by default as many as queries. device: of the result, by default that of the weights,
+        which differs while they are offloaded.
         """
         keys = queries if keys is None else keys
         _check_length("queries", queries)
@@ -96,39 +95,36 @@ class T5RelativePositionBias(nn.Module):
                 torch.zeros(queries, keys, dtype=torch.int64, device=device)
             ).movedim(-1, 0)
             return bias
-        values = self.embedding(self._buckets(queries, keys, device)).mT * self.scale
-        if (
-            torch.compiler.is_compiling() or not plainly_called()
-        ):  # unfold fixes a graph's length, and cannot be mapped
+        values = self.embedding(self._distance_buckets(queries, keys, device)).mT * self.scale
+        if torch.compiler.is_compiling() or not plainly_called():
+            # unfold would fix the length of a graph, and torch.func cannot map it
             first = torch.arange(queries - 1, -1, -1, device=values.device)
             bias = values[:, first[:, None] + torch.arange(keys, device=values.device)]
         else:
-            bias = values.unfold(1, keys, 1).flip(1)  # row i reads from place T - 1 - i on
+            bias = values.unfold(1, keys, 1).flip(1)  # row i starts at index T - 1 - i
         return bias
 
-    def _buckets(self, queries: int, keys: int, device: torch.device) -> Tensor:
-        """Buckets of all distances between the places, from the least on; those of the last call
-        are kept, as steps ask for the same again and again."""
-        compiling = (
-            torch.compiler.is_compiling()
-        )  # a graph that looked at what is kept would be made anew with it
-        if not compiling and self._last is not None and self._last[0] == (queries, keys, device):
-            return self._last[1]
-        with torch.inference_mode(
-            False
-        ):  # a tensor of inference's could not be used in training later
+    def _distance_buckets(self, queries: int, keys: int, device: torch.device) -> Tensor:
+        """The buckets of all distances between positions, in ascending order.
+
+        Those of the last call are kept, as steps often need the same again.
+        """
+        # a graph that reads the kept buckets would be compiled again whenever they change
+        compiling = torch.compiler.is_compiling()
+        if not compiling and self._kept is not None and self._kept[0] == (queries, keys, device):
+            return self._kept[1]
+        # a tensor made in inference mode could not be used in training later
+        with torch.inference_mode(False):
             found = self.buckets(torch.arange(queries + keys - 1, device=device) - (keys - 1))
         if type(found) is Tensor and not compiling and plainly_called():
-            self._last = (queries, keys, device), found
+            self._kept = (queries, keys, device), found
         return found
 
     def at(self, query_position: Tensor, key_position: Tensor) -> Tensor:
-        """Bias ``[B, H, T, S]`` at ``query_position [B, T]`` and ``key_position [B, S]``, in any
-        order.
-        """
+        """The bias ``[B, H, T, S]`` at ``query_position [B, T]`` and ``key_position [B, S]``."""
         for name, position in (("query_position", query_position), ("key_position", key_position)):
             letters = "[B, T]" if name == "query_position" else "[B, S]"
-            check_places(position, letters, name)
+            check_positions(position, letters, name)
             if position.dim() != 2:
                 raise ValueError(f"{name}: expected {letters}, got {list(position.shape)}")
         distance = key_position[:, None] - query_position[:, :, None]
@@ -137,6 +133,6 @@ class T5RelativePositionBias(nn.Module):
 
 
 def _check_length(name: str, length: object) -> None:
-    """A number of places, which is a symbol where graphs of any length are made."""
+    """A number of positions is an integer, or a symbol in a graph for any length."""
     if not isinstance(length, torch.SymInt):
         check_count(name, length, 0)

@@ -6,22 +6,23 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.pointwise import turn
-from .checks import check_count, check_floats, check_places
+from .checks import check_count, check_floats, check_positions
 from .step import known_to_programs
 
 
 @known_to_programs
 class RotaryEmbedding(nn.Module):
-    """Rotates neighbouring pairs of dimensions by position-dependent angles (Su et al. 2021,
-    "RoFormer", eq. 34).
+    """Rotates neighbouring pairs of dimensions by angles that depend on the position.
 
-    Pair i at position t turns by ``t · base^(-2i/dim)``. Whole turns are taken off in fp64, so that
-    a million tokens in the angles are as exact as at the start, whatever the module's dtype. No
-    parameters, no buffers.
+    The angle of pair i at position t is ``t · base^(-2i/dim)``. It is reduced to one full rotation
+    in fp64, so angles after a million tokens are as exact as at the start, in any dtype. The module
+    has no parameters and no buffers.
+
+    Source: Su et al. 2021, "RoFormer", eq. 34.
 
     Args:
         dim: rotated dimensions, even.
-        base: the slowest pair turns once in about ``2π · base`` tokens.
+        base: the slowest pair makes one full rotation in about ``2π · base`` tokens.
     """
 
     def __init__(self, dim: int, base: float = 10000.0):
@@ -57,7 +58,7 @@ class RotaryEmbedding(nn.Module):
 
     def _check(self, x: Tensor, position: Tensor, name: str) -> None:
         check_floats(x, "[B, H, T, dim]", name)
-        check_places(position)
+        check_positions(position)
         if x.dim() != 4 or x.shape[-1] != self.dim:
             raise ValueError(
                 f"{name}: expected [B, H, T, dim] with dim={self.dim}, got {list(x.shape)}"

@@ -1,6 +1,4 @@
-"""Short causal convolutions: the local mixer that linear attention needs beside it (Arora et al.
-2023).
-"""
+"""Short causal convolutions, the local mixing that linear attention lacks (Arora et al. 2023)."""
 
 from __future__ import annotations
 
@@ -12,19 +10,25 @@ from torch import Tensor, nn
 from ..ops.pointwise import short_convolution
 from ..ops.state import State, register
 from ..ops.step import Vector
-from .checks import check_counts, check_floats, check_input, check_like, check_part, check_state
-from .padding import clear_slack, compact, last_tokens, offsets, restore
+from .checks import (
+    check_counts,
+    check_floats,
+    check_input,
+    check_state,
+    check_state_tensor,
+    check_tensor_like,
+)
+from .padding import compact_rows, last_tokens, packed_positions, restore_rows, zero_after_packed
 from .projection import project
 from .step import StepBuilder, known_to_programs, step_mixer
 
 
 @known_to_programs
 class ShortConvolution(nn.Module):
-    """Depthwise causal convolution: ``y_t = Σ_{j < size} w_j ⊙ x_{t-j}``, zeros before the first
-    token.
+    """Depthwise causal convolution: ``y_t = Σ_{j < size} w_j ⊙ x_{t-j}``.
 
-    It starts as the identity (w_0 = 1, the rest small), so that adding it to a model changes
-    nothing at first.
+    There are zeros before the first token. It starts near the identity (w_0 near 1, the rest near
+    0), so adding it to a model changes little at first.
 
     Args:
         dim: channels D.
@@ -56,10 +60,10 @@ class ShortConvolution(nn.Module):
         offset: Tensor | None = None,
         padding: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
-        """``x [B, T, D]`` -> the same and the new tail ``[B, size - 1, D]``; arguments as in
-        `token_shift`.
+        """``x [B, T, D]`` -> ``[B, T, D]`` and the new tail ``[B, size - 1, D]``.
 
-        The channels may come as several tensors, which have their outputs each.
+        The channels may be split over several tensors, each of which gets an output. tail, offset
+        and padding are as in `token_shift`, but for the length of the tail.
         """
         self._check(x, tail)
         sizes, n = [part.shape[-1] for part in x], self.size - 1
@@ -67,7 +71,7 @@ class ShortConvolution(nn.Module):
         tails = [None] * len(x) if tail is None else tail.to(x[0].dtype).split(sizes, -1)
         new = []
         for part, past in zip(x, tails, strict=True):
-            # a graph that compares lengths holds for some only
+            # a compiled graph must not compare lengths, or it holds for some only
             long = padding is None and not torch.compiler.is_compiling() and part.shape[1] >= n
             before = (
                 part.new_zeros(part.shape[0], n, part.shape[2])
@@ -79,9 +83,8 @@ class ShortConvolution(nn.Module):
             short_convolution(*inputs, offset) for inputs in zip(x, weights, tails, strict=True)
         )
         tail = new[0] if len(x) == 1 else torch.cat(new, -1)
-        return *mixed, tail.to(
-            self.weight.dtype
-        )  # a state's dtype is that of the weights, under autocast too
+        # a state has the dtype of the weights, under autocast too
+        return *mixed, tail.to(self.weight.dtype)
 
     def _check(self, x: tuple[Tensor, ...], tail: Tensor | None) -> None:
         for part in x:
@@ -99,7 +102,7 @@ class ShortConvolution(nn.Module):
             got = ", ".join(f"{list(part.shape)} {part.dtype}" for part in x)
             raise ValueError(f"x: expected tensors with the same B, T and dtype, got {got}")
         if tail is not None:
-            check_like(
+            check_tensor_like(
                 tail,
                 "tail: expected",
                 "[B, size - 1, D]",
@@ -110,8 +113,10 @@ class ShortConvolution(nn.Module):
 
 @dataclass(frozen=True)
 class ConvolutionState(State):
-    """tail: ``[B, size - 1, D]``, the inputs that the next tokens still see. position: ``[B]``
-    tokens so far.
+    """The state of `GatedShortConvolution`.
+
+    tail: ``[B, size - 1, D]``, the last inputs, which the next tokens see. position: ``[B]``, the
+    number of tokens so far.
     """
 
     tail: Tensor
@@ -123,8 +128,7 @@ register(ConvolutionState)
 
 @known_to_programs
 class GatedShortConvolution(nn.Module):
-    """Gated convolution mixer, ``out(conv(in(x)) ⊙ gate(x))``: Based's third kind of layer, causal,
-    with a tiny state.
+    """Gated convolution, ``W_out (conv(W_in x) ⊙ W_gate x)``: Based's third kind of layer, causal.
 
     Args:
         dim: model dim D.
@@ -147,9 +151,7 @@ class GatedShortConvolution(nn.Module):
         state: ConvolutionState | None = None,
         return_state: bool = False,
     ) -> Tensor | tuple[Tensor, ConvolutionState]:
-        """``x [B, T, D]``, ``key_mask [B, T]`` True = a token; see `cumulant.nn` for the mixer
-        protocol.
-        """
+        """``x [B, T, D]`` -> ``[B, T, D]``, and the state if asked for; see `cumulant.nn`."""
         if state is not None and return_state and key_mask is None and cu_seqlens is None:
             stepped = step_mixer(self, x, state)
             if stepped is not None:
@@ -160,18 +162,18 @@ class GatedShortConvolution(nn.Module):
         check_state(state, ConvolutionState, x)
         if state is not None:
             tail = x.shape[0], self.conv.size - 1, self.dim
-            check_part(state.tail, "tail", "[B, size - 1, D]", tail, x)
+            check_state_tensor(state.tail, "tail", "[B, size - 1, D]", tail, x)
         rows, padding, offset = None, None, None
         if key_mask is not None:
-            x, rows = compact(x, key_mask)
+            x, rows = compact_rows(x, key_mask)
             padding = x.shape[1] - rows.tokens
         if cu_seqlens is not None:
-            x, offset = clear_slack(x, cu_seqlens), offsets(x.shape[1], cu_seqlens)
+            x, offset = zero_after_packed(x, cu_seqlens), packed_positions(x.shape[1], cu_seqlens)
         content, gate = project(self.in_proj, x).chunk(2, -1)
         content, tail = self.conv(
             content, tail=None if state is None else state.tail, offset=offset, padding=padding
         )
-        y = restore(project(self.out_proj, content * gate), rows)
+        y = restore_rows(project(self.out_proj, content * gate), rows)
         if not return_state:
             return y
         count = (
@@ -193,10 +195,10 @@ class GatedShortConvolution(nn.Module):
 
     @staticmethod
     def state_tensors(state: object) -> list[Tensor | None]:
-        """A state's tensors in the order of `emit_step`; none of another mixer's state."""
+        """A state's tensors in the order of `emit_step`, or [] for another mixer's state."""
         return [state.tail] if isinstance(state, ConvolutionState) else []
 
     @staticmethod
     def state_from_tensors(tensors: list[Tensor], position: Tensor) -> ConvolutionState:
-        """The state of which these are the tensors."""
+        """The state that consists of these tensors."""
         return ConvolutionState(tensors[0], position)

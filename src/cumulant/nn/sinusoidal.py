@@ -5,20 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .checks import check_count, check_places
+from .checks import check_count, check_positions
 from .rotary import RotaryEmbedding
 
 
 class ScaledSinusoidalEmbedding(nn.Module):
     """``g [sin(t w), cos(t w)]`` with ``w_i = base^(-2i/dim)`` and one learned number g.
 
-    g starts at 1 / sqrt(dim). Angles are exact far beyond a million tokens (see `RotaryEmbedding`).
+    g starts at 1 / sqrt(dim). Angles are exact for millions of tokens (see `RotaryEmbedding`).
 
     Source: Hua et al. 2022, "Transformer Quality in Linear Time", appendix B.
 
     Args:
         dim: channels D, even.
-        base: the slowest channel turns once in about ``2π · base`` tokens.
+        base: the slowest channel has a period of about ``2π · base`` tokens.
     """
 
     def __init__(self, dim: int, base: float = 10000.0):
@@ -37,6 +37,6 @@ class ScaledSinusoidalEmbedding(nn.Module):
 
     def forward(self, position: Tensor) -> Tensor:
         """``position [T]`` or ``[B, T]`` (integers) -> ``[..., T, D]`` in the scale's dtype."""
-        check_places(position)
+        check_positions(position)
         cos, sin = self.angles.angles(position)
         return torch.cat((sin, cos), -1).to(self.scale.dtype) * self.scale

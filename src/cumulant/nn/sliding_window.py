@@ -1,6 +1,4 @@
-"""Sliding-window softmax attention: each token sees itself and the `window` - 1 tokens before it,
-in O(T · window).
-"""
+"""Sliding-window softmax attention, in O(T · window)."""
 
 from __future__ import annotations
 
@@ -11,17 +9,18 @@ from torch.nn import functional as F
 from ..ops.dispatch import exports_to_onnx, plainly_called
 from ..ops.state import KeyValueState
 from .checks import check_count
-from .padding import compact, restore
+from .padding import compact_rows, restore_rows
 from .softmax import SoftmaxAttention, attend_softmax, attend_visible
 
 
 class SlidingWindowAttention(SoftmaxAttention):
-    """Softmax attention over the last `window` tokens. Its state holds the last ``window - 1`` keys
-    and values.
+    """Softmax attention in which each token sees itself and the ``window - 1`` tokens before it.
+
+    Its state holds the last ``window - 1`` keys and values.
 
     Args:
         dim, num_heads, num_kv_heads, head_dim, rotary, rotary_base: as in `SoftmaxAttention`.
-        window: tokens seen, itself included.
+        window: tokens that a token sees, itself included.
     """
 
     def __init__(
@@ -55,9 +54,7 @@ class SlidingWindowAttention(SoftmaxAttention):
         state: KeyValueState | None = None,
         return_state: bool = False,
     ) -> Tensor | tuple[Tensor, KeyValueState]:
-        """``x [B, T, D]`` -> ``[B, T, D]``, with `return_state` also the state; see `cumulant.nn`
-        for the protocol.
-        """
+        """``x [B, T, D]`` -> ``[B, T, D]``, and the state if asked for; see `cumulant.nn`."""
         if (
             key_mask is None
             or x.dim() != 3
@@ -67,21 +64,20 @@ class SlidingWindowAttention(SoftmaxAttention):
             return super().forward(
                 x, key_mask=key_mask, cu_seqlens=cu_seqlens, state=state, return_state=return_state
             )
-        # Windows count tokens, not padding: the row is compacted, so that neighbours in it are
-        # neighbours in the text.
-        x, rows = compact(x, key_mask)
+        # Windows count tokens, not padding. So padding is moved out from between them.
+        x, rows = compact_rows(x, key_mask)
         result = super().forward(
             x, key_mask=rows.mask, cu_seqlens=cu_seqlens, state=state, return_state=return_state
         )
         return (
-            (restore(result[0], rows), result[1])
+            (restore_rows(result[0], rows), result[1])
             if isinstance(result, tuple)
-            else restore(result, rows)
+            else restore_rows(result, rows)
         )
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, past: int) -> Tensor:
         T, w = q.shape[2], self.window
-        if exports_to_onnx():  # whose blocks would keep the length that they were exported with
+        if exports_to_onnx():  # blocks would fix the length in the exported graph
             ahead = (
                 torch.arange(T, device=q.device)[:, None]
                 + past
@@ -102,7 +98,7 @@ class SlidingWindowAttention(SoftmaxAttention):
     def _attend_blocks(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, past: int
     ) -> Tensor:
-        """Blocks of n <= window queries, each on the n + window - 1 keys that they can see."""
+        """Blocks of n <= window queries attend to the n + window - 1 keys that they can see."""
         (B, _H, T, _), w = q.shape, self.window
         n = max(1, min(w, T))
         blocks = -(-T // n)
@@ -111,11 +107,11 @@ class SlidingWindowAttention(SoftmaxAttention):
             torch.ones(B, k.shape[2], dtype=torch.bool, device=q.device) if mask is None else mask
         )
         q = F.pad(q, (0, 0, 0, right)).unflatten(2, (blocks, n))
-        # F.pad with a negative left side drops keys older than any query's window
-        place = torch.arange(blocks, device=q.device)[:, None] * n + torch.arange(
+        # F.pad with a negative left side drops keys that are too old for every query
+        index = torch.arange(blocks, device=q.device)[:, None] * n + torch.arange(
             n + w - 1, device=q.device
         )
-        k, v = (_windows(F.pad(x, (0, 0, left, right)), place, n) for x in (k, v))
+        k, v = (_gather_windows(F.pad(x, (0, 0, left, right)), index, n) for x in (k, v))
         seen = F.pad(seen, (left, right)).unfold(1, n + w - 1, n)
         ahead = torch.arange(n + w - 1, device=q.device) - torch.arange(n, device=q.device)[:, None]
         visible = ((ahead >= 0) & (ahead < w)) & seen[:, :, None, :]
@@ -131,15 +127,13 @@ class SlidingWindowAttention(SoftmaxAttention):
     def remember(
         self, k: Tensor, v: Tensor, mask: Tensor | None, position: Tensor
     ) -> KeyValueState:
-        """The last window - 1 tokens of each row, older slots first; the mask says which slots are
-        filled.
-        """
+        """The last window - 1 tokens of each row in their order. The mask is True at tokens."""
         keep = min(self.window - 1, k.shape[2])
         if mask is None:
-            # copies: views would keep the whole sequence alive
+            # copies, as views would keep the whole sequence in memory
             k, v = (x[:, :, x.shape[2] - keep :].clone() for x in (k, v))
             return KeyValueState(k, v, None, position)
-        # a stable sort by the mask moves what is masked to the front
+        # a stable sort by the mask moves masked tokens to the front
         order = torch.argsort(mask.to(torch.uint8), dim=1, stable=True)[:, mask.shape[1] - keep :]
         index = order[:, None, :, None]
         key = k.gather(2, index.expand(-1, k.shape[1], -1, k.shape[3]))
@@ -147,9 +141,11 @@ class SlidingWindowAttention(SoftmaxAttention):
         return KeyValueState(key, value, mask.gather(1, order), position)
 
 
-def _windows(x: Tensor, place: Tensor, step: int) -> Tensor:
-    """``x [B, G, S, K]`` at every window's places ``[windows, size]``, which begin every `step`:
-    ``[B, G, windows, size, K]``."""
+def _gather_windows(x: Tensor, index: Tensor, step: int) -> Tensor:
+    """``x [B, G, S, K]`` -> ``[B, G, windows, size, K]``.
+
+    ``index [windows, size]`` holds each window's tokens. Windows start every `step` tokens.
+    """
     if torch.compiler.is_compiling() or plainly_called():
-        return x.unfold(2, place.shape[1], step).mT
-    return x[:, :, place]  # gradients of unfold cannot be mapped
+        return x.unfold(2, index.shape[1], step).mT
+    return x[:, :, index]  # torch.func cannot map the gradients of unfold

@@ -1,6 +1,4 @@
-"""Softmax attention (PyTorch's SDPA) behind the mixer protocol: the baseline, with a cache that
-grows.
-"""
+"""Softmax attention (PyTorch's SDPA) as a mixer: the baseline, with a state that grows."""
 
 from __future__ import annotations
 
@@ -17,20 +15,18 @@ from ..ops.state import KeyValueState
 from .checks import (
     check_counts,
     check_input,
-    check_keys,
+    check_key_value_state,
     check_state,
     count_kv_heads,
     size_of_head,
 )
-from .padding import clear_slack, offsets
+from .padding import packed_positions, zero_after_packed
 from .projection import project
 from .rotary import RotaryEmbedding
 
 
 def attend_softmax(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
-    """SDPA with grouped heads; by its formula where its kernels have no rule: for tangents, and
-    mapped.
-    """
+    """SDPA with grouped heads. For tangents and under vmap it runs as a formula, not a kernel."""
     if torch.compiler.is_compiling() or plainly_called():
         return F.scaled_dot_product_attention(query, key, value, enable_gqa=True, **options)
     with sdpa_kernel(SDPBackend.MATH):
@@ -38,9 +34,7 @@ def attend_softmax(query: Tensor, key: Tensor, value: Tensor, **options: Any) ->
 
 
 def attend_visible(query: Tensor, key: Tensor, value: Tensor, visible: Tensor) -> Tensor:
-    """SDPA under a boolean mask ``[..., T, S]``; rows that see nothing give zeros instead of
-    NaN.
-    """
+    """SDPA under a boolean mask ``[..., T, S]``. Rows that see nothing are zero, not NaN."""
     blind = ~visible.any(-1, keepdim=True)
     out = attend_softmax(query, key, value, attn_mask=visible | blind)
     return out.masked_fill(blind, 0)
@@ -91,14 +85,12 @@ class SoftmaxAttention(nn.Module):
         state: KeyValueState | None = None,
         return_state: bool = False,
     ) -> Tensor | tuple[Tensor, KeyValueState]:
-        """``x [B, T, D]`` -> ``[B, T, D]``, with `return_state` also the state; see `cumulant.nn`
-        for the protocol.
-        """
+        """``x [B, T, D]`` -> ``[B, T, D]``, and the state if asked for; see `cumulant.nn`."""
         check_input(
             x, self.q_proj, self.dim, key_mask, cu_seqlens, state is not None or return_state
         )
         check_state(state, KeyValueState, x)
-        check_keys(state, self.num_kv_heads, self.head_dim, self.head_dim, x)
+        check_key_value_state(state, self.num_kv_heads, self.head_dim, self.head_dim, x)
         if not self.is_causal and (state is not None or return_state):
             raise ValueError(
                 "state: only causal attention carries a state from call to call; build with"
@@ -111,7 +103,7 @@ class SoftmaxAttention(nn.Module):
             past = state.key.shape[2]
             if key_mask is not None or state.mask is not None:
                 mask = torch.cat(
-                    (_filled(state.mask, x, past), _filled(key_mask, x, x.shape[1])), 1
+                    (_mask_or_ones(state.mask, x, past), _mask_or_ones(key_mask, x, x.shape[1])), 1
                 )
             k, v = torch.cat((state.key, k), 2), torch.cat((state.value, v), 2)
         out = (
@@ -134,10 +126,10 @@ class SoftmaxAttention(nn.Module):
         cu_seqlens: Tensor | None,
         state: KeyValueState | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Rotated q, k, then v, and the number of new tokens in each row ``[B]``."""
+        """Rotated q and k, v, and the number of new tokens in each row ``[B]``."""
         B, T = x.shape[:2]
         if cu_seqlens is not None:
-            x = clear_slack(x, cu_seqlens)
+            x = zero_after_packed(x, cu_seqlens)
         if key_mask is not None:
             x = x.masked_fill(~key_mask[..., None], 0)
             count = key_mask.sum(1)
@@ -156,7 +148,7 @@ class SoftmaxAttention(nn.Module):
         )
         if self.rotary is not None:
             if cu_seqlens is not None:
-                position = offsets(T, cu_seqlens)
+                position = packed_positions(T, cu_seqlens)
             elif key_mask is not None:
                 position = key_mask.cumsum(1) - 1
             else:
@@ -167,12 +159,11 @@ class SoftmaxAttention(nn.Module):
         return q, k, v, count
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, past: int) -> Tensor:
-        """q ``[B,H,T,K]`` on k, v ``[B,G,past + T,K]``."""
+        """``q [B, H, T, K]`` attends to ``k, v [B, G, past + T, K]``."""
         T, S = q.shape[2], k.shape[2]
         if mask is None and (past == 0 or T == 1 or not self.is_causal):
-            causal = (
-                self.is_causal if past == 0 else False
-            )  # a bool in compiled graphs too, where lengths are symbols
+            # a bool in compiled graphs too, where lengths are symbols
+            causal = self.is_causal if past == 0 else False
             return attend_softmax(q, k, v, is_causal=causal)
         visible = torch.ones(T, S, dtype=torch.bool, device=q.device)
         if self.is_causal:
@@ -182,7 +173,7 @@ class SoftmaxAttention(nn.Module):
         return attend_visible(q, k, v, visible)
 
     def attend_packed(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """Each packed sequence by itself; rows after the last one are zero."""
+        """Each packed sequence attends to itself. Rows after the last sequence are zero."""
         bounds = cu_seqlens.tolist()
         spans = itertools.pairwise(bounds)
         outs = [self.attend(q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], None, 0) for a, b in spans]
@@ -195,5 +186,5 @@ class SoftmaxAttention(nn.Module):
         return KeyValueState(k, v, mask, position)
 
 
-def _filled(mask: Tensor | None, x: Tensor, length: int) -> Tensor:
+def _mask_or_ones(mask: Tensor | None, x: Tensor, length: int) -> Tensor:
     return x.new_ones(x.shape[0], length, dtype=torch.bool) if mask is None else mask

@@ -1,9 +1,8 @@
-"""One-token steps of whole modules as native programs: writing them down, and telling when they
-still hold.
+"""One-token steps of whole modules as native programs: how they are built, and when they are valid.
 
-A module that can be stepped is an `EmitsStep`, a mixer with a state a `StepsWithState`. What a
-program cannot do, and whatever may watch (gradients, hooks, tracing), takes the module's `forward`
-instead.
+A module that can be stepped is an `EmitsStep`, and a mixer with a state is a `StepsWithState`. The
+module's `forward` runs instead if a program cannot do its work. It also runs if hooks, gradients or
+tracing could tell the difference.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as globally
+from torch.nn.modules import module as module_globals
 
 from ..ops.step import Program, Unsuitable, Vector, may_step
 from .norms import RMSNorm, ScaleNorm
@@ -26,24 +25,26 @@ from .norms import RMSNorm, ScaleNorm
 
 @runtime_checkable
 class EmitsStep(Protocol):
-    """A module that can write down one token's work."""
+    """A module that can emit the instructions for one token."""
 
     def emit_step(self, builder: StepBuilder, x: Vector, residual: Vector | None) -> Vector:
-        """Add the instructions of ``forward`` on `x`, and return where its output comes. With
-        `residual` the output is added to that vector, which is returned."""
+        """Add the instructions of ``forward`` on `x`, and return the vector of its output.
+
+        With `residual`, add the output to that vector and return it.
+        """
         ...
 
 
 @runtime_checkable
 class StepsWithState(EmitsStep, Protocol):
-    """A mixer that can write down one token's work with a state."""
+    """A mixer that can emit the instructions for one token with a state."""
 
     def state_tensors(self, state: object) -> list[Tensor | None]:
-        """A state's tensors in the order of `emit_step`; none of another mixer's state."""
+        """A state's tensors in the order of `emit_step`, or [] for another mixer's state."""
         ...
 
     def state_from_tensors(self, tensors: list[Tensor], position: Tensor) -> Any:
-        """The state of which these are the tensors."""
+        """The state that consists of these tensors."""
         ...
 
 
@@ -51,19 +52,19 @@ def _steps_with_state(kind: type) -> bool:
     return issubclass(kind, StepsWithState)
 
 
-# Whether modules of a class are `StepsWithState`: asked for every token, where `isinstance` would
-# take longer.
+# Whether modules of a class are `StepsWithState`. Every token needs it, and `isinstance` is slower.
 steps_with_state: Callable[[type], bool] = cache(_steps_with_state)
 
 
 Emit = Callable[[Any, "StepBuilder", Vector, Vector | None], Vector]
 _Kind = TypeVar("_Kind", bound=type[nn.Module])
-_methods: dict[type, dict[str, Any]] = {}  # of every class that programs know, as it was defined
+_methods: dict[type, dict[str, Any]] = {}  # of each class that programs know, as defined
 
 
 def known_to_programs(kind: _Kind) -> _Kind:
-    """A class, not its subclasses, that programs may take the place of, as long as its methods are
-    these.
+    """Let programs replace modules of this class while its methods are unchanged.
+
+    Subclasses are not included.
     """
     own = kind.__mro__[: kind.__mro__.index(nn.Module)]
     functions = (FunctionType, staticmethod)
@@ -81,24 +82,25 @@ for _kind in (RMSNorm, nn.RMSNorm, nn.LayerNorm, ScaleNorm, nn.Linear, nn.Dropou
 
 
 class StepBuilder:
-    """A program being written, and the modules that it is made from."""
+    """A program under construction, and the modules that it is built from."""
 
     def __init__(self, dim: int):
         self.program = Program(dim)
         self.modules: list[nn.Module] = []
 
     def rely_on(self, module: nn.Module, *kinds: type[nn.Module]) -> None:
-        """Take the module as it is now, which must be known to programs, and of one of these kinds
-        if any are named.
+        """Let the program depend on the module's present weights and settings.
+
+        The module must be known to programs, and of one of these classes if any are named.
         """
         kind = type(module)
         if kind not in _methods or (kinds and kind not in kinds):
             raise Unsuitable
-        if any(getattr(kind, name) is not was for name, was in _methods[kind].items()):
+        if any(getattr(kind, name) is not known for name, known in _methods[kind].items()):
             raise Unsuitable
         for name, value in vars(module).items():
             if isinstance(value, Tensor) or (callable(value) and hasattr(kind, name)):
-                raise Unsuitable  # a weight that is no parameter; a method set on the object
+                raise Unsuitable  # a weight that is no parameter, or a replaced method
         self.modules.append(module)
 
     def norm(self, norm: Any, x: Vector) -> Vector:
@@ -131,15 +133,15 @@ class StepBuilder:
 
 
 _get_hooks = itemgetter("_forward_hooks", "_forward_pre_hooks")
-_dereference: Any = methodcaller("__call__")
+_resolve: Any = methodcaller("__call__")
 
 
 class CompiledStep:
-    """The program of a module, or None where there can be none, and what that rests on.
+    """The program of a module, or None if it cannot have one, and all that this depends on.
 
-    Modules are held weakly, as what is kept here lives as long as they do. What must be looked at
-    before every step is kept in lists, and compared by functions of C, which is several times as
-    fast as module by module.
+    Modules are referenced weakly, as an entry here lives as long as its module. Lists hold all that
+    must be compared before every step. So functions in C compare it, several times as fast as a
+    loop over modules.
     """
 
     def __init__(self, module: nn.Module, emit: Emit, dim: int):
@@ -155,50 +157,54 @@ class CompiledStep:
         self._owners, self._names = [kind for kind, _ in methods], [name for _, name in methods]
         self._methods = list(map(getattr, self._owners, self._names))
         attributes: list[Any] = list(map(vars, builder.modules))
-        self._sizes = list(map(len, attributes))
-        self._settings = [itemgetter("training", *_settings(a)) for a in attributes]
+        self._attribute_counts = list(map(len, attributes))
+        self._settings = [itemgetter("training", *_setting_names(a)) for a in attributes]
         self._values = list(map(itemgetter.__call__, self._settings, attributes))
         children, self._parameters = (
-            _entries(attributes, "_modules"),
-            _entries(attributes, "_parameters"),
+            _table_entries(attributes, "_modules"),
+            _table_entries(attributes, "_parameters"),
         )
         self._children: list[Any] = [
             type(None) if child is None else ref(child) for child in children
         ]
         self._weights = [p for p in self._parameters if p is not None]
-        self._memory = _memory(self._weights)
+        self._memory = _memory_layout(self._weights)
 
     def is_current(self) -> bool:
-        """Whether nothing has been set, replaced or moved since."""
-        modules: list[Any] = list(map(_dereference, self._modules))
+        """Whether no setting, module, method or weight has changed since."""
+        modules: list[Any] = list(map(_resolve, self._modules))
         if None in modules or list(map(type, modules)) != self._kinds:
             return False
         attributes: list[Any] = list(map(vars, modules))
-        if list(map(len, attributes)) != self._sizes:
+        if list(map(len, attributes)) != self._attribute_counts:
             return False
         try:
             values = list(map(itemgetter.__call__, self._settings, attributes))
         except KeyError:
             return False
-        found = _entries(attributes, "_modules"), _entries(attributes, "_parameters")
+        found = _table_entries(attributes, "_modules"), _table_entries(attributes, "_parameters")
         methods = list(map(getattr, self._owners, self._names))
         if list(map(len, found)) != [len(self._children), len(self._parameters)]:
             return False
         same = chain(
-            map(is_, found[0], map(_dereference, self._children)),
+            map(is_, found[0], map(_resolve, self._children)),
             map(is_, found[1], self._parameters),
             map(is_, methods, self._methods),
         )
-        return all(same) and values == self._values and _memory(self._weights) == self._memory
+        return (
+            all(same) and values == self._values and _memory_layout(self._weights) == self._memory
+        )
 
     def has_hooks(self) -> bool:
-        """Whether a call of any of its modules would run something else too."""
-        attributes = map(vars, map(_dereference, self._modules))
+        """Whether calling any of its modules would run a hook."""
+        attributes = map(vars, map(_resolve, self._modules))
         hooks = any(chain.from_iterable(map(_get_hooks, attributes)))
-        return hooks or bool(globally._global_forward_hooks or globally._global_forward_pre_hooks)
+        return hooks or bool(
+            module_globals._global_forward_hooks or module_globals._global_forward_pre_hooks
+        )
 
 
-def _settings(attributes: dict[str, Any]) -> list[str]:
+def _setting_names(attributes: dict[str, Any]) -> list[str]:
     return [
         name
         for name, value in attributes.items()
@@ -206,12 +212,12 @@ def _settings(attributes: dict[str, Any]) -> list[str]:
     ]
 
 
-def _entries(attributes: list[dict[str, Any]], table: str) -> list[Any]:
+def _table_entries(attributes: list[dict[str, Any]], table: str) -> list[Any]:
     return list(chain.from_iterable(map(dict.values, map(itemgetter(table), attributes))))
 
 
-def _memory(weights: list[Tensor]) -> tuple[list[Any], ...]:
-    """Where the weights lie, and how."""
+def _memory_layout(weights: list[Tensor]) -> tuple[list[Any], ...]:
+    """The addresses, shapes, strides and dtypes of the weights."""
     return (
         list(map(Tensor.data_ptr, weights)),
         list(map(Tensor.size, weights)),
@@ -230,19 +236,18 @@ def step(
     position: Tensor | None = None,
     emit: Emit | None = None,
 ) -> tuple[Tensor, list[Tensor]] | None:
-    """``x [B, 1, D]`` at ``position [B]`` through `module` -> ``[B, 1, D]`` and its new states, in
-    one native call.
+    """One native call of `module`: ``x [B, 1, D]`` -> ``[B, 1, D]`` and the new states.
 
-    None where that cannot be, and `forward` must run. emit: what writes the instructions, by
-    default `emit_step`.
+    It returns None if `forward` must run instead. position: ``[B]``. emit: the method that emits
+    the instructions, by default `emit_step`.
     """
     if not may_step(x):
         return None
-    written = type(module).emit_step if emit is None else emit  # type: ignore[attr-defined]
-    programs, key = _compiled.setdefault(module, {}), (written, x.shape[-1])
+    emit = type(module).emit_step if emit is None else emit  # type: ignore[attr-defined]
+    programs, key = _compiled.setdefault(module, {}), (emit, x.shape[-1])
     compiled = programs.get(key)
     if compiled is None or not compiled.is_current():
-        compiled = programs[key] = CompiledStep(module, written, x.shape[-1])
+        compiled = programs[key] = CompiledStep(module, emit, x.shape[-1])
     program = compiled.program
     if program is None or compiled.has_hooks() or not program.suits(x, states):
         return None
@@ -263,9 +268,7 @@ def step(
 def step_mixer(
     mixer: Any, x: Tensor, state: Any, module: nn.Module | None = None
 ) -> tuple[Tensor, Any] | None:
-    """A step of a mixer with its state, or of the `module` around it: the output and the new state,
-    or None.
-    """
+    """A step of a mixer, or of the `module` around it: output and new state, or None as `step`."""
     position: Any = getattr(state, "position", None)
     stepped = step(module or mixer, x, mixer.state_tensors(state), position)
     return (

@@ -21,8 +21,8 @@ class TaylorAttention(KernelAttention):
     and its state holds ``G · F · (V + 1)`` numbers. `__init__` documents the arguments that it
     shares with `LinearAttention`.
 
-    ``qk_norm=True, constant_term=False`` is Mercat's higher order linear transformer (arXiv
-    2010.14816): normalised queries and keys bound the scores by ``sqrt(K) / alpha``, where the
+    With ``qk_norm=True, constant_term=False`` it is Mercat's higher order linear transformer (arXiv
+    2010.14816). Normalised queries and keys keep scores within ``sqrt(K) / alpha``, where the
     expansion is close to the exponential.
 
     Args:
@@ -30,8 +30,8 @@ class TaylorAttention(KernelAttention):
         order: degree of the expansion; even orders have positive weights.
         scale: factor of q·k, by default ``1 / (alpha · sqrt(K))``.
         alpha: see `scale`; by default 3 with `qk_norm`, else 1.
-        constant_term: keep the term of degree 0. Without it weights can be negative and
-            denominators vanish.
+        constant_term: keep the term of degree 0. Without it, weights can be negative and
+            denominators zero.
         impl: as in `cumulant.taylor_attention`.
     """
 
