@@ -1,9 +1,19 @@
-"""The matrix holds each case on the implementations that it has."""
+"""What the tests of operations share: which rows of the matrix exist, and how tokens are walked."""
 
 from typing import Any
 
+import pytest
+import torch
+
+from cumulant.kernels.native import library
+
+from .cases import CHUNK
+from .walking import walk
+
 
 def pytest_collection_modifyitems(items: list[Any]) -> None:
+    """The matrix holds each case on the implementations that it has."""
+
     def exists(item: Any) -> bool:
         given = item.callspec.params if hasattr(item, "callspec") else {}
         return (
@@ -13,3 +23,36 @@ def pytest_collection_modifyitems(items: list[Any]) -> None:
         )
 
     items[:] = [item for item in items if exists(item)]
+
+
+@pytest.fixture
+def short_chunks(monkeypatch):
+    walk(monkeypatch, chunk=CHUNK, span=CHUNK, block=CHUNK)
+    walk(monkeypatch, elita_span=1, elita_chunk=4)  # chunks of chunks as well
+
+
+@pytest.fixture
+def shorter_chunks(monkeypatch):
+    walk(monkeypatch, chunk=4, block=4)
+    walk(monkeypatch, elita_chunk=2, elita_block=4)
+
+
+@pytest.fixture
+def small_grains(monkeypatch):
+    """Any number of threads, for any work."""
+    monkeypatch.setattr(library, "GRAIN", 1)
+
+
+@pytest.fixture
+def kept_threads():
+    """A test that sets the number of threads leaves it as it was."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def unwritten_is_nan():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)

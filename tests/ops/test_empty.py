@@ -15,7 +15,8 @@ from torch import Tensor
 
 import cumulant as cm
 
-from .cases import CASES, IMPLEMENTATIONS, Case, oracle, sums_of
+from .cases import CASES, IMPLEMENTATIONS, Case, sums_of
+from .oracle import oracle
 
 by_impl = pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 SIZES: dict[str, dict[str, int]] = {

@@ -11,11 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
+import cumulant as cm
 from cumulant.kernels.bilinear import bilinear, bilinear_backward
-from cumulant.kernels.operators import attention as attention_operator
-from cumulant.kernels.operators import elita as elita_operator
-from cumulant.kernels.operators import gated as gated_operator
-from cumulant.kernels.operators import mixed_chunk as mixed_chunk_operator
+from cumulant.kernels.operators import attention, elita, gated, mixed_chunk
 from cumulant.kernels.operators.operator import Operator
 from cumulant.kernels.spec import (
     AttentionInputs,
@@ -28,8 +26,9 @@ from cumulant.kernels.spec import (
     MixedChunkSpec,
 )
 
-from .cases import CHUNK
+from .cases import CASES, CHUNK, by_fast_impl, elita_logits, linear_part
 
+pytestmark = pytest.mark.usefixtures("short_chunks")
 LAYOUTS = (
     "plain",
     "heads inside tokens",
@@ -43,6 +42,11 @@ LAYOUTS = (
     "one strided token",
 )
 QUICK = ("strided", "expanded")
+
+
+def check(operator: Operator[Any, Any, Any], *call: Any) -> None:
+    """Schema, fake kernels, autograd and AOT dispatch agree with the implementation."""
+    torch.library.opcheck(operator.forward, operator.arguments(*call))
 
 
 def tensor(shape: tuple[int, ...], layout: str, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -78,7 +82,7 @@ def sums_dtype(layout: str) -> torch.dtype:
     return torch.float32 if layout == "half" else torch.float64
 
 
-def attention(layout: str, is_causal: bool) -> tuple[Any, ...]:
+def attention_call(layout: str, is_causal: bool) -> tuple[Any, ...]:
     (B, H, G, T), K, V = sizes(layout), 5, 3
     q, k, v = (tensor((B, n, T, d), layout) for n, d in ((H, K), (G, K), (G, V)))
     wide = "plain" if layout == "half" else layout
@@ -89,7 +93,7 @@ def attention(layout: str, is_causal: bool) -> tuple[Any, ...]:
     return AttentionInputs(q, k, v, mask, None, S, Z), spec
 
 
-def mixed(layout: str, is_causal: bool) -> tuple[Any, ...]:
+def mixed_call(layout: str, is_causal: bool) -> tuple[Any, ...]:
     (B, H, G, T), K, L, V, g = sizes(layout), 5, 4, 3, 8
     five = [tensor((B, n, T, d), layout) for n, d in ((H, K), (G, K), (H, L), (G, L), (G, V))]
     bias = tensor((H, g, g), "plain" if layout == "half" else layout)
@@ -108,7 +112,7 @@ def mixed(layout: str, is_causal: bool) -> tuple[Any, ...]:
     return MixedChunkInputs(*five, bias, None, None, *past), spec
 
 
-def logits(layout: str, _: bool) -> tuple[Any, ...]:
+def elita_call(layout: str, _: bool) -> tuple[Any, ...]:
     (B, H, G, T), V = sizes(layout), 3
     wide = "plain" if layout == "half" else layout
     three = [tensor((B, n, T), wide, sums_dtype(layout)) for n in (G, H, H)]
@@ -117,12 +121,12 @@ def logits(layout: str, _: bool) -> tuple[Any, ...]:
     return ElitaInputs(*three, tensor((B, G, T, V), layout), None, *past), spec
 
 
-def torch_logits(layout: str, _: bool) -> tuple[Any, ...]:
-    inputs, spec = logits(layout, _)
+def torch_elita_call(layout: str, _: bool) -> tuple[Any, ...]:
+    inputs, spec = elita_call(layout, _)
     return inputs, replace(spec, block=0)
 
 
-def gates(layout: str, is_causal: bool) -> tuple[Any, ...]:
+def gated_call(layout: str, is_causal: bool) -> tuple[Any, ...]:
     B, H, G, T = sizes(layout)
     q, k, v = (tensor((B, n, T, d), layout) for n, d in ((H, 5), (G, 5), (G, 3)))
     bias, scale = tensor((B, H, T, T), layout), torch.rand(B, T, dtype=sums_dtype(layout))
@@ -131,13 +135,13 @@ def gates(layout: str, is_causal: bool) -> tuple[Any, ...]:
 
 # of operations, by implementation
 OPERATORS: dict[str, tuple[Operator[Any, Any, Any], str, Callable[..., Any]]] = {
-    "torch": (attention_operator.OPERATOR, "torch", attention),
-    "native": (attention_operator.OPERATOR, "native", attention),
-    "mixed torch": (mixed_chunk_operator.OPERATOR, "torch", mixed),
-    "mixed native": (mixed_chunk_operator.OPERATOR, "native", mixed),
-    "elita torch": (elita_operator.OPERATOR, "torch", torch_logits),
-    "elita native": (elita_operator.OPERATOR, "native", logits),
-    "gated": (gated_operator.OPERATOR, "torch", gates),
+    "torch": (attention.OPERATOR, "torch", attention_call),
+    "native": (attention.OPERATOR, "native", attention_call),
+    "mixed torch": (mixed_chunk.OPERATOR, "torch", mixed_call),
+    "mixed native": (mixed_chunk.OPERATOR, "native", mixed_call),
+    "elita torch": (elita.OPERATOR, "torch", torch_elita_call),
+    "elita native": (elita.OPERATOR, "native", elita_call),
+    "gated": (gated.OPERATOR, "torch", gated_call),
 }
 
 
@@ -155,7 +159,7 @@ def test_operators_are_what_they_promise(name: str, layout: str):
     for is_causal in (True, False):
         operator, impl, arguments = OPERATORS[name]
         inputs, spec = arguments(layout, is_causal)
-        torch.library.opcheck(operator.forward, operator.arguments(impl, inputs, spec))
+        check(operator, impl, inputs, spec)
         with torch.no_grad():
             inputs = type(inputs)(*(x if x is None else x.detach() for x in inputs))
             found = operator.forward(*operator.arguments(impl, inputs, spec))
@@ -184,3 +188,109 @@ def test_bilinear_operators_are_what_they_promise(layout: str):
         torch.library.opcheck(
             bilinear_backward, (torch.randn_like(bilinear(a, b, weight)), a, b, weight)
         )
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("length", [7, 20], ids=["one chunk", "two chunks"])
+@pytest.mark.parametrize("states", ["in and out", "out", "none", "packed"])
+@by_fast_impl
+def test_opcheck(is_causal, normalize, length, states, impl):
+    """They agree, also in which states are empty."""
+    q, k, v = CASES[1].inputs(1, T=length, requires_grad=True)
+    S = (
+        torch.randn(1, 2, 5, 3, dtype=torch.float64, requires_grad=True)
+        if states == "in and out"
+        else None
+    )
+    Z = (
+        torch.rand(1, 2, 5, dtype=torch.float64, requires_grad=True)
+        if S is not None and normalize
+        else None
+    )
+    mask = torch.rand(1, length) > 0.3
+    bounds = torch.tensor([0, 3, length]) if states == "packed" else None
+    wanted = states in ("in and out", "out")
+    inputs = AttentionInputs(q, k, v, mask, bounds, S, Z)
+    spec = AttentionSpec(
+        0, True, "elu", 0.5, normalize, is_causal, wanted or (impl == "native" and not is_causal)
+    )
+    check(attention.OPERATOR, impl, inputs, replace(spec, chunk=CHUNK, span=CHUNK))
+
+
+@pytest.mark.parametrize("order", [0, 2])
+def test_heads_lie_inside_tokens(order):
+    """Splitting a projection into heads and joining the outputs again copies nothing, forwards or
+    backwards.
+    """
+    x = [torch.randn(2, 70, heads * 6) for heads in (4, 2, 2)]
+    q, k, v = (part.unflatten(-1, (-1, 6)).transpose(1, 2).requires_grad_() for part in x)
+    spec = AttentionSpec(order, True, "elu", 0.5, True, True, False, chunk=32, span=32)
+    check(attention.OPERATOR, "native", AttentionInputs(q, k, v), spec)
+    out = (
+        cm.taylor_attention(q, k, v, is_causal=True)
+        if order
+        else cm.linear_attention(q, k, v, is_causal=True)
+    )
+    assert out.transpose(1, 2).is_contiguous()
+    for gradient in torch.autograd.grad(out, (q, k, v), torch.ones_like(out)):
+        assert gradient.transpose(1, 2).is_contiguous()
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("length", [1, 7, 20], ids=["a token", "one group", "several groups"])
+@pytest.mark.parametrize("states", ["in and out", "out", "none", "packed"])
+@by_fast_impl
+def test_opcheck_mixed_chunks(is_causal, length, states, impl):
+    if states in ("in and out", "out") and not is_causal:
+        pytest.skip("no state")
+    q, k, v = CASES[1].inputs(1, T=length, requires_grad=True)
+    lin_q, lin_k = (x.detach().requires_grad_() for x in linear_part(q, k))
+    bias = torch.randn(4, 8, 8, dtype=torch.float64, requires_grad=True)
+    mask = torch.rand(1, length) > 0.3 if states == "out" else None
+    bounds = torch.tensor([0, length // 2, length]) if states == "packed" else None
+    past = [None] * 5
+    if states == "in and out":
+        _, start = cm.mixed_chunk_attention(
+            *(x.detach()[:, :, :1].repeat(1, 1, 11, 1) for x in (q, k, lin_q, lin_k, v)),
+            group_size=8,
+            is_causal=True,
+            return_state=True,
+        )
+        past = [
+            x.requires_grad_() if x.is_floating_point() else x for x in start.tensors().values()
+        ]
+    spec = MixedChunkSpec(
+        8, "laplace", is_causal, True, 0.0, states in ("in and out", "out"), span=8
+    )
+    check(
+        mixed_chunk.OPERATOR,
+        impl,
+        MixedChunkInputs(q, k, lin_q, lin_k, v, bias, mask, bounds, *past),
+        spec,
+    )
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("packed", [True, False])
+def test_opcheck_gated(is_causal, packed):
+    q, k, v = CASES[1].inputs(1, T=20, requires_grad=True)
+    bias = torch.randn(1, 4, 20, 20, dtype=torch.float64, requires_grad=True)
+    bounds = torch.tensor([0, 3, 20]) if packed else None
+    scale = torch.rand(1, 20, dtype=torch.float64)
+    inputs = GatedInputs(q, k, v, scale, bias, bounds)
+    check(gated.OPERATOR, "torch", inputs, GatedSpec("laplace", is_causal, 0.0, block=8))
+
+
+@pytest.mark.parametrize("length", [0, 1, 7, 37])
+@pytest.mark.parametrize("states", ["in", "none", "packed"])
+@by_fast_impl
+def test_opcheck_elita(length, states, impl):
+    case = next(c for c in CASES if c.name == "elita-own")
+    q, k, v = case.inputs(1, T=length, requires_grad=True)
+    logits = [x.detach().requires_grad_() for x in elita_logits(case, q, k)]
+    first = torch.rand(length) > 0.7 if states == "packed" else None
+    m = torch.randn(1, 2, dtype=torch.float64, requires_grad=True) if states == "in" else None
+    u = torch.randn(1, 2, 3, dtype=torch.float64, requires_grad=True) if states == "in" else None
+    spec = ElitaSpec(chunk=4, span=4, block=16 if impl == "native" else 0)
+    check(elita.OPERATOR, impl, ElitaInputs(*logits, v, first, m, u), spec)

@@ -7,7 +7,7 @@ import torch
 
 import cumulant as cm
 
-from .test_errors import inputs
+from .cases import inputs
 
 OPERATIONS = (cm.linear_attention, cm.taylor_attention, cm.gated_attention)
 

@@ -1,0 +1,48 @@
+"""Calls of the native kernels that several test files make."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import torch
+
+import cumulant as cm
+
+
+def gradients(outs, leaves):
+    """Gradients of a loss that every output enters, by the means of its rows."""
+    weights = (
+        torch.linspace(0.5, 1.5, x.numel(), dtype=torch.float64).to(x.dtype).view_as(x)
+        for x in outs
+    )
+    loss = sum((x * weight).mean(-1).sum() for x, weight in zip(outs, weights))
+    return torch.autograd.grad(loss, leaves)
+
+
+def linear(q, k, v, impl, **options):
+    out, state = cm.linear_attention(q, k, v, return_state=True, impl=impl, **options)
+    return out, state.numerator, state.denominator
+
+
+def taylor(q, k, v, impl, **options):
+    out, state = cm.taylor_attention(q, k, v, return_state=True, impl=impl, **options)
+    return out, state.numerator, state.denominator
+
+
+def by_gates(q, k, v, impl, is_causal, **options):
+    logits = 3 * k[..., 0], q[..., 0], q[..., 1]
+    out, state = cm.elita_attention(*logits, v, return_state=True, impl=impl, **options)
+    return out, state.log_weight, state.mean
+
+
+def run_script(script: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A script run by a Python of its own."""
+    return subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | environment,
+    )
