@@ -83,6 +83,11 @@ def arrow(
     )
 
 
+def label(axis: Any, x: float, y: float, text: str, **style: Any) -> None:
+    """A text whose middle is at (x, y), unless `ha` says otherwise."""
+    axis.text(x, y, text, **{"ha": "center", "va": "center", **style})
+
+
 def save_figure(figure: Any, name: str) -> None:
     path = Path(__file__).with_name(f"{name}.svg")
     figure.savefig(path, metadata={"Date": None})
@@ -90,7 +95,7 @@ def save_figure(figure: Any, name: str) -> None:
 
 
 def draw_whole_split_step() -> None:
-    """Three rows of the same twelve tokens, cut in different places."""
+    """Three rows of the same twelve tokens, cut at different tokens."""
     figure, axis = canvas(100, 86)
     rows = {
         "whole: one call": [12],
@@ -100,7 +105,7 @@ def draw_whole_split_step() -> None:
     unit = 5.6
     for n, (title, lengths) in enumerate(rows.items()):
         top, x = 3 + 26 * n, 0.0
-        axis.text(1, top, title, va="center", weight="bold")
+        label(axis, 1, top, title, weight="bold", ha="left")
         room = (84 - unit * 12) / max(len(lengths) - 1, 1)
         for i, length in enumerate(lengths):
             box(axis, x, top + 4, unit * length, 8, colour=ORANGE)
@@ -109,41 +114,52 @@ def draw_whole_split_step() -> None:
             arrow(axis, (x, top + 8), (x + gap, top + 8), color=BLUE)
             x += gap
         box(axis, 90, top + 3.5, 9, 9, colour=BLUE, text="state", fontsize=8)
-        axis.text(
+        label(
+            axis,
             1,
             top + 15.5,
             "outputs 1 to 12, the same in every row",
-            va="center",
             fontsize=9,
+            ha="left",
         )
     box(axis, 1, 79.5, 4, 4, colour=ORANGE)
-    axis.text(7, 81.5, "tokens of one call", va="center", fontsize=10)
+    label(axis, 7, 81.5, "tokens of one call", fontsize=10, ha="left")
     arrow(axis, (47, 81.5), (54, 81.5), color=BLUE)
-    axis.text(56, 81.5, "state of fixed size", va="center", fontsize=10)
+    label(axis, 56, 81.5, "state of fixed size", fontsize=10, ha="left")
     save_figure(figure, "whole_split_step")
 
 
 def draw_chunk_walk() -> None:
-    """The causal matrix of scores, and what the walk forms of a chunk."""
+    """The causal matrix of scores, and the terms of one chunk's outputs."""
     figure, axis = canvas(100, 128)
-    chunks, size, left, top = 5, 13.0, 22, 12
-    now = 3
-    axis.text(
-        left + chunks * size / 2,
-        3,
-        "keys, in chunks of 64 tokens",
-        ha="center",
-        va="center",
-    )
-    axis.text(
-        9,
-        top + chunks * size / 2,
-        "queries",
-        ha="center",
-        va="center",
-        rotation=90,
-    )
-    tokens = 4
+    chunks, now, size, left, top = 5, 3, 13.0, 22, 12
+    across = left + chunks * size / 2
+    label(axis, across, 3, "keys, in chunks of 64 tokens")
+    label(axis, 9, top + chunks * size / 2, "queries", rotation=90)
+    draw_scores(axis, left, top, size, chunks, now)
+    y, below = top + now * size, top + size * (now + 1)
+    frame = {"fill": False, "edgecolor": BLACK, "lw": 1.6}
+    axis.add_patch(Rectangle((left, y), size * (now + 1), size, **frame))
+    label(axis, left - 1.5, y + size / 2, "now", ha="right", weight="bold")
+    y = 90
+    text = "chunks before: sums S, z\nφ(q)ᵀ S"
+    box(axis, 0, y, 44, 14, colour=BLUE, text=text, fontsize=10)
+    text = "own chunk: scores, mask,\npolynomial × values"
+    box(axis, 56, y, 44, 14, colour=ORANGE, text=text, fontsize=10)
+    label(axis, 50, y + 7, "+", fontsize=15)
+    arrow(axis, (left + size * 1.5, below), (22, y), color=BLUE)
+    arrow(axis, (left + size * (now + 0.5), below), (76, y), color=ORANGE)
+    arrow(axis, (50, y + 11), (50, y + 19))
+    text = "outputs of this chunk;\nthen its keys join S and z"
+    box(axis, 12, y + 19, 76, 14, colour=GREEN, text=text, fontsize=10)
+    save_figure(figure, "chunk_walk")
+
+
+def draw_scores(
+    axis: Any, left: float, top: float, size: float, chunks: int, now: int
+) -> None:
+    """The lower triangle of scores; chunks after `now` are grey."""
+    tokens = 4  # of a chunk, as drawn
     step = size / tokens
     for row in range(chunks * tokens):
         for column in range(row + 1):
@@ -151,68 +167,8 @@ def draw_chunk_walk() -> None:
             colour = ORANGE if inside else BLUE
             if row // tokens > now:
                 colour = BLACK
-            cell(
-                axis,
-                left + column * step,
-                top + row * step,
-                step,
-                step,
-                colour,
-            )
-    y = top + now * size
-    frame = {"fill": False, "edgecolor": BLACK, "lw": 1.6}
-    axis.add_patch(Rectangle((left, y), size * (now + 1), size, **frame))
-    axis.text(
-        left - 1.5,
-        y + size / 2,
-        "now",
-        ha="right",
-        va="center",
-        weight="bold",
-    )
-    y = 90
-    box(
-        axis,
-        0,
-        y,
-        44,
-        14,
-        colour=BLUE,
-        text="chunks before: sums S, z\nφ(q)ᵀ S",
-        fontsize=10,
-    )
-    box(
-        axis,
-        56,
-        y,
-        44,
-        14,
-        colour=ORANGE,
-        text="own chunk: scores, mask,\npolynomial × values",
-        fontsize=10,
-    )
-    axis.text(50, y + 7, "+", ha="center", va="center", fontsize=15)
-    arrow(
-        axis, (left + size * 1.5, top + size * (now + 1)), (22, y), color=BLUE
-    )
-    arrow(
-        axis,
-        (left + size * (now + 0.5), top + size * (now + 1)),
-        (76, y),
-        color=ORANGE,
-    )
-    arrow(axis, (50, y + 11), (50, y + 19))
-    box(
-        axis,
-        12,
-        y + 19,
-        76,
-        14,
-        colour=GREEN,
-        text="outputs of this chunk;\nthen its keys join S and z",
-        fontsize=10,
-    )
-    save_figure(figure, "chunk_walk")
+            x, y = left + column * step, top + row * step
+            cell(axis, x, y, step, step, colour)
 
 
 def draw_mixer_block() -> None:
@@ -230,58 +186,35 @@ def draw_mixer_block() -> None:
         (128, "feed-forward", GREEN),
     ]
     for y, text, colour in rows:
-        box(
-            axis,
-            middle - wide / 2,
-            y,
-            wide,
-            9,
-            colour=colour,
-            text=text,
-            fontsize=10,
-        )
+        left = middle - wide / 2
+        box(axis, left, y, wide, 9, colour=colour, text=text, fontsize=10)
     for (y, *_), (below, *_) in pairwise(rows):
         arrow(axis, (middle, y + 9), (middle, below))
     arrow(axis, (middle, 1), (middle, 8))
     arrow(axis, (middle, 137), (middle, 149))
-    axis.text(middle + 2, 3, "x  [B, T, D]", va="center", fontsize=10)
+    label(axis, middle + 2, 3, "x  [B, T, D]", fontsize=10, ha="left")
     for start, end in ((5, 104.5), (106.5, 142)):  # the residual connections
         for corner in ([(middle, start), (3, start)], [(3, start), (3, end)]):
             axis.plot(*zip(*corner, strict=True), color=BLACK, lw=1.1)
         arrow(axis, (3, end), (middle - 1.6, end))
-        axis.text(
+        label(
+            axis,
             middle,
             end,
             "+",
-            ha="center",
-            va="center",
             bbox={"boxstyle": "circle,pad=0.12", "fc": "white"},
         )
     axis.add_patch(
         Rectangle((6, 21), 92, 79, fill=False, edgecolor=ORANGE, ls="--")
     )
-    axis.text(
-        97,
-        19,
-        "the mixer",
-        ha="right",
-        va="center",
-        color="#8C6D1F",
-        weight="bold",
+    label(
+        axis, 97, 19, "the mixer", ha="right", color="#8C6D1F", weight="bold"
     )
     for y, text in ((44.5, "last tokens"), (76.5, "sums S, z")):
         box(axis, 70, y - 5, 26, 10, colour=BLUE, text=text, fontsize=10)
         arrow(axis, (70, y - 2), (60, y - 2), color=BLUE)
         arrow(axis, (60, y + 2), (70, y + 2), color=BLUE)
-    axis.text(
-        83,
-        60.5,
-        "state of\nfixed size",
-        ha="center",
-        va="center",
-        color=BLUE,
-        fontsize=10,
-    )
+    label(axis, 83, 60.5, "state of\nfixed size", color=BLUE, fontsize=10)
     save_figure(figure, "mixer_block")
 
 

@@ -50,8 +50,9 @@ def common(
 
 
 def say(line: str) -> None:
-    """A line on standard output, above the progress bar if there is one. Work goes on when nobody
-    reads it any more.
+    """Write a line on standard output, above the progress bar if there is one.
+
+    Work goes on when nobody reads it any more.
     """
     from tqdm import tqdm
 
@@ -63,7 +64,7 @@ def say(line: str) -> None:
 
 
 def _from_fields(kind: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command the fields of a dataclass as its options, after its own."""
+    """Add the fields of a dataclass to the options of a command."""
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         hints, own = get_type_hints(kind), get_type_hints(command, include_extras=True)
@@ -90,9 +91,7 @@ def _from_fields(kind: type) -> Callable[[Callable[..., None]], Callable[..., No
 
 
 def _option_type(hint: Any) -> Any:
-    """The type of a field as an option's: one that takes a value or a list of them may be
-    repeated.
-    """
+    """The option's type for a field: an option that takes a list may be repeated."""
     return list[str] | None if list[str] in get_args(hint) else hint
 
 
@@ -121,8 +120,7 @@ def train(
         checked = from_recipe(
             recipe, **{name: value for name, value in options.items() if name in given}
         )
-        # a run that goes on is only held to what a recipe says of its model; its lengths are the
-        # run's
+        # a resumed run must agree with the recipe's model, and keeps its own length
         given |= set(RECIPES[recipe]) - (RUN_LENGTH if checked.resume else set())
     silence_libraries()
     from .text.train import train as run
@@ -131,13 +129,13 @@ def train(
         run(checked, given=given, say=say)
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":
-            print(f"interrupted; {_way_on(checked.output)}", file=sys.stderr)
+            print(f"interrupted; {_resume_advice(checked.output)}", file=sys.stderr)
         raise
     if os.environ.get("RANK", "0") == "0":
         say(f"model: {checked.output}; next: cumulant generate {checked.output} --prompt ...")
 
 
-def _way_on(output: str) -> str:
+def _resume_advice(output: str) -> str:
     if (Path(output) / STARTED).is_file():
         return f"go on with: cumulant train --output {shlex.quote(output)} --resume"
     return "training had not begun; the same command starts it"
@@ -145,37 +143,43 @@ def _way_on(output: str) -> str:
 
 Checkpoint = Annotated[str, typer.Argument(help="folder of a trained model", callback=expand_home)]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda")]
+JsonLine = Annotated[bool, typer.Option("--json", help="one JSON line instead of a table")]
+ScoredText = Annotated[
+    list[str] | None,
+    typer.Option(help="text to score, whole; may be repeated; default: the run's held-out text"),
+]
+Encoding = Annotated[str | None, typer.Option(help="encoding of the files, if it is not UTF-8")]
+Windows = Annotated[list[int] | None, typer.Option(help="window in tokens; give it several times")]
+TextColumn = Annotated[str, typer.Option(help="column of a dataset that holds the text")]
+Prompt = Annotated[
+    str | None, typer.Option(help="text to continue; default: standard input, if piped")
+]
+TopP = Annotated[float, typer.Option(help="only the likeliest tokens that hold this probability")]
+SavedState = Annotated[
+    str | None, typer.Option(help="leave the state in this file", callback=expand_home)
+]
+LoadedState = Annotated[
+    str | None, typer.Option(help="go on from the state in this file", callback=expand_home)
+]
 
 
 @app.command(cls=StrictCommand)
 def evaluate(
     checkpoint: Checkpoint,
-    data: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="text to score, whole; may be repeated; default: the run's held-out text"
-        ),
-    ] = None,
-    encoding: Annotated[
-        str | None, typer.Option(help="encoding of the files, if it is not UTF-8")
-    ] = None,
-    context: Annotated[
-        list[int] | None, typer.Option(help="window in tokens; give it several times")
-    ] = None,
+    data: ScoredText = None,
+    encoding: Encoding = None,
+    context: Windows = None,
     whole: Annotated[
         bool, typer.Option(help="also carry the state over each whole document")
     ] = True,
     batch: Annotated[int, typer.Option(help="windows at a time")] = 16,
-    text_column: Annotated[
-        str, typer.Option(help="column of a dataset that holds the text")
-    ] = "text",
+    text_column: TextColumn = "text",
     device: Device = "auto",
-    json_line: Annotated[
-        bool, typer.Option("--json", help="one JSON line instead of a table")
-    ] = False,
+    json_line: JsonLine = False,
 ) -> None:
-    """Bits per byte of a text under a model: in windows, and with the state carried over each whole
-    document.
+    """Bits per byte of a text under a model, in windows and over whole documents.
+
+    Over a whole document the model carries its state from the first token to the last.
     """
     for name, least in (("context", min(context or [256])), ("batch", batch)):
         if least < 1:
@@ -223,26 +227,18 @@ def evaluate(
 @app.command(cls=StrictCommand)
 def generate(
     checkpoint: Checkpoint,
-    prompt: Annotated[
-        str | None, typer.Option(help="text to continue; default: standard input, if piped")
-    ] = None,
+    prompt: Prompt = None,
     max_new_tokens: Annotated[int, typer.Option(help="tokens to generate")] = 200,
     temperature: Annotated[float, typer.Option(help="0: always the likeliest token")] = 0.8,
     top_k: Annotated[int, typer.Option(help="only the k likeliest tokens; 0: all")] = 0,
-    top_p: Annotated[
-        float, typer.Option(help="only the likeliest tokens that hold this probability")
-    ] = 0.95,
+    top_p: TopP = 0.95,
     seed: Annotated[int | None, typer.Option(help="the same text each time")] = None,
     chat: Annotated[
         bool,
         typer.Option("--chat", help="the prompt is a message: answer it, by the chat template"),
     ] = False,
-    save_state: Annotated[
-        str | None, typer.Option(help="leave the state in this file", callback=expand_home)
-    ] = None,
-    load_state: Annotated[
-        str | None, typer.Option(help="go on from the state in this file", callback=expand_home)
-    ] = None,
+    save_state: SavedState = None,
+    load_state: LoadedState = None,
     stats: Annotated[
         bool, typer.Option(help="tokens/s, state bytes and peak memory, to standard error")
     ] = False,
@@ -287,7 +283,7 @@ def generate(
 
 
 def _piped_text() -> str:
-    """Standard input to its end; nothing from a terminal, or where it is closed."""
+    """All of standard input; empty if it is a terminal or closed."""
     if sys.stdin is None or sys.stdin.isatty():
         return ""
     try:
@@ -313,7 +309,7 @@ def info(json_line: Annotated[bool, typer.Option("--json", help="one JSON line")
 
 
 def run_command(arguments: Sequence[str]) -> int:
-    """Run one command; its exit code."""
+    """Run one command and return its exit code."""
     silence_warnings()
     try:
         return int(app(list(arguments), standalone_mode=False) or 0)

@@ -21,10 +21,31 @@ Output = Annotated[
 ]
 Force = Annotated[bool, typer.Option("--force", help="replace another report in that folder")]
 Device = Annotated[str, typer.Option(help="cpu or cuda; auto: a GPU if there is one")]
+Only = Annotated[list[str] | None, typer.Option(help="only this one; give it several times")]
+Lengths = Annotated[list[int] | None, typer.Option(help="tokens; give it several times")]
+InputSeed = Annotated[
+    int, typer.Option(help="seed of queries, keys and values", min=0, max=2**63 - 1)
+]
+TrainingText = Annotated[
+    str | None,
+    typer.Option(
+        help="file, folder, glob or dataset to train on, as for train; default: the recipe's"
+    ),
+]
+HeldoutShare = Annotated[
+    float | None,
+    typer.Option(
+        help="share of the text held out for evaluation; enwik8 and datasets have their own"
+    ),
+]
+LearningRates = Annotated[
+    list[float] | None,
+    typer.Option(help="peak rate; the best of several is used; give it several times"),
+]
 
 
 def silence_warnings() -> None:
-    """Only errors from the libraries underneath, no warnings, also while they are imported."""
+    """Silence the warnings of the libraries underneath, also while they are imported."""
     import logging
     import warnings
 
@@ -33,7 +54,7 @@ def silence_warnings() -> None:
 
 
 def silence_libraries() -> None:
-    """No warnings from the libraries underneath, and no progress bars when they load and save."""
+    """Silence the libraries' warnings, and their progress bars for loading and saving."""
     silence_warnings()
     from transformers.utils import logging
 
@@ -42,7 +63,7 @@ def silence_libraries() -> None:
 
 
 def _given_options(given: dict[str, Any]) -> dict[str, Any]:
-    """The options that were given; several values of one option as a tuple."""
+    """The options that were given; a repeated option becomes a tuple."""
     named = {name: value for name, value in given.items() if value is not None}
     return {
         name: tuple(value) if isinstance(value, list) else value for name, value in named.items()
@@ -50,7 +71,7 @@ def _given_options(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _output_folder(output: str | None, name: str, quick: bool = False) -> str:
-    """The folder that was named, or the measurement's own."""
+    """The folder that was named, or the default one of the measurement."""
     return output or f"runs/{name}{'-quick' if quick else ''}"
 
 
@@ -79,14 +100,12 @@ def speed(
     quick: Annotated[
         bool, typer.Option("--quick", help="few lengths and runs: under a minute")
     ] = False,
-    mechanism: Annotated[
-        list[str] | None, typer.Option(help="only this one; give it several times")
-    ] = None,
+    mechanism: Only = None,
     passes: Annotated[
         list[str] | None,
         typer.Option("--pass", help="forward, training or decode; give it several times"),
     ] = None,
-    length: Annotated[list[int] | None, typer.Option(help="tokens; give it several times")] = None,
+    length: Lengths = None,
     batch: Annotated[int | None, typer.Option(help="sequences")] = None,
     heads: Annotated[int | None, typer.Option(help="heads")] = None,
     dim: Annotated[int | None, typer.Option(help="numbers in the value of a head")] = None,
@@ -98,8 +117,9 @@ def speed(
     device: Device = "auto",
     force: Force = False,
 ) -> None:
-    """Time and memory of every mechanism by length, on this machine. Without a subcommand it
-    measures speed.
+    """Time and memory of every mechanism by length, on this machine.
+
+    Without a subcommand it measures speed.
     """
     if context.invoked_subcommand is not None:
         return
@@ -113,47 +133,35 @@ def speed(
     if recipe not in RECIPES:
         raise ValueError(f"recipe: expected one of {', '.join(RECIPES)}, got {recipe!r}")
     given = {
-        "mechanisms": mechanism, "passes": passes, "lengths": length, "batch": batch,
-        "heads": heads, "dim": dim,
-        "dtype": dtype, "seconds": seconds,
+        "mechanisms": mechanism, "passes": passes, "lengths": length,
+        "batch": batch, "heads": heads, "dim": dim, "dtype": dtype, "seconds": seconds,
     }  # fmt: skip
     chosen = replace(RECIPES[recipe].quick() if quick else RECIPES[recipe], **_given_options(given))
-    place = _output_folder(output, "bench" if recipe == "fair" else recipe, quick)
-    run(chosen, place, device=choose_device(device), threads=threads, force=force, console=console)
+    folder = _output_folder(output, "bench" if recipe == "fair" else recipe, quick)
+    run(chosen, folder, device=choose_device(device), threads=threads, force=force, console=console)
 
 
 @bench.command(cls=StrictCommand)
 def accuracy(
     output: Output = None,
-    length: Annotated[list[int] | None, typer.Option(help="tokens; give it several times")] = None,
+    length: Lengths = None,
     dtype: Annotated[
         list[str] | None, typer.Option(help="fp32, bf16, fp16 or fp64; give it several times")
     ] = None,
-    operation: Annotated[
-        list[str] | None, typer.Option(help="only this one; give it several times")
-    ] = None,
-    seed: Annotated[
-        int, typer.Option(help="seed of queries, keys and values", min=0, max=2**63 - 1)
-    ] = 0,
+    operation: Only = None,
+    seed: InputSeed = 0,
     device: Device = "auto",
     force: Force = False,
 ) -> None:
-    """Error against float64 by length, up to a million tokens, for every implementation and
-    dtype.
-    """
+    """Error against float64 of every implementation and dtype, by length up to a million tokens."""
     silence_libraries()
     from ..text.options import choose_device
     from .accuracy.measure import Settings, run
 
     given = {"lengths": length, "dtypes": dtype, "operations": operation}
     settings = Settings(**_given_options(given), seed=seed)
-    run(
-        settings,
-        _output_folder(output, "accuracy"),
-        device=choose_device(device),
-        force=force,
-        console=console,
-    )
+    folder = _output_folder(output, "accuracy")
+    run(settings, folder, device=choose_device(device), force=force, console=console)
 
 
 @bench.command(cls=StrictCommand)
@@ -166,32 +174,24 @@ def approximation(
     quick: Annotated[
         bool, typer.Option("--quick", help="random queries and keys only: no model is trained")
     ] = False,
-    seed: Annotated[
-        int, typer.Option(help="seed of queries, keys and values", min=0, max=2**63 - 1)
-    ] = 0,
+    seed: InputSeed = 0,
     force: Force = False,
 ) -> None:
-    """How far Taylor attention is from softmax attention, by order, size of the scores, head dim,
-    and alpha.
+    """How far Taylor attention is from softmax attention.
 
-    The heads of trained models are measured as well. Without --model it first trains a small
-    softmax model and a small Taylor model on Python's standard library (about two minutes on two
-    cores).
+    The distance is measured by order, size of the scores, head dim and alpha. The heads of
+    trained models are measured as well. Without --model it first trains a small softmax model and
+    a small Taylor model on Python's standard library (about two minutes on two cores).
     """
     silence_libraries()
     from .approximation.measure import run
 
-    place = _output_folder(output, "approximation", quick)
-    run(place, model or [], quick=quick, seed=seed, force=force, console=console)
+    folder = _output_folder(output, "approximation", quick)
+    run(folder, model or [], quick=quick, seed=seed, force=force, console=console)
 
 
 def compare(
-    data: Annotated[
-        str | None,
-        typer.Option(
-            help="file, folder, glob or dataset to train on, as for train; default: the recipe's"
-        ),
-    ] = None,
+    data: TrainingText = None,
     recipe: Annotated[
         str,
         typer.Option(
@@ -209,28 +209,20 @@ def compare(
     mechanism: Annotated[
         list[str] | None, typer.Option(help="only this one and the baseline; give it several times")
     ] = None,
-    learning_rate: Annotated[
-        list[float] | None,
-        typer.Option(help="peak rate; the best of several is used; give it several times"),
-    ] = None,
+    learning_rate: LearningRates = None,
     seeds: Annotated[int | None, typer.Option(help="seeds of weights and order")] = None,
     steps: Annotated[int | None, typer.Option(help="optimizer steps of each run")] = None,
     epochs: Annotated[
         float | None, typer.Option(help="passes over the text, instead of --steps")
     ] = None,
-    heldout: Annotated[
-        float | None,
-        typer.Option(
-            help="share of the text held out for evaluation; enwik8 and datasets have their own"
-        ),
-    ] = None,
+    heldout: HeldoutShare = None,
     device: Device = "auto",
     force: Force = False,
 ) -> None:
-    """Train mechanisms on one text under one budget, and compare them. Options left out are the
-    recipe's.
+    """Train mechanisms on one text under one budget, and compare them.
 
-    The same command continues where it stopped. With more learning rates or seeds it adds those.
+    Options left out are the recipe's. The same command continues where it stopped. With more
+    learning rates or seeds it adds those.
     """
     silence_libraries()
     from dataclasses import replace
@@ -247,21 +239,13 @@ def compare(
     chosen = chosen.chosen(mechanism or [])
     steps = 0 if steps is None and epochs is not None else steps
     given = {
-        "data": data, "learning_rates": learning_rate, "seeds": seeds, "steps": steps,
-        "epochs": epochs,
-        "heldout": heldout,
+        "data": data, "learning_rates": learning_rate, "seeds": seeds,
+        "steps": steps, "epochs": epochs, "heldout": heldout,
     }  # fmt: skip
+    chosen = replace(chosen, **_given_options(given))
     scored = SCORED_QUICKLY if quick else SCORED
-    place = _output_folder(output, recipe, quick)
-    run(
-        recipe,
-        replace(chosen, **_given_options(given)),
-        place,
-        scored=scored,
-        device=device,
-        force=force,
-        console=console,
-    )
+    folder = _output_folder(output, recipe, quick)
+    run(recipe, chosen, folder, scored=scored, device=device, force=force, console=console)
 
 
 def recall(
@@ -269,13 +253,9 @@ def recall(
     quick: Annotated[
         bool, typer.Option("--quick", help="three mechanisms at one width: five minutes")
     ] = False,
-    mechanism: Annotated[
-        list[str] | None, typer.Option(help="only this one; give it several times")
-    ] = None,
+    mechanism: Only = None,
     width: Annotated[list[int] | None, typer.Option(help="channels; give it several times")] = None,
-    learning_rate: Annotated[
-        list[float] | None, typer.Option(help="peak rate; give it several times")
-    ] = None,
+    learning_rate: LearningRates = None,
     seeds: Annotated[int | None, typer.Option(help="seeds of weights and data")] = None,
     steps: Annotated[int | None, typer.Option(help="steps of 32 sequences, at most")] = None,
     length: Annotated[int | None, typer.Option(help="tokens in a sequence")] = None,
@@ -297,8 +277,7 @@ def recall(
     device: Device = "auto",
     force: Force = False,
 ) -> None:
-    """Recall test (multi-query associative recall): accuracy of each mechanism, and the size of its
-    state.
+    """Measure accuracy in multi-query associative recall, and the size of the state.
 
     Each mechanism is trained with several learning rates, and the best is reported. The same
     command continues where it stopped.
@@ -311,23 +290,15 @@ def recall(
     from .recall.sweep import FULL, QUICK, run
 
     given = {
-        "mechanisms": mechanism, "widths": width, "learning_rates": learning_rate, "pairs": pairs,
-        "seeds": seeds,
-        "steps": steps, "length": length, "vocabulary": vocabulary,
+        "mechanisms": mechanism, "widths": width, "learning_rates": learning_rate,
+        "pairs": pairs, "seeds": seeds, "steps": steps, "length": length, "vocabulary": vocabulary,
         "conv": None if conv is None else [conv],
     }  # fmt: skip
     sweep = replace(QUICK if quick else FULL, **_given_options(given))
-    place = choose_device(device)
+    folder, device = _output_folder(output, "recall", quick), choose_device(device)
     if workers == 0:
-        workers = 1 if place == "cuda" else os.cpu_count() or 1
-    run(
-        sweep,
-        _output_folder(output, "recall", quick),
-        workers=workers,
-        device=place,
-        force=force,
-        console=console,
-    )
+        workers = 1 if device == "cuda" else os.cpu_count() or 1
+    run(sweep, folder, workers=workers, device=device, force=force, console=console)
 
 
 def report(

@@ -137,7 +137,8 @@ def check_unused(output: Path) -> None:
         or list(output.glob("model*.safetensors"))
     ):
         raise ValueError(
-            f"output: {output} holds a run already; go on with --resume or name another folder"
+            f"output: {output} holds a run already; go on with it by --resume, or name another"
+            " folder with --output"
         )
 
 

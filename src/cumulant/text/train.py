@@ -15,16 +15,20 @@ from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerFast, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from ..models import CumulantConfig, CumulantForCausalLM, from_preset
-from .chat import Chat, chat_renderer
-from .checkpoint import checkpoint_folder, unused_ids
-from .corpus import Corpus, load_corpus
+from .build import (
+    build_model,
+    check_before_reading,
+    check_model,
+    choose_chat,
+    choose_tokenizer,
+)
+from .corpus import load_corpus
 from .evaluate import Score
 from .options import TrainingOptions
 from .processes import in_first_process, is_first_process, process_count
 from .resume import Run, given_options, resume
 from .runs import check_unused, filling, write_json
-from .tokenizer import byte_tokenizer, load_tokenizer, train_bpe, vocabulary_size
+from .tokenizer import load_tokenizer
 from .tokens import (
     DisjointWindows,
     PackedDocuments,
@@ -36,9 +40,6 @@ from .tokens import (
     write_tokens,
 )
 from .trainer import Bar, LanguageModelTrainer, Lines, MarkWhole, is_disk_full
-from .warm_start import SETTLED, freeze_backbone, inherited_configuration, inherited_model
-
-SETTLED_NAMES = {field: name for name, field in SETTLED.items()}
 
 
 class Text(NamedTuple):
@@ -89,7 +90,7 @@ def train(
         else:
             check_unused(Path(options.output))
             run = Run.new(options)
-            _check_early(options, given)
+            check_before_reading(options, given)
         arguments = _arguments(run)
         if text is None:
             text = _prepare_text(run, given, arguments, say)
@@ -108,7 +109,7 @@ def _train(
 ) -> TrainingResult:
     options = run.options
     set_seed(options.seed)
-    model = _model(options, text.tokenizer, run.start, given)
+    model = build_model(options, text.tokenizer, run.start, given)
     parameters, trained = model.num_parameters(), model.num_parameters(only_trainable=True)
     some = "" if trained == parameters else f", {trained:,} of them trained"
     layers = f"{model.config.num_hidden_layers} layers of {model.config.hidden_size}"
@@ -160,7 +161,7 @@ def _prepare_text(
             text_column=options.text_column,
             encoding=options.encoding,
             exclude=[output],
-            chat=_chat(options),
+            chat=choose_chat(options),
         )
         for line in corpus.describe():
             say(line)
@@ -168,8 +169,8 @@ def _prepare_text(
             check_tokens(output / "tokens", corpus)
             tokenizer = load_tokenizer(output)
         else:
-            tokenizer = _tokenizer(options, corpus, say)
-            _check_model(options, tokenizer, given)
+            tokenizer = choose_tokenizer(options, corpus, say)
+            check_model(options, tokenizer, given)
             write_tokens(output / "tokens", corpus, tokenizer, context=options.context)
         _begin(replace(run, digest=corpus.digest), tokenizer, arguments)
 
@@ -177,115 +178,10 @@ def _prepare_text(
     return Text(load_tokenizer(output), *read_tokens(output / "tokens"))
 
 
-def _check_early(options: TrainingOptions, given: Collection[str]) -> None:
-    """Refuse, before the text is read, a tokenizer or a model that cannot be."""
-    if options.train_bpe is None:
-        _check_model(options, _tokenizer(options, None, lambda _: None), given)
-    else:
-        _check_model(options, byte_tokenizer(), given, options.train_bpe)
-
-
-def _check_model(
-    options: TrainingOptions,
-    tokenizer: PreTrainedTokenizerFast,
-    given: Collection[str],
-    size: int | None = None,
-) -> None:
-    """Refuse what cannot be built before anything is written."""
-    config = _configuration(options, tokenizer, None, given)
-    needed = vocabulary_size(tokenizer) if size is None else min(size, vocabulary_size(tokenizer))
-    if config.vocab_size < needed:
-        raise ValueError(
-            f"vocab_size: expected at least {needed}, since the tokenizer has ids up to"
-            f" {needed - 1}, got {config.vocab_size}"
-        )
-    if options.init_from is not None:
-        inherited_model(options, config)
-    with torch.device("meta"):
-        CumulantForCausalLM(config)
-
-
 def _begin(run: Run, tokenizer: PreTrainedTokenizerFast, arguments: TrainingArguments) -> None:
     if not run.options.resume:
         tokenizer.save_pretrained(run.options.output)
     run.note(arguments.world_size)
-
-
-def _model(
-    options: TrainingOptions,
-    tokenizer: PreTrainedTokenizerFast,
-    start: Path | None,
-    given: Collection[str],
-) -> CumulantForCausalLM:
-    """New, or the trained one to start from; a run that goes on finds its weights in its
-    checkpoint.
-    """
-    config = _configuration(options, tokenizer, start, () if options.resume else given)
-    fresh = options.init_from is None or start is not None
-    model = CumulantForCausalLM(config) if fresh else inherited_model(options, config)
-    model.generation_config.suppress_tokens = unused_ids(tokenizer, config.vocab_size) or None
-    if options.freeze_backbone:
-        freeze_backbone(model)
-    return model
-
-
-def _tokenizer(
-    options: TrainingOptions, corpus: Corpus | None, say: Callable[[str], None]
-) -> PreTrainedTokenizerFast:
-    if options.init_from is not None:
-        return load_tokenizer(checkpoint_folder(options.init_from))
-    if options.tokenizer is not None:
-        return load_tokenizer(options.tokenizer)
-    if options.train_bpe is not None and corpus is not None:
-        say(f"tokenizer: training a byte-level BPE of {options.train_bpe} tokens")
-        return train_bpe(corpus.train, options.train_bpe)
-    return byte_tokenizer()
-
-
-def _chat(options: TrainingOptions) -> Chat | None:
-    """By the template of the tokenizer that the run is to use; one that is trained here has
-    none.
-    """
-    if options.resume:
-        return chat_renderer(load_tokenizer(options.output))
-    return chat_renderer(_tokenizer(options, None, lambda _: None))
-
-
-def _configuration(
-    options: TrainingOptions,
-    tokenizer: PreTrainedTokenizerFast,
-    start: Path | None,
-    given: Collection[str],
-) -> CumulantConfig:
-    """That of the checkpoint `start`, of the model to start from, or one from the preset and the
-    options.
-    """
-    if options.init_from is not None:
-        return inherited_configuration(
-            options, start or checkpoint_folder(options.init_from), given
-        )
-    fields = {
-        "vocab_size": vocabulary_size(tokenizer),
-        "hidden_size": options.width,
-        "num_hidden_layers": options.depth,
-        "num_attention_heads": options.heads,
-        "intermediate_size": options.intermediate,
-        "dropout": options.dropout,
-        "horizon": options.context,
-        "logit_ffn": options.logit_ffn,
-        "eos_token_id": tokenizer.eos_token_id,
-        "bos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.eos_token_id,
-    }
-    overrides = options.overrides()
-    try:
-        return from_preset(options.preset, **{**fields, **overrides})
-    except ValueError as error:
-        message = str(error)
-        for field, name in SETTLED_NAMES.items():
-            if field not in overrides:
-                message = message.replace(field, name)
-        raise ValueError(message) from error
 
 
 def _arguments(run: Run) -> TrainingArguments:

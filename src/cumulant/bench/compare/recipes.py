@@ -1,7 +1,7 @@
 """What `cumulant compare` trains: mechanisms under one budget.
 
-A mechanism of several recipes is defined once, and recipes change its fields where they must. A new
-mechanism is an entry in the recipe that compares it.
+A mechanism of several recipes is defined once, and a recipe may change its fields. A new mechanism
+is an entry in the recipe that compares it.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ QUICK_STEPS = 40
 
 @dataclass(frozen=True)
 class Mechanism:
-    """A preset, and the fields of its configuration that differ. The width of its feed-forward is
-    fitted to the budget.
+    """A preset, and the fields of its configuration that differ.
 
-    style: in pictures; None: one that no other mechanism of the picture has.
+    The width of its feed-forward is fitted to the budget. style: in pictures; None: a style that
+    no other mechanism of the picture has.
     """
 
     name: str
@@ -39,20 +39,25 @@ class Mechanism:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Mechanisms on the same tokens in the same order, with the same optimizer, in models of the
-    same width and size.
+    """Mechanisms trained under one budget: same tokens, order, optimizer, width and size.
 
-    Each keeps what its preset has beside it (short convolutions, norms, feed-forwards): see
-    `differences`.
+    Each keeps its preset's short convolutions, norms and feed-forwards: see `differences`.
 
-    baseline: the mechanism that the others are compared with. learning_rates: each mechanism is
-    trained with all of them from the first seed, and with its best one from the others. parameters:
-    of every model, within 2%. vocabulary: tokens of a byte-level BPE trained on the text; 0: bytes.
-    data: the text that is used if none is named; None: Python's standard library. heldout: the
-    share of it that is held out. steps: of `batch` x `accumulate` windows of `context` tokens; 0:
-    as many as make `epochs` passes. evaluations: points of the curve. reach: the trained models are
-    also tested at this multiple of `context`. shared: fields of all models. training: fields of
-    `TrainingOptions`.
+    mechanisms: what is compared.
+    learning_rates: each mechanism is trained with all of them from the first seed, and with its
+        best one from the other seeds.
+    width, depth, heads: of every model.
+    parameters: of every model, within 2%.
+    context, batch, accumulate: a step takes `batch` x `accumulate` windows of `context` tokens.
+    steps: 0: as many as make `epochs` passes over the text.
+    vocabulary: tokens of a byte-level BPE trained on the text; 0: bytes.
+    data: the text if none is named; None: Python's standard library.
+    heldout: the share of the text that is held out.
+    evaluations: points of the curve.
+    reach: the trained models are also tested at this multiple of `context`.
+    baseline: the mechanism that the others are compared with.
+    shared: fields of all models.
+    training: fields of `TrainingOptions`.
     """
 
     mechanisms: tuple[Mechanism, ...]
@@ -102,14 +107,14 @@ class Comparison:
         return self.context * self.batch * self.accumulate
 
     def settings(self) -> dict[str, Any]:
-        """What a folder keeps of the comparison: everything but the styles."""
+        """The settings that a folder keeps: everything except the styles."""
         found = asdict(self)
         for mechanism in found["mechanisms"]:
             del mechanism["style"]
         return found
 
     def chosen(self, names: list[str]) -> Comparison:
-        """Only the mechanisms named, and the baseline."""
+        """The comparison of the named mechanisms and the baseline alone."""
         known = [m.name for m in self.mechanisms]
         for name in names:
             if name not in known:
@@ -118,9 +123,7 @@ class Comparison:
         return replace(self, mechanisms=kept)
 
     def quick(self) -> Comparison:
-        """A trial run: a few steps on a fourth of the tokens. It does not say which mechanism is
-        better.
-        """
+        """A trial run of a few steps on a fourth of the tokens, too short to compare mechanisms."""
         return replace(
             self,
             context=max(self.context // 4, 1),
@@ -135,12 +138,31 @@ SOFTMAX = Mechanism("softmax", "softmax", style=palette.BLACK)
 TAYLOR = Mechanism("taylor", "taylor", style=palette.BLUE)
 LINEAR = Mechanism("linear", "linear", style=palette.ORANGE)
 FLASH = Mechanism("flash", "flash", style=palette.GREEN)
-FLASH_LAPLACE = FLASH.with_fields(gated_activation="laplace")
 ELITA = Mechanism("elita", "elita", style=palette.PINK)
 
+
+def flash_on_enwik8(
+    group_size: int, layers: int, *, training: dict[str, Any] | None = None, **settings: Any
+) -> Comparison:
+    """FLASH and other mechanisms on the bytes of enwik8, as FLASH-pytorch's train.py trains it.
+
+    As there, two FLASH layers stand against one layer of attention and feed-forward. FLASH's paper
+    claims to equal a transformer with rotary positions and SwiGLU at 512 to 8192 tokens.
+    """
+    flash = FLASH.with_fields(
+        gated_activation="laplace", group_size=group_size, num_hidden_layers=layers
+    )
+    return Comparison(
+        mechanisms=(SOFTMAX, flash, TAYLOR, LINEAR),
+        data="enwik8",
+        shared={"tie_word_embeddings": False, "logits_bias": True},
+        training={"weight_decay": 0.0, "clip": 0.5, **(training or {})},
+        **settings,
+    )
+
+
 RECIPES = {
-    # A context that softmax can still afford, in sizes that two cores train in three quarters of an
-    # hour.
+    # A context that softmax can still afford. Two cores train it in three quarters of an hour.
     "long-context": Comparison(
         mechanisms=(
             SOFTMAX,
@@ -161,17 +183,11 @@ RECIPES = {
         steps=300,
         vocabulary=1024,
     ),
-    # FLASH-pytorch's train.py: enwik8, 8 layers of 512, sequences of 1024 bytes, 16 a step, 100,000
-    # steps at 2e-4 (as in `cumulant.text.recipes`), beside a transformer with rotary positions and
-    # SwiGLU, which FLASH's paper claims to equal at 512 to 8192 tokens. As there, two FLASH layers
-    # stand against one of attention and feed-forward.
-    "flash-enwik8": Comparison(
-        mechanisms=(
-            SOFTMAX,
-            FLASH_LAPLACE.with_fields(group_size=256, num_hidden_layers=8),
-            TAYLOR,
-            LINEAR,
-        ),
+    # FLASH-pytorch's sizes (as in `cumulant.text.recipes`): 8 layers of 512, sequences of 1024
+    # bytes, 16 a step, 100,000 steps at 2e-4.
+    "flash-enwik8": flash_on_enwik8(
+        group_size=256,
+        layers=8,
         learning_rates=(2e-4, 5e-4, 1e-3),
         width=512,
         depth=4,
@@ -181,19 +197,13 @@ RECIPES = {
         batch=4,
         accumulate=4,
         steps=100_000,
-        data="enwik8",
         evaluations=20,
-        shared={"tie_word_embeddings": False, "logits_bias": True},
-        training={"warmup": 0.01, "weight_decay": 0.0, "clip": 0.5},
+        training={"warmup": 0.01},
     ),
     # The same at a size that two cores train in half an hour, on bytes of any text.
-    "flash-enwik8-small": Comparison(
-        mechanisms=(
-            SOFTMAX,
-            FLASH_LAPLACE.with_fields(group_size=128, num_hidden_layers=6),
-            TAYLOR,
-            LINEAR,
-        ),
+    "flash-enwik8-small": flash_on_enwik8(
+        group_size=128,
+        layers=6,
         learning_rates=(2e-3, 4e-3, 8e-3, 1.6e-2),
         width=128,
         depth=3,
@@ -202,15 +212,12 @@ RECIPES = {
         context=512,
         batch=8,
         steps=350,
-        data="enwik8",
         heldout=0.01,
-        shared={"tie_word_embeddings": False, "logits_bias": True},
-        training={"weight_decay": 0.0, "clip": 0.5},
     ),
-    # ELiTA's README, 2023: fewer than 300K parameters, sequences of 256, 128 a step, Adam with
-    # min(1e-3, 1e-2 / sqrt(step)) and betas 0.9 and 0.99, one epoch of WikiText, against a
-    # transformer with rotary positions and SwiGLU. Sizes, vocabulary, initial weights, seeds and
-    # which WikiText are not stated there: these are ours, as are three of the rates.
+    # ELiTA's README, 2023: fewer than 300K parameters, against a transformer with rotary positions
+    # and SwiGLU. It trains one epoch of WikiText in sequences of 256, 128 a step, by Adam with
+    # betas 0.9 and 0.99 and a rate of min(1e-3, 1e-2 / sqrt(step)). It states no sizes, vocabulary,
+    # initial weights or seeds, and not which WikiText: these are ours, as are three of the rates.
     "elita-wikitext": Comparison(
         mechanisms=(
             SOFTMAX,
@@ -249,8 +256,7 @@ def find_recipe(name: str) -> Comparison:
 
 
 def configuration(recipe: Comparison, mechanism: Mechanism, vocab_size: int) -> CumulantConfig:
-    """The mechanism's model; its feed-forward has the width that gives the recipe's number of
-    parameters.
+    """The mechanism's model, with a feed-forward that brings it to the recipe's parameters.
 
     Raises:
         ValueError: no width comes within 2% of that number.
@@ -281,15 +287,13 @@ def configuration(recipe: Comparison, mechanism: Mechanism, vocab_size: int) -> 
 
 
 def differences(config: CumulantConfig, baseline: CumulantConfig) -> dict[str, Any]:
-    """The fields of the configuration that differ from the baseline's, but for the width of the
-    feed-forward.
-    """
+    """The fields that differ from the baseline's, except the width of the feed-forward."""
     own, other = config.to_diff_dict(), baseline.to_diff_dict()
-    left = {"preset", "intermediate_size", "layer_types"}
+    ignored = {"preset", "intermediate_size", "layer_types"}
     return {
         name: getattr(config, name)
         for name in sorted(own.keys() | other.keys())
-        if name not in left and getattr(config, name) != getattr(baseline, name)
+        if name not in ignored and getattr(config, name) != getattr(baseline, name)
     }
 
 
