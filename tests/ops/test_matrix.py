@@ -112,12 +112,12 @@ def test_wide_heads_at_high_orders(order: int):
     assert_close(out, exact, 100)
     for actual, expected in zip(gradients(out, (q, k, v)), gradients(exact, (q, k, v))):
         assert_close(actual, expected, 1000)
-    Expansion.get.cache_clear()
+    Expansion.cached.cache_clear()
     short = cm.taylor_attention(
         q[:, :, :CHUNK], k[:, :, :CHUNK], v[:, :, :CHUNK], order, is_causal=True
     )
     assert_close(short, exact[:, :, :CHUNK], 100)
-    assert "tables" not in vars(Expansion.get(K, order, True, torch.float64, q.device))
+    assert "monomial_tables" not in vars(Expansion.cached(K, order, True, torch.float64, q.device))
 
 
 @by_impl

@@ -8,7 +8,7 @@ import torch
 
 from ..spec import AttentionInputs, AttentionOutputs, AttentionSpec, feature_count
 from ..transforms import longest_sequence, without_autocast
-from . import passes
+from . import gradients, passes
 from .layout import Dense, Packed
 
 CHUNK = 128
@@ -19,8 +19,11 @@ def obstacle(inputs: AttentionInputs, spec: AttentionSpec) -> str:
 
 
 def prepared(inputs: AttentionInputs, spec: AttentionSpec) -> AttentionSpec:
-    """In both directions the sums over many keys are kept for the backward pass, which else would
-    sum them again, as it does in compiled graphs, made for any length."""
+    """The options with chunk length, and whether the forward pass returns its sums.
+
+    Attention in both directions keeps the sums over many keys, so that the backward pass need not
+    form them again. Compiled graphs serve any length, so their backward pass forms the sums again.
+    """
     kept = spec.returns_state
     if not spec.is_causal and inputs.cu_seqlens is None and not torch.compiler.is_compiling():
         kept |= max(inputs.query.shape[2], inputs.key.shape[2]) > CHUNK
@@ -37,20 +40,20 @@ def describe(inputs: AttentionInputs, spec: AttentionSpec) -> str:
     return f"chunks of {spec.chunk} tokens, {features} features"
 
 
-def _tokens(inputs: AttentionInputs, spec: AttentionSpec) -> passes.Tokens:
+def _chunked_tokens(inputs: AttentionInputs, spec: AttentionSpec) -> passes.Tokens:
     T, S = inputs.query.shape[2], inputs.key.shape[2]
     queries: Dense | Packed
     if inputs.cu_seqlens is None:
         queries = Dense(inputs.query.shape[0], T, spec.chunk)
     else:
-        queries = Packed.offsets(inputs.cu_seqlens, T, spec.chunk)
+        queries = Packed.from_offsets(inputs.cu_seqlens, T, spec.chunk)
     keys = queries if S == T else Dense(inputs.key.shape[0], S, spec.chunk)
     return passes.Tokens(inputs, queries, keys, spec, inputs.dtype)
 
 
 def forward(inputs: AttentionInputs, spec: AttentionSpec) -> AttentionOutputs:
     with without_autocast(inputs.query):
-        return passes.forward(_tokens(inputs, spec))
+        return passes.forward_chunks(_chunked_tokens(inputs, spec))
 
 
 def backward(
@@ -60,4 +63,4 @@ def backward(
     spec: AttentionSpec,
 ) -> AttentionInputs:
     with without_autocast(inputs.query):
-        return passes.backward(_tokens(inputs, spec), upstream, outputs)
+        return gradients.backward_chunks(_chunked_tokens(inputs, spec), upstream, outputs)

@@ -3,8 +3,8 @@
 With ``m_t = log Σ_{j≤t} exp(c_j)``, the running mean ``u_t = Σ_{j≤t} exp(c_j - m_t) v_j`` moves
 towards each value by a gate, ``u_t = u_{t-1} + a_t (v_t - u_{t-1})``, ``a_t = exp(c_t - m_t)``, and
 ``out_t = u_t + g_t (v_t - u_t)`` with ``g_t = σ(s_t - r_t - m_t)``. The backward pass keeps the
-inputs and two numbers a token: the odds of the gates, ``a / (1 - a)``, which tell both a and 1 - a
-to the last digit. It forms the means again. With Q the gradient of u, and M that of m:
+inputs and two numbers a token: the odds of the gates, ``a / (1 - a)``. Both a and 1 - a follow from
+them to the last digit. It forms the means again. With Q the gradient of u, and M that of m:
 
     Q_t = (1 - g_t) dout_t + (1 - a_{t+1}) Q_{t+1},   dv_t = a_t Q_t + g_t dout_t
     ds_t = g_t (1 - g_t) dout_t · (v_t - u_t) = -dr_t
@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ..spec import ElitaInputs, ElitaOutputs, ElitaSpec, accumulation_dtype, new_heads
 from ..transforms import without_autocast
-from .recurrence import Advance, carried, scan, segment_maximum, steps
+from .recurrence import Advance, carry_chunks, scan_tokens, segment_maximum, token_steps
 
 CHUNK = 8
 Past = tuple[Tensor, Tensor] | None  # m [B,G], u [B,G,V], in fp64
@@ -48,21 +48,20 @@ def describe(inputs: ElitaInputs, spec: ElitaSpec) -> str:
     return f"chunks of {spec.chunk} tokens, side by side"
 
 
-def _gates(
+def _gate_odds(
     c: Tensor, r: Tensor, s: Tensor, first: Tensor | None, past: Past, chunk: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The odds of a ``[B,G,T]``, of g ``[B,G,R,T]``, and the last m ``[B,G]``, in fp64.
 
-    Sums are of ``exp(c_j - M_t)`` with the running maximum M: differences of logits are taken
-    before anything is rounded, so that large logits lose nothing. In fp64, so that light keys
-    behind a heavy one are not lost, a few at a time, to rounding.
+    The sums are of ``exp(c_j - M_t)`` with the running maximum M. Differences of logits are taken
+    before anything is rounded, so large logits lose nothing. In fp32, many light keys behind a
+    heavy one would each be rounded away.
     """
     top = segment_maximum(c, first)
     if past is not None:
         top = torch.maximum(top, past[0][..., None])
-    top = top.clamp(
-        min=torch.finfo(top.dtype).min
-    )  # where nothing was seen: exp(-inf - top) is zero
+    # A finite maximum where nothing was seen, so that exp(-inf - top) is zero and not NaN.
+    top = top.clamp(min=torch.finfo(top.dtype).min)
     before = torch.cat(
         (top[..., :1] if past is None else past[0][..., None].to(top.dtype), top[..., :-1]), -1
     )
@@ -71,22 +70,23 @@ def _gates(
         decay = decay.masked_fill(first, 0)
     new = (c - top).double().exp()
     start = torch.full_like(new[..., :1], 0.0 if past is None else 1.0)
-    total = scan(decay, new, start[..., 0], chunk)
+    total = scan_tokens(decay, new, start[..., 0], chunk)
     m = top + total.log()
     key_odds = new / (decay * torch.cat((start, total[..., :-1]), -1))
     return key_odds.masked_fill(new == 0, 0), _own_odds(r, s, m), m[..., -1].clone()
 
 
 def _own_odds(r: Tensor, s: Tensor, m: Tensor) -> Tensor:
+    """The odds of g, in fp64: ``exp(s - r - m)``."""
     return (s.double() - r.double() - m[:, :, None]).exp().masked_fill(s == -torch.inf, 0)
 
 
-def _share(odds: Tensor) -> Tensor:
-    """a from a / (1 - a), which may be infinite; 1 - a is ``1 / (1 + odds)``."""
+def _gate_from_odds(odds: Tensor) -> Tensor:
+    """a from its odds a / (1 - a), which may be infinite; 1 - a is ``1 / (1 + odds)``."""
     return 1 / (1 + 1 / odds)
 
 
-def _forward(
+def _attend(
     c: Tensor, r: Tensor, s: Tensor, v: Tensor, first: Tensor | None, past: Past, chunk: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """out ``[B,H,T,V]``, the odds of a and g, and the state after all tokens."""
@@ -104,12 +104,16 @@ def _forward(
             u0.clone(),
         )
     if T == 1 and past is not None:
-        return _step(c, r, s, v, past, out)
-    key_odds, own_odds, m = _gates(c, r, s, first, past, chunk)
-    a, decay, g = _share(key_odds).to(dtype), _decay(key_odds, first), _share(own_odds).to(dtype)
-    advance = _towards(v, a, None if first is None else decay.to(dtype))
-    u, end = carried(advance, decay, u0, chunk, dtype=dtype)
-    for at, n in steps(T, chunk):
+        return _step_token(c, r, s, v, past, out)
+    key_odds, own_odds, m = _gate_odds(c, r, s, first, past, chunk)
+    a, decay, g = (
+        _gate_from_odds(key_odds).to(dtype),
+        _mean_decay(key_odds, first),
+        _gate_from_odds(own_odds).to(dtype),
+    )
+    advance = _mean_update(v, a, None if first is None else decay.to(dtype))
+    u, end = carry_chunks(advance, decay, u0, chunk, dtype=dtype)
+    for at, n in token_steps(T, chunk):
         advance(u[:, :, :n], at)
         y[:, :, :, at] = torch.lerp(
             u[:, :, None, :n], v[:, :, None, at].to(dtype), g[:, :, :, at, None]
@@ -117,10 +121,8 @@ def _forward(
     return out, key_odds.to(dtype), own_odds.to(dtype), m, end
 
 
-def _towards(v: Tensor, a: Tensor, decay: Tensor | None) -> Advance:
-    """What moves means towards the values. decay: 1 - a, where it is not just that because
-    sequences begin.
-    """
+def _mean_update(v: Tensor, a: Tensor, decay: Tensor | None) -> Advance:
+    """The step ``u += a (v - u)``; with `decay`, zero at first tokens, ``u = decay u + a v``."""
 
     def advance(h: Tensor, at: slice) -> None:
         x, weight = v[:, :, at].to(h.dtype), a[:, :, at, None]
@@ -129,27 +131,31 @@ def _towards(v: Tensor, a: Tensor, decay: Tensor | None) -> Advance:
     return advance
 
 
-def _step(
+def _step_token(
     c: Tensor, r: Tensor, s: Tensor, v: Tensor, past: tuple[Tensor, Tensor], out: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`_forward` of one token onto a state, without chunks. In fp64: in fp32 a mean would stop
-    moving once its steps are smaller than its last digit."""
+    """`_attend` of one token onto a state, without chunks.
+
+    It is in fp64: an fp32 mean would stop moving once its steps are smaller than its last digit.
+    """
     x, dtype, (m0, u0) = v.double(), accumulation_dtype(v), past
     m = torch.logaddexp(m0[..., None], c.double())
     key_odds = (c.double() - m0[..., None]).exp().masked_fill(c == -torch.inf, 0)
     own_odds = _own_odds(r, s, m)
-    u = torch.lerp(u0[:, :, None], x, _share(key_odds)[..., None])
-    out.copy_(torch.lerp(u[:, :, None], x[:, :, None], _share(own_odds)[..., None]).flatten(1, 2))
+    u = torch.lerp(u0[:, :, None], x, _gate_from_odds(key_odds)[..., None])
+    out.copy_(
+        torch.lerp(u[:, :, None], x[:, :, None], _gate_from_odds(own_odds)[..., None]).flatten(1, 2)
+    )
     return out, key_odds.to(dtype), own_odds.to(dtype), m.squeeze(-1).clone(), u.squeeze(2).clone()
 
 
-def _decay(key_odds: Tensor, first: Tensor | None) -> Tensor:
+def _mean_decay(key_odds: Tensor, first: Tensor | None) -> Tensor:
     """1 - a, in fp64; 0 where a sequence begins."""
     decay = 1 / (1 + key_odds.double())
     return decay if first is None else decay.masked_fill(first, 0)
 
 
-def _backward(
+def _gradients(
     v: Tensor,
     first: Tensor | None,
     past: Past,
@@ -160,8 +166,9 @@ def _backward(
     du: Tensor | None,
     chunk: int,
 ) -> tuple[Tensor, ...]:
-    """Gradients of c ``[B,G,T]``, s ``[B,G,R,T]``, v ``[B,G,T,V]``, and of the state, whether there
-    is one or not.
+    """Gradients of c ``[B,G,T]``, s ``[B,G,R,T]``, v ``[B,G,T,V]``, m and u of the state.
+
+    The formulas are at the top of the file. A call without a state gets a gradient for one too.
     """
     (B, G, T, V), R, dtype = v.shape, own_odds.shape[2], key_odds.dtype
     dm = v.new_zeros(B, G, dtype=torch.float64) if dm is None else dm
@@ -169,37 +176,35 @@ def _backward(
     dv, ds, by_key = new_heads(v, G, V), torch.empty_like(own_odds), torch.empty_like(key_odds)
     if T == 0 or B == 0:
         return by_key, ds, dv, dm.clone(), du.clone()
-    dy, a, g, keep = (
-        dout.unflatten(1, (G, R)),
-        _share(key_odds),
-        _share(own_odds),
-        1 / (1 + own_odds),
-    )
-    decay = _decay(key_odds, first)
-    apart = _distances(v, a, decay, first, None if past is None else past[1], chunk)
+    dy, a = dout.unflatten(1, (G, R)), _gate_from_odds(key_odds)
+    g, keep = _gate_from_odds(own_odds), 1 / (1 + own_odds)
+    # decay = 1 - a_t in fp64, because `carry_chunks` multiplies many of them. It is zero at a first
+    # token, so no gradient crosses into another sequence. gap below is v_t - u_t.
+    decay = _mean_decay(key_odds, first)
+    gaps = _distances_from_mean(v, a, decay, first, None if past is None else past[1], chunk)
+    # Q_t takes the factor of the token after it, 1 - a_{t+1}. The last token's is 1, because du is
+    # the gradient at the last mean itself.
     after = torch.cat((decay[:, :, 1:], torch.ones_like(decay[:, :, :1])), -1)
-    each = after.to(dtype)
-
-    def advance(h: Tensor, at: slice) -> None:
-        h.mul_(each[:, :, at, None])
-        if R == 1:
-            h.addcmul_(dy[:, :, 0, at].to(dtype), keep[:, :, 0, at, None])
-        else:
-            h.add_((dy[:, :, :, at] * keep[:, :, :, at, None]).sum(2))
-
-    Q, dpast = carried(advance, after, du, chunk, reverse=True, dtype=dtype)
-    for at, n in steps(T, chunk, reverse=True):
+    advance = _mean_gradient_update(dy, keep, after.to(dtype))
+    Q, dpast = carry_chunks(advance, after, du, chunk, reverse=True, dtype=dtype)
+    for at, n in token_steps(T, chunk, reverse=True):
         h = Q[:, :, :n]
         advance(h, at)
-        gap, upstream, gate = apart[:, :, at], dy[:, :, :, at].to(dtype), g[:, :, :, at]
+        gap, upstream, gate = gaps[:, :, at], dy[:, :, :, at].to(dtype), g[:, :, :, at]
+        # b_t = a_t Q_t · (v_t - u_t), and ds_t = g_t (1 - g_t) dout_t · (v_t - u_t): products of
+        # small numbers, never differences of large ones. dv_t = a_t Q_t + Σ_r g_t dout_t.
         by_key[:, :, at] = a[:, :, at] * (h * gap).sum(-1)
         ds[:, :, :, at] = gate * keep[:, :, :, at] * (upstream * gap[:, :, None]).sum(-1)
         dv[:, :, at] = torch.addcmul((upstream * gate[..., None]).sum(2), h, a[:, :, at, None])
+    # M_t = -ds_t - b_{t+1} + (1 - a_{t+1}) M_{t+1}, from the last token, where it begins with dm.
+    # It needs every b and ds, so it runs after the loop; then dc_t = b_t + a_t M_t.
     later = torch.cat((by_key[:, :, 1:], torch.zeros_like(by_key[:, :, :1])), -1)
-    M = scan(after, -ds.sum(2) - later, dm.to(dtype), chunk, reverse=True)
+    M = scan_tokens(after, -ds.sum(2) - later, dm.to(dtype), chunk, reverse=True)
     dc = torch.addcmul(by_key, a, M)
     if past is None:
         return dc, ds, dv, dm.clone(), dpast
+    # The state is one more key before the first token: the same step with a_1, b_1, M_1 and Q_1.
+    # An empty state has m = -inf and gets zeros.
     reached, kept = past[0] != -torch.inf, decay[:, :, 0]
     return (
         dc,
@@ -210,17 +215,31 @@ def _backward(
     )
 
 
-def _distances(
+def _mean_gradient_update(dy: Tensor, keep: Tensor, after: Tensor) -> Advance:
+    """The step ``Q_t = (1 - a_{t+1}) Q_{t+1} + Σ (1 - g_t) dout_t``, a sum over R heads."""
+
+    def advance(h: Tensor, at: slice) -> None:
+        h.mul_(after[:, :, at, None])
+        if dy.shape[2] == 1:  # one fused operation, where a sum would only copy
+            h.addcmul_(dy[:, :, 0, at].to(h.dtype), keep[:, :, 0, at, None])
+        else:
+            h.add_((dy[:, :, :, at] * keep[:, :, :, at, None]).sum(2))
+
+    return advance
+
+
+def _distances_from_mean(
     v: Tensor, a: Tensor, decay: Tensor, first: Tensor | None, start: Tensor | None, chunk: int
 ) -> Tensor:
-    """v - u ``[B,G,T,V]``, as 1 - a times the distance from the mean before: exact where a is near
-    1.
+    """v - u ``[B,G,T,V]``, exact also where a is near 1.
+
+    It is 1 - a times the distance from the mean before; v - u itself would cancel there.
     """
     found, each = a.new_empty(v.shape), decay.to(a.dtype)
     start = decay.new_zeros(*v.shape[:2], v.shape[3]) if start is None else start
-    advance = _towards(v, a, None if first is None else each)
-    u, _ = carried(advance, decay, start, chunk, dtype=a.dtype)
-    for at, n in steps(v.shape[2], chunk):
+    advance = _mean_update(v, a, None if first is None else each)
+    u, _ = carry_chunks(advance, decay, start, chunk, dtype=a.dtype)
+    for at, n in token_steps(v.shape[2], chunk):
         h = u[:, :, :n]
         found[:, :, at] = (v[:, :, at].to(h.dtype) - h).mul_(each[:, :, at, None])
         advance(h, at)
@@ -231,7 +250,7 @@ def forward(inputs: ElitaInputs, spec: ElitaSpec) -> ElitaOutputs:
     value = inputs.value
     r, s = (x.unflatten(1, (value.shape[1], -1)) for x in (inputs.query_logit, inputs.self_logit))
     with without_autocast(value):
-        out, key_odds, own_odds, m, u = _forward(
+        out, key_odds, own_odds, m, u = _attend(
             inputs.key_logit, r, s, value, inputs.first, inputs.past, spec.chunk
         )
     means = m.new_empty(0)
@@ -245,7 +264,7 @@ def backward(
     value, dtype = inputs.value, inputs.key_logit.dtype
     own_odds = outputs.own_odds.unflatten(1, (value.shape[1], -1))
     with without_autocast(value):
-        dc, ds, dv, dm, du = _backward(
+        dc, ds, dv, dm, du = _gradients(
             value,
             inputs.first,
             inputs.past,

@@ -1,9 +1,9 @@
 """Feature maps for the chunk-parallel implementation, with hand-written derivatives.
 
-Vectors are stored token-minor, ``[..., K, C]``: a feature is a row of ``C`` tokens, so that
-gathering the factors of a monomial copies whole rows. A map has two stages: an elementwise
-`activation` (elu + 1, relu, identity) and an `Expansion` (identity, or the Taylor monomials), whose
-inner product is a polynomial of the plain inner product.
+Vectors are stored token-minor, ``[..., K, C]``: a feature is a row of ``C`` tokens, so gathering
+the factors of a monomial copies whole rows. A map has two stages. The first is an elementwise
+`activation` (elu + 1, relu, identity). The second is an `Expansion` (identity, or the Taylor
+monomials), whose inner product is a polynomial of the plain inner product.
 """
 
 from __future__ import annotations
@@ -20,27 +20,26 @@ from ..spec import feature_count
 
 
 def activate(x: Tensor, activation: str) -> Tensor:
+    """The elementwise stage of a feature map."""
     if activation == "elu":
-        return (
-            x.clamp(max=0).exp_().add_(x.relu())
-        )  # unlike elu(x) + 1, exact to the last bits where it is small
+        # elu(x) + 1 would round exp(x) - 1 and then add 1: small values would lose their digits
+        return x.clamp(max=0).exp_().add_(x.relu())
     return x.relu() if activation == "relu" else x
 
 
 def activate_vjp(activated: Tensor, grad: Tensor, activation: str) -> Tensor:
-    """Gradient at the input from the activated value: elu + 1 has slope min(value, 1), relu slope
-    [value > 0].
-    """
-    if activation == "elu":
+    """Gradient at the input, from the activated value, so that the input need not be kept."""
+    if activation == "elu":  # slope: exp(x) = value below zero, 1 above it
         return grad * activated.clamp(max=1)
     return grad * (activated > 0) if activation == "relu" else grad
 
 
 @lru_cache(maxsize=64)
 def _monomials(dim: int, degree: int) -> tuple[list[int], list[int], list[float]]:
-    """Monomials of a degree over `dim` variables, lexicographic: index of the monomial without its
-    last factor (among those one degree lower), that last factor, and the weight sqrt(multinomial /
-    degree!) = 1 / sqrt(prod m_i!).
+    """Parent, last factor and weight of each monomial of a degree, in lexicographic order.
+
+    The parent is the index of the monomial without its last factor, among those one degree lower.
+    The weight is sqrt(multinomial / degree!) = 1 / sqrt(prod m_i!).
     """
     lower = {m: i for i, m in enumerate(combinations_with_replacement(range(dim), degree - 1))}
     parents, lasts, weights = [], [], []
@@ -51,9 +50,11 @@ def _monomials(dim: int, degree: int) -> tuple[list[int], list[int], list[float]
     return parents, lasts, weights
 
 
-class _Sum:
-    """Adds rows of ``[..., n, C]`` into ``[..., size, C]`` by an index: a product with a 0/1
-    matrix, which is faster than scattering, where that matrix is small."""
+class _RowSum:
+    """Adds rows of ``[..., n, C]`` into ``[..., size, C]`` by an index.
+
+    Where the 0/1 matrix of the index is small, a product with it is faster than scattering.
+    """
 
     LARGEST = 4_000_000
 
@@ -75,13 +76,14 @@ class _Degree(NamedTuple):
     parents: Tensor
     lasts: Tensor
     weights: Tensor
-    to_parent: _Sum
-    to_last: _Sum
+    to_parent: _RowSum
+    to_last: _RowSum
 
 
 class Expansion:
-    """``expand(q)ᵀ expand(k) = polynomial(q·k)``: the identity for order 0, else the Taylor
-    features of exp.
+    """Features with ``expand(q)ᵀ expand(k) = polynomial(q·k)``.
+
+    They are the vector itself for order 0, else the Taylor features of exp.
     """
 
     def __init__(
@@ -94,8 +96,11 @@ class Expansion:
         self.size = feature_count(dim, order, constant_term)
 
     @cached_property
-    def tables(self) -> list[_Degree]:
-        """Built when features are first formed: short sequences never do."""
+    def monomial_tables(self) -> list[_Degree]:
+        """Tables of degree 2 and above, built when features are first formed.
+
+        Short sequences never form features, so they need no tables.
+        """
         tables = []
         with torch.inference_mode(False):
             for degree in range(2, self.order + 1):
@@ -103,21 +108,22 @@ class Expansion:
                 parent, last = (torch.tensor(x, device=self.device) for x in (parents, lasts))
                 weight = torch.tensor(weights, dtype=self.dtype, device=self.device)[:, None]
                 below = math.comb(self.dim + degree - 2, degree - 1)
-                sums = _Sum(parent, below, self.dtype), _Sum(last, self.dim, self.dtype)
+                sums = _RowSum(parent, below, self.dtype), _RowSum(last, self.dim, self.dtype)
                 tables.append(_Degree(parent, last, weight, *sums))
         return tables
 
     @staticmethod
     @lru_cache(maxsize=64)
-    def get(
+    def cached(
         dim: int, order: int, constant_term: bool, dtype: torch.dtype, device: torch.device
     ) -> Expansion:
-        """The expansion with its index tables, built once."""
+        """The expansion for these sizes, shared by all calls, so that its tables are built once."""
         return Expansion(dim, order, constant_term, dtype, device)
 
     def polynomial(self, scores: Tensor) -> Tensor:
-        """Σ_p scores^p / p!, by Horner's rule; without the constant never adding the 1 that would
-        swallow digits.
+        """Σ_p scores^p / p!, by Horner's rule.
+
+        Without the constant term no 1 is added at the end: it would cost small scores their digits.
         """
         if self.order == 0:
             return scores
@@ -127,9 +133,7 @@ class Expansion:
         return result.add_(1) if self.constant_term else result
 
     def slope(self, scores: Tensor) -> Tensor | None:
-        """The polynomial's derivative: the same sum with one term fewer. None where it is 1
-        everywhere.
-        """
+        """The polynomial's derivative, the same sum with one term fewer; None where it is 1."""
         if self.order <= 1:
             return None
         result = scores / (self.order - 1) + 1
@@ -138,7 +142,7 @@ class Expansion:
         return result
 
     def expand(self, x: Tensor) -> Tensor:
-        """``[..., K, C]`` -> ``[..., F, C]``."""
+        """Features ``[..., F, C]`` of vectors ``[..., K, C]``."""
         if self.order == 0:
             return x
         out = x.new_empty(*x.shape[:-2], self.size, x.shape[-1])
@@ -147,7 +151,9 @@ class Expansion:
             parts[0].fill_(1)
         parts[1].copy_(x)
         monomials = x
-        for (parents, lasts, weights, *_), part in zip(self.tables, parts[2:], strict=True):
+        for (parents, lasts, weights, *_), part in zip(
+            self.monomial_tables, parts[2:], strict=True
+        ):
             monomials = monomials.index_select(-2, parents).mul_(x.index_select(-2, lasts))
             torch.mul(monomials, weights, out=part)
         return out
@@ -157,15 +163,22 @@ class Expansion:
         if self.order == 0:
             return grad
         parts = list(grad.split(self.sizes, -2))
+        # The monomials of each degree, without weights: they are the parents of the next degree.
+        # The highest degree is nobody's parent, so it is not formed.
         levels = [x]
-        for parents, lasts, *_ in self.tables[:-1]:
+        for parents, lasts, *_ in self.monomial_tables[:-1]:
             levels.append(levels[-1].index_select(-2, parents) * x.index_select(-2, lasts))
+        # A monomial is m = parent · x_last, so d parent = dm · x_last and d x_last = dm · parent.
+        # From the highest degree down, so that dm is complete before it is passed on: the feature's
+        # own gradient times its weight, and what its children of the next degree carried to it.
         result, carried = torch.zeros_like(x), None
-        for i in reversed(range(len(self.tables))):
-            parents, lasts, weights, to_parent, to_last = self.tables[i]
+        for i in reversed(range(len(self.monomial_tables))):
+            parents, lasts, weights, to_parent, to_last = self.monomial_tables[i]
             part, lower = parts[2 + i], levels[i]
             local = part * weights if carried is None else (part * weights).add_(carried)
             result += to_last(lower.index_select(-2, parents) * local)
             carried = to_parent(local.mul_(x.index_select(-2, lasts)))
+        # Degree 1 is x itself; its children's gradients are the last ones carried. The constant
+        # feature has no gradient.
         result += parts[1]
         return result if carried is None else result.add_(carried)

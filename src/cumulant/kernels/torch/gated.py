@@ -1,5 +1,6 @@
-"""Gated attention, ``f(q kᵀ / n + bias) v``, a block of queries at a time: weights exist for one
-block only.
+"""Gated attention, ``f(q kᵀ / n + bias) v``, a block of queries at a time.
+
+Weights exist for one block only.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 from ..product import matmul
 from ..spec import GatedInputs, GatedOutputs, GatedSpec, accumulation_dtype, new_heads
 from ..transforms import without_autocast
-from .weights import activate, activate_with_slope, bias_rows, dropped, hide_later
+from .weights import activate_in_place, activate_with_slope, bias_rows, dropout_factors, hide_later
 
 BLOCK = 128  # queries whose weights exist at a time
 
@@ -33,19 +34,17 @@ def describe(inputs: GatedInputs, spec: GatedSpec) -> str:
 
 
 class _Block(NamedTuple):
-    """Queries ``rows`` of one sequence, which see keys ``columns``, `past` more than queries come
-    before them.
-    """
+    """A block of queries of one sequence, and the keys that they see."""
 
     number: int
-    rows: slice
-    columns: slice
-    past: int
-    first: int  # of the sequence
+    rows: slice  # the queries
+    columns: slice  # the keys
+    past: int  # query i of the block sees the first past + i + 1 keys, if causal
+    first: int  # the sequence's first token
 
 
 class _Call(NamedTuple):
-    """The inputs with what it takes to read a block of them."""
+    """The inputs, and methods that read a block of them."""
 
     inputs: GatedInputs
     bounds: list[int] | None
@@ -53,11 +52,11 @@ class _Call(NamedTuple):
     dtype: torch.dtype
 
     @classmethod
-    def of(cls, inputs: GatedInputs, spec: GatedSpec) -> _Call:
+    def from_inputs(cls, inputs: GatedInputs, spec: GatedSpec) -> _Call:
         bounds = None if inputs.cu_seqlens is None else inputs.cu_seqlens.tolist()
         return cls(inputs, bounds, spec, accumulation_dtype(inputs.query))
 
-    def blocks(self) -> Iterator[_Block]:
+    def query_blocks(self) -> Iterator[_Block]:
         T, S = self.inputs.query.shape[2], self.inputs.key.shape[2]
         spans = (
             [(0, T, 0, S)]
@@ -73,7 +72,7 @@ class _Call(NamedTuple):
                 yield _Block(number, slice(a, b), slice(first_key, last), past, first)
                 number += 1
 
-    def load(self, at: _Block) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def load_block(self, at: _Block) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Scaled queries ``[B,G,R·n,K]``, keys and values seen, scale ``[B,1,n,1]``."""
         query, key, value, scale = (
             self.inputs.query,
@@ -92,12 +91,12 @@ class _Call(NamedTuple):
             scale,
         )
 
-    def scores(self, at: _Block, q: Tensor, k: Tensor) -> Tensor:
+    def block_scores(self, at: _Block, q: Tensor, k: Tensor) -> Tensor:
         scores = matmul(q, k.mT)
-        bias = self._bias(at)
+        bias = self._block_bias(at)
         return scores if bias is None else scores.add_(bias.to(self.dtype))
 
-    def _bias(self, at: _Block) -> Tensor | None:
+    def _block_bias(self, at: _Block) -> Tensor | None:
         rows = slice(at.rows.start - at.first, at.rows.stop - at.first)
         columns, G, H = (
             at.columns.stop - at.columns.start,
@@ -110,13 +109,13 @@ class _Call(NamedTuple):
 def forward(inputs: GatedInputs, spec: GatedSpec) -> GatedOutputs:
     out = spec.new_outputs(inputs).out.zero_()
     with without_autocast(out):
-        t = _Call.of(inputs, spec)
-        for at in t.blocks():
-            q, k, v, _ = t.load(at)
-            weights = activate(spec.activation, t.scores(at, q, k))
+        t = _Call.from_inputs(inputs, spec)
+        for at in t.query_blocks():
+            q, k, v, _ = t.load_block(at)
+            weights = activate_in_place(spec.activation, t.block_scores(at, q, k))
             if spec.is_causal:
                 hide_later(weights, at.rows.stop - at.rows.start, at.past)
-            kept = dropped(weights, spec.dropout_p, inputs.seed, at.number)
+            kept = dropout_factors(weights, spec.dropout_p, inputs.seed, at.number)
             if kept is not None:
                 weights *= kept
             out[:, :, at.rows] = matmul(weights, v).reshape(out[:, :, at.rows].shape)
@@ -128,26 +127,30 @@ def backward(
 ) -> GatedInputs:
     query, key, value, bias = inputs.query, inputs.key, inputs.value, inputs.bias
     with without_autocast(query):
-        t = _Call.of(inputs, spec)
+        t = _Call.from_inputs(inputs, spec)
         dquery, dkey, dvalue = (
             new_heads(x, x.shape[1], x.shape[3], t.dtype).zero_() for x in (query, key, value)
         )
         dbias = None if bias is None else bias.new_zeros(bias.shape, dtype=t.dtype)
-        for at in t.blocks():
-            q, k, v, scale = t.load(at)
+        for at in t.query_blocks():
+            q, k, v, scale = t.load_block(at)
             n = at.rows.stop - at.rows.start
-            # the weights again, and their derivative by the scores, with the same zeros
-            weights, slope = activate_with_slope(spec.activation, t.scores(at, q, k))
-            kept = dropped(weights, spec.dropout_p, inputs.seed, at.number)
+            # The weights w are formed again, and w' = dw / dscores. Both are multiplied by the same
+            # dropout factors and causal zeros: those are constants of the derivative.
+            weights, slope = activate_with_slope(spec.activation, t.block_scores(at, q, k))
+            kept = dropout_factors(weights, spec.dropout_p, inputs.seed, at.number)
             for part in (weights, slope):
                 if kept is not None:
                     part.mul_(kept)
                 if spec.is_causal:
                     hide_later(part, n, at.past)
+            # Sums over queries are added up in the accumulation dtype, and rounded once at the end.
             dy = upstream.out[:, :, at.rows].to(t.dtype).reshape(*q.shape[:3], v.shape[-1])
-            # out = weights v: to the values, then through the weights to scores = q kᵀ + bias
+            # out = w v, so dv = wᵀ dout and dw = dout vᵀ. Then dscores = w' dw, in w's memory.
             dvalue[:, :, at.columns] += matmul(weights.mT, dy)
             dscores = slope.mul_(matmul(dy, v.mT))
+            # scores = (scale q) kᵀ + bias. The loaded q is scaled already, so dk needs no scale;
+            # dq does. A bias is shared by sequences and perhaps heads, so its gradient sums them.
             dkey[:, :, at.columns] += matmul(dscores.mT, q)
             dq = matmul(dscores, k).reshape(query[:, :, at.rows].shape)
             dquery[:, :, at.rows] = dq * scale

@@ -1,8 +1,8 @@
-"""Where the tokens of chunk c lie: slices of a batch, or gathers from packed sequences.
+"""Memory layouts of chunks: slices of a batch, or gathers from packed sequences.
 
-Both layouts give chunks with the batch in front, ``[n, G, ...]``, where ``n`` counts the sequences
+Both layouts load chunks with the batch in front, ``[n, G, ...]``, where ``n`` counts the sequences
 that reach the chunk. Packed sequences are walked longest first, so those still alive are always the
-first ``n``: the work is that of the tokens themselves, not that of padding to the longest sequence.
+first ``n``. The work is proportional to the tokens; nothing is padded to the longest sequence.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from ..spec import new_heads
 class Chunk:
     start: int  # first token (dense) or chunk offset inside each sequence (packed)
     length: int
-    rows: int  # sequences alive
+    rows: int  # sequences that reach the chunk
     index: Tensor | None = None  # [n, C] token indices (packed), T where there is no token
     valid: Tensor | None = None  # [n, C] False where there is no token
 
 
 class Dense:
-    """``[B, H, T, D]`` read by slices."""
+    """A batch ``[B, H, T, D]``, read by slices."""
 
     def __init__(self, batch: int, length: int, chunk: int):
         self.batch = batch
@@ -33,32 +33,34 @@ class Dense:
         starts = range(0, length, chunk)
         self.chunks = [Chunk(start, min(chunk, length - start), batch) for start in starts]
 
-    def load(self, x: Tensor, c: Chunk, groups: int, dtype: torch.dtype) -> Tensor:
-        """``[B, H, T, D]`` -> ``[n, G, R * C, D]``, R = H / G."""
+    def load_tokens(self, x: Tensor, c: Chunk, groups: int, dtype: torch.dtype) -> Tensor:
+        """The chunk's tokens of ``[B, H, T, D]``, as ``[n, G, R * C, D]`` with R = H / G."""
         x = x[:, :, c.start : c.start + c.length].to(dtype)
         return x.reshape(c.rows, groups, x.shape[1] // groups * c.length, x.shape[-1])
 
-    def store(self, out: Tensor, c: Chunk, y: Tensor, accumulate: bool = False) -> None:
+    def store_tokens(self, out: Tensor, c: Chunk, y: Tensor, accumulate: bool = False) -> None:
         view = out[:, :, c.start : c.start + c.length]
         y = y.reshape(view.shape)
         view.add_(y) if accumulate else view.copy_(y)
 
-    def mask(self, key_mask: Tensor | None, c: Chunk) -> Tensor | None:
+    def load_mask(self, key_mask: Tensor | None, c: Chunk) -> Tensor | None:
         return None if key_mask is None else key_mask[:, c.start : c.start + c.length]
 
-    def new(self, heads: int, length: int, dim: int, like: Tensor, dtype: torch.dtype) -> Tensor:
+    def new_buffer(
+        self, heads: int, length: int, dim: int, like: Tensor, dtype: torch.dtype
+    ) -> Tensor:
         return new_heads(like, heads, dim, dtype, length)
 
-    def finish(self, out: Tensor) -> Tensor:
+    def finish_buffer(self, out: Tensor) -> Tensor:
         return out
 
 
 class Packed:
-    """``[1, H, size, D]`` holding sequences of the given lengths, read by gathers.
+    """Sequences packed in ``[1, H, size, D]``, read by gathers.
 
-    The tokens of all sequences, one sequence after another, stand at `order`, by default in place.
-    What no sequence holds comes out as zeros; an index of `size` or above is a slot without a
-    token.
+    `order` lists the index of every token, one sequence after another. By default the tokens lie in
+    that order from index 0 on. Tokens of no sequence get zeros in results. An index of `size` or
+    above marks a slot without a token.
     """
 
     def __init__(
@@ -89,14 +91,14 @@ class Packed:
             self.chunks.append(Chunk(start, length, rows, index.to(device), valid.to(device)))
 
     @classmethod
-    def offsets(cls, cu_seqlens: Tensor, size: int, chunk: int) -> Packed:
-        """Sequences end to end from the first token on."""
+    def from_offsets(cls, cu_seqlens: Tensor, size: int, chunk: int) -> Packed:
+        """The layout of sequences that lie end to end from the first token on."""
         return cls(cu_seqlens.cpu().long().diff(), size, chunk, cu_seqlens.device)
 
-    def load(self, x: Tensor, c: Chunk, groups: int, dtype: torch.dtype) -> Tensor:
+    def load_tokens(self, x: Tensor, c: Chunk, groups: int, dtype: torch.dtype) -> Tensor:
         assert c.index is not None
         assert c.valid is not None
-        if x.shape[2] == 0:  # an open group alone, that asks nothing more
+        if x.shape[2] == 0:  # the tokens are all of an open group, which has no more queries
             return x.new_zeros(
                 c.rows, groups, x.shape[1] // groups * c.length, x.shape[-1], dtype=dtype
             )
@@ -105,7 +107,7 @@ class Packed:
         tokens = tokens.masked_fill(~c.valid[:, None, :, None], 0)
         return tokens.reshape(c.rows, groups, x.shape[1] // groups * c.length, x.shape[-1])
 
-    def store(self, out: Tensor, c: Chunk, y: Tensor, accumulate: bool = False) -> None:
+    def store_tokens(self, out: Tensor, c: Chunk, y: Tensor, accumulate: bool = False) -> None:
         assert c.index is not None
         heads = out.shape[1]
         y = y.reshape(c.rows, heads, c.length, out.shape[-1]).transpose(0, 1)
@@ -115,24 +117,28 @@ class Packed:
             y = y + out[0].index_select(1, index)
         out[0].index_copy_(1, index, y.to(out.dtype))
 
-    def mask(self, key_mask: Tensor | None, c: Chunk) -> Tensor | None:
+    def load_mask(self, key_mask: Tensor | None, c: Chunk) -> Tensor | None:
         if key_mask is None:
             return c.valid
         assert c.index is not None
         assert c.valid is not None
         return key_mask[0][c.index.clamp(max=key_mask.shape[1] - 1)] & c.valid
 
-    def new(self, heads: int, length: int, dim: int, like: Tensor, dtype: torch.dtype) -> Tensor:
-        # the last row takes what has no token
+    def new_buffer(
+        self, heads: int, length: int, dim: int, like: Tensor, dtype: torch.dtype
+    ) -> Tensor:
+        # slots without a token are written to one more row, which `finish_buffer` drops
         return like.new_zeros(1, length + 1, heads, dim, dtype=dtype).transpose(1, 2)
 
-    def finish(self, out: Tensor) -> Tensor:
+    def finish_buffer(self, out: Tensor) -> Tensor:
         tokens = out[:, :, :-1]
-        return new_heads(tokens, *tokens.shape[1::2]).copy_(tokens)  # never a view
+        return new_heads(tokens, *tokens.shape[1::2]).copy_(
+            tokens
+        )  # a view could not be changed in place
 
 
 def sort_rows(x: Tensor | None, layout: Dense | Packed) -> Tensor | None:
-    """Per-sequence tensors (states) in the layout's order, as a fresh copy."""
+    """A state's tensor ``[N, ...]``, copied in the layout's order of sequences."""
     if x is None:
         return None
     x = x if layout.order is None else x.index_select(0, layout.order)
@@ -140,4 +146,5 @@ def sort_rows(x: Tensor | None, layout: Dense | Packed) -> Tensor | None:
 
 
 def unsort_rows(x: Tensor, layout: Dense | Packed) -> Tensor:
+    """The inverse of `sort_rows`."""
     return x if layout.inverse is None else x.index_select(0, layout.inverse)

@@ -1,4 +1,4 @@
-"""Mixed chunk attention: tokens aligned to groups, whatever came before, and one-token steps."""
+"""Mixed chunk attention: aligns tokens to their groups, and steps one token onto a state."""
 
 from __future__ import annotations
 
@@ -16,40 +16,40 @@ from ..spec import (
 )
 from ..transforms import without_autocast
 from .layout import Dense, Packed
-from .mixed_passes import Groups, Open, backward_groups, forward_groups
-from .weights import activate
+from .mixed_passes import Groups, OpenGroup, backward_groups, forward_groups
+from .weights import activate_in_place
 
 
-class _Even:
-    """Every sequence goes on at the same place of its open group, token `fill`: the rows are slices
-    of the batch.
-    """
+class _EvenRows:
+    """Rows whose open groups have the same number of tokens: groups are slices of the batch."""
 
     def __init__(self, batch: int, tokens: int, fill: int, group_size: int):
         self.fill, self.group_size = fill, group_size
         self.queries = self.keys = Dense(batch, fill + tokens, group_size)
         self.lengths = torch.full((batch,), fill + tokens)
 
-    def query(self, x: Tensor) -> Tensor:
+    def align_query(self, x: Tensor) -> Tensor:
         return pad(x, (0, 0, self.fill, 0)) if self.fill else x
 
-    def key(self, x: Tensor, still_open: Tensor | None) -> Tensor:
+    def align_key(self, x: Tensor, still_open: Tensor | None) -> Tensor:
         if still_open is None or not self.fill:
             return x
         return torch.cat((still_open[:, :, : self.fill].to(x.dtype), x), 2)
 
-    def back_query(self, y: Tensor) -> Tensor:
+    def restore_query(self, y: Tensor) -> Tensor:
         return copy_heads(y[:, :, self.fill :]) if self.fill else y
 
-    def back_key(self, y: Tensor) -> tuple[Tensor, Tensor]:
+    def restore_key(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients of the tokens and of the open group."""
         first = pad(y[:, :, : self.fill], (0, 0, 0, self.group_size - self.fill))
-        return self.back_query(y), first
+        return self.restore_query(y), first
 
 
-class _Ragged:
-    """Sequences of their own lengths, fills and places: all tokens in one row, followed by all open
-    groups.
+class _RaggedRows:
+    """Rows of different lengths and fills: all tokens in one row, followed by all open groups.
+
+    An index lists the tokens of every sequence, those of its open group first. It leaves out masked
+    tokens.
     """
 
     def __init__(
@@ -92,21 +92,25 @@ class _Ragged:
         )
         self.lengths = self.keys.lengths
 
-    def query(self, x: Tensor) -> Tensor:
+    def align_query(self, x: Tensor) -> Tensor:
         """``[B, H, T, D]`` -> ``[1, H, B·T, D]``."""
         return x.transpose(0, 1).reshape(1, x.shape[1], -1, x.shape[-1])
 
-    def key(self, x: Tensor, still_open: Tensor | None) -> Tensor:
-        x = self.query(x)
-        return x if still_open is None else torch.cat((x, self.query(still_open).to(x.dtype)), 2)
+    def align_key(self, x: Tensor, still_open: Tensor | None) -> Tensor:
+        x = self.align_query(x)
+        return (
+            x if still_open is None else torch.cat((x, self.align_query(still_open).to(x.dtype)), 2)
+        )
 
-    def back_query(self, y: Tensor) -> Tensor:
+    def restore_query(self, y: Tensor) -> Tensor:
         tokens: Tensor = y[0, :, : self.batch * self.tokens].unflatten(1, (self.batch, self.tokens))
         return copy_heads(tokens.transpose(0, 1))
 
-    def back_key(self, y: Tensor) -> tuple[Tensor, Tensor]:
+    def restore_key(self, y: Tensor) -> tuple[Tensor, Tensor]:
         rows = y[0, :, self.batch * self.tokens :].unflatten(1, (-1, self.group_size))
-        return self.back_query(y), rows.transpose(0, 1).clone(memory_format=torch.contiguous_format)
+        return self.restore_query(y), rows.transpose(0, 1).clone(
+            memory_format=torch.contiguous_format
+        )
 
 
 def obstacle(inputs: MixedChunkInputs, spec: MixedChunkSpec) -> str:
@@ -123,23 +127,25 @@ def describe(inputs: MixedChunkInputs, spec: MixedChunkSpec) -> str:
     return f"groups of {spec.group_size} tokens, one after another"
 
 
-def _align(x: MixedChunkInputs, spec: MixedChunkSpec) -> tuple[_Even | _Ragged, Groups]:
+def _align_groups(
+    x: MixedChunkInputs, spec: MixedChunkSpec
+) -> tuple[_EvenRows | _RaggedRows, Groups]:
     g, shape = spec.group_size, x.value.shape
     fill = None if x.position is None else x.position % g
     fills = [0] if fill is None else fill.tolist()
     even = x.covers_tokens and len(set(fills)) <= 1
-    rows: _Even | _Ragged
+    rows: _EvenRows | _RaggedRows
     rows = (
-        _Even(shape[0], shape[2], (fills or [0])[0], g)
+        _EvenRows(shape[0], shape[2], (fills or [0])[0], g)
         if even
-        else _Ragged(shape, x.key_mask, x.cu_seqlens, fill, g)
+        else _RaggedRows(shape, x.key_mask, x.cu_seqlens, fill, g)
     )
     groups = Groups(
-        rows.query(x.quad_query),
-        rows.key(x.quad_key, x.open_quad_key),
-        rows.query(x.lin_query),
-        rows.key(x.lin_key, x.open_lin_key),
-        rows.key(x.value, x.open_value),
+        rows.align_query(x.quad_query),
+        rows.align_key(x.quad_key, x.open_quad_key),
+        rows.align_query(x.lin_query),
+        rows.align_key(x.lin_key, x.open_lin_key),
+        rows.align_key(x.value, x.open_value),
         x.bias,
         x.seed,
         rows.queries,
@@ -151,11 +157,18 @@ def _align(x: MixedChunkInputs, spec: MixedChunkSpec) -> tuple[_Even | _Ragged, 
     return rows, groups
 
 
-def _step(
-    x: MixedChunkInputs, numerator: Tensor, past: Open, position: Tensor, g: int, activation: str
+def _step_token(
+    x: MixedChunkInputs,
+    numerator: Tensor,
+    past: OpenGroup,
+    position: Tensor,
+    g: int,
+    activation: str,
 ) -> MixedChunkOutputs:
-    """One token onto a state: into the open group, which it reads, as it does the sums; whole
-    groups join the sums.
+    """One token onto a state.
+
+    The token joins its open group, and attends to that group and to the sums. A group that is then
+    complete joins the sums.
     """
     (quad_query, quad_key, lin_query, lin_key, value), bias = x.tokens, x.bias
     (B, H, _, _), G, dtype, fill = (
@@ -165,7 +178,7 @@ def _step(
         position % g,
     )
     at = (torch.arange(B, device=fill.device), slice(None), fill)
-    rest = Open(*(x.clone(memory_format=torch.contiguous_format) for x in past))
+    rest = OpenGroup(*(x.clone(memory_format=torch.contiguous_format) for x in past))
     for buffer, new in zip(rest, (quad_key, lin_key, value), strict=True):
         buffer[at] = new[:, :, 0].to(dtype)
     scores = (quad_query.to(dtype) * (1 / g)).reshape(
@@ -173,7 +186,7 @@ def _step(
     ) @ rest.quad_key.mT
     if bias is not None:
         scores += bias[:, fill].transpose(0, 1).expand(B, H, g).reshape(scores.shape)
-    y = activate(activation, scores) @ rest.value  # slots still empty hold values of zero
+    y = activate_in_place(activation, scores) @ rest.value  # empty slots have values of zero
     y += (lin_query.to(dtype) * (1 / g)).reshape(B, G, H // G, lin_query.shape[3]) @ numerator
     S = numerator.clone(memory_format=torch.contiguous_format)
     closed = (fill == g - 1).nonzero()[:, 0]
@@ -181,9 +194,8 @@ def _step(
         S[closed] += rest.lin_key[closed].mT @ rest.value[closed]
         for buffer in rest:
             buffer[closed] = 0
-    out = y.reshape(B, H, 1, value.shape[3]).to(
-        value.dtype, copy=True
-    )  # no view, which could not be changed in place
+    # a copy, because a view could not be changed in place
+    out = y.reshape(B, H, 1, value.shape[3]).to(value.dtype, copy=True)
     return MixedChunkOutputs(out, S, *rest)
 
 
@@ -196,13 +208,13 @@ def forward(inputs: MixedChunkInputs, spec: MixedChunkSpec) -> MixedChunkOutputs
             and inputs.numerator is not None
             and inputs.position is not None
         ):
-            past = Open(*inputs.sums[1:])  # type: ignore[arg-type]
-            return _step(
+            past = OpenGroup(*inputs.sums[1:])  # type: ignore[arg-type]
+            return _step_token(
                 inputs, inputs.numerator, past, inputs.position, spec.group_size, spec.activation
             )
-        rows, groups = _align(inputs, spec)
+        rows, groups = _align_groups(inputs, spec)
         aligned, S, still_open = forward_groups(groups, inputs.numerator)
-        out = rows.back_query(aligned)
+        out = rows.restore_query(aligned)
     if still_open is None:
         return MixedChunkOutputs(out, *(out.new_empty(0, dtype=groups.dtype) for _ in range(4)))
     return MixedChunkOutputs(out, S, *still_open)
@@ -215,18 +227,25 @@ def backward(
     spec: MixedChunkSpec,
 ) -> MixedChunkInputs:
     with without_autocast(inputs.value):
-        rows, groups = _align(inputs, spec)
+        rows, groups = _align_groups(inputs, spec)
+        # The same alignment as in the forward pass. A token's gradient is restored to where the
+        # token came from: the call's tokens, or the open group of the state.
         drest = _open_upstream(upstream, inputs, spec)
         grads = backward_groups(
-            groups, rows.query(upstream.out), inputs.numerator, upstream.final_numerator, drest
+            groups,
+            rows.align_query(upstream.out),
+            inputs.numerator,
+            upstream.final_numerator,
+            drest,
         )
         keys, still_open = zip(
-            *(rows.back_key(x) for x in (grads.quad_key, grads.lin_key, grads.value)), strict=True
+            *(rows.restore_key(x) for x in (grads.quad_key, grads.lin_key, grads.value)),
+            strict=True,
         )
         found = [
-            rows.back_query(grads.quad_query),
+            rows.restore_query(grads.quad_query),
             keys[0],
-            rows.back_query(grads.lin_query),
+            rows.restore_query(grads.lin_query),
             keys[1],
             keys[2],
         ]
@@ -238,12 +257,12 @@ def backward(
 
 def _open_upstream(
     upstream: MixedChunkOutputs, inputs: MixedChunkInputs, spec: MixedChunkSpec
-) -> Open | None:
-    """Gradients at the open group, zeros for parts where none came; None if none came at all."""
+) -> OpenGroup | None:
+    """Gradients at the open group, with zeros for missing ones; None if all are missing."""
     given = upstream.final_quad_key, upstream.final_lin_key, upstream.final_value
     if all(x is None for x in given):
         return None
     _, *shapes = spec.state_shapes(inputs)
     dtype = accumulation_dtype(inputs.value)
     zeros = (inputs.value.new_zeros(shape, dtype=dtype) for shape in shapes)
-    return Open(*(zero if x is None else x for x, zero in zip(given, zeros, strict=True)))
+    return OpenGroup(*(zero if x is None else x for x, zero in zip(given, zeros, strict=True)))

@@ -1,16 +1,10 @@
-"""The passes over chunks: outputs forwards in time, gradients forwards (queries) and backwards
-(keys, values).
+"""Outputs of linear and Taylor attention, chunk by chunk.
 
 Shapes, with ``n`` sequences alive, ``G`` key/value heads, ``M = (H/G) * C`` query rows, ``C`` keys
 in a chunk: ``q [n,G,K,M]``, ``k [n,G,K,C]`` (token-minor), ``v [n,G,C,V]``, state ``S [n,G,F,V]``,
 ``Z [n,G,F]``.
 
-Only the inputs, the output and the denominators are kept for the backward pass, the last two in
-fp32 at least: where outputs hardly depend on the query, the gradient at a denominator, -(dout ·
-out) / z, all but cancels in the queries' gradients, and an output rounded to 16 bits would leave
-noise there. It walks the chunks twice: forwards, rebuilding S, for the queries' gradients and
-everything inside a chunk; then backwards, carrying the gradient of the state, for the keys' and
-values' gradients across chunks. Features exist for one chunk at a time.
+Features exist for one chunk at a time. `gradients` has the backward pass.
 """
 
 from __future__ import annotations
@@ -27,7 +21,7 @@ from .layout import Chunk, Dense, Packed, sort_rows, unsort_rows
 
 
 class Tokens(NamedTuple):
-    """The inputs with what it takes to read a chunk of them."""
+    """The inputs, and methods that read a chunk of them."""
 
     inputs: AttentionInputs
     queries: Dense | Packed
@@ -36,28 +30,33 @@ class Tokens(NamedTuple):
     dtype: torch.dtype
 
     @property
-    def groups(self) -> int:
+    def key_heads(self) -> int:
         return self.inputs.key.shape[1]
 
     def expansion(self) -> Expansion:
         key, spec = self.inputs.key, self.spec
-        return Expansion.get(key.shape[-1], spec.order, spec.constant_term, self.dtype, key.device)
+        return Expansion.cached(
+            key.shape[-1], spec.order, spec.constant_term, self.dtype, key.device
+        )
 
-    def q(self, c: Chunk) -> Tensor:
-        x = self.queries.load(self.inputs.query, c, self.groups, self.dtype).mT.contiguous()
+    def load_query(self, c: Chunk) -> Tensor:
+        x = self.queries.load_tokens(
+            self.inputs.query, c, self.key_heads, self.dtype
+        ).mT.contiguous()
         return activate(x if self.spec.scale == 1.0 else x * self.spec.scale, self.spec.activation)
 
-    def grad_q(self, activated: Tensor, grad: Tensor) -> Tensor:
+    def query_gradient(self, activated: Tensor, grad: Tensor) -> Tensor:
         grad = activate_vjp(activated, grad, self.spec.activation).mT
         return grad if self.spec.scale == 1.0 else grad * self.spec.scale
 
-    def kv(self, c: Chunk) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Key, value and mask ``[n, 1, 1, C]`` of a chunk. What is masked is zero, even where the
-        input is NaN.
+    def load_key_value(self, c: Chunk) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Key, value and mask ``[n, 1, 1, C]`` of a chunk.
+
+        Masked keys and values are zero, even where the input is NaN.
         """
-        k = self.keys.load(self.inputs.key, c, self.groups, self.dtype).mT
-        v = self.keys.load(self.inputs.value, c, self.groups, self.dtype)
-        mask = self.keys.mask(self.inputs.key_mask, c)
+        k = self.keys.load_tokens(self.inputs.key, c, self.key_heads, self.dtype).mT
+        v = self.keys.load_tokens(self.inputs.value, c, self.key_heads, self.dtype)
+        mask = self.keys.load_mask(self.inputs.key_mask, c)
         if mask is None:
             return activate(k.contiguous(), self.spec.activation), v, None
         mask = mask[:, None, None, :]
@@ -65,13 +64,13 @@ class Tokens(NamedTuple):
         return k.contiguous(), v.masked_fill(~mask.mT, 0), mask
 
 
-def _level(t: Tokens) -> tuple[Tokens, Tensor | float]:
-    """The same attention with queries whose largest feature is near 1, and what the gradient at
-    them is multiplied by.
+def level_queries(t: Tokens) -> tuple[Tokens, Tensor | float]:
+    """The same attention with each query's largest feature near 1, and the factor of its gradient.
 
-    Where features are the activated vectors, and outputs quotients, a query's may be multiplied by
-    any number. So products with small keys, and quotients by them, neither vanish nor overflow:
-    1e-20 times 1e-20 has few digits in fp32.
+    A normalised output is a quotient, so a query's features may be multiplied by any number. Where
+    features are the activated vectors themselves, this keeps products with small keys in range:
+    1e-20 times 1e-20 has few digits in fp32. The second result multiplies the gradient at the
+    leveled query, and makes it the gradient at the query.
     """
     spec = t.spec
     if spec.order or not spec.normalize:
@@ -81,7 +80,7 @@ def _level(t: Tokens) -> tuple[Tokens, Tensor | float]:
     def scaled(query: Tensor) -> Tokens:
         return t._replace(inputs=t.inputs._replace(query=query), spec=replace(spec, scale=1.0))
 
-    if spec.activation == "elu":  # exp(x) below zero: what is added to x multiplies it
+    if spec.activation == "elu":  # exp(x) below zero: adding to x multiplies exp(x)
         top = x.amax(-1, keepdim=True).clamp(min=finite.min / 2, max=0)
         return scaled(x - top), spec.scale
     top = (x if spec.activation == "relu" else x.abs()).amax(-1, keepdim=True)
@@ -90,23 +89,23 @@ def _level(t: Tokens) -> tuple[Tokens, Tensor | float]:
     return scaled(x / power), spec.scale / power
 
 
-def _expand(features: Expansion, k: Tensor, mask: Tensor | None) -> Tensor:
+def masked_features(features: Expansion, k: Tensor, mask: Tensor | None) -> Tensor:
+    """φ(k), zero at masked keys: the constant feature is 1 even for a key of zeros."""
     phi = features.expand(k)
     return phi if mask is None or features.order == 0 else phi * mask
 
 
-def _hide(spec: AttentionSpec, c: Chunk, x: Tensor, mask: Tensor | None) -> Tensor:
-    """Zero, in place, where a query must not look inside its chunk: at later keys, at masked keys.
-    x ``[n,G,M,C]``.
-    """
+def zero_unseen(spec: AttentionSpec, c: Chunk, x: Tensor, mask: Tensor | None) -> Tensor:
+    """Writes zeros in x ``[n,G,M,C]`` at later keys of the chunk, if causal, and at masked keys."""
     if spec.is_causal and c.length > 1:
         x.unflatten(2, (-1, c.length)).tril_()
     return x if mask is None else x.masked_fill_(~mask, 0)
 
 
-def _divide(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """Zero where the denominator is, or has lost its digits below the smallest normal number:
-    nothing to attend to.
+def safe_divide(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """The quotient, and zero where the denominator is below the smallest normal number.
+
+    Such a query has no keys to attend to, or a denominator that has lost its digits.
     """
     empty = denominator.abs() < torch.finfo(denominator.dtype).tiny
     return (numerator / denominator.masked_fill(empty, 1)[..., None]).masked_fill_(
@@ -114,109 +113,113 @@ def _divide(numerator: Tensor, denominator: Tensor) -> Tensor:
     )
 
 
-def _accumulate(S: Tensor, Z: Tensor | None, n: int, phi: Tensor, v: Tensor) -> None:
+def add_keys(S: Tensor, Z: Tensor | None, n: int, phi: Tensor, v: Tensor) -> None:
     """S += φ v, Z += Σ φ for the first n sequences; phi ``[n,G,F,C]``, v ``[n,G,C,V]``."""
     S[:n].flatten(0, 1).baddbmm_(phi.flatten(0, 1), v.flatten(0, 1))
     if Z is not None:
         Z[:n] += phi.sum(-1)
 
 
-def _initial(t: Tokens, features: Expansion, needed: bool) -> tuple[Tensor, Tensor | None]:
+def initial_sums(t: Tokens, features: Expansion, needed: bool) -> tuple[Tensor, Tensor | None]:
     """The sums before the first token; empty unless `needed`."""
     S, Z = sort_rows(t.inputs.numerator, t.keys), sort_rows(t.inputs.denominator, t.keys)
     if S is None:
         value = t.inputs.value
-        shape = (t.keys.batch, t.groups, features.size, value.shape[-1]) if needed else (0, 0, 0, 0)
+        shape = (
+            (t.keys.batch, t.key_heads, features.size, value.shape[-1]) if needed else (0, 0, 0, 0)
+        )
         S = value.new_zeros(shape, dtype=t.dtype)
     if Z is None and t.spec.normalize:
         Z = S.new_zeros(S.shape[:3])
     return S, Z
 
 
-def _context(t: Tokens, features: Expansion) -> tuple[Tensor, Tensor | None]:
+def sum_all_keys(t: Tokens, features: Expansion) -> tuple[Tensor, Tensor | None]:
     """The sums over all keys, for attention in both directions."""
-    S, Z = _initial(t, features, needed=True)
+    S, Z = initial_sums(t, features, needed=True)
     for c in t.keys.chunks:
-        k, v, mask = t.kv(c)
-        _accumulate(S, Z, c.rows, _expand(features, k, mask), v)
+        k, v, mask = t.load_key_value(c)
+        add_keys(S, Z, c.rows, masked_features(features, k, mask), v)
     return S, Z
 
 
-def _read(phi: Tensor, S: Tensor, Z: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def _read_sums(phi: Tensor, S: Tensor, Z: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """φᵀS and φ·Z: phi ``[n,G,F,M]``."""
     return phi.mT @ S, None if Z is None else (Z[:, :, None] @ phi).squeeze(2)
 
 
-def forward(t: Tokens) -> AttentionOutputs:
-    features, (t, _) = t.expansion(), _level(t)
+def forward_chunks(t: Tokens) -> AttentionOutputs:
+    features, (t, _) = t.expansion(), level_queries(t)
     (query, _, value, *_), S0, wanted = t.inputs, t.inputs.numerator, t.spec.returns_state
     _B, H, T, V = *query.shape[:3], value.shape[-1]
     if T == 1 and S0 is not None and wanted and t.spec.is_causal and t.queries.order is None:
-        return _step(t, features, S0, t.inputs.denominator)
-    out = t.queries.new(H, T, V, query, t.dtype)
-    den = t.queries.new(H, T, 1, query, t.dtype) if t.spec.normalize else None
-    local = t.spec.is_causal or _one_block(t)
+        return _step_token(t, features, S0, t.inputs.denominator)
+    out = t.queries.new_buffer(H, T, V, query, t.dtype)
+    den = t.queries.new_buffer(H, T, 1, query, t.dtype) if t.spec.normalize else None
+    local = t.spec.is_causal or one_block(t)
     if local:
-        S, Z = _initial(t, features, needed=wanted or len(t.keys.chunks) > 1)
+        S, Z = initial_sums(t, features, needed=wanted or len(t.keys.chunks) > 1)
     else:
-        S, Z = _context(t, features)
+        S, Z = sum_all_keys(t, features)
     for i, c in enumerate(t.queries.chunks):
-        q, n = t.q(c), c.rows
+        q, n = t.load_query(c), c.rows
         z: Tensor | None
         if local:
-            k, v, mask = t.kv(c)
-            y, z = _local(t.spec, features, c, q, k, v, mask)
+            k, v, mask = t.load_key_value(c)
+            y, z = _attend_inside(t.spec, features, c, q, k, v, mask)
             if S0 is not None or i > 0:
-                y_state, z_state = _read(features.expand(q), S[:n], None if Z is None else Z[:n])
+                y_state, z_state = _read_sums(
+                    features.expand(q), S[:n], None if Z is None else Z[:n]
+                )
                 y = y.add_(y_state)
                 z = z.add_(z_state) if z is not None and z_state is not None else None
             if wanted or i + 1 < len(t.queries.chunks):
-                _accumulate(S, Z, n, _expand(features, k, mask), v)
+                add_keys(S, Z, n, masked_features(features, k, mask), v)
         else:
-            y, z = _read(features.expand(q), S[:n], None if Z is None else Z[:n])
+            y, z = _read_sums(features.expand(q), S[:n], None if Z is None else Z[:n])
         if den is not None and z is not None:
-            t.queries.store(den, c, z[..., None])
-            y = _divide(y, z)
-        t.queries.store(out, c, y)
-    den = None if den is None else t.queries.finish(den)[..., 0].contiguous()
+            t.queries.store_tokens(den, c, z[..., None])
+            y = safe_divide(y, z)
+        t.queries.store_tokens(out, c, y)
+    den = None if den is None else t.queries.finish_buffer(den)[..., 0].contiguous()
     if not wanted:
-        return _outputs(t.queries.finish(out), den, None, None)
-    return _outputs(
-        t.queries.finish(out),
+        return _make_outputs(t.queries.finish_buffer(out), den, None, None)
+    return _make_outputs(
+        t.queries.finish_buffer(out),
         den,
         unsort_rows(S, t.keys),
         None if Z is None else unsort_rows(Z, t.keys),
     )
 
 
-def _outputs(
+def _make_outputs(
     out: Tensor, den: Tensor | None, S: Tensor | None, Z: Tensor | None
 ) -> AttentionOutputs:
-    """With something empty for what is None."""
+    """The outputs, with empty tensors in the place of None, as operators return no None."""
     return AttentionOutputs(out, *(out.new_empty(0) if x is None else x for x in (den, S, Z)))
 
 
-def _step(t: Tokens, features: Expansion, S0: Tensor, Z0: Tensor | None) -> AttentionOutputs:
+def _step_token(t: Tokens, features: Expansion, S0: Tensor, Z0: Tensor | None) -> AttentionOutputs:
     """One token onto a state: update, then read."""
     (c,) = t.queries.chunks
-    q, (k, v, mask) = t.q(c), t.kv(c)
-    phi = _expand(features, k, mask)
+    q, (k, v, mask) = t.load_query(c), t.load_key_value(c)
+    phi = masked_features(features, k, mask)
     S = torch.addcmul(S0.contiguous(), phi, v)
     Z = None if Z0 is None else Z0.contiguous() + phi.squeeze(-1)
-    y, z = _read(features.expand(q), S, Z)
-    y = y if z is None else _divide(y, z)
+    y, z = _read_sums(features.expand(q), S, Z)
+    y = y if z is None else safe_divide(y, z)
     shape = t.inputs.query.shape[:3]
     out = y.view(*shape, v.shape[-1]).clone()  # a view could not be changed in place
-    return _outputs(out, None if z is None else z.view(shape), S, Z)
+    return _make_outputs(out, None if z is None else z.view(shape), S, Z)
 
 
-def _one_block(t: Tokens) -> bool:
-    """Bidirectional and short: the quadratic form in one block is cheaper than features."""
+def one_block(t: Tokens) -> bool:
+    """Whether one quadratic block does all the work: short, in both directions, no state."""
     one = len(t.keys.chunks) == 1 and len(t.queries.chunks) == 1
     return one and t.inputs.numerator is None and not t.spec.returns_state and t.keys is t.queries
 
 
-def _local(
+def _attend_inside(
     spec: AttentionSpec,
     features: Expansion,
     c: Chunk,
@@ -225,172 +228,6 @@ def _local(
     v: Tensor,
     mask: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Numerator and denominator of a chunk's queries over the chunk's own keys, by the quadratic
-    form.
-    """
-    weights = _hide(spec, c, features.polynomial(q.mT @ k), mask)
+    """Numerator and denominator of a chunk's queries over its own keys, by the quadratic form."""
+    weights = zero_unseen(spec, c, features.polynomial(q.mT @ k), mask)
     return weights @ v, weights.sum(-1) if spec.normalize else None
-
-
-def backward(t: Tokens, upstream: AttentionOutputs, outputs: AttentionOutputs) -> AttentionInputs:
-    """Gradients of the inputs, for gradients at the output and, perhaps, at the state that came
-    out.
-    """
-    features, (level, factor) = t.expansion(), _level(t)
-    given, t = t.inputs, level
-    (_, H, T, K), (_, G, keys, _), V = given.query.shape, given.key.shape, given.value.shape[3]
-    dq = t.queries.new(H, T, K, given.query, t.dtype)
-    dk, dv = (
-        t.keys.new(G, keys, K, given.key, t.dtype),
-        t.keys.new(G, keys, V, given.value, t.dtype),
-    )
-    at_outputs = _Upstream(t, upstream.out, outputs)
-    S, Z, local = _sums_before(t, features, outputs)
-    from_numerator = sort_rows(upstream.final_numerator, t.keys)
-    from_denominator = sort_rows(upstream.final_denominator, t.keys) if t.spec.normalize else None
-    from_state = from_numerator is not None or from_denominator is not None
-    dS = torch.zeros_like(S) if from_numerator is None else from_numerator
-    dZ = torch.zeros_like(Z) if from_denominator is None and Z is not None else from_denominator
-
-    # Forwards in time: queries read S as the forward pass did, which is rebuilt chunk by chunk.
-    for i, c in enumerate(t.queries.chunks):
-        n, q = c.rows, t.q(c)
-        dy, dz = at_outputs.load(c)
-        if local:
-            k, v, mask = t.kv(c)
-        grad_q = (
-            _local_backward(t, features, c, q, k, v, mask, dy, dz, dk, dv)
-            if local
-            else torch.zeros_like(q)
-        )
-        if not local or given.numerator is not None or i > 0:  # y += φ(q)ᵀ S, z += φ(q) · Z
-            dphi = S[:n] @ dy.mT
-            if dz is not None and Z is not None:
-                dphi.addcmul_(Z[:n, :, :, None], dz[:, :, None, :])
-            grad_q += features.expand_vjp(q, dphi)
-        t.queries.store(dq, c, t.grad_q(q, grad_q))
-        if local and i + 1 < len(t.queries.chunks):
-            _accumulate(S, Z, n, _expand(features, k, mask), v)
-        # every query reads the same sums, so that their gradient is complete before any key asks
-        if not local:
-            _accumulate_grad(features, q, dy, dz, dS, dZ, n)
-
-    # Backwards in time: keys and values reach all later queries through S, whose gradient grows
-    # with each chunk.
-    across = (t.spec.returns_state and from_state) or not local or len(t.keys.chunks) > 1
-    for i, c in (
-        reversed(list(enumerate(t.keys.chunks))) if across or given.numerator is not None else ()
-    ):
-        k, v, mask = t.kv(c)
-        _keys_backward(t, features, c, k, v, mask, dS, dZ, dk, dv, accumulate=local)
-        if local and (i > 0 or given.numerator is not None):
-            dy, dz = at_outputs.load(c)
-            _accumulate_grad(features, t.q(c), dy, dz, dS, dZ, c.rows)
-    # What is left in dS after the first chunk is the gradient of the state that came in.
-    return AttentionInputs(
-        t.queries.finish(dq).mul_(factor).to(given.query.dtype),
-        t.keys.finish(dk).to(given.key.dtype),
-        t.keys.finish(dv).to(given.value.dtype),
-        numerator=None if given.numerator is None else unsort_rows(dS, t.keys),
-        denominator=None if given.denominator is None or dZ is None else unsort_rows(dZ, t.keys),
-    )
-
-
-def _sums_before(
-    t: Tokens, features: Expansion, outputs: AttentionOutputs
-) -> tuple[Tensor, Tensor | None, bool]:
-    """The sums that the first chunk reads, and whether chunks see their own keys by the quadratic
-    form.
-    """
-    if t.spec.is_causal or _one_block(t):
-        return *_initial(t, features, needed=t.spec.returns_state or len(t.keys.chunks) > 1), True
-    if not t.spec.returns_state:
-        return *_context(t, features), False
-    S = sort_rows(outputs.final_numerator, t.keys)
-    assert S is not None
-    return S, sort_rows(outputs.final_denominator, t.keys) if t.spec.normalize else None, False
-
-
-class _Upstream:
-    """Gradients at numerator and denominator of a chunk: dy = dout / z, dz = -(dout · out) / z."""
-
-    def __init__(self, t: Tokens, dout: Tensor, outputs: AttentionOutputs):
-        self.t, self.dout, self.out = t, dout, outputs.out
-        self.den = outputs.denominators if t.spec.normalize else None
-
-    def load(self, c: Chunk) -> tuple[Tensor, Tensor | None]:
-        t = self.t
-        dout = t.queries.load(self.dout, c, t.groups, t.dtype)
-        if self.den is None:
-            return dout, None
-        z = t.queries.load(self.den[..., None], c, t.groups, t.dtype)[..., 0]
-        out = t.queries.load(self.out, c, t.groups, t.dtype)
-        return _divide(dout, z), _divide(-(dout * out).sum(-1, keepdim=True), z)[..., 0]
-
-
-def _accumulate_grad(
-    features: Expansion,
-    q: Tensor,
-    dy: Tensor,
-    dz: Tensor | None,
-    dS: Tensor,
-    dZ: Tensor | None,
-    n: int,
-) -> None:
-    phi = features.expand(q)
-    dS[:n].flatten(0, 1).baddbmm_(phi.flatten(0, 1), dy.flatten(0, 1))
-    if dZ is not None and dz is not None:
-        dZ[:n] += (phi @ dz[..., None]).squeeze(-1)
-
-
-def _local_backward(
-    t: Tokens,
-    features: Expansion,
-    c: Chunk,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    dy: Tensor,
-    dz: Tensor | None,
-    dk: Tensor,
-    dv: Tensor,
-) -> Tensor:
-    """Gradients inside a chunk; stores those of keys and values, returns the queries'."""
-    scores = q.mT @ k
-    slope = features.slope(scores)
-    weights = _hide(t.spec, c, features.polynomial(scores), mask)
-    dweights = dy @ v.mT
-    if dz is not None:
-        dweights += dz[..., None]
-    dscores = _hide(t.spec, c, dweights if slope is None else dweights.mul_(slope), mask)
-    grad_k = activate_vjp(k, q @ dscores, t.spec.activation)
-    t.keys.store(dk, c, grad_k.mT)
-    t.keys.store(dv, c, weights.mT @ dy)
-    return k @ dscores.mT
-
-
-def _keys_backward(
-    t: Tokens,
-    features: Expansion,
-    c: Chunk,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    dS: Tensor,
-    dZ: Tensor | None,
-    dk: Tensor,
-    dv: Tensor,
-    accumulate: bool,
-) -> None:
-    """Gradients that reach a chunk's keys and values through the state."""
-    n = c.rows
-    dphi = dS[:n] @ v.mT
-    if dZ is not None:
-        dphi += dZ[:n, :, :, None]
-    grad_k = activate_vjp(k, features.expand_vjp(k, dphi), t.spec.activation)
-    grad_v = features.expand(k).mT @ dS[:n]
-    if mask is not None:
-        grad_k, grad_v = grad_k * mask, grad_v * mask.mT
-    t.keys.store(dk, c, grad_k.mT, accumulate)
-    t.keys.store(dv, c, grad_v, accumulate)

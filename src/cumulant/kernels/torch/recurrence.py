@@ -1,9 +1,8 @@
-"""First-order linear recurrences ``h_t = d_t h_{t-1} + x_t``, every chunk of tokens one step at a
-time, side by side.
+"""First-order linear recurrences ``h_t = d_t h_{t-1} + x_t``, all chunks side by side.
 
-Walking C tokens through T / C chunks at once takes C steps of large operations. What reaches a
-chunk from those before it is a recurrence over T / C chunks, of the same kind, and so on: O(T) work
-in O(C log T / log C) operations.
+A step advances every chunk by one token, so T / C chunks of C tokens take C large operations. The
+values that enter the chunks follow a recurrence of the same kind over T / C chunks, and so on. In
+all it is O(T) work in O(C log T / log C) operations.
 """
 
 from __future__ import annotations
@@ -13,20 +12,21 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-# advance(h [B, G, n, V], at): h, before the tokens at `at` of n chunks, becomes h after them, in
-# place
+# advance(h [B, G, n, V], at): h is the value before the tokens at `at` of n chunks. The function
+# overwrites it with the value after them.
 Advance = Callable[[Tensor, slice], object]
 
 
-def steps(length: int, chunk: int, reverse: bool = False) -> list[tuple[slice, int]]:
-    """Token i of every chunk, for all i, and how many chunks have one; `reverse`: from the last i
-    to the first.
+def token_steps(length: int, chunk: int, reverse: bool = False) -> list[tuple[slice, int]]:
+    """For each i, the slice of token i of every chunk, and how many chunks have such a token.
+
+    `reverse` runs from the last i to the first.
     """
     found = [(slice(i, None, chunk), -(-(length - i) // chunk)) for i in range(min(chunk, length))]
     return found[::-1] if reverse else found
 
 
-def carried(
+def carry_chunks(
     advance: Advance,
     decay: Tensor,
     start: Tensor,
@@ -35,18 +35,17 @@ def carried(
     *,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """h before each chunk ``[B, G, P, V]`` in `dtype`, and after all tokens ``[B, G, V]`` in
-    start's.
+    """h before each chunk ``[B, G, P, V]`` in `dtype`, and after all tokens ``[B, G, V]``.
 
-    decay: d, ``[B, G, T]`` with T >= 1, by which `advance` multiplies h; in fp64, as products of
-    many factors near 1 would not be 1e-5 exact in fp32. start: h before the first token. `reverse`:
-    tokens run from the last to the first, and "before" a chunk is to its right.
+    decay is d ``[B, G, T]`` with T >= 1, by which `advance` multiplies h. It is in fp64, because
+    fp32 products of many factors near 1 would be wrong by more than 1e-5. start is h before the
+    first token; the last h has its dtype. With `reverse`, tokens run from the last to the first,
+    and "before" a chunk is to its right.
     """
-    walk = steps(decay.shape[2], chunk, reverse)
+    walk = token_steps(decay.shape[2], chunk, reverse)
     chunks = -(-decay.shape[2] // chunk)
-    own = start.new_zeros(
-        *start.shape[:2], chunks, start.shape[2], dtype=dtype
-    )  # h from zero over each chunk
+    # Over a chunk h becomes product · h + own: own is the result from h = 0.
+    own = start.new_zeros(*start.shape[:2], chunks, start.shape[2], dtype=dtype)
     product = decay.new_ones(*start.shape[:2], chunks)
     for at, n in walk:
         advance(own[:, :, :n], at)
@@ -57,40 +56,40 @@ def carried(
 
     over = product.to(dtype)
 
-    def chunkwise(h: Tensor, at: slice) -> None:
+    def advance_chunk(h: Tensor, at: slice) -> None:
         h.mul_(over[:, :, at, None]).add_(own[:, :, at])
 
-    h, end = carried(chunkwise, product, start, chunk, reverse, dtype=dtype)
+    h, end = carry_chunks(advance_chunk, product, start, chunk, reverse, dtype=dtype)
     before = torch.empty_like(own)
-    for at, n in steps(chunks, chunk, reverse):
+    for at, n in token_steps(chunks, chunk, reverse):
         before[:, :, at] = h[:, :, :n]
-        chunkwise(h[:, :, :n], at)
+        advance_chunk(h[:, :, :n], at)
     return before, end
 
 
-def scan(decay: Tensor, x: Tensor, start: Tensor, chunk: int, reverse: bool = False) -> Tensor:
-    """h after every token, of numbers: ``decay``, ``x [B, G, T]``, ``start [B, G]`` ->
-    ``[B, G, T]``.
-    """
+def scan_tokens(
+    decay: Tensor, x: Tensor, start: Tensor, chunk: int, reverse: bool = False
+) -> Tensor:
+    """h after every token, for numbers: decay and x ``[B, G, T]``, start ``[B, G]``."""
     each = decay.to(x.dtype)
 
     def advance(h: Tensor, at: slice) -> None:
         h.mul_(each[:, :, at, None]).add_(x[:, :, at, None])
 
     out = torch.empty_like(x)
-    h, _ = carried(advance, decay, start[:, :, None], chunk, reverse, dtype=x.dtype)
-    for at, n in steps(x.shape[2], chunk, reverse):
+    h, _ = carry_chunks(advance, decay, start[:, :, None], chunk, reverse, dtype=x.dtype)
+    for at, n in token_steps(x.shape[2], chunk, reverse):
         advance(h[:, :, :n], at)
         out[:, :, at] = h[:, :, :n, 0]
     return out
 
 
 def segment_maximum(x: Tensor, first: Tensor | None) -> Tensor:
-    """Running maximum along T of ``x [B, G, T]``, anew from every True of ``first [T]``."""
+    """Running maximum of ``x [B, G, T]`` along T, which restarts at every True of ``first [T]``."""
     if first is None:
         return x.cummax(-1).values
     index = torch.arange(x.shape[-1], device=x.device)
-    index = index - torch.where(first, index, 0).cummax(0).values  # place in its segment
+    index = index - torch.where(first, index, 0).cummax(0).values  # in its segment
     reach = 1
     while reach < x.shape[-1]:
         before = x[..., :-reach].masked_fill(index[reach:] < reach, -torch.inf)

@@ -1,6 +1,4 @@
-"""Weights of gated attention inside a block: ``f(score + bias)``, what cannot be seen set to zero,
-dropout.
-"""
+"""Weights of gated attention inside a block: ``f(score + bias)``, causal zeros, and dropout."""
 
 from __future__ import annotations
 
@@ -12,34 +10,35 @@ from torch import Tensor
 _MEAN, _WIDTH = math.sqrt(0.5), math.sqrt(1 / (2 * math.pi))  # Laplace: ½ erfc((mean - x) / width)
 
 
-def activate(name: str, x: Tensor) -> Tensor:
-    """f(x), in x's memory."""
+def activate_in_place(name: str, x: Tensor) -> Tensor:
+    """f(x), written over x."""
     if name == "relu2":
         return x.relu_().square_()
-    return (
-        x.sub_(_MEAN).div_(-_WIDTH).erfc_().mul_(0.5)
-    )  # 1 + erf would cancel where scores are small
+    # erfc, because 1 + erf would cancel where scores are small
+    return x.sub_(_MEAN).div_(-_WIDTH).erfc_().mul_(0.5)
 
 
 def activate_with_slope(name: str, x: Tensor) -> tuple[Tensor, Tensor]:
     """f(x) and f'(x); x is overwritten."""
     if name == "relu2":
         half = x.relu_()
-        return half.square(), half.mul_(2)
+        return half.square(), half.mul_(2)  # d relu(x)² = 2 relu(x)
+    # d ½ erfc((mean - x) / width) = exp(-2π (x - mean)²) √2. It needs x, which f then overwrites.
     slope = (x - _MEAN).square_().mul_(-2 * math.pi).exp_().mul_(math.sqrt(2))
-    return activate(name, x), slope
+    return activate_in_place(name, x), slope
 
 
 def hide_later(weights: Tensor, length: int, past: int = 0) -> Tensor:
-    """Zero, in place, where query i would see beyond key ``past + i``; weights
-    ``[..., R * length, S]``.
-    """
+    """Writes zeros where query i would see beyond key ``past + i``: ``[..., R * length, S]``."""
     weights.unflatten(-2, (-1, length)).tril_(past)
     return weights
 
 
-def dropped(weights: Tensor, p: float, seed: Tensor | None, block: int) -> Tensor | None:
-    """Factors 0 or 1 / (1 - p), the same each time for one seed and block; None without dropout."""
+def dropout_factors(weights: Tensor, p: float, seed: Tensor | None, block: int) -> Tensor | None:
+    """Factors 0 or 1 / (1 - p); None without dropout.
+
+    One seed and block always draw the same factors, so the backward pass can draw them again.
+    """
     if p == 0.0 or seed is None:
         return None
     generator = torch.Generator(weights.device).manual_seed(int(seed) + block)
@@ -51,8 +50,9 @@ def dropped(weights: Tensor, p: float, seed: Tensor | None, block: int) -> Tenso
 def bias_rows(
     bias: Tensor | None, groups: int, heads: int, rows: slice, columns: int
 ) -> Tensor | None:
-    """``bias [..., 1 or H, T, S]`` at some queries and the first keys, fit for weights
-    ``[..., G, R * rows, S]``.
+    """The bias of some queries and the first keys, in the shape of their weights.
+
+    ``[..., 1 or H, T, S]`` -> ``[..., G, R * rows, columns]``.
     """
     if bias is None:
         return None
