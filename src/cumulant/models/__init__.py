@@ -1,5 +1,8 @@
-"""Models. `TaylorViT` needs only torch. The language model is a Hugging Face model: importing this
-package registers it with transformers' `AutoConfig` and `AutoModel` classes."""
+"""Models: a vision transformer, and a language model for Hugging Face.
+
+`TaylorViT` needs only torch. Importing this package registers the language model with transformers'
+`AutoConfig` and `AutoModel` classes.
+"""
 
 from importlib.util import find_spec
 
@@ -25,8 +28,8 @@ if find_spec("transformers") is not None:
     for _auto, _name in CLASSES.items():
         if _auto != "AutoConfig":
             getattr(transformers, _auto).register(CumulantConfig, globals()[_name], exist_ok=True)
-    # by these names Trainer knows that labels are to be shifted when it smooths them, and pipelines
-    # what they can run
+    # Trainer looks up here which models need shifted labels for label smoothing, and pipelines
+    # which models they can run
     for _task in (
         "CAUSAL_LM",
         "MASKED_LM",

@@ -19,7 +19,7 @@ from .mixers import build_mixer
 
 @known_to_programs
 class CumulantBlock(GradientCheckpointingLayer):  # type: ignore[misc]
-    """``x + mixer(norm(x))``, then ``x + feed_forward(norm(x))`` if there is one."""
+    """``x + mixer(norm(x))``, then ``x + feed_forward(norm(x))`` if it has a feed-forward."""
 
     def __init__(self, config: CumulantConfig, layer: int):
         super().__init__()
@@ -46,24 +46,27 @@ class CumulantBlock(GradientCheckpointingLayer):  # type: ignore[misc]
         past_key_values: Cache | None = None,
         past_mask: Tensor | None = None,
         length: int = 0,
-        slot: int = 0,
+        cache_index: int = 0,
     ) -> Tensor:
-        """`slot`: the mixer's entry of the cache."""
+        """``x [B, T, D]`` -> ``[B, T, D]``. cache_index: the mixer's layer in the cache.
+
+        past_mask: ``[B, S]``, which cached positions are tokens. length: cached and new positions.
+        """
         state: Any = None
         if past_key_values is not None:
-            state = read_state(past_key_values, slot, past_mask)
-            record_input(past_key_values, slot, self, x, key_mask)
+            state = read_state(past_key_values, cache_index, past_mask)
+            record_input(past_key_values, cache_index, self, x, key_mask)
         if state is not None and key_mask is None and steps_with_state(type(self.mixer)):
             stepped = step_mixer(self.mixer, x, state, self)
             if stepped is not None:
-                write_state(past_key_values, slot, stepped[1], length)
+                write_state(past_key_values, cache_index, stepped[1], length)
                 return stepped[0]
         h = self.mixer_norm(x)
         if past_key_values is None:
             h = self.mixer(h, key_mask=key_mask, cu_seqlens=cu_seqlens)
         else:
             h, state = self.mixer(h, key_mask=key_mask, state=state, return_state=True)
-            write_state(past_key_values, slot, state, length)
+            write_state(past_key_values, cache_index, state, length)
         x = x + self.dropout(h)
         if self.feed_forward is not None:
             fed = step(self, x, emit=CumulantBlock.emit_feed_forward)
@@ -75,7 +78,7 @@ class CumulantBlock(GradientCheckpointingLayer):  # type: ignore[misc]
         return x
 
     def state_after(self, x: Tensor, key_mask: Tensor | None, state: Any) -> Any:
-        """The mixer's state alone, after inputs ``x [B, T, D]`` of this block."""
+        """The mixer's state after the block's inputs ``x [B, T, D]``, without its output."""
         return self.mixer(self.mixer_norm(x), key_mask=key_mask, state=state, return_state=True)[1]
 
     def emit_step(self, builder: StepBuilder, x: Vector, residual: Vector | None) -> Vector:

@@ -1,8 +1,9 @@
 """Mixer states in transformers' caches.
 
-Keys and values of softmax and gated attention, which grow, live in transformers' own `DynamicLayer`
-or `StaticLayer`. States of fixed size live in `StateLayer`, a `LinearAttentionLayer` that
-`DynamicCache(config=model.config)` and `StaticCache` build for the layer type "cumulant_state".
+Softmax and gated attention keep their keys and values in transformers' own `DynamicLayer` or
+`StaticLayer`. All other mixers keep a state of fixed size in `StateLayer`, a subclass of
+`LinearAttentionLayer`. `DynamicCache(config=model.config)` and `StaticCache` build it for the layer
+type "cumulant_state".
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ from ..nn import KeyValueState
 from ..ops.state import State, register
 from .config import CumulantConfig
 
-MARGIN = 32  # tokens that may still be taken back once `crop` has been called
-MAX_RECORDED = 256  # recorded tokens above which `crop` forgets all but so many
+MARGIN = 32  # tokens that another `crop` can remove, after a first one
+MAX_RECORDED = 256  # `crop` shortens longer records to `MARGIN` tokens
 
 _BUILD = "build it with transformers.DynamicCache(config=model.config)"
 
@@ -38,9 +39,9 @@ _BUILD = "build it with transformers.DynamicCache(config=model.config)"
 class StateLayer(LinearAttentionLayer, CacheLayerMixin):  # type: ignore[misc]
     """A mixer state of fixed size, and the number of positions so far.
 
-    Such a state cannot be cut like keys and values. While the layer records its past, as assisted
-    generation asks, it keeps an earlier state and the block's inputs since then; `crop` reads those
-    that stay once more.
+    Such a state cannot be cut as keys and values can. So while the layer records its past, for
+    assisted generation, it keeps an earlier state and the block's inputs since then. `crop` runs
+    the mixer again on the inputs that stay.
     """
 
     _layer_type = "cumulant_state"
@@ -68,7 +69,7 @@ class StateLayer(LinearAttentionLayer, CacheLayerMixin):  # type: ignore[misc]
         return self.state is not None
 
     def record(self, block: Any, x: Tensor, key_mask: Tensor | None) -> None:
-        """Keep what `block` is about to read, if the past is recorded."""
+        """Keep the next input of `block`, if the layer records its past."""
         if not self.record_past:
             if self.inputs:
                 self._forget_inputs()
@@ -85,7 +86,7 @@ class StateLayer(LinearAttentionLayer, CacheLayerMixin):  # type: ignore[misc]
 
     def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         raise NotImplementedError(
-            "a fixed-size state holds no keys and values; use `state` and `write`"
+            "a fixed-size state has no keys and values; use `state` and `write`"
         )
 
     def get_seq_length(self) -> int:
@@ -123,9 +124,7 @@ class StateLayer(LinearAttentionLayer, CacheLayerMixin):  # type: ignore[misc]
 
     @torch.no_grad()
     def crop(self, tokens_to_remove: int) -> None:
-        """Take the last ``-tokens_to_remove`` tokens back, by reading those before them again from
-        an earlier state.
-        """
+        """Remove the last ``-tokens_to_remove`` tokens from the state."""
         if tokens_to_remove > 0:
             raise ValueError(
                 f"tokens_to_remove: expected 0 or the negative of a number, got {tokens_to_remove}"
@@ -148,7 +147,7 @@ class StateLayer(LinearAttentionLayer, CacheLayerMixin):  # type: ignore[misc]
             self.write(self._state_after(*rest, self.base), self.length - count)
 
     def _recorded_inputs(self, length: int) -> tuple[Tensor, Tensor | None]:
-        """The first so many of the recorded inputs, and which are tokens."""
+        """The first `length` recorded inputs ``[B, T, D]``, and their mask."""
         x = torch.cat([x for x, _ in self.inputs], 1)[:, :length]
         if all(mask is None for _, mask in self.inputs):
             return x, None
@@ -159,7 +158,7 @@ class StateLayer(LinearAttentionLayer, CacheLayerMixin):  # type: ignore[misc]
         return x, torch.cat(masks, 1)[:, :length]
 
     def _state_after(self, x: Tensor, mask: Tensor | None, state: State | None) -> State | None:
-        """The state after ``x [B, T, D]``."""
+        """The state after `state` and the block's inputs ``x [B, T, D]``."""
         if x.shape[1] == 0:
             return state
         block: Any = self.block()
@@ -167,30 +166,33 @@ class StateLayer(LinearAttentionLayer, CacheLayerMixin):  # type: ignore[misc]
         return after
 
 
-# of a fixed size, so for both kinds of cache
+# states have a fixed size, so dynamic and static caches use the same layer
 STATIC_LAYER_TYPE_MAPPING[StateLayer._layer_type] = StateLayer
 
 
 def prepare_cache(cache: Any, config: CumulantConfig, new: int) -> tuple[Cache, int]:
-    """The cache, ready for this model and `new` more tokens, and how many it has seen; refuses what
-    cannot serve.
+    """The cache, ready for `new` more tokens, and the number of tokens that it has seen.
+
+    Caches that do not fit the model raise an error.
     """
     if not isinstance(cache, Cache) or isinstance(cache, EncoderDecoderCache):
         raise TypeError(
             f"past_key_values: expected a transformers Cache, got {type(cache).__name__}; {_BUILD}"
         )
-    if not cache.layers:  # made without a configuration
+    if not cache.layers:  # built without a configuration
         cache.layers, cache.layer_class_to_replicate = DynamicCache(config=config).layers, None
     seen = [_layer_length(entry) for entry in cache.layers]
     if None in seen or not any(seen) or not getattr(cache, "fits_cumulant", False):
         _check_layer_types(cache, config)
-        # one look is enough, also at a cache that came filled, as prefix tuning's does
+        # one check is enough, also for a filled cache, such as that of prefix tuning
         cache.fits_cumulant = True
     past = int(cache.get_seq_length())
     if seen.count(past) != len(seen):
+        found = sorted(length for length in seen if length is not None)
         raise ValueError(
-            f"past_key_values: its layers have seen different numbers of tokens, {seen}; a call "
-            "failed half-way, or layers were changed one by one: start again with a fresh cache"
+            "past_key_values: its layers have seen different numbers of tokens,"
+            f" {found[0]} to {found[-1]}; a call failed half-way, or layers were changed one by"
+            " one: start again with a fresh cache"
         )
     for entry in cache.layers:
         if isinstance(entry, StaticLayer) and past + new > entry.max_cache_len:
@@ -203,7 +205,7 @@ def prepare_cache(cache: Any, config: CumulantConfig, new: int) -> tuple[Cache, 
 
 
 def _layer_length(entry: Any) -> int | None:
-    """Tokens that a layer has seen; None for one that cannot be used here."""
+    """The number of tokens that a layer has seen; None for a layer that no mixer can use."""
     if isinstance(entry, StateLayer):
         return entry.length
     if not isinstance(entry, (DynamicLayer, StaticLayer)) or isinstance(entry, BaseQuantizedLayer):
@@ -212,7 +214,7 @@ def _layer_length(entry: Any) -> int | None:
 
 
 def _check_layer_types(cache: Cache, config: CumulantConfig) -> None:
-    """Every layer is of the kind that this model's mixer there keeps."""
+    """Every layer has the type that this model's mixer needs."""
     wanted = config.layer_types
     if len(cache.layers) != len(wanted):
         raise ValueError(
@@ -230,9 +232,7 @@ def _check_layer_types(cache: Cache, config: CumulantConfig) -> None:
 
 
 def read_state(cache: Cache, layer: int, past_mask: Tensor | None) -> State | None:
-    """The state of mixer `layer`; `past_mask` ``[B, S]`` says which cached positions hold tokens
-    (None: all).
-    """
+    """The state of mixer `layer`. ``past_mask [B, S]`` is True at cached tokens; None: all are."""
     entry = cache.layers[layer]
     if isinstance(entry, StateLayer):
         return entry.state
@@ -250,7 +250,7 @@ def read_state(cache: Cache, layer: int, past_mask: Tensor | None) -> State | No
 
 
 def write_state(cache: Cache, layer: int, state: State, length: int) -> None:
-    """Keep the state of mixer `layer` after `length` positions in all."""
+    """Store the state of mixer `layer` after `length` positions in all."""
     entry = cache.layers[layer]
     if isinstance(entry, StateLayer):
         entry.write(state, length)
@@ -270,9 +270,7 @@ def write_state(cache: Cache, layer: int, state: State, length: int) -> None:
 
 
 def record_input(cache: Cache, layer: int, block: Any, x: Tensor, key_mask: Tensor | None) -> None:
-    """Keep what a block reads, where the cache records its past; ``block.state_after`` reads it
-    again.
-    """
+    """Keep a block's input if the cache records its past, for ``block.state_after``."""
     entry = cache.layers[layer]
     if isinstance(entry, StateLayer):
         entry.record(block, x, key_mask)
@@ -280,7 +278,7 @@ def record_input(cache: Cache, layer: int, block: Any, x: Tensor, key_mask: Tens
 
 @dataclass(frozen=True)
 class ModelState(State):
-    """The states of all layers of a model. position: ``[B]`` int64, tokens seen."""
+    """The states of all layers of a model. position: ``[B]`` int64, the number of tokens seen."""
 
     layers: tuple[Any, ...]
     position: Tensor
@@ -290,11 +288,11 @@ register(ModelState)
 
 
 def export_state(cache: Cache) -> ModelState:
-    """All of a cache as one state, for `cumulant.save_state`. The batch must hold no padding."""
+    """A whole cache as one state, for `cumulant.save_state`. The batch must have no padding."""
     layers = tuple(read_state(cache, i, None) for i in range(len(cache.layers)))
     if not layers or any(layer is None for layer in layers):
         raise ValueError("past_key_values: the cache is empty; run the model on some tokens first")
-    if any(isinstance(entry, StaticLayer) for entry in cache.layers):  # which is written in place
+    if any(isinstance(entry, StaticLayer) for entry in cache.layers):  # it is written in place
         layers = tuple(layer.clone() for layer in layers if layer is not None)
     first: Any = layers[0]
     length = int(cache.get_seq_length())
@@ -308,18 +306,18 @@ def import_state(cache: Cache, state: ModelState) -> Cache:
             f"state: expected the state of a model with {len(cache.layers)} layers, got"
             f" {type(state).__name__} with {len(getattr(state, 'layers', ()))} layers"
         )
-    for i, (entry, part) in enumerate(zip(cache.layers, state.layers, strict=True)):
-        if not isinstance(entry, StateLayer) and not isinstance(part, KeyValueState):
+    for i, (entry, layer) in enumerate(zip(cache.layers, state.layers, strict=True)):
+        if not isinstance(entry, StateLayer) and not isinstance(layer, KeyValueState):
             raise ValueError(
-                f"state: layer {i} holds a {type(part).__name__}, which is not this model's mixer"
+                f"state: layer {i} holds a {type(layer).__name__}, which is not this model's mixer"
                 " there"
             )
-        write_state(cache, i, part, int(state.position.max()))
+        write_state(cache, i, layer, int(state.position.max()))
     return cache
 
 
 def cache_bytes(cache: Cache) -> int:
-    """Bytes held by a cache."""
+    """The size of a cache in bytes."""
     return sum(
         s.nbytes for i in range(len(cache.layers)) if (s := read_state(cache, i, None)) is not None
     )

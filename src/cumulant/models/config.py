@@ -27,44 +27,43 @@ class CumulantConfig(PreTrainedConfig):  # type: ignore[misc]
         is_causal: False for an encoder, `CumulantForMaskedLM`: every token sees all.
         num_attention_heads: query heads H of every attention mixer.
         num_key_value_heads: key/value heads G, dividing H; by default H.
-        head_dim: head dim of softmax, sliding-window and linear mixers, and value dim of all; by
+        head_dim: head dim of softmax, sliding-window and linear mixers, and value dim of all, by
             default D / H.
         taylor_head_dim: query/key head dim K of Taylor mixers.
         taylor_order: order of Taylor mixers.
-        taylor_alpha: their scores are divided by ``taylor_alpha · sqrt(K)``; by default 3 with
+        taylor_alpha: Taylor mixers divide scores by ``taylor_alpha · sqrt(K)``; by default 3 with
             `qk_norm`, else 1.
-        taylor_constant_term: keep their term of degree 0.
+        taylor_constant_term: keep the term of degree 0 in Taylor mixers.
         qk_norm: LayerNorm without parameters on queries and keys of linear and Taylor mixers.
         feature_map: feature map of linear mixers, by name: "elu", "relu", "softmax", "identity",
             "hedgehog", "rebased".
         sliding_window: tokens seen by sliding-window mixers, the token itself included.
         conv_size: taps of the short convolution over q, k, v in linear and Taylor mixers (0: none),
-            and of short-convolution mixers (where 0 means 4).
+            and of short-convolution mixers (0: 4 taps).
         token_shift: shift half of the channels by a token in linear, Taylor and FLASH mixers.
-        gate_values: sigmoid gate a head in linear and Taylor mixers.
-        rotary: rotate queries and keys by position in all attention mixers ("flash": at most 32
-            dims of them).
+        gate_values: a sigmoid gate for each head of linear and Taylor mixers.
+        rotary: rotate queries and keys by position in all attention mixers, in "flash" and "gau" at
+            most 32 of their dims.
         rotary_base: see `cumulant.nn.RotaryEmbedding`.
         group_size: tokens in a group of FLASH mixers.
         query_key_dim: query/key dim of FLASH and GAU mixers.
-        expansion_factor: their value dim over D.
-        gated_activation: their kernel, "relu2" or "laplace".
+        expansion_factor: value dim of FLASH and GAU mixers over D.
+        gated_activation: activation of their scores, "relu2" or "laplace".
         gated_dropout: dropout of their quadratic weights.
-        length_scale: divisor of GAU's scores; by default the number of tokens seen.
+        length_scale: divisor of the scores of GAU mixers; by default the number of tokens seen.
         reduce_group_non_causal_attn: see `cumulant.nn.MixedChunkAttention`.
-        count_padding: as FLASH-pytorch does with masked tokens in FLASH and GAU mixers.
+        count_padding: count masked tokens in FLASH and GAU mixers, as FLASH-pytorch does.
         position_features: sines in each position logit of ELiTA mixers.
         horizon: length over which their positions run from 0 to `horizon_time`; see
             `cumulant.nn.SinusoidalLogits`.
-        horizon_time: position logits' time at the horizon.
-        query_logit: a logit of each query's content in ELiTA mixers (k₃).
+        horizon_time: the time τ of position logits at the horizon.
+        query_logit: use k₃ in ELiTA mixers, a logit of each query's content.
         feed_forward: "swiglu", "gelu", "elita" (bilinear) or "none".
         intermediate_size: hidden dim of the feed-forward; by default about 8/3 D (swiglu), 4 D
             (gelu) or D (elita).
         feed_forward_factor: channels of the second projection of ELiTA's feed-forward.
-        wraps: run the stack so many times over, with tied weights and a learned bias before each
-            time.
-        logit_ffn: width of a feed-forward over the logits, added to them; None: none.
+        wraps: number of runs of the stack, with tied weights and a learned bias before each run.
+        logit_ffn: width of a feed-forward over the logits, which is added to them; None: none.
         position_embedding: absolute positions added to the embedding: "none" or
             "scaled_sinusoidal".
         norm: norm before each mixer and feed-forward: "rmsnorm", "layernorm" or "scalenorm".
@@ -76,11 +75,10 @@ class CumulantConfig(PreTrainedConfig):  # type: ignore[misc]
         dropout: dropout of the mixers' and feed-forwards' outputs.
         initializer_range: deviation of the initial weights; projections into the residual stream
             get it divided by sqrt(2 · depth).
-        max_position_embeddings: the longest text that clients should ask for. No model has such a
-            limit; programs that cut texts to it (lm-eval, servers) want a number, and the default
-            is 2^20.
+        max_position_embeddings: length to which clients such as lm-eval cut texts, by default 2^20.
+            The models themselves have no limit.
         use_cache: return the cache by default.
-        preset: the preset this configuration came from, for the record.
+        preset: the name of the preset that this configuration was made from.
     """
 
     model_type = "cumulant"
@@ -165,19 +163,21 @@ class CumulantConfig(PreTrainedConfig):  # type: ignore[misc]
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As transformers', from what ``config.json`` holds. Keys that this version does not know,
-        such as those of a later one, are kept as attributes, and said."""
+        """The configuration from the contents of ``config.json``.
+
+        Keys that this version does not know, such as those of a later one, become attributes, and a
+        warning names them.
+        """
         known = {*cls.__dataclass_fields__, *COMMON}
-        generation = (
-            GenerationConfig().to_dict()
-        )  # which files of older versions hold, and transformers leaves out
+        # files of older versions hold these too, and transformers ignores them
+        generation = GenerationConfig().to_dict()
         unknown = {
             name: value for name, value in config_dict.items() if name not in {*known, *generation}
         }
         if unknown:
             log = logging.getLogger(__name__)
             log.warning(
-                "config.json: kept without effect, as this version does not know it: %s",
+                "config.json: this version does not know, and keeps without effect: %s",
                 ", ".join(unknown),
             )
         made = super().from_dict({k: v for k, v in config_dict.items() if k in known}, **kwargs)
@@ -189,7 +189,7 @@ class CumulantConfig(PreTrainedConfig):  # type: ignore[misc]
 
     def to_dict(self) -> dict[str, Any]:
         """All fields and further attributes."""
-        # PEFT calls this just before it looks our modules up, whichever was imported first
+        # PEFT calls this just before it looks up our modules, whichever was imported first
         register_targets()
         fields: dict[str, Any] = super().to_dict()
         return fields
@@ -197,8 +197,10 @@ class CumulantConfig(PreTrainedConfig):  # type: ignore[misc]
     def save_pretrained(
         self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any
     ) -> None:
-        """``config.json``, with the module by which programs that never imported Cumulant load the
-        model, and, beside a model, a README that says how, unless there is one."""
+        """Write ``config.json`` and the module by which programs without Cumulant load the model.
+
+        Beside a model, also write a README that says how to load it, unless there is one.
+        """
         folder = Path(save_directory)
         if not folder.is_file():
             folder.mkdir(parents=True, exist_ok=True)
@@ -209,9 +211,7 @@ class CumulantConfig(PreTrainedConfig):  # type: ignore[misc]
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
-        """Nothing to do: every saved folder is loadable so already. Subclasses outside of Cumulant
-        are registered.
-        """
+        """Register subclasses outside of Cumulant. Its own classes need no registration."""
         if not cls.__module__.startswith("cumulant."):
             super().register_for_auto_class(auto_class)
 
@@ -230,16 +230,16 @@ class CumulantConfig(PreTrainedConfig):  # type: ignore[misc]
 
     @property
     def counts_positions(self) -> bool:
-        """Whether a text's place in its row would show: positions from 0 in each text, not only
-        their distances.
-        """
+        """Whether outputs depend on positions counted from 0, not only on distances."""
         return self.position_embedding != "none" or "elita" in (self.mixers or ())
 
     @property
     def final_logit_softcapping(self) -> None:
-        """None. Programs read it before they multiply hidden states by the logits' matrix
-        themselves (TRL does), which would leave out a feed-forward over the logits: with one,
-        reading it is an error."""
+        """None, or an error for a model with a feed-forward over the logits.
+
+        Programs such as TRL read it before they multiply hidden states by the logits' matrix
+        themselves, which would leave that feed-forward out.
+        """
         if self.logit_ffn is not None:
             raise ValueError(
                 "logit_ffn: this program forms the logits itself, without the feed-forward over"
@@ -248,8 +248,10 @@ class CumulantConfig(PreTrainedConfig):  # type: ignore[misc]
 
     @property
     def layer_types(self) -> list[str]:
-        """Kinds of cache layer, by which `transformers.DynamicCache(config=...)` builds the cache:
-        each layer has one for each time that the stack is run."""
+        """The type of each cache layer, for `transformers.DynamicCache(config=...)`.
+
+        Each layer of the model has one for each run of the stack.
+        """
         growing = ("softmax", "gau")
         once = [
             "full_attention" if self.mixer(i) in growing else "cumulant_state"
@@ -266,7 +268,5 @@ class CumulantConfig(PreTrainedConfig):  # type: ignore[misc]
 
     @property
     def per_layer_config(self) -> list[CumulantConfig]:
-        """This configuration for each entry of `layer_types`; transformers' own stops after
-        `num_hidden_layers`.
-        """
+        """This configuration, once for each entry of `layer_types`, which may repeat layers."""
         return [self] * len(self.layer_types)

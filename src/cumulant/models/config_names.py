@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from transformers import GenerationConfig
 
-# what transformers' configurations take besides their fields
+# names that every configuration of transformers takes besides its fields
 COMMON = frozenset(
     (
         "_attn_implementation",

@@ -58,7 +58,7 @@ def check_types(config: Any, fields: Container[str]) -> None:
         value = getattr(config, name, None)
         if name not in fields or name.endswith("_token_id"):
             continue
-        if not any(_is_of_type(value, part) for part in str(declared).split(" | ")):
+        if not any(_is_of_type(value, kind) for kind in str(declared).split(" | ")):
             raise ValueError(f"{name}: expected {declared}, got {value!r}")
 
 
@@ -99,8 +99,8 @@ def _check_encoder(config: Any) -> None:
     causal = [name for name in config.mixers if name in CAUSAL_MIXERS]
     if config.is_causal or not (causal or config.conv_size):
         return
-    what = f"mixers: {causal[0]}" if causal else f"conv_size: {config.conv_size}"
-    raise ValueError(f"{what} looks backwards only; an encoder (is_causal=False) needs others")
+    field = f"mixers: {causal[0]}" if causal else f"conv_size: {config.conv_size}"
+    raise ValueError(f"{field} looks backwards only; an encoder (is_causal=False) needs others")
 
 
 def _check_heads(config: Any) -> None:
@@ -117,7 +117,7 @@ def _check_heads(config: Any) -> None:
 
 
 def _check_numbers(config: Any) -> None:
-    """Numbers lie within their ranges, and fit each other."""
+    """Numbers are in their ranges, and fit each other."""
     if config.position_embedding != "none" and config.hidden_size % 2:
         raise ValueError(
             "hidden_size: sinusoidal positions need an even number of channels, got"

@@ -1,6 +1,7 @@
-"""Documents packed into rows, however a client marks them: by positions that begin again, by a
-number for each document, or by offsets. They are put end to end in one row without padding, and
-none sees another.
+"""Documents packed into rows.
+
+Clients mark them by positions that start again, by a number for each document, or by offsets. They
+are then joined in one row without padding, in which no document sees another.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ from .inputs import require
 
 
 class Marks(NamedTuple):
-    """The marks of one call, None where they were not given. position_ids, seq_idx: ``[B, T]``; the
-    others: ``[N + 1]``, in one row."""
+    """The marks of documents in one call; None for each that was not passed.
+
+    position_ids and seq_idx are ``[B, T]``. The other tensors are offsets ``[N + 1]`` in one row.
+    """
 
     position_ids: Tensor | None = None
     seq_idx: Tensor | None = None
@@ -28,7 +31,7 @@ class Marks(NamedTuple):
 
     @classmethod
     def read(cls, arguments: Mapping[str, Any], **named: Tensor | None) -> Marks:
-        """From the `named` marks and those among a call's further arguments."""
+        """The `named` marks, and those among a call's other arguments."""
         lengths = [
             int(arguments[name])
             for name in ("max_length_q", "max_length_k")
@@ -43,8 +46,10 @@ class Marks(NamedTuple):
 
 
 class Documents(NamedTuple):
-    """Documents of a batch end to end in one row. cu_seqlens: their offsets ``[N + 1]``. origin:
-    where each token of the row stood in the flattened batch ``[M]``; None: the batch is that row.
+    """The documents of a batch, joined in one row.
+
+    cu_seqlens: their offsets ``[N + 1]``. origin: ``[M]``, the index of each token in the flattened
+    batch; None: the batch is that row already.
     """
 
     cu_seqlens: Tensor
@@ -55,7 +60,7 @@ class Documents(NamedTuple):
         return x if self.origin is None else x.flatten(0, 1)[None, self.origin]
 
     def restore(self, y: Tensor, rows: int, length: int) -> Tensor:
-        """``[1, M, D]`` -> ``[B, T, D]``, zeros for padding."""
+        """``[1, M, D]`` -> ``[B, T, D]``, with zeros for padding."""
         if self.origin is None:
             return y
         flat = y.new_zeros(rows * length, y.shape[2])
@@ -72,17 +77,16 @@ def find_documents(
     past: int,
     past_mask: Tensor | None,
 ) -> Documents | None:
-    """The documents that the marks tell apart in ``[B, T]`` tokens; None where each row is a single
-    one.
+    """The documents that the marks separate in ``[B, T]`` tokens; None if each row is one document.
 
-    Positions that rise by one are what the model counts itself. Where `absolute`, it counts from 0
-    in every document and no other start can be honoured; otherwise only distances matter.
+    Within a document, positions must rise by one, as the model counts them itself. With `absolute`
+    they must also start at 0; otherwise only distances matter.
 
     Raises:
-        ValueError: marks of another shape; positions with gaps; marks that contradict one another
-            or the cache.
+        ValueError: marks of another shape; positions with gaps; marks that contradict each other or
+            the cache.
     """
-    cu_seqlens = _offsets(marks, rows)
+    cu_seqlens = _given_offsets(marks, rows)
     others = marks.position_ids is not None or marks.seq_idx is not None
     if cu_seqlens is not None and key_mask is None and not others:
         _check_max_length(marks, cu_seqlens)
@@ -90,7 +94,7 @@ def find_documents(
     if not marks.given:
         return None
     if torch.compiler.is_exporting() and marks.position_ids is not None:
-        # the exported graph holds for one document a row
+        # an exported graph is limited to one document in each row
         positions = _flat_mark("position_ids", marks.position_ids, rows, length).view(rows, length)
         require(
             (positions.diff() > 0).all(),
@@ -124,9 +128,9 @@ def find_documents(
 def _later_starts(
     marks: Marks, cu_seqlens: Tensor | None, index: Tensor, rows: int, length: int
 ) -> Tensor:
-    """Which tokens begin a document, of those at ``index [M]`` but the first: ``[M - 1]`` bool.
+    """Whether each token at ``index [M]``, except the first, starts a document: ``[M - 1]`` bool.
 
-    Every row begins one, and so does every mark. All marks must agree.
+    Documents start at new rows and where the marks say so. All marks must agree.
     """
     new_row = _changes(index // length)
     starts = {}  # by the name of the mark
@@ -155,9 +159,10 @@ def ignore_first_labels(
     tokens: int,
     items: Tensor | int | None,
 ) -> tuple[Tensor, Tensor | int | None]:
-    """Labels ``[B, T]`` without those of each document's first token, which nothing in it comes
-    before, and the number of `items` that the loss is to be divided by, less as many.
-    `find_documents` has checked the marks.
+    """Labels ``[B, T]`` with -100 for the first token of each document, and the number of items.
+
+    Nothing in a document comes before its first token. `items`, the divisor of the loss, is reduced
+    in proportion. The model has checked the marks already.
     """
     if not marks.given:
         return labels, items
@@ -177,16 +182,15 @@ def ignore_first_labels(
     if documents.origin is not None:
         first = documents.origin[first]
     kept = labels.flatten().index_fill(0, first, -100).view_as(labels)
-    if (
-        items is not None
-    ):  # counted by the caller, perhaps over several batches: this one's part of it
+    if items is not None:
+        # the caller may have counted over several batches, so scale by the share that is left
         counted, left = ((x[:, 1:] != -100).sum() for x in (labels, kept))
         items = items * (left / counted.clamp(min=1))
     return kept, items
 
 
-def _offsets(marks: Marks, rows: int) -> Tensor | None:
-    """The offsets given under any of their names, which must agree."""
+def _given_offsets(marks: Marks, rows: int) -> Tensor | None:
+    """The offsets under any of their three names, which must agree."""
     found: tuple[str, Tensor] | None = None
     for name in ("cu_seqlens", "cu_seq_lens_q", "cu_seq_lens_k"):
         mark = getattr(marks, name)
@@ -226,9 +230,9 @@ def _restarts(positions: Tensor, index: Tensor, new_row: Tensor) -> Tensor:
     # positions may or may not count padding between two tokens
     gaps = (step > 1) & (step != index[1:] - index[:-1]) & ~new_row
     if bool(gaps.any()):
-        place = int(gaps.nonzero()[0, 0])
+        first = int(gaps.nonzero()[0, 0])
         raise ValueError(
-            f"position_ids: {int(positions[place])} is followed by {int(positions[place + 1])};"
+            f"position_ids: {int(positions[first])} is followed by {int(positions[first + 1])};"
             " positions rise by one in a document, and a smaller one begins the next"
         )
     return step < 1
@@ -243,10 +247,9 @@ def _check_starts(
     counted: int | Tensor,
     slot: Tensor,
 ) -> None:
-    """Documents start at the position that the model counts itself.
+    """Documents start at 0, or behind a cache at the next position.
 
-    That is 0, or the first one after the cached tokens. Where positions count padding, it is the
-    slot in the row.
+    Positions that count padding start at the token's slot in the row instead.
     """
     if not absolute and past == 0:
         return
@@ -254,7 +257,7 @@ def _check_starts(
     if bool(wrong.any()):
         found = int(positions[wrong.nonzero()[0, 0]])
         where = (
-            f"behind {past} cached positions they go on from there"
+            f"behind {past} cached positions it must go on from there"
             if past
             else "this model counts from 0"
         )

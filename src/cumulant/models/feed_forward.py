@@ -1,4 +1,4 @@
-"""Feed-forwards of the language model: in each block, and over the logits."""
+"""Feed-forwards of the language model, in each block and over the logits."""
 
 from __future__ import annotations
 
@@ -48,14 +48,15 @@ class FeedForward(nn.Module):
 
 
 class LogitFeedForward(nn.Module):
-    """``logits + W_down silu(W_up logits)``: a table of corrections, looked up by what the model is
-    about to say.
+    """``logits + W_down silu(W_up logits)``: corrections that depend on the likely next tokens.
 
-    Starts as the identity. Source: Sharma 2023, ELiTA, "other methods".
+    It starts as the identity.
+
+    Source: Sharma 2023, ELiTA, "other methods".
 
     Args:
-        vocab_size: logits.
-        hidden: width.
+        vocab_size: number of logits.
+        hidden: number of hidden channels.
     """
 
     def __init__(self, vocab_size: int, hidden: int):
@@ -73,7 +74,7 @@ class LogitFeedForward(nn.Module):
 
 
 def build_feed_forward(config: CumulantConfig) -> FeedForward | ElitaFeedForward | None:
-    """The feed-forward of a block; None where there is none."""
+    """The feed-forward of a block; None if it has none."""
     if config.feed_forward == "none":
         return None
     if config.feed_forward == "elita":

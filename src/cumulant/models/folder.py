@@ -1,6 +1,7 @@
-"""What a saved folder holds besides weights and configuration, so that any program loads it:
-`auto_map` names classes in a module of one line that imports them from the installed package, and a
-README says how to load the model.
+"""Files that make a saved folder loadable by any program, besides weights and configuration.
+
+`auto_map` in the configuration names classes in a module. The module is one line, which imports
+them from the installed package. A README says how to load the model.
 """
 
 from __future__ import annotations
@@ -56,32 +57,32 @@ Replace `{title}` by where this folder is. `trust_remote_code=True` runs the one
 
 
 def auto_map(given: dict[str, str] | None) -> dict[str, str]:
-    """The `auto_map` of a configuration; entries for other classes than ours stay."""
+    """The `auto_map` of a configuration. Its entries for classes of others stay."""
     ours = {auto: f"{MODULE}.{name}" for auto, name in CLASSES.items()}
     others = {auto: name for auto, name in (given or {}).items() if f"{MODULE}." not in name}
     return {**ours, **others}
 
 
 def write_module(folder: Path) -> None:
-    """The module that `auto_map` names."""
+    """Write the module that `auto_map` names."""
     names = ", ".join(sorted(set(CLASSES.values())))
-    _write(folder / f"{MODULE}.py", f"from cumulant.models import {names}  # noqa\n")
+    _write_atomically(folder / f"{MODULE}.py", f"from cumulant.models import {names}  # noqa\n")
 
 
 def write_card(folder: Path, architecture: str, preset: str | None) -> None:
-    """A README on how to load the model; one that is there already stays as it is."""
+    """Write a README that says how to load the model, unless there is a README already."""
     if (folder / "README.md").exists():
         return
     auto, task = TASKS.get(architecture, ("AutoModel", "feature-extraction"))
     mechanism = "" if preset is None else f" (preset `{preset}`)"
     title = folder.resolve().name
-    _write(
+    _write_atomically(
         folder / "README.md",
         CARD.format(title=title, auto=auto, task=task, preset=mechanism, module=MODULE),
     )
 
 
-def _write(path: Path, text: str) -> None:
+def _write_atomically(path: Path, text: str) -> None:
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)

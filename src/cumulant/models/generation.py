@@ -1,4 +1,4 @@
-"""What `generate` asks of the language model."""
+"""The methods of the language model that transformers' `generate` calls."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers.cache_utils import Cache
 
 
 class CumulantGenerationMixin(GenerationMixin):  # type: ignore[misc]
-    """transformers' `generate`, with what is particular to states of fixed size."""
+    """transformers' `generate`, adapted to states of fixed size."""
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, *args: Any, **kwargs: Any
@@ -30,11 +30,11 @@ class CumulantGenerationMixin(GenerationMixin):  # type: ignore[misc]
 
     @staticmethod
     def create_masks_for_generate(attention_mask: Tensor | None = None, **_: Any) -> Tensor | None:
-        """Masks stay ``[B, S]``: mixers take them as they are."""
+        """Masks stay ``[B, S]``, as mixers take them."""
         return attention_mask
 
     def _prepare_position_ids_for_generation(self, *_: Any) -> None:
-        """None: the model counts positions itself, and `forward` would only check those."""
+        """None, as the model counts positions itself."""
 
     def prepare_inputs_for_generation(
         self,
@@ -46,11 +46,12 @@ class CumulantGenerationMixin(GenerationMixin):  # type: ignore[misc]
         is_first_iteration: bool | None = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """As transformers', with its signature, which `generate` reads; without what `generate` was
-        given for itself and hands on to the model."""
-        if (
-            next_sequence_length is not None and next_sequence_length < 1
-        ):  # which would read all tokens once more
+        """The arguments of `forward` for the next step.
+
+        `generate` reads this signature. It passes on its own tokenizers, which are removed here.
+        """
+        if next_sequence_length is not None and next_sequence_length < 1:
+            # transformers would read all tokens again
             seen = input_ids.shape[1] - next_sequence_length
             raise ValueError(
                 f"past_key_values: has seen {seen} tokens and input_ids holds {input_ids.shape[1]};"

@@ -1,5 +1,4 @@
-"""Heads for classification, by transformers' own classes: a label for a text (also a reward), a
-label for each token, the span of an answer."""
+"""Classification heads, built from transformers' generic classes."""
 
 from __future__ import annotations
 
@@ -13,8 +12,10 @@ from .language_model import CumulantPreTrainedModel
 
 
 class CumulantForSequenceClassification(GenericForSequenceClassification, CumulantPreTrainedModel):  # type: ignore[misc]
-    """Logits ``[B, num_labels]`` from the last token of each row that is not `pad_token_id`. With
-    ``num_labels=1`` a reward model."""
+    """Logits ``[B, num_labels]`` from the last token of each row that is not `pad_token_id`.
+
+    With ``num_labels=1`` it is a reward model.
+    """
 
     accepts_loss_kwargs = False  # the loss is the mean over the batch
 
@@ -26,6 +27,6 @@ class CumulantForTokenClassification(GenericForTokenClassification, CumulantPreT
 
 
 class CumulantForQuestionAnswering(GenericForQuestionAnswering, CumulantPreTrainedModel):  # type: ignore[misc]
-    """Logits ``[B, T]`` of an answer's first and of its last token."""
+    """Logits ``[B, T]`` for the first and for the last token of an answer."""
 
     accepts_loss_kwargs = False

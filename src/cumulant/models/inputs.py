@@ -1,5 +1,7 @@
-"""What programs written for Hugging Face models pass to `forward`: each argument is honoured, or
-without effect, or refused by name. Nothing is swallowed."""
+"""Checks of the arguments that clients of Hugging Face models pass to `forward`.
+
+Each argument is used, or asks for nothing, or raises an error that names it.
+"""
 
 from __future__ import annotations
 
@@ -15,16 +17,16 @@ from .config import CumulantConfig
 
 
 class ClientArguments(TypedDict, total=False):
-    """Further keyword arguments of every model's `forward`. Where nothing else is said, a value
-    that asks for nothing (None, False, all ones, the default) is accepted and any other is refused.
+    """Further keyword arguments of every model's `forward`.
 
-    output_attentions, output_router_logits, head_mask: these models have no attention weights,
-        routers, head masks.
+    A value that asks for nothing is accepted: None, False, all ones or the default. Other values
+    raise an error, but for these:
+
     is_causal: as in the configuration.
-    cache_position: ``[T]``, the places of the new tokens behind the cached ones.
+    cache_position: ``[T]``, the positions of the new tokens behind the cached ones.
     cu_seq_lens_q, cu_seq_lens_k: other names of `cu_seqlens`.
-    max_length_q, max_length_k: at least the longest packed document.
-    num_items_in_batch: divisor of the summed loss, where the model has one over tokens.
+    max_length_q, max_length_k: at least the length of the longest packed document.
+    num_items_in_batch: divisor of the summed loss, for models with a loss over tokens.
     return_dict: False for a tuple.
     """
 
@@ -42,73 +44,72 @@ class ClientArguments(TypedDict, total=False):
 
 
 class CausalArguments(ClientArguments, total=False):
-    """Those of `CumulantForCausalLM`: also ``shift_labels [B, T]``, labels that are shifted
-    already. Not in the signature, where Trainer would take them for the labels of an evaluation."""
+    """Further keyword arguments of `CumulantForCausalLM`.
+
+    ``shift_labels [B, T]`` are labels that are shifted already. If they were in the signature,
+    Trainer would take them for the labels of an evaluation.
+    """
 
     shift_labels: Tensor | None
 
 
 NAMES = (
-    *(
-        "input_ids",
-        "attention_mask",
-        "position_ids",
-        "past_key_values",
-        "inputs_embeds",
-        "labels",
-        "use_cache",
-    ),
-    *(
-        "output_hidden_states",
-        "cu_seqlens",
-        "seq_idx",
-        "token_type_ids",
-        "logits_to_keep",
-        "shift_labels",
-    ),
+    "input_ids",
+    "attention_mask",
+    "position_ids",
+    "past_key_values",
+    "inputs_embeds",
+    "labels",
+    "use_cache",
+    "output_hidden_states",
+    "cu_seqlens",
+    "seq_idx",
+    "token_type_ids",
+    "logits_to_keep",
+    "shift_labels",
     *ClientArguments.__annotations__,
 )
 
 
 def require(condition: Tensor, message: str) -> None:
-    """A ValueError unless a condition on tensors' values holds. In a compiled graph, which cannot
-    raise by value, an assertion of the device."""
+    """Raise a ValueError unless the condition holds.
+
+    A compiled graph cannot, so it gets an assertion on the device.
+    """
     if torch.compiler.is_compiling():
         torch._assert_async(condition, message)
     elif not bool(condition):
         raise ValueError(message)
 
 
-def check_arguments(given: Mapping[str, Any], config: CumulantConfig) -> None:
-    """Refuse names that no model knows, and values that would change the result and cannot be
-    honoured.
-    """
-    for name in given:
+def check_arguments(arguments: Mapping[str, Any], config: CumulantConfig) -> None:
+    """Raise an error for names that no model knows, and for values that cannot be used."""
+    for name in arguments:
         if name not in ClientArguments.__annotations__:
             near = difflib.get_close_matches(name, [known for known in NAMES if known != name], 1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise TypeError(f"forward() got an unexpected keyword argument {name!r}{hint}")
-    if given.get("output_attentions") or (
-        given.get("output_attentions") is None and config.output_attentions
+    if arguments.get("output_attentions") or (
+        arguments.get("output_attentions") is None and config.output_attentions
     ):
         raise ValueError(
             "output_attentions: these models form no attention weights to return; leave it out"
         )
-    if given.get("output_router_logits"):
+    if arguments.get("output_router_logits"):
         raise ValueError("output_router_logits: these models have no experts; leave it out")
-    causal = given.get("is_causal")
+    causal = arguments.get("is_causal")
     if causal is not None and bool(causal) != config.is_causal:
         raise ValueError(
             f"is_causal: the configuration says {config.is_causal}; build the model with another"
         )
-    head_mask = given.get("head_mask")
+    head_mask = arguments.get("head_mask")
     for mask in () if head_mask is None else head_mask:
         if mask is not None:
             require((mask == 1).all(), "head_mask: heads cannot be switched off here; leave it out")
 
 
 def check_tokens(input_ids: Tensor | None, inputs_embeds: Tensor | None, dim: int) -> None:
-    """Ids ``[B, T]`` or embeddings ``[B, T, D]``."""
+    """A call passes either ids ``[B, T]`` or embeddings ``[B, T, D]``."""
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("input_ids: pass either input_ids [B, T] or inputs_embeds [B, T, D]")
     if inputs_embeds is not None and (inputs_embeds.dim() != 3 or inputs_embeds.shape[2] != dim):
@@ -132,7 +133,7 @@ def check_tokens(input_ids: Tensor | None, inputs_embeds: Tensor | None, dim: in
 
 
 def check_token_types(token_type_ids: Tensor | None) -> None:
-    """Token types are zeros: the models have no embedding for any."""
+    """Token types are zeros, as the models have no embeddings for them."""
     if token_type_ids is not None:
         require(
             (token_type_ids == 0).all(),
@@ -142,7 +143,7 @@ def check_token_types(token_type_ids: Tensor | None) -> None:
 
 
 def check_cache_position(cache_position: Tensor | None, past: int, length: int) -> None:
-    """Places of the new tokens are those behind the cached ones."""
+    """The new tokens' positions follow the cached ones."""
     if cache_position is None:
         return
     expected = torch.arange(past, past + length, device=cache_position.device)
@@ -159,9 +160,7 @@ def check_cache_position(cache_position: Tensor | None, past: int, length: int) 
 def split_mask(
     attention_mask: Tensor | None, x: Tensor, past: int
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Masks of the new tokens ``[B, T]`` and of the cached ones ``[B, S]``; None where all
-    positions are tokens.
-    """
+    """Masks ``[B, T]`` of new and ``[B, S]`` of cached positions; None if all are tokens."""
     if attention_mask is None:
         return None, None
     B, T = x.shape[:2]
@@ -197,25 +196,26 @@ def positions_in_texts(
     cu_seqlens: Tensor | None,
     count_padding: bool,
 ) -> Tensor:
-    """Place of each new token in its text, ``[T]`` or ``[B, T]``: padding takes none, unless it
-    counts.
-    """
+    """The position of each new token in its text, ``[T]`` or ``[B, T]``."""
     T = x.shape[1]
     if cu_seqlens is not None:
         return packed_positions(T, cu_seqlens)
-    place = (
+    position = (
         torch.arange(T, device=x.device)
         if key_mask is None or count_padding
         else key_mask.cumsum(1) - 1
     )
     if past_mask is None or count_padding:
-        return place + past
-    return place + past_mask.sum(1, keepdim=True)
+        return position + past
+    return position + past_mask.sum(1, keepdim=True)
 
 
 def select_hidden_states(hidden: Tensor, keep: int | Tensor) -> Tensor:
-    """The hidden states whose logits are asked for, of ``[B, T, D]``: the last so many (0: all);
-    the places ``[n]``, or ``[B, n]`` of each row; or where ``[B, T]`` is true, as ``[n, D]``."""
+    """The hidden states ``[B, T, D]`` for which logits are needed.
+
+    keep: the number of last tokens (0: all), or indices ``[n]`` or ``[B, n]``, or a mask
+    ``[B, T]``. With a mask the result is ``[n, D]``.
+    """
     if not isinstance(keep, Tensor):
         return hidden[:, -keep:] if keep else hidden
     if keep.dtype == torch.bool:
@@ -226,9 +226,9 @@ def select_hidden_states(hidden: Tensor, keep: int | Tensor) -> Tensor:
 
 
 def check_labels(labels: Tensor, logits: Tensor) -> None:
-    """A label for each of the logits."""
+    """There is one label for each token with logits."""
     if labels.dim() != 2 or labels.shape != logits.shape[:-1]:
         raise ValueError(
             f"labels: expected {list(logits.shape[:-1])}, one for each of the logits, got"
-            f" {list(labels.shape)}; with logits_to_keep pass the labels of those places, or none"
+            f" {list(labels.shape)}; with logits_to_keep pass the labels of those tokens, or none"
         )

@@ -1,6 +1,4 @@
-"""The language model: embedding, depth × (mixer, feed-forward), norm, logits, as a Hugging Face
-model.
-"""
+"""The language model for Hugging Face: embedding, blocks, norm and logits."""
 
 from __future__ import annotations
 
@@ -50,26 +48,24 @@ if TYPE_CHECKING:
 
 
 class CumulantPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
+    """The base of all models: their configuration class and their initial weights."""
+
     config_class = CumulantConfig
     config: CumulantConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = True
-    _supports_sdpa = True  # what attn_implementation="sdpa" asks for is what softmax mixers do
+    _supports_sdpa = True  # softmax mixers always use SDPA
     _no_split_modules = ["CumulantBlock"]  # noqa: RUF012 (the base class's convention)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
-        """Nothing to do: every saved folder is loadable so already. Subclasses outside of Cumulant
-        are registered.
-        """
+        """Register subclasses outside of Cumulant. Its own classes need no registration."""
         if not cls.__module__.startswith("cumulant."):
             super().register_for_auto_class(auto_class)
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Normal weights; those of projections into the residual stream smaller, as depth adds them
-        up.
-        """
+        """Draw normal weights, smaller ones for projections into the residual stream."""
         if getattr(module, "writes_residual", False):
             std = self.config.initializer_range / math.sqrt(
                 2 * self.config.num_hidden_layers * self.config.wraps
@@ -96,7 +92,7 @@ class CumulantPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
 
 
 class CumulantModel(CumulantPreTrainedModel):
-    """The stack without logits."""
+    """The language model without logits."""
 
     def __init__(self, config: CumulantConfig):
         super().__init__(config)
@@ -167,10 +163,9 @@ class CumulantModel(CumulantPreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if self.position is not None:
-            place = positions_in_texts(
-                x, past, key_mask, past_mask, cu_seqlens, self.config.count_padding
-            )
-            x = x + self.position(place).to(x.dtype)
+            count_padding = self.config.count_padding
+            position = positions_in_texts(x, past, key_mask, past_mask, cu_seqlens, count_padding)
+            x = x + self.position(position).to(x.dtype)
         keep = self.config.output_hidden_states
         keep = bool(keep if output_hidden_states is None else output_hidden_states)
         hidden = self._run_layers(x, key_mask, cu_seqlens, past_key_values, past_mask, past, keep)
@@ -218,14 +213,11 @@ class CumulantModel(CumulantPreTrainedModel):
         past: int,
         keep: bool,
     ) -> list[Tensor]:
-        """The normed output; before it, if asked to `keep` them, the residual stream before each
-        run of a block.
-        """
+        """The normed output; with `keep`, the inputs of all blocks before it."""
         x = self.dropout(x)
         hidden = []
-        depth = (
-            self.config.num_hidden_layers
-        )  # fewer than there are while early layers draft (assistant_early_exit)
+        # fewer than the model's layers while early layers draft (assistant_early_exit)
+        depth = self.config.num_hidden_layers
         for wrap in range(self.config.wraps):
             if self.wrap_bias is not None:
                 x = x + self.wrap_bias[wrap].to(x.dtype)
@@ -239,15 +231,13 @@ class CumulantModel(CumulantPreTrainedModel):
                     past_key_values=past_key_values,
                     past_mask=past_mask,
                     length=past + x.shape[1],
-                    slot=wrap * depth + layer,
+                    cache_index=wrap * depth + layer,
                 )
         return [*hidden, self.norm(x)]
 
 
 class CumulantWithLogits(CumulantPreTrainedModel):
-    """The stack and its logits; embedding and logits share their matrix unless the configuration
-    says otherwise.
-    """
+    """The model with logits, whose matrix is that of the embedding by default."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 (the base class's convention)
 
@@ -271,8 +261,9 @@ class CumulantWithLogits(CumulantPreTrainedModel):
 
 
 class CumulantForCausalLM(CumulantWithLogits, CumulantGenerationMixin):
-    """The language model; `generate`, `save_pretrained`, `Trainer`, `AutoModelForCausalLM` work as
-    with any other.
+    """The causal language model.
+
+    `generate`, `save_pretrained`, `Trainer` and `AutoModelForCausalLM` work as for other models.
     """
 
     def __init__(self, config: CumulantConfig):
@@ -300,19 +291,19 @@ class CumulantForCausalLM(CumulantWithLogits, CumulantGenerationMixin):
         logits_to_keep: int | Tensor = 0,
         **kwargs: Unpack[CausalArguments],
     ) -> CausalLMOutputWithPast:
-        """Logits ``[B, T, vocab_size]``, and the mean cross entropy in nats if `labels` are given.
+        """Logits ``[B, T, vocab_size]``, and with `labels` the mean cross entropy in nats.
 
         Args:
             input_ids: ``[B, T]``; with a cache, any number of new tokens.
             attention_mask: ``[B, T]``, with a cache ``[B, S + T]``; 0 marks padding, on either
-                side. None: no padding, in the cache neither.
-            position_ids: ``[B, T]``, only to mark documents: positions rise by one in a document,
-                and a smaller one begins the next. None sees another.
+                side. None: there is no padding, neither here nor in the cache.
+            position_ids: ``[B, T]``, only to mark documents, which do not see each other. Positions
+                rise by one in a document, and a smaller one starts the next.
             past_key_values: cache of earlier tokens, from a call with ``use_cache=True`` or
                 ``transformers.DynamicCache(config=model.config)``.
             inputs_embeds: ``[B, T, D]`` in place of `input_ids`.
-            labels: ``[B, T]``, as `input_ids`; -100 is left out, and so is the first token of a
-                packed document. Shifted here.
+            labels: ``[B, T]``, not shifted, as `input_ids`. -100 and the first token of a packed
+                document are left out.
             use_cache: return the cache; by default when neither training nor exporting.
             output_hidden_states: return the residual stream after the embedding and after each run
                 of a block.
@@ -320,13 +311,13 @@ class CumulantForCausalLM(CumulantWithLogits, CumulantGenerationMixin):
                 place of `position_ids`.
             seq_idx: ``[B, T]``, a number for each document, in place of `position_ids`.
             token_type_ids: zeros.
-            logits_to_keep: compute only the last so many logits (0: all), or those at places
-                ``[n]`` or ``[B, n]``, or where ``[B, T]`` is true.
-            kwargs: `CausalArguments`, that other models take too.
+            logits_to_keep: compute logits for this number of last tokens (0: all), for indices
+                ``[n]`` or ``[B, n]``, or where a mask ``[B, T]`` is true.
+            kwargs: `CausalArguments`, which other models take too.
 
         Raises:
             TypeError: an argument that no model knows.
-            ValueError: an argument that would change the result and cannot be honoured, by name.
+            ValueError: an argument that would change the result but cannot be used, by name.
         """
         shift_labels = kwargs.pop("shift_labels", None)
         outputs = self.model(

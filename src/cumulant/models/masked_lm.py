@@ -1,4 +1,4 @@
-"""The encoder: every token sees all others, and masked ones are predicted."""
+"""The masked language model, an encoder: every token sees all others."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 
 
 class CumulantForMaskedLM(CumulantWithLogits):
-    """Masked language model of mixers that see both ways; `Trainer`, `save_pretrained`,
-    `AutoModelForMaskedLM` work as with any other.
+    """Masked language model, whose mixers attend in both directions.
+
+    `Trainer`, `save_pretrained` and `AutoModelForMaskedLM` work as for other models.
 
     >>> from cumulant.models import from_preset
     >>> config = from_preset("flash", is_causal=False, vocab_size=300, num_hidden_layers=2)
@@ -47,19 +48,19 @@ class CumulantForMaskedLM(CumulantWithLogits):
         token_type_ids: Tensor | None = None,
         **kwargs: Unpack[ClientArguments],
     ) -> MaskedLMOutput:
-        """Logits ``[B, T, vocab_size]``, and the mean cross entropy in nats if `labels` are given.
+        """Logits ``[B, T, vocab_size]``, and with `labels` the mean cross entropy in nats.
 
         Args:
             input_ids: ``[B, T]``.
-            attention_mask: ``[B, T]``; 0 marks padding, anywhere: it does not exist for the others.
+            attention_mask: ``[B, T]``; 0 marks padding, anywhere in a row.
             inputs_embeds: ``[B, T, D]`` in place of `input_ids`.
-            labels: ``[B, T]``, the token expected at each place; -100 is left out.
+            labels: ``[B, T]``, the expected token at each position; -100 is left out.
             output_hidden_states: return the residual stream after the embedding and after each
                 block.
             position_ids, seq_idx, cu_seqlens: marks of packed texts, see
                 `CumulantForCausalLM.forward`.
             token_type_ids: zeros.
-            kwargs: `ClientArguments`, that other models take too.
+            kwargs: `ClientArguments`, which other models take too.
         """
         outputs = self.model(
             input_ids=input_ids,

@@ -75,7 +75,7 @@ def _build_elita(config: CumulantConfig) -> nn.Module:
 
 
 def _build_gated_unit(config: CumulantConfig, name: str) -> nn.Module:
-    """FLASH or GAU without norm and residual, which are the block's."""
+    """FLASH or GAU without norm and residual, which the block has."""
     shared: dict[str, Any] = {
         "query_key_dim": config.query_key_dim,
         "expansion_factor": config.expansion_factor,

@@ -31,7 +31,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def from_preset(name: str, **overrides: Any) -> CumulantConfig:
-    """The configuration of a preset, one of `PRESETS`, any field overridden.
+    """The configuration of one of `PRESETS`. Keyword arguments replace its fields.
 
     >>> from_preset("based", hidden_size=512, num_hidden_layers=6).mixers
     ['short_convolution', 'taylor', 'sliding_window']

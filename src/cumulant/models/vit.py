@@ -17,9 +17,12 @@ MIXERS = ("taylor", "linear", "softmax", "none")
 def sincos_2d(
     height: int, width: int, dim: int, *, device: torch.device, base: float = 10000.0
 ) -> Tensor:
-    """Fixed positions ``[height · width, dim]``: sines and cosines of the column, then of the row,
-    at ``dim / 4`` frequencies from 1 to 1 / base in equal ratios (Beyer et al. 2022, "Better plain
-    ViT baselines").
+    """Fixed embeddings of positions ``[height · width, dim]``.
+
+    They are sines and cosines of the column, then of the row, at ``dim / 4`` frequencies from 1 to
+    1 / base in equal ratios.
+
+    Source: Beyer et al. 2022, "Better plain ViT baselines".
     """
     frequency = base ** -(torch.arange(dim // 4, device=device) / (dim // 4 - 1))
     row, column = torch.meshgrid(
@@ -30,14 +33,13 @@ def sincos_2d(
 
 
 class ConvFeedForward(nn.Module):
-    """``W_out h(W_mid (conv(h(W_in x))))`` with h = hardswish and a depthwise convolution over the
-    image.
+    """``W_out h(W_mid conv(h(W_in x)))`` with h = hardswish and a depthwise 2-D convolution.
 
     Args:
         dim: channels D.
         hidden: hidden channels.
-        kernel_size: of the convolution, odd; 1 mixes no positions.
-        dropout: after the second activation and at the end.
+        kernel_size: size of the convolution, odd; 1 mixes no positions.
+        dropout: dropout after the second activation and of the output.
     """
 
     def __init__(self, dim: int, hidden: int, *, kernel_size: int = 3, dropout: float = 0.0):
@@ -51,11 +53,13 @@ class ConvFeedForward(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        """``x [B, N, D]``, the N tokens of an image of ``grid`` patches, row by row."""
+        """``x [B, N, D]`` -> ``[B, N, D]`` for the N patches of an image, row by row.
+
+        grid: the number of patches in height and width.
+        """
         h = F.hardswish(self.in_proj(x))
-        h = (
-            self.conv(h.mT.unflatten(2, grid)).flatten(2).mT
-        )  # views: the memory stays tokens by channels
+        # these are views: in memory h stays tokens by channels
+        h = self.conv(h.mT.unflatten(2, grid)).flatten(2).mT
         h = self.dropout(F.hardswish(self.mid_proj(h)))
         y: Tensor = self.dropout(self.out_proj(h))
         return y
@@ -99,27 +103,29 @@ class Block(nn.Module):
 
 
 class TaylorViT(nn.Module):
-    """Image classifier: patches, 2-D sin-cos positions, depth × (bidirectional Taylor attention,
-    convolutional feed-forward), mean pooling, logits. Time and memory are linear in the number of
-    patches.
+    """Vision transformer with bidirectional Taylor attention, an image classifier.
 
-    Takes images of any size that the patches divide. The architecture is that of
-    taylor-series-linear-attention's `ViT`; `cumulant.interop.from_taylor_series` loads its weights.
+    Patches get 2-D sine-cosine positions, pass through blocks of attention and a convolutional
+    feed-forward, and are averaged for the logits. Time and memory are linear in the number of
+    patches. Images may have any size that is a multiple of the patch size.
+
+    The architecture is that of `ViT` in taylor-series-linear-attention.
+    `cumulant.interop.from_taylor_series` loads its weights.
 
     Args:
         patch_size: height and width of a patch, a number or a pair.
-        num_classes: logits.
+        num_classes: number of logits.
         dim: model dim D, a multiple of 4, at least 8.
-        depth: layers.
+        depth: number of blocks.
         num_heads: attention heads H.
         head_dim: dim of queries, keys and values of a head.
         channels: channels of the images.
-        patch_norm: LayerNorm of a patch's numbers, which hides its brightness; leave out for
+        patch_norm: LayerNorm over a patch's numbers, which hides its brightness; use False for
             patches of few pixels.
-        ff_mult: hidden dim of the feed-forward in multiples of D.
-        kernel_size: of the feed-forward's depthwise convolution; 1: it mixes no positions.
-        dropout: of attention outputs and in the feed-forward.
-        embedding_dropout: of the embedded patches.
+        ff_mult: hidden dim of the feed-forward over D.
+        kernel_size: size of the feed-forward's depthwise convolution; 1 mixes no positions.
+        dropout: dropout of attention outputs and in the feed-forward.
+        embedding_dropout: dropout of the embedded patches.
         order: order of the Taylor attention.
         mixer: "taylor"; for comparison "linear" (elu + 1), "softmax", or "none".
     """

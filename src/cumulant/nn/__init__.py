@@ -4,9 +4,9 @@
     y, state = mixer(x, key_mask=None, state=None, return_state=True)
 
 x is ``[B, T, D]``. ``key_mask [B, T]`` is True at tokens. Masked positions, wherever they are,
-change no other output, and their own outputs are zero. ``cu_seqlens [N + 1]`` holds the offsets of
-sequences packed end to end in one row (B = 1). A state continues the sequence: a whole sequence,
-its splits and single tokens give the same outputs.
+change no other output, and their own outputs are zero. ``cu_seqlens [N + 1]`` are the offsets of
+sequences packed end to end in one row (B = 1). A state continues the sequence: outputs are the same
+for the whole sequence, for any split, and for one token at a time.
 
 With ``is_causal=False``, `LinearAttention` and `TaylorAttention` attend in both directions, or to a
 context (cross attention)::

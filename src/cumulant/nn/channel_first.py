@@ -44,8 +44,8 @@ class ChannelFirst(nn.Module):
         self._check_input(x)
         shape = x.shape[2:]
         options = {"key_mask": key_mask, "context": context, "context_mask": context_mask}
-        given = {name: value for name, value in options.items() if value is not None}
-        self._check_options(given)
+        passed = {name: value for name, value in options.items() if value is not None}
+        self._check_options(passed)
         if key_mask is not None:
             check_tensor(key_mask, "[B, ...]", "key_mask")
             if key_mask.shape != (x.shape[0], *shape):
@@ -58,8 +58,8 @@ class ChannelFirst(nn.Module):
                     "key_mask: expected a boolean tensor [B, ...], True = attend, got"
                     f" {key_mask.dtype}; try key_mask.bool()"
                 )
-            given["key_mask"] = key_mask.flatten(1)
-        y: Tensor = self.module(x.flatten(2).mT, **given)
+            passed["key_mask"] = key_mask.flatten(1)
+        y: Tensor = self.module(x.flatten(2).mT, **passed)
         positions: Tensor = y.mT.unflatten(2, shape)
         return positions
 
@@ -76,11 +76,11 @@ class ChannelFirst(nn.Module):
             hint = "; channels come second, try x.movedim(-1, 1)" if x.shape[-1] == dim else ""
             raise ValueError(f"x: expected [B, D, ...] with D={dim}, got {list(x.shape)}{hint}")
 
-    def _check_options(self, given: dict[str, Tensor]) -> None:
+    def _check_options(self, passed: dict[str, Tensor]) -> None:
         """The mixer accepts these arguments."""
         parameters = inspect.signature(self.module.forward).parameters
         if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
             return
-        for name in given:
+        for name in passed:
             if name not in parameters:
                 raise TypeError(f"{name}: {type(self.module).__name__} takes none; leave it out")

@@ -98,9 +98,9 @@ class ElitaAttention(nn.Module):
         content = content.to(torch.promote_types(content.dtype, torch.float32)).unflatten(
             -1, (-1, self.num_heads)
         )
-        parts = content.permute(2, 0, 3, 1)  # [2 or 3, B, H, T]
-        c, s = parts[0] + key, parts[1]
-        r = parts[2] + query if len(parts) == 3 else query.to(c.dtype).expand_as(c)
+        logits = content.permute(2, 0, 3, 1)  # [2 or 3, B, H, T]
+        c, s = logits[0] + key, logits[1]
+        r = logits[2] + query if len(logits) == 3 else query.to(c.dtype).expand_as(c)
         if self.clip is not None:
             c, r, s = (logit.clamp(-self.clip, self.clip) for logit in (c, r, s))
         value = (

@@ -167,8 +167,8 @@ class GatedAttentionUnit(GatedUnit):
             return torch.arange(inner.x.shape[1], device=inner.x.device) + state.key.shape[2]
         if inner.rows is None:
             return token_positions(inner.x.shape[1], start, cu_seqlens, inner.x.device)
-        place = (inner.rows.mask.cumsum(1) - 1).clamp(min=0)
-        return place if start is None else place + start[:, None]
+        index = (inner.rows.mask.cumsum(1) - 1).clamp(min=0)
+        return index if start is None else index + start[:, None]
 
     def _length_divisor(
         self, inner: PreparedRows, position: Tensor, cu_seqlens: Tensor | None

@@ -27,7 +27,7 @@ class LinearAttention(KernelAttention):
         head_dim: query/key dim K of a head, by default ``dim / num_heads``.
         feature_map: ``"elu"``, ``"relu"``, ``"softmax"``, ``"identity"``; a learned one,
             ``"hedgehog"`` or ``"rebased"``; a callable; a module, which is trained too; or a pair,
-            for queries and for keys. Keys of a causal ``"softmax"`` map must lie in -87 to 88.
+            for queries and for keys. Keys of a causal ``"softmax"`` map must be within -87 to 88.
         normalize: divide by the sum of weights.
         scale: factor of the query before its feature map, by default 1.
         impl: as in `cumulant.linear_attention`.

@@ -40,8 +40,8 @@ class RotaryEmbedding(nn.Module):
         exponent = (
             torch.arange(0, self.dim, 2, dtype=torch.float64, device=position.device) / -self.dim
         )
-        turns = position[..., None] * (self.base**exponent / (2 * torch.pi))
-        angle = ((turns - turns.floor()) * (2 * torch.pi)).float()
+        rotations = position[..., None] * (self.base**exponent / (2 * torch.pi))
+        angle = ((rotations - rotations.floor()) * (2 * torch.pi)).float()
         return angle.cos(), angle.sin()
 
     def forward(self, x: Tensor, position: Tensor) -> Tensor:

@@ -139,9 +139,9 @@ _resolve: Any = methodcaller("__call__")
 class CompiledStep:
     """The program of a module, or None if it cannot have one, and all that this depends on.
 
-    Modules are referenced weakly, as an entry here lives as long as its module. Lists hold all that
-    must be compared before every step. So functions in C compare it, several times as fast as a
-    loop over modules.
+    Modules are referenced weakly, as an entry here exists as long as its module. All values that
+    must be compared before every step are in lists, which functions in C compare. That is several
+    times as fast as a loop over modules.
     """
 
     def __init__(self, module: nn.Module, emit: Emit, dim: int):
@@ -236,9 +236,9 @@ def step(
     position: Tensor | None = None,
     emit: Emit | None = None,
 ) -> tuple[Tensor, list[Tensor]] | None:
-    """One native call of `module`: ``x [B, 1, D]`` -> ``[B, 1, D]`` and the new states.
+    """Run `module` in one native call: ``x [B, 1, D]`` -> ``[B, 1, D]`` and the new states.
 
-    It returns None if `forward` must run instead. position: ``[B]``. emit: the method that emits
+    None means that `forward` must run instead. position: ``[B]``. emit: the method that emits
     the instructions, by default `emit_step`.
     """
     if not may_step(x):
