@@ -4,7 +4,9 @@ from dataclasses import replace
 
 from rich.console import Console
 
+from cumulant.bench.compare import work as bench
 from cumulant.bench.compare.recipes import RECIPES, Mechanism
+from cumulant.bench.reports.folder import Folder
 
 TINY = replace(
     RECIPES["elita-wikitext"],
@@ -36,3 +38,29 @@ class Note(Console):
 
     def print(self, *parts, **_):
         self.lines.extend(str(p) for p in parts)
+
+
+def run(recipe, output, **options):
+    console = Note()
+    bench.run("tiny", recipe, str(output), device="cpu", console=console, **options)
+    return console.lines
+
+
+class Enough(Exception):
+    """Ends a run as soon as a test has seen enough."""
+
+
+def enough(*_, **__):
+    raise Enough
+
+
+def rows(folder, kind):
+    return [row for row in Folder.open(str(folder)).rows() if row["row"] == kind]
+
+
+def key(row):
+    return row["mechanism"], row["learning_rate"], row["seed"]
+
+
+def run_folder(done, name, rate, seed):
+    return done / "runs" / f"{name.replace(', ', '-').replace(' ', '-')}-{rate:g}-{seed}"

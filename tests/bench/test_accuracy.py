@@ -37,7 +37,7 @@ def test_long_texts_leave_out_what_is_quadratic_or_slow(monkeypatch):
 
 
 def test_an_error_is_seen(monkeypatch):
-    """What an implementation gets wrong is in its row, and there alone."""
+    """The row of an implementation shows its errors, and no other row does."""
     right = OPERATIONS["linear"]
 
     def wrong(q, k, v, **options):

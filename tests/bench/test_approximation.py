@@ -1,4 +1,4 @@
-"""The approximation bench: what it measures is what it says, and what it writes can be read."""
+"""The approximation bench measures what its name says, and its report can be read."""
 
 import math
 import sys
@@ -20,9 +20,7 @@ def draw(*shape, seed=0):
 
 
 def test_a_case_is_its_formula():
-    """By loops: the weights of one query, their average of the values, and the distance over all
-    outputs.
-    """
+    """Loops give the same weights of a query, average of the values and distance of outputs."""
     q, k, v = (draw(1, 1, cases.LENGTH, n, seed=n) for n in (6, 6, 4))
     k = 0.5 * draw(1, 1, cases.LENGTH, 6, seed=1)
     found = cases.measure_orders(q, k, v, "random")
@@ -54,9 +52,7 @@ def test_orders_converge_where_scores_are_small():
 
 @pytest.mark.parametrize("preset", ["softmax", "taylor", "higher_order"])
 def test_recorded_queries_and_keys_are_the_model_s(preset):
-    """With the values, they give what the mixer's own attention gives, scale included; and nothing
-    is left behind.
-    """
+    """What is recorded gives the mixer's own output, and recording leaves nothing behind."""
     torch.manual_seed(0)
     model = CumulantForCausalLM(from_preset(preset, num_key_value_heads=2, **SMALL)).eval()
     ids = torch.randint(0, 40, (2, cases.LENGTH))
@@ -186,7 +182,7 @@ def test_mistakes(cli, run, tmp_path, monkeypatch):
 
 
 def test_it_trains_only_what_is_missing(cli, run, tmp_path, monkeypatch):
-    """A missing plotting library is told before anything is trained; what was cut short goes on."""
+    """A missing plotting library is an error before training; interrupted training goes on."""
     resumed = []
     monkeypatch.setattr(
         "cumulant.text.train.train", lambda options, say: resumed.append(options.resume)
@@ -206,7 +202,7 @@ def test_it_trains_only_what_is_missing(cli, run, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_it_trains_what_it_needs(cli, tmp_path):
-    """Without --model: two small models first, kept for the next time."""
+    """Without --model it trains two small models, and keeps them."""
     assert cli("bench", "approximation", "--output", tmp_path)[0] == 0
     table = (tmp_path / "report.md").read_text()
     assert table.count("| softmax, layer") == table.count("| taylor, layer") == 3

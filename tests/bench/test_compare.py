@@ -1,6 +1,4 @@
-"""`cumulant compare`: one budget for all, figures that are the runs', and nothing lost when it is
-interrupted.
-"""
+"""`cumulant compare`: one budget for all, figures of its runs, and nothing is lost on the way."""
 
 import json
 import math
@@ -22,25 +20,9 @@ from cumulant.text.checkpoint import load_checkpoint
 from cumulant.text.tokens import read_tokens
 from cumulant.text.trainer import MarkWhole
 
-from .comparisons import NAMES, TINY, Note
+from .comparisons import NAMES, TINY, Enough, Note, enough, key, rows, run, run_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-def run(recipe, output, **options):
-    console = Note()
-    bench.run("tiny", recipe, str(output), device="cpu", console=console, **options)
-    return console.lines
-
-
-@pytest.fixture(scope="module")
-def recipe(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    words = ["cat", "dog", "bat", "rat", "owl"]
-    path.write_text(
-        "".join(f"{i} of the {words[i * i % 5]}s sat on the {words[i % 4]};\n" for i in range(900))
-    )
-    return replace(TINY, data=str(path))
 
 
 @pytest.fixture(scope="module")
@@ -48,26 +30,6 @@ def done(recipe, tmp_path_factory):
     output = tmp_path_factory.mktemp("compare") / "out"
     run(recipe, output)
     return output
-
-
-class Enough(Exception):
-    """Stops a run where a test has seen what it came for."""
-
-
-def enough(*_, **__):
-    raise Enough
-
-
-def rows(folder, kind):
-    return [row for row in Folder.open(str(folder)).rows() if row["row"] == kind]
-
-
-def key(row):
-    return row["mechanism"], row["learning_rate"], row["seed"]
-
-
-def run_folder(done, name, rate, seed):
-    return done / "runs" / f"{name.replace(', ', '-').replace(' ', '-')}-{rate:g}-{seed}"
 
 
 def test_all_rates_from_the_first_seed_then_the_best_from_the_others(done):
@@ -156,9 +118,7 @@ def test_the_table_is_the_rows(done):
 
 
 def test_the_context_rows_are_the_models(done):
-    """Up to four times the training length, always of the same tokens; by loops over the longest
-    windows.
-    """
+    """Loops over the longest windows give the same losses, which all cover the same tokens."""
     heldout = read_tokens(done / "text")[1]
     row = next(r for r in rows(done, "context") if r["mechanism"] == "softmax")
     assert [c[:2] for c in row["contexts"]] == [[16, 32], [32, 64], [64, 128]]
@@ -220,8 +180,11 @@ def test_the_same_command_again_trains_nothing(recipe, done, monkeypatch):
 
 
 def test_an_interrupted_comparison_goes_on(recipe, done, tmp_path, monkeypatch):
-    """In another place, with the text elsewhere, interrupted in the middle of a run: only what is
-    missing is trained, from its checkpoint, to the same end; and the page says what is there."""
+    """Only what is missing is trained, from its checkpoint and to the same end.
+
+    The folder and the text are elsewhere by then, and the run was interrupted in its middle.
+    The page still shows the finished runs.
+    """
     output, elsewhere = tmp_path / "out", tmp_path / "text.txt"
     shutil.copytree(done, output)
     shutil.copy(recipe.data, elsewhere)
@@ -259,9 +222,7 @@ def test_an_interrupted_comparison_goes_on(recipe, done, tmp_path, monkeypatch):
 
 
 def test_more_rates_add_to_what_is_there(recipe, done, tmp_path, monkeypatch):
-    """A better rate is taken by the other seeds and asked about as well; what is there is not
-    trained again.
-    """
+    """The other seeds take a better rate as well, and no finished run is trained again."""
     output, trained, real = tmp_path / "out", [], bench.train
     shutil.copytree(done, output)
     monkeypatch.setattr(
@@ -294,7 +255,7 @@ def test_it_is_drawn_again_from_its_rows(done, tmp_path):
 
 
 def test_a_part_is_drawn_without_what_is_missing(done, tmp_path):
-    """After the first run of the sweep: no differences, contexts or copies to show."""
+    """One run of the sweep is enough for a page without differences, contexts and copies."""
     lines = (done / "rows.jsonl").read_text().splitlines(keepends=True)
     first = next(i for i, line in enumerate(lines) if '"run"' in line)
     (tmp_path / "rows.jsonl").write_text("".join(lines[: first + 1]))
@@ -355,23 +316,6 @@ def test_mistakes(recipe, done, tmp_path):
     assert (done / "rows.jsonl").read_text() == before
 
 
-def test_a_mistake_in_the_text_can_be_mended(recipe, tmp_path, monkeypatch):
-    """What was too little is refused before anything is trained, and the folder is free for another
-    try.
-    """
-    monkeypatch.setattr(bench, "train", lambda *_, **__: pytest.fail("trained"))
-    with pytest.raises(
-        ValueError, match=r"data: .* tokens are not one step of 4 x 32; pass more text"
-    ):
-        run(replace(recipe, epochs=0.001), tmp_path / "new")
-
-    monkeypatch.setattr(bench, "measure_costs", enough)
-    with pytest.raises(Enough):
-        run(recipe, tmp_path / "new")
-    (text,) = rows(tmp_path / "new", "text")
-    assert text["steps"] > 1
-
-
 def test_force_begins_anew(recipe, done, tmp_path, monkeypatch):
     """Rows and runs of the other measurement are gone."""
     output = tmp_path / "out"
@@ -382,25 +326,3 @@ def test_force_begins_anew(recipe, done, tmp_path, monkeypatch):
         run(replace(recipe, seeds=3), output, force=True)
     assert [row["row"] for row in Folder.open(str(output)).rows()] == ["text"]
     assert not (output / "runs").exists()
-
-
-def test_no_more_of_the_heldout_text_is_scored_than_asked(recipe, tmp_path, monkeypatch):
-    """Its beginning, in tokens and bytes that belong together."""
-    monkeypatch.setattr(bench, "measure_costs", enough)
-    with pytest.raises(Enough):
-        run(recipe, tmp_path / "new", scored=100)
-    (text,) = rows(tmp_path / "new", "text")
-    assert text["heldout_tokens"] == 100
-    ids = read_tokens(tmp_path / "new" / "text")[1].ids[:101]
-    tokenizer = bench.load_tokenizer(tmp_path / "new" / "text")
-    assert text["heldout_bytes"] == len(tokenizer.decode(ids, skip_special_tokens=True).encode())
-    seen = []
-    monkeypatch.setattr(
-        bench, "train", lambda options, text, say: seen.append(text.heldout) or enough()
-    )
-    monkeypatch.setattr(bench, "measure_costs", lambda configs, **_: {})
-    with pytest.raises(Enough):
-        run(recipe, tmp_path / "new")  # as it was begun
-    assert len(seen[0].ids) == 101
-    assert seen[0].text_bytes == text["heldout_bytes"]
-    assert list(seen[0].starts) == [0]

@@ -1,4 +1,4 @@
-"""What `cumulant compare` trains: recipes that are fair, and those that are published settings."""
+"""The recipes of `cumulant compare` are fair, and some are published settings."""
 
 from typing import get_type_hints
 
@@ -15,9 +15,7 @@ CASES = [(name, m) for name in RECIPES for m in RECIPES[name].mechanisms]
 
 @pytest.mark.parametrize(("name", "mechanism"), CASES, ids=lambda x: getattr(x, "name", x))
 def test_every_recipe_is_fair(name, mechanism):
-    """Equal parameters within 2%, at least three rates and seeds, and the baseline among the
-    mechanisms.
-    """
+    """Parameters agree within 2%, with at least three rates and seeds, and a baseline."""
     recipe = find_recipe(name)
     with torch.device("meta"):
         model = CumulantForCausalLM(configuration(recipe, mechanism, recipe.vocabulary or 257))
@@ -30,7 +28,7 @@ def test_every_recipe_is_fair(name, mechanism):
 
 @pytest.mark.parametrize("mechanism", RECIPES["elita-wikitext"].mechanisms, ids=lambda m: m.name)
 def test_elita_wikitext_is_its_author_s_setting(mechanism):
-    """Fewer than 300K parameters, sequences of 256, 128 a step, and that optimizer."""
+    """It has fewer than 300K parameters, 128 sequences of 256 a step, and ELiTA's optimizer."""
     recipe = RECIPES["elita-wikitext"]
     config = configuration(recipe, mechanism, 2048)
     assert recipe.parameters * 1.02 < 300_000
@@ -51,9 +49,7 @@ def test_elita_wikitext_is_its_author_s_setting(mechanism):
 
 
 def test_flash_enwik8_is_flash_pytorch_s_setting():
-    """What `cumulant train --recipe flash-enwik8` trains, with FLASH's own layers and rate in the
-    sweep.
-    """
+    """`cumulant train --recipe flash-enwik8` has FLASH's own layers, and its rate in the sweep."""
     from cumulant.text.recipes import from_recipe
 
     recipe, published = RECIPES["flash-enwik8"], from_recipe("flash-enwik8")

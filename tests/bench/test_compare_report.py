@@ -1,4 +1,4 @@
-"""What the page of `cumulant compare` says, from rows that are made up."""
+"""The page of `cumulant compare`, from invented rows."""
 
 import math
 
@@ -14,7 +14,7 @@ from .comparisons import Note
 
 
 def made(ends):
-    """Rows of runs that ended so: (mechanism, rate, seed) -> bits per byte."""
+    """Rows of runs with these results: (mechanism, rate, seed) -> bits per byte."""
     cost = {"row": "cost", "seconds": 1.0, "kept_bytes": 1, "state_bytes": 1, "differs": {}}
     names = dict.fromkeys(name for name, _, _ in ends)
     return [cost | {"mechanism": name} for name in names] + [

@@ -16,9 +16,7 @@ VOCABULARY = 257
 
 
 class Known(nn.Module):
-    """Predicts the next token with a given probability at each place, where it is told what
-    comes.
-    """
+    """A model that gives the next token a known probability at each position."""
 
     def __init__(self, probability):
         super().__init__()
@@ -50,9 +48,7 @@ def test_losses_stand_where_they_were_made(text):
 
 
 def test_all_lengths_score_the_same_tokens(text):
-    """A model without context, that is right on some tokens and not on others, gains nothing by
-    length.
-    """
+    """A model without context gains nothing by length, though it is right on some tokens alone."""
     model = Known(lambda t, row: 0.5 if int(row[t]) < 100 else 0.01)
     found = loss_by_context(model, text, byte_tokenizer(), 480, tokens=10_000)
     assert [s.last for s in found] == [60, 120, 240, 480]
@@ -61,7 +57,7 @@ def test_all_lengths_score_the_same_tokens(text):
 
 
 def test_bytes_are_those_of_the_tokens_scored(text):
-    """What stands before the first of them, here tokens without bytes, does not count."""
+    """Tokens before the first scored one, here without bytes, do not count."""
     text.ids[:241] = 256
     found = loss_by_context(Known(lambda *_: 0.5), text, byte_tokenizer(), 480)
     assert [s.bits for s in found] == pytest.approx([1] * 4, rel=1e-5)
@@ -85,9 +81,7 @@ def test_short_texts(text):
 
 
 def test_copies_are_told_from_what_a_long_context_is_worth(text):
-    """One that knows the end of its window by heart if it began with the same token: 1 bit a byte,
-    8 otherwise.
-    """
+    """A model that repeats a window by its first token: 1 bit a byte there, and 8 elsewhere."""
     model = Known(lambda t, row: 0.5 if t >= len(row) - 19 and row[0] == row[-19] else 2.0**-8)
     near, far = loss_on_copies(model, text, byte_tokenizer(), [64, 200], span=20, samples=4)
     assert (near.distance, far.distance) == (64, 200)

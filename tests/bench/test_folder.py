@@ -80,7 +80,7 @@ def test_other_folders_are_left_alone(tmp_path):
 
 
 def test_what_may_become_more_goes_on(tmp_path):
-    """Seeds and rates may be added; nothing may be taken away, and nothing else changed."""
+    """Seeds and rates may be added; no other setting may change."""
     start = {"rates": [1, 2], "seeds": 2, "steps": 5}
     Folder.start(str(tmp_path), "other", start).append({"x": 1})
     extends = ("rates", "seeds")
@@ -97,9 +97,7 @@ def test_what_may_become_more_goes_on(tmp_path):
 
 
 def test_another_environment_is_noted(tmp_path, monkeypatch):
-    """Rows that come later, from another revision or machine, are told from the first; the page
-    says so.
-    """
+    """Rows of another revision or machine are marked, and the page says so."""
     first = {**environment(), "time": "noon", "revision": "a1", "threads": 2}
     monkeypatch.setattr("cumulant.bench.reports.folder.environment", lambda: dict(first))
     Folder.start(str(tmp_path), "test", {"threads": 1, "device": "cpu"}).append({"x": 1})

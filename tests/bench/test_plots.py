@@ -97,9 +97,7 @@ def test_reports(report, names, tmp_path, figures):
 
 @pytest.mark.parametrize("name", sorted({path.parent.name for path in REPORTS.rglob("*.svg")}))
 def test_pictures_in_the_documentation_are_drawn_as_now(name, tmp_path):
-    """In the same colours and of the same width as `cumulant report` draws them from the rows
-    beside them.
-    """
+    """They have the colours and the width of the pictures that `cumulant report` draws today."""
     shutil.copy(REPORTS / name / "rows.jsonl", tmp_path)
     redraw(str(tmp_path), Console(file=io.StringIO()))
     for picture in (REPORTS / name).glob("*.svg"):

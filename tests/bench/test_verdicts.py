@@ -1,4 +1,4 @@
-"""What `cumulant bench` says of times that scatter: nothing rather than something wrong."""
+"""`cumulant bench` gives no verdict where times scatter too much for one."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_intervals_that_part():
 
 
 def test_intervals_that_overlap_are_no_verdict():
-    """Neither way, whatever the medians are."""
+    """No mechanism is called faster, whatever the medians are."""
     for own in ((3.9, 4.6), (3.0, 4.05), (4.3, 6.0)):
         (line,) = answers([cell("softmax", 8, 4.0, 4.4), cell("linear", 8, *own)], NAMES)
         assert line == f"On this machine, forward: whether linear beats softmax, {CANNOT_TELL}."
@@ -76,9 +76,7 @@ def test_rows_without_rounds_have_their_deviation():
 
 @pytest.mark.parametrize("faster", [0.5, 1.0, 2.0])
 def test_on_a_busy_machine_nothing_wrong_is_said(faster, monkeypatch, tmp_path):
-    """Times of which every run is up to ten times too long, in stretches that last longer than a
-    round.
-    """
+    """Every run is up to ten times too long, in stretches longer than a round."""
     for seed in range(20):
         noise = random.Random(seed)
 
@@ -100,9 +98,7 @@ def test_on_a_busy_machine_nothing_wrong_is_said(faster, monkeypatch, tmp_path):
 
 
 def test_rounds_take_turns(monkeypatch):
-    """Every mechanism is measured before one is measured again; runs as long as all of the budget
-    are not repeated.
-    """
+    """Each mechanism is measured before one is repeated; a run as long as the budget is not."""
     asked = []
 
     def times(recipe, shape, kind, mechanism, with_memory=True):
@@ -121,7 +117,7 @@ def test_rounds_take_turns(monkeypatch):
 
 
 def test_times_that_agree_beside_other_work_are_no_verdict():
-    """Time slices of a busy machine are all alike: 8.0 ms, whatever is measured."""
+    """A busy machine's time slices of 8.0 ms are the same for every mechanism."""
     rows = [cell("softmax", T, 7.97, 8.0, "decode") for T in (512, 8192)]
     rows += [cell("linear", T, 0.2, 0.21, "decode") for T in (512, 8192)]
     assert "linear beats softmax" in answers([{**row, "others": 0.02} for row in rows], NAMES)[0]

@@ -1,6 +1,4 @@
-"""Assisted generation: drafts of another model, of early layers, or of the prompt, verified and in
-part taken back.
-"""
+"""Assisted generation: drafts by another model, early layers or the prompt are verified."""
 
 import copy
 
@@ -10,14 +8,14 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, set_seed
 
 from cumulant.models import PRESETS
 
-from ..models.test_language_model import WRAPPED, build, tokens
+from ..models.common import WRAPPED, build, tokens
 
 HYBRID = {"mixers": ["softmax", "linear", "sliding_window", "gau"], "num_hidden_layers": 4}
 NAMES = [*PRESETS, "hybrid", pytest.param("wrapped", marks=pytest.mark.slow), "llama"]
 
 
 def llama():
-    """What the same calls give with a model of transformers' own."""
+    """A Llama, which the same calls are compared with."""
     set_seed(0)
     sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 3}
     return (
@@ -51,7 +49,7 @@ def prompt():
 
 
 def forwards(model):
-    """Lengths of what the model reads."""
+    """The lengths of the model's inputs, call by call."""
     lengths = []
     model.register_forward_pre_hook(
         lambda _, args, kwargs: lengths.append((*args, kwargs.get("input_ids"))[0].shape[1]),
@@ -76,7 +74,7 @@ def test_greedy_is_greedy_whatever_drafts(model):
 
 
 def test_a_model_accepts_its_own_drafts(model):
-    """Each time that it drafts onto states taken back, the draft is what it would have said."""
+    """After states were taken back, its drafts are what it would have generated."""
     drafter = copy.deepcopy(model)
     drafter.generation_config.num_assistant_tokens_schedule = "constant"
     read = forwards(model)
@@ -92,9 +90,7 @@ def test_a_model_accepts_its_own_drafts(model):
 
 
 def test_rejected_drafts_leave_no_trace(model):
-    """Sampled: logits of every step are those of the whole sequence, and so is what the cache gives
-    next.
-    """
+    """With sampling, every step's logits and the cache's next are those of the whole sequence."""
     read = forwards(model)
     options = {
         "max_new_tokens": 30,
@@ -155,9 +151,7 @@ def test_taking_back_padded_and_reordered_rows():
 
 
 def test_long_recordings_are_let_go():
-    """What is kept to go back is bounded once `crop` has been called, also where nothing is taken
-    back.
-    """
+    """Once `crop` has been called, memory for going back is bounded, even if nothing is cropped."""
     model = model_of("taylor")
     cache = DynamicCache(config=model.config)
     cache.activate_past_recording()

@@ -1,6 +1,4 @@
-"""transformers' kinds of cache, in `generate` and in calls: the same tokens, or one line that says
-what to use.
-"""
+"""Each kind of transformers' caches gives the same tokens, or an error that names one to use."""
 
 import pytest
 import torch
@@ -9,7 +7,7 @@ from transformers.cache_utils import DynamicLayer
 
 from cumulant.models import PRESETS, export_state, import_state
 
-from ..models.test_language_model import build, tokens
+from ..models.common import build, tokens
 from .test_assisted import HYBRID, llama
 
 NAMES = [*PRESETS, "hybrid"]
@@ -45,7 +43,7 @@ CACHES = {
 @pytest.mark.parametrize("kind", CACHES)
 @torch.no_grad()
 def test_caches_handed_in(model, kind):
-    """In one call, in pieces, with padding, with beams, and for a second turn."""
+    """A cache is used in one call, in pieces, with padding, with beams, and for a second turn."""
     ids = tokens(2, 9)
     cache = CACHES[kind](model.config)
     pieces = [

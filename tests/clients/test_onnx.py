@@ -1,6 +1,4 @@
-"""`torch.onnx.export`: what onnxruntime makes of graphs, at other lengths and batch sizes than
-those exported with.
-"""
+"""onnxruntime runs exported graphs at other lengths and batch sizes, with the same results."""
 
 import logging
 
@@ -13,7 +11,7 @@ import cumulant as cm
 from cumulant import nn
 from cumulant.models import PRESETS, CumulantForMaskedLM, from_preset
 
-from ..models.test_language_model import build, tokens
+from ..models.common import build, tokens
 from .test_assisted import HYBRID, llama
 
 onnxruntime = pytest.importorskip("onnxruntime")

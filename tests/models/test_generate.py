@@ -1,4 +1,4 @@
-"""`generate()`: every way of decoding agrees with decoding without a cache."""
+"""`generate()` gives the same with a cache and without, by every method of decoding."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from transformers import DynamicCache, TextStreamer
 
 from cumulant.models import PRESETS
 
-from .test_language_model import WRAPPED, build, tokens
+from .common import WRAPPED, build, tokens
 
 
 @pytest.fixture(params=[*PRESETS, "gau", "wrapped"])

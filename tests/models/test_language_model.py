@@ -1,52 +1,20 @@
-"""The model as a Hugging Face model: shapes, cache, saving, gradients, initialisation, packed
-documents.
-"""
-
-import math
+"""The model as a Hugging Face model: padding, packing, saving, gradients, outputs, bad calls."""
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, set_seed
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 import cumulant as cm
 from cumulant.models import (
     PRESETS,
-    CumulantConfig,
     CumulantForCausalLM,
     ModelState,
     cache_bytes,
     export_state,
-    from_preset,
     import_state,
 )
 
-
-def build(preset, **overrides):
-    set_seed(0)
-    options = {
-        "hidden_size": 32,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "vocab_size": 50,
-    }
-    options |= {"sliding_window": 6, "group_size": 5, "query_key_dim": 12}
-    options |= {"horizon": 15, "initializer_range": 0.3, "pad_token_id": 0} | overrides
-    model = CumulantForCausalLM(from_preset(preset, **options)).double().eval()
-    with torch.no_grad():  # what starts at or near zero
-        for name, p in model.named_parameters():
-            if "mixer.position" in name or "wrap_bias" in name or "logit_ffn" in name:
-                p.normal_(std=0.3)
-    return model
-
-
-WRAPPED = {
-    "mixers": ["elita", "softmax", "sliding_window", "flash", "gau", "linear", "short_convolution"],
-    "num_hidden_layers": 7,
-    "wraps": 3,
-    "logit_ffn": 20,
-    "norm": "rmsnorm",
-    "norm_affine": False,
-}
+from .common import WRAPPED, build, tokens
 
 
 @pytest.fixture(params=[*PRESETS, "everything", "gated", "wrapped"])
@@ -79,10 +47,6 @@ def model(request):
             tie_word_embeddings=False,
         )
     return build(request.param)
-
-
-def tokens(*shape):
-    return torch.randint(1, 50, shape, generator=torch.Generator().manual_seed(0))
 
 
 def test_pieces_onto_a_cache_are_the_whole(model):
@@ -196,265 +160,6 @@ def test_states_round_trip_through_a_file(model, tmp_path):
     assert torch.allclose(
         model(ids[:, 9:], past_key_values=restored).logits, model(ids).logits[:, 9:], atol=1e-8
     )
-
-
-def test_states_of_another_model():
-    taylor, softmax = build("taylor"), build("softmax")
-    cache = DynamicCache(config=taylor.config)
-    with pytest.raises(ValueError, match="past_key_values: the cache is empty"):
-        export_state(cache)
-    taylor(tokens(1, 4), past_key_values=cache)
-    with pytest.raises(
-        ValueError,
-        match="state: layer 0 holds a KernelAttentionState, which is not this model's mixer",
-    ):
-        import_state(DynamicCache(config=softmax.config), export_state(cache))
-    with pytest.raises(
-        ValueError,
-        match="state: expected the state of a model with 4 layers, got ModelState with 3 layers",
-    ):
-        import_state(
-            DynamicCache(config=build("taylor", num_hidden_layers=4).config), export_state(cache)
-        )
-
-
-def test_cache_is_reset_reordered_and_selected():
-    model = build("based")
-    ids = tokens(2, 12)
-    cache = DynamicCache(config=model.config)
-    model(ids, past_key_values=cache)
-    cache.reorder_cache(torch.tensor([1, 1]))
-    more = tokens(2, 2)
-    after = model(more, past_key_values=cache).logits
-    assert torch.allclose(
-        after[0], model(torch.cat((ids[1:], more[:1]), 1)).logits[0, 12:], atol=1e-8
-    )
-    cache.batch_select_indices(torch.tensor([1]))
-    cache.batch_repeat_interleave(2)
-    last = model(more[:, :1], past_key_values=cache).logits
-    assert not torch.equal(more[0], more[1])
-    for row in range(2):  # both go on from the second sequence
-        expected = model(torch.cat((ids[1:], more[1:], more[row : row + 1, :1]), 1)).logits[0, -1]
-        assert torch.allclose(last[row, 0], expected, atol=1e-8)
-    cache.reset()
-    assert cache.get_seq_length() == 0
-    assert torch.allclose(model(ids, past_key_values=cache).logits, model(ids).logits, atol=1e-8)
-
-
-def test_fixed_states_do_not_grow_with_context():
-    sizes = {}
-    for preset in ("taylor", "linear", "softmax", "based", "flash"):
-        model, sizes[preset] = build(preset), []
-        for length in (50, 100):
-            cache = DynamicCache(config=model.config)
-            model(tokens(1, length), past_key_values=cache)
-            sizes[preset].append(cache_bytes(cache))
-    assert sizes["taylor"][0] == sizes["taylor"][1]
-    assert sizes["linear"][0] == sizes["linear"][1]
-    assert sizes["based"][0] == sizes["based"][1]
-    assert sizes["flash"][0] == sizes["flash"][1]
-    assert sizes["softmax"][1] == pytest.approx(2 * sizes["softmax"][0], rel=0.01)
-
-
-@pytest.mark.parametrize("mixer", ["flash", "gau", "softmax"])
-def test_rotary_base_reaches_the_mixers(mixer):
-    ids = tokens(1, 20)
-    slow, fast = (build("flash", mixers=[mixer], rotary_base=base) for base in (10000.0, 10.0))
-    fast.load_state_dict(slow.state_dict())
-    assert not torch.allclose(slow(ids).logits, fast(ids).logits, atol=1e-4)
-
-
-@pytest.mark.parametrize("mixer", ["flash", "gau"])
-def test_counted_padding_onto_a_cache(mixer):
-    """count_padding: pieces are the whole also where padding counts."""
-    model = build("flash", mixers=[mixer], count_padding=True)
-    ids, mask = tokens(2, 20), torch.ones(2, 20)
-    mask[0, :7], mask[1, 3:5] = 0, 0
-    whole, cache, outs, seen = (
-        model(ids, attention_mask=mask).logits,
-        DynamicCache(config=model.config),
-        [],
-        0,
-    )
-    for piece in ids.split([9, 1, 1, 9], 1):
-        seen += piece.shape[1]
-        outs.append(model(piece, attention_mask=mask[:, :seen], past_key_values=cache).logits)
-    assert torch.allclose(torch.cat(outs, 1)[mask.bool()], whole[mask.bool()], atol=1e-9)
-
-
-def test_a_flash_step_costs_the_same_at_any_context():
-    """Counted, not timed: every operation of one step, with its shapes, after 60 and after 3,000
-    tokens, which stand at the same place of a group."""
-    model, counts = build("flash", group_size=20).float(), []
-    for length in (60, 3000):
-        cache = DynamicCache(config=model.config)
-        with torch.no_grad():
-            model(tokens(1, length), past_key_values=cache)
-        with torch.no_grad(), torch.profiler.profile(record_shapes=True) as profile:
-            model(tokens(1, 1), past_key_values=cache)
-        events = profile.key_averages(group_by_input_shape=True)
-        counts.append({(event.key, str(event.input_shapes)): event.count for event in events})
-    assert counts[0] == counts[1]
-    assert any("20, 12" in shapes for _, shapes in counts[0])  # the open group is read
-
-
-@pytest.mark.parametrize("preset", PRESETS)
-def test_initialisation_trains_at_depth(preset):
-    """24 layers: logits start near zero, hidden states keep their size, gradients reach every layer
-    alike.
-    """
-    model = build(
-        preset, num_hidden_layers=24, initializer_range=0.02, hidden_size=64, group_size=24
-    ).float()
-    ids = tokens(2, 60)
-    outputs = model(ids, labels=ids, output_hidden_states=True)
-    assert outputs.loss.item() == pytest.approx(math.log(50), rel=0.02)
-    first, last = (outputs.hidden_states[i].norm() for i in (0, -2))
-    assert last < 10 * first
-    outputs.loss.backward()
-    norms = [block.mixer.out_proj.weight.grad.norm().item() for block in model.model.layers]
-    assert max(norms) < 100 * min(norms)
-    output = [block.mixer.out_proj.weight.std().item() for block in model.model.layers]
-    assert output[0] == pytest.approx(0.02 / math.sqrt(48), rel=0.1)
-
-
-@pytest.mark.parametrize("preset", PRESETS)
-def test_overfits_a_sentence(preset):
-    model = build(preset, initializer_range=0.02).float().train()
-    ids = tokens(1, 16).repeat(2, 1)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for _ in range(120):
-        loss = model(ids, labels=ids).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    assert loss.item() < 0.1
-
-
-@pytest.mark.parametrize("preset", ["elita", "taylor"])
-def test_wraps_run_the_same_stack_again(preset):
-    """A stack of two layers, three times, is a stack of six whose layers repeat, with a bias before
-    each time.
-    """
-    wrapped = build(preset, num_hidden_layers=2, wraps=3)
-    long = build(preset, num_hidden_layers=6)
-    assert wrapped.num_parameters() == build(preset, num_hidden_layers=2).num_parameters() + 3 * 32
-    long.model.embed_tokens.load_state_dict(wrapped.model.embed_tokens.state_dict())
-    long.model.norm.load_state_dict(wrapped.model.norm.state_dict())
-    for i, block in enumerate(long.model.layers):
-        block.load_state_dict(wrapped.model.layers[i % 2].state_dict())
-        if i % 2 == 0:
-            bias = wrapped.model.wrap_bias[i // 2].detach()
-            block.register_forward_pre_hook(lambda _, args, bias=bias: (args[0] + bias, *args[1:]))
-    ids = tokens(2, 11)
-    assert torch.allclose(wrapped(ids).logits, long(ids).logits, atol=1e-10)
-    wrapped(ids, labels=ids).loss.backward()
-    assert wrapped.model.wrap_bias.grad.abs().sum(1).min() > 0
-    assert (
-        len(wrapped.generate(ids[:1, :3], max_new_tokens=4, do_sample=False, pad_token_id=0)[0])
-        == 7
-    )
-
-
-def test_the_elita_preset_is_the_published_trunk():
-    """x + attention(norm(x)), then x + feed_forward(norm(x)), norms without anything learned, tied
-    embeddings.
-    """
-    model = build("elita")
-    names = {
-        name.split(".", 3)[-1].rpartition(".")[0]
-        for name, _ in model.named_parameters()
-        if "layers.0" in name
-    }
-    parts = {"logit_proj", "position", "v_proj", "out_proj"}
-    assert names == {f"mixer.{p}" for p in parts} | {
-        f"feed_forward.{p}" for p in ("hidden_proj", "factor_proj", "out_proj")
-    }
-    assert model.lm_head.weight is model.model.embed_tokens.weight
-    ids = tokens(1, 9)
-    x = model.model.embed_tokens(ids)
-    plain = lambda z: torch.nn.functional.layer_norm(z, z.shape[-1:], eps=model.config.norm_eps)  # noqa: E731
-    for block in model.model.layers:
-        x = x + block.mixer(plain(x))
-        x = x + block.feed_forward(plain(x))
-    assert torch.allclose(model(ids).logits, plain(x) @ model.lm_head.weight.T, atol=1e-10)
-
-
-def test_configuration_errors():
-    with pytest.raises(
-        ValueError, match=r"mixers: expected a list of softmax, .*taylor.*, got \['mamba'\]"
-    ):
-        CumulantConfig(mixers=["taylor", "mamba"])
-    with pytest.raises(
-        ValueError, match="feed_forward: expected one of swiglu, gelu, elita, none, got 'relu'"
-    ):
-        CumulantConfig(feed_forward="relu")
-    with pytest.raises(ValueError, match="num_attention_heads: 3 must divide hidden_size=256"):
-        CumulantConfig(num_attention_heads=3)
-    with pytest.raises(
-        ValueError, match="num_key_value_heads: 3 must divide num_attention_heads=4"
-    ):
-        CumulantConfig(num_key_value_heads=3)
-    with pytest.raises(ValueError, match="num_hidden_layers: expected at least 1, got 0"):
-        CumulantConfig(num_hidden_layers=0)
-    for bad in (0, -1.0, float("inf")):
-        with pytest.raises(
-            ValueError, match=f"taylor_alpha: expected a positive number, got {bad}"
-        ):
-            CumulantConfig(taylor_alpha=bad)
-    with pytest.raises(ValueError, match="taylor_order: expected int, got 2.5"):
-        CumulantConfig(taylor_order=2.5)
-    with pytest.raises(ValueError, match="taylor_order: expected at least 1, got 0"):
-        CumulantConfig(taylor_order=0)
-    with pytest.raises(ValueError, match="rotary: expected bool, got 'False'"):
-        from_preset("flash", rotary="False")
-    with pytest.raises(ValueError, match="group_size: expected int, got 64.0"):
-        from_preset("flash", group_size=64.0)
-    with pytest.raises(
-        ValueError, match="norm: expected one of layernorm, rmsnorm, scalenorm, got 'batchnorm'"
-    ):
-        from_preset("flash", norm="batchnorm")
-    for name in ("group_size", "query_key_dim"):
-        with pytest.raises(ValueError, match=f"{name}: expected at least 1, got 0"):
-            from_preset("flash", **{name: 0})
-    for name in ("wraps", "horizon", "position_features", "feed_forward_factor"):
-        with pytest.raises(ValueError, match=f"{name}: expected at least 1, got 0"):
-            from_preset("elita", **{name: 0})
-    with pytest.raises(ValueError, match="horizon_time: expected a finite number, got nan"):
-        from_preset("elita", horizon_time=float("nan"))
-    with pytest.raises(ValueError, match="wraps: expected int, got 2.5"):
-        from_preset("elita", wraps=2.5)
-    with pytest.raises(
-        ValueError, match="logit_ffn: expected a width of at least 1, or None for none, got 0"
-    ):
-        from_preset("elita", logit_ffn=0)
-    with pytest.raises(
-        ValueError,
-        match="norm_affine: a scalenorm is its learned scale; choose layernorm or rmsnorm",
-    ):
-        from_preset("flash", norm_affine=False)
-    with pytest.raises(ValueError, match="mixers: elita looks backwards only; an encoder"):
-        from_preset("elita", is_causal=False)
-    with pytest.raises(ValueError, match="length_scale: expected a positive number, got -1"):
-        from_preset("flash", mixers=["gau"], length_scale=-1)
-    assert from_preset("flash", hidden_size=30).hidden_size == 30  # no heads to divide it
-    with pytest.raises(
-        ValueError,
-        match="feature_map: expected one of elu, relu, .*, hedgehog, rebased, got 'gelu'",
-    ):
-        CumulantConfig(feature_map="gelu")
-    with pytest.raises(ValueError, match="dropout: expected a probability below 1, got 1.5"):
-        CumulantConfig(dropout=1.5)
-    with pytest.raises(
-        ValueError,
-        match=(
-            "preset: expected one of softmax, linear, taylor, higher_order, based, flash, elita,"
-            " got 'gpt'"
-        ),
-    ):
-        from_preset("gpt")
-    with pytest.raises(ValueError, match="hiden_size: not a field of CumulantConfig"):
-        from_preset("taylor", hiden_size=3)
 
 
 def test_call_errors():

@@ -1,4 +1,4 @@
-"""The encoder: masks, packing, both directions, saving, and that it learns to fill gaps."""
+"""The encoder: masks, packing, both directions, saving, and learning to fill gaps."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from transformers import AutoModelForMaskedLM, set_seed
 
 from cumulant.models import CumulantConfig, CumulantForCausalLM, CumulantForMaskedLM, from_preset
 
-from .test_language_model import tokens
+from .common import tokens
 
 SMALL = {
     "hidden_size": 32,
@@ -38,7 +38,7 @@ def model(request):
 
 
 def test_masked_tokens_do_not_exist(model):
-    """Padding left, right and inside, whatever its ids: the logits of each row by itself."""
+    """With padding anywhere, of any ids, logits are those of each row alone."""
     ids, mask = tokens(3, 22), torch.ones(3, 22, dtype=torch.long)
     mask[0, :9], mask[1, 15:], mask[2, 4:9] = 0, 0, 0
     logits = model(ids, attention_mask=mask).logits
@@ -89,7 +89,7 @@ def test_saved_and_loaded(model, tmp_path):
 
 
 def test_it_learns_to_fill_gaps():
-    """Every token comes twice; a masked one is its neighbour, to the left or to the right."""
+    """Every token comes twice, so a masked token equals one of its neighbours."""
     set_seed(0)
     config = from_preset(
         "flash", **{**SMALL, "is_causal": False, "num_hidden_layers": 2, "group_size": 8}

@@ -1,6 +1,4 @@
-"""States under autocast: of the same dtypes as without it, and the law holds from one to the
-other.
-"""
+"""States under autocast have the same dtypes as without, and either kind can be carried on."""
 
 from __future__ import annotations
 

@@ -1,15 +1,12 @@
-"""Self attention in both directions: against its formula, masked, packed, in low precision and
-compiled.
-"""
+"""Self attention in both directions: its formula, masks, packing, low precision, compilation."""
 
 import pytest
 import torch
 
 from cumulant import nn
 
-from .common import assert_agree, lowered, spread
+from .common import D, assert_agree, lowered, spread
 
-D = 24
 EVERYTHING = {
     "num_kv_heads": 2,
     "value_dim": 5,
@@ -72,7 +69,7 @@ def draw(*shape):
 
 
 def alone(mixer, rows):
-    """Output and gradients of each row by itself; parameter gradients summed."""
+    """Output and gradients of each row alone; gradients of parameters are summed."""
     outs, inputs, total = [], [], [torch.zeros_like(p) for p in mixer.parameters()]
     for row in rows:
         x = row[None].detach().requires_grad_()
@@ -186,4 +183,20 @@ def test_errors(mixer):
     with pytest.raises(ValueError, match=r"key_mask: expected \[B, S\] = \[2, 5\], got \[2, 4\]"):
         mixer(x, key_mask=torch.ones(2, 4).bool())
     with pytest.raises(ValueError, match=r"only causal attention carries a state"):
+        mixer(x, return_state=True)
+
+
+@pytest.mark.parametrize("kind", [nn.TaylorAttention, nn.LinearAttention, nn.SoftmaxAttention])
+def test_bidirectional(kind):
+    torch.manual_seed(0)
+    mixer = kind(D, 4, is_causal=False, rotary=True).double()
+    x = torch.randn(2, 11, D, dtype=torch.float64)
+    mask = torch.ones(2, 11, dtype=torch.bool)
+    mask[0, :4] = False
+    y = mixer(x, key_mask=mask)
+    assert torch.allclose(y[0, 4:], mixer(x[:1, 4:])[0], atol=1e-11)
+    changed = x.clone()
+    changed[:, -1] = 3
+    assert not torch.allclose(mixer(changed)[:, 0], mixer(x)[:, 0])  # first tokens see the last
+    with pytest.raises(ValueError, match="only causal attention carries a state"):
         mixer(x, return_state=True)

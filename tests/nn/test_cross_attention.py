@@ -1,4 +1,4 @@
-"""Cross attention: against its formula, in pieces, padded, read many times, and what it refuses."""
+"""Cross attention: its formula, splits, padding, contexts read many times, and refusals."""
 
 import pytest
 import torch
@@ -106,7 +106,7 @@ def test_elu_is_its_formula():
 
 
 def test_a_context_read_many_times(mixer):
-    """Encoded once, read by several queries: the same outputs, and gradients that add up."""
+    """A context that several queries read gives the same outputs, and gradients add up."""
     context = draw(2, 30, E, requires_grad=True)
     queries = [draw(2, n, D, requires_grad=True) for n in (1, 7, 0, 40)]
     state = mixer.encode_context(context)
@@ -134,7 +134,7 @@ def test_a_context_in_pieces(mixer, cuts):
 
 
 def test_queries_in_pieces(mixer):
-    """Token shift included: the state remembers the query before."""
+    """The state also remembers the query before, which a token shift needs."""
     x, context = draw(2, 9, D), draw(2, 12, E)
     whole = mixer(x, context=context)
     state, outs = mixer.encode_context(context), []
@@ -147,9 +147,7 @@ def test_queries_in_pieces(mixer):
 
 @pytest.mark.parametrize("junk", [float("nan"), 50.0])
 def test_masked_tokens_do_not_exist(mixer, junk):
-    """Padding in x and in the context, anywhere: outputs and gradients of each row by itself; NaN
-    reaches nothing.
-    """
+    """With padding in x and in the context, outputs and gradients are those of each row alone."""
     x, context = draw(3, 8, D), draw(3, 15, E)
     key_mask, context_mask = torch.rand(3, 8) > 0.4, torch.rand(3, 15) > 0.4
     key_mask[0, :3], context_mask[0, :7] = False, False
@@ -191,9 +189,7 @@ def test_nothing_to_see_is_zero(name):
 @given(data=st.data())
 @pytest.mark.parametrize("kind", ["taylor", "linear"])
 def test_any_shape_mask_and_split(kind, data):
-    """Drawn groups, dims, lengths, masks and splits of x and of its context: in pieces as row by
-    row, unpadded.
-    """
+    """Drawn splits and masks of x and of its context give the results of each row alone."""
     B, G, R, K, V = (data.draw(st.integers(1, 3)) for _ in range(5))
     T, S = data.draw(st.integers(0, 9)), data.draw(st.integers(0, 20))
     torch.manual_seed(data.draw(st.integers(0, 9)))

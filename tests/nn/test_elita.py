@@ -1,6 +1,4 @@
-"""ELiTA's layers against their formulas, by loops over tokens and heads; horizons; what is kept for
-backward.
-"""
+"""ELiTA's layers against loops over tokens and heads; horizons; memory for the backward pass."""
 
 import math
 
@@ -32,7 +30,7 @@ def position_logit(module, h, n, tau):
 
 
 def formula(module, x, horizon, time=1.0):
-    """Row by row: the softmax over keys up to i and over the token itself."""
+    """The softmax, row by row, over keys up to i and over the token itself."""
     k = module.logit_proj.weight.view(-1, H, D)
     values = module.v_proj.weight.view(H, V, D)
     out = torch.zeros_like(x)
@@ -72,7 +70,7 @@ def test_horizon_none_is_the_sequence_s_own_length():
 
 
 def test_generating_past_the_horizon_is_the_whole():
-    """Token by token to three times the horizon: the state knows where it is."""
+    """Steps to three times the horizon equal the whole, because the state counts tokens."""
     module = layer()
     x = torch.randn(2, 30, D, dtype=torch.float64)
     state, outs = None, []
@@ -84,7 +82,7 @@ def test_generating_past_the_horizon_is_the_whole():
 
 
 def test_a_raised_horizon_reads_positions_closer_together():
-    """Twice the horizon: token 2j stands where j stood."""
+    """With twice the horizon, token 2j has the position that j had."""
     near, far = nn.SinusoidalLogits(H, M, horizon=10), nn.SinusoidalLogits(H, M, horizon=20)
     far.load_state_dict(near.state_dict())
     place = torch.arange(8)
@@ -95,7 +93,7 @@ def test_a_raised_horizon_reads_positions_closer_together():
 
 
 def test_positions_are_exact_far_out():
-    """At 10 million tokens, fp32 parameters: as the same sines in fp64."""
+    """At 10 million tokens fp32 parameters give the sines of fp64."""
     module = nn.SinusoidalLogits(2, 3, horizon=1000.0)
     wide = nn.SinusoidalLogits(2, 3, horizon=1000.0).double()
     wide.load_state_dict(module.state_dict())
@@ -104,7 +102,7 @@ def test_positions_are_exact_far_out():
 
 
 def test_state_size():
-    """H · (V + 1) numbers and a count, whatever the length."""
+    """It is H · (V + 1) numbers and a count, whatever the length."""
     module = nn.ElitaAttention(64, 4).eval()
     for T in (1, 1000):
         _, state = module(torch.randn(1, T, 64), return_state=True)
@@ -149,7 +147,7 @@ def test_bilinear_gradients(shape, monkeypatch):
 
 @pytest.mark.parametrize("length", [3, 4000])
 def test_bilinear_in_blocks_at_full_size(length):
-    """fp32, through the fast matrix products, and bf16, against fp64."""
+    """Fast matrix products in fp32, and bf16, against fp64."""
     torch.manual_seed(0)
     a, b, w = torch.randn(length, 64), torch.randn(length, 8), torch.randn(64, 512)
     exact = torch.einsum("ni,nf,dfi->nd", a.double(), b.double(), w.view(64, 8, 64).double())
@@ -163,9 +161,7 @@ def test_bilinear_in_blocks_at_full_size(length):
 
 
 def test_the_feed_forward_keeps_no_outer_products():
-    """For backward: its input and the two projections with their swishes; the hidden layer would be
-    8 times as much.
-    """
+    """It keeps its input and two projections; the hidden layer would be 8 times as large."""
     module = nn.ElitaFeedForward(64)
     x = torch.randn(4, 500, 64, requires_grad=True)
     kept = {}

@@ -1,11 +1,11 @@
-"""What a module is given: the kind of message that the functions have."""
+"""Bad input of modules gives the messages that the operations give."""
 
 import pytest
 import torch
 
 from cumulant import nn
 
-from .test_mixers import MIXERS
+from .common import MIXERS
 
 WRONG = {
     "integers": (

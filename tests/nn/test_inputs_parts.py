@@ -1,4 +1,4 @@
-"""What the modules beside the mixers are given: errors name the argument as its caller knows it."""
+"""Bad input of modules beside the mixers: errors name the argument as its caller knows it."""
 
 import pytest
 import torch

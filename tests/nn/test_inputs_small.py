@@ -1,4 +1,4 @@
-"""Small parts given lists and other wrong things: the kind of message that the functions have."""
+"""Lists and other bad input of small modules give the messages that the operations give."""
 
 import re
 

@@ -1,6 +1,4 @@
-"""The linear layers of modules: PyTorch's own, so that whatever replaces or watches one takes
-effect.
-"""
+"""The linear layers of modules are PyTorch's own, so replacing or hooking one takes effect."""
 
 import pytest
 import torch
@@ -10,7 +8,7 @@ from torch.nn.utils import parametrize
 from cumulant.nn import projection
 from cumulant.nn.projection import is_plain, project
 
-from .test_mixers import MIXERS
+from .common import MIXERS
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ def build(window: int, groups: int) -> tuple[SlidingWindowAttention, Tensor]:
 
 
 def by_reference(mixer: SlidingWindowAttention, x: Tensor, mask: Tensor | None) -> Tensor:
-    """The whole module, its attention by the reference."""
+    """The output of the whole module, with the reference's attention."""
     projections = mixer.q_proj, mixer.k_proj, mixer.v_proj
     q, k, v = (
         project(x).unflatten(-1, (-1, mixer.head_dim)).transpose(1, 2) for project in projections
@@ -51,7 +51,7 @@ def test_the_reference_is_a_softmax_over_the_last_tokens(window, mask):
 @by_groups
 @by_mask
 def test_whole(window, groups, mask):
-    """Outputs and gradients."""
+    """Outputs and gradients agree with the reference's."""
     mixer, x = build(window, groups)
     out, exact = mixer(x, key_mask=mask), by_reference(mixer, x, mask)
     torch.testing.assert_close(out, exact)

@@ -1,6 +1,4 @@
-"""Parts of modules' states: those of another module give one clear error, with one token and with
-more.
-"""
+"""A state with parts of another module gives one clear error, for one token and for more."""
 
 from dataclasses import replace
 
@@ -9,7 +7,7 @@ import torch
 
 from cumulant import nn
 
-from .test_mixers import MIXERS
+from .common import MIXERS
 
 CHANGES = {
     "a channel less": lambda part: part[..., 1:],
@@ -23,7 +21,7 @@ CHANGES = {
 
 
 def part_names(state):
-    """Dotted names of the tensors of numbers."""
+    """The dotted names of a state's tensors."""
     return [name for name, part in state.tensors().items() if part.is_floating_point()]
 
 
@@ -34,7 +32,7 @@ def with_part(state, name, change):
 
 
 def refuses(mixer, state):
-    """One line that names the argument, however many tokens come."""
+    """A step and longer input give one line that names the argument."""
     for length in (1, 3):
         with pytest.raises((TypeError, ValueError), match=r"^state(\.mask)?: expected [^\n]*$"):
             mixer(torch.randn(2, length, mixer.dim), state=state, return_state=True)

@@ -1,6 +1,4 @@
-"""Positions of modules' states, at whatever depth: refused where they do not fit, with one token
-and with more.
-"""
+"""Positions of a module's state that do not fit are refused, at any depth."""
 
 from dataclasses import fields, replace
 
@@ -9,7 +7,7 @@ import torch
 
 from cumulant import nn
 
-from .test_mixers import MIXERS
+from .common import MIXERS
 
 WRONG = {
     "float": (
@@ -51,7 +49,7 @@ WRONG = {
 
 
 def with_position(state, change):
-    """The state with another position, which may lie in a state inside."""
+    """A copy of the state with another position, which may be in a state inside it."""
     for field in fields(state):
         part = getattr(state, field.name)
         if field.name == "position":

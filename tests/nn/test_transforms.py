@@ -1,6 +1,4 @@
-"""torch.func and forward-mode differentiation through modules: per-sample gradients and
-tangents.
-"""
+"""torch.func through modules: gradients of each sample, and tangents."""
 
 from __future__ import annotations
 
@@ -46,7 +44,7 @@ def made(name: str) -> tuple[torch.nn.Module, dict[str, Tensor], Tensor]:
 @by_layer
 @pytest.mark.parametrize("masked", [False, True])
 def test_per_sample_gradients(name: str, masked: bool):
-    """Those of a mapped call are those of every sample by itself."""
+    """A mapped call gives the gradients of every sample alone."""
     layer, parameters, x = made(name)
     if masked and name == "rms norm":
         pytest.skip("no mask")
@@ -69,7 +67,7 @@ def test_per_sample_gradients(name: str, masked: bool):
 
 @by_layer
 def test_tangents(name: str):
-    """Those of finite differences, for inputs and parameters."""
+    """Finite differences give the same, for inputs and parameters."""
     layer, parameters, x = made(name)
     t, dp = torch.randn_like(x), {k: torch.randn_like(p) for k, p in parameters.items()}
 
@@ -104,7 +102,7 @@ def test_hessians(name: str):
 
 @pytest.mark.parametrize("name", ["linear", "taylor", "convolution"])
 def test_tangents_of_one_token(name: str):
-    """Programs know no tangents: they stand back, for parameters' tangents too."""
+    """Programs compute no tangents, so a call with tangents takes the ordinary path."""
     layer = LAYERS[name]().eval()
     x = torch.randn(1, 6, 16)
     with torch.no_grad(), forward_ad.dual_level():

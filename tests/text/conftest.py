@@ -1,4 +1,7 @@
-"""A small text and one finished run on it."""
+"""A small text, one finished run on it, and what a run wrote."""
+
+import json
+from pathlib import Path
 
 import pytest
 
@@ -38,3 +41,7 @@ def run(text, tmp_path_factory):
         TrainingOptions(output=output, data=str(text), steps=160, evaluate_every=80, **SMALL),
         say=lambda _: None,
     )
+
+
+def losses_in(output):
+    return json.loads((Path(output) / "result.json").read_text())["losses"]

@@ -1,6 +1,4 @@
-"""Chats: rendered by the tokenizer's template, control tokens read as such, in training, scores and
-prompts.
-"""
+"""Chats follow the tokenizer's template, in training, scores and prompts."""
 
 from __future__ import annotations
 

@@ -99,7 +99,7 @@ def test_a_dataset(tmp_path, monkeypatch):
 
 
 def test_a_dataset_by_its_id(tmp_path, monkeypatch):
-    """owner/name is a dataset where it is no path; what is on disk comes first."""
+    """owner/name is a dataset unless it is a path: files on disk come first."""
     import datasets
 
     asked = []

@@ -1,6 +1,4 @@
-"""Runs that diverge, disks that fill, vocabularies that are padded or have gaps: said, and nothing
-lost.
-"""
+"""Runs that diverge, disks that fill and odd vocabularies are reported, and nothing is lost."""
 
 import errno
 import json
@@ -105,7 +103,7 @@ def test_numbers_that_are_not_finite_are_refused(name, value):
 
 
 def test_a_full_disk(text, tmp_path, monkeypatch):
-    """The checkpoint being written goes; those before it stay, and the run goes on from them."""
+    """The checkpoint being written is removed, and the run goes on from those before it."""
     output, real = tmp_path / "run", torch.save
 
     def save(content, path, *arguments, **options):
@@ -127,7 +125,7 @@ def test_a_full_disk(text, tmp_path, monkeypatch):
 
 
 def test_a_disk_that_is_really_full(text, tmp_path):
-    """Files of 150 kB at most: the weights fit, the optimizer's state does not."""
+    """With files of 150 kB at most, the weights fit and the optimizer's state does not."""
     output = tmp_path / "run"
     options = (
         "--steps 4 --save-every 2 --context 32 --batch 2 --width 32 --depth 1 --heads 2"
@@ -153,7 +151,7 @@ def test_a_disk_that_is_really_full(text, tmp_path):
 
 
 def test_a_padded_vocabulary(text, tmp_path):
-    """The model loads, and never draws an id that stands for no token."""
+    """The model loads, and never draws an id without a token."""
     result = quiet_train(tmp_path / "run", text, steps=2, model_option=["vocab_size=320"])
     model, tokenizer = load_checkpoint(result.output)
     assert model.config.vocab_size == 320

@@ -1,12 +1,11 @@
-"""Generation across runs: what is printed, what a state file keeps, and that nothing asked for is
-lost.
-"""
+"""Generation across runs: what is printed, what a state file keeps, and interruptions."""
 
 import io
 import json
 import os
 import signal
 import sys
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -15,9 +14,13 @@ import torch
 import cumulant as cm
 from cumulant.models import CumulantForCausalLM, from_preset
 from cumulant.text import generate as module
+from cumulant.text.checkpoint import load_checkpoint
 from cumulant.text.generate import SamplingOptions, fingerprint, generate
+from cumulant.text.options import TrainingOptions
 from cumulant.text.tokenizer import byte_tokenizer
+from cumulant.text.train import train
 
+from .conftest import SMALL
 from .test_stream import byte_fallback, word_pieces
 
 GREEDY = {"temperature": 0.0}
@@ -37,7 +40,7 @@ def build(size=257, **options):
 
 
 def cycle(size, ids):
-    """A model that says `ids` again and again: each of its tokens has one next token."""
+    """A model that repeats `ids`: each of its tokens has one next token."""
     model = build(size)
     with torch.no_grad():
         for layer in model.model.layers:
@@ -64,9 +67,7 @@ def speaker(kind):
 
 @pytest.mark.parametrize("kind", ["bytes", "byte fallback", "word pieces"])
 def test_two_runs_make_the_text_of_one(kind, tmp_path, capsys):
-    """Cut after any token, inside characters and words, the text is the same to the byte; also when
-    printed.
-    """
+    """Cut after any token, inside characters and words, the text is the same to the byte."""
     model, tokenizer, prompt = speaker(kind)
     state = str(tmp_path / "s")
     whole = generate(model, tokenizer, prompt, SamplingOptions(24, **GREEDY), stream=True)
@@ -229,9 +230,7 @@ def test_a_terminal_without_the_characters(encoding, shown, monkeypatch):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interruption_leaves_the_state(number, tmp_path, monkeypatch):
-    """Between two tokens, and between two pieces of a long prompt; what follows is what would have
-    followed.
-    """
+    """It may come between two tokens or two pieces of a long prompt; the text goes on alike."""
     model, tokenizer, prompt = speaker("bytes")
     state, seen = str(tmp_path / "s"), []
 
@@ -311,3 +310,57 @@ def test_prompts_that_are_no_text():
         ValueError, match="prompt: expected UTF-8 text, got the byte 0xff at character 3"
     ):
         generate(model, tokenizer, "the\udcff", SamplingOptions(3))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_generation_with_a_saved_state(run, tmp_path):
+    """Stopping, leaving the state in a file, and going on later is as never having stopped."""
+    model, tokenizer = load_checkpoint(run.output)
+    greedy = {"temperature": 0.0}
+    whole = generate(model, tokenizer, "the cat sat", SamplingOptions(40, **greedy))
+    path = str(tmp_path / "state")
+    first = generate(model, tokenizer, "the cat sat", SamplingOptions(15, **greedy), save=path)
+    size = Path(path).stat().st_size
+    second = generate(model, tokenizer, "", SamplingOptions(25, **greedy), load=path, save=path)
+    assert first.text + second.text == whole.text
+    assert Path(path).stat().st_size == pytest.approx(size, abs=64)
+    assert (first.context, second.context) == (11 + 15, 11 + 40)
+    appended = generate(model, tokenizer, "; the dog", SamplingOptions(10, **greedy), load=path)
+    expected = generate(
+        model, tokenizer, "the cat sat" + whole.text + "; the dog", SamplingOptions(10, **greedy)
+    )
+    assert appended.text == expected.text
+    assert expected.state_bytes == first.state_bytes
+    with pytest.raises(FileNotFoundError, match="no such folder: /no/such"):
+        generate(model, tokenizer, "the", SamplingOptions(3), save="/no/such/state")
+    again = [generate(model, tokenizer, "the", SamplingOptions(20, seed=5)).text for _ in range(2)]
+    assert again[0] == again[1]
+    assert generate(model, tokenizer, "", SamplingOptions(5)).new_tokens == 5
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_states_of_another_model_are_refused(run, tmp_path, text):
+    model, tokenizer = load_checkpoint(run.output)
+    path = str(tmp_path / "state")
+    generate(model, tokenizer, "the", SamplingOptions(3), save=path)
+    other = train(
+        TrainingOptions(output=str(tmp_path / "o"), data=str(text), steps=1, seed=1, **SMALL),
+        say=lambda _: None,
+    )
+    stranger, _ = load_checkpoint(other.output)
+    with pytest.raises(ValueError, match="load_state: .* was written by another model"):
+        generate(stranger, tokenizer, "", SamplingOptions(3), load=path)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens: expected 1 to 2,147,483,647, got 0"),
+        ({"temperature": -1}, "temperature: expected 0"),
+        ({"top_p": 0}, "top_p: expected a probability above 0"),
+        ({"top_k": -2}, "top_k: expected 0"),
+    ],
+)
+def test_bad_sampling(options, message):
+    with pytest.raises(ValueError, match=message):
+        SamplingOptions(**options)

@@ -1,4 +1,4 @@
-"""Recipes, and enwik8: fetched, checked, kept; a clear message without a network."""
+"""Recipes, and enwik8, which is fetched, checked and kept."""
 
 import hashlib
 import zipfile

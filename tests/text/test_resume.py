@@ -1,8 +1,12 @@
-"""Going on with a run: what may change, what is checked, and how a finished run is lengthened."""
+"""Going on with a run: which options may change, and how a finished run is lengthened."""
 
 import json
 import math
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +19,7 @@ from cumulant.text.runs import find_damage, lock_folder, whole_checkpoints
 from cumulant.text.schedule import plan_leg, rate_at
 from cumulant.text.train import train
 
-from .conftest import SMALL
+from .conftest import SMALL, losses_in
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -42,9 +46,7 @@ def copy(short, tmp_path):
 
 
 def test_a_finished_run_is_lengthened(copy):
-    """From the rate that it ended with to the peak, then along a cosine to zero; its first steps
-    are as they were.
-    """
+    """The rate rises from its end to the peak, then follows a cosine to 0."""
     before = json.loads((copy / "result.json").read_text())
     longer = go_on(copy, steps=60)
     assert longer.losses[: len(before["losses"])] == [tuple(pair) for pair in before["losses"]]
@@ -114,7 +116,7 @@ def test_the_windows_of_a_step_stay_as_many(copy):
 
 
 def test_a_text_that_moved_is_not_needed(text, tmp_path):
-    """Its tokens are on the disk; a text that is named again must be the same, wherever it lies."""
+    """Its tokens are on the disk; a text that is named again must be the same."""
     moved = tmp_path / "text.txt"
     shutil.copy(text, moved)
     quiet_train(tmp_path / "run", data=str(moved), steps=4, **SMALL)
@@ -217,3 +219,111 @@ def test_without_warmup_the_first_step_has_the_whole_rate(text, tmp_path):
     quiet_train(tmp_path / "run", data=str(text), steps=3, warmup=0.0, **SMALL)
     state = json.loads((Path(tmp_path) / "run" / "checkpoint-3" / "trainer_state.json").read_text())
     assert next(e["learning_rate"] for e in state["log_history"] if e["step"] == 1) == 1e-2
+
+
+COMMAND = [
+    sys.executable,
+    "-m",
+    "cumulant",
+    "train",
+    "--preset",
+    "linear",
+    "--width",
+    "32",
+    "--depth",
+    "2",
+    "--heads",
+    "2",
+]
+COMMAND += [
+    "--context",
+    "32",
+    "--batch",
+    "4",
+    "--device",
+    "cpu",
+    "--steps",
+    "120",
+    "--save-every",
+    "12",
+    "--evaluate-every",
+    "12",
+]
+
+
+@pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGINT])
+def test_an_interrupted_run_goes_on_as_if_it_had_not_been(text, tmp_path, kind):
+    """Losses after a kill, with a checkpoint cut short, are those of an uninterrupted run."""
+    data = ["--data", str(text)]
+    subprocess.run(
+        [*COMMAND, *data, "--output", str(tmp_path / "whole")], check=True, capture_output=True
+    )
+    output = tmp_path / "cut"
+    process = subprocess.Popen(
+        [*COMMAND, *data, "--output", str(output)],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        ),  # also where the tests run in the background
+    )
+    deadline = time.time() + 120
+    while len(whole_checkpoints(output)) < 2 and time.time() < deadline:
+        time.sleep(0.01)
+    process.send_signal(kind)
+    _, errors = process.communicate()
+    assert process.returncode == (-signal.SIGKILL if kind == signal.SIGKILL else 130)
+    if kind == signal.SIGINT:
+        assert b"interrupted; go on with: cumulant train --output" in errors
+        assert b"Traceback" not in errors
+    partial = output / "checkpoint-9999"  # as a kill in the middle of writing leaves it
+    partial.mkdir()
+    (partial / "model.safetensors").write_bytes(b"half")
+    resume = [sys.executable, "-m", "cumulant", "train", "--output", str(output), "--resume"]
+    done = subprocess.run(resume, check=True, capture_output=True, text=True)
+    assert "resuming" in done.stdout
+    assert not partial.exists()
+    assert losses_in(output) == losses_in(tmp_path / "whole")
+
+
+def test_resuming_checks_what_it_resumes(run, text, tmp_path):
+    import shutil
+
+    def refuses(message, **options):
+        with pytest.raises(ValueError, match=message):
+            train(TrainingOptions(output=str(output), resume=True, **options), say=lambda _: None)
+
+    output = tmp_path / "copy"
+    shutil.copytree(run.output, output)
+    (output / "checkpoint-mine").mkdir()  # not ours
+    refuses("resume: the run in .*copy was started with width=32, not 64", width=64)
+    refuses(
+        "resume: the run in .*copy was started with preset='taylor', not 'softmax'",
+        preset="softmax",
+    )
+    before = text.read_text()
+    text.write_text(before + "more")
+    refuses(
+        "data: .*text.txt is not the text that the run in .*copy was started with", data=str(text)
+    )
+    text.write_text(before)
+    assert (output / "checkpoint-mine").is_dir()
+    shutil.rmtree(output / "checkpoint-160")
+    again = train(
+        TrainingOptions(output=str(output), resume=True), say=lambda _: None
+    )  # options come from the run
+    assert again.losses == run.losses
+    assert again.score.bits_per_byte == pytest.approx(run.score.bits_per_byte, rel=1e-6)
+
+
+def test_default_runs_can_be_resumed(text, tmp_path):
+    """A run writes ten checkpoints by default, and three are kept."""
+    train(
+        TrainingOptions(output=str(tmp_path / "r"), data=str(text), steps=20, **SMALL),
+        say=lambda _: None,
+    )
+    assert [p.name for p in whole_checkpoints(tmp_path / "r")] == [
+        "checkpoint-16",
+        "checkpoint-18",
+        "checkpoint-20",
+    ]

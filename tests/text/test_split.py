@@ -1,4 +1,4 @@
-"""What is held out: near the share asked for, and nothing of it in the training text."""
+"""Held-out text is near the share asked for, and none of it is in the training text."""
 
 import json
 
@@ -61,7 +61,7 @@ def test_a_single_document(tmp_path, text, heldout):
 
 
 def test_copies_are_on_one_side(tmp_path):
-    """Whatever their names: twenty texts, each five times."""
+    """Twenty texts have five copies each, under any names."""
     texts = {f"{i}-{copy}": story(i, 50) for i in range(20) for copy in range(5)}
     corpus = load_corpus(write(tmp_path, **texts), heldout=0.2)
     assert 0.1 < share(corpus) <= 0.2

@@ -1,6 +1,4 @@
-"""Text as its tokens come: whatever the tokenizer and wherever a run is cut, the pieces make the
-whole.
-"""
+"""Text is printed as its tokens come, and the pieces make the whole wherever a run is cut."""
 
 import random
 
@@ -26,7 +24,7 @@ def word_pieces():
 
 
 def byte_fallback():
-    """As Llama's: a space is part of the next word, unknown characters are bytes."""
+    """A tokenizer like Llama's: spaces belong to the next word, unknown characters are bytes."""
     words = [
         "<unk>",
         END,
@@ -63,9 +61,7 @@ TOKENIZERS = {
 
 
 def pieces(tokenizer, prompt, tokens, cuts=()):
-    """The text of `tokens` behind `prompt`; at each cut a new decoder goes on from the other's
-    numbers.
-    """
+    """The text of `tokens` behind `prompt`; at each cut a new decoder takes over."""
     decoder = IncrementalDecoder(tokenizer)
     decoder.read_prompt(prompt)
     found = []
@@ -107,9 +103,7 @@ def test_cut_anywhere(name):
 
 @pytest.mark.parametrize("name", ["bytes", "byte fallback"])
 def test_bytes_that_are_no_text(name):
-    """They come out as replacement characters, once it is sure that they are none, and nothing
-    waits for ever.
-    """
+    """They become replacement characters as soon as that is certain."""
     tokenizer = TOKENIZERS[name]()
     first = 0 if name == "bytes" else tokenizer.convert_tokens_to_ids("<0x00>")
     sure = pieces(tokenizer, [], [first + b for b in b"a\xff\xe4b\xe4\xb8"])

@@ -1,4 +1,4 @@
-"""What a text is does not depend on what a tokenizer's file sets."""
+"""Token ids of a text do not depend on settings in a tokenizer's file."""
 
 import numpy as np
 import pytest

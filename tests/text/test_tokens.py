@@ -1,4 +1,4 @@
-"""Token files: what they say of the text."""
+"""Token files, and what they report of the text."""
 
 import _thread
 import signal
@@ -77,7 +77,7 @@ def stories(folder):
 
 
 def test_no_figure_for_bytes_that_were_not_scored(tmp_path, monkeypatch):
-    """As where a tokenizer cuts documents: 64 tokens scored, all bytes divided by."""
+    """A tokenizer that cuts documents scores 64 tokens, which all bytes must not divide."""
     text = tokenize([b"a text of some words. " * 20], byte_tokenizer())
     config = from_preset(
         "linear", vocab_size=257, hidden_size=16, num_hidden_layers=1, num_attention_heads=1

@@ -144,9 +144,7 @@ def test_mistakes(run, text, tmp_path):
 
 
 def test_disjoint_windows():
-    """Each pass reads every window once, in an order of its own; the same for the same seed, in any
-    order of access.
-    """
+    """Each pass reads every window once, in an order of its own that the seed decides."""
     ids = np.arange(1000, dtype=np.uint16)
     tokens = TokenFile(ids, np.zeros(1, dtype=np.int64), 1000)
     windows = DisjointWindows(tokens, 9, 222, seed=3)
@@ -164,7 +162,7 @@ def test_disjoint_windows():
 
 
 def test_the_capped_schedule(text, tmp_path):
-    """learning_rate · min(1, 10 / sqrt(step)): constant for 100 steps."""
+    """The rate is learning_rate · min(1, 10 / sqrt(step)): constant for 100 steps."""
     options = {**SMALL, "steps": 150, "width": 16, "depth": 1, "schedule": "capped_inverse_sqrt"}
     train(
         TrainingOptions(str(tmp_path / "x"), data=str(text), save_every=150, **options),

@@ -1,0 +1,38 @@
+"""Mixers whose one-token steps run as programs, and states to step from."""
+
+from __future__ import annotations
+
+import torch
+
+from cumulant.nn import GatedShortConvolution, LinearAttention, TaylorAttention
+
+MIXERS = {
+    "taylor": lambda: TaylorAttention(24, 3, head_dim=6),
+    "everything": lambda: TaylorAttention(
+        24, 4, num_kv_heads=2, head_dim=6, value_dim=5, order=2, rotary=True, prenorm=True,
+        qk_norm=True,
+        gate_values=True, shift_tokens=True, conv_size=4, bias=True,
+    ),
+    "odd": lambda: TaylorAttention(25, 1, head_dim=7, value_dim=3, order=1, shift_tokens=True,
+    conv_size=1),
+    "elu": lambda: LinearAttention(24, 4, rotary=True, conv_size=3),
+    "relu": lambda: LinearAttention(24, 4, num_kv_heads=1, feature_map="relu", scale=0.5),
+    "identity": lambda: LinearAttention(24, 4, feature_map="identity", normalize=False, bias=True),
+    "convolution": lambda: GatedShortConvolution(24, size=4),
+}  # fmt: skip
+
+
+def build(kind):
+    """A mixer of this kind, with every parameter away from where it starts."""
+    torch.manual_seed(0)
+    mixer = MIXERS[kind]()
+    with torch.no_grad():
+        for p in mixer.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+    return mixer
+
+
+def start(mixer, x):
+    """The state after tokens x."""
+    with torch.no_grad():
+        return mixer(x, return_state=True)[1]
