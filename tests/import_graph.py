@@ -1,9 +1,8 @@
-"""The imports between a package's modules: how many there are, and which of them go in circles.
+"""Counts the imports between a package's modules, and finds those that go in circles.
 
-    python tests/import_graph.py [src/cumulant [bench]]
-
-prints the numbers for a package (and for a part of it). Imports inside functions and under
-``TYPE_CHECKING`` count. The tests use the same functions.
+python tests/import_graph.py [src/cumulant [bench]] prints the numbers for a package (and for a part
+of it). Imports inside functions and under ``TYPE_CHECKING`` count. The tests use the same
+functions.
 """
 
 from __future__ import annotations
@@ -61,7 +60,7 @@ def import_circles(graph: Graph) -> list[list[str]]:
 
 
 def folder_graph(graph: Graph, part: str) -> Graph:
-    """The imports between what stands side by side in the package `part`: folders and modules."""
+    """The imports between the folders and modules of the package `part`."""
 
     def inside(name: str) -> str | None:
         return name.removeprefix(f"{part}.").split(".")[0] if name.startswith(f"{part}.") else None

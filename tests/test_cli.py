@@ -1,4 +1,4 @@
-"""The command line: what it prints, and how it fails."""
+"""The command line: its output and its errors."""
 
 import json
 import os
@@ -238,9 +238,7 @@ def test_mistakes_are_one_line_and_exit_code_2(arguments, message, tmp_path):
 
 
 def test_a_recipe_is_options_by_name(tmp_path):
-    """What is given on the command line wins, also where it is an option's own default; the rest is
-    the recipe's.
-    """
+    """An option on the command line wins over the recipe's, even at its own default."""
     text = tmp_path / "text.txt"
     text.write_text("the cat sat on the mat; " * 400)
     options = [

@@ -1,6 +1,4 @@
-"""First steps: help without torch, the commands that need torch alone, and one line that says what
-is missing.
-"""
+"""First steps: help without torch, commands that need torch alone, and missing packages."""
 
 import json
 import subprocess

@@ -1,6 +1,4 @@
-"""The command line and what surrounds it: closed and narrow terminals, pipes, odd paths and bytes,
-other processes.
-"""
+"""The command line with closed or narrow terminals, pipes, odd paths and other processes."""
 
 import io
 import json
@@ -46,7 +44,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture
 def command(monkeypatch, capfd):
-    """Run a command in this process: exit code, standard output, standard error."""
+    """Runs a command in this process; gives exit code, standard output and standard error."""
     for module, name in (
         (cli, "silence_libraries"),
         (cli, "silence_warnings"),
@@ -83,7 +81,7 @@ def one_line(done):
 
 
 def shell(line, **options):
-    """A line of bash; $CUMULANT is the program."""
+    """Runs a line of bash, in which $CUMULANT is the program."""
     environment = {**UTF8, "CUMULANT": f"{sys.executable} -m cumulant"}
     return subprocess.run(["bash", "-c", line], capture_output=True, env=environment, **options)
 
@@ -213,7 +211,7 @@ def test_home_in_paths(model, tmp_path, command):
 
 
 def test_narrow_terminals_and_markup(model, tmp_path, command):
-    """No number is cut, and a path is what it is."""
+    """No number is cut, and brackets in a path are no markup."""
     text = tmp_path / "text.txt"
     text.write_text("the cat sat on the mat. " * 40)
     options = ("evaluate", model, "--data", text, "--context", 64)

@@ -1,6 +1,4 @@
-"""The Python in the documentation runs as it stands, page by page; links between pages lead
-somewhere.
-"""
+"""The documentation's Python runs as it stands, and links between pages lead somewhere."""
 
 import re
 from importlib.util import find_spec
@@ -16,7 +14,7 @@ BLOCK = re.compile(r"(?:<!-- needs (\w+) -->\n)?```python\n(.*?)```", re.DOTALL)
 
 
 def stand_in(scope):
-    """What the block that needs fast_transformers leaves behind, from the package's formula."""
+    """The names that the block with fast_transformers defines, from the package's formula."""
     from .interop.test_fast_transformers import AttentionLayer, CausalLinearAttention
 
     x = scope["x"]
@@ -64,9 +62,7 @@ def test_links_lead_somewhere(page):
 
 
 def test_choosing_says_what_was_measured():
-    """Recall of 32 pairs behind a short convolution, by mechanism: the page's figures are the
-    report's.
-    """
+    """The page's figures for recall of 32 pairs are those of the report."""
     from cumulant.bench.recall.best import best_rates
     from cumulant.bench.reports.folder import Folder
 

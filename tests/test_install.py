@@ -1,5 +1,6 @@
-"""`make install`: what it says, and which wheels of PyTorch it takes. pip is a stand-in that notes
-its arguments.
+"""`make install`: its messages, and which wheels of PyTorch it takes.
+
+pip is a stand-in that notes its arguments.
 """
 
 import os

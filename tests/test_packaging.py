@@ -1,6 +1,4 @@
-"""What is handed out: the source distribution, the wheel's tag, and the build where no kernels can
-be compiled.
-"""
+"""The source distribution, the wheel's tag, and the build where no kernels can be compiled."""
 
 import os
 import runpy
@@ -25,7 +23,7 @@ LEFT_OUT = shutil.ignore_patterns(
 
 @pytest.fixture
 def project(tmp_path):
-    """A copy of what the project holds: its folders, and the files beside them."""
+    """A copy of the project's folders, and of the files beside them."""
     copy = tmp_path / "project"
     copy.mkdir()
     for path in ROOT.iterdir():
@@ -67,7 +65,7 @@ def test_the_source_distribution_holds_all_that_its_tests_need(project):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="kernels are not built there")
 def test_a_wheel_says_where_it_can_be_installed(project, tmp_path):
-    """With the kernels on one platform, any Python 3; without them anywhere."""
+    """A wheel with kernels is for one platform and any Python 3, one without for any."""
     compiler = tmp_path / "c++"  # takes no time, unlike a real one
     compiler.write_text('#!/bin/sh\nwhile [ "$1" != -o ]; do shift; done\necho library > "$2"\n')
     compiler.chmod(0o755)

@@ -1,6 +1,4 @@
-"""Files for those who come from outside: what they say of versions and commands is what the project
-has.
-"""
+"""Files for visitors name the versions and commands that the project has."""
 
 import re
 from pathlib import Path
@@ -28,9 +26,7 @@ def jobs():
 
 
 def test_continuous_integration_covers_what_is_declared():
-    """Every Python of the classifiers, the oldest PyTorch, Linux, macOS and Windows; by the command
-    of `.ci/run`.
-    """
+    """`.ci/run` runs on every declared Python, the oldest PyTorch, Linux, macOS and Windows."""
     every, torch = (jobs()[name]["strategy"]["matrix"] for name in ("all", "torch"))
     assert every["python"] == re.findall(r'Python :: (3\.\d+)"', PROJECT)
     assert {"ubuntu", "macos", "windows"} <= {

@@ -25,9 +25,7 @@ def test_the_examples_run():
 
 
 def test_the_first_screen_has_what_a_newcomer_needs():
-    """Above the first heading of its own: a picture, how to install without CUDA, a call, the two
-    commands.
-    """
+    """It has a picture, an installation without CUDA, a call, and the two commands."""
     first = README.split("\n## ")[0]
     picture = re.search(r"!\[[^]]+\]\((docs/figures/[^)]+)\)", first)
     assert (Path(__file__).parent.parent / picture[1]).is_file()
@@ -39,9 +37,7 @@ def test_the_first_screen_has_what_a_newcomer_needs():
 
 
 def test_the_programs_behind_the_commands_import():
-    """`make demo` and the other examples find what they import: renaming a function must not break
-    them.
-    """
+    """`make demo` and the other examples find what they import, whatever is renamed."""
     for path in sorted((Path(__file__).parents[1] / "examples").glob("*.py")):
         done = subprocess.run(
             [

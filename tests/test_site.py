@@ -20,7 +20,7 @@ def tool(name):
 
 
 def site(folder, body):
-    """A site of two pages; `body` is the first one's."""
+    """A site of two pages, the first with `body`."""
     (folder / "log").mkdir()
     (folder / "picture.svg").write_text("<svg/>")
     (folder / "index.html").write_text(f"<html><body id='top'>{body}</body></html>")
@@ -126,9 +126,7 @@ def accepted(obj):
     "module", ["cumulant", "cumulant.nn", "cumulant.models", "cumulant.interop"]
 )
 def test_documented_arguments_exist(module):
-    """mkdocstrings cannot check entries that name several parameters (mkdocs.yml turns its warnings
-    off).
-    """
+    """mkdocstrings cannot check entries that name several parameters."""
     module = importlib.import_module(module)
     public = [getattr(module, name) for name in module.__all__]
     callables = [x for x in public if inspect.isclass(x) or inspect.isfunction(x)]

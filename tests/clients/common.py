@@ -1,4 +1,4 @@
-"""Tiny models of every kind, and the peers that stand beside them."""
+"""Tiny models of every kind, and models of transformers to compare them with."""
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM

@@ -1,6 +1,4 @@
-"""What every decoder accepts: harmless values silently, others honoured or refused by name, typos
-as Python would.
-"""
+"""Arguments of decoders: harmless values pass, others are honoured or refused by name."""
 
 import pytest
 import torch
@@ -174,7 +172,7 @@ def test_shift_labels_stay():
 @pytest.mark.parametrize("kind", PEERS)
 @pytest.mark.parametrize("beams", [1, 2])
 def test_stop_strings(kind, beams):
-    """The text ends where the string first stands in it."""
+    """The text ends where the string first occurs in it."""
     model, ids = build(kind), tokens(1, 4, high=128)
     options = {
         "do_sample": False,
@@ -205,7 +203,7 @@ def test_pipeline_of_generation(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_positions_in_generation(kind):
-    """Given to `generate`, they are checked at every step; made by it, they are not even passed."""
+    """Positions given to `generate` are checked at every step; its own are not passed on."""
     model, ids = build(kind), tokens(2, 6)
     options = {"do_sample": False, "max_new_tokens": 6}
     mask = torch.tensor([[1] * 6, [0, 0, 1, 1, 1, 1]])
@@ -284,9 +282,7 @@ def test_ids_of_the_wrong_kind(name):
 
 @pytest.mark.parametrize("kind", PEERS)
 def test_attention_implementations(kind, tmp_path):
-    """Clients ask for "sdpa" or "eager" by name; the models have one of their own, which is the
-    same for both.
-    """
+    """Clients ask for "sdpa" or "eager" by name, and the models run the same code for both."""
     model, ids = build(kind), tokens(1, 5)
     model.save_pretrained(tmp_path)
     for name in ("sdpa", "eager"):

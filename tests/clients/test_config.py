@@ -65,9 +65,7 @@ def test_what_every_configuration_takes(name):
 
 
 def test_a_file_of_a_later_version(tmp_path, caplog):
-    """Its keys are kept, said, saved again, and without effect; so are those that older
-    transformers wrote.
-    """
+    """Unknown keys are named, kept and saved again, and have no effect."""
     config("taylor").save_pretrained(tmp_path)
     path = tmp_path / "config.json"
     later = {"kernel_backend": "x", "pruned_heads": {}, "max_length": 20, "layer_types": []}
@@ -96,7 +94,7 @@ def test_programs_that_form_the_logits_themselves():
 
 
 def test_layer_types_follow_from_mixers():
-    """Tools that shorten a model set them anew: to what they are, or not at all."""
+    """Tools that shorten a model set them again, and only to the right values."""
     made = config("taylor")
     made.num_hidden_layers = 1
     made.layer_types = ["cumulant_state"]
@@ -120,7 +118,7 @@ def test_there_and_back(kind, tmp_path):
 
 
 def test_any_length():
-    """A number, since programs cut texts to one; nothing in the model depends on it."""
+    """The longest length is a number, because programs cut texts to it; the model ignores it."""
     assert CumulantConfig().max_position_embeddings == 2**20
     with pytest.raises(ValueError, match="max_position_embeddings: expected at least 1, got 0"):
         CumulantConfig(max_position_embeddings=0)

@@ -1,4 +1,4 @@
-"""Saved folders: loaded by programs that never imported Cumulant, and saved again by them."""
+"""Saved folders are loaded and saved by programs that never imported Cumulant."""
 
 import json
 import os
@@ -35,7 +35,7 @@ def files(folder):
 
 
 def test_a_program_that_never_heard_of_us(tmp_path):
-    """One process without the import: loads, generates, saves; what it saved loads the same way."""
+    """One process loads, generates and saves without the import; its folder loads again."""
     model = build("taylor")
     model.save_pretrained(tmp_path / "model")
     TOKENIZER.save_pretrained(tmp_path / "model")
@@ -70,7 +70,7 @@ def test_the_folder_names_existing_classes(tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_saving_after_register_for_auto_class(kind, tmp_path):
-    """It crashed: transformers copied the files of the class, whose imports are relative."""
+    """transformers copies the files of the class; its relative imports once crashed that."""
     CumulantConfig.register_for_auto_class()
     CumulantForCausalLM.register_for_auto_class("AutoModelForCausalLM")
     model, ids = build(kind), tokens(1, 5)
@@ -102,7 +102,7 @@ def test_other_entries_stay():
 
 
 def test_the_readme(tmp_path):
-    """What it says is true, and a user's own is never touched."""
+    """The README of a saved model is true, and a user's own is never changed."""
     build("elita").save_pretrained(tmp_path / "causal")
     card = (tmp_path / "causal" / "README.md").read_text()
     assert "`elita`" in card

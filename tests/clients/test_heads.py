@@ -1,4 +1,4 @@
-"""Heads and pipelines: what a hub model can be asked for."""
+"""Heads and pipelines: the tasks that a model of the Hugging Face hub can have."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ BASE = {"llama": LlamaModel}
 
 @pytest.mark.parametrize("kind", ["llama", *KINDS])
 def test_sequence_classification(kind, tmp_path):
-    """The last token's logits, wherever the padding lies; the same after saving."""
+    """The last token decides, wherever padding is, also after saving."""
     torch.manual_seed(0)
     cls = SEQUENCE.get(kind, CumulantForSequenceClassification)
     model = cls(config(kind, num_labels=3)).eval()
@@ -86,9 +86,7 @@ def test_bidirectional_heads():
 
 @pytest.mark.parametrize("kind", ["llama", *KINDS])
 def test_base_models(kind, tmp_path):
-    """`AutoModel`, from its own folder and from one of a language model; the pipeline of
-    features.
-    """
+    """`AutoModel` loads its own folder and a language model's, and the features pipeline runs."""
     language_model = build(kind)
     language_model.save_pretrained(tmp_path)
     model = AutoModel.from_pretrained(tmp_path)
@@ -121,7 +119,7 @@ def test_auto_classes_from_a_configuration(fields):
 
 
 def test_names_in_the_tables():
-    """Trainer and servers look classes up by name; transformers' own lazy tables still work."""
+    """Trainer and servers find classes by name, and transformers' own tables still work."""
     assert modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["cumulant"] == "CumulantForCausalLM"
     assert modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES["cumulant"] == "CumulantForMaskedLM"
     for auto in (AutoModelForCausalLM, AutoModelForTokenClassification):

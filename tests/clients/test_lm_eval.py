@@ -1,6 +1,4 @@
-"""lm-eval: the same figures as `cumulant evaluate`, over whole documents and in its windows; from a
-path too.
-"""
+"""lm-eval gives the figures of `cumulant evaluate`, over documents and windows, from a path too."""
 
 import math
 
@@ -33,7 +31,7 @@ def harness(model, **more):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_whole_documents(kind):
-    """To 1e-8 of the nats: no window is cut, and padding in a batch changes nothing."""
+    """Scores agree to 1e-8: no window is cut, and padding in a batch changes nothing."""
     model = build(kind).double()
     client = harness(model)
     assert client.max_length == 2**20
@@ -49,9 +47,7 @@ def test_whole_documents(kind):
 
 @pytest.mark.parametrize("kind", ["llama", *KINDS])
 def test_answers(kind):
-    """Log-likelihoods of continuations, padded to one batch, are those of each alone; generation
-    until a string.
-    """
+    """A padded batch scores each continuation as alone, and generation stops at a string."""
     model = build(kind).double()
     client = harness(model)
     rows = [("ab", " cd"), ("a longer context", "!"), ("", "x")]

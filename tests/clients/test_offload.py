@@ -1,6 +1,4 @@
-"""accelerate's offloading: weights are elsewhere until their own module is called. Logits and
-tokens stay the same.
-"""
+"""accelerate loads weights when their module is called, and logits and tokens stay the same."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""Documents packed into rows: however a client marks them, they are what they would be alone."""
+"""Packed documents give what each gives alone, however a client marks them."""
 
 import pytest
 import torch
@@ -63,9 +63,7 @@ def test_packed_is_separate(kind, marks):
 
 @pytest.mark.parametrize("kind", PEERS)
 def test_positions_that_restart(kind):
-    """Without a cache, as TRL's packing and the flattening collator call the model, beside a
-    Llama.
-    """
+    """TRL's packing and the flattening collator call the model so; a Llama gives the pattern."""
     model = build(kind)
     pieces = documents()
     packed = model(torch.cat(pieces, 1), position_ids=positions(), use_cache=False).logits
@@ -74,9 +72,7 @@ def test_positions_that_restart(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_and_loss(kind):
-    """The mean over all that can be predicted, with a label for every token or without those of
-    first tokens.
-    """
+    """The loss is the mean over all predictable tokens, however first tokens are labelled."""
     model = build(kind).double()
     pieces = documents()
     ids = torch.cat(pieces, 1)
@@ -103,9 +99,7 @@ def test_gradients_and_loss(kind):
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("kind", ["taylor", "based", "flash", "elita", "gau"])
 def test_rows_with_padding_in_several(kind, checkpointing):
-    """Three rows of documents, padded left and right: tokens and gradients as alone, zeros where
-    nothing stands.
-    """
+    """Documents in padded rows give the outputs and gradients of each alone; padding gives 0."""
     model = build(kind).double()
     if checkpointing:
         model.train()
@@ -134,9 +128,7 @@ def test_rows_with_padding_in_several(kind, checkpointing):
 
 @pytest.mark.parametrize("kind", PEERS)
 def test_ordinary_positions_change_nothing(kind):
-    """Those that every trainer and older clients pass: one row for all, one each, of tokens or of
-    slots.
-    """
+    """Trainers and older clients pass positions for all rows or for each, by tokens or by slots."""
     model, ids = build(kind).double(), tokens(2, 9)
     expected = model(ids).logits
     for position_ids in (torch.arange(9)[None], torch.arange(9).expand(2, 9)):
@@ -164,7 +156,7 @@ def test_ordinary_positions_change_nothing(kind):
 
 
 def test_other_starts():
-    """Distances alone matter to most; those that count positions from 0 say so."""
+    """Most models use distances alone; those that count positions from 0 refuse others."""
     ids = tokens(1, 9)
     for kind in KINDS:
         model = build(kind).double()
@@ -260,7 +252,7 @@ def test_refused_by_name(case):
 
 
 def test_no_cache_under_documents():
-    """Silently ignored in an earlier version: offsets given together with a cache."""
+    """Offsets together with a cache are refused; an earlier version ignored them."""
     model, ids = build("taylor"), tokens(1, 6)
     cache = model(ids, use_cache=True).past_key_values
     for marks in (
@@ -293,7 +285,7 @@ def test_tokenizer_is_the_bytes():
     "kind", ["taylor", *(pytest.param(k, marks=pytest.mark.slow) for k in ("flash", "elita"))]
 )
 def test_compiled(kind):
-    """Offsets and what asks for nothing in one graph; restarting positions in several, rightly."""
+    """Offsets stay in one graph; restarting positions break it, with the right results."""
     model, ids = build(kind, num_hidden_layers=1), torch.cat(documents(), 1)
     harmless = {
         "token_type_ids": torch.zeros(1, 24, dtype=torch.long),

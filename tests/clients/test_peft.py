@@ -1,6 +1,4 @@
-"""PEFT's methods on models of every kind: named or default targets, training, cached decoding,
-saving, merging.
-"""
+"""PEFT's methods on models of every kind: targets, training, cached decoding, saving, merging."""
 
 import pytest
 import torch
@@ -55,9 +53,7 @@ def adapted(kind, method, **fields):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("kind", FEW)
 def test_every_method(kind, method):
-    """Every adapter weight gets a gradient and changes what comes out; decoding with and without a
-    cache agree.
-    """
+    """Every adapter weight has a gradient and an effect, with and without a cache."""
     model, ids = adapted(kind, method), tokens(2, 7)
     model.train()
     model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss.backward()
@@ -77,9 +73,7 @@ def test_every_method(kind, method):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_all_linear_layers_are_adapted(kind):
-    """Each adapter alone reaches the output and the cache: no layer's weights are read around
-    it.
-    """
+    """Each adapter alone changes the output and the cache: no code goes round a layer."""
     ids = tokens(1, 9)
     model = peft.get_peft_model(build(kind), METHODS["all linear"]()).eval()
     plain = model(input_ids=ids).logits.detach()
@@ -104,9 +98,7 @@ def test_all_linear_layers_are_adapted(kind):
 
 @pytest.mark.parametrize("kind", PEERS)
 def test_default_targets(kind):
-    """LoRA finds queries and values in every kind of layer, also where the model was built before
-    PEFT was imported.
-    """
+    """LoRA finds queries and values in every kind of layer, even if built before its import."""
     peft.utils.constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.pop("cumulant", None)
     model = peft.get_peft_model(build(kind), METHODS["lora"]())
     for i, layer in enumerate(model.base_model.model.model.layers):
@@ -176,7 +168,7 @@ def test_heads(kind, head):
 
 
 def test_prefix_tuning_is_for_softmax():
-    """It writes keys and values into the cache: a model that keeps none says so."""
+    """It writes keys and values into the cache, so models that keep none refuse it."""
     settings = {
         "num_virtual_tokens": 3,
         "num_layers": 2,

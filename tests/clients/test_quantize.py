@@ -1,6 +1,4 @@
-"""Quantisers find the linear layers: the model shrinks, its logits stay near, and it generates. A
-tiny Llama beside.
-"""
+"""Quantised models are smaller, their logits stay near, and they generate, as a tiny Llama does."""
 
 import warnings
 

@@ -1,6 +1,4 @@
-"""A user's own `Trainer`: evaluation, the best model, predictions and metrics, on every kind of
-model and head.
-"""
+"""A user's own `Trainer` evaluates, keeps the best model and predicts, on every kind of model."""
 
 import numpy as np
 import pytest
@@ -150,9 +148,7 @@ def test_flattened_training_is_padded_training(kind, tmp_path):
 
 
 def test_a_column_of_positions_reaches_the_model(tmp_path):
-    """Trainer drops the columns that a signature does not name: those that mark documents are
-    named.
-    """
+    """Trainer drops columns that no argument names, so columns that mark documents are named."""
     rows = [
         {"input_ids": [1, 2, 3, 4, 5, 6], "labels": [1, 2, 3, 4, 5, 6], **marks}
         for marks in ({"position_ids": [0, 1, 2, 0, 1, 2]}, {"position_ids": [0, 1, 0, 1, 2, 3]})
@@ -196,7 +192,7 @@ def test_heads(head, tmp_path):
 
 @pytest.mark.parametrize("kind", ["llama", "taylor"])
 def test_smoothed_labels_are_shifted(kind, tmp_path):
-    """Trainer looks the class's name up; unknown ones learnt to repeat the current token."""
+    """Trainer shifts labels by the class's name: unknown classes learnt to repeat a token."""
     model = build(kind)
     options = {
         "label_smoothing_factor": 0.2,

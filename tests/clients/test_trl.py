@@ -1,6 +1,4 @@
-"""TRL: fine-tuning with an adapter, with documents packed and without, from a path; a reward
-model.
-"""
+"""TRL: fine-tuning with an adapter, packed or not, from a path; a reward model."""
 
 import pytest
 import torch
@@ -65,7 +63,7 @@ def test_sft_with_lora(kind, tmp_path):
 
 @pytest.mark.parametrize("kind", PEERS)
 def test_packed_batches_are_the_documents(kind, tmp_path):
-    """Of TRL's best-fit packing: the loss of a batch is the mean over its documents, each alone."""
+    """In TRL's best-fit packing, a batch's loss is the mean over its documents, each alone."""
     run = trainer(kind, tmp_path, packing=True, max_length=64, packing_strategy="bfd")
     batch = next(iter(run.get_train_dataloader()))
     assert (batch["position_ids"] == 0).sum() > 2
@@ -90,7 +88,7 @@ def test_packed_batches_are_the_documents(kind, tmp_path):
 
 @pytest.mark.parametrize("kind", ["llama", "taylor", "flash"])
 def test_packed_training_is_padded_training(kind, tmp_path):
-    """The same documents in one row without padding, or padded: the same loss, step by step."""
+    """Documents in one row without padding, or padded, give the same loss at every step."""
     losses = []
     for more in ({"padding_free": True}, {}):
         run = trainer(kind, tmp_path, per_device_train_batch_size=6, max_length=None, **more)

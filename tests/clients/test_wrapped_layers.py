@@ -20,9 +20,7 @@ class Scaled(nn.Module):
 
 @pytest.mark.parametrize("kind", PEERS)
 def test_decoding_through_wrapped_layers(kind):
-    """Every linear layer but the logits' is wrapped: outputs change, decoding with and without a
-    cache agree.
-    """
+    """Wrappers of linear layers take effect, and decoding agrees with and without a cache."""
     model, ids = build(kind), tokens(1, 7)
     before = model(ids).logits
     linear = [name for name, m in model.model.named_modules() if type(m) is nn.Linear]

@@ -31,9 +31,7 @@ def feed_forward_weights(seed=0):
 
 
 def attention(w, x, clip=20.0):
-    """Attention2: row i over the first i values, weighted by exponentials as the equations have
-    them.
-    """
+    """Attention2: row i averages the first i values, weighted by the equations' exponentials."""
     B, T, _ = x.shape
     y = np.zeros_like(x)
     for b in range(B):
@@ -90,9 +88,7 @@ def test_attention_compatible(k3, T):
 
 
 def test_attention_with_a_horizon():
-    """The training length less one gives the published positions, with a state; other lengths keep
-    them.
-    """
+    """The training length less one gives the published positions, and other lengths keep them."""
     w, x = attention_weights(), tokens(23)
     module = from_elita(w, horizon=22)
     close(module(torch.from_numpy(x)), attention(w, x))
@@ -104,9 +100,7 @@ def test_attention_with_a_horizon():
 
 
 def test_clipping_is_the_originals():
-    """Large logits: the clipped layer is the original's, the exact one differs from it and equals
-    the unclipped.
-    """
+    """At large logits the clipped layer equals the original's, and the exact one does not."""
     w, x = attention_weights(size=4.0), tokens(9)
     clipped, exact = from_elita(w, compatible=True), from_elita(w, horizon=8)
     close(clipped(torch.from_numpy(x)), attention(w, x))
@@ -147,7 +141,7 @@ def test_feed_forward():
 
 
 def test_a_stack_of_layers(tmp_path):
-    """Names and prefixes as TensorFlow has them, through an archive: the whole published trunk."""
+    """The whole published trunk is read from an archive with TensorFlow's names and prefixes."""
     parts = {}
     for i in range(2):
         suffix = f"_{i}" if i else ""
@@ -279,9 +273,7 @@ def test_other_mistakes(tmp_path):
 )
 @pytest.mark.parametrize("T", [1, 23])
 def test_against_tensorflow(T):
-    """The same equations with TensorFlow's own operations in single precision: its linspace, sine,
-    clip and cumsum.
-    """
+    """TensorFlow's own linspace, sine, clip and cumsum give the same in single precision."""
     import tensorflow as tf
 
     w, x = attention_weights(False), tokens(T)

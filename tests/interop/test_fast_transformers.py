@@ -1,9 +1,8 @@
-"""Weights of pytorch-fast-transformers: against its formulas, and against the package where it is
-installed.
+"""Weights of pytorch-fast-transformers give the numbers of its formulas, and of the package.
 
-The stand-ins below have the package's class and parameter names, and compute what its documentation
-says. Mercat's higher order layer is not in the published package: it is held to its paper's
-formula.
+The package is compared where it is installed. The stand-ins below have its class and parameter
+names, and compute what its documentation says. Mercat's higher order layer is not in the published
+package: it is held to its paper's formula.
 """
 
 import math
@@ -124,7 +123,7 @@ def test_cross_attention(kind):
 
 
 def test_a_recurrence_is_the_causal_layer():
-    """Their state after t tokens, sums S and Z, is ours: a generation can go on from it."""
+    """The package's state after t tokens, sums S and Z, can be carried on here."""
     torch.manual_seed(0)
     original = AttentionLayer(CausalLinearAttention()).double()
     ours = from_fast_transformers(original)
@@ -138,7 +137,7 @@ def test_a_recurrence_is_the_causal_layer():
 
 
 class PerHead(torch.nn.Module):
-    """Weights of its own for each head: theirs see [N, L, H, E]."""
+    """A map with weights for each head, on the package's [N, L, H, E]."""
 
     def __init__(self):
         super().__init__()
@@ -149,7 +148,7 @@ class PerHead(torch.nn.Module):
 
 
 def test_feature_maps():
-    """In their layout, copied; elu + 1 is told by what it does, whatever holds it."""
+    """Maps take the package's layout and are copied; elu + 1 is recognised by its results."""
     torch.manual_seed(0)
     original = AttentionLayer(CausalLinearAttention(PerHead())).double()
     ours = from_fast_transformers(original)
@@ -168,9 +167,7 @@ def test_feature_maps():
 
 
 def test_feature_maps_of_state_dicts():
-    """A map's weights go into the map that is given; without one they are an error, never
-    dropped.
-    """
+    """A map's weights are loaded into the given map; without one they are an error."""
     torch.manual_seed(0)
     learned = torch.nn.Sequential(torch.nn.Linear(8, 5), torch.nn.Softplus())
     original = AttentionLayer(CausalLinearAttention(learned)).double()
@@ -188,9 +185,11 @@ def test_feature_maps_of_state_dicts():
 
 
 def test_the_published_second_order_is_not_the_quadratic_form():
-    """Its code contracts Σ_l q_l q_l with each k_s k_s v_s, leaving s where the query should be: a
-    sum over queries of what belongs to one. So the output at one query depends on the other
-    queries; ours does not."""
+    """In the package, the output at one query depends on the other queries; here it does not.
+
+    Its code contracts Σ_l q_l q_l with each k_s k_s v_s, and leaves s where the query should
+    be.
+    """
     torch.manual_seed(0)
     q, k, v = (torch.randn(6, n, dtype=torch.float64) for n in (4, 4, 3))
 

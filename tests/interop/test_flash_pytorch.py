@@ -1,4 +1,4 @@
-"""FLASH-pytorch's modules and ours with the same weights: the same numbers."""
+"""FLASH-pytorch's modules and ours give the same numbers with the same weights."""
 
 import itertools
 
@@ -85,9 +85,7 @@ def test_gau_takes_a_bias():
 
 
 def test_the_package_ignores_the_flag_of_its_bias():
-    """rel_pos_bias=False builds and adds the bias all the same; so does the converted unit. Ours
-    can do without.
-    """
+    """With rel_pos_bias=False the package still adds the bias, and so does the converted unit."""
     theirs = perturbed(flash_pytorch.GAU(dim=D, query_key_dim=6, rel_pos_bias=False))
     x = torch.randn(2, 20, D)
     ours = from_flash_pytorch(theirs)
@@ -201,8 +199,10 @@ MASKS = {
 @pytest.mark.parametrize("where", MASKS)
 @pytest.mark.parametrize("causal", [True, False])
 def test_masked_tokens_in_the_package(causal, where):
-    """They take places in groups, in neighbourhoods and in the divisor: so do they with
-    compatible=True. Ours do not exist, and what a row gives does not depend on how it is padded."""
+    """Masked tokens count in the package, and with compatible=True; otherwise they do not exist.
+
+    In the package they take positions in groups, and count in the divisor.
+    """
     mask = torch.tensor([MASKS[where], [1] * 37]).bool()
     rotary = package.RotaryEmbedding(dim=4)
     theirs = perturbed(
@@ -259,9 +259,7 @@ def test_masked_tokens_in_the_packages_transformer():
 
 
 def test_causal_gau_divides_by_the_whole_length_in_the_package():
-    """An output changes when tokens follow; ours does not, and says why it cannot go on with such a
-    divisor.
-    """
+    """Later tokens change its outputs, so ours refuses to carry a state with such a divisor."""
     theirs = perturbed(flash_pytorch.GAU(dim=D, query_key_dim=6, causal=True))
     x = torch.randn(1, 20, D)
     assert not torch.allclose(theirs(x)[:, :10], theirs(x[:, :10]), atol=1e-3)

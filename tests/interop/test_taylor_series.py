@@ -1,5 +1,4 @@
-"""Weights of taylor-series-linear-attention: the same numbers, for every combination of options
-that it can run.
+"""Weights of taylor-series-linear-attention give the same numbers for all its options.
 
 Its causal form multiplies through a compiled package. Where that is not installed, the one product
 it takes from there stands in as its formula, so that its own code runs, cache included.
@@ -104,9 +103,7 @@ def test_cross_attention(options):
 
 @by_options
 def test_causal_and_cached(causal_product, options):
-    """The whole, then its cache carried on token by token, as theirs must be; ours takes any
-    number.
-    """
+    """The package's cache goes on token by token; ours takes any number of tokens."""
     original = theirs(causal=True, **options)
     ours = from_taylor_series(original)
     assert ours.is_causal
@@ -139,9 +136,7 @@ def test_what_it_refuses_and_ours_does(causal_product):
 
 
 def test_padding_in_front_is_no_token_for_ours():
-    """Theirs rotates by the slot, padding counted, and shifts padding in; ours gives what the bare
-    sequence gives.
-    """
+    """The package counts padding in rotations and shifts; ours gives the bare sequence's output."""
     original = theirs(rotary_emb=True, shift_tokens=True)
     ours = from_taylor_series(original)
     x = torch.randn(1, 13, 32)

@@ -36,9 +36,7 @@ GRADIENT_TOLERANCE = {torch.float32: 4.0, torch.bfloat16: 1.5, torch.float16: 1.
 
 @dataclass(frozen=True)
 class Case:
-    """One variant: how to call it, and the weight of query q on key k by which its oracle is
-    built.
-    """
+    """One variant of an operation: how to call it, and which rows of the matrix it has."""
 
     name: str
     op: Callable[..., Any]
@@ -100,12 +98,12 @@ class Case:
 
 
 def linear_part(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    """Exact in every dtype."""
+    """Linear queries and keys from the quadratic ones, exact in every dtype."""
     return q.flip(-1) * 0.5, k.roll(1, -1) * -2
 
 
 def elita_logits(case: Case, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Those of key, query and token itself, exact in every dtype."""
+    """The logits of key, query and token itself, exact in every dtype."""
     own = q[..., -1] * 2
     return (
         k[..., 0] * 2,
@@ -218,7 +216,7 @@ def inputs(
 
 
 def error(actual: Tensor, exact: Tensor) -> float:
-    """Relative to the whole tensor's size; infinite where anything is not finite."""
+    """The error relative to the whole tensor's size, or infinity if a number is not finite."""
     if actual.shape != exact.shape:
         raise AssertionError(f"shapes differ: {list(actual.shape)} and {list(exact.shape)}")
     if actual.numel() == 0:
@@ -232,7 +230,7 @@ def error(actual: Tensor, exact: Tensor) -> float:
 
 
 def assert_close(actual: Tensor, exact: Tensor, factor: float = 1.0) -> None:
-    """Within the table's tolerance for `actual`'s dtype."""
+    """The error is within the table's tolerance for `actual`'s dtype."""
     bound = TOLERANCE[actual.dtype] * factor
     if exact.numel() and not exact.any():
         assert not actual.any()
@@ -246,7 +244,7 @@ def tensors_of(state: cm.State | None) -> list[Tensor]:
 
 
 def sums_of(state: cm.State | None) -> list[Tensor]:
-    """All that a gradient can flow through."""
+    """The tensors of a state that a gradient can flow through."""
     return [x for x in tensors_of(state) if x.is_floating_point()]
 
 

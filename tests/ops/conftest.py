@@ -1,4 +1,4 @@
-"""What the tests of operations share: which rows of the matrix exist, and how tokens are walked."""
+"""Which rows the test matrix has, and fixtures for short chunks and for threads."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from .walking import walk
 
 
 def pytest_collection_modifyitems(items: list[Any]) -> None:
-    """The matrix holds each case on the implementations that it has."""
+    """Leaves out the tests of a case on implementations that it does not have."""
 
     def exists(item: Any) -> bool:
         given = item.callspec.params if hasattr(item, "callspec") else {}
@@ -39,13 +39,13 @@ def shorter_chunks(monkeypatch):
 
 @pytest.fixture
 def small_grains(monkeypatch):
-    """Any number of threads, for any work."""
+    """Lets the native kernels start any number of threads, for any work."""
     monkeypatch.setattr(library, "GRAIN", 1)
 
 
 @pytest.fixture
 def kept_threads():
-    """A test that sets the number of threads leaves it as it was."""
+    """Restores the number of threads after a test that sets it."""
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)

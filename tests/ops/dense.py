@@ -1,5 +1,4 @@
-"""Dense float64 forms of every operation, from the formulas alone: all weights at once,
-differentiable, no state.
+"""Dense float64 forms of every operation, from the formulas alone: differentiable, stateless.
 
 They import nothing that they are an oracle for, and hold ``[B, H, T, S]`` weights.
 """
@@ -16,7 +15,7 @@ from torch import Tensor
 def visible(
     B: int, T: int, S: int, is_causal: bool, key_mask: Tensor | None, cu_seqlens: Tensor | None
 ) -> Tensor:
-    """``[B, T, S]``: whether query i may see key j."""
+    """``[B, T, S]``: True where query i may see key j."""
     seen = torch.ones(B, T, S, dtype=torch.bool)
     if is_causal:
         seen = seen.tril()
@@ -30,7 +29,7 @@ def visible(
 
 
 def spread(x: Tensor, H: int) -> Tensor:
-    """Each key head once for every query head that reads it."""
+    """Repeats each key head for every query head that reads it."""
     return x.repeat_interleave(H // x.shape[1], 1)
 
 
@@ -90,9 +89,7 @@ def taylor(
 
 
 def elita(c: Tensor, r: Tensor, s: Tensor, v: Tensor, seen: Tensor) -> Tensor:
-    """A token that does not see itself is masked, or behind the last sequence: it has no term of
-    its own either.
-    """
+    """A masked token, or one behind the last sequence, has no term of its own either."""
     H, T = r.shape[1], r.shape[2]
     logits = (spread(c, H)[:, :, None] + r[..., None]).masked_fill(~seen[:, None], -math.inf)
     alone = s.masked_fill(~seen.diagonal(dim1=1, dim2=2)[:, None], -math.inf)
@@ -132,7 +129,7 @@ def mixed_chunk(
     key_mask: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> Tensor:
-    """Groups count the tokens that are there, from the beginning of each sequence."""
+    """Groups count the tokens that are not masked, from the beginning of each sequence."""
     B, H, T = q.shape[:3]
     there = torch.ones(B, T, dtype=torch.bool) if key_mask is None else key_mask
     same = visible(B, T, T, False, None, cu_seqlens)

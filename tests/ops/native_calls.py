@@ -38,7 +38,7 @@ def by_gates(q, k, v, impl, is_causal, **options):
 
 
 def run_script(script: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A script run by a Python of its own."""
+    """Runs a script in a Python process of its own."""
     return subprocess.run(
         [sys.executable, "-c", script],
         capture_output=True,

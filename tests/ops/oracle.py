@@ -87,7 +87,7 @@ def _mixed(
     seen: Tensor,
     is_causal: bool,
 ) -> Tensor:
-    """Query i by the formula, token by token: masked ones do not count."""
+    """The output at query i, token by token; masked tokens do not count."""
     tokens = seen.nonzero()[:, 0].tolist()
     out = torch.zeros_like(values[0])
     if i not in tokens:

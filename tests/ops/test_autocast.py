@@ -24,7 +24,7 @@ SOME = [c for c in CASES if c.name in NAMES]
 @pytest.mark.parametrize("form", ["causal", "masked", "packed"])
 @pytest.mark.parametrize("backward", ["inside", "outside"])
 def test_autocast_changes_nothing(case: Case, impl: str, form: str, backward: str):
-    """Wherever the backward pass runs; and gradients of gradients of the reference."""
+    """The backward pass may run inside or outside it; the reference's double backward too."""
     results = []
     for autocast in (False, True):
         q, k, v = case.inputs(1, dtype=torch.float32, requires_grad=True)

@@ -1,6 +1,4 @@
-"""A new implementation is a folder and a line in the table: one is made here, of PyTorch's
-attention.
-"""
+"""A new implementation is a folder and a line in the table, as one made here shows."""
 
 from __future__ import annotations
 
@@ -83,7 +81,7 @@ def test_without_it_the_name_is_unknown():
 
 
 def test_explain_reads_packed_sequences_as_the_call_does():
-    """Each sequence by itself: three short ones are blocks, however long they are together."""
+    """Three short sequences are one block each, however long they are together."""
     q, k, v = inputs(1, T=300)
     short, long = torch.tensor([0, 40, 100, 110]), torch.tensor([0, 200, 300])
     for impl, length in (("native", 60), ("torch", 60)):

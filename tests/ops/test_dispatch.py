@@ -1,4 +1,4 @@
-"""CUMULANT_IMPL: what "auto" means in a process."""
+"""CUMULANT_IMPL sets the implementation that "auto" takes in a process."""
 
 import pytest
 import torch
@@ -42,9 +42,7 @@ def test_variable_decides_what_auto_means(case, name, monkeypatch):
 
 
 def test_native_for_every_call_means_every_call(monkeypatch):
-    """Also where "auto" would take PyTorch's quadratic form; and what has no native kernels is
-    refused by name.
-    """
+    """Calls that "auto" would leave to PyTorch run natively too, or are refused by name."""
     q, k, v = inputs(1, 2, 50, 16, 4)
     assert cm.explain(cm.taylor_attention, q, k, v, 4).impl == "torch"
     monkeypatch.setenv("CUMULANT_IMPL", "native")
@@ -81,7 +79,7 @@ def test_unknown_names_are_refused(case, monkeypatch):
 
 @pytest.mark.parametrize("name", ["torch", "reference"])
 def test_nothing_native_runs_beside_attention(name, monkeypatch):
-    """Neither what stands beside it in a layer, nor whole layers as programs."""
+    """Neither single operations of a layer nor whole layers run natively."""
     monkeypatch.setenv("CUMULANT_IMPL", name)
     monkeypatch.setattr(kernels, "call", None)
     monkeypatch.setattr("cumulant.kernels.native.library.call", None)

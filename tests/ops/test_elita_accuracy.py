@@ -26,9 +26,11 @@ pytestmark = pytest.mark.usefixtures("short_chunks")
 def test_elita_is_exact_for_logits_of_any_size(
     impl: str, dtype: torch.dtype, size: float, shift: float
 ):
-    """Outputs, states and gradients against the oracle on the same rounded logits, whole and token
-    by token, at the same tolerances as for small logits. In fp32 numbers near 1e4 stand 1e-3 apart:
-    a running log-sum kept in fp32 would be wrong by as much."""
+    """Whole and token by token, results meet the tolerances of small logits.
+
+    The oracle takes the same rounded logits. In fp32, numbers near 1e4 are 1e-3 apart: a
+    running log-sum in fp32 would be wrong by as much.
+    """
     q, k, v = inputs(T=60, dtype=torch.float64)
     raw = k[..., 0] * size + shift, q[..., 0] * size - shift / 2, q[..., 1] * size + shift / 2
     leaves = tuple(x.to(dtype).requires_grad_() for x in (*raw, v))
@@ -75,9 +77,11 @@ def test_elita_is_exact_for_logits_of_any_size(
 @by_impl
 @pytest.mark.parametrize("first", [0.0, 12.0, 16.0, 18.0])
 def test_elita_steps_do_not_stall(impl: str, first: float):
-    """A token, two or a few at a time, fp32, where a first key outweighs thousands of others: each
-    moves mean and log-sum by less than the last digit of an fp32 number, all of them together by a
-    lot."""
+    """A first key outweighs thousands of others, which arrive a few at a time in fp32.
+
+    Each moves mean and log-sum by less than the last digit of an fp32 number, and all together
+    by a lot.
+    """
     T = 5000 if impl == "torch" else 200
     c = torch.zeros(1, 1, T)
     c[..., 0] = first
@@ -100,7 +104,7 @@ def test_elita_steps_do_not_stall(impl: str, first: float):
 
 @by_impl
 def test_an_elita_state_of_nothing_has_gradients_of_zero(impl: str):
-    """Keys without weight, and a call onto what they left."""
+    """Keys without weight leave a state that a later call goes on from."""
     c, r, s = (
         torch.full((1, 1, 3), x, dtype=torch.float64, requires_grad=True)
         for x in (-math.inf, 0.0, 0.0)
@@ -116,7 +120,7 @@ def test_an_elita_state_of_nothing_has_gradients_of_zero(impl: str):
 
 @by_impl
 def test_elita_reads_values_of_a_lower_dtype_than_its_logits(impl: str):
-    """bf16 values, as under autocast, with logits in fp32: as if the values were fp32."""
+    """bf16 values with fp32 logits, as under autocast, give the results of fp32 values."""
     q, k, v = inputs(dtype=torch.bfloat16)
     logits = [x.float() * 1.234 for x in (k[..., 0], q[..., 0], q[..., 1])]
     out, state = cm.elita_attention(*logits, v, return_state=True, impl=impl)

@@ -1,6 +1,4 @@
-"""Gradients of ELiTA's attention where logits are large, in every dtype, against float64 on the
-same rounded inputs.
-"""
+"""Gradients of ELiTA attention at large logits, in every dtype, against float64."""
 
 from __future__ import annotations
 
@@ -116,9 +114,7 @@ def test_gradients_at_large_logits(
 @pytest.mark.parametrize("size", [1.0, 30.0])
 @pytest.mark.parametrize("starts", [[], [0, 5, 200]], ids=["one sequence", "packed"])
 def test_gradients_of_a_sequence_in_parts(size: float, starts: list[int], monkeypatch):
-    """Three threads, each of which takes a part, with a state before them all: what crosses the
-    parts' edges.
-    """
+    """Gradients cross the borders of three threads' parts, and of a state before them."""
     monkeypatch.setattr(library, "GRAIN", 1)
     walk(monkeypatch, elita_span=64)
     torch.manual_seed(0)
@@ -145,7 +141,7 @@ def test_gradients_of_a_sequence_in_parts(size: float, starts: list[int], monkey
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_gradients_of_gradients_are_right_or_refused(impl: str):
-    """Of each input alone, by `torch.autograd`: an error that says so, never zero."""
+    """`torch.autograd` raises an error for each input, and never gives zero."""
     given, _ = draw("plain", "all", 1.0, torch.float64, 0)
     for name in NAMES[:4]:
         leaves = {n: x.clone().requires_grad_(n == name) for n, x in given.items()}

@@ -1,6 +1,4 @@
-"""Nothing to do: no rows, no tokens, no keys, no channels of values, empty sequences; forward,
-backward, states.
-"""
+"""Calls without rows, tokens, keys or channels: forward pass, backward pass and states."""
 
 from __future__ import annotations
 
@@ -49,7 +47,7 @@ by_form = pytest.mark.parametrize(
 
 
 def backward(out: Tensor, state: Any, leaves: tuple[Tensor, ...]) -> list[Tensor]:
-    """Gradients of everything that came out; of leaves that nothing depends on, zeros."""
+    """Gradients of all outputs, with zeros for leaves that nothing depends on."""
     parts = [out, *sums_of(state)]
     loss = sum(x.masked_fill(x.isinf(), 0).sin().sum() for x in parts if x.requires_grad)
     if not isinstance(loss, Tensor):
@@ -62,9 +60,7 @@ def backward(out: Tensor, state: Any, leaves: tuple[Tensor, ...]) -> list[Tensor
 @by_form
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 def test_empty(case: Case, impl: str, is_causal: bool, sizes: dict[str, int]):
-    """Shapes are those of the formula, zeros stand where nothing is attended to, states go on from
-    where they were.
-    """
+    """Shapes are the formula's, outputs without keys are 0, and states are carried on."""
     impl = impl if impl in case.implementations else "torch"
     for masked, onto in product((False, True), repeat=2):
         check_empty(case, impl, is_causal, masked, onto, sizes)
@@ -134,9 +130,7 @@ def test_cross_attention_to_nothing(
 )
 @pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
 def test_empty_sequences(case: Case, impl: str, is_causal: bool, bounds: list[int], masked: bool):
-    """Alone, first, last and between others, in rows with nothing else and with slack behind
-    them.
-    """
+    """They come alone, first, last and between others, with and without slack behind them."""
     impl = impl if impl in case.implementations else "torch"
     for T, V in ((5, 3), (bounds[-1], 3), (5, 0)):
         q, k, v = case.inputs(1, T=T, V=V, requires_grad=True)
@@ -180,9 +174,7 @@ for is_causal in (True, False):
 
 
 def test_the_native_operator_ends_without_columns_of_values():
-    """Called directly; in a process of its own, as a loop that does not end could not be
-    stopped.
-    """
+    """It runs in a process of its own, because an endless loop could not be stopped here."""
     made = subprocess.run(
         [sys.executable, "-c", NO_COLUMNS], capture_output=True, text=True, check=True, timeout=120
     )

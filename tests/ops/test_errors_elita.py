@@ -79,7 +79,7 @@ def test_elita_states_of_another_call():
 
 
 def test_what_is_masked_may_be_nan():
-    """In logits, too: only those of tokens that count are looked at."""
+    """Masked logits are not checked."""
     arguments = elita_arguments()
     mask = torch.rand(2, 37) > 0.5
     plain = cm.elita_attention(**arguments, key_mask=mask)

@@ -11,9 +11,7 @@ from .cases import inputs
 
 @pytest.mark.parametrize("is_causal", [True, False])
 def test_many_features_and_few_tokens(is_causal):
-    """`auto` forms no features where all weights cost less, and only there; see the log for the
-    threshold.
-    """
+    """`auto` forms no features where all weights cost less; the log has the threshold."""
 
     def chosen(T, K, order, **options):
         sizes = {"impl": "auto", "is_causal": is_causal} | options

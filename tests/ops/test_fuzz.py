@@ -1,5 +1,4 @@
-"""Random calls of every operation on every implementation, against dense float64 forms of the
-formulas.
+"""Random calls of every operation on every implementation, against dense float64 forms.
 
 The longer run: ``pytest -m slow tests/ops/test_fuzz.py``.
 """
@@ -116,8 +115,10 @@ def calls(draw: Any) -> Call:
 
 
 def draw_inputs(call: Call) -> list[Tensor]:
-    """In fp64, but numbers of the call's dtype. Where weights have both signs, all numbers are
-    positive, so that no denominator vanishes."""
+    """Numbers of the call's dtype, in fp64.
+
+    Where weights have both signs, all numbers are positive, so that no denominator vanishes.
+    """
     B, G, R, T, S, K, V = call.sizes
     generator = torch.Generator().manual_seed(call.seed)
     shapes = {

@@ -108,7 +108,7 @@ def _by_complex(x: Tensor) -> Tensor:
 def test_operations_beside_attention(
     operation, formula, shapes, roundings: int, dtype: torch.dtype
 ):
-    """These round once for every operation that their formula has: halves are added in fp32."""
+    """These round once for every operation of their formula, and add halves in fp32."""
     generator = torch.Generator().manual_seed(0)
     narrow = [
         torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes
@@ -130,7 +130,7 @@ def test_operations_beside_attention(
 @pytest.mark.parametrize("impl", ["torch", "native"])
 @pytest.mark.parametrize("lengths", [[35, 35], [1] * 20], ids=["halves", "steps"])
 def test_gradients_through_states(impl: str, lengths: list[int], dtype: torch.dtype):
-    """A sequence in parts: states are fp32, so that parts cost no more than the whole."""
+    """States are fp32, so a sequence in parts errs no more than the whole."""
     for case in [
         c for c in CASES if c.name in ("taylor-2", "linear-elu", "mixed-laplace", "elita-own")
     ]:

@@ -1,6 +1,4 @@
-"""Gradients where outputs cancel and where products of inputs leave fp32's range, in every
-dtype.
-"""
+"""Gradients where outputs cancel, or products of inputs leave fp32's range, in every dtype."""
 
 from __future__ import annotations
 
@@ -27,9 +25,7 @@ def gradients(op, inputs: list[Tensor], weight: Tensor, **options) -> list[Tenso
 def test_gradients_of_outputs_that_hardly_depend_on_the_query(
     impl: str, dtype: torch.dtype, is_causal: bool
 ):
-    """relu, two features: most queries have one that counts, or none, and their outputs do not
-    depend on its size.
-    """
+    """Most queries have one relu feature above 0, or none, so outputs do not depend on its size."""
     options = {"feature_map": "relu", "is_causal": is_causal}
     found, own = torch.zeros(3), torch.zeros(3)
     for seed in range(8):  # of one draw, where most of a gradient cancels, an error says little
@@ -70,9 +66,7 @@ def test_features_whose_products_leave_fp32(impl: str, feature_map: str, query: 
 
 @by_impl
 def test_the_slope_of_elu_at_zero(impl: str):
-    """1, from either side: inputs that are exactly 0 are common, as where a row is empty or
-    padded.
-    """
+    """It is 1 from either side: inputs of exactly 0 are common, as in padded rows."""
     q, k, v = (
         torch.zeros(1, 1, 3, 2),
         torch.zeros(1, 1, 3, 2),

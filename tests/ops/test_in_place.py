@@ -1,6 +1,4 @@
-"""Results may be changed in place, as those of PyTorch's own attention; inputs that the backward
-pass needs may not.
-"""
+"""Results may be changed in place, but not the inputs that the backward pass needs."""
 
 from __future__ import annotations
 
@@ -90,9 +88,7 @@ def test_results_can_be_changed_in_place(case: Case, impl: str, call: str):
 @by_impl
 @by_case
 def test_gradients_of_results_changed_in_place(case: Case, impl: str):
-    """Right, or refused where the backward pass needs what was changed; never those of other
-    numbers.
-    """
+    """They are right, or refused where the backward pass needs the old numbers."""
     q, k, v = case.inputs(T=21, requires_grad=True)
     exact = torch.autograd.grad(
         (case(q, k, v, is_causal=True, impl=impl) * 2).square().sum(), (q, k, v)
@@ -105,7 +101,7 @@ def test_gradients_of_results_changed_in_place(case: Case, impl: str):
 
 
 def gradients(loss: Tensor, leaves: Any) -> tuple[Tensor, ...] | None:
-    """None where the backward pass refuses, as it needs what was changed."""
+    """The gradients, or None if the backward pass refuses because a tensor was changed."""
     try:
         return torch.autograd.grad(loss, leaves, allow_unused=True)
     except RuntimeError as error:
@@ -125,7 +121,7 @@ def _without_causal(op: Any, *inputs: Tensor, is_causal: bool, **options: Any) -
 
 
 def flat_inputs(case: Case, q: Tensor, k: Tensor, v: Tensor) -> tuple[list[Tensor], Any]:
-    """What the operation itself takes, and how it is called with that."""
+    """The tensors that the operation takes, and a function that calls it with them."""
     if case.op is cm.mixed_chunk_attention:
         return [q, k, *linear_part(q, k), v], lambda *x, **o: case.op(
             *x, **case.options, **case.bias(q, 8), **o
@@ -139,9 +135,7 @@ def flat_inputs(case: Case, q: Tensor, k: Tensor, v: Tensor) -> tuple[list[Tenso
 @by_case
 @pytest.mark.parametrize("stateful", [False, True])
 def test_inputs_changed_before_the_backward_pass(case: Case, impl: str, stateful: bool):
-    """An error, as PyTorch has it, or gradients that do not need what was changed: never wrong
-    ones.
-    """
+    """Gradients are an error, or do not need the old numbers; they are never wrong."""
     inputs, call = flat_inputs(case, *case.inputs(T=21))
     options: dict[str, Any] = {"is_causal": True, "impl": impl}
     if stateful:

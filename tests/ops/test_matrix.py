@@ -45,9 +45,7 @@ def test_equals_the_formula(case: Case, impl: str, is_causal: bool, masked: bool
 @by_form
 @pytest.mark.parametrize("length", [7, 37])
 def test_gradients_equal_the_reference(case: Case, is_causal: bool, length: int):
-    """The reference differentiates itself; its own gradients are held to finite differences
-    below.
-    """
+    """The reference differentiates itself, and test_gradcheck compares it with differences."""
     mask = torch.rand(2, length) > 0.3
     results = []
     for impl in case.implementations:
@@ -101,8 +99,10 @@ def test_double_backward_is_refused_in_one_piece(case: Case, impl: str):
 
 @pytest.mark.parametrize("order", [3, 4])
 def test_wide_heads_at_high_orders(order: int):
-    """135,751 features at order 4: output and gradients across chunks against the polynomial of the
-    scores; in one chunk no feature is formed."""
+    """The polynomial of the scores gives the same at order 4, with 135,751 features.
+
+    A single chunk forms no feature.
+    """
     K, x = 40, inputs(1, 2, 40, 40, 2, G=1)
     q, k, v = (0.3 * x[0]).requires_grad_(), (0.3 * x[1]).requires_grad_(), x[2].requires_grad_()
     scores = (q @ k.mT) / K**0.5
@@ -201,7 +201,7 @@ def test_states_are_values(case: Case, impl: str):
 @by_impl
 @by_case
 def test_states_can_be_selected(case: Case, impl: str):
-    """Beams: rows of a state reordered and repeated continue as those sequences."""
+    """Rows of a state, reordered and repeated as in beam search, continue their sequences."""
     q, k, v = case.inputs(3)
     _, state = case(q, k, v, is_causal=True, return_state=True, impl=impl)
     index = torch.tensor([2, 0, 2])

@@ -32,8 +32,10 @@ pytestmark = pytest.mark.usefixtures("short_chunks")
 
 
 def kept_in(state: cm.State, part: Tensor, dtype: torch.dtype) -> torch.dtype:
-    """Keys and values stay as they are, sums are kept in fp32 at least, ELiTA's means and
-    logarithms in fp64.
+    """The dtype in which a state keeps a tensor.
+
+    Keys and values keep their own, sums are at least fp32, and ELiTA's means and logarithms are
+    fp64.
     """
     if isinstance(state, cm.KeyValueState):
         return dtype
@@ -66,9 +68,7 @@ def test_dtypes(case: Case, impl: str, dtype: torch.dtype, is_causal: bool):
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 def test_tolerances_are_tight(dtype: torch.dtype):
-    """The table is not slack: the plain quadratic form in the same dtype comes within 20 times of
-    it.
-    """
+    """The plain quadratic form in the same dtype errs by a twentieth of the tolerance or more."""
     low = inputs(T=100, K=16, V=16, dtype=dtype)
     exact = [x.double() for x in low]
     worst = max(
@@ -81,9 +81,7 @@ def test_tolerances_are_tight(dtype: torch.dtype):
 @pytest.mark.parametrize("case", [*POSITIVE, *FIXED], ids=lambda c: c.name)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_long_decoding_keeps_its_accuracy(case: Case, dtype: torch.dtype):
-    """8,200 single steps in low precision against float64 at the end: a 16-bit sum of keys would
-    have frozen at 512.
-    """
+    """8,200 single steps stay near float64; a 16-bit sum of keys would freeze at 512."""
     T = 8200
     low = case.inputs(1, 2, T, 8, 8, G=1, dtype=dtype)
     exact = case(*(x.double() for x in low), is_causal=True, impl="torch")
@@ -124,9 +122,7 @@ def test_queries_without_features_give_zeros(impl: str):
 
 @by_impl
 def test_small_weights_do_not_meet_an_epsilon(impl: str):
-    """Weights near fp16's smallest numbers: an epsilon of 1e-6 in the denominator would halve these
-    outputs.
-    """
+    """Weights are near fp16's smallest numbers; an epsilon of 1e-6 would halve these outputs."""
     q, k, v = inputs(dtype=torch.float16)
     tiny = (q.float() - 12).half(), (k.float() - 12).half()
     out = cm.linear_attention(*tiny, v, is_causal=True, impl=impl)
@@ -137,7 +133,7 @@ def test_small_weights_do_not_meet_an_epsilon(impl: str):
 @by_case
 @pytest.mark.parametrize("impl", ["torch", "auto"])
 def test_every_row_is_written(case: Case, impl: str):
-    """New memory is filled with NaN; none of it comes out."""
+    """New memory is filled with NaN, and no result has any."""
     torch.use_deterministic_algorithms(True)
     try:
         for length in (5, 37):
@@ -170,9 +166,7 @@ def test_results_repeat_bit_for_bit(case: Case):
 
 @by_impl
 def test_no_constant_keeps_small_weights(impl: str):
-    """Scores near 1e-3, as in a fresh model: 1 + x + x²/2 - 1 in fp32 would keep three digits of
-    them.
-    """
+    """At scores near 1e-3, 1 + x + x²/2 - 1 in fp32 would keep three digits."""
     q, k, v = inputs(T=64, K=16, dtype=torch.float32)
     q, k = (q.abs() * 0.02, k.abs() * 0.02)
     case = Case("", cm.taylor_attention, {"constant_term": False})
@@ -182,9 +176,7 @@ def test_no_constant_keeps_small_weights(impl: str):
 
 @by_impl
 def test_shen_far_from_zero(impl: str):
-    """The bidirectional form takes off the largest key, so exponentials neither vanish nor
-    overflow.
-    """
+    """Both directions subtract the largest key, so exponentials neither vanish nor overflow."""
     q, k, v = inputs(dtype=torch.float32)
     case = Case("", cm.linear_attention, {"feature_map": "softmax"})
     for shift in (-200.0, 200.0):
@@ -197,7 +189,7 @@ def test_shen_far_from_zero(impl: str):
 
 
 def test_denominator_is_at_least_half_the_keys():
-    """Order 2: every weight is ((x + 1)² + 1) / 2 >= ½, the worst case x = -1 included."""
+    """At order 2 every weight is ((x + 1)² + 1) / 2 >= ½; x = -1 is the worst case."""
     q, k, v = inputs()
     _, state = cm.taylor_attention(q, k, v, scale=1.0, is_causal=True, return_state=True)
     features = reference.taylor_features(2, True)
@@ -210,7 +202,7 @@ def test_denominator_is_at_least_half_the_keys():
 @pytest.mark.slow
 @by_positive
 def test_long_sequences_keep_their_accuracy(case: Case, monkeypatch):
-    """65,536 tokens in fp32 at the real chunk length, outputs and gradients, against float64."""
+    """65,536 tokens in fp32, at the real chunk length, stay near float64."""
     monkeypatch.undo()
     low = case.inputs(1, 2, 65536, 16, 16, G=1, dtype=torch.float32, requires_grad=True)
     exact = tuple(x.detach().double().requires_grad_() for x in low)

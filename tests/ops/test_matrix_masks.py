@@ -32,9 +32,7 @@ pytestmark = pytest.mark.usefixtures("short_chunks")
 @pytest.mark.parametrize("junk", [float("nan"), 1e4], ids=["nan", "large"])
 @pytest.mark.parametrize("where", ["left", "right", "holes", "row"])
 def test_padding_does_not_exist(case: Case, impl: str, is_causal: bool, junk: float, where: str):
-    """Output, gradient and state equal those of each row by itself, whatever stands at masked
-    keys.
-    """
+    """Output, gradient and state equal those of each row alone, whatever masked keys hold."""
     q, k, v = case.inputs(T=40)
     mask = torch.ones(2, 40, dtype=torch.bool)
     if where == "left":
@@ -90,7 +88,7 @@ def test_gradients_of_padded_rows_are_those_of_the_row_alone(case: Case, impl: s
     more = case.inputs(2, T=9, seed=5)
 
     def loss(x, m, weight, rows):
-        """Of the outputs at tokens, and of what comes after them."""
+        """A sum over the outputs at tokens, and over later outputs."""
         out, state = case(*x, is_causal=True, key_mask=m, return_state=True, impl=impl)
         after = case(*(y[rows] for y in more), is_causal=True, state=state, impl=impl)
         return (out * weight).sum() + after.sin().sum()
@@ -151,7 +149,7 @@ def test_packed_is_separate(case: Case, impl: str, is_causal: bool, masked: bool
 @given(data=st.data())
 @by_case
 def test_any_shape_mask_and_split(case: Case, data: st.DataObject):
-    """Drawn shapes, groups, masks and splits: torch in pieces equals the formula on the whole."""
+    """Drawn shapes, groups, masks and splits give the formula on the whole."""
     B, G, R, K, V = (data.draw(st.integers(1, 3)) for _ in range(5))
     T = data.draw(st.integers(0, 40))
     q, k, v = case.inputs(B, G * R, T, K, V, G=G, seed=data.draw(st.integers(0, 9)))

@@ -35,7 +35,7 @@ def test_ragged_lengths(case: Case, impl: str, is_causal: bool, length: int):
 @pytest.mark.parametrize("case", CROSS, ids=lambda c: c.name)
 @pytest.mark.parametrize(("T", "S"), [(3, 50), (50, 3), (5, 0), (0, 5), (1, 1)])
 def test_cross_attention(case: Case, impl: str, T: int, S: int):
-    """More or fewer keys than queries; the context's state, computed once, serves any queries."""
+    """Keys may be more or fewer than queries, and one state of the context serves any queries."""
     q, k, v = case.inputs(T=T, S=S)
     mask = torch.rand(2, S) > 0.3
     out, state = case.run(q, k, v, False, key_mask=mask, impl=impl)
@@ -73,9 +73,7 @@ def test_head_dims(case: Case, impl: str, K: int, V: int):
 @by_case
 @pytest.mark.parametrize("length", [8, 37])
 def test_strides_of_states_and_their_gradients_do_not_matter(case: Case, impl: str, length: int):
-    """A state whose memory is laid out otherwise; gradients that arrive with other strides, one at
-    a time.
-    """
+    """States, and the gradients that arrive for them, may have any strides."""
 
     def relaid(x):
         return x.transpose(0, 1).contiguous().transpose(0, 1) if x.dim() > 1 else x

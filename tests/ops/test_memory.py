@@ -31,8 +31,10 @@ def kept(run, *inputs):
 @pytest.mark.parametrize("length", [10, 1000])
 @by_fast_impl
 def test_nothing_but_inputs_outputs_and_denominators_is_kept(is_causal, length, impl):
-    """No features [T, F], no weights [T, S]: only what came in, what went out, one number a row,
-    and the sums [F, V] of a long context."""
+    """No features [T, F] and no weights [T, S] are kept.
+
+    A long context also keeps its sums [F, V].
+    """
     q, k, v = CASES[1].inputs(1, 2, length, 16, 16, G=2, dtype=torch.float32, requires_grad=True)
     sums = 0 if is_causal or (length <= CHUNK and impl == "torch") else 2 * 153 * 17 * 4
     used = kept(lambda *x: cm.taylor_attention(*x, is_causal=is_causal, impl=impl), q, k, v)
@@ -43,7 +45,7 @@ def test_nothing_but_inputs_outputs_and_denominators_is_kept(is_causal, length, 
 
 @pytest.mark.parametrize("is_causal", [True, False])
 def test_gated_attention_keeps_only_its_inputs(is_causal):
-    """No weights [T, g] or [T, S], no sums [T / g, K, V]."""
+    """No weights [T, g] or [T, S] are kept, and no sums [T / g, K, V]."""
     q, k, v = CASES[1].inputs(1, 2, 1000, 16, 16, G=2, dtype=torch.float32, requires_grad=True)
     lin_q, lin_k = (x.detach().requires_grad_() for x in linear_part(q, k))
     five = (q, k, lin_q, lin_k, v)
@@ -76,9 +78,7 @@ def peak_mib(dims, call, length):
 
 
 def test_memory_is_linear_in_the_length():
-    """A process that runs 65,536 tokens forward and backward stays far below the features' or the
-    weights' size.
-    """
+    """65,536 tokens, forward and backward, take far less than the features or weights would."""
     used = peak_mib([16, 16, 64], "cm.taylor_attention(*x, is_causal=True)", 65536)
     inputs_and_gradients = 2 * 4 * 65536 * (16 + 16 + 64) * 4 / 2**20
     outputs = 2 * 4 * 65536 * 65 * 4 / 2**20
@@ -99,18 +99,14 @@ def test_memory_of_mixed_chunks_is_linear_in_the_length(options):
 
 
 def test_memory_of_gated_attention_is_linear_in_the_length():
-    """Weights of all queries would be 1 GiB, in each of the four tensors that the passes hold of a
-    block.
-    """
+    """Weights of all queries would be 1 GiB in each of four tensors; blocks take less."""
     used = peak_mib([16, 16, 16], "cm.gated_attention(*x, is_causal=True)", 8192)
     assert used < 256
 
 
 @by_fast_impl
 def test_elita_keeps_two_numbers_a_token(impl):
-    """Beside inputs, for the backward pass; the native kernels also a mean in fp64 of every 16
-    tokens.
-    """
+    """The native kernels also keep a mean in fp64 for every 16 tokens."""
     logits = [torch.randn(1, 2, 1000, requires_grad=True) for _ in range(3)]
     value = torch.randn(1, 2, 1000, 16, requires_grad=True)
     used = kept(lambda *x: cm.elita_attention(*x, impl=impl), *logits, value)
@@ -119,7 +115,7 @@ def test_elita_keeps_two_numbers_a_token(impl):
 
 
 def test_memory_of_elita_is_linear_in_the_length():
-    """Values, outputs and their gradients; a 65,536th of the softmax weights."""
+    """Values, outputs and their gradients are a 65,536th of the softmax weights."""
     call = "cm.elita_attention(*(y[..., 0] for y in x[:3]), x[3])"
     used = peak_mib([1, 1, 1, 64], call, 65536)
     assert used < 1.6 * 4 * 65536 * 4 * 64 * 4 / 2**20

@@ -1,6 +1,4 @@
-"""Calls that have shapes and no numbers: the meta device, as initialisation and memory estimates
-use it.
-"""
+"""Calls on the meta device, which have shapes and no numbers."""
 
 from __future__ import annotations
 
@@ -13,7 +11,7 @@ from .cases import CASES, Case, tensors_of
 @pytest.mark.parametrize("impl", ["reference", "torch"])
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 def test_shapes_and_dtypes_on_the_meta_device(case: Case, impl: str):
-    """As on the CPU: outputs, states and gradients, also with masks and half inputs."""
+    """Outputs, states and gradients have the shapes and dtypes that the CPU gives."""
     for dtype in (torch.float32, torch.bfloat16):
         for is_causal in (True, False)[: 1 + case.bidirectional]:
             found = []

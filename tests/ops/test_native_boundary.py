@@ -19,7 +19,7 @@ structures = pytest.mark.parametrize("structure", library.STRUCTURES, ids=lambda
 
 
 def described() -> dict[str, str]:
-    """What the compiled kernels say of each struct."""
+    """The fields of each struct, as the compiled kernels report them."""
     lines = library._layout(library.loaded()).splitlines()
     return {line.split()[0]: line for line in lines}
 
@@ -36,7 +36,7 @@ def test_every_field_lies_where_the_kernels_read_it(structure):
 
 @structures
 def test_fields_that_change_places_are_noticed(structure, monkeypatch):
-    """Every pair of neighbours, most of which are of one size; and then nothing is loaded."""
+    """If any two neighbours are swapped, nothing is loaded; most have the same size."""
     for i in range(len(structure._fields_) - 1):
         swapped = list(structure._fields_)
         swapped[i : i + 2] = reversed(swapped[i : i + 2])

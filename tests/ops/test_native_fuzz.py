@@ -21,9 +21,7 @@ pytestmark = pytest.mark.usefixtures("small_grains")
 
 @st.composite
 def calls(draw):
-    """Sizes around those of vectors, tiles, slabs and chunks; any strides; masks, packs, states,
-    halves.
-    """
+    """Sizes around those of vectors, tiles and chunks, with any strides, masks and dtypes."""
     G = draw(st.integers(1, 3))
     x = {
         "B": draw(st.integers(0, 3)),
@@ -65,9 +63,7 @@ def laid_out(x, strides):
 @settings(max_examples=150, deadline=None)
 @given(calls())
 def test_fuzz(x):
-    """Whatever the sizes, strides and threads: the float64 formula, outputs and gradients, and no
-    byte out of place.
-    """
+    """Outputs and gradients equal the float64 formula, and no byte outside is written."""
     torch.manual_seed(x["seed"])
     torch.set_num_threads(x["threads"])
     B, dtype = (1 if x["packed"] else x["B"]), x["dtype"]
@@ -107,18 +103,17 @@ def test_fuzz(x):
 
 
 def terms(x) -> float:
-    """Size of what gradients are summed from. In both directions every query reads S keys with
-    weights of about 1 / S. So the gradient of one of few keys sums many large terms; where they
-    cancel, their rounding errors are left.
+    """The size of the terms that gradients are summed from.
+
+    In both directions every query reads S keys with weights of about 1 / S. So the gradient of
+    one of few keys sums many large terms; where they cancel, their rounding errors are left.
     """
     return 1.0 if x["is_causal"] else max(1.0, (x["T"] * x["H"] / x["G"]) ** 0.5 / max(x["S"], 1))
 
 
 @st.composite
 def grouped_calls(draw):
-    """Mixed chunks and ELiTA: groups shorter and longer than a block, states that stand in
-    mid-group.
-    """
+    """Mixed chunks and ELiTA: groups shorter and longer than a block, states within a group."""
     G = draw(st.integers(1, 2))
     return {
         "op": draw(st.sampled_from(["mixed", "elita"])),

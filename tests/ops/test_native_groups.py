@@ -16,9 +16,7 @@ pytestmark = pytest.mark.usefixtures("small_grains")
 
 
 def groups_of_a_hundred(rows: int, tokens: int, dtype: torch.dtype, monkeypatch, name: str):
-    """Arguments of `mixed_chunk_attention` for groups longer than a block of the kernels, on an
-    instruction set.
-    """
+    """Arguments of `mixed_chunk_attention` whose groups are longer than a block of the kernels."""
     if not library.loaded().cumulant_supports(library.INSTRUCTIONS.index(name)):
         pytest.skip(f"this machine has no {name}")
     monkeypatch.setattr(library, "instructions", lambda: name)
@@ -43,9 +41,7 @@ def groups_of_a_hundred(rows: int, tokens: int, dtype: torch.dtype, monkeypatch,
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("rows", [1, 2], ids=["even", "masked"])
 def test_steps_through_groups_longer_than_a_block(name, dtype, rows, monkeypatch):
-    """Single tokens onto open groups of every fill; of two rows one does not have every token, so
-    that fills differ.
-    """
+    """Single tokens join open groups; one row of two lacks tokens, so that its group differs."""
     tensors, mask, bias, options = groups_of_a_hundred(rows, 209, dtype, monkeypatch, name)
     exact = [x.double() for x in tensors]
     state = cm.mixed_chunk_attention(*(x[:, :, :0] for x in tensors), **options, return_state=True)[
@@ -81,9 +77,7 @@ def test_steps_through_groups_longer_than_a_block(name, dtype, rows, monkeypatch
 @pytest.mark.parametrize("rows", [1, 2], ids=["even", "masked"])
 @pytest.mark.parametrize("tokens", [1, 3, 120])
 def test_onto_groups_more_than_a_block_full(name, dtype, rows, tokens, monkeypatch):
-    """Outputs, the state, and gradients of tokens, bias and state, where whole blocks of a group
-    ask nothing.
-    """
+    """Results are right where whole blocks of a group have no queries."""
     tensors, mask, bias, options = groups_of_a_hundred(rows, 97 + tokens, dtype, monkeypatch, name)
     early, late = ([x[:, :, part] for x in tensors] for part in (slice(97), slice(97, None)))
     state = cm.mixed_chunk_attention(

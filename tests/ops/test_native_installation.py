@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_installation_without_a_compiler(tmp_path):
-    """It succeeds; the kernels are missing, with the reason, and everything else works."""
+    """It succeeds: the kernels are missing, with the reason, and everything else works."""
     project = tmp_path / "project"
     project.mkdir()
     for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):

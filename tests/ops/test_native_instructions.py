@@ -56,9 +56,7 @@ def test_an_environment_variable_forces_an_instruction_set():
 @pytest.mark.parametrize("name", library.INSTRUCTIONS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_rounding_to_half_precision_is_torchs(name, dtype, monkeypatch):
-    """Every finite number of the format, the ties between neighbours, what overflows, infinity,
-    NaN.
-    """
+    """Every finite number of the format is kept, and ties between neighbours round alike."""
     if not library.loaded().cumulant_supports(library.INSTRUCTIONS.index(name)):
         pytest.skip(f"this machine has no {name}")
     monkeypatch.setattr(library, "instructions", lambda: name)
@@ -87,9 +85,7 @@ def test_rounding_to_half_precision_is_torchs(name, dtype, monkeypatch):
 
 
 def test_many_small_features_do_not_vanish_in_their_sum():
-    """A quarter of a million of them, each some units of the sum's last digit: added one by one
-    they come to 4e-4.
-    """
+    """A quarter of a million of them, added one by one, would be wrong by 4e-4."""
     q, k, v = (x.abs() for x in inputs(1, 1, 100, 48, 16, G=1, dtype=torch.float32))
     out = cm.taylor_attention(q, k, v, 4, is_causal=True, impl="native")
     exact = cm.taylor_attention(
@@ -99,7 +95,7 @@ def test_many_small_features_do_not_vanish_in_their_sum():
 
 
 def test_one_block_forms_no_features_however_many_they_would_be():
-    """K = 128 at order 4: 12 million features, 6 GB of sums."""
+    """K = 128 at order 4 would be 12 million features, with sums of 6 GB."""
     import resource
 
     x = [y.requires_grad_() for y in inputs(1, 2, 40, 128, 130, dtype=torch.float32)]

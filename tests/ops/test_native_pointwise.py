@@ -1,6 +1,4 @@
-"""What stands beside attention, on the native kernels: outputs and gradients against the formulas
-in fp64.
-"""
+"""Native kernels beside attention: outputs and gradients against the formulas in fp64."""
 
 from __future__ import annotations
 
@@ -148,7 +146,7 @@ def test_long_sums_and_threads(threads):
 
 
 def test_slices_of_wider_tensors(calls):
-    """Rows that do not lie one after another cost no copy, and are read right."""
+    """Rows that are not contiguous are read without a copy."""
     (wide,) = draw((2, 30, 50))
     x, w = wide[:, 3:20, 7:27], draw((4, 20))[0]
     check(ops.short_convolution, ops._convolution, x, w, None, None)

@@ -1,6 +1,4 @@
-"""Programs, the native kernels' way through a whole layer: every instruction against torch in fp64,
-at any size.
-"""
+"""Programs of native instructions: each instruction against torch in fp64, at any size."""
 
 from __future__ import annotations
 

@@ -20,9 +20,7 @@ pytestmark = pytest.mark.usefixtures("small_grains")
 @pytest.mark.parametrize("op", [linear, taylor, by_gates])
 @pytest.mark.parametrize("is_causal", [True, False])
 def test_sharing_out_a_sequence_changes_nothing(threads, heads, op, is_causal, monkeypatch):
-    """However many threads share the columns and the parts of sequences, states going in and
-    out.
-    """
+    """Any number of threads may share columns and parts of sequences, with states."""
     walk(monkeypatch, span=32)
     walk(monkeypatch, elita_span=32)
     torch.set_num_threads(threads)

@@ -1,5 +1,4 @@
-"""Every operator against its schema, its fake kernel, its registration and AOT dispatch, however
-its inputs lie in memory."""
+"""Every operator's schema, fake kernel, registration and AOT dispatch, for any strides."""
 
 from __future__ import annotations
 
@@ -50,7 +49,7 @@ def check(operator: Operator[Any, Any, Any], *call: Any) -> None:
 
 
 def tensor(shape: tuple[int, ...], layout: str, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Numbers of this shape, in memory as `layout` says; a leaf that asks for gradients."""
+    """Random numbers of this shape, with the strides that `layout` names; a leaf."""
     if layout == "half":
         dtype = torch.bfloat16 if dtype == torch.float64 else dtype
     layout = layout.replace("one strided token", "strided")
@@ -69,7 +68,7 @@ def tensor(shape: tuple[int, ...], layout: str, dtype: torch.dtype = torch.float
 
 
 def sizes(layout: str) -> tuple[int, int, int, int]:
-    """B, H, G, T."""
+    """B, H, G and T."""
     return (
         0 if layout == "empty batch" else 2,
         4 if layout == "grouped" else 2,
@@ -220,9 +219,7 @@ def test_opcheck(is_causal, normalize, length, states, impl):
 
 @pytest.mark.parametrize("order", [0, 2])
 def test_heads_lie_inside_tokens(order):
-    """Splitting a projection into heads and joining the outputs again copies nothing, forwards or
-    backwards.
-    """
+    """Splitting a projection into heads, and joining outputs again, copies nothing."""
     x = [torch.randn(2, 70, heads * 6) for heads in (4, 2, 2)]
     q, k, v = (part.unflatten(-1, (-1, 6)).transpose(1, 2).requires_grad_() for part in x)
     spec = AttentionSpec(order, True, "elu", 0.5, True, True, False, chunk=32, span=32)

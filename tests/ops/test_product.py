@@ -1,6 +1,4 @@
-"""Large fp32 products on the CPU, through oneDNN: the same numbers and gradients; and what it does
-not suit.
-"""
+"""Large fp32 products on the CPU go through oneDNN, with the same numbers and gradients."""
 
 import pytest
 import torch

@@ -1,6 +1,4 @@
-"""How large numbers may be: the range that docstrings state, on both sides of its edge; and what is
-not finite.
-"""
+"""How large numbers may be: the range that docstrings state, and numbers that are not finite."""
 
 from __future__ import annotations
 
@@ -54,7 +52,7 @@ def test_taylor_is_exact_while_its_sums_are_finite(impl: str, order: int, is_cau
 @by_impl
 @pytest.mark.parametrize("order", [1, 2, 3])
 def test_every_number_of_fp16_fits_taylor_up_to_order_3(impl: str, order: int):
-    """64 numbers of 65,504 in queries and keys; values up to 1."""
+    """Queries and keys have 64 numbers of 65,504; values go up to 1."""
     generator = torch.Generator().manual_seed(0)
     q = torch.full((1, 1, 300, 64), 65504.0, dtype=torch.float16)
     k = q * torch.rand(q.shape, generator=generator).half()
@@ -69,9 +67,7 @@ def test_every_number_of_fp16_fits_taylor_up_to_order_3(impl: str, order: int):
 @pytest.mark.parametrize("impl", ["torch", "native"])
 @pytest.mark.parametrize("junk", [math.nan, math.inf])
 def test_a_value_that_is_not_finite_reaches_its_chunk(impl: str, junk: float):
-    """Outputs before it in its chunk see it as 0 times NaN, as in softmax attention; those before
-    the chunk do not.
-    """
+    """Earlier outputs of its chunk see 0 times NaN; those of earlier chunks do not."""
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.rand(1, 2, 300, 4, generator=generator) for _ in range(3))
     bad = v.clone()

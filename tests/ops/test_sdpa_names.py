@@ -1,4 +1,4 @@
-"""Calls written for `scaled_dot_product_attention`: what differs is said by name."""
+"""Calls written for `scaled_dot_product_attention` get errors that name the difference."""
 
 import inspect
 
@@ -67,7 +67,7 @@ def test_signatures_and_docstrings_stay():
 
 
 def test_heads_and_tokens_that_changed_places_show():
-    """[B, T, H, D] in place of [B, H, T, D]."""
+    """[B, T, H, D] where [B, H, T, D] is expected is an error."""
     x = torch.randn(2, 100, 8, 16)
     reason = cm.explain(cm.taylor_attention, x, x, x).reason
     assert reason.endswith("query read as B = 2 rows, H = 100 heads, T = 8 tokens")

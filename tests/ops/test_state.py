@@ -1,4 +1,4 @@
-"""States as values: moved, selected, saved, loaded."""
+"""States are values: they can be moved, selected, saved and loaded."""
 
 import gc
 import json
@@ -78,7 +78,7 @@ def test_saving_and_loading(tmp_path, kind):
 
 
 def test_a_fresh_process_loads_module_states(tmp_path):
-    """The file names its class; nothing but `import cumulant` is needed."""
+    """The file names its class, so `import cumulant` is enough."""
     state = nn.TaylorAttention(8, 2, conv_size=3)(torch.randn(2, 5, 8), return_state=True)[1]
     cm.save_state(tmp_path / "s", state)
     script = f"import cumulant as cm; print(type(cm.load_state({str(tmp_path / 's')!r})).__name__)"

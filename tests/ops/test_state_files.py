@@ -1,4 +1,4 @@
-"""States for people: what they print, and files that cannot be written or read."""
+"""How states print, and files that cannot be written or read."""
 
 import json
 import os
@@ -53,7 +53,7 @@ def test_a_state_prints_under_torch_func():
 
 
 def test_a_link_is_followed(tmp_path):
-    """The file behind it is replaced, and the link stays; also one whose file is not there yet."""
+    """The file behind a link is replaced or made, and the link stays."""
     (tmp_path / "there").mkdir()
     for name in ("there/old", "there/new"):
         if name.endswith("old"):
@@ -120,7 +120,7 @@ def test_a_part_that_is_neither_a_tensor_nor_a_state(tmp_path):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no limits on the size of files there")
 def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path):
-    """A limit on the size of files stands in for it."""
+    """A limit on the size of files takes the part of a full disk."""
     path = tmp_path / "s"
     cm.save_state(path, a_state())
     before = path.read_bytes()

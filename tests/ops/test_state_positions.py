@@ -1,6 +1,4 @@
-"""Positions of states: of another dtype, length, device or kind they are refused before anything is
-computed.
-"""
+"""Positions of a state that do not fit are refused before anything is computed."""
 
 from __future__ import annotations
 
@@ -79,7 +77,7 @@ def test_positions_are_checked(case: Case, impl: str, how: str, length: int):
 @by_impl
 @pytest.mark.parametrize("case", [c for c in STATEFUL if c.packed_states], ids=lambda c: c.name)
 def test_packed_sequences_have_a_position_each(case: Case, impl: str):
-    """Three sequences in one row: a state that has the row's one position is refused."""
+    """A state with one position for a row of three sequences is refused."""
     cu_seqlens = torch.tensor([0, 3, 3, 8])
     q, k, v = case.inputs(1, T=8)
     state = case(q, k, v, is_causal=True, cu_seqlens=cu_seqlens, return_state=True, impl=impl)[1]
@@ -93,7 +91,7 @@ def test_packed_sequences_have_a_position_each(case: Case, impl: str):
 
 @by_case
 def test_values_of_positions_are_not_read(case: Case):
-    """So that graphs, export and vmap do not break: shapes and dtypes alone."""
+    """Only shapes and dtypes are read, so that graphs, export and vmap work."""
     state = case(*case.inputs(T=4), is_causal=True, return_state=True)[1]
     more = case.inputs(T=2, seed=3)
 

@@ -137,7 +137,7 @@ def test_nested(case: Case, form: str, nested: str, impl: str):
 @by_fast_impl
 @by_few
 def test_gradients_of_gradients_across_the_edge_are_refused(case: Case, impl: str):
-    """A gradient taken by torch.func of what autograd follows as well: never silently wrong."""
+    """torch.func's gradient of a tensor that autograd follows too is never silently wrong."""
     run, x, _ = as_function(case, "causal", impl)
     leaf = x[0].clone().requires_grad_()
     first = grad(loss_of(lambda y: run(y, *x[1:])))(leaf)

@@ -1,6 +1,4 @@
-"""Mapped calls of one row: what the backward pass kept is expanded, not copied, and must be read by
-its strides.
-"""
+"""Mapped calls of one row: tensors for the backward pass are expanded, and read by strides."""
 
 import pytest
 import torch

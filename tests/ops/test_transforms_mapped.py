@@ -28,7 +28,7 @@ pytestmark = [ignore_warnings, pytest.mark.usefixtures("shorter_chunks")]
 @by_form
 @by_case
 def test_mapped(case: Case, form: str, impl: str):
-    """All inputs, each alone, and from any dimension; and per-sample gradients."""
+    """All inputs or one are mapped, over any dimension; gradients are those of each sample."""
     run, x, t = as_function(case, form, impl)
     stacks = [torch.stack((a, b, a * 0.5)) for a, b in zip(x, t)]
     if start := len(x) - 3:
@@ -153,9 +153,7 @@ def test_dropout_follows_the_randomness_that_is_asked_for(op: str):
 
 
 def test_mapping_runs_the_kernel_once(monkeypatch):
-    """A reshape into the batch, not a loop; and per-sample gradients keep no weights [T, S] and no
-    features [T, F].
-    """
+    """Samples become rows of one call, which keeps no weights [T, S] and no features [T, F]."""
     from cumulant.kernels.native import attention as native
 
     calls = []
@@ -176,7 +174,7 @@ def test_mapping_runs_the_kernel_once(monkeypatch):
 
 
 def test_logits_are_still_checked():
-    """Where values can be read; not under vmap, which has none to read."""
+    """Logits are checked where values can be read, which vmap does not allow."""
     case = next(c for c in CASES if c.name == "elita-own")
     _, _, v = case.inputs(T=5)
     bad = torch.full(v.shape[:3], float("nan"), dtype=v.dtype)

@@ -1,6 +1,4 @@
-"""torch.func and forward-mode differentiation of what stands beside attention, at sizes that native
-kernels take.
-"""
+"""torch.func and forward-mode differentiation of the native kernels beside attention."""
 
 from __future__ import annotations
 
@@ -131,7 +129,7 @@ def test_mapped(name: str):
 
 @by_row
 def test_jacobians(name: str):
-    """Of a few outputs: the backward pass is mapped over their gradients."""
+    """The backward pass is mapped over the gradients of a few outputs."""
     run, formula, _ = ROWS[name]
     x = inputs(name, 0)
     compare(jacrev(lambda y: run(y, *x[1:]).flatten()[:3])(x[0]),

@@ -65,7 +65,7 @@ def compiled_rows() -> list[Any]:
 @pytest.mark.parametrize(("case", "impl", "transform"), compiled_rows())
 @pytest.mark.filterwarnings("ignore")
 def test_compiled(case: Case, impl: str, transform: str):
-    """Inside a graph: the same values, or an error, never zeros."""
+    """A compiled graph gives the same values or an error, and never zeros."""
     torch._dynamo.reset()
     run, x, t = as_function(case, "causal", impl, T=3)
     loss = loss_of(run)

@@ -1,6 +1,4 @@
-"""How the implementations walk tokens, made short, so that short sequences are walked in several
-pieces.
-"""
+"""Makes chunks and blocks short, so that short sequences are walked in several pieces."""
 
 from __future__ import annotations
 
@@ -17,9 +15,7 @@ PLACES = {
 
 
 def walk(monkeypatch: Any, **sizes: int) -> None:
-    """chunk, span: of linear and Taylor attention; block: of gated attention; the others:
-    ELiTA's.
-    """
+    """chunk, span: linear and Taylor attention; block: gated attention; the others: ELiTA."""
     for kind, size in sizes.items():
         for place in PLACES[kind]:
             monkeypatch.setattr(f"cumulant.kernels.{place}", size)
