@@ -83,12 +83,12 @@ class CumulantBlock(GradientCheckpointingLayer):  # type: ignore[misc]
 
     def emit_step(self, builder: StepBuilder, x: Vector, residual: Vector | None) -> Vector:
         """See `cumulant.nn.step.EmitsStep`."""
-        builder.emit(self.mixer, builder.norm(self.mixer_norm, x), x)
+        builder.emit_module(self.mixer, builder.emit_norm(self.mixer_norm, x), x)
         return self.emit_feed_forward(builder, x, residual)
 
     def emit_feed_forward(self, builder: StepBuilder, x: Vector, residual: Vector | None) -> Vector:
         builder.rely_on(self)
         builder.require_no_dropout(self.dropout)
         if self.feed_forward is not None:
-            builder.emit(self.feed_forward, builder.norm(self.feed_forward_norm, x), x)
+            builder.emit_module(self.feed_forward, builder.emit_norm(self.feed_forward_norm, x), x)
         return x

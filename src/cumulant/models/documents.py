@@ -107,7 +107,7 @@ def find_documents(
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, rows, length, length, device)
         index = index[index < cu_seqlens[-1]]
-    new_row = _changes(index // length)
+    new_row = _value_changes(index // length)
     later = _later_starts(marks, cu_seqlens, index, rows, length)
     starts = torch.cat((later.new_ones(min(1, len(index))), later))
     if marks.position_ids is not None:
@@ -132,15 +132,19 @@ def _later_starts(
 
     Documents start at new rows and where the marks say so. All marks must agree.
     """
-    new_row = _changes(index // length)
+    new_row = _value_changes(index // length)
     starts = {}  # by the name of the mark
     if marks.position_ids is not None:
         positions = _flat_mark("position_ids", marks.position_ids, rows, length)[index]
-        starts["position_ids"] = _restarts(positions, index, new_row)
+        starts["position_ids"] = _position_restarts(positions, index, new_row)
     if marks.seq_idx is not None:
-        starts["seq_idx"] = _changes(_flat_mark("seq_idx", marks.seq_idx, rows, length)[index])
+        starts["seq_idx"] = _value_changes(
+            _flat_mark("seq_idx", marks.seq_idx, rows, length)[index]
+        )
     if cu_seqlens is not None:
-        starts["cu_seqlens"] = _changes(torch.searchsorted(cu_seqlens.long(), index, right=True))
+        starts["cu_seqlens"] = _value_changes(
+            torch.searchsorted(cu_seqlens.long(), index, right=True)
+        )
     (name, first), *rest = ((name, found | new_row) for name, found in starts.items())
     for other, found in rest:
         if not torch.equal(first, found):
@@ -219,12 +223,12 @@ def _flat_mark(name: str, mark: Tensor, rows: int, length: int) -> Tensor:
     return mark.expand(rows, length).flatten()
 
 
-def _changes(values: Tensor) -> Tensor:
+def _value_changes(values: Tensor) -> Tensor:
     """Where a value differs from the one before: ``[M]`` -> ``[M - 1]``."""
     return values[1:] != values[:-1]
 
 
-def _restarts(positions: Tensor, index: Tensor, new_row: Tensor) -> Tensor:
+def _position_restarts(positions: Tensor, index: Tensor, new_row: Tensor) -> Tensor:
     """Where positions do not rise: ``[M]`` -> ``[M - 1]``."""
     step = positions[1:] - positions[:-1]
     # positions may or may not count padding between two tokens

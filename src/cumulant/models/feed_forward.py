@@ -40,11 +40,14 @@ class FeedForward(nn.Module):
         """See `cumulant.nn.step.EmitsStep`."""
         builder.rely_on(self)
         if self.gate_proj is None:
-            hidden = builder.program.activate("gelu", builder.project(self.up_proj, x))
+            hidden = builder.program.activate("gelu", builder.emit_projection(self.up_proj, x))
         else:
-            gate, up = builder.project(self.gate_proj, x), builder.project(self.up_proj, x)
+            gate, up = (
+                builder.emit_projection(self.gate_proj, x),
+                builder.emit_projection(self.up_proj, x),
+            )
             hidden = builder.program.activate("swiglu", gate, up)
-        return builder.project(self.out_proj, hidden, residual, add=residual is not None)
+        return builder.emit_projection(self.out_proj, hidden, residual, add=residual is not None)
 
 
 class LogitFeedForward(nn.Module):

@@ -133,7 +133,7 @@ class CumulantModel(CumulantPreTrainedModel):
         """See `CumulantForCausalLM.forward`."""
         check_arguments(kwargs, self.config)
         check_token_types(token_type_ids)
-        x = self._embed(input_ids, inputs_embeds)
+        x = self._embed_tokens(input_ids, inputs_embeds)
         B, T = x.shape[:2]
         past = 0
         if past_key_values is not None:
@@ -177,7 +177,7 @@ class CumulantModel(CumulantPreTrainedModel):
             hidden_states=tuple(hidden) if keep else None,
         )
 
-    def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+    def _embed_tokens(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         check_tokens(input_ids, inputs_embeds, self.config.hidden_size)
         if input_ids is None:
             assert inputs_embeds is not None

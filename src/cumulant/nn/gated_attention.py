@@ -119,7 +119,7 @@ class GatedAttentionUnit(GatedUnit):
         inner = self._prepare_rows(x, key_mask, cu_seqlens, in_order=stateless)
         mask = key_mask if inner.rows is None else inner.rows.mask
         h = inner.x if self.norm is None else self.norm(inner.x)
-        position = self._position(inner, state, cu_seqlens)
+        position = self._token_positions(inner, state, cu_seqlens)
         query, key = self._queries_and_keys(h, position)
         divisor = self._length_divisor(inner, position, cu_seqlens)
         scattered = not self.count_padding and not stateless
@@ -127,11 +127,11 @@ class GatedAttentionUnit(GatedUnit):
         attended = gated_attention(
             query,
             key,
-            self._value(h),
+            self._project_values(h),
             activation=self.activation,
             is_causal=self.is_causal,
             length_scale=divisor,
-            bias=self._bias(x, bias, position, scattered, state, divisor, cu_seqlens),
+            bias=self._total_bias(x, bias, position, scattered, state, divisor, cu_seqlens),
             dropout_p=self._active_dropout,
             key_mask=mask,
             cu_seqlens=cu_seqlens,
@@ -158,7 +158,7 @@ class GatedAttentionUnit(GatedUnit):
                 " was trained at>, or length_scale=None"
             )
 
-    def _position(
+    def _token_positions(
         self, inner: PreparedRows, state: KeyValueState | None, cu_seqlens: Tensor | None
     ) -> Tensor:
         """The position of each token in its sequence, ``[T]`` or ``[B, T]``."""
@@ -191,7 +191,7 @@ class GatedAttentionUnit(GatedUnit):
             return (ends[after] - first).clamp(min=1)[None]
         return float(max(T, 1))
 
-    def _bias(
+    def _total_bias(
         self,
         x: Tensor,
         bias: Tensor | None,

@@ -134,7 +134,7 @@ class GatedUnit(nn.Module):
         copies: tuple[Tensor, ...] = z.split(1, 1)
         return copies
 
-    def _value(self, h: Tensor) -> Tensor:
+    def _project_values(self, h: Tensor) -> Tensor:
         """The values ``[B, 1, T, E]``."""
         return F.silu(project(self.value_proj, h))[:, None]
 

@@ -249,12 +249,12 @@ class KernelAttention(nn.Module):
             raise Unsuitable
         builder.require_no_dropout(self.dropout)
         x = program.shift(x) if self.shift_tokens else x
-        h = x if self.norm is None else builder.norm(self.norm, x)
+        h = x if self.norm is None else builder.emit_norm(self.norm, x)
         mixed = program.vector(sum(self._qkv_sizes))
         for projection, part in zip(
             (self.q_proj, self.k_proj, self.v_proj), mixed.split(*self._qkv_sizes), strict=True
         ):
-            builder.project(projection, h, part)
+            builder.emit_projection(projection, h, part)
         if self.conv is not None:
             builder.rely_on(self.conv)
             mixed = program.convolve(mixed, self.conv.weight)
@@ -267,8 +267,8 @@ class KernelAttention(nn.Module):
         q, k = both.split(*self._qkv_sizes[:2])
         y = program.attend(q, k, v, self.num_heads, self.num_kv_heads, **options)
         if self.gate_proj is not None:
-            program.gate(y, builder.project(self.gate_proj, x))
-        return builder.project(self.out_proj, y, residual, add=residual is not None)
+            program.gate(y, builder.emit_projection(self.gate_proj, x))
+        return builder.emit_projection(self.out_proj, y, residual, add=residual is not None)
 
     def state_tensors(self, state: object) -> list[Tensor | None]:
         """A state's tensors in the order of `emit_step`, or [] for another mixer's state."""

@@ -144,7 +144,7 @@ class MixedChunkAttention(GatedUnit):
             h.shape[1], None if state is None else state.position, cu_seqlens, h.device
         )
         quad_query, lin_query, quad_key, lin_key = self._queries_and_keys(h, position)
-        value, mask = self._value(h), None if inner.rows is None else inner.rows.mask
+        value, mask = self._project_values(h), None if inner.rows is None else inner.rows.mask
         if self.count_padding and key_mask is not None:
             hidden = ~key_mask[:, None, :, None]
             lin_key, value = lin_key.masked_fill(hidden, 0), value.masked_fill(hidden, 0)

@@ -58,7 +58,7 @@ def restore_rows(y: Tensor, rows: Rows | None) -> Tensor:
 def last_tokens(x: Tensor, padding: Tensor | None, n: int) -> Tensor:
     """The last `n` tokens of each row of ``x [B, L, D]`` before its ``padding [B]`` entries."""
     if padding is None:
-        return x[:, x.shape[1] - n :].clone()  # a view would keep the whole sequence alive
+        return x[:, x.shape[1] - n :].clone()  # a view would keep the whole sequence in memory
     index = x.shape[1] - n - padding[:, None] + torch.arange(n, device=x.device)
     return x.gather(1, index[..., None].expand(-1, -1, x.shape[2]))
 

@@ -46,24 +46,24 @@ class RotaryEmbedding(nn.Module):
 
     def forward(self, x: Tensor, position: Tensor) -> Tensor:
         """``x [B, H, T, dim]`` at ``position [T]`` or ``[B, T]``."""
-        self._check(x, position, "x")
+        self._check_input(x, position, "x")
         return turn(x, *self.angles(position))
 
     def both(self, query: Tensor, key: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
         """Queries and keys at the same positions."""
-        self._check(query, position, "query")
-        self._check(key, position, "key")
+        self._check_input(query, position, "query")
+        self._check_input(key, position, "key")
         cosine, sine = self.angles(position)
         return turn(query, cosine, sine), turn(key, cosine, sine)
 
-    def _check(self, x: Tensor, position: Tensor, name: str) -> None:
+    def _check_input(self, x: Tensor, position: Tensor, name: str) -> None:
         check_floats(x, "[B, H, T, dim]", name)
         check_positions(position)
         if x.dim() != 4 or x.shape[-1] != self.dim:
             raise ValueError(
                 f"{name}: expected [B, H, T, dim] with dim={self.dim}, got {list(x.shape)}"
             )
-        if torch.compiler.is_compiling():  # comparing lengths would fix the graph's
+        if torch.compiler.is_compiling():  # comparing lengths would fix them in the graph
             return
         B, T = x.shape[0], x.shape[2]
         if position.shape not in ((T,), (1, T), (B, T)):

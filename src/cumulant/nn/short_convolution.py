@@ -65,7 +65,7 @@ class ShortConvolution(nn.Module):
         The channels may be split over several tensors, each of which gets an output. tail, offset
         and padding are as in `token_shift`, but for the length of the tail.
         """
-        self._check(x, tail)
+        self._check_input(x, tail)
         sizes, n = [part.shape[-1] for part in x], self.size - 1
         weights = self.weight.to(x[0].dtype).split(sizes, -1)
         tails = [None] * len(x) if tail is None else tail.to(x[0].dtype).split(sizes, -1)
@@ -86,7 +86,7 @@ class ShortConvolution(nn.Module):
         # a state has the dtype of the weights, under autocast too
         return *mixed, tail.to(self.weight.dtype)
 
-    def _check(self, x: tuple[Tensor, ...], tail: Tensor | None) -> None:
+    def _check_input(self, x: tuple[Tensor, ...], tail: Tensor | None) -> None:
         for part in x:
             check_floats(part, "[B, T, D]")
         if (
@@ -187,11 +187,11 @@ class GatedShortConvolution(nn.Module):
         """See `cumulant.nn.step.EmitsStep`."""
         builder.rely_on(self)
         builder.rely_on(self.conv)
-        content, gate = builder.project(self.in_proj, x).split(self.dim, self.dim)
+        content, gate = builder.emit_projection(self.in_proj, x).split(self.dim, self.dim)
         mixed = builder.program.activate(
             "product", builder.program.convolve(content, self.conv.weight), gate
         )
-        return builder.project(self.out_proj, mixed, residual, add=residual is not None)
+        return builder.emit_projection(self.out_proj, mixed, residual, add=residual is not None)
 
     @staticmethod
     def state_tensors(state: object) -> list[Tensor | None]:

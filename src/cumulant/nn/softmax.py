@@ -96,7 +96,7 @@ class SoftmaxAttention(nn.Module):
                 "state: only causal attention carries a state from call to call; build with"
                 " is_causal=True"
             )
-        q, k, v, count = self._project(x, key_mask, cu_seqlens, state)
+        q, k, v, count = self._project_heads(x, key_mask, cu_seqlens, state)
         past = 0
         mask = key_mask
         if state is not None:
@@ -119,7 +119,7 @@ class SoftmaxAttention(nn.Module):
         position = count if state is None else count + state.position
         return y, self.remember(k, v, mask, position)
 
-    def _project(
+    def _project_heads(
         self,
         x: Tensor,
         key_mask: Tensor | None,

@@ -103,7 +103,7 @@ class StepBuilder:
                 raise Unsuitable  # a weight that is no parameter, or a replaced method
         self.modules.append(module)
 
-    def norm(self, norm: Any, x: Vector) -> Vector:
+    def emit_norm(self, norm: Any, x: Vector) -> Vector:
         self.rely_on(norm, RMSNorm, nn.RMSNorm, nn.LayerNorm, ScaleNorm)
         if isinstance(norm, ScaleNorm):
             return self.program.norm(x, "scalenorm", norm.eps, norm.weight)
@@ -114,7 +114,7 @@ class StepBuilder:
         eps = torch.finfo(torch.float32).eps if norm.eps is None else norm.eps
         return self.program.norm(x, "rmsnorm", eps, norm.weight)
 
-    def project(
+    def emit_projection(
         self, projection: nn.Module, x: Vector, to: Vector | None = None, add: bool = False
     ) -> Vector:
         self.rely_on(projection, nn.Linear)
@@ -125,7 +125,7 @@ class StepBuilder:
         if dropout.training and dropout.p > 0:  # type: ignore[operator]
             raise Unsuitable
 
-    def emit(self, module: nn.Module, x: Vector, residual: Vector | None) -> Vector:
+    def emit_module(self, module: nn.Module, x: Vector, residual: Vector | None) -> Vector:
         """The instructions of a module inside this one."""
         if not isinstance(module, EmitsStep):
             raise Unsuitable
