@@ -1,8 +1,7 @@
-"""Against pytorch-fast-transformers (compiled, and to be installed beforehand), the same weights:
-forward and backward.
+"""Against pytorch-fast-transformers, which must be installed and compiled: forward and backward.
 
-Median of five calls each, in turn, in one process. dim 512, 8 heads of 64, batch 1, fp32, two
-threads.
+Both have the same weights. Rows are medians of five calls each, in turn, in one process. dim 512,
+8 heads of 64, batch 1, fp32, two threads.
 
     python benchmarks/against_fast_transformers.py
 """

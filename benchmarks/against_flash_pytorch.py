@@ -1,10 +1,9 @@
-"""Against FLASH-pytorch, the same weights: time and memory of its FLASHTransformer, and of one more
-token.
+"""Against FLASH-pytorch: time and memory of its FLASHTransformer and of one more token.
 
-The model of that package's train.py (8 layers of 512, groups of 256, Laplace, token shift, bytes),
-fp32. Each row is one process for each library, in turn: the median of its calls, and the most
-memory that they took beyond the weights. The package generates by running the whole sequence for
-every token; ours steps on a state.
+Both have the same weights. The model is that of the package's train.py (8 layers of 512, groups of
+256, Laplace, token shift, bytes) in fp32. Each row is one process for each library, in turn: the
+median of its calls, and their peak memory beyond the weights. The package generates by running the
+whole sequence for every token; ours steps on a state.
 
     python benchmarks/against_flash_pytorch.py
     python benchmarks/against_flash_pytorch.py --products torch    # both without oneDNN

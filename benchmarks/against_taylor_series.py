@@ -1,8 +1,8 @@
-"""Against taylor-series-linear-attention, the same weights: time and memory of attention in both
-directions and across.
+"""Against taylor-series-linear-attention: time and memory with the same weights.
 
-Each row is one process for each library, in turn: the median of its calls, and the most memory that
-the calls took beyond inputs and weights. dim 512, 16 heads of 16, fp32.
+It measures attention in both directions and cross attention. Each row is one process for each
+library, in turn: the median of its calls, and the peak memory of the calls beyond inputs and
+weights. dim 512, 16 heads of 16, fp32.
 
     python benchmarks/against_taylor_series.py
 """

@@ -1,6 +1,8 @@
-"""Times of the chunk-parallel implementation by chunk length: the table in docs/log/foundation.md.
+"""Times of the chunk-parallel implementation by chunk length.
 
-python benchmarks/chunks.py
+The table is in docs/log/foundation.md.
+
+    python benchmarks/chunks.py
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
-"""Counts of the code itself: what a new argument or a new implementation would touch, and how long
-things are.
+"""Counts of the code itself: lengths, and the places that a new argument or implementation touches.
 
-python benchmarks/counts.py [ROOT]
+    python benchmarks/counts.py [ROOT]
 
 ROOT is a checkout, by default this one. The Python calls of a token are counted in the package that
 is imported, so run it with ROOT/src first in PYTHONPATH. The last line is JSON.
@@ -27,15 +26,14 @@ OTHER_OPERATIONS = (
     "taylor",
     "weights",
 )
-# Functions that are about masks alone, or about another operation: no other argument would go
-# there.
+# Functions that handle masks alone, or another operation. No other argument would be added there.
 OF_MASKS = ("mask", "count_tokens", "softmax_features", "_clear")
 OF_OTHERS = ("mixed_chunk_attention", "elita_attention", "sliding_window_attention")
 IMPLEMENTATIONS = (
     "native",
     "torch",
     "chunked",
-)  # the last is what torch's folder was called before
+)  # the last is the former name of torch's folder
 
 
 def functions(tree: ast.AST) -> Iterator[ast.FunctionDef]:
@@ -58,8 +56,11 @@ def body_lines(function: ast.FunctionDef) -> int:
 
 
 def argument_sites(package: Path, name: str = "key_mask") -> list[str]:
-    """Where a tensor argument of linear attention is declared: parameters, fields of tuples and
-    structs. `key_mask` goes where any other that belongs to keys would."""
+    """Declarations of a tensor argument of linear attention.
+
+    They are parameters and fields of tuples and structs. A new argument of the keys would be
+    declared wherever `key_mask` is.
+    """
     paths = [
         *package.glob("ops/*.py"),
         *package.glob("kernels/**/*.py"),
@@ -94,8 +95,9 @@ def argument_sites(package: Path, name: str = "key_mask") -> list[str]:
 
 
 def implementation_files(package: Path) -> list[str]:
-    """Files outside the implementations' folders that name two of them: where a new one would have
-    to be named too.
+    """Files outside the implementations' folders that name two of them.
+
+    A new implementation would have to be named in them too.
     """
     folders = {name: package / "kernels" / name for name in IMPLEMENTATIONS}
     found = []
@@ -136,9 +138,7 @@ def glue_lines(package: Path) -> int:
 
 
 def token_calls() -> dict[str, int]:
-    """Python calls of one token through two Taylor mixers, and through a language model of two
-    layers.
-    """
+    """Python calls of one token through two Taylor mixers, and through a model of two layers."""
     import torch
     from transformers import DynamicCache
 

@@ -1,8 +1,7 @@
 """Memory and time of cross attention onto a long context, by number of queries.
 
-Each measurement is a process of its own, so that its peak is its own. "peak" is what the process
-took at most beyond the context, which it was given; "read" is the time of the queries alone, on a
-state computed before.
+Each measurement is a process of its own, with its own peak. "peak" is the process's peak memory
+beyond the context; "read" is the time of the queries alone, on a state computed before.
 
     python benchmarks/cross_attention.py [--context 1048576] [--queries 1 64 4096 65536]
 """
@@ -26,8 +25,9 @@ DIM, HEADS = 128, 4
 
 
 class Softmax(nn.Module):
-    """The same projections with fused softmax attention; its "state" is the context's keys and
-    values.
+    """The same projections with fused softmax attention.
+
+    Its "state" is the context's keys and values.
     """
 
     def __init__(self) -> None:

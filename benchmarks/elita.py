@@ -1,9 +1,8 @@
-"""ELiTA's attention and feed-forward against their eager forms: time, and what is kept for the
-backward pass.
+"""ELiTA's attention and feed-forward against their eager forms: time, and memory for backward.
 
 The eager attention is the published equation in PyTorch, two cumulative sums of clipped
-exponentials; the eager feed-forward one einsum over its hidden layer. Calls take turns in one
-process, on the same inputs; medians. fp32.
+exponentials. The eager feed-forward is one einsum over its hidden layer. Calls take turns in one
+process, on the same inputs in fp32, and figures are medians.
 
     python benchmarks/elita.py --threads 2
 """
@@ -48,8 +47,9 @@ def eager_feed_forward(module: nn.ElitaFeedForward, x: Tensor) -> Tensor:
 def side_by_side(
     ours: Callable[[], Tensor], theirs: Callable[[], Tensor], leaves: list[Tensor], rounds: int
 ) -> dict:
-    """Median seconds of each, forward and forward with backward, and bytes kept for backward beside
-    the leaves.
+    """Median seconds of each, forward and forward with backward.
+
+    It also returns the bytes kept for the backward pass, except the leaves.
     """
     torch.testing.assert_close(ours(), theirs(), rtol=1e-3, atol=1e-4)
     found: dict[str, dict[str, float]] = {}
@@ -113,8 +113,9 @@ def feed_forward(tokens: int, dim: int, rounds: int) -> dict:
 
 @torch.inference_mode()
 def steps(context: int, rounds: int) -> dict[str, float]:
-    """Seconds of the next token: onto a state, and by the eager form, which runs all of them again.
-    H = 8, V = 64.
+    """Seconds of the next token, with H = 8 and V = 64.
+
+    A step extends a state; the eager form computes all tokens again.
     """
     torch.manual_seed(0)
     inputs = [*(torch.randn(1, 8, context) for _ in range(3)), torch.randn(1, 8, context, 64)]

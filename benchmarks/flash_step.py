@@ -1,9 +1,8 @@
-"""One token onto FLASH's open group, native beside PyTorch, by how full the group is: figures in
-docs/log/evidence.md.
+"""One token onto FLASH's open group, native and PyTorch, by the number of tokens in the group.
 
-B sequences, values of V channels.
+There are B sequences, with values of V channels. The figures are in docs/log/evidence.md.
 
-python benchmarks/flash_step.py
+    python benchmarks/flash_step.py
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""What the constant term does for the higher order transformer: held-out bits per byte of two small
-language models.
+"""The effect of the constant term in the higher order transformer.
 
-python benchmarks/higher_order.py [--learning-rate 2e-3]
+It prints the held-out bits per byte of two small language models, with and without the term.
+
+    python benchmarks/higher_order.py [--learning-rate 2e-3]
 """
 
 from __future__ import annotations

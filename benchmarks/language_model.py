@@ -1,11 +1,12 @@
-"""Speed of whole models, preset beside preset: training by window; decoding, and the cache's size,
-by context.
+"""Speed of whole models, preset beside preset.
+
+It measures training by window; and decoding, with the cache's size, by context.
 
     python benchmarks/language_model.py train  --windows 1024 4096 16384
     python benchmarks/language_model.py decode --contexts 1000 10000 100000
 
-All rows in one process, presets side by side at each length, medians over repeats; the last line is
-JSON.
+All rows are measured in one process, with the presets side by side at each length. Figures are
+medians over repeats. The last line is JSON.
 """
 
 from __future__ import annotations

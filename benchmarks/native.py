@@ -1,12 +1,13 @@
-"""The native CPU kernels beside their floor and their peers: one run, every row a median, the same
-inputs.
+"""The native CPU kernels beside their floor and their peers, on the same inputs in one run.
 
-The floor of a row is its multiplications and additions (in the letters of DESIGN.md, a token and
-head, chunks of 64: forward 4 F V + 64 (K + V), backward 10 F V + 64 (4 K + 3 V)) over the rate that
-the vector units reach in this run from registers; the memory's is the bytes that must come and go
-over the rate of a copy. Peers: the chunk-parallel PyTorch implementation, PyTorch's fused softmax
-attention, and the cores of taylor-series-linear-attention (features, then the causal product) and
-of pytorch-fast-transformers. The causal product needs pytorch-fast-transformers 0.4.0, compiled:
+The floor of a row is its number of multiplications and additions over the rate that the vector
+units reach in this run from registers. In the letters of DESIGN.md, with chunks of 64, a token and
+head takes 4 F V + 64 (K + V) of them forward, and 10 F V + 64 (4 K + 3 V) backward. The floor of
+the memory is the number of bytes read and written over the rate of a copy. Rows are medians.
+
+Peers are the chunk-parallel PyTorch implementation, PyTorch's fused softmax attention, and the
+cores of taylor-series-linear-attention (features, then the causal product) and of
+pytorch-fast-transformers. The causal product needs pytorch-fast-transformers 0.4.0, compiled:
 
     pip install --no-build-isolation pytorch-fast-transformers
     python benchmarks/native.py --threads 2
@@ -132,8 +133,9 @@ def seconds(call: Callable[[], object]) -> float:
 
 
 def measure(case: Case, repeats: int, slow: set[str]) -> dict[str, dict[str, float]]:
-    """Median seconds of every peer's forward pass and of both passes, taken in turn; `slow` peers
-    are left out.
+    """Median seconds of every peer's forward pass and of both passes, taken in turn.
+
+    Peers in `slow` are left out.
     """
     torch.manual_seed(0)
     q, k, v = (
@@ -177,7 +179,7 @@ def measure(case: Case, repeats: int, slow: set[str]) -> dict[str, dict[str, flo
 
 
 def copy_rate() -> float:
-    """Bytes a second, read and written, of a copy that no cache holds."""
+    """Bytes a second, read and written, of a copy too large for the caches."""
     x = torch.zeros(64_000_000)
     y = torch.zeros_like(x)
     return 2 * x.numel() * 4 / min(seconds(lambda: y.copy_(x)) for _ in range(7))
@@ -214,8 +216,9 @@ def table(repeats: int, rate: float, bandwidth: float) -> list[dict[str, object]
 
 
 def by_length(repeats: int) -> list[dict[str, object]]:
-    """Forward and both passes by length, 16 heads of V = 64; softmax with heads as wide as the
-    mechanism's values.
+    """Forward and both passes by length, with 16 heads of V = 64.
+
+    Heads of softmax are as wide as the mechanism's values.
     """
     rows = []
     print("mechanism     T      native ms           torch       sdpa  (forward, both)")
@@ -239,8 +242,9 @@ def by_length(repeats: int) -> list[dict[str, object]]:
 
 
 def draw(rows: list[dict[str, object]], folder: Path) -> None:
-    """Nanoseconds by length: a panel for each mechanism and pass, in the styles of
-    `cumulant bench`.
+    """Nanoseconds by length, in a panel for each mechanism and pass.
+
+    The styles are those of `cumulant bench`.
     """
     from cumulant.bench.reports.plots import add_legend, label_ticks, panel_column, save_figure
     from cumulant.bench.speed.subjects import SUBJECTS

@@ -1,10 +1,10 @@
-"""Where the native kernels are not the fastest: few tokens with many features, against PyTorch's
-quadratic form.
+"""Cases in which the native kernels are slower than PyTorch's quadratic form.
 
     python benchmarks/thresholds.py
 
-A row is one layer's Taylor attention, 8 heads, V = 64: native time over PyTorch's, medians of runs
-in turns. It is what `cumulant.kernels.native.attention.MANY` rests on. The last line is JSON.
+They have few tokens with many features. A row is one layer's Taylor attention with 8 heads and
+V = 64: native time over PyTorch's, medians of runs in turns.
+`cumulant.kernels.native.attention.MANY` rests on it. The last line is JSON.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""Whole models on the native kernels and on PyTorch's operators, the same weights in one run, and
-where the time goes.
+"""Whole models on the native kernels and on PyTorch's operators, with the same weights.
 
     python benchmarks/whole_model.py
 
-Times a training step, a decoded token and a token of `generate`, and profiles the first.
+It times a training step, a decoded token and a token of `generate`, and profiles the first.
 
-Training is forward and backward on one window; decoding is the model's step at batch 1 behind a
-context, and `model.generate` with sampling. Both ways take turns; medians. The last line is JSON.
+Training is forward and backward on one window. Decoding is the model's step at batch 1 after a
+context, and `model.generate` with sampling. Both implementations take turns, and figures are
+medians. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ ATTENTION = ("cumulant::attention", "cumulant::attention_backward", "GeneratedBa
 
 @contextmanager
 def operators(model: CumulantForCausalLM) -> Iterator[None]:
-    """PyTorch's operators throughout."""
+    """Use PyTorch's operators throughout."""
     before = pointwise.LEAST, step.MOST_ROWS
     mixers = [layer.mixer for layer in model.model.layers if hasattr(layer.mixer, "impl")]
     chosen = [mixer.impl for mixer in mixers]
@@ -51,8 +51,9 @@ def operators(model: CumulantForCausalLM) -> Iterator[None]:
 def compare(
     model: CumulantForCausalLM, run: Callable[[], float], repeats: int
 ) -> tuple[float, float]:
-    """Median milliseconds by PyTorch's operators and by the native kernels, in turns; `run` says
-    how long it took.
+    """Median milliseconds by PyTorch's operators and by the native kernels, in turns.
+
+    `run` returns the time that it took.
     """
     times: tuple[list[float], list[float]] = [], []
     for _ in range(repeats + 1):
@@ -104,7 +105,7 @@ def generating(model: CumulantForCausalLM, tokens: int) -> Callable[[], float]:
 
 
 def shares(run: Callable[[], float], steps: int = 3) -> dict[str, float]:
-    """Of a step's time: matrix products of projections, the attention kernels, everything else."""
+    """Shares of a step's time: projections' products, attention kernels, everything else."""
     run()
     with torch.profiler.profile() as profile:
         for _ in range(steps):

@@ -1,7 +1,7 @@
 """Two minutes from nothing to a small language model of Python: train, score, sample, measure.
 
-Trains a Taylor-attention model on the source of Python's standard library, and says what to type
-next.
+It trains a Taylor-attention model on the source of Python's standard library, and names the next
+commands to try.
 """
 
 from __future__ import annotations
@@ -40,9 +40,7 @@ OPTIONS = TrainingOptions(
 
 
 def unigram_bits(train_text: bytes, heldout: bytes) -> float:
-    """Bits per byte of the held-out text under the byte frequencies of the training text (plus one
-    each).
-    """
+    """Bits per byte of the held-out text under the training text's byte counts plus one."""
     counts = Counter(train_text)
     total = len(train_text) + 256
     return -sum(

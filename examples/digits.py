@@ -1,8 +1,7 @@
-"""TaylorViT learns to read scikit-learn's handwritten digits, beside the same network with less to
-mix its tokens.
+"""TaylorViT learns to read scikit-learn's handwritten digits, beside networks that mix tokens less.
 
-1,797 images of 8 x 8 pixels in 16 patches; 1,437 to train on, moved by up to a pixel, 360 to test
-on. Prints each network's accuracy on the test images, as they are and moved, and one JSON line.
+It trains on 1,437 images of 8 x 8 pixels in 16 patches, moved by up to a pixel, and tests on 360.
+It prints each network's accuracy on the test images, as they are and moved, and one JSON line.
 About a minute on two cores:
 
     python examples/digits.py
@@ -21,7 +20,7 @@ from torch.nn import functional as F
 
 from cumulant.models import TaylorViT
 
-# what mixes tokens: attention and the feed-forward's convolution, one of them, or neither
+# tokens are mixed by attention and the feed-forward's convolution, one of them, or neither
 NETWORKS = {
     "taylor": {"mixer": "taylor"},
     "attention only": {"mixer": "taylor", "kernel_size": 1},
@@ -31,9 +30,7 @@ NETWORKS = {
 
 
 def data(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Training images ``[N, 1, 8, 8]`` in [-1, 1] and labels, then those of the test, a fifth of
-    all, stratified.
-    """
+    """Training images ``[N, 1, 8, 8]`` in [-1, 1], labels, and a stratified fifth to test on."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -46,7 +43,7 @@ def data(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def moved(images: Tensor, move: int) -> Tensor:
-    """Images one pixel away in direction 0 to 8 (4: where they were), their border repeated."""
+    """Images moved one pixel in direction 0 to 8 (4: not moved), with their border repeated."""
     row, column = divmod(move, 3)
     return F.pad(images, (1, 1, 1, 1), mode="replicate")[:, :, row : row + 8, column : column + 8]
 
@@ -75,7 +72,7 @@ def without_attention(model: TaylorViT) -> TaylorViT:
 
 
 def fit(name: str, epochs: int, seed: int, batch: int = 64, peak: float = 3e-3) -> dict[str, float]:
-    """Train one network; its accuracies on the test images, parameters and seconds."""
+    """Train one network; returns its test accuracies, its parameters and the seconds."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     images, labels, test_images, test_labels = data(seed)

@@ -102,7 +102,7 @@ def test_a_reader_that_goes_away(model, tmp_path, command):
     )
     done = shell(f"{line} | head -c 20; echo ${{PIPESTATUS[0]}}")
     assert done.stdout.endswith(b"141\n")
-    assert done.stderr.decode() == f"cumulant: stopped; go on with: --load-state {state}\n"
+    assert done.stderr.decode() == f"cumulant: stopped; continue with: --load-state {state}\n"
     assert command("generate", model, "--max-new-tokens", 3, "--load-state", state)[0] == 0
     assert shell("$CUMULANT --help | head -n 0; echo ${PIPESTATUS[0]}").stderr == b""
 
@@ -133,7 +133,7 @@ def test_ctrl_c_leaves_the_state(model, tmp_path):
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=240)  # a busy machine
     assert process.returncode == 130
-    assert errors.decode() == f"cumulant: stopped; go on with: --load-state {state}\n"
+    assert errors.decode() == f"cumulant: stopped; continue with: --load-state {state}\n"
     assert [p.name for p in tmp_path.iterdir()] == ["s"]
 
 

@@ -1,8 +1,8 @@
-"""Draws docs/figures/elita_wikitext.svg: held-out loss by mechanism, seed.
+"""Draws docs/figures/elita_wikitext.svg: held-out loss by mechanism and seed.
 
 The comparison is that of docs/log/elita.md.
 
-python docs/figures/elita_wikitext.py
+    python docs/figures/elita_wikitext.py
 """
 
 from pathlib import Path

@@ -1,6 +1,6 @@
 """Draws three pictures of ideas, as SVG beside this file.
 
-- whole_split_step.svg: the whole, any split, and steps give the same numbers
+- whole_split_step.svg: one call, any split, and steps give the same numbers
 - chunk_walk.svg: how the native kernels walk the chunks of a sequence
 - mixer_block.svg: a block of the language model and its mixer
 

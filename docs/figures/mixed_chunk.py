@@ -1,7 +1,7 @@
-"""Draws docs/figures/mixed_chunk.svg: which keys each query sees, and how.
+"""Draws docs/figures/mixed_chunk.svg: the keys that each query sees.
 
-It is read off the operation itself: with the identity for values, the
-output is the weights.
+It runs the operation itself: with the identity for values, the output is the
+weights.
 
     python docs/figures/mixed_chunk.py
 """

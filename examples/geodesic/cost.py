@@ -1,8 +1,7 @@
-"""What one acceleration costs, forwards and backwards, contracted directly or by way of the
-Christoffel symbols.
+"""The cost of one acceleration, forwards and backwards, directly or by the Christoffel symbols.
 
-32 points, the learned metric. Prints the median time of 20 and by how much the first grew the peak
-of the process, so one way and one size a process:
+It uses 32 points and the learned metric. It prints the median time of 20 calls, and by how much the
+first call raised the peak memory of the process, so one process measures one method and size:
 
     OMP_NUM_THREADS=1 python examples/geodesic/cost.py 64 symbols
 """
@@ -38,7 +37,7 @@ def measure(
     def run(metric: Metric, x: Tensor, v: Tensor) -> None:
         WAYS[way](metric, x, v).sum().backward()
 
-    run(LearnedMetric(2, 1, 2), *torch.randn(2, 1, 2))  # loads what PyTorch loads at the first call
+    run(LearnedMetric(2, 1, 2), *torch.randn(2, 1, 2))  # PyTorch loads libraries at the first call
     metric = LearnedMetric(dim, rank, hidden)
     x, v = ((0.2 * torch.randn(points, dim)).requires_grad_() for _ in range(2))
     before = peak_mib()

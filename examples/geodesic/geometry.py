@@ -23,9 +23,7 @@ Metric: TypeAlias = Callable[[Tensor], Tensor]
 
 
 def christoffel(metric: Metric, x: Tensor) -> Tensor:
-    """``Γ^k_ij`` at points ``x [..., D]``, as ``[..., k, i, j]``: D³ numbers a point, by the
-    definition.
-    """
+    """``Γ^k_ij`` at points ``x [..., D]``, as ``[..., k, i, j]``, by the definition."""
     d = x.shape[-1]
     points = x.reshape(-1, d)
     dg = vmap(jacfwd(metric))(points)  # dg[i, j, l] = ∂_l g_ij
@@ -59,12 +57,12 @@ def acceleration(metric: Metric, x: Tensor, v: Tensor) -> Tensor:
 def geodesic(
     metric: Metric, x: Tensor, v: Tensor, steps: int, time: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """End point and end velocity, ``[..., D]`` each, of the geodesic from ``x`` with velocity ``v``
-    after ``time``.
+    """End point and end velocity, ``[..., D]`` each, of a geodesic after ``time``.
 
-    ``steps`` of the classic Runge-Kutta method of order 4, four accelerations each. The method's
-    formulas for the pair (x, v) are written out for x, so that without acceleration a step is
-    ``x + h v`` to the last bit. Differentiable in ``x``, ``v`` and the metric's parameters.
+    It starts at ``x`` with velocity ``v``. There are ``steps`` of the classic Runge-Kutta method of
+    order 4, with four accelerations each. The method's formulas for the pair (x, v) are written out
+    for x, so that without acceleration a step is exactly ``x + h v``. The result is differentiable
+    in ``x``, ``v`` and the metric's parameters.
     """
     if steps < 1:
         raise ValueError(f"steps: expected at least 1, got {steps}")

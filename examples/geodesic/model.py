@@ -1,5 +1,6 @@
-"""A language model whose state is a velocity: a token is a point, the next one is predicted where
-its geodesic ends.
+"""A language model whose state is a velocity.
+
+A token is a point, and the next token is predicted from the end of its geodesic.
 
 B rows, T tokens, V in the vocabulary, D dimensions of embedding space.
 """
@@ -22,13 +23,13 @@ def at_least_one(**numbers: int) -> None:
 
 
 class LearnedMetric(nn.Module):
-    """``g(x) = diag(exp s(x)) + U(x) U(x)ᵀ``: points ``[..., D]`` to positive definite matrices
-    ``[..., D, D]``.
+    """A metric ``g(x) = diag(exp s(x)) + U(x) U(x)ᵀ``.
 
-    ``s [D]`` and ``√D U [D, rank]`` are tanh of the outputs of a network with one hidden layer of
-    tanh units, so the eigenvalues of ``g`` lie between 1/e and e + rank whatever is learned. The
-    last layer starts small: ``g`` starts near the identity, and not at it, where ``U Uᵀ`` would
-    have no gradient.
+    It maps points ``[..., D]`` to positive definite matrices ``[..., D, D]``. ``s [D]`` and ``√D U
+    [D, rank]`` are tanh of the outputs of a network with one hidden layer of tanh units, so the
+    eigenvalues of ``g`` are always between 1/e and e + rank. The last layer starts small, so ``g``
+    starts near the identity. It does not start at the identity, where ``U Uᵀ`` would have no
+    gradient.
     """
 
     def __init__(self, dim: int, rank: int, hidden: int) -> None:
@@ -55,13 +56,13 @@ class GeodesicLanguageModel(nn.Module):
 
         f, c     = halves of A [e_t; w_{t-1}] + a
         v_t      = speed · n / |n|,   n = sigmoid(f) ∘ w_{t-1} + c
-        x_t, w_t = end point and end velocity, after unit time, of the geodesic from e_t with
-        velocity v_t logits_t = scale · x_t Eᵀ + b,   E the embedding matrix
+        x_t, w_t = end point and end velocity, after unit time, of the geodesic from e_t with v_t
+        logits_t = scale · x_t Eᵀ + b,   E the embedding matrix
 
-    The velocity ``w_T [B, D]`` is all that is carried. ``steps`` is the integration's. ``flat`` has
-    no metric and moves in straight lines: ``x_t = e_t + v_t``, ``w_t = v_t``; seeded alike, its
-    other weights start the same. ``checkpointing`` keeps each token's ``e_t`` and ``v_t`` for
-    ``backward()``, which integrates again.
+    The velocity ``w_T [B, D]`` is the whole state. ``steps`` are those of the integration. ``flat``
+    has no metric and moves in straight lines: ``x_t = e_t + v_t``, ``w_t = v_t``; with the same
+    seed, its other weights start the same. ``checkpointing`` keeps each token's ``e_t`` and ``v_t``
+    for ``backward()``, which integrates again.
     """
 
     def __init__(
@@ -77,9 +78,8 @@ class GeodesicLanguageModel(nn.Module):
         super().__init__()
         at_least_one(vocab_size=vocab_size, dim=dim, rank=rank, steps=steps, hidden=hidden)
         self.steps, self.checkpointing = steps, checkpointing
-        self.embedding = nn.Parameter(
-            torch.randn(vocab_size, dim) * dim**-0.5
-        )  # points at about 1 from the origin
+        # points at a distance of about 1 from the origin
+        self.embedding = nn.Parameter(torch.randn(vocab_size, dim) * dim**-0.5)
         self.update = nn.Linear(2 * dim, 2 * dim)
         self.speed = nn.Parameter(torch.tensor(2.0))
         self.scale = nn.Parameter(torch.tensor(1.0))
@@ -87,9 +87,7 @@ class GeodesicLanguageModel(nn.Module):
         self.metric = None if flat else LearnedMetric(dim, rank, hidden)
 
     def forward(self, ids: Tensor, velocity: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Logits ``[B, T, V]`` of the tokens after ``ids [B, T]``, and the velocity ``[B, D]`` to
-        go on with.
-        """
+        """Logits ``[B, T, V]`` of the tokens after ``ids [B, T]``, and the velocity ``[B, D]``."""
         dim = self.embedding.shape[1]
         if ids.ndim != 2 or not ids.shape[1]:
             raise ValueError(f"ids: expected [B, T] with T at least 1, got {list(ids.shape)}")
@@ -106,20 +104,16 @@ class GeodesicLanguageModel(nn.Module):
         return self.scale * torch.stack(points, 1) @ self.embedding.T + self.bias, velocity
 
     def steer(self, e: Tensor, w: Tensor) -> Tensor:
-        """The velocity ``[B, D]`` in which to leave the token at ``e`` after
-        arriving with ``w``.
-        """
+        """The velocity ``[B, D]`` of the motion from ``e``, after an arrival with ``w``."""
         f, c = self.update(torch.cat((e, w), -1)).chunk(2, -1)
         return self.speed * F.normalize(torch.sigmoid(f) * w + c, dim=-1)
 
     def move(self, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """End point and end velocity, ``[B, D]`` each, after unit time from ``x`` with velocity
-        ``v``.
-        """
+        """End point and end velocity, ``[B, D]`` each, of the motion from ``x`` with ``v``."""
         if self.metric is None:
             return x + v, v
         if self.checkpointing and torch.is_grad_enabled():
-            # the other kind of checkpoint hooks into saved tensors, which torch.func.vjp does not
+            # non-reentrant checkpoints use hooks on saved tensors, which torch.func.vjp does not
             # support
             return checkpoint(
                 geodesic,

@@ -1,9 +1,8 @@
-"""Trains the geodesic language model on the bytes of a text, beside the same model moving in
-straight lines.
+"""Trains the geodesic language model on the bytes of a text, and the same model in straight lines.
 
-The last tenth of the text is held out. Prints each model's bits per byte, seconds a step and peak
-memory; for geodesics also how curved the motion is and how true the integration; then one JSON
-line. A minute or two on one core:
+The last tenth of the text is held out. It prints each model's bits per byte, seconds a step and
+peak memory; for geodesics also the curvature of the motion and the error of the integration; then
+one JSON line. A minute or two on one core:
 
     OMP_NUM_THREADS=1 python examples/geodesic/train.py
 """
@@ -29,7 +28,7 @@ from geometry import energy
 from model import GeodesicLanguageModel
 
 MODELS = ("straight", "geodesic")  # in this order: the peak memory of a process never falls
-ROWS = 64  # places in the held-out text from which it is read in parallel
+ROWS = 64  # rows into which the held-out text is split, which are read in parallel
 FILES = (
     "argparse difflib doctest inspect mailbox optparse pickle shutil subprocess tarfile typing"
     " unittest/mock"
@@ -43,9 +42,7 @@ def standard_library() -> bytes:
 
 
 def data(text: bytes, options: argparse.Namespace) -> tuple[Tensor, Tensor]:
-    """The text to train on as ``[batch, N]`` consecutive bytes a row, and the held-out tenth as
-    ``[64, L]``.
-    """
+    """The training text ``[batch, N]``, in consecutive rows, and the held-out tenth ``[64, L]``."""
     heldout = len(text) // 10
     least = max(-(-options.batch * (options.context + 1) * 10 // 9), 10 * 2 * ROWS)
     if len(text) < least:
@@ -60,15 +57,14 @@ def data(text: bytes, options: argparse.Namespace) -> tuple[Tensor, Tensor]:
 
 
 def peak_mib() -> float:
-    """The process's largest memory so far."""
-    unit = (
-        2**20 if sys.platform == "darwin" else 2**10
-    )  # ru_maxrss is in bytes on macOS, in KiB elsewhere
+    """The peak memory of the process so far."""
+    # ru_maxrss is in bytes on macOS, in KiB elsewhere
+    unit = 2**20 if sys.platform == "darwin" else 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 def bits_per_byte(model: GeodesicLanguageModel, rows: Tensor, window: int = 64) -> float:
-    """Of all bytes of ``rows [N, L]`` but the first of each, the velocity carried along."""
+    """Over all bytes of ``rows [N, L]`` except each first, with the velocity carried along."""
     nats, velocity = 0.0, None
     with torch.no_grad():
         for i in range(0, rows.shape[1] - 1, window):
@@ -81,11 +77,11 @@ def bits_per_byte(model: GeodesicLanguageModel, rows: Tensor, window: int = 64) 
 
 
 def motion(model: GeodesicLanguageModel, rows: Tensor) -> tuple[float, float]:
-    """Over the moves from all bytes of ``rows [N, L]``, the medians of two ratios.
+    """Medians of two ratios over the moves from all bytes of ``rows [N, L]``.
 
-    By how much the energy ``vᵀ g v``, which a geodesic conserves, differs at the end from the
-    start; and how far from ``e + v``, the end of the straight line, the end point lies, in units of
-    the line's length ``|v|``.
+    The first is the relative change of the energy ``vᵀ g v``, which a geodesic conserves. The
+    second is the distance of the end point from ``e + v``, the end of the straight line, relative
+    to the line's length ``|v|``.
     """
     assert model.metric is not None
     drifts, departures = [], []
@@ -100,9 +96,7 @@ def motion(model: GeodesicLanguageModel, rows: Tensor) -> tuple[float, float]:
 
 
 def fit(name: str, train: Tensor, rows: Tensor, options: argparse.Namespace) -> dict[str, float]:
-    """Train one model on ``train [B, N]``, reading its rows in order; its figures on the held-out
-    ``rows``.
-    """
+    """Train a model on ``train [B, N]``, in order; returns its scores on held-out ``rows``."""
     torch.manual_seed(options.seed)
     sizes = {"rank": options.rank, "steps": options.rk4_steps, "hidden": options.hidden}
     model = GeodesicLanguageModel(
@@ -120,13 +114,13 @@ def fit(name: str, train: Tensor, rows: Tensor, options: argparse.Namespace) -> 
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, rates, total_steps=options.steps, pct_start=0.1
     )
-    losses, velocity, place = [], None, 0
+    losses, velocity, offset = [], None, 0
     start = time.perf_counter()
     for step in range(options.steps):
-        if place + options.context >= train.shape[1]:
-            velocity, place = None, 0
-        ids = train[:, place : place + options.context + 1]
-        place += options.context
+        if offset + options.context >= train.shape[1]:
+            velocity, offset = None, 0
+        ids = train[:, offset : offset + options.context + 1]
+        offset += options.context
         logits, velocity = model(ids[:, :-1], velocity)
         velocity = velocity.detach()
         loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
@@ -197,7 +191,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
-    """Train the models that were asked for; their figures by name, which are printed too."""
+    """Train the requested models, print their scores, and return them by name."""
     try:
         options = parse(arguments)
         train, rows = data(

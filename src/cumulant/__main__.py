@@ -1,7 +1,6 @@
-"""Where the command begins: ``cumulant``, ``python -m cumulant`` and so ``torchrun -m cumulant``.
+"""The entry point of ``cumulant``, ``python -m cumulant`` and ``torchrun -m cumulant``.
 
-Nothing here needs more than Python, so that whatever is missing or goes wrong can be said in one
-line.
+This module needs only Python, so that it can report any missing package or error in one line.
 """
 
 from __future__ import annotations
@@ -14,21 +13,17 @@ from collections.abc import Sequence
 from .streams import prepare_streams, silence
 
 EXTRA = "pip install 'cumulant[text]', or in a checkout: pip install -e '.[text]'"
-MISTAKES = (
-    ValueError,
-    TypeError,
-    OSError,
-    ModuleNotFoundError,
-)  # what the messages of this package are raised as
-# What goes wrong in the libraries underneath: their words will do.
+# the exceptions of this package's messages
+MISTAKES = (ValueError, TypeError, OSError, ModuleNotFoundError)
+# the exceptions of the libraries underneath, whose messages are printed as they are
 FAILURES = (*MISTAKES, RuntimeError, MemoryError, ArithmeticError, EOFError, ImportError)
 
 
 def main() -> None:
-    """Entry point: what goes wrong is one line on standard error and exit code 2 (1: a fault of
-    this package).
+    """Run the command line; an error is one line on standard error.
 
-    CUMULANT_DEBUG=1 shows the traceback instead.
+    The exit code is then 2, or 1 for a fault of this package. CUMULANT_DEBUG=1 shows the traceback
+    instead.
     """
     prepare_streams()
     arguments = sys.argv[1:] or ["--help"]
@@ -37,26 +32,24 @@ def main() -> None:
         sys.stdout.flush()
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT
-    except BrokenPipeError:  # whoever read has what he wanted
+    except BrokenPipeError:  # the reader has what it wanted
         silence(sys.stdout)
         code = 128 + getattr(signal, "SIGPIPE", 13)
     except Exception as error:
         if os.environ.get("CUMULANT_DEBUG"):
             raise
         code = 2 if _is_expected(error) else 1
-        if _speaks(error):
+        if _should_report(error):
             print(f"cumulant: {describe(error, arguments)}", file=sys.stderr)
         try:
             sys.stdout.flush()
-        except (
-            OSError
-        ):  # it may be what went wrong; Python would try once more at its end, and complain
+        except OSError:  # perhaps the error itself; Python would try again at its end, and complain
             silence(sys.stdout)
     sys.exit(code)
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run a command; where only torch is installed, those that need nothing else."""
+    """Run a command; without the extra packages, only those commands that need torch alone."""
     try:
         from .cli import run_command
     except ModuleNotFoundError as error:
@@ -75,7 +68,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def describe(error: Exception, arguments: Sequence[str] = ()) -> str:
-    """One line: what went wrong, with an option's name as it was typed."""
+    """The error in one line, with an option's name as the user typed it."""
     if hasattr(error, "format_message"):  # typer's
         message = str(error.format_message())
     elif isinstance(error, ModuleNotFoundError) and error.name is not None:
@@ -113,9 +106,12 @@ def _comes_from(error: Exception, package: str) -> bool:
     return type(error).__module__.partition(".")[0] in (package, f"{package}_rust")
 
 
-def _speaks(error: Exception) -> bool:
-    """Under torchrun all processes meet a mistake: the first one says it. What befalls another one
-    alone it says itself, but for the end of its connection to one that has failed."""
+def _should_report(error: Exception) -> bool:
+    """Whether this process reports the error.
+
+    Under torchrun all processes meet the same mistake, and the first one reports it. Another
+    process reports only errors of its own, except the loss of its connection to one that failed.
+    """
     rank = os.environ.get("RANK", "0")
     if rank == "0":
         return True

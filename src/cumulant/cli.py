@@ -52,7 +52,7 @@ def common(
 def say(line: str) -> None:
     """Write a line on standard output, above the progress bar if there is one.
 
-    Work goes on when nobody reads it any more.
+    Work continues after the reader of the output is gone.
     """
     from tqdm import tqdm
 
@@ -137,7 +137,7 @@ def train(
 
 def _resume_advice(output: str) -> str:
     if (Path(output) / STARTED).is_file():
-        return f"go on with: cumulant train --output {shlex.quote(output)} --resume"
+        return f"continue with: cumulant train --output {shlex.quote(output)} --resume"
     return "training had not begun; the same command starts it"
 
 
@@ -149,17 +149,17 @@ ScoredText = Annotated[
     typer.Option(help="text to score, whole; may be repeated; default: the run's held-out text"),
 ]
 Encoding = Annotated[str | None, typer.Option(help="encoding of the files, if it is not UTF-8")]
-Windows = Annotated[list[int] | None, typer.Option(help="window in tokens; give it several times")]
+Windows = Annotated[list[int] | None, typer.Option(help="window in tokens; may be repeated")]
 TextColumn = Annotated[str, typer.Option(help="column of a dataset that holds the text")]
 Prompt = Annotated[
     str | None, typer.Option(help="text to continue; default: standard input, if piped")
 ]
 TopP = Annotated[float, typer.Option(help="only the likeliest tokens that hold this probability")]
 SavedState = Annotated[
-    str | None, typer.Option(help="leave the state in this file", callback=expand_home)
+    str | None, typer.Option(help="write the state to this file", callback=expand_home)
 ]
 LoadedState = Annotated[
-    str | None, typer.Option(help="go on from the state in this file", callback=expand_home)
+    str | None, typer.Option(help="continue from the state in this file", callback=expand_home)
 ]
 
 
@@ -270,7 +270,7 @@ def generate(
         )
     except (KeyboardInterrupt, BrokenPipeError):
         if save_state is not None:
-            print(f"cumulant: stopped; go on with: --load-state {save_state}", file=sys.stderr)
+            print(f"cumulant: stopped; continue with: --load-state {save_state}", file=sys.stderr)
         raise
     if stats:
         prompt_tokens = result.context - result.new_tokens

@@ -17,7 +17,7 @@ def show_version() -> None:
 def facts() -> dict[str, str]:
     """Versions, devices, and the implementations that work here."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch misses NumPy, which nothing here needs
+        warnings.simplefilter("ignore")  # torch warns if NumPy is missing, which is not needed
         import torch
 
     from .kernels.native.library import instructions, missing

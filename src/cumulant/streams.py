@@ -1,4 +1,4 @@
-"""Standard output and error, whose reader may be gone, and whose terminal may lack characters."""
+"""Standard output and error that work without a reader, or without all characters."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 
 
 def silence(stream: object) -> None:
-    """Send what a stream still holds to nowhere: its reader is gone."""
+    """Discard the rest of a stream whose reader is gone."""
     try:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())  # type: ignore[attr-defined]
@@ -17,9 +17,7 @@ def silence(stream: object) -> None:
 
 
 def prepare_streams() -> None:
-    """Standard output and error that take any text, also where they are closed or have few
-    characters.
-    """
+    """Let standard output and error take any text, also if closed or short of characters."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:

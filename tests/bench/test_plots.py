@@ -123,7 +123,7 @@ def test_a_line_that_only_a_later_panel_has(figures, tmp_path):
             "error": 1e-3,
         },
     ]
-    accuracy_plots.draw(rows, tmp_path)
+    accuracy_plots.draw_errors(rows, tmp_path)
     assert figures == ["accuracy"]
 
 

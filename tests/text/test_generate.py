@@ -240,7 +240,7 @@ def test_an_interruption_leaves_the_state(number, tmp_path, monkeypatch):
     def handler(*_):
         raise Interrupted
 
-    monkeypatch.setattr(module, "PIECE", 4)
+    monkeypatch.setattr(module, "CHUNK", 4)
     forward = type(model.model).forward
 
     def interrupting(self, *args, **kwargs):

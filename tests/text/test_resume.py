@@ -274,7 +274,7 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(text, tmp_path, kind):
     _, errors = process.communicate()
     assert process.returncode == (-signal.SIGKILL if kind == signal.SIGKILL else 130)
     if kind == signal.SIGINT:
-        assert b"interrupted; go on with: cumulant train --output" in errors
+        assert b"interrupted; continue with: cumulant train --output" in errors
         assert b"Traceback" not in errors
     partial = output / "checkpoint-9999"  # as a kill in the middle of writing leaves it
     partial.mkdir()

@@ -125,7 +125,7 @@ def test_bad_options(tmp_path, text):
 def test_an_output_that_holds_a_run_is_left_alone(run, text):
     before = (Path(run.output) / "model.safetensors").read_bytes()
     with pytest.raises(
-        ValueError, match="holds a run already; go on with it by --resume, or name .* --output"
+        ValueError, match="holds a run already; continue it with --resume, or name .* --output"
     ):
         train(TrainingOptions(output=run.output, data=str(text), **SMALL), say=lambda _: None)
     assert (Path(run.output) / "model.safetensors").read_bytes() == before

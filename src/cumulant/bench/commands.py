@@ -21,8 +21,8 @@ Output = Annotated[
 ]
 Force = Annotated[bool, typer.Option("--force", help="replace another report in that folder")]
 Device = Annotated[str, typer.Option(help="cpu or cuda; auto: a GPU if there is one")]
-Only = Annotated[list[str] | None, typer.Option(help="only this one; give it several times")]
-Lengths = Annotated[list[int] | None, typer.Option(help="tokens; give it several times")]
+Only = Annotated[list[str] | None, typer.Option(help="only this one; may be repeated")]
+Lengths = Annotated[list[int] | None, typer.Option(help="tokens; may be repeated")]
 InputSeed = Annotated[
     int, typer.Option(help="seed of queries, keys and values", min=0, max=2**63 - 1)
 ]
@@ -40,7 +40,7 @@ HeldoutShare = Annotated[
 ]
 LearningRates = Annotated[
     list[float] | None,
-    typer.Option(help="peak rate; the best of several is used; give it several times"),
+    typer.Option(help="peak rate; the best of several is used; may be repeated"),
 ]
 
 
@@ -103,7 +103,7 @@ def speed(
     mechanism: Only = None,
     passes: Annotated[
         list[str] | None,
-        typer.Option("--pass", help="forward, training or decode; give it several times"),
+        typer.Option("--pass", help="forward, training or decode; may be repeated"),
     ] = None,
     length: Lengths = None,
     batch: Annotated[int | None, typer.Option(help="sequences")] = None,
@@ -146,7 +146,7 @@ def accuracy(
     output: Output = None,
     length: Lengths = None,
     dtype: Annotated[
-        list[str] | None, typer.Option(help="fp32, bf16, fp16 or fp64; give it several times")
+        list[str] | None, typer.Option(help="fp32, bf16, fp16 or fp64; may be repeated")
     ] = None,
     operation: Only = None,
     seed: InputSeed = 0,
@@ -169,7 +169,7 @@ def approximation(
     output: Output = None,
     model: Annotated[
         list[str] | None,
-        typer.Option(help="a training run whose heads are measured as well; give it several times"),
+        typer.Option(help="a training run whose heads are measured as well; may be repeated"),
     ] = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="random queries and keys only: no model is trained")
@@ -195,7 +195,7 @@ def compare(
     recipe: Annotated[
         str,
         typer.Option(
-            help="what is compared: long-context, flash-enwik8, flash-enwik8-small, elita-wikitext"
+            help="the comparison: long-context, flash-enwik8, flash-enwik8-small, elita-wikitext"
         ),
     ] = "long-context",
     output: Output = None,
@@ -207,7 +207,7 @@ def compare(
         ),
     ] = False,
     mechanism: Annotated[
-        list[str] | None, typer.Option(help="only this one and the baseline; give it several times")
+        list[str] | None, typer.Option(help="only this one and the baseline; may be repeated")
     ] = None,
     learning_rate: LearningRates = None,
     seeds: Annotated[int | None, typer.Option(help="seeds of weights and order")] = None,
@@ -254,7 +254,7 @@ def recall(
         bool, typer.Option("--quick", help="three mechanisms at one width: five minutes")
     ] = False,
     mechanism: Only = None,
-    width: Annotated[list[int] | None, typer.Option(help="channels; give it several times")] = None,
+    width: Annotated[list[int] | None, typer.Option(help="channels; may be repeated")] = None,
     learning_rate: LearningRates = None,
     seeds: Annotated[int | None, typer.Option(help="seeds of weights and data")] = None,
     steps: Annotated[int | None, typer.Option(help="steps of 32 sequences, at most")] = None,
@@ -263,7 +263,7 @@ def recall(
         int | None, typer.Option(help="tokens in the vocabulary; Zoology's is 8192")
     ] = None,
     pairs: Annotated[
-        list[int] | None, typer.Option(help="pairs in a sequence; give it several times")
+        list[int] | None, typer.Option(help="pairs in a sequence; may be repeated")
     ] = None,
     conv: Annotated[
         bool | None,

@@ -1,4 +1,4 @@
-"""What the commands print: text of users without markup, and numbers that are never cut."""
+"""What the commands print: plain text without markup, and numbers that are never cut."""
 
 from __future__ import annotations
 
@@ -26,9 +26,7 @@ def as_table(
     rows: Sequence[Sequence[str]],
     title: str | None = None,
 ) -> RenderableType:
-    """A table if the terminal is wide enough, else one line for each row, which breaks between
-    words.
-    """
+    """A table if the terminal is wide enough, else one line for each row."""
     table = Table(title=title)
     for heading in headings:
         table.add_column(Text(heading))
@@ -47,9 +45,10 @@ def as_table(
 def print_table(
     console: rich.console.Console, headings: Sequence[str], rows: Sequence[Sequence[str]]
 ) -> None:
+    """Print a table, or a line for each row."""
     console.print(as_table(console, headings, rows))
 
 
 def expand_home(path: str | None) -> str | None:
-    """A path with ``~`` for the home folder, which shells leave alone in ``--output=~/runs``."""
+    """A path with ``~`` expanded, which shells leave alone in ``--output=~/runs``."""
     return None if path is None else os.path.expanduser(path)

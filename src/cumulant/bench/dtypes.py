@@ -26,6 +26,6 @@ DTYPES = {
 
 
 def require_dtype(name: str) -> None:
-    """Refuse names that are not in the table."""
+    """Refuse a name that is not in the table."""
     if name not in DTYPES:
         raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {name!r}")

@@ -1,4 +1,4 @@
-"""Command lines read strictly: nothing that was typed is dropped in silence."""
+"""Strict command lines, which ignore nothing that the user typed."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typer.core import TyperCommand, TyperGroup
 
 
 def _check_repetition(command: Any, ctx: Any, args: list[str]) -> tuple[list[str], list[Any]]:
-    """Refuse an option of one value that is given twice; what is no option, and the parameters as
-    they were given.
+    """Refuse an option of one value that is given twice.
+
+    Returns the arguments that are no options, and the parameters as they were given.
     """
     _, extra, order = command.make_parser(ctx).parse_args(args=list(args))
     options = [
@@ -25,8 +26,9 @@ def _check_repetition(command: Any, ctx: Any, args: list[str]) -> tuple[list[str
 
 
 class StrictCommand(TyperCommand):
-    """An option of one value is given once; what a shell has made of an unquoted pattern is named
-    as that.
+    """A command that refuses an option of one value given twice.
+
+    It also explains the arguments that a shell makes of an unquoted pattern.
     """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -40,9 +42,7 @@ class StrictCommand(TyperCommand):
 
 
 class StrictGroup(TyperGroup):
-    """A group that is a command as well: its own options are given once. Those of its commands come
-    behind.
-    """
+    """A group that is itself a command, whose own options are given once, before a subcommand."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         _check_repetition(self, ctx, args)

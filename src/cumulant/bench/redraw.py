@@ -1,4 +1,4 @@
-"""`cumulant report`: plots and page of a folder again, from its rows."""
+"""`cumulant report`: draws the plots and the page of a folder again from its rows."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def reports() -> dict[str, Report]:
 
 
 def redraw(path: str, console: Console) -> Page:
-    """The plots and the page of a folder, from its rows.
+    """Draw the plots and the page of a folder from its rows.
 
     Raises:
         ValueError: the folder has no rows, or rows that its command does not write.

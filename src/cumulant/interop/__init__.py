@@ -1,5 +1,6 @@
-"""Weights from other packages: the same numbers from our modules. `docs/migrating.md` has an
-example of each.
+"""Weights from other packages, loaded into our modules, which give the same numbers.
+
+`docs/migrating.md` has an example of each.
 """
 
 from .elita import from_elita

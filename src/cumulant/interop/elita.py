@@ -38,23 +38,22 @@ def from_elita(
 
     Args:
         weights: arrays by the layer's names, as NumPy or torch, or an .npz archive of them.
-            Attention: k1, k2 and, if there is one, k3 ``[H, D]``, a1, b1, a2, b2, c ``[H, M, 1]``,
-            value_weight and output_weight ``[H, D, V]``; feed-forward: w1 ``[D, A]``, w2
-            ``[D, F]``, w3 ``[A, F, D]``, b1, b2, b3. What comes before the last "/" and
-            TensorFlow's ":0" behind a name do not matter.
-        prefix: of an archive that holds several layers, take the names that begin so, as
-            "attention2_1/".
-        horizon: of attention: tokens less one of the sequences that it was trained on; needed
-            unless `compatible`.
+            Attention has k1, k2 and possibly k3 ``[H, D]``, a1, b1, a2, b2, c ``[H, M, 1]``,
+            value_weight and output_weight ``[H, D, V]``. A feed-forward has w1 ``[D, A]``, w2
+            ``[D, F]``, w3 ``[A, F, D]``, b1, b2, b3. A prefix up to the last "/" of a name and
+            TensorFlow's ":0" after it are ignored.
+        prefix: of the names to take from an archive with several layers, such as "attention2_1/".
+        horizon: of attention: the length of the training sequences less one; needed unless
+            `compatible`.
         time: see `cumulant.nn.ElitaAttention`.
         compatible: the original's numbers on sequences of any length: positions from 0 to 1 over
-            whatever is given, and logits clipped to ±20. Such a layer has no state.
+            its input, and logits clipped to ±20. Such a layer has no state.
 
     Raises:
-        ValueError: an array is missing, misshapen or too many, or `horizon` is that the weights do
-            not tell.
+        ValueError: an array is missing, misshapen or too many, or `horizon` is missing, which the
+            weights do not determine.
     """
-    found = _arrays(weights, prefix)
+    found = _named_arrays(weights, prefix)
     if not found.keys() & {"w1", "w2", "w3"}:
         if compatible == (horizon is not None):
             raise ValueError(
@@ -76,11 +75,13 @@ def from_elita(
     return _feed_forward(found)
 
 
-def _arrays(weights: Mapping[str, Any] | str | os.PathLike[str], prefix: str) -> dict[str, Tensor]:
+def _named_arrays(
+    weights: Mapping[str, Any] | str | os.PathLike[str], prefix: str
+) -> dict[str, Tensor]:
     if isinstance(weights, Mapping):
         given = dict(weights)
     elif isinstance(weights, (str, os.PathLike)):
-        given = _archive(weights)
+        given = _read_archive(weights)
     else:
         raise TypeError(
             f"weights: expected arrays by name or an .npz file, got {type(weights).__name__}"
@@ -95,7 +96,7 @@ def _arrays(weights: Mapping[str, Any] | str | os.PathLike[str], prefix: str) ->
                 f"weights: more than one {short!r}, in {name!r} the second; choose a layer with"
                 " prefix=..."
             )
-        found[short] = _tensor(short, x)
+        found[short] = _copy_tensor(short, x)
     if not found:
         raise ValueError(
             f"weights: no arrays{f' whose names begin with {prefix!r}' if prefix else ''}"
@@ -103,8 +104,8 @@ def _arrays(weights: Mapping[str, Any] | str | os.PathLike[str], prefix: str) ->
     return found
 
 
-def _tensor(name: str, x: Any) -> Tensor:
-    """In memory of its own: what comes may be read-only."""
+def _copy_tensor(name: str, x: Any) -> Tensor:
+    """A copy of the array, since the original may be read-only."""
     import numpy as np
 
     try:
@@ -113,7 +114,7 @@ def _tensor(name: str, x: Any) -> Tensor:
         raise ValueError(f"weights: {name}: not an array of numbers: {error}") from error
 
 
-def _archive(path: str | os.PathLike[str]) -> dict[str, Any]:
+def _read_archive(path: str | os.PathLike[str]) -> dict[str, Any]:
     import zipfile
 
     import numpy as np
@@ -127,8 +128,8 @@ def _archive(path: str | os.PathLike[str]) -> dict[str, Any]:
         ) from error
 
 
-def _checked(found: dict[str, Tensor], expected: dict[str, str], layer: str) -> dict[str, int]:
-    """The sizes of the letters, once every array is there and fits the others."""
+def _check_arrays(found: dict[str, Tensor], expected: dict[str, str], layer: str) -> dict[str, int]:
+    """The sizes of the letters, after all arrays are found and fit one another."""
     sizes: dict[str, int] = {"1": 1}
     for name, letters in expected.items():
         if name not in found:
@@ -162,7 +163,7 @@ def _attention(
 ) -> nn.Module:
     keys = [name for name in ("k1", "k2", "k3") if name in found]
     expected = ATTENTION | ({"k3": "H D"} if "k3" in found else {})
-    n = _checked(found, expected, "Attention2")
+    n = _check_arrays(found, expected, "Attention2")
     module = ElitaAttention(
         n["D"],
         n["H"],
@@ -173,7 +174,7 @@ def _attention(
         query_logit="k3" in found,
         clip=clip,
     )
-    return _loaded(
+    return _load_arrays(
         module,
         {
             "logit_proj.weight": torch.cat([found[name] for name in keys]),
@@ -185,8 +186,8 @@ def _attention(
 
 
 def _feed_forward(found: dict[str, Tensor]) -> nn.Module:
-    n = _checked(found, FEED_FORWARD, "FeedForward2")
-    return _loaded(
+    n = _check_arrays(found, FEED_FORWARD, "FeedForward2")
+    return _load_arrays(
         ElitaFeedForward(n["D"], n["A"], factor=n["F"]),
         {
             "hidden_proj.weight": found["w1"].T,
@@ -199,7 +200,7 @@ def _feed_forward(found: dict[str, Tensor]) -> nn.Module:
     )
 
 
-def _loaded(module: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
+def _load_arrays(module: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
     copies = {name: x.clone(memory_format=torch.contiguous_format) for name, x in weights.items()}
     module.load_state_dict(copies, assign=True)
     return module

@@ -1,6 +1,4 @@
-"""pytorch-fast-transformers (Katharopoulos et al.): its linear attention layers, and Mercat's
-higher order layer.
-"""
+"""pytorch-fast-transformers (Katharopoulos et al.), with Mercat's higher order layer."""
 
 from __future__ import annotations
 
@@ -39,12 +37,14 @@ def from_fast_transformers(
     feature_map: FeatureMap | None = None,
     alpha: float | None = None,
 ) -> KernelAttention:
-    """Our module with the weights of an `AttentionLayer` or a `RecurrentAttentionLayer` (self or
-    cross attention): a `LinearAttention`, or a `TaylorAttention` for the higher order layer.
+    """Our module with the weights of a linear or higher order attention layer.
 
-    Outputs agree to rounding, but for the original's epsilon of 1e-6 in denominators, which we
-    leave out; those of the higher order layer agree with its paper, not with its code
-    (`docs/migrating.md`). Everything is copied; random features stay as the layer drew them last.
+    The source is an `AttentionLayer` or a `RecurrentAttentionLayer` (self or cross attention). The
+    result is a `LinearAttention`, or a `TaylorAttention` for the higher order layer.
+
+    Outputs agree to rounding, except for the original's epsilon of 1e-6 in denominators, which we
+    leave out. Those of the higher order layer agree with its paper, not with its code
+    (`docs/migrating.md`). Everything is copied; random features stay as the layer last drew them.
 
     Args:
         source: the layer (of an encoder: ``encoder.layers[i].attention``), or its state dict. The
@@ -57,8 +57,8 @@ def from_fast_transformers(
         alpha: of the higher order layer, by default 3.
 
     Raises:
-        ValueError: a weight is missing, left over or of another shape, or an option is that the
-            weights do not tell.
+        ValueError: a weight is missing, left over or of another shape, or an option is missing that
+            the weights do not determine.
     """
     if isinstance(source, nn.Module):
         if any(option is not None for option in (heads, attention, feature_map, alpha)):
@@ -66,7 +66,7 @@ def from_fast_transformers(
                 "heads, attention, feature_map, alpha: read off the layer; give them only with a"
                 " state dict"
             )
-        heads, attention, feature_map, alpha = _options(source)
+        heads, attention, feature_map, alpha = _layer_options(source)
     if heads is None:
         raise ValueError("heads: the weights do not tell the number of heads; give heads=...")
     if attention not in CAUSAL:
@@ -82,10 +82,10 @@ def from_fast_transformers(
     loaded = {}
     for theirs, ours in (("query", "q"), ("key", "k"), ("value", "v"), ("out", "out")):
         for part in ("weight", "bias"):
-            loaded[f"{ours}_proj.{part}"] = weights.take(f"{theirs}_projection.{part}")
+            loaded[f"{ours}_proj.{part}"] = weights.pop_weight(f"{theirs}_projection.{part}")
     _load_map(
         feature_map,
-        weights.below("inner_attention.feature_map."),
+        weights.pop_below("inner_attention.feature_map."),
         copied=isinstance(source, nn.Module),
     )
     queries, dim = loaded["q_proj.weight"].shape
@@ -112,8 +112,9 @@ def from_fast_transformers(
 
 
 def _load_map(feature_map: FeatureMap | None, weights: dict[str, Tensor], *, copied: bool) -> None:
-    """A feature map's own weights, into the module that was given for it; a layer's map was copied
-    with them.
+    """Load a feature map's own weights into the given module.
+
+    The map of a layer was copied with its weights.
     """
     if not weights or copied:
         return
@@ -125,8 +126,8 @@ def _load_map(feature_map: FeatureMap | None, weights: dict[str, Tensor], *, cop
     feature_map.load_state_dict(weights)
 
 
-class _Theirs(nn.Module):
-    """A feature map of theirs, which sees ``[N, L, H, E]`` and may treat queries and keys apart."""
+class _PackageMap(nn.Module):
+    """A feature map of the package, on ``[N, L, H, E]``; queries and keys may differ."""
 
     def __init__(self, feature_map: Callable[[Tensor], Tensor], side: str):
         super().__init__()
@@ -138,7 +139,7 @@ class _Theirs(nn.Module):
         return y
 
 
-def _options(source: Any) -> tuple[int, str, FeatureMap | None, float | None]:
+def _layer_options(source: Any) -> tuple[int, str, FeatureMap | None, float | None]:
     """Heads, kind of attention, feature map (None: elu + 1) and alpha of a layer."""
     inner = getattr(source, "inner_attention", None)
     names = [kind.__name__ for kind in type(inner).__mro__]
@@ -161,11 +162,11 @@ def _options(source: Any) -> tuple[int, str, FeatureMap | None, float | None]:
     omega = getattr(theirs, "omega", None)
     if isinstance(omega, Tensor) and not omega.any():
         raise ValueError("source: its random features were never drawn; call the layer once")
-    return source.n_heads, kind, (_Theirs(theirs, "queries"), _Theirs(theirs, "keys")), None
+    return source.n_heads, kind, (_PackageMap(theirs, "queries"), _PackageMap(theirs, "keys")), None
 
 
 def _is_elu(feature_map: Any, source: Any) -> bool:
-    """Whether it is elu + 1 on queries and on keys, by what it does."""
+    """Whether the map equals elu + 1 on queries and keys, by its values."""
     weight = source.query_projection.weight
     x = torch.linspace(-4, 4, len(weight), device=weight.device, dtype=weight.dtype).view(
         1, 1, source.n_heads, -1

@@ -1,6 +1,4 @@
-"""FLASH-pytorch (Phil Wang): the gated attention unit, the FLASH layer and the FLASH
-transformer.
-"""
+"""FLASH-pytorch (Phil Wang): gated attention unit, FLASH layer and FLASH transformer."""
 
 from __future__ import annotations
 
@@ -28,28 +26,29 @@ def from_flash_pytorch(
     reduce_group_non_causal_attn: bool | None = None,
     add_residual: bool | None = None,
 ) -> nn.Module:
-    """Our module with the weights of a `GAU`, `FLASH` or `FLASHTransformer`: a
-    `GatedAttentionUnit`, a `MixedChunkAttention`, or a `CumulantForCausalLM` (`CumulantForMaskedLM`
-    if not causal).
+    """Our module with the weights of a `GAU`, `FLASH` or `FLASHTransformer`.
 
-    Outputs agree to rounding, save where the package's depend on what they should not;
-    `docs/migrating.md` lists these.
+    They become a `GatedAttentionUnit`, a `MixedChunkAttention`, or a `CumulantForCausalLM`
+    (`CumulantForMaskedLM` if not causal).
+
+    Outputs agree to rounding, except where the package's depend on masked or future tokens;
+    `docs/migrating.md` lists these cases.
 
     Args:
         source: the module, or its state dict.
-        compatible: the package's behaviour there too: masked tokens take places in groups, in
-            neighbourhoods and in the divisor, and a causal GAU divides by the length of whatever it
-            is given (then it has no state).
+        compatible: keep the package's behaviour in these cases too. Masked tokens then count in
+            groups, in neighbourhoods and in the divisor. A causal GAU divides by the length of its
+            input, and has no state.
         length_scale: divisor of a causal GAU's scores, the length it was trained at; needed unless
             `compatible`.
         causal, group_size, laplace_attn_fn, shift_tokens, reduce_group_non_causal_attn,
-            add_residual: as the original was built, for a state dict only: a module knows them. The
-            weights tell none; those left out take the package's defaults, but `causal` must be
-            given (and `group_size`, unless the weights are a GAU's).
+            add_residual: the options of the original, for a state dict only: a module knows them.
+            The weights do not determine them. Options left out take the package's defaults, but
+            `causal` must be given (and `group_size`, unless the weights are a GAU's).
 
     Raises:
-        ValueError: a weight is missing, left over or of another shape, or an option is that the
-            weights do not tell.
+        ValueError: a weight is missing, left over or of another shape, or an option is missing that
+            the weights do not determine.
     """
     given: dict[str, Any] = {
         "causal": causal,
@@ -64,7 +63,7 @@ def from_flash_pytorch(
         extra = [name for name, value in given.items() if value is not None]
         if extra:
             raise ValueError(f"{extra[0]}: read off the module; give it only with a state dict")
-        given = _options(source)
+        given = _module_options(source)
     unit = "offsetscale.gamma" in weights
     for name in ("causal",) if unit else ("causal", "group_size"):
         if given[name] is None:
@@ -83,18 +82,18 @@ def from_flash_pytorch(
     if length_scale is not None and (compatible or not (unit and given["causal"])):
         raise ValueError("length_scale: only for a causal GAU, and not with compatible=True")
     if unit:
-        return _unit(weights, source, given, compatible, length_scale)
+        return _gated_unit(weights, source, given, compatible, length_scale)
     if "token_emb.weight" in weights:
-        return _transformer(weights, source, given, compatible)
-    loaded, shape = _layer(weights, "", uses="qk_offset_scale", out="to_out")
+        return _language_model(weights, source, given, compatible)
+    loaded, shape = _read_layer(weights, "", uses="qk_offset_scale", out="to_out")
     module = MixedChunkAttention(**shape, **_layer_options(given, compatible))
-    _take_epsilon(module.norm, source)
+    _copy_epsilon(module.norm, source)
     weights.load(module, loaded, source)
     return module
 
 
-def _options(source: Any) -> dict[str, Any]:
-    """What the weights do not tell, read off a module."""
+def _module_options(source: Any) -> dict[str, Any]:
+    """The options of a module, which its weights do not determine."""
     layers = list(source.layers) if hasattr(source, "token_emb") else [source]
     if not layers or not all(
         hasattr(layer, "attn_fn") and hasattr(layer, "to_hidden") for layer in layers
@@ -115,41 +114,41 @@ def _options(source: Any) -> dict[str, Any]:
     }
 
 
-def _layer(
+def _read_layer(
     weights: Weights, prefix: str, *, uses: str, out: str
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """One layer's weights under our names, and the sizes and parts that they tell."""
-    value, gate = weights.take(f"{prefix}to_hidden.0.weight").chunk(2)
-    value_bias, gate_bias = weights.take(f"{prefix}to_hidden.0.bias").chunk(2)
+    """One layer's weights under our names, and its options as the weights determine them."""
+    value, gate = weights.pop_weight(f"{prefix}to_hidden.0.weight").chunk(2)
+    value_bias, gate_bias = weights.pop_weight(f"{prefix}to_hidden.0.bias").chunk(2)
     loaded = {
         "value_proj.weight": value,
         "value_proj.bias": value_bias,
         "gate_proj.weight": gate,
         "gate_proj.bias": gate_bias,
-        "qk_proj.weight": weights.take(f"{prefix}to_qk.0.weight"),
-        "qk_proj.bias": weights.take(f"{prefix}to_qk.0.bias"),
-        "offset_scale.gamma": weights.take(f"{prefix}{uses}.gamma"),
-        "offset_scale.beta": weights.take(f"{prefix}{uses}.beta"),
-        "out_proj.weight": weights.take(f"{prefix}{out}.weight"),
-        "out_proj.bias": weights.take(f"{prefix}{out}.bias"),
-        "relative_bias.embedding.weight": weights.take(
+        "qk_proj.weight": weights.pop_weight(f"{prefix}to_qk.0.weight"),
+        "qk_proj.bias": weights.pop_weight(f"{prefix}to_qk.0.bias"),
+        "offset_scale.gamma": weights.pop_weight(f"{prefix}{uses}.gamma"),
+        "offset_scale.beta": weights.pop_weight(f"{prefix}{uses}.beta"),
+        "out_proj.weight": weights.pop_weight(f"{prefix}{out}.weight"),
+        "out_proj.bias": weights.pop_weight(f"{prefix}{out}.bias"),
+        "relative_bias.embedding.weight": weights.pop_weight(
             f"{prefix}rel_pos_bias.relative_attention_bias.weight"
         ),
     }
     if f"{prefix}norm.g" in weights:
-        norm, loaded["norm.weight"] = "scalenorm", weights.take(f"{prefix}norm.g")
+        norm, loaded["norm.weight"] = "scalenorm", weights.pop_weight(f"{prefix}norm.g")
     else:
         norm = "layernorm" if f"{prefix}norm.bias" in weights else "rmsnorm"
-        loaded |= {f"norm.{name}": x for name, x in weights.below(f"{prefix}norm.").items()}
+        loaded |= {f"norm.{name}": x for name, x in weights.pop_below(f"{prefix}norm.").items()}
     frequencies = (
-        weights.take(f"{prefix}rotary_pos_emb.freqs")
+        weights.pop_weight(f"{prefix}rotary_pos_emb.freqs")
         if f"{prefix}rotary_pos_emb.freqs" in weights
         else None
     )
     if frequencies is not None:
         if len(loaded["qk_proj.weight"]) % 2 and len(loaded["qk_proj.weight"]) < 32:
             raise ValueError(
-                "source: rotation over an odd query_key_dim, which turns by other angles, has no"
+                "source: rotation over an odd query_key_dim, which uses other angles, has no"
                 " counterpart"
             )
         check_frequencies(frequencies)
@@ -157,7 +156,7 @@ def _layer(
     return loaded, {
         "dim": dim,
         "query_key_dim": len(loaded["qk_proj.weight"]),
-        "expansion_factor": (hidden + 0.5) / dim,  # survives being made an integer of again
+        "expansion_factor": (hidden + 0.5) / dim,  # rounds down to `hidden` again
         "norm": norm,
         "rotary_dim": 0 if frequencies is None else 2 * len(frequencies),
     }
@@ -184,13 +183,13 @@ def _layer_options(given: dict[str, Any], compatible: bool) -> dict[str, Any]:
     }
 
 
-def _take_epsilon(norm: Any, source: Any) -> None:
-    """The epsilon of a module's own norm; a state dict's has its usual one."""
+def _copy_epsilon(norm: Any, source: Any) -> None:
+    """Copy the epsilon of a module's norm; a state dict keeps the default."""
     if hasattr(getattr(source, "norm", None), "eps"):
         norm.eps = source.norm.eps
 
 
-def _unit(
+def _gated_unit(
     weights: Weights,
     source: Any,
     given: dict[str, Any],
@@ -203,7 +202,7 @@ def _unit(
             " its outputs change as the sequence grows; give length_scale=<the length it was"
             " trained at>, or compatible=True for the same"
         )
-    loaded, shape = _layer(weights, "", uses="offsetscale", out="to_out.0")
+    loaded, shape = _read_layer(weights, "", uses="offsetscale", out="to_out.0")
     dropout = given.get("dropout", 0.0)
     module = GatedAttentionUnit(
         **shape,
@@ -216,28 +215,30 @@ def _unit(
         out_dropout=dropout,
         count_padding=compatible,
     )
-    _take_epsilon(module.norm, source)
+    _copy_epsilon(module.norm, source)
     weights.load(module, loaded, source)
     return module
 
 
-def _transformer(
+def _language_model(
     weights: Weights, source: Any, given: dict[str, Any], compatible: bool
 ) -> nn.Module:
     from ..models import CumulantForCausalLM, CumulantForMaskedLM, from_preset
 
     loaded = {
-        "model.embed_tokens.weight": weights.take("token_emb.weight"),
-        "model.position.scale": weights.take("abs_pos_emb.scale"),
-        "model.norm.weight": weights.take("to_logits.0.weight"),
-        "model.norm.bias": weights.take("to_logits.0.bias"),
-        "lm_head.weight": weights.take("to_logits.1.weight"),
-        "lm_head.bias": weights.take("to_logits.1.bias"),
+        "model.embed_tokens.weight": weights.pop_weight("token_emb.weight"),
+        "model.position.scale": weights.pop_weight("abs_pos_emb.scale"),
+        "model.norm.weight": weights.pop_weight("to_logits.0.weight"),
+        "model.norm.bias": weights.pop_weight("to_logits.0.bias"),
+        "lm_head.weight": weights.pop_weight("to_logits.1.weight"),
+        "lm_head.bias": weights.pop_weight("to_logits.1.bias"),
     }
-    check_frequencies(weights.take("abs_pos_emb.inv_freq"))
+    check_frequencies(weights.pop_weight("abs_pos_emb.inv_freq"))
     depth, shape = 0, dict[str, Any]()
     while f"layers.{depth}.to_out.weight" in weights:
-        layer, shape = _layer(weights, f"layers.{depth}.", uses="qk_offset_scale", out="to_out")
+        layer, shape = _read_layer(
+            weights, f"layers.{depth}.", uses="qk_offset_scale", out="to_out"
+        )
         for name, x in layer.items():
             ours = f"mixer_{name}" if name.startswith("norm.") else f"mixer.{name}"
             loaded[f"model.layers.{depth}.{ours}"] = x

@@ -22,26 +22,27 @@ def from_taylor_series(
     shift_tokens: bool | None = None,
     patch_size: int | tuple[int, int] | None = None,
 ) -> nn.Module:
-    """Our module with the weights of a `TaylorSeriesLinearAttn`,
-    `ChannelFirstTaylorSeriesLinearAttn` or `ViT`: a `TaylorAttention`, a `ChannelFirst` of one, or
-    a `TaylorViT`.
+    """Our module with the weights of this package's attention or `ViT`.
 
-    Outputs agree to rounding; `docs/migrating.md` lists where they differ on purpose.
-    `remove_even_power_dups` needs no
-    counterpart: our features are always the symmetric ones, with the same inner products.
+    A `TaylorSeriesLinearAttn` becomes a `TaylorAttention`, a `ChannelFirstTaylorSeriesLinearAttn` a
+    `ChannelFirst` of one, and a `ViT` a `TaylorViT`.
+
+    Outputs agree to rounding; `docs/migrating.md` lists intended differences.
+    `remove_even_power_dups` needs no counterpart: our features are always the symmetric ones, with
+    the same inner products.
 
     Args:
-        source: the module, or its state dict (with names that begin with "attn.": a channel-first
-            module's). The options below are for a state dict only: a module knows them.
-        heads: number of query heads; may be left out where value gates or one key/value head tell
+        source: the module, or its state dict. Names that begin with "attn." are a channel-first
+            module's. The options below are for a state dict only: a module knows them.
+        heads: number of query heads; may be left out if value gates or one key/value head determine
             it.
-        causal: whether the original was built with ``causal=True``; must be given for attention.
-        shift_tokens: whether it was built with ``shift_tokens=True``; must be given for attention.
-        patch_size: of a `ViT`; must be given for one.
+        causal: whether the original was built with ``causal=True``; required for attention.
+        shift_tokens: whether it was built with ``shift_tokens=True``; required for attention.
+        patch_size: of a `ViT`; required for one.
 
     Raises:
-        ValueError: a weight is missing, left over or of another shape, or an option is that the
-            weights do not tell.
+        ValueError: a weight is missing, left over or of another shape, or an option is missing that
+            the weights do not determine.
     """
     given: dict[str, Any] = {
         "heads": heads,
@@ -53,24 +54,24 @@ def from_taylor_series(
         extra = [name for name, value in given.items() if value is not None]
         if extra:
             raise ValueError(f"{extra[0]}: read off the module; give it only with a state dict")
-        given = _options(source)
+        given = _module_options(source)
     weights = Weights(source, PACKAGE)
     if "to_patch_embedding.1.weight" in weights:
-        return _vit(weights, source, given)
+        return _read_vit(weights, source, given)
     for name in ("causal", "shift_tokens"):
         if given[name] is None:
             raise ValueError(f"{name}: the weights do not tell it; give {name}=True or False")
     prefix = "attn." if "attn.to_q.0.weight" in weights else ""
-    module, loaded = _attention(weights, prefix, given)
+    module, loaded = _read_attention(weights, prefix, given)
     weights.load(module, loaded, source)
     return ChannelFirst(module) if prefix else module
 
 
-def _options(source: Any) -> dict[str, Any]:
-    """What the weights do not tell, read off a module."""
+def _module_options(source: Any) -> dict[str, Any]:
+    """The options of a module, which its weights do not determine."""
     if hasattr(source, "to_patch_embedding"):
         patch = dict(source.to_patch_embedding[0].axes_lengths)
-        layers = [_options(layer[1]) for layer in source.transformer.layers]
+        layers = [_module_options(layer[1]) for layer in source.transformer.layers]
         first = layers[0] if layers else {}
         if (
             any(layer != first for layer in layers)
@@ -78,7 +79,8 @@ def _options(source: Any) -> dict[str, Any]:
             or first.get("shift_tokens")
         ):
             raise ValueError(
-                "source: the layers of the ViT differ, or look at one side; TaylorViT's do not"
+                "source: the layers of the ViT differ, are causal or shift tokens; TaylorViT's do"
+                " not"
             )
         return {
             **first,
@@ -99,11 +101,14 @@ def _options(source: Any) -> dict[str, Any]:
     }
 
 
-def _attention(
+def _read_attention(
     weights: Weights, prefix: str, options: dict[str, Any]
 ) -> tuple[TaylorAttention, dict[str, Tensor]]:
-    """A `TaylorAttention` fit for the weights under `prefix`, and those weights under its names."""
-    query, pair = weights.take(f"{prefix}to_q.0.weight"), weights.take(f"{prefix}to_kv.0.weight")
+    """A `TaylorAttention` for the weights under `prefix`, and these under its names."""
+    query, pair = (
+        weights.pop_weight(f"{prefix}to_q.0.weight"),
+        weights.pop_weight(f"{prefix}to_kv.0.weight"),
+    )
     key, value = pair.chunk(2)
     loaded = {"q_proj.weight": query, "k_proj.weight": key, "v_proj.weight": value}
     for theirs, ours in (
@@ -112,9 +117,9 @@ def _attention(
         ("norm.gamma", "norm.weight"),
     ):
         if prefix + theirs in weights:
-            loaded[ours] = weights.take(prefix + theirs)
+            loaded[ours] = weights.pop_weight(prefix + theirs)
     rotary = (
-        weights.take(f"{prefix}rotary_emb.freqs")
+        weights.pop_weight(f"{prefix}rotary_emb.freqs")
         if f"{prefix}rotary_emb.freqs" in weights
         else None
     )
@@ -159,13 +164,13 @@ def _attention(
     return module, loaded
 
 
-def _vit(weights: Weights, source: object, options: dict[str, Any]) -> nn.Module:
+def _read_vit(weights: Weights, source: object, options: dict[str, Any]) -> nn.Module:
     from ..models.vit import TaylorViT
 
     loaded = {}
     for i in (0, 1, 2):
         for part in ("weight", "bias"):
-            loaded[f"embed.{i}.{part}"] = weights.take(f"to_patch_embedding.{i + 1}.{part}")
+            loaded[f"embed.{i}.{part}"] = weights.pop_weight(f"to_patch_embedding.{i + 1}.{part}")
     dim, size = loaded["embed.1.weight"].shape
     patch = options.get("patch_size")
     if patch is None:
@@ -179,25 +184,25 @@ def _vit(weights: Weights, source: object, options: dict[str, Any]) -> nn.Module
     attention: TaylorAttention | None = None
     while f"{layers}.{depth}.0.weight" in weights:
         theirs, ours = f"{layers}.{depth}", f"layers.{depth}"
-        attention, inner = _attention(weights, f"{theirs}.1.", options)
+        attention, inner = _read_attention(weights, f"{theirs}.1.", options)
         loaded |= {f"{ours}.attention.{name}": x for name, x in inner.items()}
         for part in ("weight", "bias"):
-            loaded[f"{ours}.attention_norm.{part}"] = weights.take(f"{theirs}.0.{part}")
-            loaded[f"{ours}.feed_forward_norm.{part}"] = weights.take(f"{theirs}.2.{part}")
+            loaded[f"{ours}.attention_norm.{part}"] = weights.pop_weight(f"{theirs}.0.{part}")
+            loaded[f"{ours}.feed_forward_norm.{part}"] = weights.pop_weight(f"{theirs}.2.{part}")
             for name, at in (
                 ("in_proj", "0"),
                 ("conv", "2.0"),
                 ("mid_proj", "2.1"),
                 ("out_proj", "5"),
             ):
-                x = weights.take(f"{theirs}.3.net.{at}.{part}")
+                x = weights.pop_weight(f"{theirs}.3.net.{at}.{part}")
                 if part == "weight" and name != "conv":
                     x = x[:, :, 0, 0]  # a convolution of one position is a matrix
                 loaded[f"{ours}.feed_forward.{name}.{part}"] = x
         depth += 1
     for part in ("weight", "bias"):
-        loaded[f"norm.{part}"] = weights.take(f"mlp_head.1.{part}")
-        loaded[f"head.{part}"] = weights.take(f"mlp_head.2.{part}")
+        loaded[f"norm.{part}"] = weights.pop_weight(f"mlp_head.1.{part}")
+        loaded[f"head.{part}"] = weights.pop_weight(f"mlp_head.2.{part}")
     module = TaylorViT(
         patch_size=patch,
         num_classes=len(loaded["head.weight"]),

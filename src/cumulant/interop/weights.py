@@ -1,4 +1,4 @@
-"""Reading another package's weights: by name, each exactly once."""
+"""Reads another package's weights by name, each exactly once."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class Weights:
-    """A state dict that is used up as it is read, so that nothing in it is overlooked."""
+    """A state dict that loses each weight that is read, so none is overlooked."""
 
     def __init__(self, source: nn.Module | Mapping[str, Tensor], package: str):
         if not isinstance(source, (nn.Module, Mapping)):
@@ -17,36 +17,35 @@ class Weights:
                 f" {type(source).__name__}"
             )
         state = source.state_dict() if isinstance(source, nn.Module) else source
-        self.left = {name: x.detach() for name, x in state.items()}
+        self.remaining = {name: x.detach() for name, x in state.items()}
         self.package = package
 
     def __contains__(self, name: str) -> bool:
-        return name in self.left
+        return name in self.remaining
 
-    def take(self, name: str) -> Tensor:
-        if name not in self.left:
-            found = ", ".join(sorted(self.left)[:6]) or "nothing"
+    def pop_weight(self, name: str) -> Tensor:
+        """The weight of that name, which is then removed."""
+        if name not in self.remaining:
+            found = ", ".join(sorted(self.remaining)[:6]) or "nothing"
             raise ValueError(
                 f"source: {name!r} is missing, so these are not weights of {self.package}; found"
                 f" {found}"
             )
-        return self.left.pop(name)
+        return self.remaining.pop(name)
 
-    def below(self, prefix: str) -> dict[str, Tensor]:
-        """All that is left under `prefix`, without it."""
-        names = [name for name in self.left if name.startswith(prefix)]
-        return {name[len(prefix) :]: self.left.pop(name) for name in names}
+    def pop_below(self, prefix: str) -> dict[str, Tensor]:
+        """Pop all weights under `prefix`; their names come without it."""
+        names = [name for name in self.remaining if name.startswith(prefix)]
+        return {name[len(prefix) :]: self.remaining.pop(name) for name in names}
 
     def load(self, module: nn.Module, weights: Mapping[str, Tensor], source: object) -> None:
-        """Give copies of `weights`, their dtypes and devices kept, to `module`; refuses leftovers
-        and wrong shapes.
-        """
-        if self.left:
+        """Load copies of `weights` into `module`; leftovers and wrong shapes are errors."""
+        if self.remaining:
             raise ValueError(
-                f"source: {sorted(self.left)[0]!r} has no place in {type(module).__name__}"
+                f"source: {sorted(self.remaining)[0]!r} has no place in {type(module).__name__}"
             )
         expected = module.state_dict()
-        # a feature map given beside the weights keeps its own
+        # a feature map that the user passed keeps its own weights
         own = ("feature_map.", "query_map.", "key_map.")
         for name in [*weights, *(n for n in expected if not n.startswith(own))]:
             if name not in weights or name not in expected:

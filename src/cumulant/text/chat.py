@@ -1,8 +1,8 @@
 """Chat messages as text, by a tokenizer's chat template.
 
-Control tokens that the template writes (``<|im_start|>``) are read as the tokenizer's special
-tokens. The same characters inside a message would be read so too, and a text could pretend to be a
-turn: such a chat is not rendered.
+The tokenizer reads control tokens that the template writes (``<|im_start|>``) as special tokens.
+It would do the same with these characters inside a message, so a message could pretend to be a
+turn. Chats with such a message are not rendered.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ Chat = Callable[[Messages], str | None]
 
 
 def read_chat_template(folder: Path) -> str | None:
-    """The template beside a ``tokenizer.json``, in ``chat_template.jinja`` or in
-    ``tokenizer_config.json``; of several there the one named "default"."""
+    """The template beside a ``tokenizer.json``; among several, the one named "default".
+
+    It is in ``chat_template.jinja`` or in ``tokenizer_config.json``.
+    """
     file, settings = folder / "chat_template.jinja", folder / "tokenizer_config.json"
     try:
         if file.is_file():
@@ -46,11 +48,12 @@ def read_chat_template(folder: Path) -> str | None:
 
 
 def chat_renderer(tokenizer: PreTrainedTokenizerFast) -> Chat | None:
-    """What makes text of messages; None without a template. Its result is None for messages that
-    hold a control token.
+    """A function from messages to text; None if the tokenizer has no template.
+
+    The function returns None for messages that hold a control token.
 
     Raises:
-        ValueError: the template refuses the messages, such as roles in another order than it knows.
+        ValueError: the template refuses the messages, for example for the order of their roles.
     """
     if tokenizer.chat_template is None:
         return None
@@ -79,7 +82,7 @@ def holds_control_token(tokenizer: PreTrainedTokenizerFast, value: Any) -> bool:
 
 
 def render_prompt(tokenizer: PreTrainedTokenizerFast, prompt: str) -> str:
-    """A user's message, and the beginning of the answer."""
+    """A user's message as text, and the beginning of the answer."""
     if tokenizer.chat_template is None:
         raise ValueError("chat: the model's tokenizer has no chat template; leave --chat out")
     if holds_control_token(tokenizer, prompt):
@@ -91,7 +94,7 @@ def render_prompt(tokenizer: PreTrainedTokenizerFast, prompt: str) -> str:
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerFast) -> int | None:
-    """The special token that the template writes behind an answer, if it does."""
+    """The special token that the template writes after an answer, if any."""
     answer = "cumulant"
     messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
     behind = _render(tokenizer, messages).rpartition(answer)[2].lstrip()

@@ -36,12 +36,12 @@ def load_checkpoint(
 
 
 def unused_ids(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> list[int]:
-    """Ids of a model that stand for no token: gaps, and what pads its vocabulary."""
+    """Ids of a model that stand for no token: gaps, and the padding of its vocabulary."""
     return sorted(set(range(vocab_size)) - set(tokenizer.get_vocab().values()))
 
 
 def checkpoint_folder(path: str) -> Path:
-    """The folder that holds the model of a run: its own, or that of its last whole checkpoint."""
+    """The folder of a run's model: its own, or that of its last complete checkpoint."""
     folder = Path(path).expanduser()
     if folder.is_file():
         raise ValueError(
@@ -67,8 +67,10 @@ def checkpoint_folder(path: str) -> Path:
 def load_weights(
     folder: Path, config: CumulantConfig | None = None, *, new: tuple[str, ...] = ()
 ) -> CumulantForCausalLM:
-    """The model in `folder`, under its own configuration or another; only weights whose names begin
-    with one of `new` may be missing there: they keep their initial values."""
+    """The model in `folder`, under its own configuration or another.
+
+    Only weights whose names begin with one of `new` may be missing; they keep their initial values.
+    """
     model: CumulantForCausalLM
     if (folder / WHOLE).is_file() and (damage := find_damage(folder)):
         raise ValueError(f"checkpoint: {folder} is damaged: {damage}")

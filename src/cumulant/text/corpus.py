@@ -1,6 +1,4 @@
-"""Documents to train on: files, folders, globs, Hugging Face datasets, or Python's own standard
-library.
-"""
+"""Documents from files, folders, globs, Hugging Face datasets, or Python's standard library."""
 
 from __future__ import annotations
 
@@ -18,26 +16,21 @@ from .enwik8 import ENWIK8, load_enwik8
 from .files import STANDARD_INPUT, NotText, read_files, read_text
 
 STDLIB = "stdlib"
-LEAST_HELDOUT = 128  # bytes: bits per byte of less say nothing
+LEAST_HELDOUT = 128  # bytes; bits per byte of fewer are noise
 _SKIPPED_FOLDERS = {
-    "test",
-    "tests",
-    "idle_test",
-    "site-packages",
-    "dist-packages",
-    "__pycache__",
-    "lib2to3",
+    *("test", "tests", "idle_test", "__pycache__"),
+    *("site-packages", "dist-packages", "lib2to3"),
 }
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents, already split.
+    """Documents, split into training and held-out ones.
 
-    name: what was asked for. train, heldout: documents as UTF-8 bytes. digest: SHA-256 over all of
-        them, in order.
-    skipped: files left out, each with the reason. notes: what else was done to the documents.
-    is_chat: they are chats, written by a template, whose control tokens are to be read.
+    name: the source, as the user named it. train, heldout: documents as UTF-8 bytes.
+    digest: SHA-256 over all of them, in order.
+    skipped: files left out, each with the reason. notes: other changes to the documents.
+    is_chat: they are chats written by a template, whose control tokens are to be read.
     """
 
     name: str
@@ -54,7 +47,7 @@ class Corpus:
         return sum(map(len, self.train)), sum(map(len, self.heldout))
 
     def describe(self) -> list[str]:
-        """What there is, in lines for people: sizes first, then what was left out and why."""
+        """Lines for the user: sizes first, then the files left out and why."""
         kept, held = self.sizes
         share = 100 * held / (kept + held)
         first = (
@@ -79,34 +72,34 @@ def load_corpus(
     """Read documents and split them, the same way every time.
 
     Args:
-        data: a file, a folder (all text files below it), a glob, "-" for standard input, the id of
-            a Hugging Face dataset (``owner/name``; ``hf:ID`` or ``hf:ID:CONFIG`` for any, also a
-            local one), "enwik8" (downloaded once), or None or "stdlib" for the source of Python's
+        data: a file, a folder (all text files below it), a glob, "-" for standard input, "enwik8"
+            (downloaded once), or the id of a Hugging Face dataset: ``owner/name``, or ``hf:ID`` or
+            ``hf:ID:CONFIG`` for any, also a local one. None or "stdlib" is the source of Python's
             standard library without its tests. Several files, folders and globs are one text.
-        heldout: share held out. Several documents are split by a hash of their names (or by a
-            dataset's own validation or test split), copies of one with it. Where no set of whole
-            documents comes near the share, and of a single document, tails are held out, cut at
-            lines; enwik8 keeps its usual split.
+        heldout: share held out. Several documents are split by a hash of their names, or by a
+            dataset's own validation or test split; copies of a document go with it. If no set of
+            whole documents comes near the share, and for a single document, tails are held out, cut
+            at lines. enwik8 keeps its usual split.
         text_column: column of a dataset that holds the text.
         encoding: of the files, if it is not UTF-8.
         exclude: folders left out of those that are read, such as that of the run itself.
-        chat: makes text of a row that holds chat messages: see `chat_renderer`.
+        chat: turns a row of chat messages into text: see `chat_renderer`.
 
     Raises:
-        ValueError: nothing there, nothing but binary data, or too little to split.
+        ValueError: there is no data, only binary data, or too little to split.
     """
     if not 0 < heldout < 1:
         raise ValueError(f"heldout: expected a share between 0 and 1, got {heldout}")
-    sources = _sources(data)
+    sources = _source_list(data)
     name = ", ".join(sources)
     if sources == [ENWIK8] and not Path(ENWIK8).exists():
         train_text, held_text = load_enwik8()
-        return _corpus(ENWIK8, [train_text], [held_text], [], [])
+        return _make_corpus(ENWIK8, [train_text], [held_text], [], [])
     if len(sources) == 1 and _is_dataset(sources[0]):
-        return _from_dataset(sources[0], heldout, text_column, chat)
-    named, skipped, notes = _read(sources, encoding, exclude)
-    train, held = _split(named, heldout, notes)
-    return _corpus(name, train, held, skipped, notes)
+        return _dataset_corpus(sources[0], heldout, text_column, chat)
+    named, skipped, notes = _read_documents(sources, encoding, exclude)
+    train, held = _split_documents(named, heldout, notes)
+    return _make_corpus(name, train, held, skipped, notes)
 
 
 class Documents(list[bytes]):
@@ -123,18 +116,18 @@ def load_documents(
     chat: Chat | None = None,
 ) -> Documents:
     """All documents of `data`, as in `load_corpus`, unsplit."""
-    sources = _sources(data)
+    sources = _source_list(data)
     if sources == [ENWIK8] and not Path(ENWIK8).exists():
         return Documents(load_enwik8())
     if len(sources) == 1 and _is_dataset(sources[0]):
-        splits, held_split, _ = _dataset(sources[0], text_column, chat)
+        splits, held_split, _ = _load_splits(sources[0], text_column, chat)
         documents = Documents([*splits["train"], *(splits[held_split] if held_split else [])])
         documents.is_chat = splits["train"].is_chat
         return documents
-    return Documents(text for _, text in _read(sources, encoding, ())[0])
+    return Documents(text for _, text in _read_documents(sources, encoding, ())[0])
 
 
-def _sources(data: str | Sequence[str] | None) -> list[str]:
+def _source_list(data: str | Sequence[str] | None) -> list[str]:
     if data is None:
         return [STDLIB]
     sources = [data] if isinstance(data, str) else list(data)
@@ -149,10 +142,10 @@ def _sources(data: str | Sequence[str] | None) -> list[str]:
     return sources
 
 
-def _read(
+def _read_documents(
     sources: list[str], encoding: str | None, exclude: Collection[Path]
 ) -> tuple[list[tuple[str, bytes]], list[str], list[str]]:
-    """Named documents, what was left out, notes."""
+    """Named documents, the reasons for files left out, and notes."""
     if sources == [STDLIB]:
         return stdlib_documents(), [], []
     found = read_files(sources, encoding=encoding, exclude=exclude)
@@ -161,9 +154,7 @@ def _read(
 
 
 def stdlib_documents() -> list[tuple[str, bytes]]:
-    """The standard library's Python files, without tests and installed packages, by relative
-    path.
-    """
+    """The standard library's Python files by relative path, without tests and packages."""
     root = Path(sysconfig.get_paths()["stdlib"])
     paths = sorted(p.relative_to(root) for p in root.rglob("*.py"))
     found = []
@@ -183,11 +174,12 @@ def stdlib_documents() -> list[tuple[str, bytes]]:
     return found
 
 
-def _split(
+def _split_documents(
     named: list[tuple[str, bytes]], heldout: float, notes: list[str]
 ) -> tuple[list[bytes], list[bytes]]:
-    """Whole documents if a set of them comes near the share, else the tail of each. Copies stand on
-    one side.
+    """Hold out whole documents if a set of them comes near the share, else the tail of each.
+
+    Copies of a document are in the same split.
     """
     copies = Counter(text for _, text in named)
     first = dict.fromkeys(text for _, text in named)
@@ -203,7 +195,7 @@ def _split(
     ranked = sorted(first, key=lambda text: hashlib.sha256(os.fsencode(names[text])).digest())
     total = sum(len(text) for _, text in named)
     room, held = heldout * total, set[bytes]()
-    for text in ranked:  # those that fit, in an order that has nothing to do with their content
+    for text in ranked:  # those that fit, in an order that does not depend on their content
         if len(text) * copies[text] <= room:
             held.add(text)
             room -= len(text) * copies[text]
@@ -219,16 +211,13 @@ def _split(
         notes.append(
             "no set of whole documents comes near the share held out: the tail of each is held out"
         )
-    pairs = [
-        _cut(text, heldout) for text in first
-    ]  # a copy's head would hold the tail of its original
+    # each text once, since a copy's head and the tail of its original would overlap
+    pairs = [_cut_tail(text, heldout) for text in first]
     return [head for head, _ in pairs if head], [tail for _, tail in pairs if tail]
 
 
-def _cut(text: bytes, heldout: float) -> tuple[bytes, bytes]:
-    """Head and tail, cut at a line if one ends near enough to the share, else at a space, else
-    between characters.
-    """
+def _cut_tail(text: bytes, heldout: float) -> tuple[bytes, bytes]:
+    """Head and tail, cut at a line near the share, else at a space, else between characters."""
     at, length = int(len(text) * (1 - heldout)), len(text)
     share = length - at
     for separator in (b"\n", b" "):
@@ -243,20 +232,25 @@ def _cut(text: bytes, heldout: float) -> tuple[bytes, bytes]:
 
 
 def _is_dataset(data: str) -> bool:
-    """Marked as one, or of the form owner/name without a file's ending and with no folder `owner`
-    here: a mistyped path is refused at once instead of being looked for on the hub."""
+    """Whether `data` names a dataset: by "hf:", or as owner/name.
+
+    A name with a file's ending, or with a folder `owner` here, is a path. So a mistyped path is
+    refused at once instead of being looked for on the hub.
+    """
     if data.startswith("hf:"):
         return True
     named = re.fullmatch(r"[\w-]+/[\w.-]+", data) and not re.search(r"\.[A-Za-z]\w{0,4}$", data)
     return bool(named) and data != STANDARD_INPUT and not Path(data).parent.exists()
 
 
-def _from_dataset(data: str, heldout: float, text_column: str, chat: Chat | None) -> Corpus:
-    splits, held_split, notes = _dataset(data, text_column, chat)
+def _dataset_corpus(data: str, heldout: float, text_column: str, chat: Chat | None) -> Corpus:
+    splits, held_split, notes = _load_splits(data, text_column, chat)
     train = splits["train"]
     if held_split is None:
-        kept, held = _split([(str(i), text) for i, text in enumerate(train)], heldout, notes)
-        return replace(_corpus(data, kept, held, [], notes), is_chat=train.is_chat)
+        kept, held = _split_documents(
+            [(str(i), text) for i, text in enumerate(train)], heldout, notes
+        )
+        return replace(_make_corpus(data, kept, held, [], notes), is_chat=train.is_chat)
     known = set(train)
     held = [text for text in splits[held_split] if text not in known]
     if len(held) < len(splits[held_split]):
@@ -265,13 +259,13 @@ def _from_dataset(data: str, heldout: float, text_column: str, chat: Chat | None
             f"{again} documents of the split {held_split!r} are in the training split, and not"
             " held out"
         )
-    return replace(_corpus(data, train, held, [], notes), is_chat=train.is_chat)
+    return replace(_make_corpus(data, train, held, [], notes), is_chat=train.is_chat)
 
 
-def _dataset(
+def _load_splits(
     data: str, text_column: str, chat: Chat | None
 ) -> tuple[dict[str, Documents], str | None, list[str]]:
-    """The documents of a dataset's splits, the name of its own held-out split, notes."""
+    """The documents of a dataset's splits, the name of its held-out split, and notes."""
     import datasets
 
     identifier, _, config = data.removeprefix("hf:").partition(":")
@@ -290,14 +284,14 @@ def _dataset(
     notes: list[str] = []
     wanted = ["train", *([held_split] if held_split else [])]
     return (
-        {name: _rows(splits[name], text_column, identifier, chat, notes) for name in wanted},
+        {name: _read_column(splits[name], text_column, identifier, chat, notes) for name in wanted},
         held_split,
         notes,
     )
 
 
 def _find_on_hub(identifier: str) -> None:
-    """What may be a mistyped path is asked for once, and briefly: loading tries again and again."""
+    """Ask the hub once, and briefly, since loading a mistyped path retries many times."""
     from huggingface_hub import HfApi
 
     try:
@@ -310,16 +304,14 @@ def _find_on_hub(identifier: str) -> None:
         ) from error
 
 
-def _rows(
+def _read_column(
     split: Iterable[dict[str, object]],
     column: str,
     identifier: str,
     chat: Chat | None,
     notes: list[str],
 ) -> Documents:
-    """Texts of a column; rows that hold none are counted, and chats that would be read as other
-    than they are.
-    """
+    """Texts of a column; notes count the empty rows and the chats with control tokens left out."""
     names = getattr(split, "column_names", [])
     if column not in names:
         raise ValueError(
@@ -332,7 +324,7 @@ def _rows(
         if value is None:
             without += 1
             continue
-        text = _as_text(value, column, identifier, chat)
+        text = _row_text(value, column, identifier, chat)
         kinds.add(type(value))
         if text is None:
             unsafe += 1
@@ -353,8 +345,8 @@ def _rows(
     return documents
 
 
-def _as_text(value: object, column: str, identifier: str, chat: Chat | None) -> str | None:
-    """None for a chat that `chat` does not render."""
+def _row_text(value: object, column: str, identifier: str, chat: Chat | None) -> str | None:
+    """The text of a row; None for a chat that `chat` does not render."""
     if isinstance(value, str):
         return value
     messages = (
@@ -375,7 +367,7 @@ def _as_text(value: object, column: str, identifier: str, chat: Chat | None) -> 
     )
 
 
-def _corpus(
+def _make_corpus(
     name: str, train: list[bytes], heldout: list[bytes], skipped: list[str], notes: list[str]
 ) -> Corpus:
     if not train or not heldout:

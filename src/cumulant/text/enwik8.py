@@ -1,5 +1,6 @@
-"""enwik8, the first 100,000,000 bytes of a dump of English Wikipedia of 2006: fetched once,
-checked, kept.
+"""enwik8, the first 100,000,000 bytes of a dump of English Wikipedia of 2006.
+
+It is downloaded once, checked and kept.
 """
 
 from __future__ import annotations
@@ -15,10 +16,8 @@ ENWIK8 = "enwik8"
 URL = "https://mattmahoney.net/dc/enwik8.zip"
 ZIP_SHA256 = "547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc"
 SHA256 = "2b49720ec4d78c3c9fabaee6e4179a5e997302b3a70029f30f2d582218c024a8"
-SPLIT = (
-    90_000_000,
-    95_000_000,
-)  # to train on, then held out; the last 5,000,000 bytes are the benchmark's test set
+# ends of the training and the held-out part; the last 5,000,000 bytes are the benchmark's test set
+SPLIT = (90_000_000, 95_000_000)
 
 
 def cache_folder() -> Path:
@@ -35,7 +34,7 @@ def load_enwik8() -> tuple[bytes, bytes]:
     """Its first 90,000,000 bytes, and the next 5,000,000, each ending at a whole character.
 
     Raises:
-        ValueError: it cannot be downloaded, or what came is not it.
+        ValueError: the download fails, or its content is not enwik8.
     """
     path = cache_folder() / "enwik8.zip"
     if not path.is_file():
@@ -51,7 +50,7 @@ def load_enwik8() -> tuple[bytes, bytes]:
         raise ValueError(
             f"data: the text in {path} is not enwik8; remove it, and it is fetched again"
         )
-    first, second = (_character(text, at) for at in SPLIT)
+    first, second = (_next_character(text, at) for at in SPLIT)
     return text[:first], text[first:second]
 
 
@@ -68,7 +67,7 @@ def _download(path: Path) -> None:
             f"data: cannot download enwik8 from {URL} ({error}); pass --data with a text of your"
             f" own, or put enwik8.zip at {path}"
         ) from error
-    except RuntimeError as error:  # its word for a wrong checksum
+    except RuntimeError as error:  # a wrong checksum
         raise ValueError(
             f"data: what came from {URL} is not enwik8: its SHA-256 differs; nothing was kept"
         ) from error
@@ -76,8 +75,8 @@ def _download(path: Path) -> None:
         socket.setdefaulttimeout(patience)
 
 
-def _character(text: bytes, at: int) -> int:
-    """The next place that is not inside a UTF-8 character."""
+def _next_character(text: bytes, at: int) -> int:
+    """The next offset that is not inside a UTF-8 character."""
     while at < len(text) and text[at] & 0xC0 == 0x80:
         at += 1
     return at

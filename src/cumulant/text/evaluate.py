@@ -1,13 +1,13 @@
 """Bits per byte of a text under a model.
 
-The model's code length of the text, in bits, over the text's length in UTF-8 bytes. Every token is
-predicted once; the text's documents are preceded by the end-of-text token, and the last document is
-not followed by one. Two ways:
+This is the model's code length of the text, in bits, over the text's length in UTF-8 bytes. Every
+token is predicted once. An end-of-text token precedes each document, and none follows the last.
+There are two methods:
 
-- *whole*: each document by itself, from its first token to its last, the state carried all along:
+- *whole*: each document by itself, from its first token to its last, with the state carried along;
   any token can use all of the document before it.
 - *windowed*: the documents end to end, cut into windows of `context` tokens that do not overlap; a
-  token can use what stands before it in its window.
+  token can use the tokens before it in its window.
 """
 
 from __future__ import annotations
@@ -28,8 +28,11 @@ LONG = 16_384  # tokens of a document that softmax attention reads in some secon
 
 @dataclass(frozen=True)
 class Score:
-    """bits_per_byte; loss: nats per token; tokens predicted; text_bytes of UTF-8; lost: share of
-    these that the tokenizer does not keep, so that bits per byte cannot be compared with others'.
+    """The score of a model on a text.
+
+    loss: nats per token. tokens: predicted. text_bytes: of UTF-8.
+    lost: share of the bytes that the tokenizer does not keep; if it keeps less than all, bits per
+        byte cannot be compared with others'.
     """
 
     bits_per_byte: float
@@ -40,7 +43,7 @@ class Score:
 
     @property
     def note(self) -> str:
-        """What has to be said beside the figure; empty if nothing."""
+        """A warning to print beside the score; empty if there is none."""
         return lost_note(self.lost)
 
     def as_dict(self) -> dict[str, float]:
@@ -58,7 +61,7 @@ def lost_note(lost: float) -> str:
 
 
 def check_scored(tokens: int, text: TokenFile) -> None:
-    """Refuse a figure by bytes of which some were not scored."""
+    """Refuse a score per byte if some tokens were not scored."""
     if tokens != len(text.ids) - 1:
         raise ValueError(
             f"text: {tokens} tokens were scored, but the text has {len(text.ids) - 1} to score"
@@ -72,7 +75,7 @@ def _score(nats: float, tokens: int, text: TokenFile) -> Score:
     )
 
 
-def _nats(logits: Tensor, labels: Tensor) -> float:
+def _summed_loss(logits: Tensor, labels: Tensor) -> float:
     """Summed cross entropy, in fp64 across the batch."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     losses = torch.nn.functional.cross_entropy(
@@ -96,7 +99,7 @@ def windowed(
     for number, (inputs, labels) in enumerate(_windows(text.ids, context, batch_size)):
         if number % processes == rank:
             logits = model(input_ids=inputs.to(model.device), use_cache=False).logits
-            nats += _nats(logits, labels.to(model.device))
+            nats += _summed_loss(logits, labels.to(model.device))
             count += labels.numel()
     return nats, count
 
@@ -139,14 +142,15 @@ def evaluate_whole(model: PreTrainedModel, text: TokenFile, *, piece: int = 4096
                 model.device
             )
             logits = model(input_ids=ids[:, :-1], past_key_values=cache, use_cache=True).logits
-            nats += _nats(logits, ids[:, 1:])
+            nats += _summed_loss(logits, ids[:, 1:])
             count += ids.shape[1] - 1
     return _score(nats, count, text)
 
 
 def notice_of_cost(model: PreTrainedModel, text: TokenFile) -> str:
-    """What to say before `evaluate_whole`, if attention to all of a long document makes it slow;
-    else nothing.
+    """A warning before `evaluate_whole` that softmax attention will be slow on a long document.
+
+    Empty if there is no such document.
     """
     longest = int(np.diff([*text.starts, len(text.ids)]).max())
     if longest <= LONG or "full_attention" not in model.config.layer_types:

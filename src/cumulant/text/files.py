@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 STANDARD_INPUT = "-"
-_MARKS = {  # byte order marks, the longer ones first
+_BYTE_ORDER_MARKS = {  # byte order marks, the longer ones first
     b"\xff\xfe\0\0": "utf-32",
     b"\0\0\xfe\xff": "utf-32",
     b"\xff\xfe": "utf-16",
@@ -20,15 +20,15 @@ _MARKS = {  # byte order marks, the longer ones first
 
 
 class NotText(ValueError):
-    """A file whose bytes are no text in the encoding expected; the message says where and what they
-    may be.
-    """
+    """A file's bytes are not text in the expected encoding; the message says where and why."""
 
 
 @dataclass
 class Found:
-    """texts: (name, UTF-8 bytes). skipped: what was left out, with the reason. links: further names
-    of files read.
+    """Files as read.
+
+    texts: (name, UTF-8 bytes). skipped: files left out, with the reason. links: further names of
+    files that were read.
     """
 
     texts: list[tuple[str, bytes]] = field(default_factory=list)
@@ -39,17 +39,16 @@ class Found:
 def read_files(
     sources: list[str], *, encoding: str | None = None, exclude: Collection[Path] = ()
 ) -> Found:
-    """The text files that `sources` name: files, folders with all below them, globs, "-" for
-    standard input.
+    """The text files that `sources` name: files, folders, globs, or "-" for standard input.
 
-    A file is read once, whatever links lead to it. Folders follow links; their hidden entries and
-    whatever is under `exclude` are left out. Names are relative to the folder that holds all files,
-    so that they do not depend on how it was spelled.
+    A file is read once, even if several links lead to it. Folders are read with all below them, and
+    links are followed; hidden entries and everything under `exclude` are left out. Names are
+    relative to the common folder of all files, so they do not depend on its spelling.
     """
     found, seen = Found(), set[str]()
     wanted: list[tuple[Path, bool]] = []  # a path, and whether it was named itself
     for source in sources:
-        wanted += _expand(source, exclude)
+        wanted += _expand_source(source, exclude)
     regular = [path for path, _ in wanted if str(path) != STANDARD_INPUT]
     root = os.path.commonpath([os.path.abspath(path.parent) for path in regular]) if regular else ""
     empty = []
@@ -74,7 +73,7 @@ def read_files(
         if text:
             found.texts.append((name, text))
         else:
-            empty.append(shown(name))
+            empty.append(printable_name(name))
     if not found.texts:
         problem = (
             found.skipped[0] if found.skipped else f"{empty[0]} is empty" if empty else "no files"
@@ -83,16 +82,16 @@ def read_files(
     return found
 
 
-def _expand(source: str, exclude: Collection[Path]) -> list[tuple[Path, bool]]:
+def _expand_source(source: str, exclude: Collection[Path]) -> list[tuple[Path, bool]]:
     if not source:
         raise ValueError("data: expected a file, folder, glob or dataset, got an empty name")
     if source == STANDARD_INPUT:
         return [(Path(STANDARD_INPUT), True)]
     path = Path(source).expanduser()
     if path.is_dir():
-        below = sorted(_walk(path, {os.path.realpath(e) for e in exclude}))
+        below = sorted(_walk_files(path, {os.path.realpath(e) for e in exclude}))
         if not below:
-            raise ValueError(f"data: the folder {shown(source)} holds no files")
+            raise ValueError(f"data: the folder {printable_name(source)} holds no files")
         return [(p, False) for p in below]
     if path.exists():  # a file, a pipe, a device such as /dev/fd/3
         return [(path, True)]
@@ -100,12 +99,12 @@ def _expand(source: str, exclude: Collection[Path]) -> list[tuple[Path, bool]]:
         matches = sorted(Path(p) for p in glob.glob(str(path), recursive=True))
         files = [p for p in matches if p.is_file()]
         if not files:
-            raise ValueError(f"data: no file matches {shown(source)}")
+            raise ValueError(f"data: no file matches {printable_name(source)}")
         return [(p, False) for p in files]
-    raise ValueError(f"data: no such file or folder: {shown(source)}")
+    raise ValueError(f"data: no such file or folder: {printable_name(source)}")
 
 
-def _walk(folder: Path, exclude: set[str]) -> Iterator[Path]:
+def _walk_files(folder: Path, exclude: set[str]) -> Iterator[Path]:
     """Files below a folder, links to folders followed, each folder once."""
     visited: set[str] = set()
     for place, folders, files in os.walk(folder, followlinks=True):
@@ -122,21 +121,20 @@ def _walk(folder: Path, exclude: set[str]) -> Iterator[Path]:
         )
 
 
-def shown(name: str | Path) -> str:
-    """A file's name for people: bytes that are not UTF-8 as escapes."""
+def printable_name(name: str | Path) -> str:
+    """A file's name for messages: bytes that are not UTF-8 are escaped."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def read_text(path: Path, encoding: str | None = None) -> bytes:
-    """The file's text as UTF-8 bytes, without a byte order mark; gzip and Zstandard files are
-    unpacked.
+    """The file's text as UTF-8 bytes, without a byte order mark, unpacked if compressed.
 
     Raises:
-        NotText: the bytes are no text in `encoding` (default: UTF-8).
+        NotText: the bytes are not text in `encoding` (default: UTF-8).
     """
     raw = sys.stdin.buffer.read() if str(path) == STANDARD_INPUT else path.read_bytes()
-    name = "standard input" if str(path) == STANDARD_INPUT else shown(path)
-    raw = _unpacked(raw, name)
+    name = "standard input" if str(path) == STANDARD_INPUT else printable_name(path)
+    raw = _unpack(raw, name)
     try:
         text = raw.decode(encoding or "utf-8")
     except LookupError as error:
@@ -148,14 +146,14 @@ def read_text(path: Path, encoding: str | None = None) -> bytes:
                 f"{name} is not {encoding} text: at byte {at}: {getattr(error, 'reason', error)}"
             ) from error
         raise NotText(
-            f"{name} is not UTF-8 text: byte 0x{raw[at]:02x} at offset {at}; {_likely(raw)}"
+            f"{name} is not UTF-8 text: byte 0x{raw[at]:02x} at offset {at}; {_guess_encoding(raw)}"
         ) from error
     if "\0" in text:
-        raise NotText(f"{name} is no text: a NUL at offset {raw.index(0)}; {_likely(raw)}")
+        raise NotText(f"{name} is no text: a NUL at offset {raw.index(0)}; {_guess_encoding(raw)}")
     return text.removeprefix("\ufeff").encode()
 
 
-def _unpacked(raw: bytes, name: str) -> bytes:
+def _unpack(raw: bytes, name: str) -> bytes:
     try:
         if raw.startswith(b"\x1f\x8b"):
             return gzip.decompress(raw)
@@ -171,9 +169,9 @@ def _unpacked(raw: bytes, name: str) -> bytes:
     return raw
 
 
-def _likely(raw: bytes) -> str:
-    """What bytes that are not UTF-8 may be, and what to do."""
-    for mark, encoding in _MARKS.items():
+def _guess_encoding(raw: bytes) -> str:
+    """A guess at the encoding of bytes that are not UTF-8, with advice."""
+    for mark, encoding in _BYTE_ORDER_MARKS.items():
         if raw.startswith(mark):
             return f"it begins as {encoding.upper()} does: pass --encoding {encoding}"
     start = raw[:4096]

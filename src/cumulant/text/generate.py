@@ -1,4 +1,4 @@
-"""Generate text from a model, its state carried from token to token, and from file to file."""
+"""Generate text from a model, whose state passes from token to token and from file to file."""
 
 from __future__ import annotations
 
@@ -29,15 +29,17 @@ from .chat import end_of_turn, render_prompt
 from .stream import IncrementalDecoder, Output
 from .tokenizer import encode
 
-# below it fp32 logits overflow, and nothing differs from the likeliest token
+# at lower temperatures fp32 logits overflow, and only the likeliest token is ever drawn
 LEAST_TEMPERATURE = 1e-6
-PIECE = 4096  # prompt tokens a step: bounds the memory of a long prompt
+CHUNK = 4096  # prompt tokens a step, which bounds the memory of a long prompt
 
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """max_new_tokens; temperature (0: greedy); top_k and top_p (0 and 1: off); seed (None: a new
-    one each time).
+    """How tokens are drawn.
+
+    temperature: 0 for greedy. top_k, top_p: 0 and 1 turn them off. seed: None for a new one each
+    time.
     """
 
     max_new_tokens: int = 200
@@ -68,8 +70,9 @@ class SamplingOptions:
 
 @dataclass(frozen=True)
 class Generation:
-    """What was generated, and what it took. context: tokens seen in all, those of a loaded state
-    included.
+    """The generated text, and its cost.
+
+    context: tokens seen in all, including those of a loaded state.
     """
 
     text: str
@@ -99,20 +102,17 @@ def generate(
     """Continue `prompt`; an empty one starts a new text.
 
     Args:
+        load: file of a state to continue from (`save_state`); the prompt is appended to the text
+            that it has seen. The joined texts of two such runs equal the text of one run.
+        save: file for the state, whose size does not depend on the context (except for softmax
+            models). It is also written if the run is interrupted or its output cannot be printed.
+        stream: print the text as it comes.
         chat: the prompt is a user's message, rendered by the tokenizer's chat template; the answer
             ends with its turn.
-        load: file of a state to go on from (`save_state`); the prompt is appended to what it has
-            seen. The texts of two such runs, joined, are that of one.
-        save: file to leave the state in, of a size that does not depend on the context (softmax
-            models aside). It is written as well when the run is interrupted or its output cannot be
-            printed, and goes on from there.
-        stream: print the text as it comes.
 
     Raises:
-        ValueError: a state of another model, a prompt that is no text; before anything is
-            generated.
-        OSError: `save` cannot be written, before anything is generated; or the text cannot be
-            printed.
+        ValueError: the state is another model's, or the prompt is not text. Nothing is generated.
+        OSError: `save` cannot be written, and nothing is generated; or the text cannot be printed.
     """
     if save is not None:
         check_writable(save)
@@ -123,23 +123,22 @@ def generate(
     decoder = IncrementalDecoder(tokenizer, past.tokens, past.given)
     decoder.read_prompt(ids[len(past.unread) :])
     output, cache = Output(decoder, stream=stream), past.cache
-    ends = _ends(model, tokenizer) if chat else None
+    ends = _answer_ends(model, tokenizer) if chat else None
     started = prompted = time.perf_counter()
-    with _held_back(save is not None) as stop:
+    with _delay_interrupts(save is not None) as stop:
         read = prefill(
             model, torch.tensor([ids[:-1]], dtype=torch.long, device=model.device), cache, stop
         )
         prompted = time.perf_counter()
         new = (
-            _continue(model, cache, ids[-1], options, output, stop, ends)
+            _sample_tokens(model, cache, ids[-1], options, output, stop, ends)
             if read == len(ids) - 1
             else []
         )
         seconds = time.perf_counter() - prompted
         output.close(goes_on=save is not None)
         if save is not None:
-            # the last token was drawn but not yet read by the model; an interrupted run may have
-            # more of them
+            # the model has not read the last drawn token, or more if the prompt was interrupted
             _write_past(
                 save,
                 Past(cache, new[-1:] or ids[read:], tuple(decoder.tokens), decoder.given),
@@ -167,20 +166,18 @@ def _prompt_ids(tokenizer: PreTrainedTokenizerFast, prompt: str, chat: bool) -> 
             f" character {error.start}"
         ) from error
     text = render_prompt(tokenizer, prompt) if chat else prompt
-    ids: list[int] = encode(tokenizer, [text.encode()], control_tokens=chat)[
-        0
-    ].tolist()  # as the text trained on
-    return ids
+    (ids,) = encode(tokenizer, [text.encode()], control_tokens=chat)  # as the training text
+    return [int(i) for i in ids]
 
 
-def _ends(model: CumulantForCausalLM, tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """Tokens that end an answer: those that end a text, and that of the template."""
+def _answer_ends(model: CumulantForCausalLM, tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """Tokens that end an answer: those that end a text, and the template's end of turn."""
     usual, turn = model.generation_config.eos_token_id, end_of_turn(tokenizer)
     found = usual if isinstance(usual, list) else [usual, turn]
     return sorted({int(i) for i in (*found, turn) if i is not None})
 
 
-def _continue(
+def _sample_tokens(
     model: CumulantForCausalLM,
     cache: DynamicCache,
     token: int,
@@ -189,8 +186,9 @@ def _continue(
     stop: Callable[[], bool],
     ends: list[int] | None,
 ) -> list[int]:
-    """The tokens drawn after `token`, which the model has not read yet, as it has not read the last
-    of them.
+    """The tokens drawn after `token`.
+
+    The model reads `token`, and all of the drawn tokens except the last.
     """
     if options.seed is not None:
         torch.manual_seed(options.seed)
@@ -212,7 +210,7 @@ def _continue(
         past_key_values=cache,
         streamer=output,
         stopping_criteria=StoppingCriteriaList(
-            [_Stop(lambda: stop() or output.failure is not None)]
+            [_StopWhen(lambda: stop() or output.failure is not None)]
         ),
         max_new_tokens=options.max_new_tokens,
         **sampling,
@@ -220,8 +218,8 @@ def _continue(
     return ids[0, 1:].tolist()
 
 
-class _Stop(StoppingCriteria):  # type: ignore[misc]
-    """Ends a generation after a token, at which the cache is whole."""
+class _StopWhen(StoppingCriteria):  # type: ignore[misc]
+    """Ends a generation after a whole token, when the cache is complete."""
 
     def __init__(self, asked: Callable[[], bool]):
         self.asked = asked
@@ -231,9 +229,12 @@ class _Stop(StoppingCriteria):  # type: ignore[misc]
 
 
 @contextmanager
-def _held_back(wanted: bool) -> Iterator[Callable[[], bool]]:
-    """Interrupts (Ctrl-C, termination) wait until the end of the block, which asks whether there
-    was one; a second one does not wait. Only where handlers can be set: in the main thread."""
+def _delay_interrupts(wanted: bool) -> Iterator[Callable[[], bool]]:
+    """Delay interrupts (Ctrl-C, termination) to the end of the block.
+
+    The block gets a function that says whether there was an interrupt. A second interrupt is not
+    delayed. Handlers can be set in the main thread only; elsewhere nothing is delayed.
+    """
     caught: list[int] = []
     if not wanted or threading.current_thread() is not threading.main_thread():
         yield lambda: False
@@ -265,22 +266,21 @@ def prefill(
     cache: DynamicCache,
     stop: Callable[[], bool] = lambda: False,
 ) -> int:
-    """Read ``tokens [B, T]`` into the cache, a piece at a time, without logits, until `stop` says
-    so; how many of T.
+    """Read ``tokens [B, T]`` into the cache in chunks, without logits, until `stop` is true.
+
+    Returns the number of tokens read.
     """
     read = 0
     with torch.inference_mode():
         while read < tokens.shape[1] and not (read and stop()):
-            piece = tokens[:, read : read + PIECE]
-            model.model(input_ids=piece, past_key_values=cache, use_cache=True)
-            read += piece.shape[1]
+            chunk = tokens[:, read : read + CHUNK]
+            model.model(input_ids=chunk, past_key_values=cache, use_cache=True)
+            read += chunk.shape[1]
     return read
 
 
 def decoding_speed(model: CumulantForCausalLM, cache: DynamicCache, steps: int = 50) -> float:
-    """Tokens/s of greedy single-token steps onto `cache` (which they extend); the median step
-    counts.
-    """
+    """Tokens/s of the median greedy single-token step; the steps extend `cache`."""
     token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
     times = []
     with torch.inference_mode():
@@ -297,8 +297,11 @@ def decoding_speed(model: CumulantForCausalLM, cache: DynamicCache, steps: int =
 
 
 def fill_cache(model: CumulantForCausalLM, context: int) -> DynamicCache:
-    """A batch-1 cache as after `context` tokens, with random numbers for keys and values: for
-    timing, without a softmax model's quadratic prompt. Mixers of fixed state read random tokens."""
+    """A batch-1 cache as after `context` tokens, for timing.
+
+    Softmax models get random keys and values, which avoids their quadratic prompt. Other models
+    read random tokens.
+    """
     cache = DynamicCache(config=model.config)
     if set(model.config.mixers or ()) == {"softmax"}:
         config: Any = model.config
@@ -316,8 +319,9 @@ def fill_cache(model: CumulantForCausalLM, context: int) -> DynamicCache:
 
 @dataclass(frozen=True)
 class Past:
-    """Where a text stands: the model's cache; unread: tokens that are not in it yet; tokens, given:
-    the decoder's.
+    """The past of a text: the model's cache and the decoder's state.
+
+    unread: tokens that the cache does not have yet. tokens, given: the decoder's.
     """
 
     cache: DynamicCache
@@ -334,11 +338,11 @@ def _read_past(model: CumulantForCausalLM, load: str | None) -> Past:
     if "weights" not in metadata:
         earlier = "model" in metadata and "pending" in metadata
         why = (
-            "an earlier version wrote it, which did not note all of its model's weights"
+            "an earlier version wrote it, without a hash of all its model's weights"
             if earlier
-            else "another program"
+            else "another program wrote it"
         )
-        raise ValueError(f"load_state: {load} cannot be gone on from: {why}; save the state again")
+        raise ValueError(f"load_state: {load} cannot be continued: {why}; save the state again")
     if metadata["weights"] != fingerprint(model):
         raise ValueError(
             f"load_state: {load} was written by another model; load that model's folder"
@@ -362,7 +366,7 @@ def _read_past(model: CumulantForCausalLM, load: str | None) -> Past:
     if not known:
         raise ValueError(
             f"load_state: {load} is damaged: its note of the text names tokens that the model"
-            " has not"
+            " does not have"
         )
     import_state(cache, state)
     return Past(cache, unread, tuple(tokens), given)
@@ -376,7 +380,7 @@ def _write_past(path: str, past: Past, model: CumulantForCausalLM) -> None:
 
 
 def fingerprint(model: CumulantForCausalLM) -> str:
-    """Tells models apart: a hash of all their weights."""
+    """A hash of all weights, which tells models apart."""
     digest = hashlib.sha256()
     for name, weight in model.state_dict().items():
         digest.update(f"{name} {weight.dtype} {list(weight.shape)}".encode())
@@ -385,7 +389,7 @@ def fingerprint(model: CumulantForCausalLM) -> str:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Most memory held so far: the process's on a CPU, the allocator's on CUDA."""
+    """Peak memory so far: the process's on a CPU, the allocator's on CUDA."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == "win32":
@@ -394,7 +398,6 @@ def peak_bytes(device: torch.device) -> int:
         return int(psutil.Process().memory_info().peak_wset)
     import resource
 
-    unit = (
-        1 if sys.platform == "darwin" else 1024
-    )  # ru_maxrss is in bytes on macOS, in KiB elsewhere
+    # ru_maxrss is in bytes on macOS, in KiB elsewhere
+    unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

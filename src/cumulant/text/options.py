@@ -10,15 +10,8 @@ from typing import Any
 
 from .schedule import SCHEDULES
 
-PRESETS = (
-    "softmax",
-    "linear",
-    "taylor",
-    "higher_order",
-    "based",
-    "flash",
-    "elita",
-)  # of cumulant.models, which takes seconds to import
+# the presets of cumulant.models, which takes seconds to import
+PRESETS = ("softmax", "linear", "taylor", "higher_order", "based", "flash", "elita")
 
 
 def option(default: Any, text: str) -> Any:
@@ -28,15 +21,13 @@ def option(default: Any, text: str) -> Any:
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """What to train, on what, how; the command line's options are these fields. Checked on
-    construction.
-    """
+    """The options of a training run, as on the command line; checked on construction."""
 
     output: str = option("runs/model", "folder for checkpoints, logs and the final model")
     data: str | list[str] | None = option(  # noqa: RUF009
         None,
-        "file, folder, glob, several of these (repeat it), - for standard input, enwik8, or id of a"
-        " Hugging Face dataset; default: Python's standard library",
+        "file, folder or glob (may be repeated), - for standard input, enwik8, or id of a Hugging"
+        " Face dataset; default: Python's standard library",
     )
     encoding: str | None = option(
         None, "encoding of the files, if it is not UTF-8; for example latin-1"
@@ -48,8 +39,7 @@ class TrainingOptions:
     preset: str = option("taylor", f"model: {', '.join(PRESETS)}")
     model_option: list[str] | None = option(  # noqa: RUF009
         None,
-        "field=value of the model's configuration, for example group_size=128; give it several"
-        " times",
+        "field=value of the model's configuration, for example group_size=128; may be repeated",
     )
     init_from: str | None = option(
         None, "folder of a trained model to start from, with its tokenizer and its sizes"
@@ -66,7 +56,7 @@ class TrainingOptions:
     batch: int = option(16, "windows a step and process")
     accumulate: int = option(1, "batches a step")
     disjoint: bool = option(
-        False, "windows side by side, each once in every pass over the text, in shuffled order"
+        False, "windows side by side, each once in every pass over the text, shuffled"
     )
     packed: bool = option(
         False, "pack documents into windows, none seeing another, instead of windows anywhere"
@@ -75,18 +65,18 @@ class TrainingOptions:
     learning_rate: float = option(2e-3, "peak learning rate")
     schedule: str = option(
         "cosine",
-        "of the learning rate: cosine to zero, or capped_inverse_sqrt: times min(1, 10 /"
-        " sqrt(step))",
+        "schedule of the learning rate: cosine (to zero) or capped_inverse_sqrt (times min(1, 10 /"
+        " sqrt(step)))",
     )
-    warmup: float = option(0.1, "share of the steps with rising learning rate; cosine only")
+    warmup: float = option(0.1, "share of the steps in which the learning rate rises; cosine only")
     adam_beta2: float = option(0.95, "AdamW's second beta")
     weight_decay: float = option(0.1, "AdamW's weight decay")
     clip: float = option(1.0, "largest gradient norm")
     dropout: float = option(0.0, "dropout of mixers and feed-forwards")
     evaluate_every: int = option(
         0,
-        "steps between evaluations on the held-out text, the best model is kept; 0: only at"
-        " the end",
+        "steps between evaluations on the held-out text, of which the best model is kept; 0: only"
+        " at the end",
     )
     save_every: int = option(
         0, "steps between checkpoints; 0: with each evaluation, else ten times"
@@ -98,8 +88,8 @@ class TrainingOptions:
     gradient_checkpointing: bool = option(False, "recompute layers in the backward pass")
     resume: bool = option(
         False,
-        "go on from the last whole checkpoint in the output folder, with its options; --steps may"
-        " be more",
+        "continue from the last complete checkpoint in the output folder, with its options; --steps"
+        " may be more",
     )
 
     def __post_init__(self) -> None:
@@ -203,7 +193,7 @@ class TrainingOptions:
             raise ValueError("disjoint: pass either disjoint windows or packed documents, not both")
 
     def overrides(self) -> dict[str, Any]:
-        """The fields and values of `model_option`; values as JSON, else as they stand."""
+        """The fields and values of `model_option`; values are read as JSON, else as plain text."""
         found: dict[str, Any] = {}
         for item in self.model_option or ():
             name, equals, text = item.partition("=")
@@ -230,7 +220,7 @@ def check_device(device: str) -> None:
 
 
 def choose_device(device: str) -> str:
-    """ "cpu" or "cuda"; for "auto", a GPU if there is one."""
+    """The device "cpu" or "cuda"; for "auto", a GPU if there is one."""
     import torch
 
     check_device(device)

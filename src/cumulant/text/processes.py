@@ -1,4 +1,4 @@
-"""Several processes of one run: who speaks, and how all of them end where one fails."""
+"""Several processes of one run: which of them prints, and how all stop if one fails."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def process_count() -> int:
 
 
 def in_first_process(arguments: TrainingArguments, work: Callable[[], None]) -> None:
-    """Do `work` in the first process while the others wait; where it fails there, all of them stop.
+    """Do `work` in the first process while the others wait; if it fails, all of them stop.
 
     Raises:
         FailedElsewhere: in the other processes, if `work` failed.
@@ -43,7 +43,7 @@ def in_first_process(arguments: TrainingArguments, work: Callable[[], None]) -> 
 
 
 def all_agree(condition: bool, arguments: TrainingArguments) -> bool:
-    """Whether it holds in every process."""
+    """Whether the condition is true in every process."""
     if arguments.world_size == 1:
         return condition
     holds = torch.tensor([int(condition)], device=arguments.device)

@@ -36,7 +36,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 
 def from_recipe(name: str, **options: Any) -> TrainingOptions:
-    """A recipe's options with those given in their place; `model_option` adds to the recipe's."""
+    """A recipe's options, overridden by `options`; `model_option` adds to the recipe's."""
     if name not in RECIPES:
         raise ValueError(f"recipe: expected one of {', '.join(RECIPES)}, got {name!r}")
     recipe = RECIPES[name]

@@ -1,4 +1,4 @@
-"""Going on with a run: its options, what may change in them, and where it goes on."""
+"""Resuming a run: its options, the changes that are allowed, and the checkpoint to start from."""
 
 from __future__ import annotations
 
@@ -13,22 +13,19 @@ from .options import TrainingOptions
 from .runs import STARTED, checkpoints, newest_intact, read_object, write_json
 from .schedule import Leg, plan_leg, rate_at
 
-_FREE = {
-    "output",
-    "device",
-    "resume",
-    "evaluate_every",
-    "save_every",
-}  # say nothing about what is trained
+# options that do not affect the training
+_FREE = {"output", "device", "resume", "evaluate_every", "save_every"}
 _RATE = ("steps", "learning_rate", "warmup")  # a change begins a new leg of the schedule
-_SHARE = ("batch", "accumulate")  # may change where windows a step do not
+_SHARE = ("batch", "accumulate")  # may change if the number of windows a step does not
 _PATHS = ("data", "tokenizer", "init_from")
 
 
 @dataclass(frozen=True)
 class Run:
-    """options; legs of the schedule; digest of the text, once it is known; start: the checkpoint to
-    go on from.
+    """A run: its options and the legs of its schedule.
+
+    digest: of the text, once it is known.
+    start: the checkpoint to resume from.
     """
 
     options: TrainingOptions
@@ -43,7 +40,7 @@ class Run:
         )
 
     def note(self, processes: int) -> None:
-        """Leave in the folder what a run that goes on has to know."""
+        """Write to the folder what a resumed run needs to know."""
         more = {
             "legs": [asdict(leg) for leg in self.legs],
             "processes": processes,
@@ -53,7 +50,7 @@ class Run:
 
 
 def given_options(options: TrainingOptions) -> set[str]:
-    """Those that are not at their defaults."""
+    """The names of the options that differ from their defaults."""
     return {f.name for f in fields(options) if getattr(options, f.name) != f.default}
 
 
@@ -64,29 +61,31 @@ def resume(
     first: bool,
     say: Callable[[str], None],
 ) -> Run:
-    """The run in ``options.output`` as it was started, with what may change taken from the options
-    `given`.
+    """The run in ``options.output`` as it was started, with the changes among `given`.
 
     ``steps``, ``learning_rate`` and ``warmup`` begin a new leg at the checkpoint. ``batch`` and
-    ``accumulate`` may change where their product with the number of processes does not. The others
-    must agree. In the `first` process, checkpoints that were cut short or are damaged are removed,
-    unless no other is left.
+    ``accumulate`` may change if their product with the number of processes does not. The other
+    options must agree. The `first` process removes incomplete and damaged checkpoints, unless no
+    other is left.
 
     Raises:
-        ValueError: no run there, a damaged one, or options that do not agree with it.
+        ValueError: there is no run, it is damaged, or the options do not agree with it.
     """
     output = Path(options.output)
     if not (output / STARTED).is_file():
         raise ValueError(f"resume: there is no run in {output}; start one without --resume")
     try:
         noted = read_object(output / STARTED)
-        past, legs = _past(noted, options, given), [Leg(**leg) for leg in noted.get("legs", [])]
+        past, legs = (
+            _past_options(noted, options, given),
+            [Leg(**leg) for leg in noted.get("legs", [])],
+        )
     except (TypeError, ValueError) as error:
         if str(error).partition(":")[0] in given:
             raise
         raise ValueError(f"resume: {output / STARTED} is damaged: {error}") from error
-    _compare(past, options, given, output)
-    start = _start(output, first, say)
+    _check_unchanged(past, options, given, output)
+    start = _find_start(output, first, say)
     done = int(start.name.rpartition("-")[2]) if start else 0
     shared = replace(
         past, **{name: getattr(options, name) for name in (*_SHARE, "data") if name in given}
@@ -99,13 +98,13 @@ def resume(
     )
     changes = {name: getattr(options, name) for name in _RATE if name in given}
     if any(getattr(past, name) != value for name, value in changes.items()):
-        run = _new_leg(run, changes, done, say)
+        run = _begin_leg(run, changes, done, say)
     elif done >= past.steps:
         say(f"all {done} steps are done; --steps with a larger number lengthens the run")
     return run
 
 
-def _past(
+def _past_options(
     noted: dict[str, Any], options: TrainingOptions, given: Collection[str]
 ) -> TrainingOptions:
     kept = {f.name: noted[f.name] for f in fields(TrainingOptions) if f.name in noted}
@@ -113,13 +112,12 @@ def _past(
     return TrainingOptions(**{**kept, "output": options.output, "resume": True})
 
 
-def _compare(
+def _check_unchanged(
     past: TrainingOptions, options: TrainingOptions, given: Collection[str], output: Path
 ) -> None:
     for name in given:
-        if (
-            name in _FREE or name in _RATE or name in _SHARE or name == "data"
-        ):  # a text is known by its digest
+        # a text is compared by its digest
+        if name in _FREE or name in _RATE or name in _SHARE or name == "data":
             continue
         before, now = getattr(past, name), getattr(options, name)
         same_path = (
@@ -131,7 +129,7 @@ def _compare(
             )
 
 
-def _start(output: Path, first: bool, say: Callable[[str], None]) -> Path | None:
+def _find_start(output: Path, first: bool, say: Callable[[str], None]) -> Path | None:
     start, damaged = newest_intact(output)
     if damaged and start is None:
         path, what = next(iter(damaged.items()))
@@ -151,7 +149,7 @@ def _start(output: Path, first: bool, say: Callable[[str], None]) -> Path | None
 def _check_windows(
     before: Any, past: TrainingOptions, now: TrainingOptions, processes: int
 ) -> None:
-    """The windows of a step are those of the run, however they are spread."""
+    """Refuse another number of windows a step; their spread over processes may change."""
     before = before if isinstance(before, int) else processes
     old, new = past.batch * past.accumulate * before, now.batch * now.accumulate * processes
     if old != new:
@@ -163,7 +161,7 @@ def _check_windows(
         )
 
 
-def _new_leg(run: Run, changes: dict[str, Any], done: int, say: Callable[[str], None]) -> Run:
+def _begin_leg(run: Run, changes: dict[str, Any], done: int, say: Callable[[str], None]) -> Run:
     options = replace(run.options, **changes)
     if options.steps < done:
         raise ValueError(

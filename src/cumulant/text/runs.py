@@ -1,4 +1,4 @@
-"""A run's folder: the options it was started with, its checkpoints, and who is filling it."""
+"""A run's folder: the options it was started with, its checkpoints, and its lock."""
 
 from __future__ import annotations
 
@@ -15,15 +15,13 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-WHOLE = (  # written into a checkpoint after everything else: without it the checkpoint is not used
-    "whole.json"
-)
+WHOLE = "whole.json"  # the mark of a complete checkpoint, written last
 STARTED = "options.json"
 LOCK = ".lock"
 
 
 def write_json(path: Path, content: object) -> None:
-    """Write atomically; what is not finite as null, since JSON has no NaN."""
+    """Write atomically; numbers that are not finite become null, since JSON has no NaN."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_text(
@@ -36,7 +34,7 @@ def write_json(path: Path, content: object) -> None:
 
 
 def finite(content: Any) -> Any:
-    """The same with None for every number that is not finite."""
+    """The same content, with None for every number that is not finite."""
     if isinstance(content, float):
         return content if math.isfinite(content) else None
     if isinstance(content, dict):
@@ -62,7 +60,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def checkpoints(output: Path) -> list[Path]:
-    """All checkpoints, oldest first, also those that were cut short."""
+    """All checkpoints, oldest first, including incomplete ones."""
     found = [
         p
         for p in output.glob("checkpoint-*")
@@ -77,7 +75,7 @@ def whole_checkpoints(output: Path) -> list[Path]:
 
 
 def mark_whole(folder: Path, step: int) -> None:
-    """Note that everything in a checkpoint is written, and what it is."""
+    """Mark a checkpoint as complete, with the size and digest of each file."""
     files = {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if p.is_file()}
     noted = {
         name: {"bytes": p.stat().st_size, "sha256": _digest(p)}
@@ -96,8 +94,10 @@ def _digest(path: Path) -> str:
 
 
 def find_damage(folder: Path) -> str | None:
-    """How a checkpoint differs from what its mark says, in words; None if it does not. A mark of an
-    earlier version names no files: then only the trainer's state is looked at."""
+    """How a checkpoint differs from its mark, in words; None if it does not.
+
+    The mark of an earlier version names no files; then only the trainer's state is checked.
+    """
     try:
         files = read_object(folder / WHOLE).get("files", {})
         for name, noted in files.items():
@@ -117,7 +117,7 @@ def find_damage(folder: Path) -> str | None:
 
 
 def newest_intact(output: Path) -> tuple[Path | None, dict[Path, str]]:
-    """The last whole checkpoint that is as it was written, and the damaged ones after it."""
+    """The last complete checkpoint that is undamaged, and the damaged ones after it."""
     damaged: dict[Path, str] = {}
     for folder in reversed(whole_checkpoints(output)):
         damage = find_damage(folder)
@@ -128,7 +128,7 @@ def newest_intact(output: Path) -> tuple[Path | None, dict[Path, str]]:
 
 
 def check_unused(output: Path) -> None:
-    """A new run needs a folder without one that has come anywhere."""
+    """Refuse the folder of another run for a new one."""
     if output.exists() and not output.is_dir():
         raise ValueError(f"output: {output} is a file, not a folder")
     if (
@@ -137,13 +137,13 @@ def check_unused(output: Path) -> None:
         or list(output.glob("model*.safetensors"))
     ):
         raise ValueError(
-            f"output: {output} holds a run already; go on with it by --resume, or name another"
+            f"output: {output} holds a run already; continue it with --resume, or name another"
             " folder with --output"
         )
 
 
 def lock_folder(folder: Path) -> FileLock | None:
-    """This process's alone until it is let go of; None where the file system has no locks."""
+    """The lock that keeps other processes out; None if the file system has no locks."""
     lock = FileLock(folder / LOCK, is_singleton=True)
     try:
         lock.acquire(timeout=0)
@@ -157,8 +157,8 @@ def lock_folder(folder: Path) -> FileLock | None:
 
 
 @contextmanager
-def filling(folder: Path) -> Iterator[None]:
-    """A run's folder, this process's alone; if it was made for nothing, it goes again."""
+def locked_folder(folder: Path) -> Iterator[None]:
+    """Create and lock a run's folder; remove it again if nothing was written to it."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output: {folder} is a file, not a folder")
     made = not folder.exists()

@@ -1,4 +1,4 @@
-"""The learning rate by step, also of a run that was lengthened or given another rate on its way."""
+"""The learning rate by step, also for a run that was lengthened or given another rate."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ SCHEDULES = ("cosine", "capped_inverse_sqrt")
 
 @dataclass(frozen=True)
 class Leg:
-    """Steps asked for at once: those after `first`, up to `last`.
+    """Steps that one command asked for: those after `first`, up to `last`.
 
-    start: the rate at `first`, that of the leg before; 0 at the beginning of a run. peak:
-    ``--learning-rate``. warmup: steps in which the rate goes from `start` to `peak`, in a straight
-    line.
+    start: the rate at `first`, that of the leg before; 0 at the beginning of a run.
+    peak: ``--learning-rate``.
+    warmup: steps in which the rate goes from `start` to `peak` in a straight line.
     """
 
     first: int
@@ -26,7 +26,7 @@ class Leg:
 
 
 def plan_leg(first: int, last: int, start: float, peak: float, warmup_share: float) -> Leg:
-    """A share of zero means no warm-up at all; any other at least one step."""
+    """A leg whose warm-up has at least one step, or none if its share is zero."""
     warmup = max(1, round(warmup_share * (last - first))) if warmup_share else 0
     return Leg(first, last, start, peak, warmup)
 

@@ -1,6 +1,4 @@
-"""Text as its tokens come: whole characters only, and the same text whether it comes from one run
-or from several.
-"""
+"""Text from tokens as they come: whole characters only, the same from one run or several."""
 
 from __future__ import annotations
 
@@ -10,20 +8,19 @@ from typing import Any
 from transformers import PreTrainedTokenizerFast
 from transformers.generation.streamers import BaseStreamer
 
-# what decoders make of a character whose bytes are not all there, and of bytes that are none
+# decoders write it for an incomplete character, and for bytes that form none
 UNFINISHED = "\ufffd"
-KEPT = 16  # tokens before the next one: what it is decoded behind
-MOST = 256  # tokens that are held back, or decoded at a time
+KEPT = 16  # tokens decoded together with the next one, at least
+MOST = 256  # tokens decoded at a time
 
 
 class IncrementalDecoder:
-    """Turns tokens into text, piece by piece: the pieces of all tokens, joined, are what decoding
-    them at once gives behind what came before.
+    """Decodes tokens one by one; the joined texts equal the text of decoding all at once.
 
-    A token can be part of a character, and what it stands for can depend on the token before it
-    (WordPiece, Metaspace), so the last tokens are decoded together with it. `tokens` are those,
-    `given` the characters of their text that were given out (or belong to a prompt). Both fit into
-    a file, and a decoder made from it goes on as this one would.
+    A token can be part of a character, and its text can depend on the token before it (WordPiece,
+    Metaspace), so the last tokens are decoded together with it. `tokens` are those tokens, and
+    `given` counts the characters of their text that were returned or belong to a prompt. Both fit
+    into a file, and a decoder made from them continues as this one would.
     """
 
     def __init__(
@@ -32,30 +29,30 @@ class IncrementalDecoder:
         self.tokenizer, self.tokens, self.given = tokenizer, list(tokens), given
 
     def read_prompt(self, tokens: list[int]) -> None:
-        """Tokens whose text is known already."""
+        """Read tokens whose text is already known."""
         if tokens:
             self.tokens = [*self.tokens, *tokens][-MOST:]
             text = self._decode(self.tokens)
             self.given = len(text)
-            self._forget(text)
+            self._drop_tokens(text)
 
     def add(self, token: int) -> str:
         """The text that `token` completes; empty while a character is unfinished."""
         self.tokens.append(token)
         text = self._decode(self.tokens)
-        # a decoder may show every byte of an unfinished character by itself; bytes that never
-        # become one must not wait for ever
+        # a decoder may write a mark for every byte of an unfinished character; bytes that never
+        # form one must not wait for ever
         whole = (
             text.rstrip(UNFINISHED) if len(self.tokens) <= MOST else text.removesuffix(UNFINISHED)
         )
         new = whole[self.given :]
         self.given = max(self.given, len(whole))
         if new or len(self.tokens) > MOST:
-            self._forget(text)
+            self._drop_tokens(text)
         return new
 
     def finish(self) -> str:
-        """What is left, with a replacement character for bytes that make none."""
+        """The text that is left, with a replacement character for bytes that form none."""
         text = self._decode(self.tokens)
         new, self.given = text[self.given :], max(self.given, len(text))
         return new
@@ -64,9 +61,11 @@ class IncrementalDecoder:
         text: str = self.tokenizer.backend_tokenizer.decode(tokens, skip_special_tokens=True)
         return text
 
-    def _forget(self, text: str) -> None:
-        """Keep the shortest tail, of `KEPT` tokens or more, that reads like the end of `text` by
-        itself.
+    def _drop_tokens(self, text: str) -> None:
+        """Drop old tokens that no longer affect the text.
+
+        The tail that stays is the shortest one, of `KEPT` tokens or more, whose own text ends
+        `text`.
         """
         if len(self.tokens) < 2 * KEPT:
             return
@@ -81,7 +80,7 @@ class IncrementalDecoder:
 class Output(BaseStreamer):  # type: ignore[misc]
     """Collects the text that a model generates and, with `stream`, prints it as it comes.
 
-    If it cannot be printed, because a pipe was closed or a disk is full, `failure` says so and
+    If printing fails, because a pipe was closed or a disk is full, `failure` holds the error and
     nothing more is printed.
     """
 
@@ -99,11 +98,13 @@ class Output(BaseStreamer):  # type: ignore[misc]
             self._write(self.decoder.add(token))
 
     def end(self) -> None:
-        """Nothing: whether the text ends here, only the caller knows."""
+        """Do nothing: only the caller knows whether the text ends here."""
 
     def close(self, *, goes_on: bool) -> None:
-        """The end of the text, or with `goes_on` of this part: then what is unfinished is left to
-        the next one, and no line ends."""
+        """End the text; with `goes_on`, end only this run's share of it.
+
+        Then an unfinished character is left to the next run, and no line ends.
+        """
         if not goes_on:
             self._write(self.decoder.finish())
         if self.stream and (not goes_on or (sys.stdout is not None and sys.stdout.isatty())):
@@ -119,7 +120,7 @@ class Output(BaseStreamer):  # type: ignore[misc]
             self._print(piece)
 
     def _print(self, piece: str) -> None:
-        """Characters that a terminal does not have are written as their numbers."""
+        """Print; characters that a terminal does not have appear as their numbers."""
         if self.failure is not None or sys.stdout is None:
             return
         encoding = getattr(sys.stdout, "encoding", None) or "utf-8"

@@ -17,20 +17,20 @@ from transformers import PreTrainedTokenizerFast
 from .chat import read_chat_template
 
 END = "<|endoftext|>"
-# characters: merging takes the square of a word's length, and text may come without spaces
+# in characters; merging takes time by the square of a word's length, and text may have no spaces
 LONGEST_WORD = 128
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte of UTF-8, its id the byte's value; 256 ends a text."""
+    """A token for each byte of UTF-8, with the byte's value as its id; 256 ends a text."""
     vocab = {character: byte for byte, character in _byte_characters().items()}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    return _wrap(tokenizer)
+    return _wrap_tokenizer(tokenizer)
 
 
 def train_bpe(documents: Iterable[bytes], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE with `vocab_size` tokens, the end of text among them."""
+    """Byte-level BPE with `vocab_size` tokens, including the end of text."""
     if vocab_size < 257:
         raise ValueError(
             "train_bpe: expected at least 257 tokens (the bytes and the end of text), got"
@@ -54,16 +54,14 @@ def train_bpe(documents: Iterable[bytes], vocab_size: int) -> PreTrainedTokenize
     )
     texts = [text.decode() for text in documents]
     interruptible(lambda: tokenizer.train_from_iterator(texts, trainer=trainer))
-    return _wrap(tokenizer)
+    return _wrap_tokenizer(tokenizer)
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
-    """From a ``tokenizer.json`` or a folder that holds one; its end-of-text token is kept, or
-    added.
+    """Load a ``tokenizer.json`` or a folder with one; an end-of-text token is added if it has none.
 
-    Of what the file sets, only what makes text into tokens counts: truncation, padding, tokens put
-    around a text, a space put before it and random merges are dropped. Of the settings beside it
-    only a chat template is read.
+    Only settings that turn text into tokens are kept. Truncation, padding, tokens around a text, a
+    space before it and random merges are dropped. Beside the file, only a chat template is read.
     """
     file = Path(path)
     file = file / "tokenizer.json" if file.is_dir() else file
@@ -99,7 +97,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
 
 
 def _without_prefix_space(settings: Any) -> Any:
-    """Byte-level parts put no space before a text: the space would be read back as part of it."""
+    """The settings without a space before a text, which decoding would keep."""
     if isinstance(settings, dict):
         off = {"add_prefix_space": False} if settings.get("type") == "ByteLevel" else {}
         return {name: _without_prefix_space(value) for name, value in settings.items()} | off
@@ -111,8 +109,11 @@ def _without_prefix_space(settings: Any) -> Any:
 
 
 def _with_token(tokenizer: Tokenizer, token: str) -> Tokenizer:
-    """With `token` behind the highest id. The library would number it by the count of tokens, which
-    is another token's id where ids have gaps."""
+    """The tokenizer with `token` after the highest id.
+
+    The library would number it by the count of tokens, which is the id of another token if ids have
+    gaps.
+    """
     ids = set(tokenizer.get_vocab().values())
     if tokenizer.token_to_id(token) is not None or len(ids) == max(ids, default=-1) + 1:
         return tokenizer
@@ -121,7 +122,7 @@ def _with_token(tokenizer: Tokenizer, token: str) -> Tokenizer:
     return Tokenizer.from_str(json.dumps(settings))
 
 
-def _wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+def _wrap_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -135,8 +136,9 @@ def _wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
 
 
 def _byte_characters() -> dict[int, str]:
-    """Stand-ins of the 256 bytes in byte-level vocabularies: printable Latin-1 for itself, the rest
-    from 256 on.
+    """The characters of the 256 bytes in byte-level vocabularies.
+
+    Printable Latin-1 stands for itself, and the rest are numbered from 256 on.
     """
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in printable]
@@ -144,13 +146,14 @@ def _byte_characters() -> dict[int, str]:
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerFast) -> int:
-    """One more than the highest id: ids may have gaps."""
+    """One more than the highest id, since ids may have gaps."""
     return int(max(tokenizer.get_vocab().values())) + 1
 
 
 def token_sizes(tokenizer: PreTrainedTokenizerFast) -> NDArray[np.int64]:
-    """Bytes of text in each token of a byte-level vocabulary, special tokens having none:
-    ``[vocabulary]``.
+    """Bytes of text in each token of a byte-level vocabulary, ``[vocabulary]``.
+
+    Special tokens have none.
     """
     special = set(tokenizer.all_special_ids)
     # every character of a token stands for a byte
@@ -167,13 +170,12 @@ def is_bytes(tokenizer: PreTrainedTokenizerFast) -> bool:
 def encode(
     tokenizer: PreTrainedTokenizerFast, documents: list[bytes], *, control_tokens: bool = False
 ) -> list[NDArray[np.uint32]]:
-    """Ids of each document: of all of it and of nothing else.
+    """Ids of each document, and of nothing else.
 
-    No special tokens are added, and none are read: ``<|endoftext|>`` in a text is the characters it
-    is written with.
-    control_tokens: read them after all, in chats that a template has written.
-    Truncation, padding and the like, which a call of the tokenizer may have left in it, do not
-    count.
+    No special tokens are added, and none are read: ``<|endoftext|>`` in a text is read as plain
+    characters. Truncation and padding, which an earlier call may have set, are turned off.
+
+    control_tokens: read special tokens, in chats that a template has written.
     """
     if is_bytes(tokenizer):
         return [np.frombuffer(text, dtype=np.uint8).astype(np.uint32) for text in documents]
@@ -182,9 +184,7 @@ def encode(
     backend.no_padding()
     backend.encode_special_tokens = not control_tokens
     encoded: list[NDArray[np.uint32]] = []
-    for first in range(
-        0, len(documents), 256
-    ):  # an encoding takes many times the memory of its ids
+    for first in range(0, len(documents), 256):  # an encoding takes far more memory than its ids
         texts = [text.decode() for text in documents[first : first + 256]]
         batch = interruptible(lambda: backend.encode_batch_fast(texts, add_special_tokens=False))  # noqa: B023
         encoded += [np.array(e.ids, dtype=np.uint32) for e in batch]
@@ -194,11 +194,10 @@ def encode(
 def share_lost(
     tokenizer: PreTrainedTokenizerFast, documents: list[bytes], ids: list[NDArray[np.uint32]]
 ) -> float:
-    """Share of the documents' bytes that decoding their ids does not give back; 0 exactly if it
-    gives back all.
+    """Share of the documents' bytes that decoding does not return; exactly 0 if it returns all.
 
-    Measured on up to 100 pieces of 200 characters from all over the text, each encoded by itself,
-    by the longest common blocks (difflib) of a piece and what comes back.
+    It is measured on up to 100 samples of 200 characters from the whole text, each encoded by
+    itself, by the longest common blocks (difflib) of a sample and its decoded text.
     """
     if is_bytes(tokenizer):
         return 0.0
@@ -222,8 +221,10 @@ def share_lost(
 
 
 def interruptible(work: Callable[[], Any]) -> Any:
-    """The result of `work`, which runs in a thread: Ctrl-C is answered at once while native code is
-    at work. That code then runs on until it is done, or the program ends."""
+    """The result of `work`, which runs in a thread so that Ctrl-C interrupts native code.
+
+    That code runs on until it is done, or the program ends.
+    """
     result: list[Any] = []
     failure: list[BaseException] = []
 

@@ -24,12 +24,11 @@ Ids = NDArray[Any]
 
 @dataclass(frozen=True)
 class TokenFile:
-    """One split: documents end to end, each preceded by the end-of-text token, as one memory-mapped
-    array.
+    """One split: documents end to end, each after an end-of-text token, memory-mapped.
 
-    ids: ``[N]``. starts: offset of each document's leading end-of-text token ``[documents]``.
-    text_bytes: UTF-8 bytes of the documents. lost: share of them that the tokenizer does not keep
-        (`share_lost`), if measured.
+    ids: ``[N]``. starts: offset of each document's leading end-of-text token, ``[documents]``.
+    text_bytes: UTF-8 bytes of the documents.
+    lost: share of these that the tokenizer does not keep (`share_lost`), if measured.
     """
 
     ids: Ids
@@ -45,8 +44,9 @@ def tokenize(
     measure: bool = True,
     control_tokens: bool = False,
 ) -> TokenFile:
-    """Documents as tokens, in memory; `measure` what the tokenizer loses of them. control_tokens:
-    see `encode`.
+    """Documents as tokens, in memory.
+
+    measure: also measure the share that the tokenizer loses. control_tokens: see `encode`.
     """
     end = np.array([tokenizer.eos_token_id], dtype=np.uint32)
     encoded = encode(tokenizer, documents, control_tokens=control_tokens)
@@ -59,13 +59,15 @@ def tokenize(
 def write_tokens(
     folder: Path, corpus: Corpus, tokenizer: PreTrainedTokenizerFast, *, context: int = 1
 ) -> None:
-    """Tokenize a corpus into `folder`, atomically; nothing is done if it is there already. Refuses,
-    before anything is written, text shorter than a window of `context` tokens."""
+    """Tokenize a corpus into `folder`, atomically, unless its tokens are there already.
+
+    A text shorter than a window of `context` tokens is refused before anything is written.
+    """
     index = folder / "tokens.json"
     key = {"digest": corpus.digest, "tokenizer": _fingerprint(tokenizer)}
     if corpus.is_chat:
         key["control_tokens"] = "read"
-    if _key(index) == key:
+    if _read_key(index) == key:
         return
     splits = {
         name: tokenize(
@@ -75,16 +77,16 @@ def write_tokens(
     }
     RandomWindows(splits["train"], context, 1, seed=0)
     folder.mkdir(parents=True, exist_ok=True)
-    index.unlink(missing_ok=True)  # from here on, until it is back, the folder counts as empty
+    index.unlink(missing_ok=True)  # without it the folder counts as empty
     largest = max(int(tokens.ids.max()) for tokens in splits.values())
     dtype = np.uint16 if largest < 2**16 else np.uint32
     sizes = {}
     for split, tokens in splits.items():
-        _save(folder / f"{split}.npy", tokens.ids.astype(dtype))
-        _save(folder / f"{split}-starts.npy", tokens.starts)
+        _save_array(folder / f"{split}.npy", tokens.ids.astype(dtype))
+        _save_array(folder / f"{split}-starts.npy", tokens.starts)
         sizes[split] = tokens.text_bytes
     lost = splits["heldout"].lost
-    _replace(
+    _write_atomically(
         index,
         json.dumps(
             {"key": key, "bytes": sizes, "data": corpus.name, "lost": lost}, indent=2
@@ -93,18 +95,16 @@ def write_tokens(
 
 
 def check_tokens(folder: Path, corpus: Corpus) -> None:
-    """A run that goes on needs the text it was started with."""
+    """Refuse a text other than the one that the run was started with."""
     index = folder / "tokens.json"
-    if _key(index).get("digest") != corpus.digest:
+    if _read_key(index).get("digest") != corpus.digest:
         raise ValueError(
             f"data: {corpus.name} is not the text that the run in {folder.parent} was started with"
         )
 
 
-def _key(index: Path) -> dict[str, Any]:
-    """Of which text and tokenizer the tokens are; of none, where nothing is written or it cannot be
-    read.
-    """
+def _read_key(index: Path) -> dict[str, Any]:
+    """The text and tokenizer of the tokens; empty if they are missing or unreadable."""
     try:
         found = json.loads(index.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -126,8 +126,8 @@ def read_tokens(folder: Path) -> tuple[TokenFile, TokenFile]:
         ) from error
     train, heldout = (
         TokenFile(
-            _load(folder / f"{split}.npy", mapped=True),
-            _load(folder / f"{split}-starts.npy"),
+            _load_array(folder / f"{split}.npy", mapped=True),
+            _load_array(folder / f"{split}-starts.npy"),
             sizes[split],
             lost[split],
         )
@@ -136,7 +136,7 @@ def read_tokens(folder: Path) -> tuple[TokenFile, TokenFile]:
     return train, heldout
 
 
-def _load(path: Path, *, mapped: bool = False) -> Ids:
+def _load_array(path: Path, *, mapped: bool = False) -> Ids:
     try:
         array: Ids = np.load(path, mmap_mode="r" if mapped else None)
     except (OSError, ValueError, EOFError) as error:
@@ -150,22 +150,23 @@ def _fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
     return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
 
 
-def _save(path: Path, array: Ids) -> None:
+def _save_array(path: Path, array: Ids) -> None:
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     with temporary.open("wb") as file:
         np.save(file, array)
     os.replace(temporary, path)
 
 
-def _replace(path: Path, content: bytes) -> None:
+def _write_atomically(path: Path, content: bytes) -> None:
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     temporary.write_bytes(content)
     os.replace(temporary, path)
 
 
 class RandomWindows(Dataset[dict[str, Tensor]]):
-    """Window i is ``length + 1`` tokens, drawn from (seed, i): the same in any order, process or
-    restart.
+    """Window i has ``length + 1`` tokens, drawn from (seed, i).
+
+    It is the same in any order, process or restart.
     """
 
     def __init__(self, tokens: TokenFile, length: int, count: int, seed: int):
@@ -187,32 +188,34 @@ class RandomWindows(Dataset[dict[str, Tensor]]):
 
 
 class DisjointWindows(Dataset[dict[str, Tensor]]):
-    """Windows side by side, in an order drawn anew from (seed, pass) for every pass over the
-    text.
-    """
+    """Windows side by side, shuffled by (seed, pass) for each pass over the text."""
 
     def __init__(self, tokens: TokenFile, length: int, count: int, seed: int):
         RandomWindows(tokens, length, count, seed)  # the same demand on the text
         self.tokens, self.length, self.count, self.seed = tokens, length, count, seed
-        self.each = (len(tokens.ids) - 1) // length
+        self.windows = (len(tokens.ids) - 1) // length
         self.order: tuple[int, Ids] = (-1, np.empty(0, dtype=np.int64))
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        number, place = divmod(index, self.each)
+        number, rank = divmod(index, self.windows)
         if self.order[0] != number:
-            self.order = number, np.random.default_rng((self.seed, number)).permutation(self.each)
-        start = int(self.order[1][place]) * self.length
+            self.order = (
+                number,
+                np.random.default_rng((self.seed, number)).permutation(self.windows),
+            )
+        start = int(self.order[1][rank]) * self.length
         ids = torch.from_numpy(self.tokens.ids[start : start + self.length + 1].astype(np.int64))
         return {"input_ids": ids[:-1], "labels": ids[1:]}
 
 
 class PackedDocuments(Dataset[dict[str, Tensor]]):
-    """Window i holds documents end to end, drawn from (seed, i) in proportion to their length; none
-    sees another. What does not fit is cut: a long document to a random part of it, the last one to
-    the room that is left.
+    """Window i has whole documents end to end, and none sees another.
+
+    Documents are drawn from (seed, i) in proportion to their length. A document longer than the
+    window is cut to a random section, and the last document to the room that is left.
     """
 
     def __init__(self, tokens: TokenFile, length: int, count: int, seed: int):
@@ -225,7 +228,7 @@ class PackedDocuments(Dataset[dict[str, Tensor]]):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         draw = np.random.default_rng((self.seed, index))
         ids, starts = self.tokens.ids, self.tokens.starts
-        pieces: list[Ids] = []
+        sections: list[Ids] = []
         bounds, room = [0], self.length
         while room > 0:
             document = int(np.searchsorted(starts, draw.integers(len(ids)), side="right")) - 1
@@ -233,17 +236,16 @@ class PackedDocuments(Dataset[dict[str, Tensor]]):
             last = int(starts[document + 1]) if document + 1 < len(starts) else len(ids)
             if last - first > self.length + 1:
                 first = int(draw.integers(first, last - self.length))
-            piece = ids[first : min(last + 1, first + room + 1)].astype(
-                np.int64
-            )  # + 1: the next end of text
-            if len(piece) < 2:
+            stop = min(last, first + room) + 1  # with the end of text that follows
+            section = ids[first:stop].astype(np.int64)
+            if len(section) < 2:
                 continue
-            pieces.append(piece)
-            room -= len(piece) - 1
+            sections.append(section)
+            room -= len(section) - 1
             bounds.append(self.length - room)
         return {
-            "input_ids": torch.from_numpy(np.concatenate([piece[:-1] for piece in pieces])),
-            "labels": torch.from_numpy(np.concatenate([piece[1:] for piece in pieces])),
+            "input_ids": torch.from_numpy(np.concatenate([ids[:-1] for ids in sections])),
+            "labels": torch.from_numpy(np.concatenate([ids[1:] for ids in sections])),
             "bounds": torch.tensor(bounds),
         }
 
@@ -251,7 +253,7 @@ class PackedDocuments(Dataset[dict[str, Tensor]]):
 def collate(windows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Stack windows; packed ones go end to end into one row with `cu_seqlens`.
 
-    `shift_labels` are aligned with the inputs: position t is to predict ``shift_labels[t]``.
+    `shift_labels` are aligned with the inputs: position t predicts ``shift_labels[t]``.
     """
     if "bounds" not in windows[0]:
         return {

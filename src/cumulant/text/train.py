@@ -27,7 +27,7 @@ from .evaluate import Score
 from .options import TrainingOptions
 from .processes import in_first_process, is_first_process, process_count
 from .resume import Run, given_options, resume
-from .runs import check_unused, filling, write_json
+from .runs import check_unused, locked_folder, write_json
 from .tokenizer import load_tokenizer
 from .tokens import (
     DisjointWindows,
@@ -39,11 +39,11 @@ from .tokens import (
     read_tokens,
     write_tokens,
 )
-from .trainer import Bar, LanguageModelTrainer, Lines, MarkWhole, is_disk_full
+from .trainer import LanguageModelTrainer, LossLines, MarkWhole, ProgressBar, is_disk_full
 
 
 class Text(NamedTuple):
-    """A text as tokens, and what made them of it."""
+    """A text as tokens, and its tokenizer."""
 
     tokenizer: PreTrainedTokenizerFast
     train: TokenFile
@@ -52,8 +52,10 @@ class Text(NamedTuple):
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """losses: (step, nats per token) as logged. score: the final model on the held-out text,
-    windowed.
+    """The outcome of a run.
+
+    losses: (step, nats per token), as logged.
+    score: the final model on the held-out text, in windows.
     """
 
     output: str
@@ -70,33 +72,32 @@ def train(
     text: Text | None = None,
     say: Callable[[str], None] = print,
 ) -> TrainingResult:
-    """Read the text, train the model, evaluate it on the held-out part and leave it in
-    ``options.output``.
+    """Read the text, train the model, evaluate it on the held-out part, and save it.
 
-    With `text`, the options' data and tokenizer are not read: several runs share one tokenized
-    text. `given` names the options that were asked for in so many words; by default those that are
-    not at their defaults. A run that goes on takes all others from its folder.
+    With `text`, the options' data and tokenizer are not read, so several runs share one tokenized
+    text. `given` names the options that the user chose; by default, those that differ from their
+    defaults. A resumed run takes all others from its folder, ``options.output``.
 
     Raises:
-        ValueError: for anything that the user can mend, before training starts.
-        Diverged: a loss, a gradient or a weight is not finite; nothing is saved over what was
-            there.
+        ValueError: for any mistake that the user can correct, before training starts.
+        Diverged: a loss, a gradient or a weight is not finite; files written before stay as they
+            are.
     """
     say = say if is_first_process() else (lambda _: None)
     given = given_options(options) if given is None else given
-    with filling(Path(options.output)) if is_first_process() else nullcontext():
+    with locked_folder(Path(options.output)) if is_first_process() else nullcontext():
         if options.resume:
             run = resume(options, given, process_count(), is_first_process(), say)
         else:
             check_unused(Path(options.output))
             run = Run.new(options)
             check_before_reading(options, given)
-        arguments = _arguments(run)
+        arguments = _trainer_arguments(run)
         if text is None:
             text = _prepare_text(run, given, arguments, say)
         else:
-            in_first_process(arguments, lambda: _begin(run, text.tokenizer, arguments))
-        with explained(Path(options.output)):
+            in_first_process(arguments, lambda: _note_run(run, text.tokenizer, arguments))
+        with explain_full_disk(Path(options.output)):
             return _train(run, given, arguments, text, say)
 
 
@@ -111,9 +112,9 @@ def _train(
     set_seed(options.seed)
     model = build_model(options, text.tokenizer, run.start, given)
     parameters, trained = model.num_parameters(), model.num_parameters(only_trainable=True)
-    some = "" if trained == parameters else f", {trained:,} of them trained"
+    frozen = "" if trained == parameters else f", {trained:,} of them trained"
     layers = f"{model.config.num_hidden_layers} layers of {model.config.hidden_size}"
-    say(f"model: {model.config.preset}, {parameters:,} parameters{some}, {layers}")
+    say(f"model: {model.config.preset}, {parameters:,} parameters{frozen}, {layers}")
     window = (
         PackedDocuments
         if options.packed
@@ -137,23 +138,25 @@ def _train(
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
     if sys.stderr.isatty():
-        trainer.add_callback(Bar())
-    trainer.add_callback(Lines(say))
+        trainer.add_callback(ProgressBar())
+    trainer.add_callback(LossLines(say))
     trainer.train(resume_from_checkpoint=str(run.start) if run.start else None)
-    return _finish(trainer, options, text.heldout, parameters, say)
+    return _save_results(trainer, options, text.heldout, parameters, say)
 
 
 def _prepare_text(
     run: Run, given: Collection[str], arguments: TrainingArguments, say: Callable[[str], None]
 ) -> Text:
-    """Tokenizer and both splits, written by the first process and read by all. Nothing is written
-    if anything is wrong. A run that goes on has its tokens; only a text that was named again is
-    read again, to see that it is the same."""
+    """The tokenizer and both splits, written by the first process and read by all.
+
+    Nothing is written if anything is wrong. A resumed run has its tokens; it reads a text again
+    only if one is named, to check that it is the same.
+    """
     output, options = Path(run.options.output), run.options
 
     def prepare() -> None:
         if options.resume and "data" not in given:
-            _begin(run, load_tokenizer(output), arguments)
+            _note_run(run, load_tokenizer(output), arguments)
             return
         corpus = load_corpus(
             options.data,
@@ -172,28 +175,25 @@ def _prepare_text(
             tokenizer = choose_tokenizer(options, corpus, say)
             check_model(options, tokenizer, given)
             write_tokens(output / "tokens", corpus, tokenizer, context=options.context)
-        _begin(replace(run, digest=corpus.digest), tokenizer, arguments)
+        _note_run(replace(run, digest=corpus.digest), tokenizer, arguments)
 
     in_first_process(arguments, prepare)
     return Text(load_tokenizer(output), *read_tokens(output / "tokens"))
 
 
-def _begin(run: Run, tokenizer: PreTrainedTokenizerFast, arguments: TrainingArguments) -> None:
+def _note_run(run: Run, tokenizer: PreTrainedTokenizerFast, arguments: TrainingArguments) -> None:
     if not run.options.resume:
         tokenizer.save_pretrained(run.options.output)
     run.note(arguments.world_size)
 
 
-def _arguments(run: Run) -> TrainingArguments:
+def _trainer_arguments(run: Run) -> TrainingArguments:
     options = run.options
     every = options.evaluate_every or options.steps
     save = options.save_every or options.evaluate_every or max(1, options.steps // 10)
-    best = (
-        save % every == 0
-    )  # Trainer keeps the best model only where every save follows an evaluation
-    checkpointing = (  # its name before transformers 5.23: gradient_checkpointing
-        "activation_checkpointing"
-    )
+    # Trainer keeps the best model only if every save follows an evaluation
+    best = save % every == 0
+    checkpointing = "activation_checkpointing"  # the name since transformers 5.23
     if checkpointing not in TrainingArguments.__dataclass_fields__:
         checkpointing = "gradient_checkpointing"
     return TrainingArguments(
@@ -232,46 +232,47 @@ def _arguments(run: Run) -> TrainingArguments:
 
 
 def _logging_steps(steps: int, save: int) -> int:
-    """At most 10 and 1/20 of the run, and a divisor of the steps between checkpoints: a resumed run
-    then logs the means over the same steps as one that was not interrupted."""
+    """Steps between two log lines: at most 10, and at most a twentieth of the run.
+
+    It divides the steps between checkpoints, so a resumed run logs means over the same steps as one
+    that was not interrupted.
+    """
     return max(d for d in range(1, max(1, min(10, steps // 20)) + 1) if save % d == 0)
 
 
 def _save_model(trainer: LanguageModelTrainer, output: Path) -> None:
-    """Write the model beside the one that may be there, and put it in its place once it is
-    whole.
-    """
-    place = output / ".saving"
-    trainer.save_model(str(place))
+    """Write the model to a temporary folder, then move its files to the output folder."""
+    temporary = output / ".saving"
+    trainer.save_model(str(temporary))
     if trainer.is_world_process_zero():
-        for file in sorted(place.iterdir()):
+        for file in sorted(temporary.iterdir()):
             file.replace(output / file.name)
-        place.rmdir()
+        temporary.rmdir()
 
 
 @contextmanager
-def explained(output: Path) -> Iterator[None]:
-    """A full disk in one line; nothing half-written stays."""
+def explain_full_disk(output: Path) -> Iterator[None]:
+    """Report a full disk in one line, and remove half-written files."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
         shutil.rmtree(output / ".saving", ignore_errors=True)
         if is_disk_full(error, output):
             raise ValueError(
-                f"output: no space left on the disk of {output}; make room, then go on with"
-                " --resume"
+                f"output: no space left on the disk of {output}; make room, then continue"
+                " with --resume"
             ) from error
         raise
 
 
-def _finish(
+def _save_results(
     trainer: LanguageModelTrainer,
     options: TrainingOptions,
     heldout: TokenFile,
     parameters: int,
     say: Callable[[str], None],
 ) -> TrainingResult:
-    """Save the model kept, and what the run came to."""
+    """Save the final model, and write and report the run's results."""
     _save_model(trainer, Path(options.output))
     history = trainer.state.log_history
     evaluations = [entry for entry in history if "eval_loss" in entry]

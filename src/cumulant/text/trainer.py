@@ -1,6 +1,4 @@
-"""Hugging Face's Trainer with our evaluation, schedule and checkpoints, and what it says on the
-way.
-"""
+"""Hugging Face's Trainer with our evaluation, schedule, checkpoints and progress lines."""
 
 from __future__ import annotations
 
@@ -33,7 +31,7 @@ class LanguageModelTrainer(Trainer):  # type: ignore[misc]
     """Hugging Face's Trainer, evaluating in bits per byte over the whole held-out text.
 
     It stops before a step whose loss or gradient is not finite, and before it writes weights that
-    are not.
+    are not finite.
     """
 
     def __init__(
@@ -43,12 +41,12 @@ class LanguageModelTrainer(Trainer):  # type: ignore[misc]
         self.heldout, self.context, self.legs, self.schedule = heldout, context, legs, schedule
         self.step_losses: list[Tensor] = []
         self.add_callback(StopWhereDiverged(self))
-        self.add_callback(TakeUp(self))
+        self.add_callback(ApplyNewSettings(self))
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> torch.optim.lr_scheduler.LRScheduler:
-        base = self.legs[0].peak  # in whose units the scheduler counts
+        base = self.legs[0].peak  # the scheduler returns multiples of it
         scheduler = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer if optimizer is None else optimizer,
             lambda done: rate_at(self.legs, self.schedule, done) / base,
@@ -90,12 +88,12 @@ class LanguageModelTrainer(Trainer):  # type: ignore[misc]
         return metrics
 
     def diverged(self, step: int, what: str) -> Diverged:
-        """The error that says what to do, with the checkpoint from before."""
+        """The error for a run that diverged, with advice and the last checkpoint."""
         output = Path(self.args.output_dir)
         whole = whole_checkpoints(output)
         rate = rate_at(self.legs, self.schedule, max(step - 1, 0))
         go_on = (
-            f"the last checkpoint before is {whole[-1]}: go on from it with --resume"
+            f"the last checkpoint before is {whole[-1]}: continue from it with --resume"
             " --learning-rate LOWER"
             if whole
             else "no checkpoint was written before"
@@ -106,9 +104,7 @@ class LanguageModelTrainer(Trainer):  # type: ignore[misc]
         )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As Trainer does, with a configuration that asks for a cache, which training does
-        without.
-        """
+        """Save the model with ``use_cache`` on, which training turns off."""
         config = self.accelerator.unwrap_model(self.model).config
         before, config.use_cache = config.use_cache, True
         try:
@@ -121,24 +117,24 @@ class LanguageModelTrainer(Trainer):  # type: ignore[misc]
         if not all_agree(all(map(_is_finite, self.model.parameters())), self.args):
             raise self.diverged(step, "the weights are not finite")
         folder = Path(self.args.output_dir) / f"checkpoint-{step}"
-        with removed_if_full(folder, step):
+        with remove_if_full(folder, step):
             if self.is_world_process_zero():
-                (folder / WHOLE).unlink(missing_ok=True)  # of one that stood here before
+                (folder / WHOLE).unlink(missing_ok=True)  # of an earlier checkpoint
             super()._save_checkpoint(*arguments, **options)
 
 
-def _local(tensor: Tensor) -> Tensor:
-    """This process's part."""
+def _local_shard(tensor: Tensor) -> Tensor:
+    """The shard of this process."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    return bool(torch.isfinite(_local(tensor)).all())
+    return bool(torch.isfinite(_local_shard(tensor)).all())
 
 
 @contextmanager
-def removed_if_full(folder: Path, step: int) -> Iterator[None]:
-    """Where the disk has no room for `folder`, what is there of it goes, and the error says so."""
+def remove_if_full(folder: Path, step: int) -> Iterator[None]:
+    """Remove `folder` if the disk is full, and say so in the error."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -150,13 +146,13 @@ def removed_if_full(folder: Path, step: int) -> Iterator[None]:
         whole = whole_checkpoints(folder.parent)
         last = f"{whole[-1].name} is whole" if whole else "there is no checkpoint yet"
         raise ValueError(
-            f"output: no space left for {folder} after step {step}; {last}; make room, then go on"
-            f" with: cumulant train --output {folder.parent} --resume"
+            f"output: no space left for {folder} after step {step}; {last}; make room, then"
+            f" continue with: cumulant train --output {folder.parent} --resume"
         ) from error
 
 
-def is_disk_full(error: BaseException | None, place: Path) -> bool:
-    """By its number, by the words of those who lost it, or by the disk itself."""
+def is_disk_full(error: BaseException | None, folder: Path) -> bool:
+    """Whether the disk was full: by error number, by message, or by its free space."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return True
@@ -164,13 +160,11 @@ def is_disk_full(error: BaseException | None, place: Path) -> bool:
             words in str(error) for words in ("No space left", "quota exceeded", "File too large")
         ):
             return True
-        if "unexpected pos" in str(
-            error
-        ):  # torch.save's writer found fewer bytes in its file than it wrote
+        if "unexpected pos" in str(error):  # torch.save found fewer bytes than it wrote
             return True
         if (
             "PytorchStreamWriter failed writing" in str(error)
-            and shutil.disk_usage(place).free < 2**20
+            and shutil.disk_usage(folder).free < 2**20
         ):
             return True
         error = error.__cause__ or error.__context__
@@ -178,7 +172,7 @@ def is_disk_full(error: BaseException | None, place: Path) -> bool:
 
 
 class StopWhereDiverged(TrainerCallback):  # type: ignore[misc]
-    """Before an optimizer step: losses and gradients are finite, in every process."""
+    """Stops before an optimizer step if a loss or gradient is not finite in any process."""
 
     def __init__(self, trainer: LanguageModelTrainer):
         self.trainer = trainer
@@ -188,7 +182,7 @@ class StopWhereDiverged(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         losses, self.trainer.step_losses = self.trainer.step_losses, []
         loss = float(torch.stack([x.float() for x in losses]).sum()) if losses else 0.0
-        norm = _norm(p.grad for p in self.trainer.model.parameters() if p.grad is not None)
+        norm = _gradient_norm(p.grad for p in self.trainer.model.parameters() if p.grad is not None)
         if all_agree(math.isfinite(loss) and math.isfinite(norm), args):
             return
         what = f"the loss is {loss:g}" if not math.isfinite(loss) else "the gradient is not finite"
@@ -197,14 +191,12 @@ class StopWhereDiverged(TrainerCallback):  # type: ignore[misc]
         raise self.trainer.diverged(state.global_step + 1, what)
 
 
-def _norm(tensors: Iterable[Tensor]) -> float:
-    return float(torch.nn.utils.get_total_norm([_local(t) for t in tensors]))
+def _gradient_norm(tensors: Iterable[Tensor]) -> float:
+    return float(torch.nn.utils.get_total_norm([_local_shard(t) for t in tensors]))
 
 
-class TakeUp(TrainerCallback):  # type: ignore[misc]
-    """What a checkpoint remembers of the command that wrote it gives way to what this one asks
-    for.
-    """
+class ApplyNewSettings(TrainerCallback):  # type: ignore[misc]
+    """Replaces the settings that a checkpoint remembers by those of this command."""
 
     def __init__(self, trainer: LanguageModelTrainer):
         self.trainer = trainer
@@ -220,25 +212,25 @@ class TakeUp(TrainerCallback):  # type: ignore[misc]
 
 
 class MarkWhole(TrainerCallback):  # type: ignore[misc]
-    """Leaves a mark in each checkpoint once everything in it is written, by every process."""
+    """Marks each checkpoint as complete once every process has written its files."""
 
     def on_save(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
         all_agree(True, args)
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero:
-            with removed_if_full(folder, state.global_step):
+            with remove_if_full(folder, state.global_step):
                 mark_whole(folder, state.global_step)
 
 
-class Bar(ProgressCallback):  # type: ignore[misc]
-    """The progress bar, on a terminal."""
+class ProgressBar(ProgressCallback):  # type: ignore[misc]
+    """A progress bar for terminals."""
 
     def on_log(self, *_: Any, **__: Any) -> None:
-        """Leave logs to `Lines`."""
+        """Leave logs to `LossLines`."""
 
 
-class Lines(TrainerCallback):  # type: ignore[misc]
-    """About twenty lines on the loss, and one an evaluation."""
+class LossLines(TrainerCallback):  # type: ignore[misc]
+    """Prints about twenty lines on the loss, and one for each evaluation."""
 
     def __init__(self, say: Callable[[str], None]):
         self.say, self.next_line = say, 0

@@ -9,7 +9,7 @@ from ..models import CumulantConfig, CumulantForCausalLM
 from .checkpoint import checkpoint_folder, load_weights
 from .options import TrainingOptions
 
-# options that the trained model has settled
+# options of the trained model, and their fields in its configuration
 SETTLED = {
     "preset": "preset",
     "width": "hidden_size",
@@ -22,8 +22,11 @@ SETTLED = {
 def inherited_configuration(
     options: TrainingOptions, folder: Path, given: Collection[str] = ()
 ) -> CumulantConfig:
-    """The trained model's configuration, with this run's dropout, feed-forward over the logits and
-    model options. Options `given` for what the model has settled must agree with it."""
+    """The trained model's configuration, with this run's changes.
+
+    They are its dropout, its feed-forward over the logits and its model options. Options `given`
+    for a size of the trained model must agree with it.
+    """
     config = CumulantConfig.from_pretrained(folder)
     for name, field in SETTLED.items():
         there = getattr(config, field)
@@ -42,12 +45,12 @@ def inherited_configuration(
 
 
 def inherited_model(options: TrainingOptions, config: CumulantConfig) -> CumulantForCausalLM:
-    """The trained model under `config`: only a feed-forward over the logits may be new in it."""
+    """The trained model under `config`; only a feed-forward over the logits may be new."""
     assert options.init_from is not None
     return load_weights(checkpoint_folder(options.init_from), config, new=("logit_ffn.",))
 
 
 def freeze_backbone(model: CumulantForCausalLM) -> None:
-    """No gradients but those of the feed-forward over the logits."""
+    """Train nothing except the feed-forward over the logits."""
     for part in (model.model, model.lm_head):
         part.requires_grad_(False)

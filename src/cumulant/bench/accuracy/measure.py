@@ -1,5 +1,4 @@
-"""`cumulant bench accuracy`: runs every operation in every implementation and dtype, and keeps the
-errors.
+"""`cumulant bench accuracy`: the errors of every operation, implementation and dtype.
 
 A row is the error of one causal operation, ``||out - exact|| / ||exact||``, over its last tokens
 (at most 1,024), whose sums are the longest. The exact outputs are those of the same operation in
@@ -23,7 +22,7 @@ from .subjects import IMPLEMENTATIONS, LAST, OPERATIONS
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured, on one head of 16 numbers. lengths: in tokens."""
+    """The settings of a measurement on one head of 16 numbers. lengths: in tokens."""
 
     lengths: tuple[int, ...] = tuple(4**p for p in range(3, 11))
     dtypes: tuple[str, ...] = ("fp32", "bf16", "fp16")
@@ -43,7 +42,7 @@ class Settings:
 
 
 def run(settings: Settings, output: str, *, device: str, force: bool, console: Console) -> Folder:
-    """Measure the rows that the folder lacks, and draw the report."""
+    """Measure the rows that the folder lacks, and draw_errors the report."""
     pyplot()  # refuses before anything is measured
     folder = Folder.start(
         output, REPORT.command, {**asdict(settings), "device": device}, force=force

@@ -13,9 +13,10 @@ from ..reports.plots import add_legend, panel_column, save_figure
 from .subjects import IMPLEMENTATIONS
 
 
-def draw(rows: list[Row], folder: Path) -> str:
-    """Error by length: a panel for each operation, a colour for each dtype, a marker for each
-    implementation.
+def draw_errors(rows: list[Row], folder: Path) -> str:
+    """Error by length, in a panel for each operation.
+
+    Colours are dtypes, and markers are implementations.
     """
     operations = list(dict.fromkeys(row["operation"] for row in rows))
     figure, panels = panel_column(len(operations), sharey=True)

@@ -6,7 +6,7 @@ from rich.console import Console
 
 from ..reports.folder import Folder, Row
 from ..reports.page import Page, Picture, Report, Table, write_page
-from .plots import draw
+from .plots import draw_errors
 from .subjects import QUADRATIC, STEPWISE
 
 
@@ -19,7 +19,7 @@ def report(folder: Folder, console: Console | None = None) -> Page:
         [_table(rows, operation) for operation in dict.fromkeys(row["operation"] for row in rows)],
         [
             Picture(
-                draw(rows, folder.path),
+                draw_errors(rows, folder.path),
                 "Error of the last 1,024 outputs against float64, by length",
             )
         ],
@@ -28,8 +28,8 @@ def report(folder: Folder, console: Console | None = None) -> Page:
                 "Operations are causal, with one head of 16 numbers and values 1 + N(0, 1). The"
                 " exact outputs are those of the same operation in float64 on the same rounded"
                 " inputs. Outputs in bf16 and fp16 are themselves rounded, by about 1.7e-3 and"
-                f" 2e-4. The reference, which has T x T weights, is run up to {QUADRATIC:,} tokens,"
-                f" and one token at a time (steps) up to {STEPWISE:,}."
+                f" 2e-4. The reference, which has T x T weights, is run up to {QUADRATIC:,} tokens;"
+                f" steps of one token are run up to {STEPWISE:,}."
             ),
         ],
     )

@@ -1,4 +1,4 @@
-"""What `cumulant bench accuracy` measures: operations, and the ways to compute each of them.
+"""What `cumulant bench accuracy` measures: operations and their implementations.
 
 A new operation is one entry of `OPERATIONS`, a new implementation one of `_IMPLEMENTATIONS`.
 """
@@ -51,8 +51,11 @@ OPERATIONS: dict[str, Operation] = {
 
 @dataclass(frozen=True)
 class Implementation:
-    """A way to compute an operation. name: in rows. label, marker: in pictures. can_run: whether it
-    is run on these inputs. run: the outputs, the last `LAST` at least."""
+    """A method to compute an operation.
+
+    name: in rows. label, marker: in pictures. can_run: whether it can run on these inputs.
+    run: returns the last `LAST` outputs at least.
+    """
 
     name: str
     label: str

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from ...ops.taylor import taylor_attention
 from ..reports.palette import BLUE, GREEN, GREY, ORANGE, PINK, Style
 
-# the orders that are measured, with their styles
+# the measured orders, with their styles
 STYLES: dict[int, Style] = {0: GREY.variant(), 1: ORANGE, 2: BLUE, 3: PINK, 4: GREEN}
 ORDERS = tuple(STYLES)
 SIZES = (0.125, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)
@@ -87,8 +87,9 @@ def measure_orders(
 
 
 def random_cases(seed: int) -> list[Case]:
-    """For each head dim: Gaussian queries and keys with scores of each size, then normalised ones
-    with each alpha.
+    """Cases of random queries and keys, for each head dim.
+
+    They are Gaussian with scores of each size, then normalised with each alpha.
     """
     generator = torch.Generator().manual_seed(seed)
 

@@ -1,5 +1,7 @@
-"""`cumulant bench approximation`: how far Taylor attention is from softmax attention, by order,
-size of the scores, head dim, alpha, and in trained models."""
+"""`cumulant bench approximation`: how far Taylor attention is from softmax attention.
+
+It measures by order, size of the scores, head dim and alpha, and in trained models.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +22,7 @@ TRAINED = ("softmax", "taylor")  # presets of the models that it trains
 def run(
     output: str, models: list[str], *, quick: bool, seed: int, force: bool, console: Console
 ) -> Folder:
-    """Measure the cases that the folder lacks, and draw the report. models: folders of training
-    runs.
-    """
+    """Measure the cases that the folder lacks, and draw the report. models: training runs."""
     pyplot()  # refuses before anything is measured
     for given in models:  # so do models that cannot be measured
         load_model(given, 1)

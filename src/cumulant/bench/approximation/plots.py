@@ -39,8 +39,9 @@ def draw_exponential(folder: Path) -> str:
 
 
 def draw_error(cases: list[Case], folder: Path) -> str:
-    """Error against softmax attention by size of the scores, head dim, alpha, and in trained
-    heads.
+    """Error against softmax attention.
+
+    The panels show it by size of the scores, by head dim, by alpha, and in trained heads.
     """
     trained = [c for c in cases if c.kind == "trained"]
     random = [c for c in cases if c.kind == "random"]
@@ -48,7 +49,7 @@ def draw_error(cases: list[Case], folder: Path) -> str:
     for order, style in _styles(cases).items():
         own = [c for c in random if c.order == order]
         _draw_line(by_size, order, style, [(c.size, c.error) for c in own if c.head_dim == 16])
-        # the cases of a head dim lie in the order of SIZES
+        # the cases of a head dim are in the order of SIZES
         at_one = [c for i, c in enumerate(own) if i % len(SIZES) == SIZES.index(1.0)]
         _draw_line(by_dim, order, style, [(c.head_dim, c.error) for c in at_one])
         normalised = [
@@ -78,7 +79,7 @@ def draw_error(cases: list[Case], folder: Path) -> str:
 
 
 def _styles(cases: list[Case]) -> dict[int, Style]:
-    """The style of each order that there are cases of."""
+    """The style of each order among the cases."""
     names = {order_name(order): order for order in sorted({c.order for c in cases})}
     known = {order_name(order): style for order, style in STYLES.items()}
     return {names[name]: style for name, style in styles_for(names, known).items()}
@@ -92,9 +93,7 @@ def _draw_line(panel: Any, order: int, style: Style, points: list[tuple[float, f
 
 
 def _draw_heads(panel: Any, cases: list[Case]) -> None:
-    """A column of marks for each head, filled by model; errors above the axis are drawn at its
-    upper end.
-    """
+    """A column of marks for each head, filled by model; errors beyond the axis are at its end."""
     models = [_model_name(case) for case in cases]
     fills = {model: FILLS[i % len(FILLS)] for i, model in enumerate(dict.fromkeys(models))}
     styles = _styles(cases)

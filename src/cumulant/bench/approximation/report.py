@@ -17,7 +17,7 @@ def read_cases(rows: list[Row]) -> list[Case]:
 
 
 def median_errors(cases: list[Case]) -> dict[str, dict[int, float]]:
-    """The lines of the table: settings, and the error of each order there."""
+    """The rows of the table: a setting, and the error of each order."""
     orders = sorted({c.order for c in cases})
 
     def errors(chosen: list[Case]) -> dict[int, float]:
@@ -28,7 +28,7 @@ def median_errors(cases: list[Case]) -> dict[str, dict[int, float]]:
 
     random = [c for c in cases if c.kind == "random" and c.head_dim == 16]
     rows = {}
-    for i, size in enumerate(SIZES):  # the cases lie in the order of SIZES
+    for i, size in enumerate(SIZES):  # the cases are in the order of SIZES
         rows[f"random, size {size:g}"] = errors(random[len(orders) * i : len(orders) * (i + 1)])
     for dim in (16, 64):
         for alpha in (1.0, 3.0):
@@ -47,7 +47,7 @@ def median_errors(cases: list[Case]) -> dict[str, dict[int, float]]:
 
 
 def as_percent(error: float) -> str:
-    """Three digits; above 1000% only that."""
+    """The error with three digits; above 1000% only that."""
     return f"{100 * error:.3g}%" if error < 10 else "> 1000%"
 
 

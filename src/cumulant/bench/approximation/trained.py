@@ -19,8 +19,9 @@ from .cases import LENGTH, Case, measure_orders
 
 @contextmanager
 def recorded_heads(model: torch.nn.Module) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
-    """Queries and keys of each softmax and Taylor mixer in a call of `model`, such that scores are
-    q·k / sqrt(K).
+    """Queries and keys of each softmax and Taylor mixer in a call of `model`.
+
+    They are scaled such that scores are q·k / sqrt(K).
     """
     found: dict[str, tuple[Tensor, Tensor]] = {}
     changed = []
@@ -82,8 +83,9 @@ def weights_digest(folder: str) -> str:
 
 
 def trained_cases(folder: str, name: str, seed: int, windows: int = 16) -> list[Case]:
-    """Every head of the softmax and Taylor mixers of a trained model, called `name`, on its
-    held-out text.
+    """Cases of all heads of a trained model's softmax and Taylor mixers.
+
+    They are measured on its held-out text. name: of the model, in the cases.
     """
     model, ids = load_model(folder, windows)
     with torch.inference_mode(), recorded_heads(model) as found:
@@ -105,7 +107,7 @@ def trained_cases(folder: str, name: str, seed: int, windows: int = 16) -> list[
 
 
 def train_small_model(folder: Path, preset: str, say: Callable[[str], None]) -> str:
-    """Train a small model on Python's standard library, or finish its training; its folder."""
+    """Train a small model on Python's standard library, or finish it; returns its folder."""
     from ...text.options import TrainingOptions
     from ...text.runs import STARTED
     from ...text.train import train

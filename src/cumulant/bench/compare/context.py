@@ -1,6 +1,4 @@
-"""Whether a model uses its context: loss by the length of the context, and loss on text that is
-repeated.
-"""
+"""How a model uses its context: loss by context length, and loss on repeated text."""
 
 from __future__ import annotations
 
@@ -19,8 +17,9 @@ SHORTEST = 32  # tokens of context
 
 @dataclass(frozen=True)
 class Stretch:
-    """Bits per byte of `tokens` tokens, which had first, ..., last - 1 tokens before them in their
-    window.
+    """Bits per byte of `tokens` tokens.
+
+    They had first, ..., last - 1 tokens before them in their window.
     """
 
     first: int
@@ -39,12 +38,12 @@ def loss_by_context(
     tokens: int = 50_000,
     batch_tokens: int = 16_384,
 ) -> list[Stretch]:
-    """Mean loss of the same tokens, about `tokens` in all, in windows of `length`, `length` / 2,
-    `length` / 4, ... tokens, but not less than 32.
+    """Mean loss of the same tokens, about `tokens` in all, in windows of several lengths.
 
-    A window of c tokens begins c / 2 tokens behind the one before, and its second half is scored. A
-    model that uses its context has a lower loss in longer windows. A model that cannot go beyond
-    its training length has a higher one.
+    The lengths are `length`, `length` / 2, `length` / 4, ..., down to 32 tokens. A window of c
+    tokens begins c / 2 tokens after the one before, and its second half is scored. A model that
+    uses its context has a lower loss in longer windows. A model that cannot go beyond its training
+    length has a higher one.
 
     Raises:
         ValueError: the text is shorter than a window.
@@ -59,10 +58,8 @@ def loss_by_context(
     lengths = [length]
     while lengths[0] % 4 == 0 and lengths[0] // 2 >= SHORTEST:
         lengths.insert(0, lengths[0] // 2)
-    found, text_bytes = (
-        [],
-        int(token_sizes(tokenizer)[text.ids[half + 1 : half + 1 + count * half]].sum()),
-    )
+    scored = text.ids[half + 1 : half + 1 + count * half]
+    found, text_bytes = [], int(token_sizes(tokenizer)[scored].sum())
     for size in lengths:
         step = size // 2
         starts = range(half - step, half + count * half - step, step)
@@ -82,8 +79,11 @@ def loss_by_context(
 
 @dataclass(frozen=True)
 class Copying:
-    """Bits per byte of spans of `span` tokens at the end of a window. second: where the same span
-    is at its beginning, with `distance` tokens between. control: where another span is there."""
+    """Bits per byte of spans of `span` tokens at the end of a window.
+
+    second: the same span is at its beginning, with `distance` tokens between.
+    control: another span is at its beginning.
+    """
 
     distance: int
     second: float
@@ -120,24 +120,21 @@ def loss_on_copies(
         )
     model.eval()
     starts = np.array(_draw_starts(len(ids), length, farthest, samples))
-    pieces, others = (
+    spans, others = (
         np.stack([ids[at : at + length] for at in starts[:, i]]).astype(np.int64) for i in (0, 1)
     )
-    size = int(
-        token_sizes(tokenizer)[pieces[:, 1:]].sum()
-    )  # a span's first token follows other text
+    # without a span's first token, which follows other text
+    size = int(token_sizes(tokenizer)[spans[:, 1:]].sum())
     found = []
     for distance in distances:
         between = np.stack([ids[at : at + distance] for at in starts[:, 2]]).astype(np.int64)
         together = max(1, batch_tokens // (distance + 2 * length))
         bits = []
-        for before in (pieces, others):
-            windows = torch.from_numpy(np.concatenate((before, between, pieces), 1)).to(
-                model.device
-            )
+        for before in (spans, others):
+            windows = torch.from_numpy(np.concatenate((before, between, spans), 1)).to(model.device)
             nats = sum(
-                float(_token_losses(model, part)[:, 1 - length :].sum())
-                for part in windows.split(together)
+                float(_token_losses(model, batch)[:, 1 - length :].sum())
+                for batch in windows.split(together)
             )
             bits.append(nats / math.log(2) / size)
         second, control = bits
@@ -146,8 +143,9 @@ def loss_on_copies(
 
 
 def _draw_starts(size: int, span: int, between: int, samples: int) -> list[tuple[int, int, int]]:
-    """Where a span, another span, and the text between begin; neither of the latter two overlaps
-    the span.
+    """Offsets of a span, another span, and the text between them.
+
+    Neither the other span nor the text between overlaps the span.
     """
     draw = np.random.default_rng(0)
     found: list[tuple[int, int, int]] = []

@@ -54,8 +54,9 @@ def draw_curves(found: list[Result], settings: dict[str, Any], folder: Path) -> 
 
 
 def _seeds(curves: list[list[tuple[int, float]]]) -> tuple[np.ndarray, np.ndarray]:
-    """Steps, and the values of each seed there, interpolated where it was evaluated at other
-    steps.
+    """Steps, and the values of each seed at these steps.
+
+    They are interpolated for a seed that was evaluated at other steps.
     """
     steps = np.array([step for step, _ in max(curves, key=lambda curve: curve[0][0])])
     return steps, np.array(
@@ -106,9 +107,7 @@ def _draw_panel(
     context: int | None = None,
     percent: bool = False,
 ) -> str:
-    """One panel with a line for each mechanism, and a broken one at the length that models were
-    trained at.
-    """
+    """One panel with a line for each mechanism, and a broken line at the training length."""
     styles = _styles(found)
     figure, (panel,) = panel_column(1, height=2.8)
     for mechanism, points in lines.items():

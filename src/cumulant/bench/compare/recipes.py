@@ -43,7 +43,7 @@ class Comparison:
 
     Each keeps its preset's short convolutions, norms and feed-forwards: see `differences`.
 
-    mechanisms: what is compared.
+    mechanisms: those that are compared.
     learning_rates: each mechanism is trained with all of them from the first seed, and with its
         best one from the other seeds.
     width, depth, heads: of every model.

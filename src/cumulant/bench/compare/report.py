@@ -38,8 +38,8 @@ def report(folder: Folder, console: Console | None = None) -> Page:
         tables.append(_context_table(in_context))
     if copied:
         caption = (
-            "Loss on spans of 128 bytes that stand earlier in the window, relative to spans that"
-            " do not"
+            "Loss on spans of 128 bytes that are repeated in the window, relative to spans that"
+            " are not"
         )
         pictures.append(Picture(draw_copying(copied, context, folder.path), caption))
         tables.append(_copying_table(copied))
@@ -63,21 +63,22 @@ def _notes(found: list[Result], settings: dict[str, Any], text: Row) -> list[str
     ]
     return [
         (
-            f"{text['bytes']:,} bytes of {settings['data']} to train on, {text['heldout_bytes']:,}"
-            f" others scored, {text['steps']:,} steps of {_step_tokens(settings):,} tokens in the"
-            " same order for all. Numbers of parameters agree within 2%. The learning rate is each"
-            " mechanism's best of the sweep, chosen by the first seed's loss on the same held-out"
-            " text. ± is the standard error of the mean over seeds."
+            f"Models are trained on {text['bytes']:,} bytes of {settings['data']}, and scored on"
+            f" {text['heldout_bytes']:,} others. They take {text['steps']:,} steps of"
+            f" {_step_tokens(settings):,} tokens in the same order. Numbers of parameters agree"
+            " within 2%. Each mechanism has its best learning rate of the sweep, by the first"
+            " seed's loss on the same held-out text. ± is the standard error of the mean over"
+            " seeds."
         ),
         (
-            "Each mechanism keeps what its preset has beside it. Models differ from"
-            f" {settings['baseline']}'s in: {'; '.join(differ)}."
+            "Each mechanism keeps the convolutions, norms and feed-forwards of its preset. Models"
+            f" differ from {settings['baseline']}'s in: {'; '.join(differ)}."
         ),
         (
             "Time is the median of training steps; mechanisms take turns, so that other programs"
             " slow all of them alike. Kept is the memory that a step keeps for its backward pass."
-            f" State is that of one sequence after {settings['context']:,} tokens; softmax's grows"
-            " with every token."
+            f" State is the memory of one sequence after {settings['context']:,} tokens; softmax's"
+            " grows with every token."
         ),
     ]
 
@@ -117,9 +118,7 @@ def _answer_lines(found: list[Result], settings: dict[str, Any], text: Row) -> l
 
 
 def _longer_context_lines(tested: list[Result], context: int) -> list[str]:
-    """The change of the loss on the same tokens, from windows as in training to the longest
-    ones.
-    """
+    """The change of the loss from training windows to the longest windows, same tokens."""
     lasts = [last for _, last, _ in tested[0].contexts] if tested else []
     if context not in lasts[:-1]:
         return []
@@ -142,8 +141,8 @@ def _copying_lines(tested: list[Result], context: int) -> list[str]:
     each = ", ".join(f"{r.mechanism} {r.copying[at][1] / r.copying[at][2]:.0%}" for r in tested)
     between = tested[0].copying[at][0]
     return [
-        f"Loss on a span that stands {between:,} tokens earlier as well, relative to one that does"
-        f" not: {each}."
+        f"Loss on a span that is repeated after {between:,} tokens, relative to one that is not:"
+        f" {each}."
     ]
 
 

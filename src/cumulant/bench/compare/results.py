@@ -1,6 +1,4 @@
-"""What the rows of `cumulant compare` say about each mechanism: its best rate, means over seeds,
-differences.
-"""
+"""Results of `cumulant compare` from its rows: best rates, means over seeds, differences."""
 
 from __future__ import annotations
 
@@ -17,8 +15,9 @@ T95 = {2: 12.7, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 1
 
 @dataclass(frozen=True)
 class Mean:
-    """The mean of `count` values and its standard error, which is nan for one value and where a run
-    diverged.
+    """The mean of `count` values and its standard error.
+
+    The error is nan for one value, and if a run diverged.
     """
 
     value: float

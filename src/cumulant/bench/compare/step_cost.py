@@ -14,8 +14,11 @@ from ...models import CumulantConfig, CumulantForCausalLM, cache_bytes
 
 @dataclass(frozen=True)
 class Cost:
-    """seconds: of a training step. kept_bytes: that it keeps for its backward pass. state_bytes: of
-    the cache of one sequence, after the context."""
+    """The cost of a mechanism.
+
+    seconds: of a training step. kept_bytes: kept by the step for its backward pass.
+    state_bytes: of the cache of one sequence, after the context.
+    """
 
     seconds: float
     kept_bytes: int
@@ -30,9 +33,7 @@ def measure_costs(
     device: str = "cpu",
     rounds: int = 5,
 ) -> dict[str, Cost]:
-    """Medians of `rounds` steps. Mechanisms take turns, so that other programs slow all of them
-    alike.
-    """
+    """Medians of `rounds` steps; mechanisms take turns, so disturbances affect all alike."""
     set_seed(0)
     ids = torch.randint(
         next(iter(configs.values())).vocab_size, (batch, context + 1), device=device
@@ -71,7 +72,7 @@ def _loss(model: CumulantForCausalLM, ids: torch.Tensor) -> torch.Tensor:
 
 
 def _kept_bytes(model: CumulantForCausalLM, ids: torch.Tensor) -> int:
-    """Bytes of all tensors that a step keeps for its backward pass, without the weights."""
+    """Bytes of all tensors that a step keeps for its backward pass, except the weights."""
     found: dict[int, int] = {}
 
     def add_storage(x: torch.Tensor) -> torch.Tensor:

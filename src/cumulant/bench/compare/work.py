@@ -1,12 +1,10 @@
-"""`cumulant compare`: trains the mechanisms of a recipe on one text, and measures the trained
-models.
+"""`cumulant compare`: trains the mechanisms of a recipe on one text, and measures them.
 
 Every mechanism is trained with all learning rates from the first seed, and with its best rate from
 the other seeds. Then the trained models are tested on their context. Each result is a row of the
 folder:
 
-- ``text``: its size, how many tokens of the held-out text are scored, and how many steps are
-  trained.
+- ``text``: its size, the number of held-out tokens that are scored, and the number of steps.
 - ``cost``: `step_cost.Cost` of a mechanism, and how its model differs from the baseline's.
 - ``run``: ``heldout``, bits per byte of the held-out text by step.
 - ``context``: of a run with the best rate, ``contexts`` (`context.Stretch`) and ``copying``
@@ -44,7 +42,7 @@ from .report import REPORT, report
 from .results import best_rate
 from .step_cost import measure_costs
 
-SPAN = 128  # bytes that are to be copied
+SPAN = 128  # bytes of a span to copy
 SCORED, SCORED_QUICKLY = 250_000, 20_000  # tokens of the held-out text, at most
 
 
@@ -58,24 +56,24 @@ def run(
     force: bool = False,
     console: Console,
 ) -> Folder:
-    """Train what the folder lacks, and draw the report, after an interruption as well.
+    """Train what the folder lacks, and draw the report, even after an interruption.
 
-    The folder keeps its rows when more learning rates or seeds are asked for. scored: tokens of the
-    held-out text at most.
+    The folder keeps its rows when the user asks for more learning rates or seeds. scored: tokens of
+    the held-out text at most.
     """
     pyplot()  # refuses before anything is trained
-    place = choose_device(device)
+    device = choose_device(device)
     corpus = load_corpus(recipe.data, heldout=recipe.heldout)
-    # the text is known by its name and digest, so that its file may be moved
+    # the text is identified by its name and digest, so its file may be moved
     identity = {"data": Path(corpus.name).name, "digest": corpus.digest}
-    settings = {"recipe": name, **recipe.settings(), **identity, "device": place}
+    settings = {"recipe": name, **recipe.settings(), **identity, "device": device}
     folder = Folder.start(
         output, REPORT.command, settings, force=force, extends=("learning_rates", "seeds")
     )
     try:
         text, steps = _prepare_text(recipe, corpus, folder, scored)
         configs = {m.name: configuration(recipe, m, len(text.tokenizer)) for m in recipe.mechanisms}
-        ComparisonRun(recipe, corpus, text, steps, configs, folder, place, console).run_all()
+        ComparisonRun(recipe, corpus, text, steps, configs, folder, device, console).run_all()
     finally:
         if any(row["row"] == "run" for row in folder.rows()):
             report(folder, console)
@@ -85,20 +83,18 @@ def run(
 def _prepare_text(
     recipe: Comparison, corpus: Corpus, folder: Folder, scored: int
 ) -> tuple[Text, int]:
-    """The text as tokens, with the held-out part that is scored, and the number of training
-    steps.
-    """
-    place = folder.path / "text"
+    """The text as tokens, with the scored part of the held-out text, and the number of steps."""
+    saved = folder.path / "text"
     done = next((row for row in folder.rows() if row["row"] == "text"), None)
     if done is None:
-        for old in (place, folder.path / "runs"):
+        for old in (saved, folder.path / "runs"):
             shutil.rmtree(old, ignore_errors=True)
         tokenizer = (
             train_bpe(corpus.train, recipe.vocabulary) if recipe.vocabulary else byte_tokenizer()
         )
-        tokenizer.save_pretrained(place)
-        write_tokens(place, corpus, tokenizer, context=recipe.context)
-    tokenizer, (training, heldout) = load_tokenizer(place), read_tokens(place)
+        tokenizer.save_pretrained(saved)
+        write_tokens(saved, corpus, tokenizer, context=recipe.context)
+    tokenizer, (training, heldout) = load_tokenizer(saved), read_tokens(saved)
     if done is not None:
         return Text(
             tokenizer, training, _first_tokens(heldout, done["heldout_tokens"], tokenizer)
@@ -127,7 +123,7 @@ def _first_tokens(text: TokenFile, tokens: int, tokenizer: PreTrainedTokenizerFa
 
 @dataclass(frozen=True)
 class ComparisonRun:
-    """A comparison that is under way. `run_all` measures what its folder lacks."""
+    """A comparison in progress; `run_all` measures what its folder lacks."""
 
     recipe: Comparison
     corpus: Corpus
@@ -158,17 +154,14 @@ class ComparisonRun:
         for name, rate, seed in self.runs_in_order():
             if (name, rate, seed) not in trained:
                 self.train_model(mechanisms[name], rate, seed)
-        asked = {(r["mechanism"], r["learning_rate"], r["seed"]) for r in self.rows_of("context")}
+        tested = {(r["mechanism"], r["learning_rate"], r["seed"]) for r in self.rows_of("context")}
         best = {name: best_rate(self.rows_of("run"), name) for name in mechanisms}
         for seed in range(recipe.seeds):
             for name in mechanisms:
-                place = self.run_folder(name, best[name], seed) / f"checkpoint-{self.steps}"
-                if (
-                    name,
-                    best[name],
-                    seed,
-                ) not in asked and place.is_dir():  # a run that diverged has none
-                    self.measure_context(name, best[name], seed)
+                key = name, best[name], seed
+                checkpoint = self.run_folder(*key) / f"checkpoint-{self.steps}"
+                if key not in tested and checkpoint.is_dir():  # a run that diverged has none
+                    self.measure_context(*key)
 
     def runs_in_order(self) -> Iterator[tuple[str, float, int]]:
         """Runs (mechanism, learning rate, seed) in order: the sweep, then the other seeds.
@@ -203,9 +196,7 @@ class ComparisonRun:
         )
 
     def train_model(self, mechanism: Mechanism, rate: float, seed: int) -> None:
-        """Train one model, from the start or from where an interruption left it, and write its
-        row.
-        """
+        """Train one model, or finish an interrupted training, and write its row."""
         recipe, output = self.recipe, self.run_folder(mechanism.name, rate, seed)
         fields = {**recipe.shared, **mechanism.fields}
         options = TrainingOptions(
@@ -230,7 +221,7 @@ class ComparisonRun:
             **recipe.training,
         )
         if (output / STARTED).is_file():
-            # the digest says that the text is the same, though its file may have been moved
+            # the digest has shown that the text is the same, though its file may have moved
             started = json.loads((output / STARTED).read_text())
             options = replace(options, data=started["data"], resume=True)
         start = time.perf_counter()
@@ -298,9 +289,7 @@ class ComparisonRun:
         )
 
     def copying_distances(self) -> list[int]:
-        """Distances of copied spans: powers of two times an eighth of the context, up to beyond
-        it.
-        """
+        """Distances of copied spans: an eighth of the context, doubled up to its reach."""
         found, last = [], self.recipe.context * self.recipe.reach
         distance = max(self.recipe.context // 8, 1)
         while distance <= last:

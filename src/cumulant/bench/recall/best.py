@@ -10,8 +10,10 @@ from ..reports.folder import Row
 
 @dataclass(frozen=True)
 class Best:
-    """A mechanism at a width, with its best learning rate. accuracy: by number of pairs, mean and
-    standard deviation over the seeds."""
+    """A mechanism at a width, with its best learning rate.
+
+    accuracy: by number of pairs, mean and standard deviation over the seeds.
+    """
 
     mechanism: str
     conv: bool
@@ -30,9 +32,7 @@ class Best:
 
 
 def best_rates(rows: list[Row]) -> list[Best]:
-    """For each mechanism and width, the learning rate with the highest mean accuracy at the most
-    pairs.
-    """
+    """The learning rate with the highest accuracy at the most pairs, by mechanism and width."""
     groups: dict[tuple[str, bool, int], dict[float, list[Row]]] = {}
     for row in rows:
         rates = groups.setdefault((row["mechanism"], row["conv"], row["width"]), {})
@@ -40,9 +40,8 @@ def best_rates(rows: list[Row]) -> list[Best]:
     found = []
     for (mechanism, conv, width), rates in groups.items():
         candidates = [_summary(mechanism, conv, width, rate, own) for rate, own in rates.items()]
-        most = max(
-            candidate.seeds for candidate in candidates
-        )  # a rate that lacks seeds is not compared yet
+        # a rate that lacks seeds is not compared yet
+        most = max(candidate.seeds for candidate in candidates)
         found.append(
             max((c for c in candidates if c.seeds == most), key=lambda c: c.hardest_accuracy)
         )

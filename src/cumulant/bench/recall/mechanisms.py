@@ -19,8 +19,11 @@ from .task import Task
 
 @dataclass(frozen=True)
 class Mechanism:
-    """name, style: in tables and pictures. mixer: of both layers. fields: of the model's
-    configuration. window: tokens of a sliding window, in a third layer."""
+    """A mechanism of the recall test.
+
+    name, style: in tables and pictures. mixer: of both layers. fields: of the configuration.
+    window: tokens of a sliding window, in a third layer.
+    """
 
     name: str
     style: Style
@@ -54,11 +57,12 @@ STYLES = {name: mechanism.style for name, mechanism in MECHANISMS.items()}
 
 @dataclass(frozen=True)
 class Setting:
-    """One model and how it is trained.
+    """One model and its training.
 
-    mechanism: a name of `MECHANISMS`. conv: the first of its two layers is a short convolution
-    instead of the mechanism. learning_rate: of AdamW with weight decay 0.1, falling to 0 along a
-    cosine. steps: of `batch` sequences.
+    mechanism: a name of `MECHANISMS`.
+    conv: the first of its two layers is a short convolution instead of the mechanism.
+    learning_rate: of AdamW with weight decay 0.1, falling to 0 along a cosine.
+    steps: of `batch` sequences.
     """
 
     task: Task
@@ -72,8 +76,9 @@ class Setting:
 
 
 def build_model(setting: Setting) -> CumulantForCausalLM:
-    """A model of two layers (based: three, with its sliding window) of one head, without
-    feed-forwards.
+    """A model of two layers with one head and no feed-forwards.
+
+    based has a third layer, its sliding window.
     """
     mechanism = MECHANISMS[setting.mechanism]
     fields, mixers = dict(mechanism.fields), [mechanism.mixer, mechanism.mixer]

@@ -30,9 +30,9 @@ def report(folder: Folder, console: Console | None = None) -> Page:
         [
             (
                 "The test is multi-query associative recall as in Zoology (Arora et al. 2023). A"
-                " context states pairs of a key and its value. Then each key stands there again,"
-                " and the model is to predict its value. A guess among the n values of the context"
-                " is right once in n times. Models have two layers without feed-forwards; based has"
+                " context states pairs of a key and its value. Then each key is repeated, and the"
+                " model predicts its value. A guess among the n values of the context is right"
+                " once in n times. Models have two layers without feed-forwards; based has"
                 " a third layer, its sliding window."
             ),
             (

@@ -62,9 +62,7 @@ class Sweep:
             )
 
     def settings(self) -> Iterator[Setting]:
-        """All settings of one seed before the next seed, so that a part of the sweep can be
-        compared.
-        """
+        """All settings, seed by seed, so that a partial sweep can already be compared."""
         task = Task(self.length, self.vocabulary, self.pairs)
         orders = range(self.seeds), self.conv, self.widths, self.mechanisms, self.learning_rates
         for seed, conv, width, mechanism, rate in product(*orders):
@@ -78,9 +76,7 @@ QUICK = Sweep(("softmax", "taylor-16", "linear"), conv=(True,), widths=(64,), se
 def run(
     sweep: Sweep, output: str, *, workers: int, device: str, force: bool, console: Console
 ) -> Folder:
-    """Train the models that the folder lacks, and draw the report, after an interruption as
-    well.
-    """
+    """Train the models that the folder lacks, and draw the report, even after an interruption."""
     if workers < 1:
         raise ValueError(f"workers: expected at least 1, got {workers}")
     wanted = list(sweep.settings())
@@ -148,5 +144,5 @@ def _prepare_worker() -> None:
 
 
 def _run_key(row: Row) -> tuple[Any, ...]:
-    """What tells a run from the others of its sweep."""
+    """The fields that identify a run within its sweep."""
     return tuple(row[name] for name in ("mechanism", "conv", "width", "learning_rate", "seed"))

@@ -1,9 +1,9 @@
 """Multi-query associative recall (Arora et al. 2023, "Zoology"): its sequences.
 
-A sequence states n pairs of a key and its value, then asks for each key once: ``k1 v1 … kn vn``,
-and behind them slots of two tokens. Each key stands again in one slot, in early slots more likely:
-slot g has the probability ``p(g) ∝ (g + 1)^(a - 1)`` with a = 0.01. There the model is to predict
-the key's value. All other tokens are 0.
+A sequence states n pairs of a key and its value: ``k1 v1 … kn vn``. Slots of two tokens follow, and
+each key is asked for in one of them. There the model is to predict the key's value. Early slots
+are more likely: slot g has the probability ``p(g) ∝ (g + 1)^(a - 1)`` with a = 0.01. All other
+tokens are 0.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ POWER = 0.01  # a
 
 @dataclass(frozen=True)
 class Task:
-    """Sequences of `length` tokens from a vocabulary of `vocabulary`; pairs: the numbers of pairs
-    that they have.
+    """Sequences of `length` tokens from a vocabulary of `vocabulary`.
+
+    pairs: the numbers of pairs of the sequences.
     """
 
     length: int = 128
@@ -44,9 +45,7 @@ class Task:
     def draw_sequences(
         self, rows: int, pairs: int, random: Generator
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens ``[rows, length]``; positions of the questions, and their answers,
-        ``[rows, pairs]``.
-        """
+        """Tokens ``[rows, length]``; positions and answers of the questions, ``[rows, pairs]``."""
         half = self.vocabulary // 2
 
         def different(first: int, last: int) -> np.ndarray:

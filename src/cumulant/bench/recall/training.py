@@ -31,8 +31,9 @@ def question_logits(model: CumulantForCausalLM, tokens: Tensor, places: Tensor) 
 def measure_accuracy(
     model: CumulantForCausalLM, task: Task, pairs: int, seed: int, rows: int = 256
 ) -> float:
-    """Share of the questions with the right answer, on sequences that are the same for all models
-    of a seed.
+    """Share of the questions with the right answer.
+
+    All models of a seed get the same sequences.
     """
     tokens, places, values = (
         x.to(model.device)
@@ -46,8 +47,9 @@ def measure_accuracy(
 
 
 def train_model(setting: Setting, device: str = "cpu", every: int = 200) -> dict[str, Any]:
-    """Train a model: its accuracy by number of pairs, size, state, time, and its accuracy during
-    training.
+    """Train a model, and measure its accuracy by number of pairs.
+
+    The result also has its size, its state, its time, and its accuracy during training.
     """
     task = setting.task
     set_seed(setting.seed)
@@ -88,7 +90,7 @@ def train_model(setting: Setting, device: str = "cpu", every: int = 200) -> dict
 
 @torch.inference_mode()
 def state_bytes(model: CumulantForCausalLM, length: int) -> int:
-    """Bytes that the model keeps of a context of `length` tokens, for one sequence."""
+    """Bytes that the model keeps for one sequence after `length` tokens."""
     cache = DynamicCache(config=model.config)
     tokens = torch.zeros(1, length, dtype=torch.long, device=model.device)
     model.eval()(input_ids=tokens, past_key_values=cache, use_cache=True)

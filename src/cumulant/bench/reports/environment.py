@@ -35,8 +35,9 @@ def environment() -> dict[str, Any]:
 
 
 def revision() -> str | None:
-    """The commit that the package was run from, with a "+" if its files have changed since; None
-    outside a checkout.
+    """The commit that the package was run from; None outside a checkout.
+
+    It ends with "+" if files of the package have changed since.
     """
 
     def git(*arguments: str) -> str:
@@ -57,7 +58,7 @@ def revision() -> str | None:
 
 
 def processor() -> str:
-    """The processor's name, or the architecture where the system does not tell it."""
+    """The processor's name, or the architecture if the system does not say."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]

@@ -1,7 +1,7 @@
 """The folder of a measurement: a file of JSON lines, from which plots and page are drawn.
 
-The first line says what was asked and on which machine. Each other line is a row of results. Rows
-are written as they come, so an interruption loses none.
+The first line holds the settings and the environment. Each other line is a row of results. Rows
+are written one by one, so an interruption loses none.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ROWS_FILE = "rows.jsonl"
 class Folder:
     """A folder that a command fills, or has filled.
 
-    kind: the command, such as "bench accuracy". settings: what it was asked. environment: see
+    kind: the command, such as "bench accuracy". settings: its options. environment: see
         `environment`.
     lock: held by the process that started the folder, for as long as this object lives.
     """
@@ -49,9 +49,9 @@ class Folder:
     ) -> Folder:
         """A folder for the command `kind`, new or begun before.
 
-        Rows that the same command has written with the same settings are kept. `extends` names
-        settings that may have grown since (more seeds, more learning rates). With `force` the rows
-        of any report are dropped.
+        Rows of the same command with the same settings are kept. `extends` names settings that may
+        have grown since (more seeds, more learning rates). With `force` the rows of any report are
+        dropped.
 
         Raises:
             ValueError: the folder holds other files, the rows of another measurement, or is in use.
@@ -103,9 +103,7 @@ class Folder:
         return more
 
     def note_environment(self) -> Folder:
-        """Add a line if versions, revision or machine have changed since the last rows were
-        written.
-        """
+        """Add a line if versions, revision or machine have changed since the last rows."""
         now = environment()
         if any(
             now[name] != value
@@ -147,8 +145,7 @@ class Folder:
             ) from error
 
     def rows(self, required: Sequence[str] = ()) -> list[Row]:
-        """All rows; a line that was cut short is left out. required: fields that each row must
-        have.
+        """All rows except a line that was cut short. required: fields that each row must have.
 
         Raises:
             ValueError: a line is not a row, or lacks a required field.
@@ -170,7 +167,7 @@ class Folder:
         return f"folder: {self.path / ROWS_FILE}: line {number}"
 
     def _lines(self) -> Iterator[tuple[int, Row]]:
-        """The lines behind the first one, with their numbers."""
+        """The lines after the first one, with their numbers."""
         with (self.path / ROWS_FILE).open(encoding="utf-8") as lines:
             next(lines, None)
             for number, line in enumerate(lines, 2):
@@ -183,9 +180,7 @@ class Folder:
                 yield number, row
 
     def append(self, *rows: Row) -> None:
-        """Write rows; they are on the disk when this returns. A crash leaves all of them or
-        none.
-        """
+        """Write rows to the disk; after a crash either all of them are there or none."""
         path = self.path / ROWS_FILE
         with path.open("rb+") as lines:  # a line that was cut short must not swallow this one
             lines.seek(0, os.SEEK_END)

@@ -1,6 +1,4 @@
-"""A report as one self-contained HTML page: the answer, pictures and tables, and how it was
-made.
-"""
+"""A report as one self-contained HTML page: answer, pictures, tables and environment."""
 
 from __future__ import annotations
 
@@ -27,8 +25,9 @@ class Table:
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture of the folder. name: of the SVG file, without its suffix. caption: what it
-    shows.
+    """A picture of the folder.
+
+    name: of the SVG file, without its suffix. caption: a sentence below it.
     """
 
     name: str
@@ -37,8 +36,9 @@ class Picture:
 
 @dataclass(frozen=True)
 class Page:
-    """answer: the result in sentences, which come first. notes: how the tables are to be read, and
-    their limits.
+    """The contents of a report.
+
+    answer: the result in sentences, at the top. notes: how to read the tables, and their limits.
     """
 
     title: str
@@ -50,8 +50,10 @@ class Page:
 
 @dataclass(frozen=True)
 class Report:
-    """What a measurement's command leaves. command: that fills the folder. fields: of each of its
-    rows. draw: writes plots and page."""
+    """The report of a command.
+
+    command: that fills the folder. fields: of each of its rows. draw: writes plots and page.
+    """
 
     command: str
     fields: tuple[str, ...]

@@ -17,8 +17,9 @@ VARIANTS = (("-", "full"), ("--", "none"), (":", "left"), ("-.", "top"))
 
 @dataclass(frozen=True)
 class Style:
-    """How a line is drawn. colour: as #rrggbb; marker, line, fill: matplotlib's marker, linestyle
-    and fillstyle.
+    """How a line is drawn.
+
+    colour: as #rrggbb. marker, line, fill: matplotlib's marker, linestyle and fillstyle.
     """
 
     colour: str
@@ -27,9 +28,7 @@ class Style:
     fill: str = "full"
 
     def variant(self, number: int = 1) -> Style:
-        """The same colour and marker with another line: for the same mechanism with one
-        difference.
-        """
+        """The same colour and marker with another line, for a variant of the mechanism."""
         line, fill = VARIANTS[number % len(VARIANTS)]
         return replace(self, line=line, fill=fill)
 
@@ -61,9 +60,7 @@ PALETTE = (BLACK, BLUE, ORANGE, GREEN, PINK, VERMILION, SKY, GREY, BROWN, NAVY, 
 
 
 def styles_for(names: Iterable[str], known: Mapping[str, Style]) -> dict[str, Style]:
-    """A style for each name: the known one, or for names that this version does not know one that
-    is still free.
-    """
+    """A style for each name: the known one, or a free one for an unknown name."""
     names = list(dict.fromkeys(names))
     taken = {known[name] for name in names if name in known}
     variants = (style.variant(number) for number, style in product(range(len(VARIANTS)), PALETTE))
@@ -72,7 +69,7 @@ def styles_for(names: Iterable[str], known: Mapping[str, Style]) -> dict[str, St
 
 
 class Drawn(Protocol):
-    """What pictures show as a line."""
+    """An object that pictures show as a line."""
 
     @property
     def name(self) -> str: ...
@@ -85,7 +82,7 @@ DrawnT = TypeVar("DrawnT", bound=Drawn)
 
 
 def by_name(drawn: Iterable[DrawnT]) -> dict[str, DrawnT]:
-    """All of them by their names.
+    """A dictionary of the objects by name.
 
     Raises:
         ValueError: two have the same name, or would look the same in a picture.

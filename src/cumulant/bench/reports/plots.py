@@ -1,5 +1,6 @@
-"""What all pictures share: one panel a row, so that they can be read on a phone, and a legend above
-each panel.
+"""What all pictures share.
+
+They have one panel a row, so that they can be read on a phone, and a legend above each panel.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 # inches
-WIDTH = 4.8  # of a picture: as wide as a phone, where letters of 9 points can still be read
+WIDTH = 4.8  # of a picture, so that letters of 9 points are readable on a phone
 LEGEND_WIDTH = 4.0  # from the left end of the axis
 HANDLE = 0.6  # a line in the legend, with the space beside it
 LETTER = 0.075  # a letter of the legend, on average
@@ -37,8 +38,9 @@ def pyplot() -> Any:
 
 
 def panel_column(count: int, *, height: float = 2.3, **options: Any) -> tuple[Any, list[Any]]:
-    """A figure and its panels, one below another. height: of a panel in inches. options: for
-    ``subplots``.
+    """A figure and its panels, one below another.
+
+    height: of a panel in inches. options: for ``subplots``.
     """
     figure, axes = pyplot().subplots(
         count,
@@ -55,7 +57,7 @@ def panel_column(count: int, *, height: float = 2.3, **options: Any) -> tuple[An
 
 
 def add_legend(panel: Any, title: str | None = None) -> None:
-    """The title and the names of the panel's lines above it; call it when all lines are drawn."""
+    """Put the title and the names of the panel's lines above it, after the lines are drawn."""
     handles, labels = panel.get_legend_handles_labels()
     columns = _legend_columns(labels)
     panel.legend(
@@ -90,8 +92,9 @@ def _legend_columns(labels: Sequence[str]) -> int:
 
 
 def label_ticks(axis: Any, ticks: Sequence[float], form: str = "{:g}") -> None:
-    """Ticks at these values alone. axis: ``panel.xaxis`` or ``panel.yaxis``, after its scale is
-    set.
+    """Show ticks at these values only.
+
+    axis: ``panel.xaxis`` or ``panel.yaxis``, after its scale is set.
     """
     axis.set_ticks(ticks, [form.format(tick) for tick in ticks])
     axis.set_minor_locator(pyplot().matplotlib.ticker.NullLocator())
@@ -100,7 +103,7 @@ def label_ticks(axis: Any, ticks: Sequence[float], form: str = "{:g}") -> None:
 def save_figure(
     figure: Any, folder: Path, name: str, suffixes: Sequence[str] = (".png", ".svg")
 ) -> str:
-    """Write the figure as PNG and SVG, or with the suffixes given; the name again."""
+    """Write the figure as PNG and SVG, or with other suffixes, and return its name."""
     for path in (folder / f"{name}{suffix}" for suffix in suffixes):
         metadata = {"Date": None} if path.suffix == ".svg" else None
         figure.savefig(path, dpi=150, bbox_inches="tight", metadata=metadata)

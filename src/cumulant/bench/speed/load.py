@@ -25,8 +25,6 @@ class Load:
         return time.perf_counter(), busy - own.user - own.system
 
     def busy_processors(self) -> float:
-        """Mean number of processors that other processes, or other machines on the same hardware,
-        took.
-        """
+        """Mean number of processors that other processes, or other virtual machines, used."""
         (before, taken), (after, then) = self._start, self._now()
         return max((then - taken) / max(after - before, 1e-9), 0.0)

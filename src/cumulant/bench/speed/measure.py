@@ -1,8 +1,7 @@
-"""`cumulant bench`: runs each mechanism in each pass at each length, and keeps its times and
-memory.
+"""`cumulant bench`: times and memory of each mechanism in each pass at each length.
 
-A row is a cell (length, pass, mechanism). A cell that would take too long, as the shorter lengths
-say, or too much memory becomes a row that says so, and the measurement goes on.
+A row is a cell (length, pass, mechanism). A cell that would take too much memory, or too long by
+the time of shorter lengths, becomes a row that says so, and the measurement continues.
 """
 
 from __future__ import annotations
@@ -29,8 +28,7 @@ from .report import REPORT, report
 from .subjects import SUBJECTS, Shape, Subject
 from .verdicts import format_number
 
-# A cell is measured so often, with the other mechanisms between: the spread shows what else ran in
-# the meantime.
+# rounds over a group of cells; the spread of a cell's rounds shows disturbances by other programs
 ROUNDS = 3
 
 
@@ -68,8 +66,10 @@ def run(
 def _measure_group(
     recipe: Recipe, cells: list[Cell], device: str, done: dict[Cell, Row]
 ) -> dict[Cell, Row]:
-    """A row for each cell. Cells are measured in turn, `ROUNDS` times; a cell whose runs are long
-    is measured once, as disturbances are shorter than its runs."""
+    """A row for each cell. Cells are measured in turn, `ROUNDS` times.
+
+    A cell with long runs is measured once, since disturbances are shorter than its runs.
+    """
     load = Load()
     found: dict[Cell, list[Row]] = {
         cell: [_measure_cell(recipe, cell, device, done)] for cell in cells
@@ -85,8 +85,9 @@ def _measure_group(
 def _measure_cell(
     recipe: Recipe, cell: Cell, device: str, done: dict[Cell, Row], with_memory: bool = True
 ) -> Row:
-    """One round: the seconds of each run, and the memory of one if asked; or the reason why there
-    are none.
+    """One round of a cell: the seconds of each run, and the memory of one if asked.
+
+    A cell that cannot be measured becomes a row with the reason.
     """
     T, kind, mechanism = cell
     row: Row = {"length": T, "pass": kind, "mechanism": mechanism}
@@ -114,8 +115,10 @@ def _measure_cell(
 
 
 def _merge_rounds(rounds: list[Row]) -> Row:
-    """One row of all rounds. low, high: the least and the greatest median of a round; of one run,
-    if there was one round."""
+    """One row of all rounds.
+
+    low, high: the least and the greatest median of a round; if there was one round, of its runs.
+    """
     last = rounds[-1]
     if last["status"] != "measured":
         return last
@@ -133,8 +136,9 @@ def _merge_rounds(rounds: list[Row]) -> Row:
 
 
 def _expected_seconds(recipe: Recipe, cell: Cell, done: dict[Cell, Row]) -> float:
-    """Seconds that a run will take, as the longest shorter length says; infinite if that was too
-    long itself.
+    """Seconds of a run, extrapolated from the longest shorter length.
+
+    Infinite if that was itself too long.
     """
     T, kind, mechanism = cell
     before = [
@@ -154,8 +158,9 @@ def _expected_seconds(recipe: Recipe, cell: Cell, done: dict[Cell, Row]) -> floa
 
 
 def _least_bytes(shape: Shape, kind: str, mechanism: str) -> float:
-    """Bytes that a run holds at least: inputs, outputs, gradients and, where all are kept, the T ×
-    T weights.
+    """Bytes that a run holds at least.
+
+    They are inputs, outputs, gradients and, for a mechanism that keeps them, the T × T weights.
     """
     numbers = 4 * shape.B * shape.H * shape.T * shape.d * (2 if kind == "training" else 1)
     weights = (
@@ -171,8 +176,10 @@ def _least_bytes(shape: Shape, kind: str, mechanism: str) -> float:
 def _run_times(
     recipe: Recipe, shape: Shape, kind: str, mechanism: str, with_memory: bool = True
 ) -> tuple[list[float], int | None]:
-    """Seconds of each run after one that warms up, and bytes: the peak of a run, or what decoding
-    keeps of the context."""
+    """Seconds of each run after a warm-up, and bytes.
+
+    The bytes are the peak of a run; for decoding, the memory of the context.
+    """
     torch.manual_seed(0)
     subject = SUBJECTS[mechanism]
     if kind == "decode":

@@ -14,7 +14,7 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def available_bytes(device: str) -> int | None:
-    """Bytes that can still be allocated; None where the system does not tell."""
+    """Bytes that can still be allocated; None if the system does not say."""
     if device.startswith("cuda"):
         return (
             torch.cuda.mem_get_info()[0]
@@ -44,8 +44,8 @@ def peak_memory(device: str) -> Iterator[Callable[[], int | None]]:
         return
     gc.collect()
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # gives freed memory back; or its reuse would not be seen
-        _CLEAR.write_text("5", encoding="ascii")  # sets the peak back to the present size
+        ctypes.CDLL(None).malloc_trim(0)  # return freed memory, whose reuse would not be counted
+        _CLEAR.write_text("5", encoding="ascii")  # reset the peak to the present size
         before = _status_bytes("VmRSS")
     except (OSError, AttributeError, TypeError):  # another system, another C library
         yield lambda: None

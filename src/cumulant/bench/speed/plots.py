@@ -19,8 +19,9 @@ def _styles(mechanisms: list[str]) -> dict[str, Style]:
 def _draw_lines(
     rows: list[Row], mechanisms: list[str], field: str, unit: float, label: str
 ) -> tuple[Any, dict[str, Any]]:
-    """A panel for each pass whose rows have the field, with a line for each mechanism, in `unit`s
-    by length.
+    """A panel for each pass whose rows have the field.
+
+    It has a line for each mechanism, by length, in units of `unit`.
     """
     styles = _styles(mechanisms)
     kinds = list(dict.fromkeys(row["pass"] for row in rows if row.get(field)))
@@ -59,7 +60,7 @@ def _points(rows: list[Row], kind: str, mechanism: str, field: str) -> list[tupl
 
 
 def draw_times(rows: list[Row], mechanisms: list[str], folder: Path) -> str:
-    """Milliseconds by length; a ring where a mechanism becomes faster than softmax."""
+    """Milliseconds by length, with a ring where a mechanism becomes faster than softmax."""
     styles = _styles(mechanisms)
     figure, panels = _draw_lines(rows, mechanisms, "median", 1e-3, "milliseconds")
     ring = {"marker": "o", "fillstyle": "none", "linestyle": ""}

@@ -1,4 +1,4 @@
-"""What `cumulant bench` measures at once: mechanisms, passes, and lengths."""
+"""What `cumulant bench` measures in one report: mechanisms, passes and lengths."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ Cell = tuple[int, str, str]  # length, pass, mechanism
 class Recipe:
     """Cells that are measured: each mechanism, in each pass, at each length.
 
-    batch: sequences. heads, dim: heads, and numbers in the value of one. repeats: runs of a cell at
-    most, and at least one. budget: seconds after which a cell is not run again, over all its
-    rounds. seconds: the most that a single run may take.
+    batch: sequences. heads, dim: heads, and numbers in the value of one.
+    repeats: runs of a cell, at most.
+    budget: seconds after which a cell is not run again, over all its rounds.
+    seconds: the most that a single run may take.
     """
 
     mechanisms: tuple[str, ...]
@@ -57,7 +58,7 @@ class Recipe:
         return replace(self, lengths=lengths, repeats=9, budget=0.5, seconds=2.0)
 
     def groups(self) -> Iterator[list[Cell]]:
-        """Cells that are compared with one another, which are measured in turn."""
+        """Groups of cells that are compared with one another, and so measured in turn."""
         for T in sorted(set(self.lengths)):
             for kind in dict.fromkeys(self.passes):
                 yield [(T, kind, mechanism) for mechanism in dict.fromkeys(self.mechanisms)]
@@ -70,7 +71,7 @@ class Recipe:
 FAIR = tuple(name for name, subject in SUBJECTS.items() if subject.fair)
 RECIPES = {
     "fair": Recipe(FAIR, PASSES, tuple(2**p for p in range(7, 21))),
-    # What `impl="auto"` takes, beside PyTorch's operations. It should be slower at no length.
+    # The choice of `impl="auto"` beside PyTorch's operations. It should be slower at no length.
     "implementations": Recipe(
         (
             BASELINE,

@@ -10,9 +10,7 @@ from .plots import draw_memory, draw_times
 from .verdicts import answers, format_number
 
 TIMES = "Time by length; a ring marks the length from which a mechanism is faster than softmax"
-MEMORY = (
-    "Most memory held during a run, with its inputs; in decoding, the memory that the context takes"
-)
+MEMORY = "Peak memory of a run, with its inputs; in decoding, the memory of the context"
 
 
 def report(folder: Folder, console: Console | None = None) -> Page:
@@ -46,8 +44,8 @@ def report(folder: Folder, console: Console | None = None) -> Page:
                 " length. Times are medians; ± is the standard deviation of single runs."
             ),
             (
-                "A cell that was not measured says why: a run would take too long, as the length"
-                " before it says, or need more memory than there is."
+                "A cell that was not measured says why: a run would take too long, by the time of"
+                " the length before, or need more memory than there is."
             ),
         ],
     )
@@ -64,7 +62,7 @@ def _table(rows: list[Row], mechanisms: list[str], kind: str) -> Table:
 
 
 def _cell_text(row: Row | None) -> str:
-    """Median and deviation in milliseconds, or why there are none."""
+    """Median and deviation in milliseconds, or the reason why there are none."""
     if row is None:
         return ""
     if row["status"] != "measured":

@@ -1,9 +1,8 @@
-"""What `cumulant bench` measures: each mechanism as a function of tensors, its inputs, and its
-step.
+"""The mechanisms of `cumulant bench`, as functions of tensors, with their inputs and steps.
 
 A new mechanism is one class and one entry of `_MECHANISMS`. Each is the attention of one layer with
-H heads, whose values have d numbers. Queries and keys have d numbers as well, but 16 in Taylor
-attention, and 128 in FLASH, whose one head holds the values of all heads.
+H heads, whose values have d numbers. Queries and keys have d numbers as well, except for 16 in
+Taylor attention, and 128 in FLASH, whose one head holds the values of all heads.
 """
 
 from __future__ import annotations
@@ -38,8 +37,9 @@ class Shape:
     causal: bool = True
 
     def random(self, heads: int, size: int, tokens: int | None = None) -> Tensor:
-        """``[B, heads, T, size]``, the heads of a token side by side in memory as projections leave
-        them.
+        """``[B, heads, T, size]``, random.
+
+        The heads of a token are side by side in memory, as projections write them.
         """
         shape = (self.B, self.T if tokens is None else tokens, heads, size)
         return torch.randn(shape, dtype=self.dtype, device=self.device).transpose(1, 2)
@@ -47,11 +47,11 @@ class Shape:
 
 @dataclass(frozen=True)
 class Subject:
-    """A mechanism that is measured. name, style: in tables and pictures. fair: it is part of the
-    recipe "fair".
+    """A mechanism that is measured.
 
-    quadratic: its time grows as T². weights: numbers of a T × T matrix that it holds at once, for
-        each head.
+    name, style: in tables and pictures. fair: it belongs to the recipe "fair".
+    quadratic: its time grows as T².
+    weights: numbers for each entry of a T × T matrix that it holds at once, for each head.
     """
 
     name: str
@@ -68,9 +68,7 @@ class Subject:
         raise NotImplementedError
 
     def step(self, shape: Shape) -> tuple[Callable[[], Any], int]:
-        """A function that computes one more token behind a context of T, and the bytes that the
-        context takes.
-        """
+        """A function that computes the token after a context of T, and the context's bytes."""
         raise NotImplementedError
 
 
@@ -148,8 +146,9 @@ class Flash(Recurrent):
         )
 
     def step(self, shape: Shape) -> tuple[Callable[[], Any], int]:
-        """A step behind a group that is half full: its time grows with the group. Short contexts
-        are used whole.
+        """A step onto a half full group, since its time grows with the group.
+
+        Short contexts are used whole.
         """
         half = GROUP // 2
         return super().step(

@@ -1,8 +1,8 @@
-"""Sentences about measured times, where the measurements are clear enough for one.
+"""Sentences about measured times, if the measurements are clear enough.
 
 The time of a cell is an interval, from the least to the greatest median of its rounds. A mechanism
-is faster than another where the intervals do not overlap. Where they are too wide to tell, the
-sentence says so.
+is faster than another if the intervals do not overlap. If they are too wide to tell, the sentence
+says so.
 """
 
 from __future__ import annotations
@@ -14,17 +14,18 @@ from ..reports.folder import Row
 
 PASSES = ("forward", "training", "decode")  # training: forward and backward; decode: one more token
 BASELINE = "softmax"
-SCATTER = 1.5  # greatest over least time of a cell, above which it tells nothing
-# processors that other processes take, above which times tell nothing, however well they agree
-OTHERS = 0.25
+# limits above which a cell tells nothing, even if its times agree
+SCATTER = 1.5  # greatest over least time
+OTHERS = 0.25  # processors that other processes use
 CANNOT_TELL = "these measurements scatter too much to tell; close other programs"
 
 Interval = tuple[float, float]
 
 
 def time_interval(row: Row) -> Interval:
-    """The row's times. A row of an earlier version, which had no rounds: a deviation around its
-    median.
+    """The interval of the row's times.
+
+    A row of an earlier version has no rounds; then it is a deviation around the median.
     """
     if "low" in row:
         return float(row["low"]), float(row["high"])
@@ -35,9 +36,7 @@ def time_interval(row: Row) -> Interval:
 def compared_intervals(
     rows: list[Row], kind: str, mechanism: str, other: str = BASELINE
 ) -> list[tuple[int, Interval, Interval]]:
-    """The lengths at which both were measured, each with the interval of the mechanism and of the
-    other.
-    """
+    """The lengths at which both were measured, each with both intervals."""
     found = {
         (row["length"], row["mechanism"]): time_interval(row)
         for row in rows
@@ -48,8 +47,10 @@ def compared_intervals(
 
 
 def overtaking_length(rows: list[Row], kind: str, mechanism: str) -> int | None:
-    """The least length from which the mechanism is clearly faster than softmax, at all lengths
-    where both were measured."""
+    """The least length from which the mechanism is clearly faster than softmax.
+
+    It is faster at all greater lengths at which both were measured.
+    """
     ahead = None
     for T, (_, most), (least, _) in reversed(compared_intervals(rows, kind, mechanism)):
         if most >= least:
@@ -59,7 +60,9 @@ def overtaking_length(rows: list[Row], kind: str, mechanism: str) -> int | None:
 
 
 def answers(rows: list[Row], mechanisms: list[str]) -> list[str]:
-    """For each pass, from which length each mechanism beats softmax, and by how much at the
+    """The sentences of the report.
+
+    They say, for each pass, from which length each mechanism beats softmax, and by how much at the
     greatest common length.
     """
     found = []
@@ -79,7 +82,7 @@ def answers(rows: list[Row], mechanisms: list[str]) -> list[str]:
 
 
 def _is_scattered(rows: list[Row], kind: str, mechanisms: list[str]) -> bool:
-    """Whether half of a pass's cells scatter too much, or too much else ran beside half of them."""
+    """Whether half of a pass's cells scatter too much, or ran beside too much other work."""
     cells = [
         r
         for r in rows
@@ -107,9 +110,7 @@ def _verdict(rows: list[Row], kind: str, mechanism: str) -> str:
 
 
 def _speed_ratio(own: Interval, other: Interval) -> str:
-    """The quotient of the times as text, from the least to the greatest that the intervals
-    allow.
-    """
+    """The quotient of the times as text, with the range that the intervals allow."""
     least, most = other[0] / own[1], other[1] / max(own[0], 1e-12)
     low, high = format_number(least, 2), format_number(most, 2)
     if low != high:
@@ -118,8 +119,10 @@ def _speed_ratio(own: Interval, other: Interval) -> str:
 
 
 def _against_torch(rows: list[Row], mechanisms: list[str]) -> list[str]:
-    """Speed of the implementation that `auto` takes over that of PyTorch's operations: least and
-    greatest of all lengths."""
+    """The speed of `auto` relative to PyTorch's operations.
+
+    The sentence has the least and the greatest value of all lengths.
+    """
     parts = []
     for name, kind in product((m for m in mechanisms if f"{m}, torch" in mechanisms), PASSES):
         ratios = {
@@ -139,5 +142,5 @@ def _against_torch(rows: list[Row], mechanisms: list[str]) -> list[str]:
 
 
 def format_number(x: float, digits: int) -> str:
-    """With so many significant digits, all digits before the point, and no exponent."""
+    """The number with significant digits, all digits before the point, and no exponent."""
     return f"{x:,.0f}" if x >= 10 ** (digits - 1) else f"{x:.{digits}g}"
