@@ -154,12 +154,12 @@ def rewritten(path, **metadata):
         ({"text": json.dumps({"unread": "x", "tokens": [], "given": 0})}, "is damaged"),
         (
             {"text": json.dumps({"unread": [999], "tokens": [], "given": 0})},
-            "tokens that the model has not",
+            "tokens that the model does not have",
         ),
         ({"text": json.dumps({"unread": [], "tokens": [], "given": 0})}, "is damaged"),
     ],
 )
-def test_states_that_cannot_be_gone_on_from(metadata, message, tmp_path):
+def test_states_that_cannot_be_continued(metadata, message, tmp_path):
     model, tokenizer, prompt = speaker("word pieces")
     state = str(tmp_path / "s")
     generate(model, tokenizer, prompt, SamplingOptions(3), save=state)
