@@ -93,7 +93,7 @@ def test_what_a_context_is_worth_comes_first(tmp_path):
         " softmax +1.000, far +0.000." in page
     )
     assert (
-        "Loss on a span that stands 32 tokens earlier as well, relative to one that does not:"
+        "Loss on a span that is repeated after 32 tokens, relative to one that is not:"
         " softmax 50%, far 75%." in page
     )
 
