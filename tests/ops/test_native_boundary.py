@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from dataclasses import fields
 
 import pytest
 import torch
@@ -82,7 +81,7 @@ def arguments(**changes):
         "chunk": 64,
         "span": 512,
     } | changes
-    spec = AttentionSpec(**{field.name: given.pop(field.name) for field in fields(AttentionSpec)})
+    spec = AttentionSpec(**{name: given.pop(name) for name in AttentionSpec._fields})
     return "native", AttentionInputs(**given), spec
 
 

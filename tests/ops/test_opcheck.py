@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -122,7 +121,7 @@ def elita_call(layout: str, _: bool) -> tuple[Any, ...]:
 
 def torch_elita_call(layout: str, _: bool) -> tuple[Any, ...]:
     inputs, spec = elita_call(layout, _)
-    return inputs, replace(spec, block=0)
+    return inputs, spec._replace(block=0)
 
 
 def gated_call(layout: str, is_causal: bool) -> tuple[Any, ...]:
@@ -214,7 +213,7 @@ def test_opcheck(is_causal, normalize, length, states, impl):
     spec = AttentionSpec(
         0, True, "elu", 0.5, normalize, is_causal, wanted or (impl == "native" and not is_causal)
     )
-    check(attention.OPERATOR, impl, inputs, replace(spec, chunk=CHUNK, span=CHUNK))
+    check(attention.OPERATOR, impl, inputs, spec._replace(chunk=CHUNK, span=CHUNK))
 
 
 @pytest.mark.parametrize("order", [0, 2])

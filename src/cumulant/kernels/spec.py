@@ -10,7 +10,6 @@ classes: a new argument is written down here.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -88,8 +87,7 @@ class AttentionOutputs(NamedTuple):
     final_denominator: Tensor  # [N, G, F]
 
 
-@dataclass(frozen=True)
-class AttentionSpec:
+class AttentionSpec(NamedTuple):
     """Linear and Taylor attention: elementwise `activation`, then Taylor features up to `order`."""
 
     order: int  # 0: the features are the activated vectors themselves
@@ -172,8 +170,7 @@ class MixedChunkOutputs(NamedTuple):
         return self.final_numerator, self.final_quad_key, self.final_lin_key, self.final_value
 
 
-@dataclass(frozen=True)
-class MixedChunkSpec:
+class MixedChunkSpec(NamedTuple):
     """Mixed chunk attention."""
 
     group_size: int
@@ -245,8 +242,7 @@ class GatedOutputs(NamedTuple):
     out: Tensor  # [B, H, T, V], in query's dtype
 
 
-@dataclass(frozen=True)
-class GatedSpec:
+class GatedSpec(NamedTuple):
     """Gated attention."""
 
     activation: str  # "relu2" or "laplace"
@@ -297,8 +293,7 @@ class ElitaOutputs(NamedTuple):
     final_mean: Tensor
 
 
-@dataclass(frozen=True)
-class ElitaSpec:
+class ElitaSpec(NamedTuple):
     """ELiTA's attention, which has no options but those of its implementations."""
 
     chunk: int = 0  # tokens that are walked side by side

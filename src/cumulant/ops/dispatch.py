@@ -76,13 +76,11 @@ def _listed(*names: str) -> str:
 
 
 def resolve(impl: str, obstacles: Mapping[str, str]) -> str:
-    """The implementation to run for a request. obstacles: what stands in the way of each, the
-    fastest first; empty where nothing does."""
+    """The implementation that `impl`, or CUMULANT_IMPL, names, or an error if it cannot run.
+    obstacles: what stands in the way of each implementation; empty where nothing does."""
     name = "impl"
     if impl == "auto":
         name, impl = VARIABLE, automatic()
-        if impl == "auto":
-            return next(each for each, obstacle in obstacles.items() if not obstacle)
     if impl in BACKENDS and exports_to_onnx():
         raise ValueError(
             f"{name}: {impl!r} runs operators of its own, which ONNX has not; use 'auto' or"
@@ -114,8 +112,10 @@ class Plan(Generic[Spec]):
 
 def make_plan(operation: str, impl: str, inputs: Any, spec: Spec) -> Plan[Spec]:
     """The plan for an operation's call. operation: the module that implementations have for it."""
-    free = impl == "auto" and automatic() == "auto"
-    chosen = resolve(impl, _obstacles(operation, inputs, spec, free))
+    if impl == "auto" and automatic() == "auto":
+        chosen = _fastest(operation, inputs, spec)
+    else:
+        chosen = resolve(impl, _obstacles(operation, inputs, spec))
     module = None if chosen == "reference" else implementation(chosen, operation)
     plan = Plan(chosen, spec if module is None else module.prepared(inputs, spec))
     if type(impl) is _Question:
@@ -128,10 +128,19 @@ def make_plan(operation: str, impl: str, inputs: Any, spec: Spec) -> Plan[Spec]:
     return plan
 
 
-def _obstacles(operation: str, inputs: Any, spec: Any, free: bool) -> dict[str, str]:
-    """What stands in the way of each implementation; where the choice is free, also that another is
-    the faster.
-    """
+def _fastest(operation: str, inputs: Any, spec: Any) -> str:
+    """The first implementation that can run the call and knows of no faster one."""
+    for name in BACKENDS:
+        module = implementation(name, operation)
+        if module is None or module.obstacle(inputs, spec):
+            continue
+        if not hasattr(module, "slower") or not module.slower(inputs, spec):
+            return name
+    return "reference"
+
+
+def _obstacles(operation: str, inputs: Any, spec: Any) -> dict[str, str]:
+    """What stands in the way of each implementation."""
     found = {}
     for name in BACKENDS:
         module = implementation(name, operation)
@@ -139,8 +148,6 @@ def _obstacles(operation: str, inputs: Any, spec: Any, free: bool) -> dict[str, 
             found[name] = f"this operation has no {name} kernels"
             continue
         found[name] = module.obstacle(inputs, spec)
-        if free and not found[name] and hasattr(module, "slower"):
-            found[name] = module.slower(inputs, spec)
     found["reference"] = ""
     return found
 

@@ -8,7 +8,6 @@ docs/kernels.md.
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -74,8 +73,8 @@ def slower(inputs: AttentionInputs, spec: AttentionSpec) -> str:
 def prepared(inputs: AttentionInputs, spec: AttentionSpec) -> AttentionSpec:
     """In both directions the sums are there anyhow, and kept for the backward pass."""
     chunk = min(CHUNK, SHORT_CHUNK) if spec.is_causal and spec.order == 0 else CHUNK
-    return replace(
-        spec, chunk=chunk, span=SPAN, returns_state=spec.returns_state or not spec.is_causal
+    return spec._replace(
+        chunk=chunk, span=SPAN, returns_state=spec.returns_state or not spec.is_causal
     )
 
 
@@ -127,9 +126,10 @@ class _Call(Arguments):
         )
         F = feature_count(K, spec.order, spec.constant_term)
         self.sums = sequence_count(B, x.cu_seqlens), G, F
-        self.check_sums(V, numerator=x.numerator, denominator=x.denominator)
-        both = (x.numerator is None) == (x.denominator is None)
-        require(not spec.normalize or both, "denominator", "with the numerator", x.denominator)
+        if x.numerator is not None or x.denominator is not None:
+            self.check_sums(V, numerator=x.numerator, denominator=x.denominator)
+            both = (x.numerator is None) == (x.denominator is None)
+            require(not spec.normalize or both, "denominator", "with the numerator", x.denominator)
         a = self.attention = Attention(
             B=B, N=self.sums[0], H=H, G=G, T=T, S=S, K=K, V=V, F=F, chunk=spec.chunk,
             span=spec.span,
@@ -140,14 +140,14 @@ class _Call(Arguments):
             isa=instruction_set(),
             scale=spec.scale,
         )  # fmt: skip
-        a.query, a.key, a.value = (self.array(t) for t in (x.query, x.key, x.value))
+        a.query, a.key, a.value = self.array(x.query), self.array(x.key), self.array(x.value)
         if x.key_mask is not None:
             a.key_mask = self.pointer(x.key_mask, torch.bool)
         if x.cu_seqlens is not None:
             a.offsets = self.pointer(x.cu_seqlens.to("cpu"), torch.int64)
-        a.numerator, a.denominator = (
-            self.pointer(s, self.sums_dtype) for s in (x.numerator, x.denominator)
-        )
+        if x.numerator is not None:
+            a.numerator = self.pointer(x.numerator, self.sums_dtype)
+            a.denominator = self.pointer(x.denominator, self.sums_dtype)
 
     def check_sums(self, V: int, **sums: Tensor | None) -> None:
         """Numerators ``[N, G, F, V]`` and denominators ``[N, G, F]``, by the ends of their

@@ -6,8 +6,6 @@ own to form them.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 
 from ..spec import ElitaInputs, ElitaOutputs, ElitaSpec
@@ -34,7 +32,7 @@ def obstacle(inputs: ElitaInputs, spec: ElitaSpec) -> str:
 
 
 def prepared(inputs: ElitaInputs, spec: ElitaSpec) -> ElitaSpec:
-    return replace(spec, span=SPAN, block=ELITA_BLOCK)
+    return spec._replace(span=SPAN, block=ELITA_BLOCK)
 
 
 def describe(inputs: ElitaInputs, spec: ElitaSpec) -> str:
@@ -92,8 +90,8 @@ def forward(inputs: ElitaInputs, spec: ElitaSpec) -> ElitaOutputs:
 
 def forward_only(inputs: ElitaInputs, spec: ElitaSpec) -> ElitaOutputs:
     """Without what the backward pass reads, which comes out empty."""
-    y, none = replace(spec, block=0).new_outputs(inputs), inputs.value.new_empty(0)
-    return _forward(inputs, replace(spec, block=0), y)._replace(key_odds=none, own_odds=none)
+    y, none = spec._replace(block=0).new_outputs(inputs), inputs.value.new_empty(0)
+    return _forward(inputs, spec._replace(block=0), y)._replace(key_odds=none, own_odds=none)
 
 
 def _forward(inputs: ElitaInputs, spec: ElitaSpec, y: ElitaOutputs) -> ElitaOutputs:

@@ -174,8 +174,11 @@ class Arguments:
         self._tensors: list[Tensor] = []
 
     def array(self, x: Tensor, dtype: torch.dtype | None = None) -> Array:
-        x = materialized(x).to(dtype or self.dtype)
-        x = x if x.stride(-1) == 1 else x.contiguous()
+        x = materialized(x)
+        if x.dtype != (dtype or self.dtype):
+            x = x.to(dtype or self.dtype)
+        if x.stride(-1) != 1:
+            x = x.contiguous()
         self._tensors.append(x)
         return array(x)
 
@@ -287,6 +290,7 @@ def instructions() -> str:
     return wanted
 
 
+@lru_cache(maxsize=1)
 def instruction_set() -> int:
     return INSTRUCTIONS.index(instructions())
 

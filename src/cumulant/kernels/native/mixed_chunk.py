@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -40,7 +38,7 @@ def obstacle(inputs: MixedChunkInputs, spec: MixedChunkSpec) -> str:
 
 
 def prepared(inputs: MixedChunkInputs, spec: MixedChunkSpec) -> MixedChunkSpec:
-    return replace(spec, span=SPAN)
+    return spec._replace(span=SPAN)
 
 
 def describe(inputs: MixedChunkInputs, spec: MixedChunkSpec) -> str:

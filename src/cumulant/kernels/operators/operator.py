@@ -14,7 +14,6 @@ nothing. A third, `forward_only`, may leave out what the backward pass reads.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import fields
 from typing import Any, Generic, TypeVar, get_type_hints
 
 import torch
@@ -26,7 +25,7 @@ from ..transforms import mappable
 
 Inputs = TypeVar("Inputs", bound=tuple[Any, ...])
 Outputs = TypeVar("Outputs", bound=tuple[Any, ...])
-Spec = TypeVar("Spec")
+Spec = TypeVar("Spec", bound=tuple[Any, ...])
 
 # How a schema calls what an annotation calls otherwise.
 _TYPES = {
@@ -54,6 +53,13 @@ def _returned(tensors: Sequence[Tensor | None], like: Tensor) -> Any:
     """As an operator returns them: an empty tensor for None, and no tuple of one."""
     found = tuple(like.new_empty(0) if x is None else x for x in tensors)
     return found if len(found) > 1 else found[0]
+
+
+def _any_requires_grad(inputs: Iterable[Tensor | None]) -> bool:
+    for x in inputs:  # noqa: SIM110  (a generator takes twice as long)
+        if x is not None and x.requires_grad:
+            return True
+    return False
 
 
 def _several(returned: Any) -> Sequence[Tensor]:
@@ -96,7 +102,7 @@ class Operator(Generic[Inputs, Outputs, Spec]):
         self._spec: Any = spec
         self._input_names: Sequence[str] = inputs._fields  # type: ignore[attr-defined]
         self._output_names: Sequence[str] = outputs._fields  # type: ignore[attr-defined]
-        self._options = [field.name for field in fields(spec)]  # type: ignore[arg-type]
+        self._options: Sequence[str] = spec._fields  # type: ignore[attr-defined]
         self._differentiable, self._carriers = differentiable, carriers
         self._saved_inputs = self._input_names if saved_inputs is None else saved_inputs
         self._saved_outputs = saved_outputs
@@ -120,6 +126,11 @@ class Operator(Generic[Inputs, Outputs, Spec]):
         self.forward.register_autograd(self._differentiate, setup_context=self._save)
         self._mapped_backward = mappable(self.backward)
         self._mapped = mappable(self.forward, self._save, self._differentiate)
+        eager = {
+            "forward": staticmethod(self._run_eagerly),
+            "backward": staticmethod(self._differentiate_eagerly),
+        }
+        self._eager: Any = type(f"Eager_{name}", (torch.autograd.Function,), eager)
 
     @staticmethod
     def _operator(name: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
@@ -128,31 +139,24 @@ class Operator(Generic[Inputs, Outputs, Spec]):
         return operator
 
     def __call__(self, impl: str, inputs: Inputs, spec: Spec) -> Outputs:
-        """The outputs, by implementation `impl`; without an operator's cost where nothing asks for
-        one.
+        """The outputs, by implementation `impl`.
+
+        A plain call goes around the operator, whose dispatch costs more than a short call's work.
         """
-        if self._runs_directly(inputs):
+        if not is_plain_call(*inputs):
+            results = self._mapped(*self.arguments(impl, inputs, spec))
+        elif torch.is_grad_enabled() and _any_requires_grad(inputs):
+            results = self._eager.apply(*inputs, spec, impl)
+        else:
             module = implementation(impl, self.module)
             found: Outputs = getattr(module, "forward_only", module.forward)(inputs, spec)
             return found
-        results = self._mapped(*self.arguments(impl, inputs, spec))
         found = self.outputs(*_several(results))
         return found
 
-    @staticmethod
-    def _runs_directly(inputs: Inputs) -> bool:
-        """Whether the operator may be left out: nothing differentiates, traces, transforms or
-        counts the call.
-        """
-        if torch.is_grad_enabled():
-            for x in inputs:
-                if x is not None and x.requires_grad:
-                    return False
-        return is_plain_call(*inputs)
-
     def arguments(self, impl: str, inputs: Inputs, spec: Spec) -> list[Any]:
         """A call's arguments in the order of the schema of `forward`."""
-        return [*inputs, *self._values(spec), impl]
+        return [*inputs, *spec, impl]
 
     def backward_arguments(
         self, impl: str, upstream: Outputs, inputs: Inputs, outputs: Outputs, spec: Spec
@@ -164,10 +168,7 @@ class Operator(Generic[Inputs, Outputs, Spec]):
             (outputs, self._saved_outputs),
         )
         tensors = [getattr(source, name) for source, names in sources for name in names]
-        return [*tensors, *self._values(spec), impl]
-
-    def _values(self, spec: Spec) -> list[Any]:
-        return [getattr(spec, name) for name in self._options]
+        return [*tensors, *spec, impl]
 
     # The operators themselves: `arguments` are those of the schemas.
 
@@ -204,8 +205,9 @@ class Operator(Generic[Inputs, Outputs, Spec]):
     # Differentiation by autograd: the same two functions outside and inside `torch.func`.
 
     def _save(self, ctx: Any, inputs: Sequence[Any], output: Any) -> None:
-        given, spec, impl = self._called(inputs)
-        found = self.outputs(*_several(output))
+        self._keep(ctx, *self._called(inputs), self.outputs(*_several(output)))
+
+    def _keep(self, ctx: Any, given: Inputs, spec: Spec, impl: str, found: Outputs) -> None:
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(
             *(getattr(found, name) for name in self._output_names if name not in self._carriers)
@@ -216,6 +218,27 @@ class Operator(Generic[Inputs, Outputs, Spec]):
         ctx.out_shape, ctx.out_dtype = found[0].shape, found[0].dtype
 
     def _differentiate(self, ctx: Any, *gradients: Any) -> Any:
+        found = self._mapped_backward(*self._backward_tensors(ctx, gradients), *ctx.spec, ctx.impl)
+        return *self._input_gradients(ctx, _several(found)), *[None] * (len(self._options) + 1)
+
+    # And by autograd without the operators, in a plain call.
+
+    def _run_eagerly(self, ctx: Any, *arguments: Any) -> Any:
+        *tensors, spec, impl = arguments
+        inputs = self._inputs(*tensors)
+        results = _returned(implementation(impl, self.module).forward(inputs, spec), inputs[0])
+        self._keep(ctx, inputs, spec, impl, self.outputs(*_several(results)))
+        return results
+
+    def _differentiate_eagerly(self, ctx: Any, *gradients: Any) -> Any:
+        arguments = [*self._backward_tensors(ctx, gradients), *ctx.spec, ctx.impl]
+        tensors = arguments[: -1 - len(ctx.spec)]
+        plain = is_plain_call(*tensors) and not torch.is_grad_enabled()  # no gradient of this one
+        found = (self._run_backward if plain else self._mapped_backward)(*arguments)
+        return *self._input_gradients(ctx, _several(found)), None, None
+
+    def _backward_tensors(self, ctx: Any, gradients: Sequence[Any]) -> list[Any]:
+        """The tensors of a call of `backward`."""
         saved = ctx.saved_tensors  # once: checkpointing hands them out a single time
         by_name = dict(zip(self._output_names, gradients, strict=True))
         dout, *rest = (by_name[name] for name in self._carriers)
@@ -226,9 +249,10 @@ class Operator(Generic[Inputs, Outputs, Spec]):
             ctx.spec, "returns_state", True
         ):  # a state that nobody wanted, whatever gradient came for it
             rest = [None] * len(rest)
-        found = self._mapped_backward(dout, *rest, *saved, *self._values(ctx.spec), ctx.impl)
+        return [dout, *rest, *saved]
+
+    def _input_gradients(self, ctx: Any, found: Sequence[Tensor]) -> list[Tensor | None]:
+        """One for every input, None where it has none."""
         ours = dict(zip(self._differentiable, found, strict=True))
         wanted = zip(self._input_names, ctx.given, strict=True)
-        return *(ours.get(name) if given else None for name, given in wanted), *[None] * (
-            len(self._options) + 1
-        )
+        return [ours.get(name) if given else None for name, given in wanted]

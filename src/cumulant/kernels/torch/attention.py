@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 
 from ..spec import AttentionInputs, AttentionOutputs, AttentionSpec, feature_count
@@ -27,7 +25,7 @@ def prepared(inputs: AttentionInputs, spec: AttentionSpec) -> AttentionSpec:
     kept = spec.returns_state
     if not spec.is_causal and inputs.cu_seqlens is None and not torch.compiler.is_compiling():
         kept |= max(inputs.query.shape[2], inputs.key.shape[2]) > CHUNK
-    return replace(spec, chunk=CHUNK, returns_state=kept)
+    return spec._replace(chunk=CHUNK, returns_state=kept)
 
 
 def describe(inputs: AttentionInputs, spec: AttentionSpec) -> str:

@@ -21,8 +21,6 @@ nothing has been seen, m is -inf and u zero.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -39,7 +37,7 @@ def obstacle(inputs: ElitaInputs, spec: ElitaSpec) -> str:
 
 
 def prepared(inputs: ElitaInputs, spec: ElitaSpec) -> ElitaSpec:
-    return replace(spec, chunk=CHUNK)
+    return spec._replace(chunk=CHUNK)
 
 
 def describe(inputs: ElitaInputs, spec: ElitaSpec) -> str:

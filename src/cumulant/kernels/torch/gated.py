@@ -6,7 +6,6 @@ Weights exist for one block only.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -26,7 +25,7 @@ def obstacle(inputs: GatedInputs, spec: GatedSpec) -> str:
 
 
 def prepared(inputs: GatedInputs, spec: GatedSpec) -> GatedSpec:
-    return replace(spec, block=BLOCK)
+    return spec._replace(block=BLOCK)
 
 
 def describe(inputs: GatedInputs, spec: GatedSpec) -> str:

@@ -9,7 +9,6 @@ Features exist for one chunk at a time. `gradients` has the backward pass.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -78,7 +77,7 @@ def level_queries(t: Tokens) -> tuple[Tokens, Tensor | float]:
     x, finite = t.inputs.query.to(t.dtype) * spec.scale, torch.finfo(t.dtype)
 
     def scaled(query: Tensor) -> Tokens:
-        return t._replace(inputs=t.inputs._replace(query=query), spec=replace(spec, scale=1.0))
+        return t._replace(inputs=t.inputs._replace(query=query), spec=spec._replace(scale=1.0))
 
     if spec.activation == "elu":  # exp(x) below zero: adding to x multiplies exp(x)
         top = x.amax(-1, keepdim=True).clamp(min=finite.min / 2, max=0)
