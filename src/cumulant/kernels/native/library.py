@@ -290,7 +290,6 @@ def instructions() -> str:
     return wanted
 
 
-@lru_cache(maxsize=1)
 def instruction_set() -> int:
     return INSTRUCTIONS.index(instructions())
 
