@@ -89,15 +89,6 @@ struct MixedChunk {
   void *dnumerator, *dopen_quad_key, *dopen_lin_key, *dopen_value;
 };
 
-// Whole groups of one sequence and key/value head, and columns of the values; sums before
-// (backwards: after) them and where to leave them; where to add the gradient of the bias, [1 or H /
-// G, size, size] by key and query.
-struct MixedSegment {
-  int64_t row, group, begin, end, from, to;
-  const void* start;
-  void *stop, *dbias;
-};
-
 // What stands beside attention in a layer, number by number, in fp32: SWIGLU silu(x) second;
 // RMSNORM x / rms(x) weight; CONVOLVE depthwise over time; TURN pairs by angles. Gradients enter as
 // dout and leave as dx, dsecond, dweight, dtail.
@@ -156,17 +147,19 @@ struct Program {
 constexpr int CHUNK = 64;  // rows of scratch matrices are this long
 constexpr int MAX_ORDER = 8;
 
-// Part of a sequence of one key/value head, as one thread walks it.
+// Part of a sequence of one key/value head, as one thread walks it: whole chunks or groups.
 struct Segment {
-  int64_t batch, first,
-      group;    // row of the batch, place of the sequence's first token in it, key/value head
-  int64_t row;  // of the states: sequence * G + group
-  int64_t begin, end;  // tokens of the sequence
-  int64_t from, to;    // columns of the values
+  int64_t sequence, group;  // group: the key/value head
+  int64_t row;              // of the states: sequence * G + group
+  int64_t begin, end;       // tokens of the sequence
+  int64_t from, to;         // columns of the values
   // Sums [F, V] and [F] before these tokens (backwards in time: after them), zero where null; and
   // where to leave them.
   const void *start, *start_denominator;
   void *stop, *stop_denominator;
+  // Mixed chunk attention: where to add the gradient of the bias, [1 or H / G, size, size] by key
+  // and query.
+  void* dbias;
 };
 
 // The kernels of one instruction set for one type of reals. `scratch` tells how many reals of
@@ -178,7 +171,7 @@ struct Kernels {
   int64_t (*multiply)(
       int64_t rounds);  // independent multiply-adds in registers alone: how many operations
   int64_t (*elita_scratch)(const Elita&);  // bytes
-  typedef void MixedKernel(const MixedChunk&, const MixedSegment&, void* scratch);
+  typedef void MixedKernel(const MixedChunk&, const Segment&, void* scratch);
   int64_t (*mixed_scratch)(const MixedChunk&);  // bytes
   MixedKernel *mixed_forward, *mixed_step, *mixed_sum_keys, *mixed_sum_queries,
       *mixed_query_backward, *mixed_key_backward;

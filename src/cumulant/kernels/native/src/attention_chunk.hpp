@@ -50,6 +50,7 @@ template <class R> struct Pass {
   static constexpr int W = LANES<R>;
   const Attention& a;
   const Segment& s;
+  const int64_t batch, first;  // the sequence's row of the batch, and its first token there
   Workspace<R> w;
   int K, V, columns, F, R_heads, slab;  // columns: of the values, that this segment is about
   const uint8_t* mask = nullptr;
@@ -59,6 +60,8 @@ template <class R> struct Pass {
   Pass(const Attention& attention, const Segment& segment, void* scratch)
       : a(attention),
         s(segment),
+        batch(a.offsets ? 0 : s.sequence),
+        first(a.offsets ? a.offsets[s.sequence] : 0),
         w(attention, (R*)scratch),
         K(int(a.K)),
         V(int(a.V)),
@@ -100,14 +103,14 @@ template <class R> struct Pass {
   void expect(const Array& x, int64_t h, int64_t at, int n, int64_t from, int width, bool written,
               int type) {
     const int size = type == F64 ? 8 : type == F32 ? 4 : 2;
-    const int64_t offset = s.batch * x.batch + h * x.head + (s.first + at) * x.row + from;
+    const int64_t offset = batch * x.batch + h * x.head + (first + at) * x.row + from;
     ahead.add((const char*)x.data + offset * size, x.row * size, n, width * size, written);
   }
 
   int count(int64_t at) const { return int(smaller(a.chunk, s.end - at)); }
   int64_t head(int r) const { return s.group * R_heads + r; }
   Rows rows_of(const Array& x, int64_t h, int64_t at, int n, bool masked) const {
-    const int64_t offset = s.batch * x.batch + h * x.head + (s.first + at) * x.row;
+    const int64_t offset = batch * x.batch + h * x.head + (first + at) * x.row;
     return {x, a.type, offset, n, masked ? mask : nullptr};
   }
   // Of outputs and the gradients at them, which are reals whatever the inputs are.
@@ -143,7 +146,7 @@ template <class R> struct Pass {
   // Keys, and `constant`, the feature of degree 0: what is masked, or behind the last token, counts
   // for nothing.
   void read_key(int64_t at, int n) {
-    mask = a.key_mask ? a.key_mask + s.batch * a.S + s.first + at : nullptr;
+    mask = a.key_mask ? a.key_mask + batch * a.S + first + at : nullptr;
     for (int i = 0; i < CHUNK; i++) w.constant[i] = i < n && (!mask || mask[i]) ? R(1) : R(0);
     read_turned(rows_of(a.key, s.group, at, n, true), K, w.rows, w.k);
     activate(w.k, K, n, R(1), a.activation);
@@ -184,8 +187,7 @@ template <class R> struct Pass {
       zero(w.dy + n * w.stride, int64_t(padded<R>(n) - n) * w.stride);
     }
     if (!a.normalize) return;
-    const R* denominators =
-        (const R*)a.denominators + (s.batch * a.H + head(r)) * a.T + s.first + at;
+    const R* denominators = (const R*)a.denominators + (batch * a.H + head(r)) * a.T + first + at;
     for (int i = 0; i < n; i++) {
       Vec<R> total{};
       for (int d = 0; d < V; d += W) total += load(dout.row(i) + d) * load(out.row(i) + d);
@@ -220,7 +222,7 @@ template <class R> struct Pass {
              direct ? x.at<R>() + i * x.array.row + s.from : out + i * w.stride);
     if (!a.normalize || !direct) write(x, s.from, columns, out, w.stride);
     if (a.normalize && s.from == 0)
-      memcpy((R*)a.denominators + (s.batch * a.H + head(r)) * a.T + s.first + at, z,
+      memcpy((R*)a.denominators + (batch * a.H + head(r)) * a.T + first + at, z,
              sizeof(R) * size_t(n));
   }
 

@@ -67,7 +67,7 @@ template <class R> int64_t mixed_scratch(const MixedChunk& m) {
 template <class R> struct MixedPass {
   static constexpr int W = LANES<R>;
   const MixedChunk& m;
-  const MixedSegment& s;
+  const Segment& s;
   MixedScratch<R> w;
   const int64_t* index;  // of the sequence's slots
   int64_t length, heads;
@@ -76,12 +76,12 @@ template <class R> struct MixedPass {
   Matrix<const R> quad_key{}, lin_key{}, value{};  // of the group
   Ahead ahead;
 
-  MixedPass(const MixedChunk& call, const MixedSegment& segment, void* scratch)
+  MixedPass(const MixedChunk& call, const Segment& segment, void* scratch)
       : m(call),
         s(segment),
         w(call, (R*)scratch),
-        index(call.index + call.bounds[segment.row]),
-        length(call.bounds[segment.row + 1] - call.bounds[segment.row]),
+        index(call.index + call.bounds[segment.sequence]),
+        length(call.bounds[segment.sequence + 1] - call.bounds[segment.sequence]),
         heads(call.H / call.G),
         K(int(call.K)),
         L(int(call.L)),
@@ -106,7 +106,7 @@ template <class R> struct MixedPass {
     return token / m.T * x.batch + h * x.head + token % m.T * x.row;
   }
   const R* open_row(const void* open, int64_t slot, int64_t width) const {
-    return (const R*)open + ((s.row * m.G + s.group) * m.size + slot) * width;
+    return (const R*)open + (s.row * m.size + slot) * width;
   }
   // Slots at .. at + n - 1 -> rows of `to`; zeros where a slot of the open group asks nothing, and
   // behind the last row.
@@ -277,7 +277,7 @@ INLINE void over_block(int rows, int columns, bool diagonal, bool lower, Visit v
     }
 }
 
-template <class R> void mixed_forward(const MixedChunk& m, const MixedSegment& s, void* scratch) {
+template <class R> void mixed_forward(const MixedChunk& m, const Segment& s, void* scratch) {
   MixedPass<R> p(m, s, scratch);
   auto& w = p.w;
   bool past = m.summed && (s.start || s.begin > 0);
@@ -329,7 +329,7 @@ template <class R> void mixed_forward(const MixedChunk& m, const MixedSegment& s
 }
 
 // What the segment's whole groups (all of them, if not causal) add to the sums.
-template <class R> void mixed_sum_keys(const MixedChunk& m, const MixedSegment& s, void* scratch) {
+template <class R> void mixed_sum_keys(const MixedChunk& m, const Segment& s, void* scratch) {
   MixedPass<R> p(m, s, scratch);
   p.load_sums();
   for (int64_t at = s.begin; at < s.end; at += m.size)
@@ -341,8 +341,7 @@ template <class R> void mixed_sum_keys(const MixedChunk& m, const MixedSegment& 
 }
 
 // What the segment's queries add to the gradient of the sums.
-template <class R>
-void mixed_sum_queries(const MixedChunk& m, const MixedSegment& s, void* scratch) {
+template <class R> void mixed_sum_queries(const MixedChunk& m, const Segment& s, void* scratch) {
   MixedPass<R> p(m, s, scratch);
   p.load_sums();
   for (int64_t at = s.begin; at < s.end; at += CHUNK) {
@@ -357,8 +356,7 @@ void mixed_sum_queries(const MixedChunk& m, const MixedSegment& s, void* scratch
   p.leave_sums();
 }
 
-template <class R>
-void mixed_query_backward(const MixedChunk& m, const MixedSegment& s, void* scratch) {
+template <class R> void mixed_query_backward(const MixedChunk& m, const Segment& s, void* scratch) {
   MixedPass<R> p(m, s, scratch);
   auto& w = p.w;
   bool past = m.summed && (s.start || s.begin > 0);
@@ -418,8 +416,7 @@ void mixed_query_backward(const MixedChunk& m, const MixedSegment& s, void* scra
   }
 }
 
-template <class R>
-void mixed_key_backward(const MixedChunk& m, const MixedSegment& s, void* scratch) {
+template <class R> void mixed_key_backward(const MixedChunk& m, const Segment& s, void* scratch) {
   MixedPass<R> p(m, s, scratch);
   auto& w = p.w;
   p.load_sums();

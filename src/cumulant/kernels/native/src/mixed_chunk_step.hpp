@@ -47,7 +47,7 @@ void pass(int64_t count, const R* x, const R* rows, R* to, int64_t stride, int w
     pass_rows<R, 1>(x + i, rows + i * stride, to ? to + i * stride : nullptr, stride, width, out);
 }
 
-template <class R> void mixed_step(const MixedChunk& m, const MixedSegment& s, void* scratch) {
+template <class R> void mixed_step(const MixedChunk& m, const Segment& s, void* scratch) {
   MixedPass<R> p(m, s, scratch);
   auto& w = p.w;
   const int64_t last = p.length - 1;  // the token's slot
