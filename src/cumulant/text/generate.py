@@ -349,16 +349,9 @@ def _read_past(model: CumulantForCausalLM, load: str | None) -> Past:
         )
     try:
         text = json.loads(metadata["text"])
-        unread, tokens, given = (
-            [int(i) for i in text["unread"]],
-            [int(i) for i in text["tokens"]],
-            int(text["given"]),
-        )
-        known = (
-            all(0 <= i < model.config.vocab_size for i in (*unread, *tokens))
-            and unread
-            and given >= 0
-        )
+        unread, tokens = ([int(i) for i in text[name]] for name in ("unread", "tokens"))
+        given, size = int(text["given"]), model.config.vocab_size
+        known = unread and given >= 0 and all(0 <= i < size for i in (*unread, *tokens))
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(
             f"load_state: {load} is damaged: its note of the text cannot be read"
