@@ -16,6 +16,19 @@ from cumulant.models import ModelState
 
 from .cases import inputs
 
+# Files store a state's class under these names, and its tensors under the names of the fields.
+# A class that moves must stay importable under its old name, so that older files load.
+STORED_CLASSES = {
+    "cumulant.ops.state:LinearState": "numerator denominator position",
+    "cumulant.ops.state:KeyValueState": "key value mask position",
+    "cumulant.ops.state:MixedChunkState": "numerator quad_key lin_key value position",
+    "cumulant.ops.state:ElitaState": "log_weight mean position",
+    "cumulant.nn.kernel_attention:KernelAttentionState": "sums shift conv",
+    "cumulant.nn.mixed_chunk:MixedChunkAttentionState": "groups shift",
+    "cumulant.nn.short_convolution:ConvolutionState": "tail position",
+    "cumulant.models.cache:ModelState": "layers position",
+}
+
 
 def a_state():
     return cm.taylor_attention(*inputs(), is_causal=True, return_state=True)[1]
@@ -37,6 +50,29 @@ def test_a_state_prints_shapes_not_numbers():
     assert "12 x KeyValueState(" in whole
     assert len(whole) < 500
     assert "position=int64[2]" in repr(state.to("meta"))
+
+
+def state_classes(base=cm.State):
+    """All state classes of the package; `cumulant.nn` and `cumulant.models` import every one."""
+    for kind in base.__subclasses__():
+        yield from state_classes(kind)
+        if kind.__module__.startswith("cumulant."):
+            yield kind
+
+
+def test_every_state_class_has_its_listed_name():
+    names = {f"{kind.__module__}:{kind.__name__}" for kind in state_classes()}
+    assert names <= STORED_CLASSES.keys()
+
+
+@pytest.mark.parametrize("kind", STORED_CLASSES)
+def test_files_of_earlier_versions_load(kind, tmp_path):
+    tensors = {field: torch.ones(1) for field in STORED_CLASSES[kind].split()}
+    structure = json.dumps({"kind": kind, "parts": dict.fromkeys(tensors, "tensor")})
+    safetensors.torch.save_file(tensors, tmp_path / "s", {"cumulant.state": structure})
+    state = cm.load_state(tmp_path / "s")
+    assert type(state).__name__ == kind.partition(":")[2]
+    assert state.tensors() == tensors
 
 
 def test_a_state_prints_under_torch_func():
