@@ -169,9 +169,20 @@ template <class R> struct MixedPass {
     for (int64_t i = 0; i < n * w.L; i += W)
       store(w.lin_query + i, load(w.lin_query + i) * lin_scale);
   }
+  void read_upstream(int64_t h, int64_t at, int n) {
+    gather(m.dout, nullptr, h, at, n, V, 0, V, w.dy, w.V);
+  }
   void turn_queries(int n) {
     transpose(n, K, w.quad_query, w.K, w.quad_turned, CHUNK);
     transpose(n, L, w.lin_query, w.L, w.lin_turned, CHUNK);
+  }
+
+  // Gradients of a block's queries, [width, CHUNK], scaled and turned back.
+  void write_query_gradient(const Array& x, int64_t h, int64_t at, int n, int width,
+                            const R* turned, int64_t stride, R scale) {
+    transpose(width, n, turned, CHUNK, w.rows, stride);
+    for (int64_t i = 0; i < n * stride; i += W) store(w.rows + i, load(w.rows + i) * scale);
+    scatter(x, nullptr, h, at, n, width, 0, width, w.rows, stride);
   }
 
   // ---- sums ----
@@ -214,8 +225,14 @@ template <class R> struct MixedPass {
   void add_keys(int64_t n) {
     product<BY_COLUMN, R>(ahead, L, columns, int(n), lin_key, value, {w.S, w.V});
   }
-  void add_queries(int n) {
-    product<BY_COLUMN, R>(ahead, L, columns, n, {w.lin_query, w.L}, {w.dy, w.V}, {w.S, w.V});
+  // Adds to the gradient of the sums what a block of queries reads of them, in all heads: out = r^T
+  // S, so dS += r dout^T, with the scaled r.
+  void add_queries(int64_t at, int n) {
+    for (int64_t r = 0; r < heads; r++) {
+      read_queries(s.group * heads + r, at, n);
+      read_upstream(s.group * heads + r, at, n);
+      product<BY_COLUMN, R>(ahead, L, columns, n, {w.lin_query, w.L}, {w.dy, w.V}, {w.S, w.V});
+    }
   }
 
   // ---- scores ----
@@ -240,28 +257,13 @@ template <class R> struct MixedPass {
     for (int j = 0; j < keys; j++)
       for (int i = 0; i < queries; i++) scores[j * CHUNK + i] += from[i * m.size + j];
   }
+  // Scores of a block [keys, queries]: keys from `key` on, and the turned queries from `query` on.
+  void form_scores(int64_t h, int64_t key, int64_t query, int keys, int queries, R* scores) {
+    product<BY_ROW, R>(ahead, keys, queries, K, rows_from(quad_key, key), {w.quad_turned, CHUNK},
+                       {scores, CHUNK}, false);
+    add_bias_turned(h, key, query, keys, queries, scores);
+  }
 };
-
-template <class R>
-INLINE void copy_rows(Matrix<const R> from, int rows, int width, R* to, int64_t stride) {
-  for (int i = 0; i < rows; i++) {
-    copy(from.row(i), to + i * stride, width);
-    for (int d = width; d < padded<R>(width); d++) to[i * stride + d] = 0;
-  }
-  zero(to + rows * stride, int64_t(padded<R>(rows) - rows) * stride);
-}
-
-// Adds what reaches tokens of the group that stays open through the state: rows [n, width] from its
-// slot `first` on.
-template <class R>
-INLINE void add_open(const MixedPass<R>& p, const void* from, int64_t at, int64_t first, int n,
-                     int width, R* rows, int64_t stride) {
-  if (!from || p.closed(at)) return;
-  for (int i = 0; i < n; i++) {
-    const R* row = p.open_row(from, first + i, width);
-    for (int d = 0; d < width; d++) rows[i * stride + d] += row[d];
-  }
-}
 
 // One block of queries on one block of keys, [keys, queries]: `seen` (diagonal: only where the
 // query is not before the key).
@@ -275,224 +277,6 @@ INLINE void over_block(int rows, int columns, bool diagonal, bool lower, Visit v
       const auto seen = lower ? lane <= j : lane >= j;
       visit(j * CHUNK + i, diagonal ? seen : lane == lane);
     }
-}
-
-template <class R> void mixed_forward(const MixedChunk& m, const Segment& s, void* scratch) {
-  MixedPass<R> p(m, s, scratch);
-  auto& w = p.w;
-  bool past = m.summed && (s.start || s.begin > 0);
-  p.load_sums();
-  for (int64_t at = s.begin; at < s.end; at += m.size) {
-    const int64_t size = p.size_at(at);
-    p.read_group(at, true);
-    for (int64_t i = p.asked(at); i < size; i += CHUNK) {
-      const int n = p.block(i, size);
-      for (int64_t r = 0; r < p.heads; r++) {
-        const int64_t h = s.group * p.heads + r;
-        p.read_queries(h, at + i, n);
-        p.turn_queries(n);
-        for (int64_t j = 0; j < (m.is_causal ? i + 1 : size); j += CHUNK) {
-          const int keys = p.block(j, size);
-          R* const scores = w.all + j * CHUNK;
-          product<BY_ROW, R>(p.ahead, keys, n, p.K, p.rows_from(p.quad_key, j),
-                             {w.quad_turned, CHUNK}, {scores, CHUNK}, false);
-          p.add_bias_turned(h, j, i, keys, n, scores);
-          if (!m.summed)
-            product<BY_ROW, R>(p.ahead, keys, n, p.L, p.rows_from(p.lin_key, j),
-                               {w.lin_turned, CHUNK}, {w.weights, CHUNK}, false);
-          over_block<R>(keys, n, m.is_causal && i == j, false, [&](int at, auto seen) {
-            Vec<R> x = gate<R>(load(scores + at), m.activation);
-            if (!m.summed) x += load(w.weights + at);
-            store(scores + at, seen ? x : Vec<R>{});
-          });
-        }
-        const int64_t whole = m.is_causal ? i : size;
-        product<BY_COLUMN, R>(p.ahead, n, p.columns, int(whole), {w.all, CHUNK}, p.value,
-                              {w.out, w.V}, false);
-        if (m.is_causal)
-          product<BY_COLUMN, R>(p.ahead, n, p.columns, n, {w.all + i * CHUNK, CHUNK},
-                                p.rows_from(p.value, i), {w.out, w.V}, true, UP_TO);
-        if (past)
-          product<BY_COLUMN, R>(p.ahead, n, p.columns, p.L, {w.lin_turned, CHUNK}, {w.S, w.V},
-                                {w.out, w.V});
-        p.scatter(m.out, nullptr, h, at + i, n, p.V, s.from, p.columns, w.out, w.V);
-      }
-    }
-    if (m.is_causal && p.closed(at)) {
-      p.add_keys(size);
-      past = true;
-    }
-  }
-  if (!m.is_causal) return;
-  p.leave_sums();
-  p.leave_open();
-}
-
-// What the segment's whole groups (all of them, if not causal) add to the sums.
-template <class R> void mixed_sum_keys(const MixedChunk& m, const Segment& s, void* scratch) {
-  MixedPass<R> p(m, s, scratch);
-  p.load_sums();
-  for (int64_t at = s.begin; at < s.end; at += m.size)
-    if (!m.is_causal || p.closed(at)) {
-      p.read_group(at, false);
-      p.add_keys(p.size_at(at));
-    }
-  p.leave_sums();
-}
-
-// What the segment's queries add to the gradient of the sums.
-template <class R> void mixed_sum_queries(const MixedChunk& m, const Segment& s, void* scratch) {
-  MixedPass<R> p(m, s, scratch);
-  p.load_sums();
-  for (int64_t at = s.begin; at < s.end; at += CHUNK) {
-    const int n = p.block(at, s.end);
-    for (int64_t r = 0; r < p.heads; r++) {
-      const int64_t h = s.group * p.heads + r;
-      p.read_queries(h, at, n);
-      p.gather(m.dout, nullptr, h, at, n, p.V, 0, p.V, p.w.dy, p.w.V);
-      p.add_queries(n);
-    }
-  }
-  p.leave_sums();
-}
-
-template <class R> void mixed_query_backward(const MixedChunk& m, const Segment& s, void* scratch) {
-  MixedPass<R> p(m, s, scratch);
-  auto& w = p.w;
-  bool past = m.summed && (s.start || s.begin > 0);
-  p.load_sums();
-  for (int64_t at = s.begin; at < s.end; at += m.size) {
-    const int64_t size = p.size_at(at);
-    p.read_group(at, true);
-    for (int64_t i = p.asked(at); i < size; i += CHUNK) {
-      const int n = p.block(i, size);
-      for (int64_t r = 0; r < p.heads; r++) {
-        const int64_t h = s.group * p.heads + r;
-        p.read_queries(h, at + i, n);
-        p.turn_queries(n);
-        p.gather(m.dout, nullptr, h, at + i, n, p.V, 0, p.V, w.dy, w.V);
-        transpose(n, p.V, w.dy, w.V, w.wide_turned, CHUNK);
-        zero(w.dquad, w.K * CHUNK);
-        zero(w.dlin, w.L * CHUNK);
-        for (int64_t j = 0; j < (m.is_causal ? i + 1 : size); j += CHUNK) {
-          const int keys = p.block(j, size);
-          product<BY_ROW, R>(p.ahead, keys, n, p.K, p.rows_from(p.quad_key, j),
-                             {w.quad_turned, CHUNK}, {w.scores, CHUNK}, false);
-          p.add_bias_turned(h, j, i, keys, n, w.scores);
-          product<BY_ROW, R>(p.ahead, keys, n, p.V, p.rows_from(p.value, j), {w.wide_turned, CHUNK},
-                             {w.weights, CHUNK}, false);
-          if (!m.summed)
-            product<BY_COLUMN, R>(p.ahead, p.L, n, keys, p.rows_from(p.lin_key, j),
-                                  {w.weights, CHUNK}, {w.dlin, CHUNK});
-          over_block<R>(keys, n, m.is_causal && i == j, false, [&](int at, auto seen) {
-            const Vec<R> x =
-                load(w.weights + at) * gate_slope<R>(load(w.scores + at), m.activation);
-            store(w.scores + at, seen ? x : Vec<R>{});
-          });
-          product<BY_COLUMN, R>(p.ahead, p.K, n, keys, p.rows_from(p.quad_key, j),
-                                {w.scores, CHUNK}, {w.dquad, CHUNK});
-          if (!s.dbias) continue;
-          R* const dbias = (R*)s.dbias + (m.biases > 1 ? r : 0) * m.size * m.size + j * m.size + i;
-          for (int k = 0; k < keys; k++)
-            for (int l = 0; l < n; l++) dbias[k * m.size + l] += w.scores[k * CHUNK + l];
-        }
-        if (past)
-          product<BY_ROW, R>(p.ahead, p.L, n, p.V, {w.S, w.V}, {w.wide_turned, CHUNK},
-                             {w.dlin, CHUNK});
-        transpose(p.K, n, w.dquad, CHUNK, w.rows, w.K);
-        for (int64_t k = 0; k < n * w.K; k += LANES<R>)
-          store(w.rows + k, load(w.rows + k) * p.quad_scale);
-        p.scatter(m.dquad_query, nullptr, h, at + i, n, p.K, 0, p.K, w.rows, w.K);
-        transpose(p.L, n, w.dlin, CHUNK, w.rows, w.L);
-        for (int64_t k = 0; k < n * w.L; k += LANES<R>)
-          store(w.rows + k, load(w.rows + k) * p.lin_scale);
-        p.scatter(m.dlin_query, nullptr, h, at + i, n, p.L, 0, p.L, w.rows, w.L);
-      }
-    }
-    if (m.is_causal && p.closed(at)) {
-      p.add_keys(size);
-      past = true;
-    }
-  }
-}
-
-template <class R> void mixed_key_backward(const MixedChunk& m, const Segment& s, void* scratch) {
-  MixedPass<R> p(m, s, scratch);
-  auto& w = p.w;
-  p.load_sums();
-  const int64_t groups = (s.end - s.begin + m.size - 1) / m.size;
-  for (int64_t c = groups - 1; c >= 0; c--) {
-    const int64_t at = s.begin + c * m.size, size = p.size_at(at), asked = p.asked(at);
-    const bool reached = m.summed && (!m.is_causal || p.closed(at));
-    p.read_group(at, true);
-    for (int64_t j = 0; j < size; j += CHUNK) {
-      const int n = p.block(j, size);
-      R *const dquad = w.dquad, *const dlin = w.dlin, *const dv = w.out;
-      zero(dquad, w.K * CHUNK);
-      zero(dlin, w.L * CHUNK);
-      zero(dv, n * w.V);
-      copy_rows(p.rows_from(p.quad_key, j), n, p.K, w.rows, w.K);
-      transpose(n, p.K, w.rows, w.K, w.quad_turned, CHUNK);
-      copy_rows(p.rows_from(p.value, j), n, p.V, w.rows, w.V);
-      transpose(n, p.V, w.rows, w.V, w.wide_turned, CHUNK);
-      if (!m.summed) {
-        copy_rows(p.rows_from(p.lin_key, j), n, p.L, w.rows, w.L);
-        transpose(n, p.L, w.rows, w.L, w.lin_turned, CHUNK);
-      }
-      if (reached) {
-        product<BY_ROW, R>(p.ahead, n, p.V, p.L, p.rows_from(p.lin_key, j), {w.S, w.V}, {dv, w.V});
-        product<BY_ROW, R>(p.ahead, p.L, n, p.V, {w.S, w.V}, {w.wide_turned, CHUNK}, {dlin, CHUNK});
-      }
-      for (int64_t i = m.is_causal ? larger(j, asked) : 0; i < size; i += CHUNK) {
-        const int queries = p.block(i, size);
-        const bool diagonal = m.is_causal && i == j;
-        for (int64_t r = 0; r < p.heads; r++) {
-          const int64_t h = s.group * p.heads + r;
-          p.read_queries(h, at + i, queries);
-          p.gather(m.dout, nullptr, h, at + i, queries, p.V, 0, p.V, w.dy, w.V);
-          product<BY_ROW, R>(p.ahead, queries, n, p.K, {w.quad_query, w.K}, {w.quad_turned, CHUNK},
-                             {w.scores, CHUNK}, false);
-          p.add_bias(m.bias, h, i, j, queries, n, w.scores);
-          product<BY_ROW, R>(p.ahead, queries, n, p.V, {w.dy, w.V}, {w.wide_turned, CHUNK},
-                             {w.weights, CHUNK}, false);
-          if (!m.summed)
-            product<BY_COLUMN, R>(p.ahead, p.L, n, queries, {w.lin_query, w.L}, {w.weights, CHUNK},
-                                  {dlin, CHUNK});
-          over_block<R>(queries, n, diagonal, true, [&](int at, auto seen) {
-            const Vec<R> score = load(w.scores + at);
-            const Vec<R> grad = load(w.weights + at) * gate_slope<R>(score, m.activation);
-            store(w.scores + at, seen ? gate<R>(score, m.activation) : Vec<R>{});
-            store(w.weights + at, seen ? grad : Vec<R>{});
-          });
-          product<BY_COLUMN, R>(p.ahead, p.K, n, queries, {w.quad_query, w.K}, {w.weights, CHUNK},
-                                {dquad, CHUNK});
-          if (!m.summed)
-            product<BY_ROW, R>(p.ahead, queries, n, p.L, {w.lin_query, w.L}, {w.lin_turned, CHUNK},
-                               {w.scores, CHUNK});
-          product<BY_COLUMN, R>(p.ahead, n, p.V, queries, {w.scores, CHUNK}, {w.dy, w.V}, {dv, w.V},
-                                true, diagonal ? FROM : ALL);
-        }
-      }
-      transpose(p.K, n, dquad, CHUNK, w.rows, w.K);
-      add_open(p, m.dfinal_quad_key, at, j, n, p.K, w.rows, w.K);
-      p.scatter(m.dquad_key, m.dopen_quad_key, s.group, at + j, n, p.K, 0, p.K, w.rows, w.K);
-      transpose(p.L, n, dlin, CHUNK, w.rows, w.L);
-      add_open(p, m.dfinal_lin_key, at, j, n, p.L, w.rows, w.L);
-      p.scatter(m.dlin_key, m.dopen_lin_key, s.group, at + j, n, p.L, 0, p.L, w.rows, w.L);
-      add_open(p, m.dfinal_value, at, j, n, p.V, dv, w.V);
-      p.scatter(m.dvalue, m.dopen_value, s.group, at + j, n, p.V, 0, p.V, dv, w.V);
-    }
-    for (int64_t i = asked; m.summed && m.is_causal && i < size; i += CHUNK) {
-      const int n = p.block(i, size);
-      for (int64_t r = 0; r < p.heads; r++) {
-        const int64_t h = s.group * p.heads + r;
-        p.read_queries(h, at + i, n);
-        p.gather(m.dout, nullptr, h, at + i, n, p.V, 0, p.V, w.dy, w.V);
-        p.add_queries(n);
-      }
-    }
-  }
-  if (m.is_causal) p.leave_sums();
 }
 
 }  // namespace CUMULANT_ISA
