@@ -280,9 +280,10 @@ def mixed_chunk_attention(
     position: Tensor | None = None,
     dropout_p: float = 0.0,
 ) -> tuple[Tensor, MixedSums]:
-    """T x T weights: the quadratic ones where query and key share a group, the linear ones where
-    the key's is earlier (causal) or everywhere. Groups count tokens from `position` ``[B]`` on;
-    masked ones do not exist.
+    """T x T weights: quadratic ones inside a group, linear ones on earlier groups or everywhere.
+
+    The linear ones are on earlier groups if causal. Groups count tokens from `position` ``[B]`` on,
+    without masked tokens.
     """
     (B, _, T, _), groups, g = quad_query.shape, quad_query.shape[1] // quad_key.shape[1], group_size
     dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
@@ -321,18 +322,23 @@ def mixed_chunk_attention(
         divisor = seen.sum(1).clamp(min=1)[:, None, None, None]  # type: ignore[assignment]
     weights = weights + (linear / divisor).where(across[:, None], 0)
     out = product(weights, v)
-    total = start + seen.sum(1)
-    closed = (key_group < total.div(g, rounding_mode="floor")[:, None]) & exists
-    sums = product((keys[1] * closed[:, None, :, None]).mT, keys[2])
     if state is not None:
         out = out + product(queries[1], state[0].repeat_interleave(groups, 1)) / g
-        sums = sums + state[0]
-    still = exists & ~closed  # one-hot rows carry each such token to its slot
-    slots = ((key_place % g)[:, None] == torch.arange(g, device=value.device)[:, None]) & still[
-        :, None
-    ]
-    rest = [product(slots[:, None].to(dtype), x) for x in keys]
+    closed = (key_group < (start + seen.sum(1)).div(g, rounding_mode="floor")[:, None]) & exists
+    sums, *rest = _mixed_state(keys, closed, exists & ~closed, key_place % g, g)
+    sums = sums if state is None else sums + state[0]
     return out.to(value.dtype), (sums, rest[0], rest[1], rest[2])
+
+
+def _mixed_state(
+    keys: list[Tensor], closed: Tensor, still_open: Tensor, slot: Tensor, g: int
+) -> list[Tensor]:
+    """The sums over tokens of whole groups, and the open group's tokens in their slots."""
+    sums = product((keys[1] * closed[:, None, :, None]).mT, keys[2])
+    # one-hot rows [B, g, S] carry each token of the open group to its slot
+    slots = slot[:, None] == torch.arange(g, device=slot.device)[:, None]
+    slots = slots & still_open[:, None]
+    return [sums, *(product(slots[:, None].to(keys[0].dtype), x) for x in keys)]
 
 
 def elita_attention(

@@ -12,7 +12,8 @@
 namespace cumulant {
 namespace CUMULANT_ISA {
 
-// dq [K, n] from the chunk's own keys.
+// dq [K, n] from the chunk's own keys: y = w v and z = sum w, with w = p(q . k), so dw = dy v^T +
+// dz, the scores' gradient is dw p'(q . k), and dq sums it times k. Scores and dw are formed again.
 template <class R> void query_inside(Pass<R>& p, int n) {
   constexpr int W = LANES<R>;
   auto& w = p.w;
@@ -24,6 +25,7 @@ template <class R> void query_inside(Pass<R>& p, int n) {
     zero(row, first);
     const Vec<R> counted = p.lanes_from(j - first);
     for (int i = first; i < n; i += W) {
+      // Zero behind the diagonal and at masked keys, where dz would give a gradient.
       Vec<R> x = (load(row + i) + load(w.dz + i)) * slope<R>(load(scores + i), p.a.order);
       if (i == first) x = counted != R(0) ? x : Vec<R>{};
       if (p.mask && !p.mask[j]) x = Vec<R>{};
@@ -53,10 +55,12 @@ template <class R> void query_backward(const Attention& a, const Segment& s, voi
         query_inside(p, n);
       else
         zero(w.dq, p.K * CHUNK);
+      // From the sums that the query read: d phi(q) = S dy + Z dz.
       if (past) p.sums_backward(w.q, n, w.dy_turned, w.dz, w.dq);
       p.query_gradient(w.dq, n);
       write_turned(p.rows_of(a.dquery, p.head(r), at, n, false), p.K, w.dq, w.rows);
     }
+    // S as the forward pass had it for the next chunk; it is formed again rather than kept.
     if (a.is_causal && at + n < s.end) {
       p.add_sums(w.k, w.constant, n, p.v, nullptr);
       past = true;
@@ -109,6 +113,7 @@ template <class R> void key_backward(const Attention& a, const Segment& s, void*
     transpose(n, p.V, p.v.data, p.v.stride, w.v_turned, CHUNK);
     zero(w.dk, p.K * CHUNK);
     zero(w.dv, n * w.stride);
+    // Later queries: dv = phi(k) dS, d phi(k) = dS v + dZ. (The sums in w are dS and dZ here.)
     if (ahead) {
       p.read_sums(w.k, w.constant, n, w.dv, nullptr);
       p.sums_backward(w.k, n, w.v_turned, nullptr, w.dk);
@@ -117,10 +122,12 @@ template <class R> void key_backward(const Attention& a, const Segment& s, void*
       p.read_query(r, at, n);
       p.read_upstream(r, at, n);
       key_inside(p, n);
+      // The chunk's own queries join dS after its keys have read it: those are counted inside.
       if (c > 0 || leaves) p.add_sums(w.q, w.ones, n, {w.dy, w.stride}, w.dz);
     }
     ahead = ahead || a.is_causal;
     activate_backward(w.k, w.dk, p.K, n, R(1), a.activation);
+    // Masked keys take no part: dZ would give them a gradient all the same.
     if (p.mask) p.clear_masked(w.dk, n);
     write_turned(p.rows_of(a.dkey, s.group, at, n, false), p.K, w.dk, w.rows);
     write(p.rows_of(a.dvalue, s.group, at, n, false), 0, p.V, w.dv, w.stride);

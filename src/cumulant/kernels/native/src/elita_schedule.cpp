@@ -1,8 +1,9 @@
 // ELiTA's attention: shares a call out over threads.
 //
 // Rows of key/value heads run beside each other. When those are fewer than the threads, sequences
-// are cut into parts: how each part moves what it is handed (means forwards, gradients backwards),
-// then what every part is handed, then the parts.
+// are cut into parts. A first run computes how each part changes the mean that enters it
+// (backwards: the gradient). The calling thread then computes what enters each part, and a second
+// run walks the parts.
 #include "instruction_sets.hpp"
 #include "parallel.hpp"
 

@@ -3,8 +3,8 @@
 //
 // Out = f(q k^T / size + bias) v inside the group, plus r^T S with the linear queries r and S = sum
 // s v^T over linear keys s: of earlier groups if causal, else of all (where `summed`; else r s^T v
-// inside the group). Keys and values are read where they lie if they can be; queries of a block are
-// turned: [K, CHUNK].
+// inside the group). Keys and values are read in place where their layout allows it. Queries of a
+// block are transposed ("turned"): [K, CHUNK].
 #pragma once
 
 #include "tokens.hpp"
@@ -93,7 +93,7 @@ template <class R> struct MixedPass {
   int64_t size_at(int64_t at) const { return smaller(m.size, length - at); }
   static int block(int64_t i, int64_t count) { return int(smaller<int64_t>(CHUNK, count - i)); }
   bool closed(int64_t at) const { return length - at >= m.size; }
-  // Blocks of the group before this slot ask nothing: they are of the open group that came in.
+  // Blocks before this slot have no queries: their tokens are of the open group that came in.
   int64_t asked(int64_t at) const {
     int64_t i = 0;
     while (i < size_at(at) && index[at + i] < 0) i++;
