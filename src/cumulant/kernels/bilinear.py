@@ -33,9 +33,7 @@ def formula(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
 
 
 def unblocked(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
-    """`bilinear` in one product, for graphs of any length: blocks would fix how many rows there
-    are.
-    """
+    """`bilinear` in one product, for graphs of any length: blocks would fix the number of rows."""
     return _outer(a, b) @ weight.T
 
 
@@ -62,6 +60,9 @@ def bilinear_backward(
     dweight = weight.new_zeros(weight.shape, dtype=torch.promote_types(weight.dtype, torch.float32))
     with torch.autocast(a.device.type, enabled=False):
         for rows in _blocks(a, b):
+            # out = W o with the outer products o = b ⊗ a: do = Wᵀ dout, dW += dout oᵀ. Then da sums
+            # do over b's index, weighted by b, and db likewise. dW is a sum over all blocks, so it
+            # is added up in fp32 at least.
             x, y, upstream = a[rows], b[rows], dout[rows]
             douter = matmul(upstream, weight).unflatten(1, (b.shape[1], a.shape[1]))
             da[rows] = (douter * y[:, :, None]).sum(1)

@@ -1,5 +1,4 @@
-"""Matrix products, shared by the implementations: oneDNN's for large fp32 matrices on the CPU,
-torch's for all others.
+"""Matrix products: oneDNN's for large fp32 matrices on the CPU, torch's for all others.
 
 PyTorch multiplies fp32 matrices with MKL, which on processors of another maker leaves their widest
 vectors unused; the oneDNN that comes with it does not. Same precision, and gradients of any order.
@@ -56,9 +55,7 @@ def _product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b`` for ``[..., M, K]`` and ``[..., K, N]`` with equal batch dims, not
-    differentiable.
-    """
+    """``a @ b`` of ``[..., M, K]`` and ``[..., K, N]`` with equal batch dims; no gradients."""
     batch = a.shape[:-2]
     if (
         batch != b.shape[:-2]
@@ -75,9 +72,7 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
 
 
 class _Linear(torch.autograd.Function):
-    """x wᵀ + bias of matrices; its gradients are products of the same kind. Only what they need is
-    kept.
-    """
+    """x wᵀ + bias of matrices; its gradients are products of the same kind."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -97,9 +92,7 @@ class _Linear(torch.autograd.Function):
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``x [..., K]``, ``weight [N, K]``, ``bias [N]`` -> ``[..., N]``, as
-    `torch.nn.functional.linear`.
-    """
+    """`torch.nn.functional.linear`: ``x [..., K]``, ``weight [N, K]``, ``bias [N]``."""
     if not _plain(x, weight, bias) or not _suits(
         x, x.numel() // max(x.shape[-1], 1), *weight.shape[::-1]
     ):

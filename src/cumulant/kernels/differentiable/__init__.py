@@ -1,5 +1,4 @@
-"""The operations in plain PyTorch, chunk by chunk: O(T) time, differentiable any number of times in
-either mode.
+"""The operations in plain PyTorch, in O(T) time, differentiable any number of times.
 
 Operators with hand-written backward passes know gradients of first order. Where more is asked for
 (tangents, gradients of gradients, anything nested under `torch.func`), these take their place, with

@@ -1,6 +1,4 @@
-"""Linear and Taylor attention: the polynomial of scores inside a chunk, features and sums across
-chunks.
-"""
+"""Linear and Taylor attention: scores inside a chunk, features and sums across chunks."""
 
 from __future__ import annotations
 
@@ -19,9 +17,7 @@ CHUNK = 128
 
 
 def attention(inputs: AttentionInputs, spec: AttentionSpec) -> AttentionOutputs:
-    """Outputs and the state after all keys, its denominator also where outputs are not
-    normalised.
-    """
+    """Outputs and the state after all keys; it has a denominator also without `normalize`."""
     run = partial(_attend, spec=spec)
     with without_autocast(inputs.query):
         if inputs.cu_seqlens is None:
@@ -109,9 +105,7 @@ def _polynomial(x: Tensor, order: int, constant_term: bool) -> Tensor:
 
 @lru_cache(maxsize=64)
 def _monomials(dim: int, degree: int) -> tuple[list[int], list[int], list[float]]:
-    """Of a degree, lexicographic: which monomial of one degree lower, which factor more, weight 1 /
-    sqrt(Π m_i!).
-    """
+    """Parent, last factor and weight 1 / sqrt(Π m_i!) of a degree's monomials, in order."""
     lower = {m: i for i, m in enumerate(combinations_with_replacement(range(dim), degree - 1))}
     found = list(combinations_with_replacement(range(dim), degree))
     weights = [1 / math.sqrt(math.prod(math.factorial(m.count(i)) for i in set(m))) for m in found]

@@ -1,6 +1,4 @@
-"""ELiTA's attention: log-sums and means chunk by chunk, relative to the running maximum of the
-logits.
-"""
+"""ELiTA's attention: log-sums and means chunk by chunk, relative to the largest logit so far."""
 
 from __future__ import annotations
 

@@ -17,9 +17,11 @@ def each_sequence(
     by_token: Sequence[str],
     by_sequence: Sequence[str] = (),
 ) -> Any:
-    """``run(inputs)`` of each packed sequence by itself: outputs along T, zeros behind the last
-    one; what else comes out, along N. by_token, by_sequence: the inputs ``[1, heads, T, ...]`` and
-    ``[N, ...]``."""
+    """``run(inputs)`` of each packed sequence by itself, joined.
+
+    Outputs are joined along T, with zeros behind the last sequence; states are joined along N.
+    by_token and by_sequence name the inputs ``[1, heads, T, ...]`` and ``[N, ...]``.
+    """
     bounds = inputs.cu_seqlens.tolist()
     results = []
     for i, (a, b) in enumerate(pairwise(bounds)):
