@@ -1,6 +1,4 @@
-"""Linear-time attention for PyTorch: one API for training, prefill and generation, on CPU and
-GPU.
-"""
+"""Linear-time attention for PyTorch: one API for training, prefill and generation."""
 
 import sys as _sys
 from itertools import pairwise as _pairwise
@@ -28,8 +26,10 @@ __all__ = [
 
 
 def _is_command() -> bool:
-    """Whether this process is ``cumulant ...`` or ``python -m cumulant ...``, whose help and
-    mistakes should not wait seconds for torch."""
+    """Whether this process is ``cumulant ...`` or ``python -m cumulant ...``.
+
+    Importing torch takes seconds, and the command's help and error messages do not need it.
+    """
     started = _sys.orig_argv
     program = (_sys.argv[:1] or [""])[0].replace("\\", "/").rpartition("/")[2]
     return program in ("cumulant", "cumulant.exe") or ("-m", "cumulant") in _pairwise(started)
@@ -54,7 +54,7 @@ if _TYPE_CHECKING or not _is_command():
 else:
 
     def __getattr__(name: str) -> object:
-        """The same names when they are asked for."""
+        """Load a public name when it is first used."""
         from importlib import import_module
 
         if name in __all__:

@@ -231,6 +231,6 @@ def test_implementations_that_onnx_has_not(monkeypatch):
             return cm.linear_attention(q, q, q, impl="torch")
 
     with pytest.raises(
-        ValueError, match="impl: 'torch' runs operators of its own, which ONNX has not; use 'auto'"
+        ValueError, match="impl: 'torch' runs operators that ONNX does not know; use 'auto'"
     ):
         torch.export.export(Asked(), (q,))

@@ -126,7 +126,7 @@ def test_metadata_are_strings(tmp_path):
     for wrong in ({"steps": 3}, {3: "steps"}, {"a": None}):
         with pytest.raises(TypeError, match="metadata: expected strings, got"):
             cm.save_state(tmp_path / "s", a_state(), wrong)
-    with pytest.raises(ValueError, match="metadata: 'cumulant.state' is the name under which"):
+    with pytest.raises(ValueError, match="metadata: the key 'cumulant.state' is reserved"):
         cm.save_state(tmp_path / "s", a_state(), {"cumulant.state": "mine"})
     assert list(tmp_path.iterdir()) == []
 

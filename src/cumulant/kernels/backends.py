@@ -1,10 +1,13 @@
-"""The implementations, the fastest first: a folder each, with a module for every operation that it
-has.
+"""The table of implementations, the fastest first.
 
-Such a module says what stands in the way of a call (`obstacle`), perhaps also why another
-implementation is the faster (`slower`), fills in what is its own business in a specification
-(`prepared`), tells what it would do (`describe`), and does it (`forward`, `backward`; see
-`operators/operator.py`).
+Each implementation is a folder with one module for every operation that it has. Such a module has
+these functions:
+
+- `obstacle`: why it cannot run a call, or an empty string.
+- `slower` (optional): why another implementation is faster for a call, or an empty string.
+- `prepared`: the specification with the implementation's own options, such as chunk lengths.
+- `describe`: how it would compute the call, in words.
+- `forward`, `backward`: see `operators/operator.py`.
 """
 
 from __future__ import annotations
@@ -21,9 +24,7 @@ _sought: set[tuple[str, str]] = set()
 
 
 def implementation(impl: str, operation: str) -> Any:
-    """The module, imported when it is first asked for; None where an implementation does not have
-    the operation.
-    """
+    """An implementation's module for an operation, imported on first use; None if it has none."""
     _import(impl, operation)
     return getattr(BACKENDS[impl], operation, None)
 
@@ -36,6 +37,6 @@ def _import(impl: str, operation: str) -> None:
         _sought.add((impl, operation))
 
 
-# What torch.compiler.assume_constant_result does, which would import all of torch.compile with this
-# file.
+# This is what torch.compiler.assume_constant_result does; calling it would import all of
+# torch.compile with this file.
 _import._dynamo_marked_constant = True  # type: ignore[attr-defined]

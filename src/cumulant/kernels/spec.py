@@ -1,10 +1,9 @@
-"""What each operation is to the kernels: its options, and its tensors by name. Letters are those of
-DESIGN.md.
+"""The options and tensors of each operation, as the kernels take them.
 
-An operation has three classes. `...Spec` holds what is no tensor; `...Inputs` and `...Outputs` name
-the tensors. Gradients come under the same names: those at outputs as `...Outputs`, those of inputs
-as `...Inputs`, None where there is none. The operators (`operators/`) make their schemas from these
-classes: a new argument is written down here.
+An operation has three classes. `...Spec` has its options; `...Inputs` and `...Outputs` name its
+tensors, with the shapes in the letters of DESIGN.md. Gradients use the same classes: `...Outputs`
+for upstream gradients and `...Inputs` for gradients of inputs, with None for missing ones. The
+operators (`operators/`) make their schemas from these classes, so a new argument is added here.
 """
 
 from __future__ import annotations
@@ -17,16 +16,17 @@ from torch import Tensor
 
 
 def accumulation_dtype(*tensors: Tensor | torch.dtype) -> torch.dtype:
-    """What sums of such numbers are taken in: fp64 if any of them is fp64, else fp32."""
-    for x in tensors:  # a generator would take as long again, several times a call
+    """The dtype of sums over these tensors: fp64 if any of them is fp64, else fp32."""
+    for x in tensors:  # a generator would take twice as long, several times a call
         if (x if isinstance(x, torch.dtype) else x.dtype) == torch.float64:
             return torch.float64
     return torch.float32
 
 
 def feature_count(dim: int, order: int, constant_term: bool) -> int:
-    """C(dim + order, order) Taylor features, one fewer without the constant; `dim` for the identity
-    (order 0).
+    """The number of Taylor features: ``C(dim + order, order)``, one fewer without the constant.
+
+    Order 0 stands for the identity, which has `dim` features.
     """
     if order == 0:
         return dim
@@ -39,11 +39,13 @@ def feature_count(dim: int, order: int, constant_term: bool) -> int:
 def new_heads(
     x: Tensor, heads: int, width: int, dtype: torch.dtype | None = None, length: int | None = None
 ) -> Tensor:
-    """An empty ``[B, heads, T, width]`` for ``x [B, ., T, .]``, the heads of a token side by side
-    in memory. `length` takes the place of T.
+    """An empty ``[B, heads, T, width]`` for ``x [B, ., T, .]``, with a token's heads side by side.
 
-    So projections write and read them: views that split and join heads cost no copies, of outputs
-    or of gradients. It is no view itself, as autograd would refuse to change one in place.
+    Projections read and write this memory layout, so splitting and joining heads copies nothing,
+    neither outputs nor gradients. The result is not a view, because autograd refuses to change some
+    views in place.
+
+    length: replaces T.
     """
     B, T = x.shape[0], x.shape[2] if length is None else length
     return x.new_empty_strided(
@@ -52,17 +54,17 @@ def new_heads(
 
 
 def copy_heads(x: Tensor) -> Tensor:
-    """``x [B, heads, T, width]`` in fresh memory of that layout."""
+    """A copy of ``x [B, heads, T, width]`` in the memory layout of `new_heads`."""
     return new_heads(x, x.shape[1], x.shape[3]).copy_(x)
 
 
 def sequence_count(batch: int, cu_seqlens: Tensor | None) -> int:
-    """N: rows of the batch, or the sequences packed into its one row."""
+    """N: the rows of the batch, or the sequences packed into its single row."""
     return batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
 
 
 class AttentionInputs(NamedTuple):
-    """Linear and Taylor attention. numerator and denominator are the state that comes in."""
+    """Inputs of linear and Taylor attention; numerator and denominator are the state before it."""
 
     query: Tensor  # [B, H, T, K]
     key: Tensor  # [B, G, S, K]
@@ -74,12 +76,12 @@ class AttentionInputs(NamedTuple):
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of sums."""
+        """The dtype of sums."""
         return accumulation_dtype(self.query, self.key, self.value)
 
 
 class AttentionOutputs(NamedTuple):
-    """All in the dtype of sums. What is not asked for is empty, ``[0]``."""
+    """Outputs in the dtype of sums. Tensors that the options do not request are empty, ``[0]``."""
 
     out: Tensor  # [B, H, T, V]
     denominators: Tensor  # [B, H, T], where outputs are normalised
@@ -88,7 +90,7 @@ class AttentionOutputs(NamedTuple):
 
 
 class AttentionSpec(NamedTuple):
-    """Linear and Taylor attention: elementwise `activation`, then Taylor features up to `order`."""
+    """Options of linear and Taylor attention: an activation, then Taylor features up to `order`."""
 
     order: int  # 0: the features are the activated vectors themselves
     constant_term: bool
@@ -96,12 +98,12 @@ class AttentionSpec(NamedTuple):
     scale: float  # of the query, before its activation
     normalize: bool
     is_causal: bool
-    returns_state: bool  # the state comes out: asked for, or kept for the backward pass
-    chunk: int = 0  # tokens that are walked at a time, which each implementation chooses
-    span: int = 0  # the fewest tokens that a thread takes when one sequence is shared out
+    returns_state: bool  # whether the final state is an output, for users or the backward pass
+    chunk: int = 0  # tokens in a chunk, which each implementation chooses
+    span: int = 0  # the fewest tokens for a thread, where threads share one sequence
 
     def new_outputs(self, x: AttentionInputs) -> AttentionOutputs:
-        """Empty outputs, laid out in memory as every implementation lays them out."""
+        """Empty outputs, in the memory layout of every implementation."""
         (B, H, T, K), G, V = x.query.shape, x.key.shape[1], x.value.shape[3]
         N, F = sequence_count(B, x.cu_seqlens), feature_count(K, self.order, self.constant_term)
         normalized, dtype = self.returns_state and self.normalize, x.dtype
@@ -113,15 +115,17 @@ class AttentionSpec(NamedTuple):
         )
 
     def new_gradients(self, x: AttentionInputs, y: AttentionOutputs) -> AttentionInputs:
-        """Empty gradients of the inputs, likewise."""
+        """Empty gradients of the inputs, in the memory layout of every implementation."""
         dq, dk, dv = (new_heads(t, t.shape[1], t.shape[3]) for t in (x.query, x.key, x.value))
         dS, dz = (None if s is None else s.new_empty(s.shape) for s in (x.numerator, x.denominator))
         return AttentionInputs(dq, dk, dv, numerator=dS, denominator=dz)
 
 
 class MixedChunkInputs(NamedTuple):
-    """Mixed chunk attention. The state that comes in: sums over whole groups, and the tokens of the
-    open group.
+    """Inputs of mixed chunk attention.
+
+    The last fields are the state before the call: sums over complete groups, and the tokens of the
+    open group, which is not complete yet.
     """
 
     quad_query: Tensor  # [B, H, T, K]
@@ -145,19 +149,17 @@ class MixedChunkInputs(NamedTuple):
 
     @property
     def sums(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-        """The state but for its position."""
+        """The state without its position."""
         return self.numerator, self.open_quad_key, self.open_lin_key, self.open_value
 
     @property
     def covers_tokens(self) -> bool:
-        """Whether every token belongs to some sequence, so that every row of the results gets
-        written.
-        """
+        """Whether every token is in a sequence, so that kernels write every row of the results."""
         return self.key_mask is None and self.cu_seqlens is None
 
 
 class MixedChunkOutputs(NamedTuple):
-    """The state is in the dtype of sums, and empty where it is not asked for."""
+    """Outputs of mixed chunk attention. The state is in the dtype of sums, or empty."""
 
     out: Tensor  # [B, H, T, V], in value's dtype
     final_numerator: Tensor
@@ -171,17 +173,15 @@ class MixedChunkOutputs(NamedTuple):
 
 
 class MixedChunkSpec(NamedTuple):
-    """Mixed chunk attention."""
+    """Options of mixed chunk attention."""
 
     group_size: int
     activation: str  # "relu2" or "laplace"
     is_causal: bool
-    reduce_groups: (
-        bool  # not causal: the linear part sums over all groups, not over the token's own alone
-    )
+    reduce_groups: bool  # whether linear sums are over all groups, not only the token's own
     dropout_p: float
     returns_state: bool
-    span: int = 0  # the fewest tokens that a thread takes when one sequence is shared out
+    span: int = 0  # the fewest tokens for a thread, where threads share one sequence
 
     def state_shapes(self, x: MixedChunkInputs) -> tuple[tuple[int, ...], ...]:
         (B, G, _, V), K, L = x.value.shape, x.quad_key.shape[3], x.lin_key.shape[3]
@@ -205,9 +205,7 @@ class MixedChunkSpec(NamedTuple):
 def mixed_chunk_gradients(
     tokens: Sequence[Tensor], bias: Tensor | None, sums: Sequence[Tensor | None]
 ) -> MixedChunkInputs:
-    """Gradients under the names of the inputs: of `tokens`, of the bias, and of the state but for
-    its position.
-    """
+    """The gradients of tokens, bias and state under the names of the inputs."""
     quad_query, quad_key, lin_query, lin_key, value = tokens
     numerator, open_quad_key, open_lin_key, open_value = sums
     return MixedChunkInputs(
@@ -227,7 +225,7 @@ def mixed_chunk_gradients(
 
 
 class GatedInputs(NamedTuple):
-    """Gated attention."""
+    """Inputs of gated attention."""
 
     query: Tensor  # [B, H, T, K]
     key: Tensor  # [B, G, S, K]
@@ -239,16 +237,18 @@ class GatedInputs(NamedTuple):
 
 
 class GatedOutputs(NamedTuple):
+    """The output of gated attention."""
+
     out: Tensor  # [B, H, T, V], in query's dtype
 
 
 class GatedSpec(NamedTuple):
-    """Gated attention."""
+    """Options of gated attention."""
 
     activation: str  # "relu2" or "laplace"
     is_causal: bool
     dropout_p: float
-    block: int = 0  # queries whose weights exist at a time, which each implementation chooses
+    block: int = 0  # queries whose weights exist at once, which each implementation chooses
 
     def new_outputs(self, x: GatedInputs) -> GatedOutputs:
         return GatedOutputs(new_heads(x.query, x.query.shape[1], x.value.shape[3]))
@@ -260,17 +260,15 @@ class GatedSpec(NamedTuple):
 
 
 class ElitaInputs(NamedTuple):
-    """ELiTA's attention. Logits are of one dtype, fp32 or fp64; -inf where a key or a token itself
-    has no weight.
-    """
+    """Inputs of ELiTA's attention. The logits share one dtype, fp32 or fp64; -inf is no weight."""
 
     key_logit: Tensor  # c, [B, G, T]
     query_logit: Tensor  # r, [B, H, T]
     self_logit: Tensor  # s, [B, H, T]
     value: Tensor  # [B, G, T, V]
-    first: Tensor | None = None  # [T] bool: a sequence begins that sees nothing before it
-    log_weight: Tensor | None = None  # m [B, G], in fp64: the state that comes in
-    mean: Tensor | None = None  # u [B, G, V], in fp64
+    first: Tensor | None = None  # [T] bool, True where a packed sequence begins
+    log_weight: Tensor | None = None  # m [B, G], in fp64, of the state before the call
+    mean: Tensor | None = None  # u [B, G, V], in fp64, of the state before the call
 
     @property
     def past(self) -> tuple[Tensor, Tensor] | None:
@@ -280,30 +278,31 @@ class ElitaInputs(NamedTuple):
 
 
 class ElitaOutputs(NamedTuple):
-    """The odds a / (1 - a) of the gates a and g, in the dtype of sums, are what the backward pass
-    reads.
+    """Outputs of ELiTA's attention.
+
+    The backward pass reads the odds a / (1 - a) and g / (1 - g) of the gates, in the dtype of sums.
     """
 
     out: Tensor  # [B, H, T, V], in value's dtype
     key_odds: Tensor  # of a, [B, G, T]
     own_odds: Tensor  # of g, [B, H, T]
-    # u before every block of tokens, [B, G, T // block + 2, V] in fp64; empty without blocks
+    # u before each block of tokens, [B, G, T // block + 2, V] in fp64; empty without blocks
     means: Tensor
     final_log_weight: Tensor
     final_mean: Tensor
 
 
 class ElitaSpec(NamedTuple):
-    """ELiTA's attention, which has no options but those of its implementations."""
+    """Options of ELiTA's attention, all chosen by its implementations."""
 
-    chunk: int = 0  # tokens that are walked side by side
-    span: int = 0  # the fewest tokens that a thread takes when one sequence is shared out
-    block: int = 0  # tokens between two means that are kept; 0 for none
+    chunk: int = 0  # tokens in a chunk; all chunks are computed at once, token by token
+    span: int = 0  # the fewest tokens for a thread, where threads share one sequence
+    block: int = 0  # tokens between two saved means; 0 saves none
 
     def new_outputs(self, x: ElitaInputs) -> ElitaOutputs:
         (B, G, T, V), H, dtype = x.value.shape, x.query_logit.shape[1], accumulation_dtype(x.value)
-        # One or two rows of means are never used: under torch.export a size that may be 1 would
-        # bound T.
+        # One or two rows of means are never used. Under torch.export a size that may be 1 would
+        # limit T.
         means = (B, G, T // self.block + 2, V) if self.block else (0,)
         return ElitaOutputs(
             new_heads(x.value, H, V),

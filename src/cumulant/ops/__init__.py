@@ -1,3 +1,1 @@
-"""The operations: what is computed. One file an operation; how it is computed lies in
-`cumulant.kernels`.
-"""
+"""The operations, one a file: formula, checks and states. `cumulant.kernels` computes them."""

@@ -1,4 +1,4 @@
-"""Linear maps of outer products of two vectors, without the outer products."""
+"""Linear maps of outer products of two vectors, without forming all outer products."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from .dispatch import exports_to_onnx
 
 
 def bilinear(a: Tensor, b: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``y_k = Σ_{f,i} weight[k, f·A + i] b_f a_i + bias_k``.
+    """Map outer products linearly: ``y_k = Σ_{f,i} weight[k, f·A + i] b_f a_i + bias_k``.
+
+    The outer products ``[..., F·A]`` exist for one block of tokens at a time, and none is kept for
+    the backward pass.
 
     Args:
         a: ``[..., A]``.
@@ -21,8 +24,7 @@ def bilinear(a: Tensor, b: Tensor, weight: Tensor, bias: Tensor | None = None) -
         bias: ``[D]``.
 
     Returns:
-        ``[..., D]``, in a's dtype. Outer products ``[..., F·A]`` exist for a block of tokens at a
-        time, and none is kept for the backward pass.
+        ``[..., D]``, in a's dtype.
     """
     if torch.is_autocast_enabled(a.device.type):
         dtype = torch.get_autocast_dtype(a.device.type)

@@ -1,5 +1,6 @@
-"""Input checks shared by the operations. Errors name the argument, the expected shape in letters,
-what came, a fix.
+"""Input checks shared by the operations.
+
+An error names the argument, the expected shape in letters, the received shape, and a fix.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class Sizes(NamedTuple):
-    """Dimension letters of one call: see DESIGN.md."""
+    """The sizes of one call, by the dimension letters of DESIGN.md."""
 
     B: int
     H: int
@@ -47,8 +48,9 @@ def check_attention(
     cu_seqlens: Tensor | None,
     names: tuple[str, str] = ("query", "key"),
 ) -> Sizes:
-    """Shapes, dtypes and devices of query, key, value and masks; `names` of the first two in
-    messages.
+    """Check shapes, dtypes and devices of query, key, value and masks.
+
+    names: what messages call query and key.
     """
     first, second = names
     layout = (
@@ -101,6 +103,7 @@ def check_attention(
 def check_key_mask(
     key_mask: Tensor | None, B: int, S: int, device: torch.device, *, name: str = "key_mask"
 ) -> None:
+    """Check that a mask is None or ``[B, S]`` bool on `device`; messages call it `name`."""
     if key_mask is None:
         return
     if not isinstance(key_mask, Tensor) or key_mask.dtype != torch.bool:
@@ -115,6 +118,7 @@ def check_key_mask(
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, B: int, T: int, S: int, device: torch.device) -> None:
+    """Check offsets of packed sequences; their values only where they can be read."""
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
         got = cu_seqlens.dtype if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
         raise TypeError(f"cu_seqlens: expected an int32 or int64 tensor [N + 1], got {got}")
@@ -139,7 +143,7 @@ def check_cu_seqlens(cu_seqlens: Tensor, B: int, T: int, S: int, device: torch.d
 
 
 def check_position(position: object, rows: int, device: torch.device) -> None:
-    """The count of tokens that a state holds: its dtype, shape and device, never its values."""
+    """Check the dtype, shape and device of a state's token counts, but not their values."""
     letters = f"state: expected position [B] int64 = [{rows}] on {device}"
     if not isinstance(position, Tensor):
         raise TypeError(
@@ -166,7 +170,7 @@ def _dtype(x: Tensor) -> str:
 def check_linear_state(
     state: LinearState | None, N: int, sizes: Sizes, F: int, normalize: bool, query: Tensor
 ) -> None:
-    """A state fits this call: `N` rows (batch, or packed sequences), `F` features."""
+    """Check that a state fits this call: N rows or packed sequences, and F features."""
     if state is None:
         return
     if not isinstance(state, LinearState):
@@ -231,9 +235,11 @@ def check_bias(
     *,
     static: bool = False,
 ) -> None:
-    """A bias on scores: floating, where query is, of one of `shapes`. Those that are not `static`
-    are left alone while
-    compiling: comparing them would fix the length of the graph."""
+    """Check a bias on scores: a floating dtype, query's device, and one of `shapes`.
+
+    While compiling, only `static` shapes are compared: comparing others would fix the length of
+    the compiled graph.
+    """
     if bias is None:
         return
     if not isinstance(bias, Tensor) or not bias.is_floating_point() or bias.device != query.device:
@@ -251,8 +257,9 @@ def check_parts(
     dtype: torch.dtype | None,
     query: Tensor,
 ) -> None:
-    """A state of `kind` whose parts have the expected shapes, rows first, of `dtype` (None: any) on
-    query's device.
+    """Check that a state is a `kind` whose tensors have the expected shapes, dtype and device.
+
+    expected: the shape of each tensor by its name, rows first. dtype: None allows any.
     """
     if state is None:
         return

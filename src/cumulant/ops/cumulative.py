@@ -1,6 +1,4 @@
-"""What linear and Taylor attention share: running the chosen implementation and keeping count in
-the state.
-"""
+"""Code shared by linear and Taylor attention: running a plan, and counting tokens in states."""
 
 from __future__ import annotations
 
@@ -29,6 +27,7 @@ def attention_inputs(
     state: LinearState | None,
     normalize: bool,
 ) -> AttentionInputs:
+    """The kernels' inputs, with the sums of `state` if there is one."""
     numerator = None if state is None else state.numerator
     denominator = None if state is None or not normalize else state.denominator
     return AttentionInputs(query, key, value, key_mask, cu_seqlens, numerator, denominator)
@@ -37,9 +36,10 @@ def attention_inputs(
 def attend(
     plan: Plan[AttentionSpec], inputs: AttentionInputs, state: LinearState | None
 ) -> tuple[Tensor, LinearState]:
-    """Output ``[B, H, T, V]``, in query's dtype, and the state after these keys, empty if the plan
-    returns none.
-    state: what came in."""
+    """Output ``[B, H, T, V]`` in query's dtype, and the state after these keys.
+
+    state: the state before these keys. The new state's sums are empty if the plan returns none.
+    """
     found = _reference(plan.spec, inputs) if plan.impl == "reference" else _run(plan, inputs)
     denominator = found.final_denominator if plan.spec.normalize else None
     position = count_tokens(inputs.key, inputs.key_mask, inputs.cu_seqlens, state)
@@ -51,7 +51,7 @@ def attend(
 def _run(plan: Plan[AttentionSpec], inputs: AttentionInputs) -> AttentionOutputs:
     if inputs.value.shape[3] > 0:
         return attention(plan.impl, inputs, plan.spec)
-    # kernels need a channel: one of zeros, taken away again
+    # Kernels need at least one channel, so one of zeros is added here and removed below.
     numerator = None if inputs.numerator is None else pad(inputs.numerator, (0, 1))
     found = attention(
         plan.impl, inputs._replace(value=pad(inputs.value, (0, 1)), numerator=numerator), plan.spec
@@ -102,7 +102,7 @@ def count_tokens(
     cu_seqlens: Tensor | None,
     state: LinearState | MixedChunkState | ElitaState | None,
 ) -> Tensor:
-    """Keys seen so far, one count a sequence: what is masked does not count."""
+    """Keys seen so far, one count for each sequence; masked keys do not count."""
     if cu_seqlens is not None:
         if key_mask is None:
             count = cu_seqlens.diff().long()

@@ -1,11 +1,13 @@
-"""Which implementation runs. An explicit `impl` is honoured or refused; "auto" takes the first that
-nothing hinders.
+"""The choice of the implementation that runs a call.
 
-An operation makes a plan of its call and then runs it. `explain` calls the operation with an `impl`
-that only asks, and is handed the plan's choice before anything runs.
+An explicit `impl` runs, or the call is an error. "auto" takes the first implementation in the table
+that can run the call.
 
-The environment variable CUMULANT_IMPL says what "auto" means: the name of an implementation stands
-for every call that names none, and is honoured or refused in the same way.
+An operation plans its call and then runs it. `explain` calls the operation with a marked `impl`.
+Planning then stops the call, and reports its choice before anything runs.
+
+The environment variable CUMULANT_IMPL replaces "auto". It names an implementation for every call
+that names none, and such a call fails where that implementation cannot run it.
 """
 
 from __future__ import annotations
@@ -23,10 +25,10 @@ from ..kernels.backends import BACKENDS, implementation
 from ..kernels.native import library
 from ..kernels.transforms import needs_formula, transformed
 
-PLANNED = ("triton",)  # names that a later version will know
+PLANNED = ("triton",)  # names reserved for later versions
 VARIABLE = "CUMULANT_IMPL"
-# Every call asks, and os.environ takes as long as a small layer where a variable is not set: ask
-# the dict behind it.
+# Every call reads this variable. Reading an unset variable from os.environ takes as long as a small
+# layer, so the dict behind os.environ is read instead.
 _environment: Any = getattr(os.environ, "_data", os.environ)
 _key: Any = os.environ.encodekey(VARIABLE) if hasattr(os.environ, "encodekey") else VARIABLE
 
@@ -43,8 +45,9 @@ class Choice:
 
 
 def automatic() -> str:
-    """What "auto" means: CUMULANT_IMPL, or else "reference" in an export to ONNX and "auto"
-    anywhere else.
+    """The implementation that "auto" stands for: CUMULANT_IMPL if set, else "auto".
+
+    An export to ONNX uses "reference", unless CUMULANT_IMPL names another one.
     """
     name = os.environ[VARIABLE] if _environment.get(_key) else "auto"
     if name not in ("auto", *BACKENDS, "reference"):
@@ -54,15 +57,13 @@ def automatic() -> str:
     return "reference" if name == "auto" and exports_to_onnx() else name
 
 
-# What torch.compiler.assume_constant_result does, which would import all of torch.compile with this
-# file.
+# This is what torch.compiler.assume_constant_result does; calling it would import all of
+# torch.compile with this file.
 automatic._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def exports_to_onnx() -> bool:
-    """Whether `torch.onnx.export` is tracing: ONNX knows none of our operators, so that only
-    PyTorch's own may run.
-    """
+    """Whether `torch.onnx.export` is tracing; only PyTorch's own operators may run then."""
     traced = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
     return traced and torch.onnx.is_in_onnx_export()
 
@@ -76,15 +77,16 @@ def _listed(*names: str) -> str:
 
 
 def resolve(impl: str, obstacles: Mapping[str, str]) -> str:
-    """The implementation that `impl`, or CUMULANT_IMPL, names, or an error if it cannot run.
-    obstacles: what stands in the way of each implementation; empty where nothing does."""
+    """The implementation that `impl` or CUMULANT_IMPL names, or an error if it cannot run.
+
+    obstacles: why each implementation cannot run; empty for those that can.
+    """
     name = "impl"
     if impl == "auto":
         name, impl = VARIABLE, automatic()
     if impl in BACKENDS and exports_to_onnx():
         raise ValueError(
-            f"{name}: {impl!r} runs operators of its own, which ONNX has not; use 'auto' or"
-            " 'reference'"
+            f"{name}: {impl!r} runs operators that ONNX does not know; use 'auto' or 'reference'"
         )
     if impl not in (*BACKENDS, "reference", *PLANNED):
         raise ValueError(
@@ -104,14 +106,14 @@ Spec = TypeVar("Spec")
 
 @dataclass(frozen=True)
 class Plan(Generic[Spec]):
-    """How one call will run: by which implementation, and with what specification."""
+    """The implementation and the specification of one call."""
 
     impl: str
     spec: Spec
 
 
 def make_plan(operation: str, impl: str, inputs: Any, spec: Spec) -> Plan[Spec]:
-    """The plan for an operation's call. operation: the module that implementations have for it."""
+    """Plan one call of an operation, which implementations have in the module `operation`."""
     if impl == "auto" and automatic() == "auto":
         chosen = _fastest(operation, inputs, spec)
     else:
@@ -140,7 +142,7 @@ def _fastest(operation: str, inputs: Any, spec: Any) -> str:
 
 
 def _obstacles(operation: str, inputs: Any, spec: Any) -> dict[str, str]:
-    """What stands in the way of each implementation."""
+    """Why each implementation cannot run the call; empty for those that can."""
     found = {}
     for name in BACKENDS:
         module = implementation(name, operation)
@@ -159,10 +161,12 @@ def _wish(impl: str) -> str:
 
 
 class _Question(str):
-    """An `impl` whose plan is wanted, and no run."""
+    """An `impl` that asks for the plan of a call instead of its result."""
 
 
 class _Answer(Exception):
+    """Carries the choice of a planned call to `explain`."""
+
     def __init__(self, choice: Choice):
         self.choice = choice
 
@@ -171,20 +175,23 @@ Operation = TypeVar("Operation", bound=Callable[..., Any])
 
 
 def operation(op: Operation) -> Operation:
-    """A function that makes a plan before it computes anything, so that it can be explained."""
+    """Mark a function that makes a plan before it computes anything, so `explain` can call it."""
     op.is_operation = True  # type: ignore[attr-defined]
     return op
 
 
 def plainly_called() -> bool:
-    """Whether nothing differentiates forwards, maps or transforms, by `torch.func` or otherwise:
-    kernels without such rules may run, and what is made may be kept for the next call."""
+    """Whether no transform is active: no `torch.func`, no mapping, no forward-mode derivatives.
+
+    Kernels without rules for transforms may then run, and results may be cached for later calls.
+    """
     return not transformed() and not needs_formula()
 
 
 def native_by_default(x: Tensor) -> bool:
-    """Whether native kernels may run where nobody names an implementation: beside attention, and in
-    steps.
+    """Whether native kernels may run where no call names an implementation.
+
+    These are pointwise operations and the steps of decoding.
     """
     return automatic() in ("auto", "native") and not native_obstacle(x)
 
@@ -218,7 +225,7 @@ def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Choice:
 
 
 def _as_read(arguments: dict[str, Any]) -> str:
-    """The sizes by which heads and tokens that changed places are noticed."""
+    """The sizes of the query; they show when heads and tokens were swapped."""
     name = next(name for name in ("query", "quad_query", "query_logit") if name in arguments)
     B, H, T = arguments[name].shape[:3]
     return f"{name} read as B = {B} rows, H = {H} heads, T = {T} tokens"

@@ -1,6 +1,4 @@
-"""ELiTA's attention: a softmax over scalar logits of keys and queries, with one more for the token
-itself.
-"""
+"""ELiTA's attention: a softmax over sums of a query's and a key's scalar logit."""
 
 from __future__ import annotations
 
@@ -34,31 +32,29 @@ def elita_attention(
     return_state: bool = False,
     impl: str = "auto",
 ) -> Tensor | tuple[Tensor, ElitaState]:
-    """Causal attention whose logits are sums of a key's and a query's number, in O(T) time and
-    memory.
+    """Causal attention whose logits are sums of a key's and a query's number, in O(T) time.
 
-    With key, query and self logits c, r and s, row i is the softmax over ``s_i`` (value v_i) and
-    all ``r_i + c_j``, j ≤ i (values v_j)::
+    Let c, r and s be the key, query and self logits. Row i is the softmax over ``s_i``, with value
+    ``v_i``, and over all ``r_i + c_j`` for j ≤ i, with values ``v_j``::
 
         out_i = (e^{s_i} v_i + e^{r_i} Σ_{j≤i} e^{c_j} v_j) / (e^{s_i} + e^{r_i} Σ_{j≤i} e^{c_j})
 
-    computed as ``out_i = g_i v_i + (1 - g_i) u_i``, ``g_i = σ(s_i - r_i - m_i)``, with the running
-    log-sum ``m_i = log Σ_{j≤i} e^{c_j}`` and mean ``u_i = Σ_{j≤i} e^{c_j - m_i} v_j``: exact for
-    logits of any size, as differences of logits are taken in fp64 and nothing larger than 1 is
-    exponentiated.
+    This is computed as ``out_i = g_i v_i + (1 - g_i) u_i`` with ``g_i = σ(s_i - r_i - m_i)``, where
+    ``m_i = log Σ_{j≤i} e^{c_j}`` is the running log-sum and ``u_i = Σ_{j≤i} e^{c_j - m_i} v_j`` the
+    running mean. Logits of any size are safe: their differences are taken in fp64, and no result
+    of an exponential is larger than 1. Memory is O(T) as well.
 
     Args:
-        key_logit: c, ``[B, G, T]``; fp16, bf16, fp32 or fp64, as the two others; -inf for a key of
-            no weight.
-        query_logit: r, ``[B, H, T]``; the G key/value heads divide H, head h reads keys and values
-            ``h // (H / G)``.
-        self_logit: s, ``[B, H, T]``; -inf to leave the term out.
+        key_logit: c, ``[B, G, T]``; fp16, bf16, fp32 or fp64, the same for all three logits; -inf
+            gives a key no weight.
+        query_logit: r, ``[B, H, T]``; the G key/value heads divide H, and query head h uses
+            key/value head ``h // (H / G)``.
+        self_logit: s, ``[B, H, T]``; -inf leaves the term out.
         value: ``[B, G, T, V]``, of any floating dtype. Sums are taken in fp32 (fp64 for fp64), and
             carried from call to call in fp64.
-        key_mask: ``[B, T]`` bool, True = attend. Masked tokens count for nothing, not even for
-            themselves.
+        key_mask: ``[B, T]`` bool, True = attend. No token sees a masked token, not even itself.
         cu_seqlens: ``[N + 1]`` int32/int64, offsets of N sequences packed end to end along T (then
-            B = 1); they do not see each other. Rows after the last offset come out as zeros. States
+            B = 1). The sequences do not see each other. Rows after the last offset are zero. States
             have N rows.
         state: m and u of earlier tokens, from `return_state`.
         return_state: return ``(out, state)``.
@@ -68,9 +64,9 @@ def elita_attention(
         ``[B, H, T, V]`` in value's dtype; zeros where a token has nothing to attend to.
 
     Raises:
-        ValueError, TypeError: naming the argument, what was expected and what came. Logits that are
-            NaN or +inf are refused on the CPU; on other devices, where the check would wait for the
-            device, NaN comes out.
+        ValueError, TypeError: a message with the argument, the expected and the received value.
+            Logits that are NaN or +inf are refused on the CPU. Other devices do not check them,
+            because the check would wait for the device; their outputs become NaN.
 
     Source: Sharma 2023, "Efficient Linear-Time Attention Transformers" (ELiTA), its Attention2,
     without the clipping of logits.
@@ -102,9 +98,7 @@ Sums = tuple[Tensor, Tensor]
 
 
 def _prepared(tokens: Tokens, key_mask: Tensor | None, cu_seqlens: Tensor | None) -> Tokens:
-    """Logits in fp32 at least; what is masked, or behind the last sequence, without weight,
-    whatever it holds.
-    """
+    """Logits in at least fp32; tokens that are masked or after the last sequence have no weight."""
     c, r, s, v = tokens
     dtype = torch.promote_types(torch.promote_types(c.dtype, v.dtype), torch.float32)
     c, r, s = c.to(dtype), r.to(dtype), s.to(dtype)
@@ -124,7 +118,7 @@ def _prepared(tokens: Tokens, key_mask: Tensor | None, cu_seqlens: Tensor | None
 
 
 def _first(length: int, cu_seqlens: Tensor | None) -> Tensor | None:
-    """True where a sequence begins, or what is behind the last one: ``[T]``."""
+    """True where a sequence begins, and at the first token after the last sequence: ``[T]``."""
     if cu_seqlens is None:
         return None
     first = torch.zeros(length + 1, dtype=torch.bool, device=cu_seqlens.device)
@@ -138,15 +132,15 @@ def _packed_with_states(
     cu_seqlens: Tensor,
     state: ElitaState | None,
 ) -> tuple[Tensor, Sums]:
-    """Each sequence between two more places: one that holds its state, and one that reads the mean
-    at its end.
+    """Packed sequences with states: each sequence gets an extra token before it and one after it.
+
+    The first of these holds the sequence's state, and the second reads the mean at its end.
     """
     c, r, s, v = _prepared(tokens, key_mask, cu_seqlens)
     G, T, N = c.shape[1], c.shape[2], cu_seqlens.shape[0] - 1
     bounds, index = cu_seqlens.long(), torch.arange(T, device=v.device)
-    number = torch.searchsorted(
-        bounds[1:], index, right=True
-    )  # of each token's sequence, N behind the last
+    # the number of each token's sequence; N for the tokens after the last sequence
+    number = torch.searchsorted(bounds[1:], index, right=True)
     place = torch.where(number < N, index + 2 * number + 1, index + 2 * N)
     starts = bounds[:-1] + 2 * torch.arange(N, device=v.device)
     ends = bounds[1:] + 2 * torch.arange(N, device=v.device) + 1
@@ -158,7 +152,7 @@ def _packed_with_states(
             wide if at_start is None else wide.index_copy(2, starts, at_start.transpose(0, 1)[None])
         )
 
-    v = v.double()  # as states are
+    v = v.double()  # states are in fp64
     c = spread(c.double(), -torch.inf, None if state is None else state.log_weight)
     values = spread(v, 0.0, None if state is None else state.mean)
     r, s = spread(r.double(), 0.0), spread(s.double(), -torch.inf)
@@ -175,9 +169,7 @@ def _packed_with_states(
 
 
 def _log_sums(c: Tensor, first: Tensor, N: int) -> Tensor:
-    """log Σ exp(c) over each of N segments of ``c [G, T]`` that begin where `first` is True:
-    ``[N, G]``.
-    """
+    """``log Σ exp(c)`` of N segments of ``c [G, T]``, which begin where `first` is True."""
     segment = (first.cumsum(0) - 1).expand_as(c)
     low = torch.finfo(c.dtype).min
     top = c.new_full((c.shape[0], N + 1), low).scatter_reduce(1, segment, c.detach(), "amax")
@@ -193,7 +185,7 @@ def _log_sums(c: Tensor, first: Tensor, N: int) -> Tensor:
 def _reference(
     tokens: Tokens, key_mask: Tensor | None, cu_seqlens: Tensor | None, state: ElitaState | None
 ) -> tuple[Tensor, Sums]:
-    """The whole batch, or each packed sequence by itself."""
+    """The reference on the whole batch, or on each packed sequence separately."""
     with without_autocast(tokens[3]):
         if cu_seqlens is None:
             past = None if state is None else (state.log_weight, state.mean)
@@ -268,15 +260,13 @@ def _check(
 def _check_finite(
     logits: tuple[tuple[str, Tensor], ...], key_mask: Tensor | None, cu_seqlens: Tensor | None
 ) -> None:
-    """No NaN and no +inf among the logits of tokens that count; -inf only where it means no
-    weight.
-    """
+    """Refuse NaN and +inf in the logits of unmasked tokens, and -inf in query logits."""
     for name, logit in logits:
         x = logit.detach()[..., : logit.shape[-1] if cu_seqlens is None else int(cu_seqlens[-1])]
         if x.numel() == 0 or (
             x.amax() < torch.inf and (name != "query_logit" or x.amin() > -torch.inf)
         ):
-            continue  # what is NaN would have come out
+            continue  # amax is NaN where any number is
         good = x < torch.inf
         if name == "query_logit":
             good &= x > -torch.inf

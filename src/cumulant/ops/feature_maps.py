@@ -1,12 +1,11 @@
-"""Feature maps of kernelised linear attention, by name, any callable, or a pair of them for queries
-and keys.
+"""Feature maps of kernelised linear attention: a name, a callable, or a pair of callables.
 
-A map sends ``[..., K]`` to ``[..., F]``. Names:
+A pair has one map for queries and one for keys. A map takes ``[..., K]`` to ``[..., F]``. Names:
 
 - ``"elu"``: ``elu(x) + 1`` (Katharopoulos et al. 2020), positive.
 - ``"relu"``: ``max(x, 0)``; a query whose features are all zero gets zeros.
 - ``"identity"``: ``x`` (pair it with ``normalize=False``: its denominators change sign).
-- ``"softmax"``: Shen et al. 2018, ``softmax(q)`` over features and ``softmax(k)`` over tokens; see
+- ``"softmax"``: ``softmax(q)`` over features and ``softmax(k)`` over tokens (Shen et al. 2018); see
   `softmax_features`.
 """
 
@@ -22,12 +21,12 @@ Map = Callable[[Tensor], Tensor]
 FeatureMap = str | Map | tuple[Map, Map]
 ELEMENTWISE = ("elu", "relu", "identity")
 NAMES = (*ELEMENTWISE, "softmax")
-LEARNED = ("hedgehog", "rebased")  # of cumulant.nn
+LEARNED = ("hedgehog", "rebased")  # learned maps, which cumulant.nn has
 
 
 def elementwise(name: str, x: Tensor) -> Tensor:
     if name == "elu":
-        # the slope at 0 is 1 in every version of PyTorch; that of clamp there is 0 from 2.14 on
+        # This has slope 1 at 0 in every version of PyTorch; clamp has slope 0 there since 2.14.
         return torch.where(x > 0, x + 1, x.masked_fill(x > 0, 0).exp())
     return torch.relu(x) if name == "relu" else x
 
@@ -60,7 +59,7 @@ def check_feature_map(feature_map: FeatureMap) -> None:
 def apply_maps(
     feature_map: Map | tuple[Map, Map], query: Tensor, key: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Features of queries and keys by one callable or a pair, with their shapes checked."""
+    """Features of queries and keys by one callable or a pair; the shapes are checked."""
     query_map, key_map = (
         feature_map if isinstance(feature_map, tuple) else (feature_map, feature_map)
     )
@@ -91,14 +90,18 @@ def softmax_features(
     denominator: Tensor | None,
     return_state: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Shen's efficient attention as features that need no further normaliser.
+    """Features of Shen's efficient attention, which need no further normaliser.
 
-    ``out_i = Σ_f softmax(q_i)_f (Σ_j e^{k_jf} v_j) / (Σ_j e^{k_jf})``: every feature is a softmax
-    over tokens, causal when j runs to i. Returns the query's features divided by their feature's
-    sum, the key's features ``e^k``, and the sums after the last token ``[N, G, F]``. Exponentials
-    are taken in fp32 (fp64), less each feature's largest key where the whole context is at hand
-    (bidirectional, no state in or out, not packed); elsewhere as they stand, and then keys must lie
-    between -87 and 88.
+    ``out_i = Σ_f softmax(q_i)_f (Σ_j e^{k_jf} v_j) / (Σ_j e^{k_jf})``: each feature of the keys is
+    a softmax over tokens. Causal sums run over j ≤ i.
+
+    Exponentials are taken in fp32 (fp64 for fp64). A call that is neither causal nor packed, and
+    has no state in or out, first subtracts each feature's largest key. Other calls subtract
+    nothing, so their keys must lie between -87 and 88.
+
+    Returns:
+        The query's features, each divided by its feature's sum; the key's features ``e^k``; and the
+        sums after the last token, ``[N, G, F]``.
     """
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     key = key.to(dtype)
@@ -125,11 +128,9 @@ def softmax_features(
         total = phi_k.sum(2) if denominator is None else phi_k.sum(2) + denominator
         sums = phi_k.cumsum(2) + first if is_causal else total[:, :, None]
     H, G = query.shape[1], key.shape[1]
-    if (
-        H > G
-        # chosen, not repeated: the exporter of PyTorch 2.11 takes a repeated tensor's strides for a
-        # limit on T
-    ):
+    if H > G:
+        # index_select, not repeat: the exporter of PyTorch 2.11 would bound T by a repeated
+        # tensor's strides.
         sums = sums.index_select(1, torch.arange(H, device=sums.device) // (H // G))
     phi_q = query.to(dtype).softmax(-1) / sums.masked_fill(sums == 0, 1)
     return phi_q, phi_k, total
@@ -138,6 +139,7 @@ def softmax_features(
 def _packed_sums(
     phi_k: Tensor, cu_seqlens: Tensor, is_causal: bool, denominator: Tensor | None
 ) -> tuple[Tensor, Tensor]:
+    """Each feature's sums at every token and at the end of every packed sequence."""
     bounds = cu_seqlens.tolist()
     sums, totals = [], []
     for i, (a, b) in enumerate(itertools.pairwise(bounds)):

@@ -1,4 +1,4 @@
-"""Gated attention: the quadratic kernel attention of the gated attention unit."""
+"""Gated attention: the quadratic attention without softmax of the gated attention unit."""
 
 from __future__ import annotations
 
@@ -46,31 +46,32 @@ def gated_attention(
     return_state: bool = False,
     impl: str = "auto",
 ) -> Tensor | tuple[Tensor, KeyValueState]:
-    """Attention with weights ``f(q·k / n + b)`` that are not normalised: O(T · S) time, O(T + S)
-    memory.
+    """Attention with weights ``f(q·k / n + b)`` without a normaliser, in O(T · S) time.
 
-    ``out_i = Σ_j f(q_i·k_j / n_i + b_ij) v_j``, over j ≤ i if `is_causal`, else over all j, with f
-    = relu² or the Laplace function ``½ (1 + erf((x - √½) / (σ √2)))``, σ² = 1 / (4π).
+    ``out_i = Σ_j f(q_i·k_j / n_i + b_ij) v_j``, over j ≤ i if `is_causal`, else over all j. The
+    function f is relu² or the Laplace function ``½ (1 + erf((x - √½) / (σ √2)))``, σ² = 1 / (4π).
+    Memory is O(T + S).
 
     Args:
         query: ``[B, H, T, K]``; fp16, bf16, fp32 or fp64. Sums are taken in fp32 (fp64 for fp64).
-        key: ``[B, G, S, K]``; the G key/value heads divide H, query head h uses key head
+        key: ``[B, G, S, K]``; the G key/value heads divide H, and query head h uses key/value head
             ``h // (H / G)``.
         value: ``[B, G, S, V]``.
         activation: f: "relu2" or "laplace".
         is_causal: query i sees keys up to i (and all of `state`); needs S = T.
-        length_scale: n, one number for all queries or a tensor ``[B or 1, T or 1]``. By default the
-            number of keys that query i may see: i + 1 if `is_causal`, so that no output depends on
-            how many tokens follow, else all that are not masked. The published unit divides by the
-            whole sequence's length also when causal.
-        bias: b, added to the scaled scores: ``[T, S]``, ``[H, T, S]`` or ``[B, 1 or H, T, S]``, by
-            slots, masked ones included; with a state, S counts its keys too.
+        length_scale: n, one number for all queries or a tensor ``[B or 1, T or 1]``. The default is
+            the number of keys that query i may see: i + 1 if `is_causal`, else all unmasked keys.
+            So no causal output depends on how many tokens follow. The published unit divides by the
+            length of the whole sequence, also when causal.
+        bias: b, added to the scaled scores: ``[T, S]``, ``[H, T, S]`` or ``[B, 1 or H, T, S]``.
+            Masked keys have columns too; with a state, S counts its keys as well.
         dropout_p: probability of dropping a weight; the others are divided by ``1 - dropout_p``.
-        key_mask: ``[B, S]`` bool, True = attend. Masked keys count for nothing, whatever they hold;
-            queries must be finite.
+        key_mask: ``[B, S]`` bool, True = attend. Masked keys and values may hold any numbers, NaN
+            included; queries must be finite.
         cu_seqlens: ``[N + 1]`` int32/int64, offsets of N sequences packed end to end along T (then
-            B = 1); they do not see each other. Row and column of `bias` then count from each
-            sequence's start, and there must be as many as the longest has tokens. Not with a state.
+            B = 1). The sequences do not see each other. Rows and columns of `bias` count from each
+            sequence's start, and must be as many as the longest sequence has tokens. Cannot be used
+            with a state.
         state: earlier keys and values, from `return_state`; it grows with every token.
         return_state: return ``(out, state)``, causal only.
         impl: "auto", "torch", "reference"; see `cumulant.explain`.
@@ -79,7 +80,7 @@ def gated_attention(
         ``[B, H, T, V]`` in query's dtype; a query with nothing to attend to gets zeros.
 
     Raises:
-        ValueError, TypeError: naming the argument, what was expected and what came.
+        ValueError, TypeError: a message with the argument, the expected and the received value.
 
     Sources: Hua et al. 2022, "Transformer Quality in Linear Time", section 2; Ma et al. 2022,
     "Mega", equation 16 (the Laplace function).
@@ -115,8 +116,9 @@ def gated_attention(
 def _extended(
     key: Tensor, value: Tensor, key_mask: Tensor | None, state: KeyValueState | None, *, own: bool
 ) -> KeyValueState:
-    """All keys and values, the state's first, zeros for masked ones; with `own` in memory of their
-    own.
+    """All keys and values, the state's first, with zeros for masked ones.
+
+    own: whether the result must not share memory with the arguments.
     """
     mask, count = key_mask, torch.full((key.shape[0],), key.shape[2], device=key.device)
     if key_mask is not None:
@@ -136,6 +138,7 @@ def _extended(
 
 
 def _filled(mask: Tensor | None, key: Tensor) -> Tensor:
+    """The mask, or one of all True for ``key [B, G, S, K]``."""
     return key.new_ones(key.shape[0], key.shape[2], dtype=torch.bool) if mask is None else mask
 
 
@@ -147,7 +150,7 @@ def _scale(
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> Tensor:
-    """1 / n of every query: ``[B or 1, T or 1]``."""
+    """The factor 1 / n of every query: ``[B or 1, T or 1]``."""
     dtype, T = torch.promote_types(query.dtype, torch.float32), query.shape[2]
     if isinstance(length_scale, Tensor):
         return 1 / length_scale.to(dtype)
@@ -168,7 +171,7 @@ def _scale(
 
 
 def _reference(x: GatedInputs, spec: GatedSpec) -> Tensor:
-    """The whole batch, or each packed sequence by itself."""
+    """The reference on the whole batch, or on each packed sequence separately."""
     run = partial(
         reference.gated_attention,
         activation=spec.activation,
@@ -214,9 +217,8 @@ def _check(
         raise ValueError(
             "length_scale: no gradient reaches it; to learn a scale, multiply the query by it"
         )
-    if (
-        isinstance(length_scale, Tensor) and not torch.compiler.is_compiling()
-    ):  # would fix the length of a graph
+    # Comparing shapes while compiling would fix the length of the graph.
+    if isinstance(length_scale, Tensor) and not torch.compiler.is_compiling():
         fits = (
             length_scale.dim() == 2
             and length_scale.shape[0] in (1, sizes.B)

@@ -1,4 +1,4 @@
-"""Kernelised linear attention: softmax's exponential replaced by a product of feature maps."""
+"""Linear attention: the exponential of softmax becomes an inner product of feature maps."""
 
 from __future__ import annotations
 
@@ -37,36 +37,38 @@ def linear_attention(
     """Attention with weights ``φ(q)·φ(k)``, in O(T) time and memory.
 
     ``out_i = φ(q_i)ᵀ Σ_j φ(k_j) v_jᵀ / (φ(q_i)ᵀ Σ_j φ(k_j))``, over j ≤ i if `is_causal`, else over
-    all j; ``normalize=False`` leaves out the denominator. A NaN or infinite value reaches later
-    outputs, and earlier ones of its chunk (at most 128 tokens).
+    all j; ``normalize=False`` leaves out the denominator.
+
+    A NaN or infinite value reaches all later outputs. It also reaches earlier outputs of its chunk,
+    which has at most 128 tokens.
 
     Args:
         query: ``[B, H, T, K]``; fp16, bf16, fp32 or fp64. Sums are taken in fp32 (fp64 for fp64).
-        key: ``[B, G, S, K]``; the G key/value heads divide H, query head h uses key head
+        key: ``[B, G, S, K]``; the G key/value heads divide H, and query head h uses key/value head
             ``h // (H / G)``.
         value: ``[B, G, S, V]``.
-        feature_map: ``"elu"`` (elu + 1), ``"relu"``, ``"softmax"`` (Shen et al.), ``"identity"``,
-            or any callable or module ``[..., K] -> [..., F]``, applied in the inputs' dtype; or a
-            pair, for queries and for keys.
+        feature_map: ``"elu"`` (elu + 1), ``"relu"``, ``"softmax"`` (Shen et al.), ``"identity"``;
+            or a callable or module ``[..., K] -> [..., F]``, applied in the inputs' dtype; or a
+            pair of callables, for queries and for keys.
         is_causal: query i sees keys up to i (and all of `state`); needs S = T.
         scale: factor of the query before its feature map, by default 1.
         normalize: divide by the sum of weights.
-        key_mask: ``[B, S]`` bool, True = attend. Masked keys count for nothing, whatever they hold;
-            queries must be finite.
+        key_mask: ``[B, S]`` bool, True = attend. Masked keys and values may hold any numbers, NaN
+            included; queries must be finite.
         cu_seqlens: ``[N + 1]`` int32/int64, offsets of N sequences packed end to end along T (then
-            B = 1); they do not see each other. Rows after the last offset come out as zeros. States
+            B = 1). The sequences do not see each other. Rows after the last offset are zero. States
             have N rows.
         state: sums over earlier keys, from `return_state`.
-        return_state: return ``(out, state)``; not causal, the state is the whole context's, for
-            later queries.
+        return_state: return ``(out, state)``. If not causal, the state holds the sums over all keys
+            of the context, for later queries.
         impl: "auto", "native", "torch", "reference"; see `cumulant.explain`.
 
     Returns:
-        ``[B, H, T, V]`` in query's dtype; a query with nothing to attend to, or with all features
+        ``[B, H, T, V]`` in query's dtype. A query with nothing to attend to, or with all features
         zero, gets zeros.
 
     Raises:
-        ValueError, TypeError: naming the argument, what was expected and what came.
+        ValueError, TypeError: a message with the argument, the expected and the received value.
 
     Sources: Katharopoulos et al. 2020, "Transformers are RNNs", equations 4 to 12; Shen et al.
     2018, "Efficient Attention".
@@ -85,7 +87,7 @@ def linear_attention(
         q, k = apply_maps(feature_map, q, k)
     rows = sizes.B if cu_seqlens is None else len(cu_seqlens) - 1
     check_linear_state(state, rows, sizes, k.shape[-1], normalize, query)
-    by_softmax = named == "softmax" and normalize  # whose features need no further normaliser
+    by_softmax = named == "softmax" and normalize  # these features need no further normaliser
     inputs = attention_inputs(
         q,
         k,
@@ -128,8 +130,9 @@ def linear_attention(
 def _clear(
     query: Tensor, key: Tensor, key_mask: Tensor | None, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Zeros for masked keys and beyond the last packed sequence: what stands there must not reach a
-    feature map.
+    """Set masked keys, and all tokens after the last packed sequence, to zero.
+
+    Their numbers may be NaN, and must not reach a feature map.
     """
     if cu_seqlens is not None:
         slack = (torch.arange(key.shape[2], device=key.device) >= cu_seqlens[-1])[:, None]

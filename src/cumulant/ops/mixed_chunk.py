@@ -50,40 +50,41 @@ def mixed_chunk_attention(
     return_state: bool = False,
     impl: str = "auto",
 ) -> Tensor | tuple[Tensor, MixedChunkState]:
-    """Gated attention inside groups of g tokens plus linear attention across groups: O(T · g) time,
-    O(T) memory.
+    """Gated attention inside groups of g tokens plus linear attention across groups.
 
-    With q, k the quadratic, r, s the linear queries and keys, and ``c(i) = i // g`` the group of
-    token i::
+    Let q, k be the quadratic and r, s the linear queries and keys, and ``c(i) = i // g`` the group
+    of token i::
 
         out_i = Σ_{c(j) = c(i)} f(q_i·k_j / g + b[i % g, j % g]) v_j  +  r_iᵀ L_i
         is_causal: the first sum over j ≤ i,  L_i = 1/g Σ_{c(j) < c(i)} s_j v_jᵀ
         else:      L_i = 1/n Σ_j s_j v_jᵀ over all n tokens
 
-    f is relu² or the Laplace function of `gated_attention`. Nothing is normalised. A value that is
-    NaN or infinite reaches every output of later tokens, and earlier ones of its group, as
+    The function f is relu² or the Laplace function of `gated_attention`. There is no normaliser.
+    Time is O(T · g), and memory O(T).
+
+    A NaN or infinite value reaches all later outputs, and earlier outputs of its group, as
     ``0 · NaN`` does in softmax attention.
 
     Args:
-        quad_query, lin_query: ``[B, H, T, K]``; the two may differ in K; fp16, bf16, fp32 or fp64.
-            Sums are taken in fp32 (fp64 for fp64).
+        quad_query, lin_query: ``[B, H, T, K]``, each with its own K; fp16, bf16, fp32 or fp64. Sums
+            are taken in fp32 (fp64 for fp64).
         quad_key, lin_key: ``[B, G, T, K]``; the G key/value heads divide H.
         value: ``[B, G, T, V]``.
         group_size: g, tokens in a group.
         is_causal: token i sees tokens up to i (and all of `state`).
         activation: f: "relu2" or "laplace".
-        bias: b, ``[g, g]`` or ``[H, g, g]``, by the places of query and key in their group.
-        reduce_group_non_causal_attn: False, when not causal: sum s_j v_jᵀ over the token's own
-            group alone (still over n), so that no group sees another.
+        bias: b, ``[g, g]`` or ``[H, g, g]``, indexed by the positions of query and key in their
+            group.
+        reduce_group_non_causal_attn: True sums s_j v_jᵀ over all groups if not causal. False sums
+            over the token's own group alone, still divided by n, so that no group sees another.
         dropout_p: probability of dropping a quadratic weight; the others are divided by
             ``1 - dropout_p``.
-        key_mask: ``[B, T]`` bool, True = a token. What is masked does not exist: groups count the
-            tokens that do, n counts them, and outputs are zero at the others.
+        key_mask: ``[B, T]`` bool, True = a token. Groups and n count unmasked tokens only, and the
+            outputs of masked tokens are zero.
         cu_seqlens: ``[N + 1]`` int32/int64, offsets of N sequences packed end to end along T (then
-            B = 1); groups begin with each sequence. Rows after the last offset come out as zeros.
-            States have N rows.
-        state: the past, from `return_state`; its size does not depend on how many tokens it has
-            seen.
+            B = 1). The first group of each sequence begins at its first token. Rows after the last
+            offset are zero. States have N rows.
+        state: the past, from `return_state`. Its size does not depend on the number of tokens seen.
         return_state: return ``(out, state)``, causal only.
         impl: "auto", "native", "torch", "reference"; see `cumulant.explain`.
 
@@ -91,7 +92,7 @@ def mixed_chunk_attention(
         ``[B, H, T, V]`` in value's dtype.
 
     Raises:
-        ValueError, TypeError: naming the argument, what was expected and what came.
+        ValueError, TypeError: a message with the argument, the expected and the received value.
 
     Source: Hua et al. 2022, "Transformer Quality in Linear Time", section 3.
     """
@@ -128,6 +129,7 @@ def mixed_chunk_attention(
 
 
 def _past(state: MixedChunkState | None) -> dict[str, Tensor]:
+    """The tensors of a state under the names of the kernels' inputs."""
     if state is None:
         return {}
     return {
@@ -142,7 +144,7 @@ def _past(state: MixedChunkState | None) -> dict[str, Tensor]:
 def _run(plan: Plan[MixedChunkSpec], inputs: MixedChunkInputs) -> MixedChunkOutputs:
     if inputs.value.shape[3] > 0:
         return mixed_chunk(plan.impl, inputs, plan.spec)
-    # kernels need a channel: one of zeros, taken away again
+    # Kernels need at least one channel, so one of zeros is added here and removed below.
     wide = {name: getattr(inputs, name) for name in ("value", "numerator", "open_value")}
     wide = {name: None if x is None else pad(x, (0, 1)) for name, x in wide.items()}
     out, numerator, quad_key, lin_key, value = mixed_chunk(
@@ -152,7 +154,7 @@ def _run(plan: Plan[MixedChunkSpec], inputs: MixedChunkInputs) -> MixedChunkOutp
 
 
 def _reference(x: MixedChunkInputs, spec: MixedChunkSpec) -> MixedChunkOutputs:
-    """The whole batch, or each packed sequence by itself."""
+    """The reference on the whole batch, or on each packed sequence separately."""
     run = partial(
         reference.mixed_chunk_attention,
         activation=spec.activation,

@@ -1,7 +1,7 @@
-"""What stands beside attention in a layer: SwiGLU, RMSNorm, short convolutions, rotations.
+"""Pointwise operations of a layer: SwiGLU, RMSNorm, short convolutions and rotations.
 
-Formulas of PyTorch's operators, and for fp32 on a CPU native kernels that read and write each
-number once. Gradients of any order: those of gradients are the formulas'.
+Each is a formula of PyTorch's operators. For fp32 on a CPU a native kernel computes it, and reads
+and writes each number once. Gradients of gradients come from the formulas.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from torch.nn import functional as F
 from ..kernels.product import is_plain_call
 from .dispatch import native_by_default
 
-LEAST = 1 << 14  # numbers below which PyTorch's operators are as fast
+LEAST = 1 << 14  # with fewer numbers PyTorch's operators are as fast
 
 
 def _native(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether the native kernel computes a call: many fp32 numbers on a CPU, in a plain call."""
     return (
         not torch.compiler.is_compiling()
         and x.numel() >= LEAST
@@ -35,10 +36,10 @@ def _native(x: Tensor, *others: Tensor | None) -> bool:
 def _by_formula(
     formula: Callable[..., Tensor], inputs: Sequence[Tensor | None], dout: Tensor
 ) -> list[Tensor | None]:
-    """Gradients by PyTorch's operators, which can be differentiated again, and mapped."""
+    """Gradients by PyTorch's operators, which can be differentiated again and mapped."""
     again = torch.is_grad_enabled()
     with torch.enable_grad():
-        # one input may depend on another: gradients are those of the formula alone
+        # One input may depend on another. Views keep that dependence out of the gradients.
         own = [x.view_as(x) if x is not None and x.requires_grad else x for x in inputs]
         wanted = [x for x in own if x is not None and x.requires_grad]
         found = iter(
@@ -48,14 +49,12 @@ def _by_formula(
 
 
 def _by_kernel(dout: Tensor) -> bool:
-    """Whether a backward pass is one of plain numbers, neither to be differentiated nor mapped
-    over.
-    """
+    """Whether a backward pass is a plain call, which nothing differentiates or maps."""
     return not torch.is_grad_enabled() and is_plain_call(dout)
 
 
 def swiglu(x: Tensor, up: Tensor) -> Tensor:
-    """``silu(x) ⊙ up``, of equal shapes."""
+    """``silu(x) ⊙ up``; x and up have the same shape."""
     if x.shape != up.shape or not _native(x, up):
         return _swiglu(x, up)
     return _SwiGLU.apply(x, up)  # type: ignore[no-any-return, no-untyped-call]
@@ -84,7 +83,7 @@ class _SwiGLU(torch.autograd.Function):
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """``x / sqrt(mean(x²) + eps) ⊙ weight`` over the last dimension: ``[..., D]``, ``[D]``."""
+    """``x / sqrt(mean(x²) + eps) ⊙ weight``, for ``x [..., D]``, ``weight [D]``, mean over D."""
     if (
         x.dim() != 3
         or (weight is not None and weight.shape != x.shape[-1:])
@@ -122,13 +121,14 @@ class _RMSNorm(torch.autograd.Function):
 def short_convolution(
     x: Tensor, weight: Tensor, tail: Tensor | None = None, offset: Tensor | None = None
 ) -> Tensor:
-    """``y_t = Σ_j weight[j] ⊙ x_{t-j}``, depthwise and causal.
+    """Depthwise causal convolution: ``y_t = Σ_j weight[j] ⊙ x_{t-j}``.
 
     Args:
         x: ``[B, T, D]``.
         weight: ``[size, D]``, the newest token's first.
         tail: ``[B, size - 1, D]``, the tokens before x; zeros if None.
-        offset: ``[T]`` int64, the place of each token in its packed sequence, which sees no other.
+        offset: ``[T]`` int64, the position of each token in its packed sequence. Packed sequences
+            do not see each other.
     """
     fits = (
         x.dim() == 3
@@ -145,9 +145,8 @@ def short_convolution(
 def _convolution(x: Tensor, weight: Tensor, tail: Tensor | None, offset: Tensor | None) -> Tensor:
     n, T, dtype = weight.shape[0] - 1, x.shape[1], x.dtype
     tail = x.new_zeros(x.shape[0], n, x.shape[2]) if tail is None else tail
-    wide = torch.promote_types(
-        dtype, torch.float32
-    )  # of half numbers, the sum is rounded once, not at every tap
+    # Half precision is widened, so that the sum is rounded once and not at every tap.
+    wide = torch.promote_types(dtype, torch.float32)
     weight, buffer = weight.to(wide), torch.cat((tail, x), 1).to(wide)
     y = buffer[:, n:] * weight[0]
     for j in range(1, n + 1):
@@ -179,8 +178,10 @@ class _Convolution(torch.autograd.Function):
 
 
 def turn(x: Tensor, cosine: Tensor, sine: Tensor, back: bool = False) -> Tensor:
-    """Neighbouring pairs of ``x [B, H, T, D]`` turned by angles, given by cosines and sines
-    ``[T, D/2]`` or ``[B, T, D/2]`` in fp32; or turned back."""
+    """Rotate neighbouring pairs of ``x [B, H, T, D]`` by angles, or by their negatives if `back`.
+
+    cosine, sine: of the angles, ``[T, D/2]`` or ``[B, T, D/2]`` in fp32.
+    """
     fits = (
         x.dim() == 4
         and cosine.shape == sine.shape

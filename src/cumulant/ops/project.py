@@ -10,7 +10,7 @@ from ..kernels.product import linear
 def project(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x Wᵀ + b``: ``x [..., K]``, ``weight [N, K]``, ``bias [N]`` -> ``[..., N]``.
 
-    `torch.nn.functional.linear`, but for large fp32 matrices on a CPU through oneDNN, in the same
-    precision; see `cumulant.kernels.product`.
+    This is `torch.nn.functional.linear`. On a CPU, oneDNN multiplies large fp32 matrices, in the
+    same precision; see `cumulant.kernels.product`.
     """
     return linear(x, weight, bias)

@@ -1,6 +1,4 @@
-"""Arguments of `scaled_dot_product_attention`, and other usual names, that the operations have
-under another name.
-"""
+"""Errors for argument names of other libraries, which say what the argument is called here."""
 
 from __future__ import annotations
 
@@ -13,8 +11,8 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 _MASK = (
-    "pass key_mask [B, S] (boolean, True = attend), or is_causal=True; a mask of each query's own"
-    " is not possible"
+    "pass key_mask [B, S] (boolean, True = attend), or is_causal=True; queries cannot have masks of"
+    " their own"
 )
 HINTS = {
     **dict.fromkeys(("attn_mask", "attention_mask", "mask", "key_padding_mask"), _MASK),
@@ -31,9 +29,7 @@ HINTS = {
 
 
 def hint_at_names(op: Callable[P, R]) -> Callable[P, R]:
-    """The operation, whose error for an argument of another library's name says what it is called
-    here.
-    """
+    """The operation, whose error for another library's argument name names the argument here."""
     parameters = inspect.signature(op).parameters
     hints = {name: hint for name, hint in HINTS.items() if name not in parameters}
 

@@ -1,8 +1,8 @@
-"""States: what a causal operation or module knows of the past, as immutable values.
+"""States: the past of a causal operation or module, as immutable values.
 
-A state is a frozen dataclass of tensors (and of further states) with the batch in front. It is a
-pytree, so `torch.compile`, `torch.export` and `torch.utils._pytree` handle it; nothing in this
-library writes into one.
+A state is a frozen dataclass of tensors and of further states, with the batch in front. It is a
+pytree, so `torch.compile`, `torch.export` and `torch.utils._pytree` handle it. Nothing in this
+library writes into a state.
 """
 
 from __future__ import annotations
@@ -23,21 +23,20 @@ import torch
 from torch import Tensor
 
 S = TypeVar("S", bound="State")
-STRUCTURE = "cumulant.state"  # the metadata of a file that says which states its tensors make up
+STRUCTURE = "cumulant.state"  # the metadata of a file that describes the structure of its state
 
 
 @dataclass(frozen=True)
 class State:
-    """Base of all states: tensors with the batch in front, nested states, or None where a part is
-    not in use.
-    """
+    """Base of all states. Fields are tensors with the batch in front, states, tuples or None."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls.__repr__ = State.__repr__  # type: ignore[method-assign]  # else dataclass writes one that prints every number
+        # the one that dataclass writes would print every number
+        cls.__repr__ = State.__repr__  # type: ignore[method-assign]
 
     def __repr__(self) -> str:
-        """Shapes, dtypes, positions and bytes, not the numbers: a state holds thousands."""
+        """Shapes, dtypes, positions and bytes; the thousands of numbers are left out."""
         parts = (f"{f.name}={_brief(f.name, getattr(self, f.name))}" for f in fields(self))
         return f"{type(self).__name__}({', '.join(parts)}; {self.nbytes:,} bytes)"
 
@@ -48,19 +47,19 @@ class State:
         )
 
     def clone(self: S) -> S:
+        """A copy of every tensor."""
         return self.map(torch.Tensor.clone)
 
     def detach(self: S) -> S:
+        """The same numbers without their gradients' history."""
         return self.map(torch.Tensor.detach)
 
     def to(self: S, device: torch.device | str) -> S:
-        """Every tensor on `device`. Dtypes stay: sums are held in fp32 (fp64) on purpose."""
+        """Every tensor on `device`. Dtypes do not change: sums must stay in fp32 or fp64."""
         return self.map(lambda x: x.to(device))
 
     def select(self: S, index: Tensor) -> S:
-        """Rows `index` ``[N]`` (int64) of the batch, in that order: reorder beams, drop or repeat
-        sequences.
-        """
+        """The rows ``index [N]`` (int64) of the batch: reorders beams, drops or repeats rows."""
         return self.map(lambda x: x.index_select(0, index.to(x.device)))
 
     def tensors(self) -> dict[str, Tensor]:
@@ -69,7 +68,7 @@ class State:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held by all tensors of the state."""
+        """Bytes of all tensors of the state."""
         return sum(x.numel() * x.element_size() for x in self.tensors().values())
 
 
@@ -79,10 +78,10 @@ class LinearState(State):
 
     numerator: ``[B, G, F, V]``, Σ_j φ(k_j) v_jᵀ.
     denominator: ``[B, G, F]``, Σ_j φ(k_j); None when the operation does not normalise.
-    position: ``[B]`` int64, the number of keys summed (masked keys don't count).
+    position: ``[B]`` int64, the number of keys summed; masked keys do not count.
 
-    Taylor features are ordered by degree, then lexicographically by their indices, and carry the
-    weights ``sqrt(multinomial / p!)``: every implementation reads and writes the same layout.
+    Taylor features are ordered by degree, then lexicographically by their indices. Each has the
+    weight ``sqrt(multinomial / p!)``. Every implementation reads and writes this layout.
     """
 
     numerator: Tensor
@@ -92,11 +91,12 @@ class LinearState(State):
 
 @dataclass(frozen=True)
 class KeyValueState(State):
-    """Keys and values seen so far: the state of attention that is quadratic, which grows.
+    """Keys and values seen so far: the state of quadratic attention, which grows.
 
-    key, value: ``[B, G, S, K]``, ``[B, G, S, V]``. mask: ``[B, S]`` bool, or None where every slot
-        holds a token.
-    position: ``[B]`` int64, tokens seen (masked ones don't count).
+    key: ``[B, G, S, K]``.
+    value: ``[B, G, S, V]``.
+    mask: ``[B, S]`` bool, or None if no key is masked.
+    position: ``[B]`` int64, the number of tokens seen; masked tokens do not count.
     """
 
     key: Tensor
@@ -107,14 +107,12 @@ class KeyValueState(State):
 
 @dataclass(frozen=True)
 class MixedChunkState(State):
-    """The past of causal mixed chunk attention, in fp32 (fp64 for fp64): sums over whole groups,
-    and the open group.
+    """The state of causal mixed chunk attention, in fp32 (fp64 for fp64 inputs).
 
-    numerator: ``[B, G, K, V]``, Σ_j lin_key_j value_jᵀ over all tokens of whole groups.
-    quad_key, lin_key, value: ``[B, G, g, ·]``, the tokens after the last whole group, zeros behind
-        them.
-    position: ``[B]`` int64, tokens seen (masked ones don't count); the first ``position % g`` slots
-        are filled.
+    numerator: ``[B, G, K, V]``, Σ_j lin_key_j value_jᵀ over all tokens of complete groups.
+    quad_key, lin_key, value: ``[B, G, g, ·]``, the tokens after the last complete group. The first
+        ``position % g`` slots are filled, and the others are zero.
+    position: ``[B]`` int64, the number of tokens seen; masked tokens do not count.
     """
 
     numerator: Tensor
@@ -126,14 +124,14 @@ class MixedChunkState(State):
 
 @dataclass(frozen=True)
 class ElitaState(State):
-    """The past of ELiTA's attention: H · (V + 1) numbers, whatever its length.
+    """The state of ELiTA's attention: G · (V + 1) numbers a sequence of any length, in fp64.
 
     log_weight: ``[B, G]``, m = log Σ_j exp(c_j); -inf before the first key.
     mean: ``[B, G, V]``, u = Σ_j exp(c_j - m) v_j.
-    position: ``[B]`` int64, the number of keys (masked keys don't count).
+    position: ``[B]`` int64, the number of keys; masked keys do not count.
 
-    Both in fp64: fp32 would keep m to 1e-3 where logits are 1e4, and u would stop moving, one token
-    at a time, once a token's weight is below its last digit.
+    In fp32, m would have errors of 1e-3 where logits are near 1e4. And u would stop changing once
+    the weight of a single token falls below its last digit.
     """
 
     log_weight: Tensor
@@ -151,8 +149,9 @@ for _kind_of_state in (LinearState, KeyValueState, MixedChunkState, ElitaState):
 
 
 def _brief(name: str, part: Any) -> str:
-    """A part of a state for reading: numbers only of short positions; layers that look alike once,
-    with their count.
+    """The text of one field: its shape, or its numbers if it is a short position.
+
+    Entries of a tuple with the same text are written once, with their count.
     """
     if isinstance(part, tuple):
         counts = Counter(_brief(name, p) for p in part)
@@ -170,13 +169,13 @@ def _brief(name: str, part: Any) -> str:
     ):
         try:
             return str(part.tolist())
-        except RuntimeError:  # under torch.func and while compiling there are no numbers
+        except RuntimeError:  # numbers cannot be read under torch.func and while compiling
             pass
     return f"{str(part.dtype).removeprefix('torch.')}{list(part.shape)}"
 
 
 def _describe(part: Any) -> Any:
-    """Structure as JSON: class names for states, lists for tuples, "tensor" and null for leaves."""
+    """The structure as JSON: a class name for a state, a list for a tuple, "tensor" or null."""
     if isinstance(part, State):
         kind = f"{type(part).__module__}:{type(part).__name__}"
         return {
@@ -189,7 +188,7 @@ def _describe(part: Any) -> Any:
 
 
 def _kind(name: str) -> type[State] | None:
-    """The state class that a file names; only this package's classes are looked up."""
+    """The state class that a file names, or None; only classes of this package are looked up."""
     module, _, attribute = name.partition(":")
     if not re.fullmatch(r"cumulant(\.\w+)+", module) or importlib.util.find_spec(module) is None:
         return None
@@ -198,6 +197,7 @@ def _kind(name: str) -> type[State] | None:
 
 
 def _rebuild(shape: Any, prefix: str, tensors: dict[str, Tensor], path: str) -> Any:
+    """The value that a structure `shape` describes, whose tensors' names begin with `prefix`."""
     if isinstance(shape, dict):
         kind, parts = _kind(str(shape.get("kind"))), shape.get("parts")
         if (
@@ -238,15 +238,19 @@ def _safetensors() -> Any:
 def save_state(
     path: str | os.PathLike[str], state: State, metadata: dict[str, str] | None = None
 ) -> None:
-    """Write `state` to a safetensors file, atomically: an existing file is replaced whole or left
-    as it was.
+    """Write a state to a safetensors file, atomically.
 
-    A symbolic link is followed. `metadata` (strings) is stored beside it, for
-    `load_state(..., return_metadata=True)`.
+    If writing fails, an existing file stays as it was. A symbolic link is followed.
+
+    Args:
+        path: the file.
+        state: any state of this package.
+        metadata: strings to store with it, which ``load_state(..., return_metadata=True)`` returns.
 
     Raises:
-        TypeError: `state` is none, or `metadata` holds what is not a string.
-        OSError: `path` is a folder, in no folder, or cannot be written.
+        TypeError: `state` is not a state, or `metadata` has a key or value that is not a string.
+        ValueError: `metadata` has the reserved key "cumulant.state".
+        OSError: `path` is a folder, its folder does not exist, or it cannot be written.
     """
     if not isinstance(state, State):
         raise TypeError(f"state: expected a cumulant state, got {type(state).__name__}")
@@ -258,8 +262,7 @@ def save_state(
                 )
     if STRUCTURE in (metadata or {}):
         raise ValueError(
-            f"metadata: {STRUCTURE!r} is the name under which a state's structure is kept; take"
-            " another"
+            f"metadata: the key {STRUCTURE!r} is reserved for the state's structure; choose another"
         )
     library = _safetensors()
     target = _writable_target(path)
@@ -269,17 +272,17 @@ def save_state(
     try:
         library.torch.save_file(tensors, temporary, metadata=header)
         os.replace(temporary, target)
-    except library.SafetensorError as error:  # it reports a full disk so
+    except library.SafetensorError as error:  # raised also when the disk is full
         raise OSError(f"{path}: the state could not be written: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
-    """Find out before the work whether `save_state` will be able to write to `path`.
+    """Check before long work that `save_state` will be able to write to `path`.
 
     Raises:
-        OSError: `path` is a folder, no file, in no folder, or in one that cannot be written to.
+        OSError: `path` is not a regular file, or its folder does not exist or cannot be written to.
     """
     target = _writable_target(path)
     try:
@@ -290,7 +293,7 @@ def check_writable(path: str | os.PathLike[str]) -> None:
 
 
 def _writable_target(path: str | os.PathLike[str]) -> Path:
-    """The file that `path` stands for, links followed."""
+    """The file to write for `path`, with links followed."""
     if not os.fspath(path):
         raise FileNotFoundError(
             "expected the name of a file to save the state in, got an empty one"
@@ -311,12 +314,16 @@ def load_state(
     *,
     return_metadata: bool = False,
 ) -> Any:
-    """Read a state written by `save_state`; with `return_metadata` also the strings stored beside
-    it.
+    """Read a state written by `save_state`.
+
+    Args:
+        path: the file.
+        device: where the tensors go.
+        return_metadata: return ``(state, metadata)``, with the strings stored by `save_state`.
 
     Raises:
-        ValueError: the file is no state, or a damaged one.
-        OSError: there is no such file, or it cannot be read.
+        ValueError: the file does not hold a state, or is damaged.
+        OSError: the file does not exist or cannot be read.
     """
     library = _safetensors()
     if os.path.isdir(path):
@@ -339,14 +346,14 @@ def load_state(
         ) from error
     if not isinstance(structure, dict):
         raise ValueError(
-            f"{path}: the structure of the state is not a state's; the file is damaged"
+            f"{path}: the structure of the state is not a JSON object; the file is damaged"
         )
     state = _rebuild(structure, "", tensors, str(path))
     return (state, header) if return_metadata else state
 
 
-# Not nested functions: one that calls itself is a cycle, and would hold tensors until the garbage
-# collector runs.
+# These two are not nested functions. A nested function that calls itself is a reference cycle, and
+# would keep tensors alive until the garbage collector runs.
 
 
 def _mapped(part: Any, function: Callable[[Tensor], Tensor]) -> Any:

@@ -1,7 +1,6 @@
-"""Steps: one token through a whole module in one native call, for decoding.
+"""Steps of decoding: one token through a whole module in one native call.
 
-A module writes its work down once, as a `Program`; see `cumulant.nn.step`, which knows when
-programs may run.
+A module describes its work once, as a `Program`. `cumulant.nn.step` decides when programs may run.
 """
 
 from __future__ import annotations
@@ -15,13 +14,11 @@ from .dispatch import native_by_default
 
 __all__ = ["MOST_ROWS", "Program", "Unsuitable", "Vector", "may_step"]
 
-MOST_ROWS = 16  # above, PyTorch's matrix products are the faster ones
+MOST_ROWS = 16  # with more rows PyTorch's matrix products are faster
 
 
 def may_step(x: Tensor) -> bool:
-    """Whether ``x [B, 1, D]`` is a token that a program may take: few rows of fp32 on a CPU, in a
-    plain call.
-    """
+    """Whether a program may take ``x [B, 1, D]``: few rows of fp32 on a CPU, in a plain call."""
     return (
         is_plain_call(x)
         and x.dim() == 3

@@ -1,6 +1,4 @@
-"""Taylor attention: softmax's exponential replaced by its Taylor polynomial, and so linear in the
-sequence length.
-"""
+"""Taylor attention: the exponential of softmax becomes its Taylor polynomial."""
 
 from __future__ import annotations
 
@@ -16,8 +14,10 @@ from .state import LinearState
 
 
 def feature_count(dim: int, order: int, *, constant_term: bool = True) -> int:
-    """Number of Taylor features F of a `dim`-dimensional vector up to degree `order`: C(dim +
-    order, order), one fewer without the constant. A state holds F (V + 1) numbers a key/value head.
+    """The number F of Taylor features of a `dim`-dimensional vector up to degree `order`.
+
+    ``F = C(dim + order, order)``, and one fewer without the constant. A state holds F (V + 1)
+    numbers for each key/value head.
 
     >>> feature_count(16, 2)
     153
@@ -29,6 +29,7 @@ def feature_count(dim: int, order: int, *, constant_term: bool = True) -> int:
 
 
 def check_order(order: object) -> None:
+    """Check that the order is an integer of at least 1."""
     if not isinstance(order, int) or isinstance(order, bool) or order < 1:
         got = "a tensor; a mask is passed as key_mask" if isinstance(order, Tensor) else repr(order)
         raise ValueError(f"order: expected an integer of at least 1, got {got}")
@@ -51,47 +52,48 @@ def taylor_attention(
     return_state: bool = False,
     impl: str = "auto",
 ) -> Tensor | tuple[Tensor, LinearState]:
-    """Attention with weights ``w(x) = Σ_{p ≤ order} x^p / p!``, ``x = scale · q·k``, in O(T) time
-    and memory.
+    """Attention with weights ``Σ_{p ≤ order} x^p / p!``, ``x = scale · q·k``, in O(T) time.
 
-    ``out_i = Σ_j w(x_ij) v_j / Σ_j w(x_ij)``, over j ≤ i if `is_causal`, else over all j.
+    ``out_i = Σ_j w(x_ij) v_j / Σ_j w(x_ij)`` with ``w(x) = Σ_{p ≤ order} x^p / p!``, over j ≤ i if
+    `is_causal`, else over all j. Memory is O(T) as well.
 
-    Order 2 weights are ``((x + 1)² + 1) / 2 ≥ ½``, so denominators are at least half the number of
-    keys and no epsilon is needed. Odd orders, and any order without the constant, can have negative
-    weights and vanishing denominators; nothing is clamped.
+    Weights of order 2 are ``((x + 1)² + 1) / 2 ≥ ½``. So denominators are at least half the number
+    of keys, and no epsilon is needed. Odd orders, and any order without the constant, can have
+    negative weights and vanishing denominators; nothing is clamped.
 
-    Range: sums are taken in fp32 (fp64 for fp64). Results are exact to rounding while the sums over
-    keys of ``|x|^order`` and of ``|k|^order |v|`` stay below 3.4e38; beyond, NaN or zeros come out.
-    Any fp16 numbers fit orders 1 to 3 at K = 64, with values of ordinary size; order 4 does not.
+    Results are exact to rounding while the sums over keys of ``|x|^order`` and of
+    ``|k|^order |v|`` stay below 3.4e38. Beyond that, outputs are NaN or zero. With values of
+    ordinary size and K = 64, all fp16 inputs are within this range for orders 1 to 3, but not for
+    order 4.
 
-    A value that is NaN or infinite reaches every output of later tokens, and earlier ones of its
-    chunk (up to 128 tokens), as ``0 · NaN`` does in softmax attention.
+    A NaN or infinite value reaches all later outputs, as ``0 · NaN`` does in softmax attention. It
+    also reaches earlier outputs of its chunk, which has at most 128 tokens.
 
     Args:
         query: ``[B, H, T, K]``; fp16, bf16, fp32 or fp64. Sums are taken in fp32 (fp64 for fp64).
-        key: ``[B, G, S, K]``; the G key/value heads divide H, query head h uses key head
+        key: ``[B, G, S, K]``; the G key/value heads divide H, and query head h uses key/value head
             ``h // (H / G)``.
         value: ``[B, G, S, V]``.
-        order: degree of the polynomial, at least 1. Features grow as ``K^order / order!``: see
-            `feature_count`.
+        order: degree of the polynomial, at least 1. The number of features grows as
+            ``K^order / order!``; see `feature_count`.
         is_causal: query i sees keys up to i (and all of `state`); needs S = T.
         scale: factor of q·k, by default ``1 / sqrt(K)``.
         constant_term: False drops the term of degree 0 (Mercat's "subtract one").
-        key_mask: ``[B, S]`` bool, True = attend. Masked keys count for nothing, whatever they hold;
-            queries must be finite.
+        key_mask: ``[B, S]`` bool, True = attend. Masked keys and values may hold any numbers, NaN
+            included; queries must be finite.
         cu_seqlens: ``[N + 1]`` int32/int64, offsets of N sequences packed end to end along T (then
-            B = 1); they do not see each other. Rows after the last offset come out as zeros. States
+            B = 1). The sequences do not see each other. Rows after the last offset are zero. States
             have N rows.
         state: sums over earlier keys, from `return_state`.
-        return_state: return ``(out, state)``; not causal, the state is the whole context's, for
-            later queries.
+        return_state: return ``(out, state)``. If not causal, the state holds the sums over all keys
+            of the context, for later queries.
         impl: "auto", "native", "torch", "reference"; see `cumulant.explain`.
 
     Returns:
         ``[B, H, T, V]`` in query's dtype; a query with nothing to attend to gets zeros.
 
     Raises:
-        ValueError, TypeError: naming the argument, what was expected and what came.
+        ValueError, TypeError: a message with the argument, the expected and the received value.
 
     Sources: Arora et al. 2023, "Zoology" (Based); Mercat 2020, "Higher Order Linear Transformer";
     Keles et al. 2022, arXiv 2209.04881.

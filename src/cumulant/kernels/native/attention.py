@@ -1,8 +1,8 @@
 """Linear and Taylor attention on the native kernels.
 
-The C++ walks each sequence a chunk at a time: the tokens' features are formed in the first cache, a
-slab at a time, and multiplied at once with the sums, so that memory is read and written once. See
-docs/kernels.md.
+The C++ goes through each sequence chunk by chunk. Blocks of the tokens' features are formed in the
+first-level cache, and multiplied by the sums while they are there. So memory is read and written
+once. See docs/kernels.md.
 """
 
 from __future__ import annotations
@@ -38,14 +38,16 @@ from .library import (
 
 ACTIVATIONS = ("identity", "elu", "relu")
 CHUNK = 64
-SHORT_CHUNK = 48  # causal, without Taylor features: less is done inside chunks, beside small sums
+# Causal calls without Taylor features have small sums, so most of their work is inside chunks.
+# Shorter chunks make it less.
+SHORT_CHUNK = 48
 SPAN = 512
-# Features beyond which PyTorch's quadratic form, which needs none, is the faster one for so few
-# tokens.
+# With more features than MANY and at most FEW_TOKENS tokens, PyTorch's quadratic form is faster.
 MANY, FEW_TOKENS = 600, 128
 
 
 def obstacle(inputs: AttentionInputs, spec: AttentionSpec) -> str:
+    """Why these kernels cannot run the call; empty if they can."""
     K = inputs.query.shape[-1]
     if elsewhere := library.obstacle(inputs.query):
         return elsewhere
@@ -59,7 +61,7 @@ def obstacle(inputs: AttentionInputs, spec: AttentionSpec) -> str:
 
 
 def slower(inputs: AttentionInputs, spec: AttentionSpec) -> str:
-    """Why PyTorch's quadratic form is the faster one; empty where it is not."""
+    """Why PyTorch's quadratic form is faster for the call; empty if it is not."""
     stateful = inputs.numerator is not None or spec.returns_state or inputs.cu_seqlens is not None
     if spec.order <= 1 or stateful or torch.compiler.is_compiling():
         return ""
@@ -71,7 +73,7 @@ def slower(inputs: AttentionInputs, spec: AttentionSpec) -> str:
 
 
 def prepared(inputs: AttentionInputs, spec: AttentionSpec) -> AttentionSpec:
-    """In both directions the sums are there anyhow, and kept for the backward pass."""
+    """The options with chunk and span; calls that are not causal return sums for the gradients."""
     chunk = min(CHUNK, SHORT_CHUNK) if spec.is_causal and spec.order == 0 else CHUNK
     return spec._replace(
         chunk=chunk, span=SPAN, returns_state=spec.returns_state or not spec.is_causal
@@ -79,6 +81,7 @@ def prepared(inputs: AttentionInputs, spec: AttentionSpec) -> AttentionSpec:
 
 
 def describe(inputs: AttentionInputs, spec: AttentionSpec) -> str:
+    """How the kernels would compute the call, for `explain`."""
     T, K = inputs.query.shape[2:]
     length = longest_sequence(inputs.cu_seqlens, T)
     if length <= spec.chunk and spec.is_causal:
@@ -90,7 +93,7 @@ def describe(inputs: AttentionInputs, spec: AttentionSpec) -> str:
 
 
 def _check(x: AttentionInputs, spec: AttentionSpec) -> None:
-    """What the C++ takes for granted."""
+    """Check everything that the C++ relies on."""
     (B, H, T, K), (G, S), V = x.query.shape, x.key.shape[1:3], x.value.shape[-1]
     check_inputs(
         query=(x.query, (B, H, T, K)), key=(x.key, (B, G, S, K)), value=(x.value, (B, G, S, V))
@@ -116,7 +119,7 @@ def _check(x: AttentionInputs, spec: AttentionSpec) -> None:
 
 
 class _Call(Arguments):
-    """The arguments of one call, forwards or backwards."""
+    """The arguments of one forward or backward call."""
 
     def __init__(self, x: AttentionInputs, spec: AttentionSpec):
         _check(x, spec)
@@ -131,14 +134,12 @@ class _Call(Arguments):
             both = (x.numerator is None) == (x.denominator is None)
             require(not spec.normalize or both, "denominator", "with the numerator", x.denominator)
         a = self.attention = Attention(
-            B=B, N=self.sums[0], H=H, G=G, T=T, S=S, K=K, V=V, F=F, chunk=spec.chunk,
-            span=spec.span,
-            type=TYPES[self.dtype], order=spec.order, constant_term=spec.constant_term,
-            activation=ACTIVATIONS.index(spec.activation), normalize=spec.normalize,
-            is_causal=spec.is_causal,
+            B=B, N=self.sums[0], H=H, G=G, T=T, S=S, K=K, V=V, F=F,
+            chunk=spec.chunk, span=spec.span, type=TYPES[self.dtype],
+            order=spec.order, constant_term=spec.constant_term,
+            activation=ACTIVATIONS.index(spec.activation), scale=spec.scale,
+            normalize=spec.normalize, is_causal=spec.is_causal, isa=instruction_set(),
             threads=threads(max(T, S) * B * H * (F * V + spec.chunk * (K + V))),
-            isa=instruction_set(),
-            scale=spec.scale,
         )  # fmt: skip
         a.query, a.key, a.value = self.array(x.query), self.array(x.key), self.array(x.value)
         if x.key_mask is not None:
@@ -150,8 +151,9 @@ class _Call(Arguments):
             a.denominator = self.pointer(x.denominator, self.sums_dtype)
 
     def check_sums(self, V: int, **sums: Tensor | None) -> None:
-        """Numerators ``[N, G, F, V]`` and denominators ``[N, G, F]``, by the ends of their
-        names.
+        """Check numerators ``[N, G, F, V]`` and denominators ``[N, G, F]``.
+
+        The end of a name tells which of the two it is.
         """
         for name, x in sums.items():
             if x is not None:
@@ -161,7 +163,7 @@ class _Call(Arguments):
 
 
 def forward(inputs: AttentionInputs, spec: AttentionSpec) -> AttentionOutputs:
-    """chunk: tokens a chunk, at most 64."""
+    """The outputs by the C++ kernels."""
     c, outputs = _Call(inputs, spec), spec.new_outputs(inputs)
     a = c.attention
     a.out, a.denominators = array(outputs.out), pointer(outputs.denominators)
@@ -178,30 +180,24 @@ def backward(
     outputs: AttentionOutputs,
     spec: AttentionSpec,
 ) -> AttentionInputs:
+    """The inputs' gradients by the C++ kernels."""
     c, shape, V = _Call(inputs, spec), inputs.query.shape[:3], inputs.value.shape[3]
     a = c.attention
-    dout, dS, dz = (
-        upstream.out,
-        upstream.final_numerator,
-        upstream.final_denominator if spec.normalize else None,
-    )
+    dout, dS = upstream.out, upstream.final_numerator
+    dz = upstream.final_denominator if spec.normalize else None
     check_inputs(dout=(dout, (*shape, V)), out=(outputs.out, (*shape, V)))
     found = list(outputs.denominators.shape)
     require(not spec.normalize or found == list(shape), "denominators", list(shape), found)
     c.check_sums(V, dnumerator=dS, ddenominator=dz)
     a.out, a.dout = c.array(outputs.out, c.sums_dtype), c.array(dout, c.sums_dtype)
     a.denominators = c.pointer(outputs.denominators, c.sums_dtype)
-    a.dfinal_numerator, a.dfinal_denominator = (
-        c.pointer(dS, c.sums_dtype),
-        c.pointer(dz, c.sums_dtype),
-    )
+    a.dfinal_numerator = c.pointer(dS, c.sums_dtype)
+    a.dfinal_denominator = c.pointer(dz, c.sums_dtype)
     if not spec.is_causal:
         S, z = outputs.final_numerator, outputs.final_denominator if spec.normalize else None
         c.check_sums(V, final_numerator=S, final_denominator=z)
-        a.final_numerator, a.final_denominator = (
-            c.pointer(S, c.sums_dtype),
-            c.pointer(z, c.sums_dtype),
-        )
+        a.final_numerator = c.pointer(S, c.sums_dtype)
+        a.final_denominator = c.pointer(z, c.sums_dtype)
     dq, dk, dv = (
         new_heads(t, t.shape[1], t.shape[3], c.dtype)
         for t in (inputs.query, inputs.key, inputs.value)

@@ -1,7 +1,7 @@
 """ELiTA's attention on the native kernels.
 
-They keep means for the backward pass, which walks backwards and would need a walk forwards of its
-own to form them.
+The forward pass saves means for the backward pass. That one goes through the tokens from the last
+to the first, and would need a second pass from the front to compute them.
 """
 
 from __future__ import annotations
@@ -28,21 +28,24 @@ SPAN = 4096
 
 
 def obstacle(inputs: ElitaInputs, spec: ElitaSpec) -> str:
+    """Why these kernels cannot run the call; empty if they can."""
     return library.obstacle(inputs.value)
 
 
 def prepared(inputs: ElitaInputs, spec: ElitaSpec) -> ElitaSpec:
+    """The options with span and block."""
     return spec._replace(span=SPAN, block=ELITA_BLOCK)
 
 
 def describe(inputs: ElitaInputs, spec: ElitaSpec) -> str:
+    """How the kernels would compute the call, for `explain`."""
     if inputs.value.shape[2] == 1 and inputs.past is not None:
         return "one token onto a state"
     return "a recurrence, two gates a token"
 
 
 def _check(x: ElitaInputs, spec: ElitaSpec) -> None:
-    """What the C++ takes for granted."""
+    """Check everything that the C++ relies on."""
     (B, G, T, V), H, logits = x.value.shape, x.query_logit.shape[1], x.key_logit.dtype
     check_inputs(
         key_logit=(x.key_logit, (B, G, T)),
@@ -67,7 +70,7 @@ def _check(x: ElitaInputs, spec: ElitaSpec) -> None:
 
 
 class _Call(Arguments):
-    """The arguments of one call, forwards or backwards."""
+    """The arguments of one forward or backward call."""
 
     def __init__(self, x: ElitaInputs, spec: ElitaSpec):
         _check(x, spec)
@@ -75,9 +78,8 @@ class _Call(Arguments):
         (B, G, T, V), H = x.value.shape, x.query_logit.shape[1]
         e = self.elita = Elita(
             B=B, H=H, G=G, T=T, V=V, span=spec.span, type=TYPES[self.dtype],
-            logits=TYPES[x.key_logit.dtype],
-            gates=TYPES[self.sums_dtype], threads=threads(B * H * T * (V + 16) * 8),
-            isa=instruction_set(),
+            logits=TYPES[x.key_logit.dtype], gates=TYPES[self.sums_dtype],
+            threads=threads(B * H * T * (V + 16) * 8), isa=instruction_set(),
         )  # fmt: skip
         e.value = self.array(x.value)
         e.first = self.pointer(x.first, torch.bool)
@@ -85,11 +87,12 @@ class _Call(Arguments):
 
 
 def forward(inputs: ElitaInputs, spec: ElitaSpec) -> ElitaOutputs:
+    """The outputs by the C++ kernels."""
     return _forward(inputs, spec, spec.new_outputs(inputs))
 
 
 def forward_only(inputs: ElitaInputs, spec: ElitaSpec) -> ElitaOutputs:
-    """Without what the backward pass reads, which comes out empty."""
+    """The outputs, with empty tensors where only the backward pass would read them."""
     y, none = spec._replace(block=0).new_outputs(inputs), inputs.value.new_empty(0)
     return _forward(inputs, spec._replace(block=0), y)._replace(key_odds=none, own_odds=none)
 
@@ -112,6 +115,7 @@ def _forward(inputs: ElitaInputs, spec: ElitaSpec, y: ElitaOutputs) -> ElitaOutp
 def backward(
     upstream: ElitaOutputs, inputs: ElitaInputs, outputs: ElitaOutputs, spec: ElitaSpec
 ) -> ElitaInputs:
+    """The inputs' gradients by the C++ kernels."""
     (B, G, T, V), H = inputs.value.shape, inputs.query_logit.shape[1]
     odds, means = (outputs.key_odds, outputs.own_odds), outputs.means
     check_inputs(

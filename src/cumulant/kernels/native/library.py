@@ -1,6 +1,4 @@
-"""The compiled kernels: finding and loading them, and the structs that cross the C boundary
-(`src/abi.hpp`).
-"""
+"""The compiled kernels: loading them, and the structs of their C interface (`src/abi.hpp`)."""
 
 from __future__ import annotations
 
@@ -19,15 +17,15 @@ PATH = Path(__file__).with_name("_kernels.so")
 INSTRUCTIONS = ("baseline", "avx2", "avx512")  # in the order of `Isa` in src/library.cpp
 TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 ABI = 4  # as in src/library.cpp
-CHUNK = 64  # tokens that scratch matrices hold
-ELITA_BLOCK = 16  # tokens between two means that ELiTA keeps
+CHUNK = 64  # the most tokens in a chunk, as scratch matrices have so many rows
+ELITA_BLOCK = 16  # tokens between two means that ELiTA saves
 MAX_ORDER = 8
-GRAIN = 1_000_000  # multiplications that a further thread must be worth
+GRAIN = 1_000_000  # multiplications for each further thread
 _i64, _i32, _pointer = ctypes.c_int64, ctypes.c_int32, ctypes.c_void_p
 
 
 class Array(ctypes.Structure):
-    """``[B, heads, T, D]``, strides in elements; each row's D elements lie one after another."""
+    """A tensor ``[B, heads, T, D]`` with strides in elements; the last dimension has stride 1."""
 
     _fields_ = [("data", _pointer), ("batch", _i64), ("head", _i64), ("row", _i64)]
 
@@ -138,19 +136,20 @@ class Program(ctypes.Structure):
 
 
 def require(condition: bool, name: str, wanted: object, got: object) -> None:
-    """What the C++ takes for granted; the operations have told users before, in their terms."""
+    """Raise an error unless `condition` holds; the operations have checked users' arguments."""
     if not condition:
         raise ValueError(f"{name}: expected {wanted}, got {got}")
 
 
 def check_inputs(**inputs: tuple[Tensor, tuple[int, ...]]) -> None:
-    """Numbers on the CPU, of these shapes, none of which is too large for 32 bits inside a
-    token.
+    """Check that tensors are on the CPU, and have known dtypes and these shapes.
+
+    The C++ counts a token's numbers in 32 bits, so these must be fewer than 2**31.
     """
     for name, (x, shape) in inputs.items():
         numbers = shape[1] * shape[3] if len(shape) == 4 else 0
         if x.dtype in TYPES and x.device.type == "cpu" and x.shape == shape and numbers < 2**31:
-            continue  # before the messages below are put together
+            continue  # forming the messages below takes time
         require(x.dtype in TYPES, name, "fp16, bf16, fp32 or fp64", x.dtype)
         require(x.device.type == "cpu", name, "a tensor on the CPU", x.device)
         require(x.shape == shape, name, list(shape), list(x.shape))
@@ -158,22 +157,19 @@ def check_inputs(**inputs: tuple[Tensor, tuple[int, ...]]) -> None:
 
 
 def materialized(x: Tensor) -> Tensor:
-    """The same numbers, as they stand in memory: not their negatives, and not zeros that take
-    none.
-    """
+    """The same numbers as memory: copies negated views, and zero tensors without memory."""
     return x.clone() if x.is_neg() or x._is_zerotensor() else x
 
 
 class Arguments:
-    """Tensors as the C++ reads them, kept alive for the call: of one dtype, rows of numbers that
-    lie side by side.
-    """
+    """Converts tensors to the dtype and layout that the C++ reads, and keeps them alive."""
 
     def __init__(self, dtype: torch.dtype):
         self.dtype, self.sums_dtype = dtype, accumulation_dtype(dtype)
         self._tensors: list[Tensor] = []
 
     def array(self, x: Tensor, dtype: torch.dtype | None = None) -> Array:
+        """The tensor in `dtype`, by default that of the call, with rows of stride 1."""
         x = materialized(x)
         if x.dtype != (dtype or self.dtype):
             x = x.to(dtype or self.dtype)
@@ -183,7 +179,7 @@ class Arguments:
         return array(x)
 
     def pointer(self, x: Tensor | None, dtype: torch.dtype) -> int | None:
-        """Of the tensor, contiguous."""
+        """The address of the tensor in `dtype`, contiguous; None for None."""
         if x is None:
             return None
         x = materialized(x).to(dtype).contiguous()
@@ -192,11 +188,13 @@ class Arguments:
 
 
 def array(x: Tensor) -> Array:
+    """The address and strides of ``x [B, heads, T, D]``."""
     batch, head, row, _ = x.stride()
     return Array(x.data_ptr(), batch, head, row)
 
 
 def pointer(x: Tensor | None) -> int | None:
+    """The address of a tensor's numbers; None for None."""
     return None if x is None else x.data_ptr()
 
 
@@ -204,9 +202,7 @@ STRUCTURES = (Array, Attention, Elita, MixedChunk, Pointwise, Instruction, Progr
 
 
 def expected_layout() -> str:
-    """Where the fields of all structs lie: a line each, as `cumulant_layout` in struct_layout.cpp
-    says it.
-    """
+    """The offsets of all structs' fields, a line each, as `cumulant_layout` writes them."""
     lines = []
     for structure in STRUCTURES:
         names = [field[0] for field in structure._fields_]
@@ -222,7 +218,7 @@ def _layout(library: ctypes.CDLL) -> str:
 
 @lru_cache(maxsize=1)
 def _load() -> tuple[ctypes.CDLL | None, str]:
-    """The library, or why there is none."""
+    """The library, or the reason why there is none."""
     if sys.platform == "win32":
         return None, "its kernels are not built on Windows"
     if not PATH.exists():
@@ -247,9 +243,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
 
 
 def _openmp() -> int | None:
-    """The address by which torch's own OpenMP runtime starts threads, if that is one of GNU's
-    kind.
-    """
+    """The function of torch's own OpenMP runtime that starts threads, if it has GNU's interface."""
     path = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     try:
         loaded = ctypes.CDLL(os.fspath(path), mode=os.RTLD_NOLOAD | os.RTLD_LAZY)
@@ -259,7 +253,7 @@ def _openmp() -> int | None:
 
 
 def obstacle(x: Tensor) -> str:
-    """Why these kernels cannot take tensors such as `x`; empty where they can."""
+    """Why these kernels cannot take tensors such as `x`; empty if they can."""
     if x.device.type != "cpu":
         return f"its kernels are for the CPU, and the inputs are on {x.device}"
     return missing()
@@ -270,16 +264,14 @@ def missing() -> str:
     return _load()[1]
 
 
-# What torch.compiler.assume_constant_result does, which would import all of torch.compile with this
-# file.
+# This is what torch.compiler.assume_constant_result does; calling it would import all of
+# torch.compile with this file.
 missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @lru_cache(maxsize=1)
 def instructions() -> str:
-    """The instruction set whose kernels run: the widest this machine has, or what CUMULANT_ISA
-    names.
-    """
+    """The instruction set of the kernels: CUMULANT_ISA, or the widest of this machine."""
     library = loaded()
     supported = [name for i, name in enumerate(INSTRUCTIONS) if library.cumulant_supports(i)]
     wanted = os.environ.get("CUMULANT_ISA") or supported[-1]
@@ -291,15 +283,17 @@ def instructions() -> str:
 
 
 def instruction_set() -> int:
+    """The number of the instruction set in the C++ library."""
     return INSTRUCTIONS.index(instructions())
 
 
 def threads(multiplications: int) -> int:
-    """How many of torch's threads so much work occupies."""
+    """The number of torch's threads that pays off for so many multiplications."""
     return max(1, min(torch.get_num_threads(), multiplications // GRAIN))
 
 
 def loaded() -> ctypes.CDLL:
+    """The library, or an error with the reason why there is none."""
     library, reason = _load()
     if library is None:
         raise RuntimeError(f"impl 'native': {reason}")
@@ -307,15 +301,14 @@ def loaded() -> ctypes.CDLL:
 
 
 def multiply_rate(threads: int, dtype: torch.dtype = torch.float32) -> float:
-    """Multiplications and additions a second that the vector units reach on so many threads,
-    measured now.
-    """
+    """Multiplications and additions a second that `threads` threads reach, measured now."""
     rate = loaded().cumulant_multiply_rate
     rate.restype = ctypes.c_double
     return float(rate(TYPES[dtype], instruction_set(), threads))
 
 
 def call(function: str, arguments: ctypes.Structure, *more: int | None) -> None:
+    """Call a function of the library, and raise its errors. more: addresses after the arguments."""
     status = getattr(loaded(), function)(ctypes.byref(arguments), *map(_pointer, more))
     if status == 1:
         raise MemoryError("impl 'native': not enough memory for the sums of its threads")

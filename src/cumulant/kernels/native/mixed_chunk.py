@@ -32,16 +32,19 @@ ACTIVATIONS = ("relu2", "laplace")
 
 
 def obstacle(inputs: MixedChunkInputs, spec: MixedChunkSpec) -> str:
+    """Why these kernels cannot run the call; empty if they can."""
     return library.obstacle(inputs.value) or (
         "its kernels have no dropout" if spec.dropout_p else ""
     )
 
 
 def prepared(inputs: MixedChunkInputs, spec: MixedChunkSpec) -> MixedChunkSpec:
+    """The options with span."""
     return spec._replace(span=SPAN)
 
 
 def describe(inputs: MixedChunkInputs, spec: MixedChunkSpec) -> str:
+    """How the kernels would compute the call, for `explain`."""
     if inputs.value.shape[2] == 1 and inputs.position is not None and spec.returns_state:
         return f"one token onto a state, {spec.group_size} slots of the open group"
     return f"groups of {spec.group_size} tokens, one after another"
@@ -55,8 +58,10 @@ def _slots(
     fill: Tensor | None,
     group_size: int,
 ) -> tuple[Tensor, Tensor]:
-    """What stands in each slot of every sequence, one sequence after another, and where each begins
-    ``[N + 1]``: the number of a token, or -1 - slot for one of the open group that came in."""
+    """The token in each slot of all sequences, one after another, and their offsets ``[N + 1]``.
+
+    A token has its number in the flattened batch. A token of the state's open group has -1 - slot.
+    """
     fills = [0] * rows if fill is None else fill.tolist()
     if key_mask is None and cu_seqlens is None and len(set(fills)) == 1:
         place, old = torch.arange(rows * tokens), fills[0]
@@ -86,7 +91,7 @@ def _slots(
 
 
 class _Call(Arguments):
-    """The arguments of one call, forwards or backwards."""
+    """The arguments of one forward or backward call."""
 
     def __init__(self, x: MixedChunkInputs, spec: MixedChunkSpec):
         self.state_shapes = spec.state_shapes(x)
@@ -96,9 +101,8 @@ class _Call(Arguments):
         g, biases = spec.group_size, 0 if x.bias is None else x.bias.shape[0]
         m = self.mixed_chunk = MixedChunk(
             B=B, N=sequence_count(B, x.cu_seqlens), H=H, G=G, T=T, K=K, L=L, V=V, size=g,
-            span=spec.span,
-            type=TYPES[x.value.dtype], activation=ACTIVATIONS.index(spec.activation),
-            is_causal=spec.is_causal,
+            span=spec.span, type=TYPES[x.value.dtype],
+            activation=ACTIVATIONS.index(spec.activation), is_causal=spec.is_causal,
             summed=spec.is_causal or spec.reduce_groups, biases=biases,
             threads=threads(B * H * T * (2 * L * V + g * (K + V))), isa=instruction_set(),
         )  # fmt: skip
@@ -113,12 +117,12 @@ class _Call(Arguments):
         )
         if x.bias is not None:
             m.bias = self.pointer(x.bias, self.sums_dtype)
-            if T > 1:  # for one row of it a copy would cost more than it saves
+            if T > 1:  # for a single token a transposed copy would cost more than it saves
                 m.bias_turned = self.pointer(x.bias.mT, self.sums_dtype)
 
 
 def _check(x: MixedChunkInputs, spec: MixedChunkSpec) -> None:
-    """What the C++ takes for granted."""
+    """Check everything that the C++ relies on."""
     (B, H, T, K), (_, G, _, V), L, g = (
         x.quad_query.shape,
         x.value.shape,
@@ -165,6 +169,7 @@ def _check(x: MixedChunkInputs, spec: MixedChunkSpec) -> None:
 
 
 def forward(inputs: MixedChunkInputs, spec: MixedChunkSpec) -> MixedChunkOutputs:
+    """The outputs by the C++ kernels."""
     c, outputs = _Call(inputs, spec), spec.new_outputs(inputs)
     m = c.mixed_chunk
     if not inputs.covers_tokens:
@@ -184,6 +189,7 @@ def backward(
     outputs: MixedChunkOutputs,
     spec: MixedChunkSpec,
 ) -> MixedChunkInputs:
+    """The inputs' gradients by the C++ kernels."""
     c = _Call(inputs, spec)
     m, dstate = c.mixed_chunk, upstream.state
     check_inputs(dout=(upstream.out, (*inputs.quad_query.shape[:3], inputs.value.shape[3])))
@@ -195,7 +201,7 @@ def backward(
     m.dfinal_numerator, m.dfinal_quad_key, m.dfinal_lin_key, m.dfinal_value = (
         c.pointer(s, c.sums_dtype) for s in dstate
     )
-    # all five in the one dtype that the C++ reads, value's
+    # The C++ writes all five gradients in value's dtype.
     tokens = [new_heads(x, x.shape[1], x.shape[3], c.dtype) for x in inputs.tokens]
     if not inputs.covers_tokens:
         tokens = [x.zero_() for x in tokens]
@@ -203,7 +209,7 @@ def backward(
     m.dquad_query, m.dquad_key, m.dlin_query, m.dlin_key, m.dvalue = (array(x) for x in tokens)
     m.dnumerator, m.dopen_quad_key, m.dopen_lin_key, m.dopen_value = (pointer(s) for s in state)
     bias, dbias = inputs.bias, None
-    if bias is not None:  # which comes by key and query
+    if bias is not None:  # the C++ writes its gradient transposed, by key and query
         dbias = bias.new_zeros(bias.shape, dtype=c.sums_dtype)
     call("cumulant_mixed_chunk_backward", m, pointer(dbias))
     if bias is not None and dbias is not None:

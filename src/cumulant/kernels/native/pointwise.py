@@ -1,4 +1,4 @@
-"""What stands beside attention in a layer, number by number, in one pass over memory each; fp32."""
+"""Pointwise operations of a layer on the native kernels, in fp32, each in one pass over memory."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ from .library import (
     threads,
 )
 
-OPERATIONS = (
-    "swiglu_forward", "swiglu_backward", "rmsnorm_forward", "rmsnorm_backward", "convolve_forward",
-    "convolve_backward", "turn",
-)  # fmt: skip
-COST = 16  # multiplications that reading or writing a number is worth
+OPERATIONS = (  # in the order of PointwiseOperation in src/abi.hpp
+    *("swiglu_forward", "swiglu_backward", "rmsnorm_forward", "rmsnorm_backward"),
+    *("convolve_forward", "convolve_backward", "turn"),
+)
+COST = 16  # multiplications that take as long as reading or writing a number
 
 
 def _run(operation: str, like: Tensor, **fields: object) -> None:
+    """Call the C++ with these fields. like: a tensor with as many numbers as there is work."""
     for name, x in fields.items():
         if isinstance(x, Tensor):
             tall = name in ("x", "out", "dout", "dx")
@@ -42,14 +43,14 @@ def _run(operation: str, like: Tensor, **fields: object) -> None:
 
 
 def _rows(x: Tensor) -> Array:
-    """``[B, T, n]``, ``[B, H, T, n]``, or numbers one after another."""
+    """The address and strides of ``[B, T, n]``, ``[B, H, T, n]``, or contiguous numbers."""
     if x.dim() == 4:
         return array(x)
     return Array(x.data_ptr(), x.stride(0), 0, x.stride(1)) if x.dim() == 3 else Array(x.data_ptr())
 
 
 def _ready(x: Tensor, *shape: int) -> Tensor:
-    """Such a tensor of fp32 on the CPU, its last dimension's numbers side by side."""
+    """Check for fp32 on the CPU and this shape; the result's last dimension has stride 1."""
     require(x.shape == shape, "a tensor", list(shape), list(x.shape))
     require(
         x.dtype == torch.float32 and x.device.type == "cpu",
@@ -62,6 +63,7 @@ def _ready(x: Tensor, *shape: int) -> Tensor:
 
 
 def _flat(x: Tensor, *shape: int) -> Tensor:
+    """Check as `_ready` does; the result is contiguous."""
     return _ready(x, *shape).contiguous()
 
 
@@ -78,31 +80,20 @@ def swiglu_backward(x: Tensor, up: Tensor, dout: Tensor) -> tuple[Tensor, Tensor
     dx, dup = torch.empty_like(x), torch.empty_like(up)
     _run(
         "swiglu_backward", x, B=1, T=1, n=x.numel(), x=x.view(-1), second=up, dout=dout.view(-1),
-        dx=dx.view(-1),
-        dsecond=dup,
+        dx=dx.view(-1), dsecond=dup,
     )  # fmt: skip
     return dx, dup
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, epsilon: float) -> tuple[Tensor, Tensor]:
-    """``x [B, T, n]`` over its root mean square, times ``weight [n]``; and the
-    factors ``[B, T]``.
-    """
+    """RMSNorm of ``x [B, T, n]`` with ``weight [n]``, and each token's factor ``[B, T]``."""
     (B, T, n), x = x.shape, _ready(x, *x.shape)
     weight = None if weight is None else _flat(weight, n)
     out, factors = x.new_empty(B, T, n), x.new_empty(B, T)
     _run(
-        "rmsnorm_forward",
-        x,
-        B=B,
-        T=T,
-        n=n,
-        x=x,
-        weight=weight,
-        out=out,
-        factors=factors,
+        "rmsnorm_forward", x, B=B, T=T, n=n, x=x, weight=weight, out=out, factors=factors,
         epsilon=epsilon,
-    )
+    )  # fmt: skip
     return out, factors
 
 
@@ -114,15 +105,16 @@ def rms_norm_backward(
     dx, dweight = x.new_empty(B, T, n), None if weight is None else x.new_empty(n)
     _run(
         "rmsnorm_backward", x, B=B, T=T, n=n, taps=1, x=x, weight=weight, factors=factors,
-        dout=dout, dx=dx,
-        dweight=dweight,
+        dout=dout, dx=dx, dweight=dweight,
     )  # fmt: skip
     return dx, dweight
 
 
 def convolve(x: Tensor, weight: Tensor, tail: Tensor | None, offset: Tensor | None) -> Tensor:
-    """``y_t = Σ_j weight[j] ⊙ x_{t-j}``: ``x [B, T, n]``, ``weight [taps, n]``,
-    ``tail [B, taps - 1, n]``, ``offset [T]``."""
+    """``y_t = Σ_j weight[j] ⊙ x_{t-j}``, for ``x [B, T, n]`` and ``weight [taps, n]``.
+
+    tail: ``[B, taps - 1, n]``, the tokens before x. offset: ``[T]``, positions in packed sequences.
+    """
     inputs = _convolution(x, weight, tail, offset)
     out = x.new_empty(x.shape)
     _run("convolve_forward", x, out=out, **inputs)
@@ -143,6 +135,7 @@ def convolve_backward(
 def _convolution(
     x: Tensor, weight: Tensor, tail: Tensor | None, offset: Tensor | None
 ) -> dict[str, object]:
+    """The checked inputs of a convolution, as fields of the C++ struct."""
     (B, T, n), taps = x.shape, weight.shape[0]
     if offset is not None:
         require(
@@ -152,16 +145,18 @@ def _convolution(
             list(offset.shape),
         )
         offset = offset.contiguous()
+    tail = None if tail is None else _flat(tail, B, taps - 1, n)
+    x, weight = _ready(x, B, T, n), _flat(weight, taps, n)
     return {
-        "B": B, "T": T, "n": n, "taps": taps, "x": _ready(x, B, T, n), "weight": _flat(weight,
-        taps, n),
-        "tail": None if tail is None else _flat(tail, B, taps - 1, n), "offset": offset,
+        "B": B, "T": T, "n": n, "taps": taps, "x": x, "weight": weight, "tail": tail,
+        "offset": offset,
     }  # fmt: skip
 
 
 def turn(x: Tensor, cosine: Tensor, sine: Tensor, back: bool) -> Tensor:
-    """Pairs of ``x [B, H, T, n]`` by angles whose cosines and sines are ``[T, n/2]`` or
-    ``[B, T, n/2]``; or back.
+    """Rotate pairs of ``x [B, H, T, n]`` by angles, or by their negatives if `back`.
+
+    cosine, sine: of the angles, ``[T, n/2]`` or ``[B, T, n/2]``.
     """
     B, H, T, n = x.shape
     shape = (B, T, n // 2) if cosine.dim() == 3 else (T, n // 2)
@@ -169,17 +164,7 @@ def turn(x: Tensor, cosine: Tensor, sine: Tensor, back: bool) -> Tensor:
     out = new_heads(x, H, n)
     angles = T * (n // 2) if cosine.dim() == 3 else 0
     _run(
-        "turn",
-        x,
-        B=B,
-        T=T,
-        H=H,
-        n=n,
-        back=back,
-        x=x,
-        out=out,
-        cosine=cosine,
-        sine=sine,
+        "turn", x, B=B, T=T, H=H, n=n, back=back, x=x, out=out, cosine=cosine, sine=sine,
         angles=angles,
-    )
+    )  # fmt: skip
     return out

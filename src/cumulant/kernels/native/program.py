@@ -1,8 +1,7 @@
-"""Programs: one token through a whole layer in one call, for decoding, where Python would take
-longer than the numbers.
+"""Programs: one token through a whole layer in one native call, for decoding.
 
-A program is a list of instructions on vectors, which modules write once; it then runs token by
-token. fp32, without gradients.
+For a single token, Python takes longer than the arithmetic. So modules write a program once, a list
+of instructions on vectors, and it runs for every token. It works in fp32, without gradients.
 """
 
 from __future__ import annotations
@@ -21,48 +20,44 @@ from .attention import ACTIVATIONS
 from .library import CHUNK, MAX_ORDER, Attention, Instruction, _pointer, call, instruction_set
 from .library import Program as Arguments
 
-OPERATIONS = (
-    "norm",
-    "matrix",
-    "convolution",
-    "shift",
-    "rotary",
-    "attend",
-    "gate",
-    "activate",
-)  # as in abi.hpp
+OPERATIONS = (  # in the order of Operation in src/abi.hpp
+    *("norm", "matrix", "convolution", "shift"),
+    *("rotary", "attend", "gate", "activate"),
+)
 NORMS = ("rmsnorm", "layernorm", "scalenorm")
 ACTIVATED = ("swiglu", "gelu", "product")
 
 
 class Unsuitable(Exception):
-    """Something that programs cannot do."""
+    """Raised when a program cannot do what a module needs."""
 
 
 class Vector(NamedTuple):
-    """Numbers of a token: where they begin in its row, and how many."""
+    """A vector of a token's numbers: its start in the token's row, and its size."""
 
     start: int
     size: int
 
     def split(self, *sizes: int) -> list[Vector]:
+        """Consecutive vectors of these sizes."""
         starts = [self.start + sum(sizes[:i]) for i in range(len(sizes))]
         return [Vector(start, size) for start, size in zip(starts, sizes, strict=True)]
 
 
 class Program:
-    """Instructions for one token of `dim` numbers, `input`."""
+    """Instructions for one token. `input` is its vector of `dim` numbers."""
 
     def __init__(self, dim: int):
         self._width = 0
         self.input = self.vector(dim)
-        self.states: list[tuple[int, ...]] = []  # shape of each, without the batch
+        self.states: list[tuple[int, ...]] = []  # the shape of each state, without the batch
         self._instructions: list[Instruction] = []
-        self._weights: list[Tensor] = []  # which must stay where they are
+        self._weights: list[Tensor] = []  # kept alive, because instructions have their addresses
         self._attention: list[Attention] = []
         self._rotates = False
 
     def vector(self, size: int) -> Vector:
+        """A new vector, whose start is a multiple of 16 numbers."""
         start = self._width
         self._width += -(-size // 16) * 16
         return Vector(start, size)
@@ -76,7 +71,7 @@ class Program:
         bias: Tensor | None = None,
         heads: int = 1,
     ) -> Vector:
-        """Each head of x normalised."""
+        """Normalise each head of x."""
         size = x.size // heads
         self._fits(weight, (1,) if kind == "scalenorm" else (size,))
         self._fits(bias, (size,))
@@ -102,7 +97,7 @@ class Program:
         to: Vector | None = None,
         add: bool = False,
     ) -> Vector:
-        """``W x + b``, to a new vector, or written (or added) to one."""
+        """``W x + b`` as a new vector, or written to the vector `to`, or added to it if `add`."""
         n, k = weight.shape
         y = self.vector(n) if to is None else to
         self._fits(weight, (y.size, x.size))
@@ -111,7 +106,7 @@ class Program:
         return y
 
     def convolve(self, x: Vector, weight: Tensor) -> Vector:
-        """``Σ_j weight[j] ⊙ x_{t-j}``; its state is the inputs ``[taps - 1, x.size]`` before."""
+        """``Σ_j weight[j] ⊙ x_{t-j}``; its state has the earlier inputs, ``[taps - 1, x.size]``."""
         taps = weight.shape[0]
         self._fits(weight, (taps, x.size))
         y = self.vector(x.size)
@@ -120,7 +115,7 @@ class Program:
         return y
 
     def shift(self, x: Vector) -> Vector:
-        """The second half of the numbers from the token before, ``[1, x.size // 2]``."""
+        """Take the second half of the numbers from the token before; state ``[1, x.size // 2]``."""
         y, shifted = self.vector(x.size), x.size // 2
         self._add(
             "shift",
@@ -133,7 +128,7 @@ class Program:
         return y
 
     def rotate(self, x: Vector, dim: int, base: float) -> None:
-        """Heads of `dim` numbers, in place."""
+        """Rotate the heads of x, each of `dim` numbers, in place, by rotary positions."""
         self._rotates = True
         self._add("rotary", target=x, n=x.size // dim, k=dim, scalar=base)
 
@@ -151,8 +146,9 @@ class Program:
         scale: float,
         normalize: bool,
     ) -> Vector:
-        """Linear or Taylor attention; its states are the numerator ``[G, F, V]`` and, normalised,
-        the denominator.
+        """Linear or Taylor attention.
+
+        Its states are the numerator ``[G, F, V]`` and, if normalised, the denominator ``[G, F]``.
         """
         K, V = query.size // heads, value.size // groups
         features = math.comb(K + order, order) if order else K
@@ -167,8 +163,7 @@ class Program:
             Attention(
                 H=heads, G=groups, T=1, S=1, K=K, V=V, F=F, chunk=CHUNK, span=1, order=order,
                 constant_term=constant_term, activation=ACTIVATIONS.index(activation),
-                normalize=normalize,
-                is_causal=True, scale=scale,
+                normalize=normalize, is_causal=True, scale=scale,
             )
         )  # fmt: skip
         y = self.vector(heads * V)
@@ -177,7 +172,7 @@ class Program:
         return y
 
     def gate(self, x: Vector, gates: Vector) -> None:
-        """x times the sigmoids of its heads' gates, in place."""
+        """Multiply each head of x by the sigmoid of its gate, in place."""
         self._add("gate", second=gates, target=x, n=gates.size, k=x.size // gates.size)
 
     def activate(self, kind: str, x: Vector, up: Vector | None = None) -> Vector:
@@ -189,16 +184,16 @@ class Program:
         return y
 
     def end(self, output: Vector) -> None:
-        """Nothing more follows; `output` comes out."""
+        """End the program; `output` is its result."""
         self._output = output
         self._written = (Instruction * len(self._instructions))(*self._instructions)
 
     def suits(self, x: Tensor, states: Sequence[Tensor | None]) -> bool:
-        """Whether it can run on these states: fp32 tensors of the right shapes."""
+        """Whether the program can run on these states: fp32 tensors of the right shapes."""
         if len(states) != len(self.states):
             return False
         rows = x.shape[0]
-        # no generator, whose calls would cost more than the checks
+        # A generator's calls would take longer than the checks.
         for s, shape in zip(states, self.states, strict=True):
             if not isinstance(s, Tensor) or s.shape != (rows, *shape) or s.dtype != torch.float32:
                 return False
@@ -209,10 +204,9 @@ class Program:
     def run(
         self, x: Tensor, states: Sequence[Tensor], position: Tensor | None
     ) -> tuple[Tensor, list[Tensor]]:
-        """``x [B, ..., dim]``, contiguous, at ``position [B]`` -> ``[B, output]`` and the new
-        states.
+        """Run on contiguous ``x [B, ..., dim]``; returns ``[B, output]`` and the new states.
 
-        Only rotations need a position.
+        position: ``[B]``, the tokens' positions, which only rotations need.
         """
         rows, output = x.shape[0], self._output
         if position is None and self._rotates:
@@ -222,8 +216,8 @@ class Program:
         pointers = _pointer * len(states)
         arguments = Arguments(
             rows, self._width, len(self._instructions), self.input.size, output.start, output.size,
-            torch.get_num_threads(), instruction_set(), self._written, at, x.data_ptr(),
-            out.data_ptr(),
+            torch.get_num_threads(), instruction_set(), self._written, at,
+            x.data_ptr(), out.data_ptr(),
             pointers(*map(Tensor.data_ptr, states)), pointers(*map(Tensor.data_ptr, after)),
         )  # fmt: skip
         call("cumulant_program", arguments)

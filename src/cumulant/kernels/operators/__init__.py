@@ -1,3 +1,1 @@
-"""The operations as PyTorch sees them: one operator each, with its gradients, in front of every
-implementation.
-"""
+"""The operators of PyTorch, one for each operation, with gradients, for all implementations."""

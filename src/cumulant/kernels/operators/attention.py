@@ -1,4 +1,4 @@
-"""Linear and Taylor attention."""
+"""The operator of linear and Taylor attention."""
 
 from __future__ import annotations
 
@@ -21,9 +21,7 @@ OPERATOR = Operator(
 
 
 def attention(impl: str, inputs: AttentionInputs, spec: AttentionSpec) -> AttentionOutputs:
-    """The outputs by implementation `impl`, or where derivatives need it by a formula of plain
-    operators.
-    """
+    """The outputs by implementation `impl`, or by a formula where derivatives need one."""
     if needs_formula(torch.compiler.is_compiling()):
         from ..differentiable.attention import attention as formula
 

@@ -1,4 +1,4 @@
-"""ELiTA's attention."""
+"""The operator of ELiTA's attention."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from ..spec import ElitaInputs, ElitaOutputs, ElitaSpec
 from ..transforms import needs_formula
 from .operator import Operator
 
-# The logits are not read backwards. They are saved so that asking for gradients of these gradients
-# is an error: without them, those would be taken for zero.
+# The backward pass does not read the logits. They are saved so that gradients of gradients are an
+# error. Otherwise autograd would take these gradients for zero.
 OPERATOR = Operator(
     "elita_attention",
     "elita",
@@ -23,9 +23,7 @@ OPERATOR = Operator(
 
 
 def elita(impl: str, inputs: ElitaInputs, spec: ElitaSpec) -> ElitaOutputs:
-    """The outputs by implementation `impl`, or where derivatives need it by a formula of plain
-    operators.
-    """
+    """The outputs by implementation `impl`, or by a formula where derivatives need one."""
     if needs_formula(torch.compiler.is_compiling()):
         from ..differentiable.elita import attention as formula
 

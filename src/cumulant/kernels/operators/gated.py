@@ -1,4 +1,4 @@
-"""Gated attention."""
+"""The operator of gated attention."""
 
 from __future__ import annotations
 
@@ -19,9 +19,7 @@ OPERATOR = Operator(
 
 
 def gated(impl: str, inputs: GatedInputs, spec: GatedSpec) -> GatedOutputs:
-    """The output by implementation `impl`, or where derivatives need it by a formula of plain
-    operators.
-    """
+    """The output by implementation `impl`, or by a formula where derivatives need one."""
     if needs_formula(torch.compiler.is_compiling()):
         from ..differentiable.gated import attention as formula
 

@@ -1,4 +1,4 @@
-"""Mixed chunk attention."""
+"""The operator of mixed chunk attention."""
 
 from __future__ import annotations
 
@@ -23,9 +23,7 @@ OPERATOR = Operator(
 
 
 def mixed_chunk(impl: str, inputs: MixedChunkInputs, spec: MixedChunkSpec) -> MixedChunkOutputs:
-    """The outputs by implementation `impl`, or where derivatives need it by a formula of plain
-    operators.
-    """
+    """The outputs by implementation `impl`, or by a formula where derivatives need one."""
     if needs_formula(torch.compiler.is_compiling()):
         from ..differentiable.mixed_chunk import attention as formula
 

@@ -1,14 +1,14 @@
-"""One operation as `torch.library` operators, for all implementations at once: schema, fake kernel,
-gradients, `vmap`.
+"""One operation as `torch.library` operators, for all implementations at once.
 
-Everything follows from the operation's classes in `spec.py`. An implementation is a module with two
-functions,
+The schema, the fake kernel, the gradients and the `vmap` rule follow from the operation's classes
+in `spec.py`. An implementation is a module with two functions:
 
     forward(inputs, spec) -> outputs
     backward(upstream, inputs, outputs, spec) -> gradients of the inputs
 
-where upstream and gradients have the classes of outputs and inputs, with None where there is
-nothing. A third, `forward_only`, may leave out what the backward pass reads.
+`upstream` has the class of the outputs, and the gradients have the class of the inputs, with None
+for tensors that have no gradient. A third function, `forward_only`, is optional. It may leave out
+the outputs that only the backward pass reads.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Inputs = TypeVar("Inputs", bound=tuple[Any, ...])
 Outputs = TypeVar("Outputs", bound=tuple[Any, ...])
 Spec = TypeVar("Spec", bound=tuple[Any, ...])
 
-# How a schema calls what an annotation calls otherwise.
+# The types of annotations, as schemas name them.
 _TYPES = {
     Tensor: "Tensor",
     Tensor | None: "Tensor?",
@@ -40,6 +40,7 @@ _TYPES = {
 
 
 def _typed(kind: type, names: Iterable[str]) -> list[str]:
+    """The fields `names` of a class as arguments of a schema."""
     hints = get_type_hints(kind)
     return [f"{_TYPES[hints[name]]} {name}" for name in names]
 
@@ -50,7 +51,7 @@ def _schema(arguments: list[str], results: int) -> str:
 
 
 def _returned(tensors: Sequence[Tensor | None], like: Tensor) -> Any:
-    """As an operator returns them: an empty tensor for None, and no tuple of one."""
+    """The results as an operator returns them: empty tensors for None, and no tuple of one."""
     found = tuple(like.new_empty(0) if x is None else x for x in tensors)
     return found if len(found) > 1 else found[0]
 
@@ -67,20 +68,18 @@ def _several(returned: Any) -> Sequence[Tensor]:
 
 
 def _filled(kind: Any, names: Sequence[str], given: Iterator[Any]) -> Any:
-    """`kind` with the next tensors under these names, and None under its others."""
+    """`kind` with the next tensors as the fields `names`, and None as its other fields."""
     found = {name: next(given) for name in names}
     return kind(*(found.get(name) for name in kind._fields))
 
 
 class Operator(Generic[Inputs, Outputs, Spec]):
-    """An operation as an operator ``cumulant::<name>``, and its backward pass as
-    ``cumulant::<name>_backward``.
+    """The operators ``cumulant::<name>`` and ``cumulant::<name>_backward`` of an operation.
 
-    module: where implementations have it.
-    differentiable: inputs that have gradients.
-    carriers: outputs whose gradients the backward pass takes, the first of which is the output
-        proper.
-    saved_inputs, saved_outputs: what is kept for the backward pass; the rest reaches it as None.
+    module: the name of the operation's module in every implementation.
+    differentiable: the inputs that have gradients.
+    carriers: the outputs whose gradients the backward pass takes, the attention's output first.
+    saved_inputs, saved_outputs: saved for the backward pass, which gets None for all others.
     """
 
     def __init__(
@@ -139,9 +138,9 @@ class Operator(Generic[Inputs, Outputs, Spec]):
         return operator
 
     def __call__(self, impl: str, inputs: Inputs, spec: Spec) -> Outputs:
-        """The outputs, by implementation `impl`.
+        """The outputs by implementation `impl`.
 
-        A plain call goes around the operator, whose dispatch costs more than a short call's work.
+        A plain call avoids the operator, because its dispatch takes longer than a short call.
         """
         if not is_plain_call(*inputs):
             results = self._mapped(*self.arguments(impl, inputs, spec))
@@ -161,7 +160,7 @@ class Operator(Generic[Inputs, Outputs, Spec]):
     def backward_arguments(
         self, impl: str, upstream: Outputs, inputs: Inputs, outputs: Outputs, spec: Spec
     ) -> list[Any]:
-        """And in that of `backward`."""
+        """A backward call's arguments in the order of the schema of `backward`."""
         sources = (
             (upstream, self._carriers),
             (inputs, self._saved_inputs),
@@ -170,7 +169,7 @@ class Operator(Generic[Inputs, Outputs, Spec]):
         tensors = [getattr(source, name) for source, names in sources for name in names]
         return [*tensors, *spec, impl]
 
-    # The operators themselves: `arguments` are those of the schemas.
+    # The functions behind the operators. `arguments` are those of the schemas.
 
     def _called(self, arguments: Sequence[Any]) -> tuple[Inputs, Spec, str]:
         n = len(self._input_names)
@@ -202,7 +201,7 @@ class Operator(Generic[Inputs, Outputs, Spec]):
         gradients = spec.new_gradients(inputs, outputs)  # type: ignore[attr-defined]
         return _returned([getattr(gradients, name) for name in self._differentiable], arguments[0])
 
-    # Differentiation by autograd: the same two functions outside and inside `torch.func`.
+    # Differentiation by autograd. The same two functions serve inside `torch.func`.
 
     def _save(self, ctx: Any, inputs: Sequence[Any], output: Any) -> None:
         self._keep(ctx, *self._called(inputs), self.outputs(*_several(output)))
@@ -221,7 +220,7 @@ class Operator(Generic[Inputs, Outputs, Spec]):
         found = self._mapped_backward(*self._backward_tensors(ctx, gradients), *ctx.spec, ctx.impl)
         return *self._input_gradients(ctx, _several(found)), *[None] * (len(self._options) + 1)
 
-    # And by autograd without the operators, in a plain call.
+    # Differentiation by autograd in a plain call, without the operators.
 
     def _run_eagerly(self, ctx: Any, *arguments: Any) -> Any:
         *tensors, spec, impl = arguments
@@ -233,26 +232,25 @@ class Operator(Generic[Inputs, Outputs, Spec]):
     def _differentiate_eagerly(self, ctx: Any, *gradients: Any) -> Any:
         arguments = [*self._backward_tensors(ctx, gradients), *ctx.spec, ctx.impl]
         tensors = arguments[: -1 - len(ctx.spec)]
-        plain = is_plain_call(*tensors) and not torch.is_grad_enabled()  # no gradient of this one
+        # With gradients enabled, this gradient may be differentiated again.
+        plain = is_plain_call(*tensors) and not torch.is_grad_enabled()
         found = (self._run_backward if plain else self._mapped_backward)(*arguments)
         return *self._input_gradients(ctx, _several(found)), None, None
 
     def _backward_tensors(self, ctx: Any, gradients: Sequence[Any]) -> list[Any]:
-        """The tensors of a call of `backward`."""
-        saved = ctx.saved_tensors  # once: checkpointing hands them out a single time
+        """The tensor arguments of a call of `backward`."""
+        saved = ctx.saved_tensors  # read only once: checkpointing allows no second read
         by_name = dict(zip(self._output_names, gradients, strict=True))
         dout, *rest = (by_name[name] for name in self._carriers)
         if dout is None:
             like = next(x for x in saved if x is not None)
             dout = like.new_zeros(ctx.out_shape, dtype=ctx.out_dtype)
-        if not getattr(
-            ctx.spec, "returns_state", True
-        ):  # a state that nobody wanted, whatever gradient came for it
+        if not getattr(ctx.spec, "returns_state", True):  # the call returned no state to users
             rest = [None] * len(rest)
         return [dout, *rest, *saved]
 
     def _input_gradients(self, ctx: Any, found: Sequence[Tensor]) -> list[Tensor | None]:
-        """One for every input, None where it has none."""
+        """The gradient of every input, None for inputs without one."""
         ours = dict(zip(self._differentiable, found, strict=True))
         wanted = zip(self._input_names, ctx.given, strict=True)
         return [ours.get(name) if given else None for name, given in wanted]
