@@ -291,8 +291,8 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     rate, bandwidth = library.multiply_rate(options.threads), copy_rate()
     print(
-        f"{options.threads} threads, {library.instructions()}: {rate / 1e9:.0f} GFLOP/s from"
-        f" registers, {bandwidth / 1e9:.0f} GB/s copying"
+        f"{options.threads} threads, {library.instruction_set_name()}: {rate / 1e9:.0f} GFLOP/s"
+        f" from registers, {bandwidth / 1e9:.0f} GB/s copying"
     )
     rows = (
         by_length(options.repeats) if options.lengths else table(options.repeats, rate, bandwidth)
@@ -302,7 +302,7 @@ def main() -> None:
         draw(rows, options.plot)
     hardware = {
         "threads": options.threads,
-        "instructions": library.instructions(),
+        "instructions": library.instruction_set_name(),
         "rate": rate,
         "copy": bandwidth,
     }

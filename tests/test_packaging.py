@@ -88,7 +88,7 @@ def test_nothing_is_compiled_on_windows(monkeypatch):
     monkeypatch.setattr(sys, "platform", "win32")
     with pytest.raises(CompileError, match="not built on Windows"):
         build_script["compiler"]()
-    assert library._load.__wrapped__() == (None, "its kernels are not built on Windows")
+    assert library._load_library.__wrapped__() == (None, "its kernels are not built on Windows")
 
 
 def test_metadata_for_an_index():

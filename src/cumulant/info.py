@@ -20,9 +20,9 @@ def facts() -> dict[str, str]:
         warnings.simplefilter("ignore")  # torch warns if NumPy is missing, which is not needed
         import torch
 
-    from .kernels.native.library import instructions, missing
+    from .kernels.native.library import instruction_set_name, missing_reason
 
-    obstacle = missing()
+    obstacle = missing_reason()
     return {
         "cumulant": __version__,
         "python": platform.python_version(),
@@ -34,7 +34,7 @@ def facts() -> dict[str, str]:
         "impl native": (
             f"does not work here: {obstacle}"
             if obstacle
-            else f"works: C++ on the CPU, {instructions()}"
+            else f"works: C++ on the CPU, {instruction_set_name()}"
         ),
         "impl triton": "not part of this version",
     }

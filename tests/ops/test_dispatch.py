@@ -81,8 +81,8 @@ def test_unknown_names_are_refused(case, monkeypatch):
 def test_nothing_native_runs_beside_attention(name, monkeypatch):
     """Neither single operations of a layer nor whole layers run natively."""
     monkeypatch.setenv("CUMULANT_IMPL", name)
-    monkeypatch.setattr(kernels, "call", None)
-    monkeypatch.setattr("cumulant.kernels.native.library.call", None)
+    monkeypatch.setattr(kernels, "call_library", None)
+    monkeypatch.setattr("cumulant.kernels.native.library.call_library", None)
     x = torch.randn(1, 128, 256)
     torch.testing.assert_close(swiglu(x, x), torch.nn.functional.silu(x) * x)
     layer = TaylorAttention(64, num_heads=4, conv_size=4).eval()

@@ -162,12 +162,12 @@ def test_empty_sequences(case: Case, impl: str, is_causal: bool, bounds: list[in
 
 NO_COLUMNS = """
 import torch
-from cumulant.kernels.operators.attention import attention
+from cumulant.kernels.operators.attention import call_attention
 from cumulant.kernels.spec import AttentionInputs, AttentionSpec
 for is_causal in (True, False):
     q, k, v = (torch.randn(1, 2, 20, d, requires_grad=True) for d in (3, 3, 0))
     spec = AttentionSpec(0, True, "elu", 1.0, True, is_causal, True, chunk=16, span=16)
-    out, *_, denominator = attention("native", AttentionInputs(q, k, v), spec)
+    out, *_, denominator = call_attention("native", AttentionInputs(q, k, v), spec)
     (out.sum() + denominator.sum()).backward()
     print(*out.shape, float(denominator.isfinite().all()), float(q.grad.isfinite().all()))
 """

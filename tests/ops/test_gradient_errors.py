@@ -97,7 +97,7 @@ def _by_complex(x: Tensor) -> Tensor:
         ),  # silu(x), and its product
         (lambda x, w: pointwise.rms_norm(x, w, 1e-6), _by_mean, [(2, 300, 16), (16,)], 1),
         (
-            lambda x, _: pointwise.turn(x[:, None], *_angles()),
+            lambda x, _: pointwise.rotate_pairs(x[:, None], *_angles()),
             lambda x, _: _by_complex(x),
             [(2, 300, 16), (1,)],
             1,

@@ -175,7 +175,9 @@ SMALL = {
     "swiglu": lambda *x: pointwise.swiglu(x[0], x[1]),
     "rms norm": lambda *x: pointwise.rms_norm(x[0], x[2][0, 0], 1e-6),
     "convolution": lambda *x: pointwise.short_convolution(x[0], x[2][0, :4]),
-    "turn": lambda *x: pointwise.turn(x[0].unflatten(-1, (4, -1)).transpose(1, 2), *angles(x[0])),
+    "turn": lambda *x: pointwise.rotate_pairs(
+        x[0].unflatten(-1, (4, -1)).transpose(1, 2), *angles(x[0])
+    ),
     "project": lambda *x: project.project(x[0], x[2][0]),
     "project, turned": lambda *x: project.project(
         x[0][:1].mT, x[2][0, :256, :300].T.contiguous().T

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from cumulant.kernels.native import library
-from cumulant.kernels.operators.attention import attention
-from cumulant.kernels.operators.elita import elita
+from cumulant.kernels.operators.attention import call_attention
+from cumulant.kernels.operators.elita import call_elita
 from cumulant.kernels.spec import AttentionInputs, AttentionSpec, ElitaInputs, ElitaSpec
 
 from .cases import inputs
@@ -19,7 +19,7 @@ structures = pytest.mark.parametrize("structure", library.STRUCTURES, ids=lambda
 
 def described() -> dict[str, str]:
     """The fields of each struct, as the compiled kernels report them."""
-    lines = library._layout(library.loaded()).splitlines()
+    lines = library._compiled_layout(library.loaded_library()).splitlines()
     return {line.split()[0]: line for line in lines}
 
 
@@ -42,7 +42,7 @@ def test_fields_that_change_places_are_noticed(structure, monkeypatch):
         other = type(structure.__name__, (ctypes.Structure,), {"_fields_": swapped})
         found = tuple(other if s is structure else s for s in library.STRUCTURES)
         monkeypatch.setattr(library, "STRUCTURES", found)
-        loaded, reason = library._load.__wrapped__()
+        loaded, reason = library._load_library.__wrapped__()
         assert loaded is None
         assert "compiled from another version" in reason
 
@@ -135,7 +135,7 @@ def arguments(**changes):
 )
 def test_what_does_not_fit_never_reaches_the_kernels(changes, message):
     with pytest.raises(ValueError, match=message):
-        attention(*arguments(**changes))
+        call_attention(*arguments(**changes))
 
 
 @pytest.mark.parametrize("bounds", [[0, 5, 3, 10], [1, 10], [0, 11], [-1, 10]])
@@ -144,7 +144,7 @@ def test_packed_offsets_that_do_not_fit_never_reach_the_kernels(bounds):
     with pytest.raises(
         ValueError, match="cu_seqlens: expected offsets that rise from 0 to at most 10"
     ):
-        attention(*arguments(**x, cu_seqlens=torch.tensor(bounds)))
+        call_attention(*arguments(**x, cu_seqlens=torch.tensor(bounds)))
 
 
 @pytest.mark.parametrize(
@@ -170,4 +170,4 @@ def test_elita_that_does_not_fit_never_reaches_the_kernels(changes, message):
     given |= {"span": 512} | changes
     spec = ElitaSpec(span=given.pop("span"), block=16)
     with pytest.raises(ValueError, match=message):
-        elita("native", ElitaInputs(**given), spec)
+        call_elita("native", ElitaInputs(**given), spec)

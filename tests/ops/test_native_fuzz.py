@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cumulant as cm
-from cumulant.kernels.operators.attention import attention
+from cumulant.kernels.operators.attention import call_attention
 from cumulant.kernels.spec import AttentionInputs, AttentionSpec
 
 from .cases import TOLERANCE, error
@@ -78,7 +78,7 @@ def test_fuzz(x):
     spec = AttentionSpec(
         x["order"], True, activation, 0.5, True, x["is_causal"], True, x["chunk"], x["span"]
     )
-    out, _, S, Z = attention("native", AttentionInputs(q, k, v, mask, bounds), spec)
+    out, _, S, Z = call_attention("native", AttentionInputs(q, k, v, mask, bounds), spec)
     wide = [y.detach().double().requires_grad_() for y in (q, k, v)]
     rest = {
         "is_causal": x["is_causal"],

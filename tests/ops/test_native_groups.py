@@ -17,9 +17,9 @@ pytestmark = pytest.mark.usefixtures("small_grains")
 
 def groups_of_a_hundred(rows: int, tokens: int, dtype: torch.dtype, monkeypatch, name: str):
     """Arguments of `mixed_chunk_attention` whose groups are longer than a block of the kernels."""
-    if not library.loaded().cumulant_supports(library.INSTRUCTIONS.index(name)):
+    if not library.loaded_library().cumulant_supports(library.INSTRUCTIONS.index(name)):
         pytest.skip(f"this machine has no {name}")
-    monkeypatch.setattr(library, "instructions", lambda: name)
+    monkeypatch.setattr(library, "instruction_set_name", lambda: name)
     torch.set_num_threads(4)  # twice the heads of one row: its columns are shared out, too
     torch.manual_seed(0)
     H, G, K, L, V, size = 4, 2, 17, 19, 150, 100

@@ -10,8 +10,8 @@ import torch
 
 import cumulant as cm
 from cumulant.kernels.native import library
-from cumulant.kernels.operators.attention import attention
-from cumulant.kernels.operators.elita import elita
+from cumulant.kernels.operators.attention import call_attention
+from cumulant.kernels.operators.elita import call_elita
 from cumulant.kernels.spec import AttentionInputs, AttentionSpec, ElitaInputs, ElitaSpec
 
 from .cases import TOLERANCE, error, inputs
@@ -27,9 +27,9 @@ pytestmark = pytest.mark.usefixtures("small_grains")
 @pytest.mark.parametrize("op", [linear, taylor, by_gates])
 def test_every_instruction_set_equals_float64(name, dtype, op, monkeypatch):
     """Outputs, sums and gradients, at widths that fill vectors and at widths that do not."""
-    if not library.loaded().cumulant_supports(library.INSTRUCTIONS.index(name)):
+    if not library.loaded_library().cumulant_supports(library.INSTRUCTIONS.index(name)):
         pytest.skip(f"this machine has no {name}")
-    monkeypatch.setattr(library, "instructions", lambda: name)
+    monkeypatch.setattr(library, "instruction_set_name", lambda: name)
     for K, V, T in ((16, 64, 130), (7, 19, 70), (3, 130, 65)):
         x = [y.requires_grad_() for y in inputs(1, 4, T, K, V, dtype=dtype)]
         exact = [y.detach().double().requires_grad_() for y in x]
@@ -45,7 +45,7 @@ def test_every_instruction_set_equals_float64(name, dtype, op, monkeypatch):
 
 
 def test_an_environment_variable_forces_an_instruction_set():
-    script = "from cumulant.kernels.native.library import instructions; print(instructions())"
+    script = "from cumulant.kernels.native import library; print(library.instruction_set_name())"
     assert run_script(script, CUMULANT_ISA="baseline").stdout.strip() == "baseline"
     failed = run_script(script, CUMULANT_ISA="avx1024")
     assert failed.returncode
@@ -57,9 +57,9 @@ def test_an_environment_variable_forces_an_instruction_set():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_rounding_to_half_precision_is_torchs(name, dtype, monkeypatch):
     """Every finite number of the format is kept, and ties between neighbours round alike."""
-    if not library.loaded().cumulant_supports(library.INSTRUCTIONS.index(name)):
+    if not library.loaded_library().cumulant_supports(library.INSTRUCTIONS.index(name)):
         pytest.skip(f"this machine has no {name}")
-    monkeypatch.setattr(library, "instructions", lambda: name)
+    monkeypatch.setattr(library, "instruction_set_name", lambda: name)
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     value = every.view(1, 1, -1, 1)
     # each token attends to itself alone: out = v
@@ -69,7 +69,9 @@ def test_rounding_to_half_precision_is_torchs(name, dtype, monkeypatch):
         torch.zeros(1, 1, len(every)),
     )
     alone = torch.ones(len(every), dtype=torch.bool)
-    out = elita("native", ElitaInputs(*logits, value, alone), ElitaSpec(span=512, block=16)).out
+    out = call_elita(
+        "native", ElitaInputs(*logits, value, alone), ElitaSpec(span=512, block=16)
+    ).out
     finite = every.isfinite()
     assert torch.equal(out[0, 0, finite, 0], every[finite])
     # numbers between two of the format: the sum of both, halved by attending to both
@@ -77,9 +79,9 @@ def test_rounding_to_half_precision_is_torchs(name, dtype, monkeypatch):
     bounds = torch.arange(0, pairs.shape[2] + 1, 2)
     key = torch.ones_like(pairs)
     spec = AttentionSpec(0, True, "identity", 1.0, True, True, False, chunk=64, span=512)
-    packed = attention("native", AttentionInputs(key, key, pairs, cu_seqlens=bounds), spec).out.to(
-        dtype
-    )
+    packed = call_attention(
+        "native", AttentionInputs(key, key, pairs, cu_seqlens=bounds), spec
+    ).out.to(dtype)
     middle = (pairs.float()[0, 0, ::2, 0] + pairs.float()[0, 0, 1::2, 0]) * 0.5
     assert torch.equal(packed[0, 0, 1::2, 0], middle.to(dtype))
 

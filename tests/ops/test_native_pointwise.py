@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from cumulant.kernels.native import pointwise as native
-from cumulant.kernels.native.library import INSTRUCTIONS, loaded
+from cumulant.kernels.native.library import INSTRUCTIONS, loaded_library
 from cumulant.ops import pointwise as ops
 
 sizes, lengths, rows = st.integers(1, 70), st.integers(1, 40), st.integers(1, 4)
@@ -27,10 +27,10 @@ def _always_native(monkeypatch):
 @pytest.fixture
 def calls(monkeypatch):
     """Names of the native operations that ran."""
-    found, run = [], native._run
+    found, run = [], native._run_pointwise
     monkeypatch.setattr(
         native,
-        "_run",
+        "_run_pointwise",
         lambda operation, *a, **k: (found.append(operation), run(operation, *a, **k)),
     )
     return found
@@ -96,7 +96,7 @@ def test_rms_norm(B, T, n, weighted, eps):
 def test_short_convolution(B, T, n, taps, before, packed):
     x, w, tail = draw((B, T, n), (taps, n), (B, taps - 1, n))
     places = torch.arange(T) - torch.arange(T) // 7 * 7 if packed else None  # sequences of 7
-    check(ops.short_convolution, ops._convolution, x, w, tail if before else None, places)
+    check(ops.short_convolution, ops._convolution_formula, x, w, tail if before else None, places)
 
 
 @settings(max_examples=50, deadline=None)
@@ -115,11 +115,12 @@ def test_turn(B, T, heads, half, own, inside, back):
     (angle,) = draw((B, T, half) if own else (T, half), seed=1)
     cosine, sine = angle.cos(), angle.sin()
     check(
-        lambda x: ops.turn(x, cosine, sine, back), lambda x: ops._turned(x, cosine.double(),
-        sine.double(), back), x
-    )  # fmt: skip
-    turned = ops.turn(x, cosine, sine, back)
-    torch.testing.assert_close(ops.turn(turned, cosine, sine, not back), x)
+        lambda x: ops.rotate_pairs(x, cosine, sine, back),
+        lambda x: ops._rotation_formula(x, cosine.double(), sine.double(), back),
+        x,
+    )
+    turned = ops.rotate_pairs(x, cosine, sine, back)
+    torch.testing.assert_close(ops.rotate_pairs(turned, cosine, sine, not back), x)
     if inside and T > 1 and heads > 1:
         assert turned.transpose(1, 2).is_contiguous()
 
@@ -140,7 +141,7 @@ def test_long_sums_and_threads(threads):
             w,
             tolerance=1e-6,
         )
-        check(ops.short_convolution, ops._convolution, x, c, None, None, tolerance=1e-6)
+        check(ops.short_convolution, ops._convolution_formula, x, c, None, None, tolerance=1e-6)
     finally:
         torch.set_num_threads(before)
 
@@ -149,7 +150,7 @@ def test_slices_of_wider_tensors(calls):
     """Rows that are not contiguous are read without a copy."""
     (wide,) = draw((2, 30, 50))
     x, w = wide[:, 3:20, 7:27], draw((4, 20))[0]
-    check(ops.short_convolution, ops._convolution, x, w, None, None)
+    check(ops.short_convolution, ops._convolution_formula, x, w, None, None)
     check(lambda x: ops.rms_norm(x, None, 1e-6), lambda x: F.rms_norm(x, (20,), None, 1e-6), x)
     assert calls == ["convolve_forward", "convolve_backward", "rmsnorm_forward", "rmsnorm_backward"]
 
@@ -159,7 +160,7 @@ CASES = {
     "swiglu": (ops.swiglu, [(1, 4, 6), (1, 4, 6)]),
     "rms_norm": (lambda x, w: ops.rms_norm(x, w, 1e-3), [(1, 4, 6), (6,)]),
     "short_convolution": (ops.short_convolution, [(1, 5, 6), (3, 6), (1, 2, 6)]),
-    "turn": (lambda x: ops.turn(x, *ANGLES), [(1, 2, 4, 6)]),
+    "turn": (lambda x: ops.rotate_pairs(x, *ANGLES), [(1, 2, 4, 6)]),
 }
 
 
@@ -216,25 +217,25 @@ def test_nothing_at_all():
     assert native.convolve(empty, torch.ones(3, 6), None, None).shape == empty.shape
     gradients = native.convolve_backward(empty, torch.ones(3, 6), torch.zeros(2, 2, 6), None, empty)
     assert not gradients[1].any()
-    assert native.turn(
+    assert native.rotate_pairs(
         torch.zeros(2, 3, 0, 6), torch.zeros(0, 3), torch.zeros(0, 3), False
     ).shape == (2, 3, 0, 6)
 
 
 DEPENDENT = {
-    "swiglu": (lambda x: ops.swiglu(x, 2 * x), lambda x: ops._swiglu(x, 2 * x)),
-    "the same twice": (lambda x: ops.swiglu(x, x), lambda x: ops._swiglu(x, x)),
+    "swiglu": (lambda x: ops.swiglu(x, 2 * x), lambda x: ops._swiglu_formula(x, 2 * x)),
+    "the same twice": (lambda x: ops.swiglu(x, x), lambda x: ops._swiglu_formula(x, x)),
     "rms_norm": (
         lambda x: ops.rms_norm(x, x.mean((0, 1)), 1e-3),
         lambda x: F.rms_norm(x, x.shape[-1:], x.mean((0, 1)), 1e-3),
     ),
     "short_convolution": (
         lambda x: ops.short_convolution(x, x[0, :3], x[:, -2:].tanh()),
-        lambda x: ops._convolution(x, x[0, :3], x[:, -2:].tanh(), None),
+        lambda x: ops._convolution_formula(x, x[0, :3], x[:, -2:].tanh(), None),
     ),
     "turn": (
-        lambda x: ops.turn(x[None], *ANGLES),
-        lambda x: ops._turned(x[None], *(a.to(x.dtype) for a in ANGLES), False),
+        lambda x: ops.rotate_pairs(x[None], *ANGLES),
+        lambda x: ops._rotation_formula(x[None], *(a.to(x.dtype) for a in ANGLES), False),
     ),
 }  # fmt: skip
 
@@ -299,7 +300,9 @@ def test_shapes_that_only_broadcast():
         ops.short_convolution(x, w, tail)
     (heads,) = draw((2, 3, 4, 6))
     cosine, sine = (a[None] for a in ANGLES)
-    torch.testing.assert_close(ops.turn(heads, cosine, sine), ops.turn(heads, *ANGLES))
+    torch.testing.assert_close(
+        ops.rotate_pairs(heads, cosine, sine), ops.rotate_pairs(heads, *ANGLES)
+    )
 
 
 def test_bad_input_does_not_reach_the_kernels():
@@ -311,7 +314,7 @@ def test_bad_input_does_not_reach_the_kernels():
         lambda: native.convolve(x, torch.zeros(3, 5), None, None),
         lambda: native.convolve(x, torch.zeros(3, 6), torch.zeros(1, 3, 6), None),
         lambda: native.convolve(x, torch.zeros(3, 6), None, torch.zeros(3, dtype=torch.int64)),
-        lambda: native.turn(x[None], torch.zeros(4, 2), torch.zeros(4, 2), False),
+        lambda: native.rotate_pairs(x[None], torch.zeros(4, 2), torch.zeros(4, 2), False),
     ):
         with pytest.raises(ValueError, match="expected"):
             call()
@@ -319,7 +322,7 @@ def test_bad_input_does_not_reach_the_kernels():
 
 @pytest.mark.parametrize("isa", INSTRUCTIONS)
 def test_every_instruction_set(isa):
-    if not loaded().cumulant_supports(INSTRUCTIONS.index(isa)):
+    if not loaded_library().cumulant_supports(INSTRUCTIONS.index(isa)):
         pytest.skip(f"this machine has no {isa}")
     tests = [
         f"{__file__}::{name}"

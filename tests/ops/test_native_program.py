@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 import cumulant as cm
-from cumulant.kernels.native.library import INSTRUCTIONS, loaded
+from cumulant.kernels.native.library import INSTRUCTIONS, loaded_library
 from cumulant.kernels.native.program import Program, Unsuitable
 from cumulant.nn import RotaryEmbedding
 
@@ -26,7 +26,7 @@ def tensors(seed, *shapes):
 
 
 def run(program, output, x, states=(), position=None):
-    program.end(output)
+    program.set_output(output)
     y, after = program.run(x, states, position)
     assert all(
         new.data_ptr() != old.data_ptr() or old.numel() == 0 for new, old in zip(after, states)
@@ -233,16 +233,16 @@ def test_what_cannot_be_is_refused():
     with pytest.raises(Unsuitable):
         p.attend(a, b, c, 2, 1, order=0, activation="softmax", **options)
     p.rotate(p.input, 4, 100.0)
-    p.end(p.input)
+    p.set_output(p.input)
     with pytest.raises(ValueError, match="position"):
         p.run(torch.zeros(1, 8), [], None)
 
 
 def test_states_must_fit():
     p = Program(6)
-    p.end(p.convolve(p.input, torch.randn(3, 6)))
+    p.set_output(p.convolve(p.input, torch.randn(3, 6)))
     x, state = torch.zeros(2, 6), torch.zeros(2, 2, 6)
-    assert p.suits(x, [state])
+    assert p.accepts_states(x, [state])
     for wrong in (
         [],
         [state, state],
@@ -252,12 +252,12 @@ def test_states_must_fit():
         [state.mT.contiguous().mT],
         [state.to("meta")],
     ):
-        assert not p.suits(x, wrong)
+        assert not p.accepts_states(x, wrong)
 
 
 @pytest.mark.parametrize("isa", INSTRUCTIONS)
 def test_every_instruction_set(isa):
-    if not loaded().cumulant_supports(INSTRUCTIONS.index(isa)):
+    if not loaded_library().cumulant_supports(INSTRUCTIONS.index(isa)):
         pytest.skip(f"this machine has no {isa}")
     tests = [
         f"{__file__}::{name}"

@@ -44,7 +44,7 @@ QUICK = ("strided", "expanded")
 
 def check(operator: Operator[Any, Any, Any], *call: Any) -> None:
     """Schema, fake kernels, autograd and AOT dispatch agree with the implementation."""
-    torch.library.opcheck(operator.forward, operator.arguments(*call))
+    torch.library.opcheck(operator.forward, operator.forward_arguments(*call))
 
 
 def tensor(shape: tuple[int, ...], layout: str, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -160,7 +160,7 @@ def test_operators_are_what_they_promise(name: str, layout: str):
         check(operator, impl, inputs, spec)
         with torch.no_grad():
             inputs = type(inputs)(*(x if x is None else x.detach() for x in inputs))
-            found = operator.forward(*operator.arguments(impl, inputs, spec))
+            found = operator.forward(*operator.forward_arguments(impl, inputs, spec))
             outputs = operator.outputs(*(found if isinstance(found, tuple) else (found,)))
             first, *rest = outputs
             upstream = (

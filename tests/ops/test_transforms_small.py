@@ -51,7 +51,7 @@ ROWS: dict[
         ((2, 128, 64), (64,)),
     ),
     "convolution": (pointwise.short_convolution, convolved, ((2, 128, 64), (4, 64))),
-    "turn": (lambda x: pointwise.turn(x, *angles(64, 8)), turned, ((2, 8, 64, 16),)),
+    "turn": (lambda x: pointwise.rotate_pairs(x, *angles(64, 8)), turned, ((2, 8, 64, 16),)),
     "project": (project, torch.nn.functional.linear, ((2, 200, 64), (128, 64), (128,))),
     "bilinear": (
         bilinear,

@@ -23,13 +23,13 @@ BACKENDS = {"native": native, "torch": pytorch}
 _sought: set[tuple[str, str]] = set()
 
 
-def implementation(impl: str, operation: str) -> Any:
+def load_implementation(impl: str, operation: str) -> Any:
     """An implementation's module for an operation, imported on first use; None if it has none."""
-    _import(impl, operation)
+    _import_once(impl, operation)
     return getattr(BACKENDS[impl], operation, None)
 
 
-def _import(impl: str, operation: str) -> None:
+def _import_once(impl: str, operation: str) -> None:
     if (impl, operation) not in _sought:
         name = f"{BACKENDS[impl].__name__}.{operation}"
         if find_spec(name) is not None:
@@ -39,4 +39,4 @@ def _import(impl: str, operation: str) -> None:
 
 # This is what torch.compiler.assume_constant_result does; calling it would import all of
 # torch.compile with this file.
-_import._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_import_once._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -27,7 +27,7 @@ from transformers.cache_utils import (
 )
 
 from ..nn import KeyValueState
-from ..ops.state import State, register
+from ..ops.state import State, register_state
 from .config import CumulantConfig
 
 MARGIN = 32  # tokens that another `crop` can remove, after a first one
@@ -284,7 +284,7 @@ class ModelState(State):
     position: Tensor
 
 
-register(ModelState)
+register_state(ModelState)
 
 
 def export_state(cache: Cache) -> ModelState:

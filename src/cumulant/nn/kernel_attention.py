@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..ops.state import LinearState, State, register
+from ..ops.state import LinearState, State, register_state
 from ..ops.step import Unsuitable, Vector
 from .checks import (
     check_count,
@@ -56,7 +56,7 @@ class KernelAttentionState(State):
         return self.sums.position
 
 
-register(KernelAttentionState)
+register_state(KernelAttentionState)
 
 
 class _LocalRows(NamedTuple):

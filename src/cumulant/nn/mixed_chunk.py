@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..ops.checks import check_group_size
 from ..ops.mixed_chunk import mixed_chunk_attention
-from ..ops.state import MixedChunkState, State, register
+from ..ops.state import MixedChunkState, State, register_state
 from .checks import check_input, check_state, check_state_tensor
 from .gated_unit import GatedUnit
 from .padding import token_positions
@@ -31,7 +31,7 @@ class MixedChunkAttentionState(State):
         return self.groups.position
 
 
-register(MixedChunkAttentionState)
+register_state(MixedChunkAttentionState)
 
 
 class MixedChunkAttention(GatedUnit):

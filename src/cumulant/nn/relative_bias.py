@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ..ops.dispatch import plainly_called
+from ..ops.dispatch import no_transform_active
 from .checks import check_count, check_counts, check_positions
 
 
@@ -96,7 +96,7 @@ class T5RelativePositionBias(nn.Module):
             ).movedim(-1, 0)
             return bias
         values = self.embedding(self._distance_buckets(queries, keys, device)).mT * self.scale
-        if torch.compiler.is_compiling() or not plainly_called():
+        if torch.compiler.is_compiling() or not no_transform_active():
             # unfold would fix the length of a graph, and torch.func cannot map it
             first = torch.arange(queries - 1, -1, -1, device=values.device)
             bias = values[:, first[:, None] + torch.arange(keys, device=values.device)]
@@ -116,7 +116,7 @@ class T5RelativePositionBias(nn.Module):
         # a tensor made in inference mode could not be used in training later
         with torch.inference_mode(False):
             found = self.buckets(torch.arange(queries + keys - 1, device=device) - (keys - 1))
-        if type(found) is Tensor and not compiling and plainly_called():
+        if type(found) is Tensor and not compiling and no_transform_active():
             self._kept = (queries, keys, device), found
         return found
 

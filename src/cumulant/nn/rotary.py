@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..ops.pointwise import turn
+from ..ops.pointwise import rotate_pairs
 from .checks import check_count, check_floats, check_positions
 from .step import known_to_programs
 
@@ -47,14 +47,14 @@ class RotaryEmbedding(nn.Module):
     def forward(self, x: Tensor, position: Tensor) -> Tensor:
         """``x [B, H, T, dim]`` at ``position [T]`` or ``[B, T]``."""
         self._check_input(x, position, "x")
-        return turn(x, *self.angles(position))
+        return rotate_pairs(x, *self.angles(position))
 
     def both(self, query: Tensor, key: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
         """Queries and keys at the same positions."""
         self._check_input(query, position, "query")
         self._check_input(key, position, "key")
         cosine, sine = self.angles(position)
-        return turn(query, cosine, sine), turn(key, cosine, sine)
+        return rotate_pairs(query, cosine, sine), rotate_pairs(key, cosine, sine)
 
     def _check_input(self, x: Tensor, position: Tensor, name: str) -> None:
         check_floats(x, "[B, H, T, dim]", name)

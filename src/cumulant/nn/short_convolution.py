@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.pointwise import short_convolution
-from ..ops.state import State, register
+from ..ops.state import State, register_state
 from ..ops.step import Vector
 from .checks import (
     check_counts,
@@ -123,7 +123,7 @@ class ConvolutionState(State):
     position: Tensor
 
 
-register(ConvolutionState)
+register_state(ConvolutionState)
 
 
 @known_to_programs

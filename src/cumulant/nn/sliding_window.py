@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..ops.dispatch import exports_to_onnx, plainly_called
+from ..ops.dispatch import exports_to_onnx, no_transform_active
 from ..ops.state import KeyValueState
 from .checks import check_count
 from .padding import compact_rows, restore_rows
@@ -146,6 +146,6 @@ def _gather_windows(x: Tensor, index: Tensor, step: int) -> Tensor:
 
     ``index [windows, size]`` holds each window's tokens. Windows start every `step` tokens.
     """
-    if torch.compiler.is_compiling() or plainly_called():
+    if torch.compiler.is_compiling() or no_transform_active():
         return x.unfold(2, index.shape[1], step).mT
     return x[:, :, index]  # torch.func cannot map the gradients of unfold

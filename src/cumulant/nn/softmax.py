@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..ops.dispatch import plainly_called
+from ..ops.dispatch import no_transform_active
 from ..ops.state import KeyValueState
 from .checks import (
     check_counts,
@@ -27,7 +27,7 @@ from .rotary import RotaryEmbedding
 
 def attend_softmax(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
     """SDPA with grouped heads. For tangents and under vmap it runs as a formula, not a kernel."""
-    if torch.compiler.is_compiling() or plainly_called():
+    if torch.compiler.is_compiling() or no_transform_active():
         return F.scaled_dot_product_attention(query, key, value, enable_gqa=True, **options)
     with sdpa_kernel(SDPBackend.MATH):
         return F.scaled_dot_product_attention(query, key, value, enable_gqa=True, **options)

@@ -148,7 +148,7 @@ class CompiledStep:
         builder = StepBuilder(dim)
         self.program: Program | None = builder.program
         try:
-            self.program.end(emit(module, builder, self.program.input, None))
+            self.program.set_output(emit(module, builder, self.program.input, None))
         except Unsuitable:
             self.program = None
         self._modules = [ref(m) for m in builder.modules]
@@ -249,7 +249,7 @@ def step(
     if compiled is None or not compiled.is_current():
         compiled = programs[key] = CompiledStep(module, emit, x.shape[-1])
     program = compiled.program
-    if program is None or compiled.has_hooks() or not program.suits(x, states):
+    if program is None or compiled.has_hooks() or not program.accepts_states(x, states):
         return None
     if position is not None:
         if not isinstance(position, Tensor):

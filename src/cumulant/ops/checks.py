@@ -30,11 +30,11 @@ class Sizes(NamedTuple):
     V: int
 
 
-def _show(x: object) -> str:
+def _show_shape(x: object) -> str:
     return str(list(x.shape)) if isinstance(x, Tensor) else type(x).__name__
 
 
-def _shape(part: object) -> tuple[int, ...] | None:
+def _shape_of(part: object) -> tuple[int, ...] | None:
     return tuple(part.shape) if isinstance(part, Tensor) else None
 
 
@@ -63,8 +63,8 @@ def check_attention(
             raise TypeError(f"{name}: expected a tensor {letters}, got {type(x).__name__}")
         if x.dim() != 4:
             raise ValueError(
-                f"{name}: expected {letters}, got {_show(x)}; heads are the second dimension, as in"
-                " SDPA"
+                f"{name}: expected {letters}, got {_show_shape(x)}; heads are the second dimension,"
+                " as in SDPA"
             )
         if x.dtype not in FLOATS:
             raise TypeError(f"{name}: expected fp16, bf16, fp32 or fp64, got {x.dtype}")
@@ -77,18 +77,20 @@ def check_attention(
     G, S, V = key.shape[1], key.shape[2], value.shape[3]
     if key.shape[0] != B or key.shape[3] != K:
         raise ValueError(
-            f"{second}: expected [B, G, S, K] with B={B}, K={K} as in {first}, got {_show(key)}"
+            f"{second}: expected [B, G, S, K] with B={B}, K={K} as in {first}, got"
+            f" {_show_shape(key)}"
         )
     if value.shape[:3] != key.shape[:3]:
         raise ValueError(
-            f"value: expected [B, G, S, V] = [{B}, {G}, {S}, V] as in {second}, got {_show(value)}"
+            f"value: expected [B, G, S, V] = [{B}, {G}, {S}, V] as in {second}, got"
+            f" {_show_shape(value)}"
         )
     if G == 0 or H % G:
         raise ValueError(
             f"{second}: the {G} key/value heads (G) must divide the {H} query heads (H)"
         )
     if K == 0:
-        raise ValueError(f"{first}: expected [B, H, T, K] with K >= 1, got {_show(query)}")
+        raise ValueError(f"{first}: expected [B, H, T, K] with K >= 1, got {_show_shape(query)}")
     if is_causal and T != S:
         raise ValueError(
             f"key: causal attention needs as many keys as queries (S = T), got T={T}, S={S}; "
@@ -112,7 +114,7 @@ def check_key_mask(
             f"{name}: expected a boolean tensor [B, S], True = attend, got {got}; try {name}.bool()"
         )
     if key_mask.shape != (B, S):
-        raise ValueError(f"{name}: expected [B, S] = [{B}, {S}], got {_show(key_mask)}")
+        raise ValueError(f"{name}: expected [B, S] = [{B}, {S}], got {_show_shape(key_mask)}")
     if key_mask.device != device:
         raise ValueError(f"{name}: expected on {device} like query, got {key_mask.device}")
 
@@ -124,7 +126,7 @@ def check_cu_seqlens(cu_seqlens: Tensor, B: int, T: int, S: int, device: torch.d
         raise TypeError(f"cu_seqlens: expected an int32 or int64 tensor [N + 1], got {got}")
     if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2:
         raise ValueError(
-            f"cu_seqlens: expected [N + 1] with N >= 1 sequences, got {_show(cu_seqlens)}"
+            f"cu_seqlens: expected [N + 1] with N >= 1 sequences, got {_show_shape(cu_seqlens)}"
         )
     if B != 1 or T != S:
         raise ValueError(
@@ -152,7 +154,7 @@ def check_position(position: object, rows: int, device: torch.device) -> None:
         )
     if position.dtype != torch.int64:
         raise TypeError(
-            f"{letters}, got {list(position.shape)} {_dtype(position)}; convert it with"
+            f"{letters}, got {list(position.shape)} {_dtype_name(position)}; convert it with"
             " position.long()"
         )
     if position.dim() != 1 or position.shape[0] != rows:
@@ -163,7 +165,7 @@ def check_position(position: object, rows: int, device: torch.device) -> None:
         raise TypeError(f"{letters}, got one on {position.device}; move it with state.to(device)")
 
 
-def _dtype(x: Tensor) -> str:
+def _dtype_name(x: Tensor) -> str:
     return str(x.dtype).removeprefix("torch.")
 
 
@@ -178,14 +180,18 @@ def check_linear_state(
             f"state: expected a LinearState from return_state=True, got {type(state).__name__}"
         )
     expected = (N, sizes.G, F, sizes.V)
-    if _shape(state.numerator) != expected:
+    if _shape_of(state.numerator) != expected:
         raise ValueError(
             f"state: expected numerator [B, G, F, V] = {list(expected)}, got"
-            f" {_show(state.numerator)}; the state comes from another batch, head layout, order or"
-            " feature map"
+            f" {_show_shape(state.numerator)}; the state comes from another batch, head layout,"
+            " order or feature map"
         )
-    if normalize and _shape(state.denominator) != expected[:3]:
-        got = "None (normalize=False)" if state.denominator is None else _show(state.denominator)
+    if normalize and _shape_of(state.denominator) != expected[:3]:
+        got = (
+            "None (normalize=False)"
+            if state.denominator is None
+            else _show_shape(state.denominator)
+        )
         raise ValueError(f"state: expected denominator [B, G, F] = {list(expected[:3])}, got {got}")
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     if state.numerator.dtype != dtype or state.numerator.device != query.device:
@@ -196,14 +202,14 @@ def check_linear_state(
     if (
         normalize
         and state.denominator is not None
-        and not _alike(state.denominator, state.numerator)
+        and not _share_dtype_and_device(state.denominator, state.numerator)
     ):
         got = f"{state.denominator.dtype} on {state.denominator.device}"
         raise TypeError(f"state: expected denominator in {dtype} on {query.device}, got {got}")
     check_position(state.position, N, query.device)
 
 
-def _alike(x: Tensor, y: Tensor) -> bool:
+def _share_dtype_and_device(x: Tensor, y: Tensor) -> bool:
     return x.dtype == y.dtype and x.device == y.device
 
 
@@ -247,10 +253,10 @@ def check_bias(
         raise TypeError(f"bias: expected a floating tensor {letters} on {query.device}, got {got}")
     if (static or not torch.compiler.is_compiling()) and tuple(bias.shape) not in shapes:
         expected = " or ".join(str(list(shape)) for shape in dict.fromkeys(shapes))
-        raise ValueError(f"bias: expected {letters} = {expected}, got {_show(bias)}")
+        raise ValueError(f"bias: expected {letters} = {expected}, got {_show_shape(bias)}")
 
 
-def check_parts(
+def check_state_tensors(
     state: State | None,
     kind: type[State],
     expected: Mapping[str, tuple[int, ...]],
@@ -269,10 +275,10 @@ def check_parts(
         )
     for name, shape in expected.items():
         part = getattr(state, name)
-        if _shape(part) != shape:
+        if _shape_of(part) != shape:
             raise ValueError(
-                f"state: expected {name} {list(shape)}, got {_show(part)}; the state comes from"
-                " another batch, head layout or group size"
+                f"state: expected {name} {list(shape)}, got {_show_shape(part)}; the state comes"
+                " from another batch, head layout or group size"
             )
         if (dtype is not None and part.dtype != dtype) or part.device != query.device:
             raise TypeError(

@@ -9,11 +9,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..kernels import reference
-from ..kernels.operators.attention import attention
+from ..kernels.operators.attention import call_attention
 from ..kernels.spec import AttentionInputs, AttentionOutputs, AttentionSpec
 from ..kernels.transforms import without_autocast
 from .dispatch import Plan
-from .feature_maps import elementwise
+from .feature_maps import apply_elementwise
 from .state import ElitaState, LinearState, MixedChunkState
 
 
@@ -33,14 +33,15 @@ def attention_inputs(
     return AttentionInputs(query, key, value, key_mask, cu_seqlens, numerator, denominator)
 
 
-def attend(
+def run_plan(
     plan: Plan[AttentionSpec], inputs: AttentionInputs, state: LinearState | None
 ) -> tuple[Tensor, LinearState]:
     """Output ``[B, H, T, V]`` in query's dtype, and the state after these keys.
 
     state: the state before these keys. The new state's sums are empty if the plan returns none.
     """
-    found = _reference(plan.spec, inputs) if plan.impl == "reference" else _run(plan, inputs)
+    by_reference = plan.impl == "reference"
+    found = _run_reference(plan.spec, inputs) if by_reference else _run_kernel(plan, inputs)
     denominator = found.final_denominator if plan.spec.normalize else None
     position = count_tokens(inputs.key, inputs.key_mask, inputs.cu_seqlens, state)
     return found.out.to(inputs.query.dtype), LinearState(
@@ -48,24 +49,24 @@ def attend(
     )
 
 
-def _run(plan: Plan[AttentionSpec], inputs: AttentionInputs) -> AttentionOutputs:
+def _run_kernel(plan: Plan[AttentionSpec], inputs: AttentionInputs) -> AttentionOutputs:
     if inputs.value.shape[3] > 0:
-        return attention(plan.impl, inputs, plan.spec)
+        return call_attention(plan.impl, inputs, plan.spec)
     # Kernels need at least one channel, so one of zeros is added here and removed below.
     numerator = None if inputs.numerator is None else pad(inputs.numerator, (0, 1))
-    found = attention(
+    found = call_attention(
         plan.impl, inputs._replace(value=pad(inputs.value, (0, 1)), numerator=numerator), plan.spec
     )
     return found._replace(out=found.out[..., :0], final_numerator=found.final_numerator[..., :0])
 
 
-def _reference(spec: AttentionSpec, inputs: AttentionInputs) -> AttentionOutputs:
+def _run_reference(spec: AttentionSpec, inputs: AttentionInputs) -> AttentionOutputs:
     query_features = None
     if spec.order:
         features = reference.taylor_features(spec.order, spec.constant_term)
         similarity = reference.taylor_similarity(spec.order, spec.constant_term)
     else:
-        features = partial(elementwise, spec.activation)
+        features = partial(apply_elementwise, spec.activation)
         query_features = (
             reference.level_features(features, spec.activation == "elu")
             if spec.normalize

@@ -21,7 +21,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from ..kernels.backends import BACKENDS, implementation
+from ..kernels.backends import BACKENDS, load_implementation
 from ..kernels.native import library
 from ..kernels.transforms import needs_formula, transformed
 
@@ -44,7 +44,7 @@ class Choice:
         return f"{self.impl}: {self.reason}"
 
 
-def automatic() -> str:
+def default_implementation() -> str:
     """The implementation that "auto" stands for: CUMULANT_IMPL if set, else "auto".
 
     An export to ONNX uses "reference", unless CUMULANT_IMPL names another one.
@@ -52,14 +52,14 @@ def automatic() -> str:
     name = os.environ[VARIABLE] if _environment.get(_key) else "auto"
     if name not in ("auto", *BACKENDS, "reference"):
         raise ValueError(
-            f"{VARIABLE}: expected {_listed('auto', *BACKENDS, 'reference')}, got {name!r}"
+            f"{VARIABLE}: expected {_quote_names('auto', *BACKENDS, 'reference')}, got {name!r}"
         )
     return "reference" if name == "auto" and exports_to_onnx() else name
 
 
 # This is what torch.compiler.assume_constant_result does; calling it would import all of
 # torch.compile with this file.
-automatic._dynamo_marked_constant = True  # type: ignore[attr-defined]
+default_implementation._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def exports_to_onnx() -> bool:
@@ -71,28 +71,26 @@ def exports_to_onnx() -> bool:
 exports_to_onnx._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _listed(*names: str) -> str:
+def _quote_names(*names: str) -> str:
     quoted = [repr(name) for name in names]
     return f"{', '.join(quoted[:-1])} or {quoted[-1]}"
 
 
-def resolve(impl: str, obstacles: Mapping[str, str]) -> str:
+def resolve_implementation(impl: str, obstacles: Mapping[str, str]) -> str:
     """The implementation that `impl` or CUMULANT_IMPL names, or an error if it cannot run.
 
     obstacles: why each implementation cannot run; empty for those that can.
     """
     name = "impl"
     if impl == "auto":
-        name, impl = VARIABLE, automatic()
+        name, impl = VARIABLE, default_implementation()
     if impl in BACKENDS and exports_to_onnx():
         raise ValueError(
             f"{name}: {impl!r} runs operators that ONNX does not know; use 'auto' or 'reference'"
         )
     if impl not in (*BACKENDS, "reference", *PLANNED):
-        raise ValueError(
-            f"{name}: expected {_listed('auto', 'reference', *reversed(BACKENDS), *PLANNED)}, got"
-            f" {impl!r}"
-        )
+        choices = _quote_names("auto", "reference", *reversed(BACKENDS), *PLANNED)
+        raise ValueError(f"{name}: expected {choices}, got {impl!r}")
     obstacle = obstacles.get(impl, "is not part of this version of cumulant")
     if not obstacle:
         return str(impl)
@@ -114,26 +112,26 @@ class Plan(Generic[Spec]):
 
 def make_plan(operation: str, impl: str, inputs: Any, spec: Spec) -> Plan[Spec]:
     """Plan one call of an operation, which implementations have in the module `operation`."""
-    if impl == "auto" and automatic() == "auto":
-        chosen = _fastest(operation, inputs, spec)
+    if impl == "auto" and default_implementation() == "auto":
+        chosen = _fastest_implementation(operation, inputs, spec)
     else:
-        chosen = resolve(impl, _obstacles(operation, inputs, spec))
-    module = None if chosen == "reference" else implementation(chosen, operation)
+        chosen = resolve_implementation(impl, _find_obstacles(operation, inputs, spec))
+    module = None if chosen == "reference" else load_implementation(chosen, operation)
     plan = Plan(chosen, spec if module is None else module.prepared(inputs, spec))
-    if type(impl) is _Question:
+    if type(impl) is _PlanRequest:
         work = (
             "the quadratic form, T x S weights"
             if module is None
             else module.describe(inputs, plan.spec)
         )
-        raise _Answer(Choice(chosen, f"{_wish(impl)}: {work}"))
+        raise _PlannedChoice(Choice(chosen, f"{_choice_reason(impl)}: {work}"))
     return plan
 
 
-def _fastest(operation: str, inputs: Any, spec: Any) -> str:
+def _fastest_implementation(operation: str, inputs: Any, spec: Any) -> str:
     """The first implementation that can run the call and knows of no faster one."""
     for name in BACKENDS:
-        module = implementation(name, operation)
+        module = load_implementation(name, operation)
         if module is None or module.obstacle(inputs, spec):
             continue
         if not hasattr(module, "slower") or not module.slower(inputs, spec):
@@ -141,11 +139,11 @@ def _fastest(operation: str, inputs: Any, spec: Any) -> str:
     return "reference"
 
 
-def _obstacles(operation: str, inputs: Any, spec: Any) -> dict[str, str]:
+def _find_obstacles(operation: str, inputs: Any, spec: Any) -> dict[str, str]:
     """Why each implementation cannot run the call; empty for those that can."""
     found = {}
     for name in BACKENDS:
-        module = implementation(name, operation)
+        module = load_implementation(name, operation)
         if module is None:
             found[name] = f"this operation has no {name} kernels"
             continue
@@ -154,17 +152,19 @@ def _obstacles(operation: str, inputs: Any, spec: Any) -> dict[str, str]:
     return found
 
 
-def _wish(impl: str) -> str:
+def _choice_reason(impl: str) -> str:
     if impl != "auto":
         return "asked for"
-    return f"asked for by {VARIABLE}" if automatic() != "auto" else "the fastest available here"
+    if default_implementation() != "auto":
+        return f"asked for by {VARIABLE}"
+    return "the fastest available here"
 
 
-class _Question(str):
+class _PlanRequest(str):
     """An `impl` that asks for the plan of a call instead of its result."""
 
 
-class _Answer(Exception):
+class _PlannedChoice(Exception):
     """Carries the choice of a planned call to `explain`."""
 
     def __init__(self, choice: Choice):
@@ -180,7 +180,7 @@ def operation(op: Operation) -> Operation:
     return op
 
 
-def plainly_called() -> bool:
+def no_transform_active() -> bool:
     """Whether no transform is active: no `torch.func`, no mapping, no forward-mode derivatives.
 
     Kernels without rules for transforms may then run, and results may be cached for later calls.
@@ -193,7 +193,7 @@ def native_by_default(x: Tensor) -> bool:
 
     These are pointwise operations and the steps of decoding.
     """
-    return automatic() in ("auto", "native") and not native_obstacle(x)
+    return default_implementation() in ("auto", "native") and not native_obstacle(x)
 
 
 def native_obstacle(x: Tensor) -> str:
@@ -216,15 +216,16 @@ def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Choice:
     bound = inspect.signature(op).bind(*args, **kwargs)
     bound.apply_defaults()
     impl = bound.arguments["impl"]
-    bound.arguments["impl"] = _Question(impl) if isinstance(impl, str) else impl
+    bound.arguments["impl"] = _PlanRequest(impl) if isinstance(impl, str) else impl
     try:
         op(*bound.args, **bound.kwargs)
-    except _Answer as answer:
-        return Choice(answer.choice.impl, f"{answer.choice.reason}; {_as_read(bound.arguments)}")
+    except _PlannedChoice as planned:
+        impl, reason = planned.choice.impl, planned.choice.reason
+        return Choice(impl, f"{reason}; {_describe_sizes(bound.arguments)}")
     raise AssertionError(f"{op!r} ran without a plan")
 
 
-def _as_read(arguments: dict[str, Any]) -> str:
+def _describe_sizes(arguments: dict[str, Any]) -> str:
     """The sizes of the query; they show when heads and tokens were swapped."""
     name = next(name for name in ("query", "quad_query", "query_logit") if name in arguments)
     B, H, T = arguments[name].shape[:3]

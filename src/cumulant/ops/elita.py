@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from ..kernels import reference
-from ..kernels.operators.elita import elita
+from ..kernels.operators.elita import call_elita
 from ..kernels.spec import ElitaInputs, ElitaSpec
 from ..kernels.transforms import readable, without_autocast
-from .checks import FLOATS, check_cu_seqlens, check_key_mask, check_parts
+from .checks import FLOATS, check_cu_seqlens, check_key_mask, check_state_tensors
 from .cumulative import count_tokens
 from .dispatch import Plan, make_plan, operation
 from .sdpa_names import hint_at_names
@@ -71,20 +71,20 @@ def elita_attention(
     Source: Sharma 2023, "Efficient Linear-Time Attention Transformers" (ELiTA), its Attention2,
     without the clipping of logits.
     """
-    _check(key_logit, query_logit, self_logit, value, key_mask, cu_seqlens, state)
+    _check_arguments(key_logit, query_logit, self_logit, value, key_mask, cu_seqlens, state)
     past = () if state is None else (state.log_weight, state.mean)
     logits = (key_logit, query_logit, self_logit)
     plan = make_plan("elita", impl, ElitaInputs(*logits, value, None, *past), ElitaSpec())
     tokens = (*logits, value)
     if plan.impl == "reference":
-        out, sums = _reference(tokens, key_mask, cu_seqlens, state)
+        out, sums = _run_reference(tokens, key_mask, cu_seqlens, state)
     elif cu_seqlens is not None and (state is not None or return_state):
         out, sums = _packed_with_states(plan, tokens, key_mask, cu_seqlens, state)
     else:
-        first = _first(value.shape[2], cu_seqlens)
-        found = elita(
+        first = _sequence_starts(value.shape[2], cu_seqlens)
+        found = call_elita(
             plan.impl,
-            ElitaInputs(*_prepared(tokens, key_mask, cu_seqlens), first, *past),
+            ElitaInputs(*_mask_tokens(tokens, key_mask, cu_seqlens), first, *past),
             plan.spec,
         )
         out, sums = found.out, (found.final_log_weight, found.final_mean)
@@ -97,7 +97,7 @@ Tokens = tuple[Tensor, Tensor, Tensor, Tensor]  # three logits and the values
 Sums = tuple[Tensor, Tensor]
 
 
-def _prepared(tokens: Tokens, key_mask: Tensor | None, cu_seqlens: Tensor | None) -> Tokens:
+def _mask_tokens(tokens: Tokens, key_mask: Tensor | None, cu_seqlens: Tensor | None) -> Tokens:
     """Logits in at least fp32; tokens that are masked or after the last sequence have no weight."""
     c, r, s, v = tokens
     dtype = torch.promote_types(torch.promote_types(c.dtype, v.dtype), torch.float32)
@@ -117,7 +117,7 @@ def _prepared(tokens: Tokens, key_mask: Tensor | None, cu_seqlens: Tensor | None
     )
 
 
-def _first(length: int, cu_seqlens: Tensor | None) -> Tensor | None:
+def _sequence_starts(length: int, cu_seqlens: Tensor | None) -> Tensor | None:
     """True where a sequence begins, and at the first token after the last sequence: ``[T]``."""
     if cu_seqlens is None:
         return None
@@ -136,7 +136,7 @@ def _packed_with_states(
 
     The first of these holds the sequence's state, and the second reads the mean at its end.
     """
-    c, r, s, v = _prepared(tokens, key_mask, cu_seqlens)
+    c, r, s, v = _mask_tokens(tokens, key_mask, cu_seqlens)
     G, T, N = c.shape[1], c.shape[2], cu_seqlens.shape[0] - 1
     bounds, index = cu_seqlens.long(), torch.arange(T, device=v.device)
     # the number of each token's sequence; N for the tokens after the last sequence
@@ -158,7 +158,7 @@ def _packed_with_states(
     r, s = spread(r.double(), 0.0), spread(s.double(), -torch.inf)
     first = torch.zeros(size, dtype=torch.bool, device=v.device).index_fill(0, starts, True)
     first = first | (torch.arange(size, device=v.device) == bounds[-1] + 2 * N)
-    out = elita(plan.impl, ElitaInputs(c, r, s, values, first), plan.spec).out
+    out = call_elita(plan.impl, ElitaInputs(c, r, s, values, first), plan.spec).out
     mean = (
         out[0, :: out.shape[1] // G]
         .index_select(1, ends)
@@ -182,7 +182,7 @@ def _log_sums(c: Tensor, first: Tensor, N: int) -> Tensor:
     )
 
 
-def _reference(
+def _run_reference(
     tokens: Tokens, key_mask: Tensor | None, cu_seqlens: Tensor | None, state: ElitaState | None
 ) -> tuple[Tensor, Sums]:
     """The reference on the whole batch, or on each packed sequence separately."""
@@ -204,7 +204,7 @@ def _reference(
     return torch.cat(outs, 2), (torch.cat(log_weights), torch.cat(means))
 
 
-def _check(
+def _check_arguments(
     key_logit: Tensor,
     query_logit: Tensor,
     self_logit: Tensor,
@@ -248,7 +248,7 @@ def _check(
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, B, T, T, value.device)
     rows = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    check_parts(
+    check_state_tensors(
         state, ElitaState, {"log_weight": (rows, G), "mean": (rows, G, V)}, torch.float64, value
     )
     if value.device.type == "cpu" and readable(

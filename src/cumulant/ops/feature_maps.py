@@ -24,7 +24,7 @@ NAMES = (*ELEMENTWISE, "softmax")
 LEARNED = ("hedgehog", "rebased")  # learned maps, which cumulant.nn has
 
 
-def elementwise(name: str, x: Tensor) -> Tensor:
+def apply_elementwise(name: str, x: Tensor) -> Tensor:
     if name == "elu":
         # This has slope 1 at 0 in every version of PyTorch; clamp has slope 0 there since 2.14.
         return torch.where(x > 0, x + 1, x.masked_fill(x > 0, 0).exp())
@@ -63,7 +63,7 @@ def apply_maps(
     query_map, key_map = (
         feature_map if isinstance(feature_map, tuple) else (feature_map, feature_map)
     )
-    q, k = _apply(query_map, "query", query), _apply(key_map, "key", key)
+    q, k = _apply_map(query_map, "query", query), _apply_map(key_map, "key", key)
     if q.shape[-1] != k.shape[-1]:
         raise ValueError(
             f"feature_map: expected as many features for queries as for keys, got {q.shape[-1]} and"
@@ -72,7 +72,7 @@ def apply_maps(
     return q, k
 
 
-def _apply(feature_map: Map, name: str, x: Tensor) -> Tensor:
+def _apply_map(feature_map: Map, name: str, x: Tensor) -> Tensor:
     features = feature_map(x)
     if not isinstance(features, Tensor) or features.shape[:-1] != x.shape[:-1]:
         got = list(features.shape) if isinstance(features, Tensor) else type(features).__name__

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..kernels import reference
-from ..kernels.operators.gated import gated
+from ..kernels.operators.gated import call_gated
 from ..kernels.spec import GatedInputs, GatedSpec
 from ..kernels.transforms import readable, without_autocast
 from .checks import (
@@ -21,7 +21,7 @@ from .checks import (
     check_bias,
     check_dropout,
     check_key_mask,
-    check_parts,
+    check_state_tensors,
 )
 from .dispatch import make_plan, operation
 from .sdpa_names import hint_at_names
@@ -85,7 +85,7 @@ def gated_attention(
     Sources: Hua et al. 2022, "Transformer Quality in Linear Time", section 2; Ma et al. 2022,
     "Mega", equation 16 (the Laplace function).
     """
-    sizes = _check(
+    sizes = _check_arguments(
         query,
         key,
         value,
@@ -102,18 +102,20 @@ def gated_attention(
     if cu_seqlens is not None:
         slack = (torch.arange(sizes.S, device=key.device) >= cu_seqlens[-1])[:, None]
         query, key, value = (x.masked_fill(slack, 0) for x in (query, key, value))
-    seen = _extended(key, value, key_mask, state, own=return_state)
+    seen = _append_to_past(key, value, key_mask, state, own=return_state)
     key, value = seen.key, seen.value
-    scale = _scale(length_scale, query, key.shape[2], is_causal, seen.mask, cu_seqlens)
+    scale = _inverse_lengths(length_scale, query, key.shape[2], is_causal, seen.mask, cu_seqlens)
     bias = None if bias is None else bias[(None,) * (4 - bias.dim())]
     inputs = GatedInputs(query, key, value, scale, bias, cu_seqlens)
     plan = make_plan("gated", impl, inputs, GatedSpec(activation, is_causal, float(dropout_p)))
-    by_reference = plan.impl == "reference"
-    out = _reference(inputs, plan.spec) if by_reference else gated(plan.impl, inputs, plan.spec).out
+    if plan.impl == "reference":
+        out = _run_reference(inputs, plan.spec)
+    else:
+        out = call_gated(plan.impl, inputs, plan.spec).out
     return (out, seen) if return_state else out
 
 
-def _extended(
+def _append_to_past(
     key: Tensor, value: Tensor, key_mask: Tensor | None, state: KeyValueState | None, *, own: bool
 ) -> KeyValueState:
     """All keys and values, the state's first, with zeros for masked ones.
@@ -126,7 +128,9 @@ def _extended(
         key, value = key.masked_fill(hidden, 0), value.masked_fill(hidden, 0)
     if state is not None:
         if key_mask is not None or state.mask is not None:
-            mask = torch.cat((_filled(state.mask, state.key), _filled(key_mask, key)), 1)
+            mask = torch.cat(
+                (_mask_or_ones(state.mask, state.key), _mask_or_ones(key_mask, key)), 1
+            )
         key = torch.cat((state.key.to(key.dtype), key), 2)
         value = torch.cat((state.value.to(value.dtype), value), 2)
         count = count + state.position
@@ -137,12 +141,12 @@ def _extended(
     return KeyValueState(key, value, mask, count)
 
 
-def _filled(mask: Tensor | None, key: Tensor) -> Tensor:
+def _mask_or_ones(mask: Tensor | None, key: Tensor) -> Tensor:
     """The mask, or one of all True for ``key [B, G, S, K]``."""
     return key.new_ones(key.shape[0], key.shape[2], dtype=torch.bool) if mask is None else mask
 
 
-def _scale(
+def _inverse_lengths(
     length_scale: float | Tensor | None,
     query: Tensor,
     keys: int,
@@ -170,7 +174,7 @@ def _scale(
     return 1 / count.clamp(min=1).to(dtype)
 
 
-def _reference(x: GatedInputs, spec: GatedSpec) -> Tensor:
+def _run_reference(x: GatedInputs, spec: GatedSpec) -> Tensor:
     """The reference on the whole batch, or on each packed sequence separately."""
     run = partial(
         reference.gated_attention,
@@ -194,7 +198,7 @@ def _reference(x: GatedInputs, spec: GatedSpec) -> Tensor:
         return torch.cat(outs, 2)
 
 
-def _check(
+def _check_arguments(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -247,7 +251,7 @@ def _check(
     past = 0 if not isinstance(state, KeyValueState) else state.key.shape[2]
     B, G = sizes.B, sizes.G
     expected = {"key": (B, G, past, sizes.K), "value": (B, G, past, sizes.V)}
-    check_parts(state, KeyValueState, expected, None, query)
+    check_state_tensors(state, KeyValueState, expected, None, query)
     if state is not None:
         check_key_mask(state.mask, B, past, query.device, name="state.mask")
     T, S = sizes.T, past + sizes.S

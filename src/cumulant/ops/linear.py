@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..kernels.spec import AttentionSpec
 from .checks import check_attention, check_linear_state
-from .cumulative import attend, attention_inputs
+from .cumulative import attention_inputs, run_plan
 from .dispatch import make_plan, operation
 from .feature_maps import ELEMENTWISE, FeatureMap, apply_maps, check_feature_map, softmax_features
 from .sdpa_names import hint_at_names
@@ -82,7 +82,7 @@ def linear_attention(
     scale = 1.0 if scale is None else float(scale)
     q, k = query, key
     if not elementwise:
-        q, k = _clear(q if scale == 1.0 else q * scale, k, key_mask, cu_seqlens)
+        q, k = _zero_masked_tokens(q if scale == 1.0 else q * scale, k, key_mask, cu_seqlens)
     if not isinstance(feature_map, str):
         q, k = apply_maps(feature_map, q, k)
     rows = sizes.B if cu_seqlens is None else len(cu_seqlens) - 1
@@ -120,14 +120,14 @@ def linear_attention(
     elif named == "softmax":
         wide = torch.promote_types(dtype, torch.float32)
         q, k = q.to(wide).softmax(-1), k.to(wide).exp()
-    out, end = attend(plan, inputs._replace(query=q, key=k), state)
+    out, end = run_plan(plan, inputs._replace(query=q, key=k), state)
     if denominator is not None:
         end = replace(end, denominator=denominator)
     out = out.to(dtype)
     return (out, end) if return_state else out
 
 
-def _clear(
+def _zero_masked_tokens(
     query: Tensor, key: Tensor, key_mask: Tensor | None, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Set masked keys, and all tokens after the last packed sequence, to zero.

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..kernels import reference
-from ..kernels.operators.mixed_chunk import mixed_chunk
+from ..kernels.operators.mixed_chunk import call_mixed_chunk
 from ..kernels.spec import MixedChunkInputs, MixedChunkOutputs, MixedChunkSpec
 from ..kernels.transforms import without_autocast
 from .checks import (
@@ -21,7 +21,7 @@ from .checks import (
     check_bias,
     check_dropout,
     check_group_size,
-    check_parts,
+    check_state_tensors,
 )
 from .cumulative import count_tokens
 from .dispatch import Plan, make_plan, operation
@@ -97,7 +97,7 @@ def mixed_chunk_attention(
     Source: Hua et al. 2022, "Transformer Quality in Linear Time", section 3.
     """
     tokens = (quad_query, quad_key, lin_query, lin_key, value)
-    _check(
+    _check_arguments(
         tokens,
         group_size,
         is_causal,
@@ -110,7 +110,7 @@ def mixed_chunk_attention(
         return_state,
     )
     bias = None if bias is None else bias[(None,) * (3 - bias.dim())]
-    inputs = MixedChunkInputs(*tokens, bias, key_mask, cu_seqlens, **_past(state))
+    inputs = MixedChunkInputs(*tokens, bias, key_mask, cu_seqlens, **_state_inputs(state))
     reduced = reduce_group_non_causal_attn or is_causal
     spec = MixedChunkSpec(
         group_size, activation, is_causal, reduced, float(dropout_p), return_state
@@ -118,9 +118,9 @@ def mixed_chunk_attention(
     plan = make_plan("mixed_chunk", impl, inputs, spec)
     if plan.impl == "reference":
         with without_autocast(value):
-            found = _reference(inputs, spec)
+            found = _run_reference(inputs, spec)
     else:
-        found = _run(plan, inputs)
+        found = _run_kernel(plan, inputs)
     if not return_state:
         return found.out
     return found.out, MixedChunkState(
@@ -128,7 +128,7 @@ def mixed_chunk_attention(
     )
 
 
-def _past(state: MixedChunkState | None) -> dict[str, Tensor]:
+def _state_inputs(state: MixedChunkState | None) -> dict[str, Tensor]:
     """The tensors of a state under the names of the kernels' inputs."""
     if state is None:
         return {}
@@ -141,19 +141,19 @@ def _past(state: MixedChunkState | None) -> dict[str, Tensor]:
     }
 
 
-def _run(plan: Plan[MixedChunkSpec], inputs: MixedChunkInputs) -> MixedChunkOutputs:
+def _run_kernel(plan: Plan[MixedChunkSpec], inputs: MixedChunkInputs) -> MixedChunkOutputs:
     if inputs.value.shape[3] > 0:
-        return mixed_chunk(plan.impl, inputs, plan.spec)
+        return call_mixed_chunk(plan.impl, inputs, plan.spec)
     # Kernels need at least one channel, so one of zeros is added here and removed below.
     wide = {name: getattr(inputs, name) for name in ("value", "numerator", "open_value")}
     wide = {name: None if x is None else pad(x, (0, 1)) for name, x in wide.items()}
-    out, numerator, quad_key, lin_key, value = mixed_chunk(
+    out, numerator, quad_key, lin_key, value = call_mixed_chunk(
         plan.impl, inputs._replace(**wide), plan.spec
     )
     return MixedChunkOutputs(out[..., :0], numerator[..., :0], quad_key, lin_key, value[..., :0])
 
 
-def _reference(x: MixedChunkInputs, spec: MixedChunkSpec) -> MixedChunkOutputs:
+def _run_reference(x: MixedChunkInputs, spec: MixedChunkSpec) -> MixedChunkOutputs:
     """The reference on the whole batch, or on each packed sequence separately."""
     run = partial(
         reference.mixed_chunk_attention,
@@ -185,7 +185,7 @@ def _reference(x: MixedChunkInputs, spec: MixedChunkSpec) -> MixedChunkOutputs:
     )
 
 
-def _check(
+def _check_arguments(
     inputs: tuple[Tensor, ...],
     group_size: int,
     is_causal: bool,
@@ -229,7 +229,7 @@ def _check(
         "lin_key": (rows, sizes.G, g, linear.K),
         "value": (rows, sizes.G, g, sizes.V),
     }
-    check_parts(
+    check_state_tensors(
         state, MixedChunkState, expected, torch.promote_types(value.dtype, torch.float32), value
     )
     return sizes

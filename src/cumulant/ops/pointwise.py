@@ -19,7 +19,7 @@ from .dispatch import native_by_default
 LEAST = 1 << 14  # with fewer numbers PyTorch's operators are as fast
 
 
-def _native(x: Tensor, *others: Tensor | None) -> bool:
+def _runs_natively(x: Tensor, *others: Tensor | None) -> bool:
     """Whether the native kernel computes a call: many fp32 numbers on a CPU, in a plain call."""
     return (
         not torch.compiler.is_compiling()
@@ -33,7 +33,7 @@ def _native(x: Tensor, *others: Tensor | None) -> bool:
     )
 
 
-def _by_formula(
+def _formula_gradients(
     formula: Callable[..., Tensor], inputs: Sequence[Tensor | None], dout: Tensor
 ) -> list[Tensor | None]:
     """Gradients by PyTorch's operators, which can be differentiated again and mapped."""
@@ -48,19 +48,19 @@ def _by_formula(
     return [next(found) if x is not None and x.requires_grad else None for x in own]
 
 
-def _by_kernel(dout: Tensor) -> bool:
+def _is_plain_backward(dout: Tensor) -> bool:
     """Whether a backward pass is a plain call, which nothing differentiates or maps."""
     return not torch.is_grad_enabled() and is_plain_call(dout)
 
 
 def swiglu(x: Tensor, up: Tensor) -> Tensor:
     """``silu(x) ⊙ up``; x and up have the same shape."""
-    if x.shape != up.shape or not _native(x, up):
-        return _swiglu(x, up)
+    if x.shape != up.shape or not _runs_natively(x, up):
+        return _swiglu_formula(x, up)
     return _SwiGLU.apply(x, up)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def _swiglu(x: Tensor, up: Tensor) -> Tensor:
+def _swiglu_formula(x: Tensor, up: Tensor) -> Tensor:
     return F.silu(x) * up
 
 
@@ -76,8 +76,8 @@ class _SwiGLU(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         from ..kernels.native import pointwise
 
-        if not _by_kernel(dout):
-            return tuple(_by_formula(_swiglu, ctx.saved_tensors, dout))
+        if not _is_plain_backward(dout):
+            return tuple(_formula_gradients(_swiglu_formula, ctx.saved_tensors, dout))
         x, up = ctx.saved_tensors
         return pointwise.swiglu_backward(x, up, dout)
 
@@ -87,7 +87,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     if (
         x.dim() != 3
         or (weight is not None and weight.shape != x.shape[-1:])
-        or not _native(x, weight)
+        or not _runs_natively(x, weight)
     ):
         return F.rms_norm(x, x.shape[-1:], weight, eps)
     return _RMSNorm.apply(x, weight, eps)  # type: ignore[no-any-return, no-untyped-call]
@@ -108,9 +108,9 @@ class _RMSNorm(torch.autograd.Function):
         from ..kernels.native import pointwise
 
         x, weight, factors = ctx.saved_tensors
-        if not _by_kernel(dout):
+        if not _is_plain_backward(dout):
             return (
-                *_by_formula(
+                *_formula_gradients(
                     lambda x, w: F.rms_norm(x, x.shape[-1:], w, ctx.eps), (x, weight), dout
                 ),
                 None,
@@ -137,12 +137,14 @@ def short_convolution(
     )
     if tail is not None:
         fits = fits and tail.shape == (x.shape[0], weight.shape[0] - 1, x.shape[2])
-    if not fits or not _native(x, weight, tail):
-        return _convolution(x, weight, tail, offset)
+    if not fits or not _runs_natively(x, weight, tail):
+        return _convolution_formula(x, weight, tail, offset)
     return _Convolution.apply(x, weight, tail, offset)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def _convolution(x: Tensor, weight: Tensor, tail: Tensor | None, offset: Tensor | None) -> Tensor:
+def _convolution_formula(
+    x: Tensor, weight: Tensor, tail: Tensor | None, offset: Tensor | None
+) -> Tensor:
     n, T, dtype = weight.shape[0] - 1, x.shape[1], x.dtype
     tail = x.new_zeros(x.shape[0], n, x.shape[2]) if tail is None else tail
     # Half precision is widened, so that the sum is rounded once and not at every tap.
@@ -171,13 +173,13 @@ class _Convolution(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         from ..kernels.native import pointwise
 
-        if not _by_kernel(dout):
-            return tuple(_by_formula(_convolution, ctx.saved_tensors, dout))
+        if not _is_plain_backward(dout):
+            return tuple(_formula_gradients(_convolution_formula, ctx.saved_tensors, dout))
         x, weight, tail, offset = ctx.saved_tensors
         return *pointwise.convolve_backward(x, weight, tail, offset, dout), None
 
 
-def turn(x: Tensor, cosine: Tensor, sine: Tensor, back: bool = False) -> Tensor:
+def rotate_pairs(x: Tensor, cosine: Tensor, sine: Tensor, back: bool = False) -> Tensor:
     """Rotate neighbouring pairs of ``x [B, H, T, D]`` by angles, or by their negatives if `back`.
 
     cosine, sine: of the angles, ``[T, D/2]`` or ``[B, T, D/2]`` in fp32.
@@ -188,12 +190,17 @@ def turn(x: Tensor, cosine: Tensor, sine: Tensor, back: bool = False) -> Tensor:
         and cosine.shape[-2:] == (x.shape[2], x.shape[3] // 2)
     )
     fits = fits and (cosine.dim() == 2 or cosine.shape[:-2] == x.shape[:1])
-    if not fits or cosine.requires_grad or sine.requires_grad or not _native(x, cosine, sine):
-        return _turned(x, cosine, sine, back)
-    return _Turn.apply(x, cosine, sine, back)  # type: ignore[no-any-return, no-untyped-call]
+    if (
+        not fits
+        or cosine.requires_grad
+        or sine.requires_grad
+        or not _runs_natively(x, cosine, sine)
+    ):
+        return _rotation_formula(x, cosine, sine, back)
+    return _RotatePairs.apply(x, cosine, sine, back)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def _turned(x: Tensor, cosine: Tensor, sine: Tensor, back: bool) -> Tensor:
+def _rotation_formula(x: Tensor, cosine: Tensor, sine: Tensor, back: bool) -> Tensor:
     if cosine.dim() == 3:
         cosine, sine = cosine[:, None], sine[:, None]
     sine = -sine if back else sine
@@ -203,16 +210,16 @@ def _turned(x: Tensor, cosine: Tensor, sine: Tensor, back: bool) -> Tensor:
     return turned.reshape(x.shape).to(x.dtype)
 
 
-class _Turn(torch.autograd.Function):
+class _RotatePairs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cosine: Tensor, sine: Tensor, back: bool) -> Tensor:
         from ..kernels.native import pointwise
 
         ctx.save_for_backward(cosine, sine)
         ctx.back = back
-        return pointwise.turn(x, cosine, sine, back)
+        return pointwise.rotate_pairs(x, cosine, sine, back)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         cosine, sine = ctx.saved_tensors
-        return turn(dout, cosine, sine, not ctx.back), None, None, None
+        return rotate_pairs(dout, cosine, sine, not ctx.back), None, None, None

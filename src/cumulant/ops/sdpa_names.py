@@ -34,7 +34,7 @@ def hint_at_names(op: Callable[P, R]) -> Callable[P, R]:
     hints = {name: hint for name, hint in HINTS.items() if name not in parameters}
 
     @wraps(op)
-    def called(*args: P.args, **kwargs: P.kwargs) -> R:
+    def checked_call(*args: P.args, **kwargs: P.kwargs) -> R:
         for name in kwargs:
             if name in hints:
                 raise TypeError(
@@ -42,4 +42,4 @@ def hint_at_names(op: Callable[P, R]) -> Callable[P, R]:
                 )
         return op(*args, **kwargs)
 
-    return called
+    return checked_call

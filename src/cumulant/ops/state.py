@@ -37,13 +37,13 @@ class State:
 
     def __repr__(self) -> str:
         """Shapes, dtypes, positions and bytes; the thousands of numbers are left out."""
-        parts = (f"{f.name}={_brief(f.name, getattr(self, f.name))}" for f in fields(self))
+        parts = (f"{f.name}={_format_field(f.name, getattr(self, f.name))}" for f in fields(self))
         return f"{type(self).__name__}({', '.join(parts)}; {self.nbytes:,} bytes)"
 
     def map(self: S, function: Callable[[Tensor], Tensor]) -> S:
         """The same state with `function` applied to every tensor."""
         return type(self)(
-            **{f.name: _mapped(getattr(self, f.name), function) for f in fields(self)}
+            **{f.name: _map_tensors(getattr(self, f.name), function) for f in fields(self)}
         )
 
     def clone(self: S) -> S:
@@ -139,22 +139,22 @@ class ElitaState(State):
     position: Tensor
 
 
-def register(kind: type[State]) -> None:
+def register_state(kind: type[State]) -> None:
     """Make a state class a pytree node, for torch.compile and torch.export."""
     torch.utils._pytree.register_dataclass(kind)
 
 
 for _kind_of_state in (LinearState, KeyValueState, MixedChunkState, ElitaState):
-    register(_kind_of_state)
+    register_state(_kind_of_state)
 
 
-def _brief(name: str, part: Any) -> str:
+def _format_field(name: str, part: Any) -> str:
     """The text of one field: its shape, or its numbers if it is a short position.
 
     Entries of a tuple with the same text are written once, with their count.
     """
     if isinstance(part, tuple):
-        counts = Counter(_brief(name, p) for p in part)
+        counts = Counter(_format_field(name, p) for p in part)
         return (
             f"({', '.join(shown if n == 1 else f'{n} x {shown}' for shown, n in counts.items())})"
         )
@@ -174,20 +174,20 @@ def _brief(name: str, part: Any) -> str:
     return f"{str(part.dtype).removeprefix('torch.')}{list(part.shape)}"
 
 
-def _describe(part: Any) -> Any:
+def _describe_structure(part: Any) -> Any:
     """The structure as JSON: a class name for a state, a list for a tuple, "tensor" or null."""
     if isinstance(part, State):
         kind = f"{type(part).__module__}:{type(part).__name__}"
         return {
             "kind": kind,
-            "parts": {f.name: _describe(getattr(part, f.name)) for f in fields(part)},
+            "parts": {f.name: _describe_structure(getattr(part, f.name)) for f in fields(part)},
         }
     if isinstance(part, tuple):
-        return [_describe(p) for p in part]
+        return [_describe_structure(p) for p in part]
     return "tensor" if isinstance(part, Tensor) else None
 
 
-def _kind(name: str) -> type[State] | None:
+def _find_state_class(name: str) -> type[State] | None:
     """The state class that a file names, or None; only classes of this package are looked up."""
     module, _, attribute = name.partition(":")
     if not re.fullmatch(r"cumulant(\.\w+)+", module) or importlib.util.find_spec(module) is None:
@@ -196,10 +196,10 @@ def _kind(name: str) -> type[State] | None:
     return found if isinstance(found, type) and issubclass(found, State) else None
 
 
-def _rebuild(shape: Any, prefix: str, tensors: dict[str, Tensor], path: str) -> Any:
+def _rebuild_state(shape: Any, prefix: str, tensors: dict[str, Tensor], path: str) -> Any:
     """The value that a structure `shape` describes, whose tensors' names begin with `prefix`."""
     if isinstance(shape, dict):
-        kind, parts = _kind(str(shape.get("kind"))), shape.get("parts")
+        kind, parts = _find_state_class(str(shape.get("kind"))), shape.get("parts")
         if (
             kind is None
             or not isinstance(parts, dict)
@@ -210,12 +210,12 @@ def _rebuild(shape: Any, prefix: str, tensors: dict[str, Tensor], path: str) -> 
             )
         return kind(
             **{
-                k: _rebuild(v, f"{prefix}.{k}" if prefix else k, tensors, path)
+                k: _rebuild_state(v, f"{prefix}.{k}" if prefix else k, tensors, path)
                 for k, v in parts.items()
             }
         )
     if isinstance(shape, list):
-        return tuple(_rebuild(s, f"{prefix}.{i}", tensors, path) for i, s in enumerate(shape))
+        return tuple(_rebuild_state(s, f"{prefix}.{i}", tensors, path) for i, s in enumerate(shape))
     if shape is None:
         return None
     if shape != "tensor" or prefix not in tensors:
@@ -225,7 +225,7 @@ def _rebuild(shape: Any, prefix: str, tensors: dict[str, Tensor], path: str) -> 
     return tensors[prefix]
 
 
-def _safetensors() -> Any:
+def _import_safetensors() -> Any:
     try:
         import safetensors.torch
     except ModuleNotFoundError as error:
@@ -264,9 +264,9 @@ def save_state(
         raise ValueError(
             f"metadata: the key {STRUCTURE!r} is reserved for the state's structure; choose another"
         )
-    library = _safetensors()
+    library = _import_safetensors()
     target = _writable_target(path)
-    header = {**(metadata or {}), STRUCTURE: json.dumps(_describe(state))}
+    header = {**(metadata or {}), STRUCTURE: json.dumps(_describe_structure(state))}
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in state.tensors().items()}
     temporary = target.with_name(f".{target.name[:40]}.{os.getpid()}.tmp")
     try:
@@ -325,7 +325,7 @@ def load_state(
         ValueError: the file does not hold a state, or is damaged.
         OSError: the file does not exist or cannot be read.
     """
-    library = _safetensors()
+    library = _import_safetensors()
     if os.path.isdir(path):
         raise IsADirectoryError(f"{path}: is a folder; name the file that a state was saved in")
     try:
@@ -348,7 +348,7 @@ def load_state(
         raise ValueError(
             f"{path}: the structure of the state is not a JSON object; the file is damaged"
         )
-    state = _rebuild(structure, "", tensors, str(path))
+    state = _rebuild_state(structure, "", tensors, str(path))
     return (state, header) if return_metadata else state
 
 
@@ -356,11 +356,11 @@ def load_state(
 # would keep tensors alive until the garbage collector runs.
 
 
-def _mapped(part: Any, function: Callable[[Tensor], Tensor]) -> Any:
+def _map_tensors(part: Any, function: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(part, State):
         return part.map(function)
     if isinstance(part, tuple):
-        return tuple(_mapped(p, function) for p in part)
+        return tuple(_map_tensors(p, function) for p in part)
     return function(part) if isinstance(part, Tensor) else part
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from ..kernels import spec as kernels
 from ..kernels.spec import AttentionSpec
 from .checks import check_attention, check_linear_state
-from .cumulative import attend, attention_inputs
+from .cumulative import attention_inputs, run_plan
 from .dispatch import make_plan, operation
 from .sdpa_names import hint_at_names
 from .state import LinearState
@@ -110,5 +110,5 @@ def taylor_attention(
         query, key, value, key_mask=key_mask, cu_seqlens=cu_seqlens, state=state, normalize=True
     )
     spec = AttentionSpec(order, constant_term, "identity", scale, True, is_causal, return_state)
-    out, end = attend(make_plan("attention", impl, inputs, spec), inputs, state)
+    out, end = run_plan(make_plan("attention", impl, inputs, spec), inputs, state)
     return (out, end) if return_state else out

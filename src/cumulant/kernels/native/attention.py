@@ -27,13 +27,13 @@ from .library import (
     TYPES,
     Arguments,
     Attention,
-    array,
-    call,
+    array_of,
+    call_library,
     check_inputs,
-    instruction_set,
-    pointer,
+    instruction_set_number,
+    pointer_to,
     require,
-    threads,
+    thread_count,
 )
 
 ACTIVATIONS = ("identity", "elu", "relu")
@@ -92,7 +92,7 @@ def describe(inputs: AttentionInputs, spec: AttentionSpec) -> str:
     )
 
 
-def _check(x: AttentionInputs, spec: AttentionSpec) -> None:
+def _check_call(x: AttentionInputs, spec: AttentionSpec) -> None:
     """Check everything that the C++ relies on."""
     (B, H, T, K), (G, S), V = x.query.shape, x.key.shape[1:3], x.value.shape[-1]
     check_inputs(
@@ -122,7 +122,7 @@ class _Call(Arguments):
     """The arguments of one forward or backward call."""
 
     def __init__(self, x: AttentionInputs, spec: AttentionSpec):
-        _check(x, spec)
+        _check_call(x, spec)
         (B, H, T, K), (_, G, S, _), V = x.query.shape, x.key.shape, x.value.shape[3]
         super().__init__(
             torch.promote_types(torch.promote_types(x.query.dtype, x.key.dtype), x.value.dtype)
@@ -138,17 +138,17 @@ class _Call(Arguments):
             chunk=spec.chunk, span=spec.span, type=TYPES[self.dtype],
             order=spec.order, constant_term=spec.constant_term,
             activation=ACTIVATIONS.index(spec.activation), scale=spec.scale,
-            normalize=spec.normalize, is_causal=spec.is_causal, isa=instruction_set(),
-            threads=threads(max(T, S) * B * H * (F * V + spec.chunk * (K + V))),
+            normalize=spec.normalize, is_causal=spec.is_causal, isa=instruction_set_number(),
+            threads=thread_count(max(T, S) * B * H * (F * V + spec.chunk * (K + V))),
         )  # fmt: skip
-        a.query, a.key, a.value = self.array(x.query), self.array(x.key), self.array(x.value)
+        a.query, a.key, a.value = (self.array_of(t) for t in (x.query, x.key, x.value))
         if x.key_mask is not None:
-            a.key_mask = self.pointer(x.key_mask, torch.bool)
+            a.key_mask = self.pointer_to(x.key_mask, torch.bool)
         if x.cu_seqlens is not None:
-            a.offsets = self.pointer(x.cu_seqlens.to("cpu"), torch.int64)
+            a.offsets = self.pointer_to(x.cu_seqlens.to("cpu"), torch.int64)
         if x.numerator is not None:
-            a.numerator = self.pointer(x.numerator, self.sums_dtype)
-            a.denominator = self.pointer(x.denominator, self.sums_dtype)
+            a.numerator = self.pointer_to(x.numerator, self.sums_dtype)
+            a.denominator = self.pointer_to(x.denominator, self.sums_dtype)
 
     def check_sums(self, V: int, **sums: Tensor | None) -> None:
         """Check numerators ``[N, G, F, V]`` and denominators ``[N, G, F]``.
@@ -166,11 +166,11 @@ def forward(inputs: AttentionInputs, spec: AttentionSpec) -> AttentionOutputs:
     """The outputs by the C++ kernels."""
     c, outputs = _Call(inputs, spec), spec.new_outputs(inputs)
     a = c.attention
-    a.out, a.denominators = array(outputs.out), pointer(outputs.denominators)
+    a.out, a.denominators = array_of(outputs.out), pointer_to(outputs.denominators)
     if spec.returns_state:
-        a.final_numerator = pointer(outputs.final_numerator)
-        a.final_denominator = pointer(outputs.final_denominator) if spec.normalize else None
-    call("cumulant_attention_forward", a)
+        a.final_numerator = pointer_to(outputs.final_numerator)
+        a.final_denominator = pointer_to(outputs.final_denominator) if spec.normalize else None
+    call_library("cumulant_attention_forward", a)
     return outputs
 
 
@@ -189,15 +189,15 @@ def backward(
     found = list(outputs.denominators.shape)
     require(not spec.normalize or found == list(shape), "denominators", list(shape), found)
     c.check_sums(V, dnumerator=dS, ddenominator=dz)
-    a.out, a.dout = c.array(outputs.out, c.sums_dtype), c.array(dout, c.sums_dtype)
-    a.denominators = c.pointer(outputs.denominators, c.sums_dtype)
-    a.dfinal_numerator = c.pointer(dS, c.sums_dtype)
-    a.dfinal_denominator = c.pointer(dz, c.sums_dtype)
+    a.out, a.dout = c.array_of(outputs.out, c.sums_dtype), c.array_of(dout, c.sums_dtype)
+    a.denominators = c.pointer_to(outputs.denominators, c.sums_dtype)
+    a.dfinal_numerator = c.pointer_to(dS, c.sums_dtype)
+    a.dfinal_denominator = c.pointer_to(dz, c.sums_dtype)
     if not spec.is_causal:
         S, z = outputs.final_numerator, outputs.final_denominator if spec.normalize else None
         c.check_sums(V, final_numerator=S, final_denominator=z)
-        a.final_numerator = c.pointer(S, c.sums_dtype)
-        a.final_denominator = c.pointer(z, c.sums_dtype)
+        a.final_numerator = c.pointer_to(S, c.sums_dtype)
+        a.final_denominator = c.pointer_to(z, c.sums_dtype)
     dq, dk, dv = (
         new_heads(t, t.shape[1], t.shape[3], c.dtype)
         for t in (inputs.query, inputs.key, inputs.value)
@@ -205,8 +205,8 @@ def backward(
     new = torch.empty_like if spec.normalize else torch.zeros_like
     past = inputs.numerator, inputs.denominator
     dS0, dz0 = (None if s is None else new(s, memory_format=torch.contiguous_format) for s in past)
-    a.dquery, a.dkey, a.dvalue = array(dq), array(dk), array(dv)
-    a.dnumerator, a.ddenominator = pointer(dS0), pointer(dz0) if spec.normalize else None
-    call("cumulant_attention_backward", a)
+    a.dquery, a.dkey, a.dvalue = array_of(dq), array_of(dk), array_of(dv)
+    a.dnumerator, a.ddenominator = pointer_to(dS0), pointer_to(dz0) if spec.normalize else None
+    call_library("cumulant_attention_backward", a)
     dq, dk, dv = dq.to(inputs.query.dtype), dk.to(inputs.key.dtype), dv.to(inputs.value.dtype)
     return AttentionInputs(dq, dk, dv, numerator=dS0, denominator=dz0)

@@ -15,13 +15,13 @@ from .library import (
     TYPES,
     Arguments,
     Elita,
-    array,
-    call,
+    array_of,
+    call_library,
     check_inputs,
-    instruction_set,
-    pointer,
+    instruction_set_number,
+    pointer_to,
     require,
-    threads,
+    thread_count,
 )
 
 SPAN = 4096
@@ -44,7 +44,7 @@ def describe(inputs: ElitaInputs, spec: ElitaSpec) -> str:
     return "a recurrence, two gates a token"
 
 
-def _check(x: ElitaInputs, spec: ElitaSpec) -> None:
+def _check_call(x: ElitaInputs, spec: ElitaSpec) -> None:
     """Check everything that the C++ relies on."""
     (B, G, T, V), H, logits = x.value.shape, x.query_logit.shape[1], x.key_logit.dtype
     check_inputs(
@@ -73,42 +73,43 @@ class _Call(Arguments):
     """The arguments of one forward or backward call."""
 
     def __init__(self, x: ElitaInputs, spec: ElitaSpec):
-        _check(x, spec)
+        _check_call(x, spec)
         super().__init__(x.value.dtype)
         (B, G, T, V), H = x.value.shape, x.query_logit.shape[1]
         e = self.elita = Elita(
             B=B, H=H, G=G, T=T, V=V, span=spec.span, type=TYPES[self.dtype],
             logits=TYPES[x.key_logit.dtype], gates=TYPES[self.sums_dtype],
-            threads=threads(B * H * T * (V + 16) * 8), isa=instruction_set(),
+            threads=thread_count(B * H * T * (V + 16) * 8), isa=instruction_set_number(),
         )  # fmt: skip
-        e.value = self.array(x.value)
-        e.first = self.pointer(x.first, torch.bool)
-        e.log_weight, e.mean = (self.pointer(s, torch.float64) for s in (x.log_weight, x.mean))
+        e.value = self.array_of(x.value)
+        e.first = self.pointer_to(x.first, torch.bool)
+        e.log_weight, e.mean = (self.pointer_to(s, torch.float64) for s in (x.log_weight, x.mean))
 
 
 def forward(inputs: ElitaInputs, spec: ElitaSpec) -> ElitaOutputs:
     """The outputs by the C++ kernels."""
-    return _forward(inputs, spec, spec.new_outputs(inputs))
+    return _run_forward(inputs, spec, spec.new_outputs(inputs))
 
 
 def forward_only(inputs: ElitaInputs, spec: ElitaSpec) -> ElitaOutputs:
     """The outputs, with empty tensors where only the backward pass would read them."""
     y, none = spec._replace(block=0).new_outputs(inputs), inputs.value.new_empty(0)
-    return _forward(inputs, spec._replace(block=0), y)._replace(key_odds=none, own_odds=none)
+    return _run_forward(inputs, spec._replace(block=0), y)._replace(key_odds=none, own_odds=none)
 
 
-def _forward(inputs: ElitaInputs, spec: ElitaSpec, y: ElitaOutputs) -> ElitaOutputs:
+def _run_forward(inputs: ElitaInputs, spec: ElitaSpec, y: ElitaOutputs) -> ElitaOutputs:
     c = _Call(inputs, spec)
     e, logits = c.elita, (inputs.key_logit, inputs.query_logit, inputs.self_logit)
-    e.out = array(y.out)
+    e.out = array_of(y.out)
     if spec.block:
         y.means[:, :, inputs.value.shape[2] // spec.block :] = 0
-        e.key_odds, e.own_odds, e.means = pointer(y.key_odds), pointer(y.own_odds), pointer(y.means)
+        e.key_odds, e.own_odds = pointer_to(y.key_odds), pointer_to(y.own_odds)
+        e.means = pointer_to(y.means)
     e.key_logit, e.query_logit, e.self_logit = (
-        c.pointer(x, inputs.key_logit.dtype) for x in logits
+        c.pointer_to(x, inputs.key_logit.dtype) for x in logits
     )
-    e.final_log_weight, e.final_mean = pointer(y.final_log_weight), pointer(y.final_mean)
-    call("cumulant_elita_forward", e)
+    e.final_log_weight, e.final_mean = pointer_to(y.final_log_weight), pointer_to(y.final_mean)
+    call_library("cumulant_elita_forward", e)
     return y
 
 
@@ -131,13 +132,13 @@ def backward(
     c, gradients = _Call(inputs, spec), spec.new_gradients(inputs, outputs)
     e, dtype = c.elita, inputs.key_logit.dtype
     dc, ds = (inputs.value.new_empty(B, heads, T, dtype=c.sums_dtype) for heads in (G, H))
-    e.dout, e.dvalue = c.array(upstream.out), array(gradients.value)
-    e.key_odds, e.own_odds = (c.pointer(x, c.sums_dtype) for x in odds)
-    e.means = c.pointer(means, torch.float64)
-    e.dkey_logit, e.dself_logit = pointer(dc), pointer(ds)
-    e.dfinal_log_weight, e.dfinal_mean = (c.pointer(x, torch.float64) for x in (dm, du))
+    e.dout, e.dvalue = c.array_of(upstream.out), array_of(gradients.value)
+    e.key_odds, e.own_odds = (c.pointer_to(x, c.sums_dtype) for x in odds)
+    e.means = c.pointer_to(means, torch.float64)
+    e.dkey_logit, e.dself_logit = pointer_to(dc), pointer_to(ds)
+    e.dfinal_log_weight, e.dfinal_mean = (c.pointer_to(x, torch.float64) for x in (dm, du))
     if inputs.past is not None:
-        e.dlog_weight, e.dmean = pointer(gradients.log_weight), pointer(gradients.mean)
-    call("cumulant_elita_backward", e)
+        e.dlog_weight, e.dmean = pointer_to(gradients.log_weight), pointer_to(gradients.mean)
+    call_library("cumulant_elita_backward", e)
     ds = ds.to(dtype)
     return gradients._replace(key_logit=dc.to(dtype), query_logit=-ds, self_logit=ds)

@@ -168,7 +168,7 @@ class Arguments:
         self.dtype, self.sums_dtype = dtype, accumulation_dtype(dtype)
         self._tensors: list[Tensor] = []
 
-    def array(self, x: Tensor, dtype: torch.dtype | None = None) -> Array:
+    def array_of(self, x: Tensor, dtype: torch.dtype | None = None) -> Array:
         """The tensor in `dtype`, by default that of the call, with rows of stride 1."""
         x = materialized(x)
         if x.dtype != (dtype or self.dtype):
@@ -176,24 +176,24 @@ class Arguments:
         if x.stride(-1) != 1:
             x = x.contiguous()
         self._tensors.append(x)
-        return array(x)
+        return array_of(x)
 
-    def pointer(self, x: Tensor | None, dtype: torch.dtype) -> int | None:
+    def pointer_to(self, x: Tensor | None, dtype: torch.dtype) -> int | None:
         """The address of the tensor in `dtype`, contiguous; None for None."""
         if x is None:
             return None
         x = materialized(x).to(dtype).contiguous()
         self._tensors.append(x)
-        return pointer(x)
+        return pointer_to(x)
 
 
-def array(x: Tensor) -> Array:
+def array_of(x: Tensor) -> Array:
     """The address and strides of ``x [B, heads, T, D]``."""
     batch, head, row, _ = x.stride()
     return Array(x.data_ptr(), batch, head, row)
 
 
-def pointer(x: Tensor | None) -> int | None:
+def pointer_to(x: Tensor | None) -> int | None:
     """The address of a tensor's numbers; None for None."""
     return None if x is None else x.data_ptr()
 
@@ -211,13 +211,13 @@ def expected_layout() -> str:
     return "".join(lines)
 
 
-def _layout(library: ctypes.CDLL) -> str:
+def _compiled_layout(library: ctypes.CDLL) -> str:
     library.cumulant_layout.restype = ctypes.c_char_p
     return bytes(library.cumulant_layout()).decode()
 
 
 @lru_cache(maxsize=1)
-def _load() -> tuple[ctypes.CDLL | None, str]:
+def _load_library() -> tuple[ctypes.CDLL | None, str]:
     """The library, or the reason why there is none."""
     if sys.platform == "win32":
         return None, "its kernels are not built on Windows"
@@ -233,16 +233,16 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         library = ctypes.CDLL(os.fspath(PATH))
     except OSError as error:
         return None, f"its kernels cannot be loaded: {error}"
-    if library.cumulant_abi() != ABI or _layout(library) != expected_layout():
+    if library.cumulant_abi() != ABI or _compiled_layout(library) != expected_layout():
         return None, "its kernels were compiled from another version of cumulant: install it again"
-    entry = _openmp()
+    entry = _openmp_entry()
     if entry is not None:
         library.cumulant_use_openmp.argtypes = [_pointer]
         library.cumulant_use_openmp(entry)
     return library, ""
 
 
-def _openmp() -> int | None:
+def _openmp_entry() -> int | None:
     """The function of torch's own OpenMP runtime that starts threads, if it has GNU's interface."""
     path = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     try:
@@ -256,23 +256,23 @@ def obstacle(x: Tensor) -> str:
     """Why these kernels cannot take tensors such as `x`; empty if they can."""
     if x.device.type != "cpu":
         return f"its kernels are for the CPU, and the inputs are on {x.device}"
-    return missing()
+    return missing_reason()
 
 
-def missing() -> str:
+def missing_reason() -> str:
     """Why the native kernels cannot run here; empty if they can."""
-    return _load()[1]
+    return _load_library()[1]
 
 
 # This is what torch.compiler.assume_constant_result does; calling it would import all of
 # torch.compile with this file.
-missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
+missing_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @lru_cache(maxsize=1)
-def instructions() -> str:
+def instruction_set_name() -> str:
     """The instruction set of the kernels: CUMULANT_ISA, or the widest of this machine."""
-    library = loaded()
+    library = loaded_library()
     supported = [name for i, name in enumerate(INSTRUCTIONS) if library.cumulant_supports(i)]
     wanted = os.environ.get("CUMULANT_ISA") or supported[-1]
     if wanted not in supported:
@@ -282,19 +282,19 @@ def instructions() -> str:
     return wanted
 
 
-def instruction_set() -> int:
+def instruction_set_number() -> int:
     """The number of the instruction set in the C++ library."""
-    return INSTRUCTIONS.index(instructions())
+    return INSTRUCTIONS.index(instruction_set_name())
 
 
-def threads(multiplications: int) -> int:
+def thread_count(multiplications: int) -> int:
     """The number of torch's threads that pays off for so many multiplications."""
     return max(1, min(torch.get_num_threads(), multiplications // GRAIN))
 
 
-def loaded() -> ctypes.CDLL:
+def loaded_library() -> ctypes.CDLL:
     """The library, or an error with the reason why there is none."""
-    library, reason = _load()
+    library, reason = _load_library()
     if library is None:
         raise RuntimeError(f"impl 'native': {reason}")
     return library
@@ -302,14 +302,14 @@ def loaded() -> ctypes.CDLL:
 
 def multiply_rate(threads: int, dtype: torch.dtype = torch.float32) -> float:
     """Multiplications and additions a second that `threads` threads reach, measured now."""
-    rate = loaded().cumulant_multiply_rate
+    rate = loaded_library().cumulant_multiply_rate
     rate.restype = ctypes.c_double
-    return float(rate(TYPES[dtype], instruction_set(), threads))
+    return float(rate(TYPES[dtype], instruction_set_number(), threads))
 
 
-def call(function: str, arguments: ctypes.Structure, *more: int | None) -> None:
+def call_library(function: str, arguments: ctypes.Structure, *more: int | None) -> None:
     """Call a function of the library, and raise its errors. more: addresses after the arguments."""
-    status = getattr(loaded(), function)(ctypes.byref(arguments), *map(_pointer, more))
+    status = getattr(loaded_library(), function)(ctypes.byref(arguments), *map(_pointer, more))
     if status == 1:
         raise MemoryError("impl 'native': not enough memory for the sums of its threads")
     if status:

@@ -18,13 +18,13 @@ from .library import (
     TYPES,
     Arguments,
     MixedChunk,
-    array,
-    call,
+    array_of,
+    call_library,
     check_inputs,
-    instruction_set,
-    pointer,
+    instruction_set_number,
+    pointer_to,
     require,
-    threads,
+    thread_count,
 )
 
 SPAN = 512
@@ -50,7 +50,7 @@ def describe(inputs: MixedChunkInputs, spec: MixedChunkSpec) -> str:
     return f"groups of {spec.group_size} tokens, one after another"
 
 
-def _slots(
+def _token_slots(
     rows: int,
     tokens: int,
     key_mask: Tensor | None,
@@ -95,7 +95,7 @@ class _Call(Arguments):
 
     def __init__(self, x: MixedChunkInputs, spec: MixedChunkSpec):
         self.state_shapes = spec.state_shapes(x)
-        _check(x, spec)
+        _check_call(x, spec)
         super().__init__(x.value.dtype)
         (B, H, T, K), (_, G, _, V), L = x.quad_query.shape, x.value.shape, x.lin_query.shape[3]
         g, biases = spec.group_size, 0 if x.bias is None else x.bias.shape[0]
@@ -104,24 +104,26 @@ class _Call(Arguments):
             span=spec.span, type=TYPES[x.value.dtype],
             activation=ACTIVATIONS.index(spec.activation), is_causal=spec.is_causal,
             summed=spec.is_causal or spec.reduce_groups, biases=biases,
-            threads=threads(B * H * T * (2 * L * V + g * (K + V))), isa=instruction_set(),
+            threads=thread_count(B * H * T * (2 * L * V + g * (K + V))),
+            isa=instruction_set_number(),
         )  # fmt: skip
         m.quad_query, m.quad_key, m.lin_query, m.lin_key, m.value = (
-            self.array(t) for t in x.tokens
+            self.array_of(t) for t in x.tokens
         )
         fill = None if x.position is None else x.position.long() % g
-        index, bounds = _slots(B, T, x.key_mask, x.cu_seqlens, fill, g)
-        m.index, m.bounds = self.pointer(index, torch.int64), self.pointer(bounds, torch.int64)
+        index, bounds = _token_slots(B, T, x.key_mask, x.cu_seqlens, fill, g)
+        m.index = self.pointer_to(index, torch.int64)
+        m.bounds = self.pointer_to(bounds, torch.int64)
         m.numerator, m.open_quad_key, m.open_lin_key, m.open_value = (
-            self.pointer(s, self.sums_dtype) for s in x.sums
+            self.pointer_to(s, self.sums_dtype) for s in x.sums
         )
         if x.bias is not None:
-            m.bias = self.pointer(x.bias, self.sums_dtype)
+            m.bias = self.pointer_to(x.bias, self.sums_dtype)
             if T > 1:  # for a single token a transposed copy would cost more than it saves
-                m.bias_turned = self.pointer(x.bias.mT, self.sums_dtype)
+                m.bias_turned = self.pointer_to(x.bias.mT, self.sums_dtype)
 
 
-def _check(x: MixedChunkInputs, spec: MixedChunkSpec) -> None:
+def _check_call(x: MixedChunkInputs, spec: MixedChunkSpec) -> None:
     """Check everything that the C++ relies on."""
     (B, H, T, K), (_, G, _, V), L, g = (
         x.quad_query.shape,
@@ -174,12 +176,12 @@ def forward(inputs: MixedChunkInputs, spec: MixedChunkSpec) -> MixedChunkOutputs
     m = c.mixed_chunk
     if not inputs.covers_tokens:
         outputs.out.zero_()
-    m.out = array(outputs.out)
+    m.out = array_of(outputs.out)
     if spec.returns_state:
         m.final_numerator, m.final_quad_key, m.final_lin_key, m.final_value = (
-            pointer(s) for s in outputs.state
+            pointer_to(s) for s in outputs.state
         )
-    call("cumulant_mixed_chunk_forward", m)
+    call_library("cumulant_mixed_chunk_forward", m)
     return outputs
 
 
@@ -197,21 +199,21 @@ def backward(
     for name, s, shape in zip(names, dstate, c.state_shapes, strict=True):
         if s is not None:
             check_inputs(**{name: (s, shape)})
-    m.dout = c.array(upstream.out)
+    m.dout = c.array_of(upstream.out)
     m.dfinal_numerator, m.dfinal_quad_key, m.dfinal_lin_key, m.dfinal_value = (
-        c.pointer(s, c.sums_dtype) for s in dstate
+        c.pointer_to(s, c.sums_dtype) for s in dstate
     )
     # The C++ writes all five gradients in value's dtype.
     tokens = [new_heads(x, x.shape[1], x.shape[3], c.dtype) for x in inputs.tokens]
     if not inputs.covers_tokens:
         tokens = [x.zero_() for x in tokens]
     state = [None if s is None else s.new_zeros(s.shape, dtype=c.sums_dtype) for s in inputs.sums]
-    m.dquad_query, m.dquad_key, m.dlin_query, m.dlin_key, m.dvalue = (array(x) for x in tokens)
-    m.dnumerator, m.dopen_quad_key, m.dopen_lin_key, m.dopen_value = (pointer(s) for s in state)
+    m.dquad_query, m.dquad_key, m.dlin_query, m.dlin_key, m.dvalue = (array_of(x) for x in tokens)
+    m.dnumerator, m.dopen_quad_key, m.dopen_lin_key, m.dopen_value = (pointer_to(s) for s in state)
     bias, dbias = inputs.bias, None
     if bias is not None:  # the C++ writes its gradient transposed, by key and query
         dbias = bias.new_zeros(bias.shape, dtype=c.sums_dtype)
-    call("cumulant_mixed_chunk_backward", m, pointer(dbias))
+    call_library("cumulant_mixed_chunk_backward", m, pointer_to(dbias))
     if bias is not None and dbias is not None:
         dbias = dbias.mT.to(bias.dtype).contiguous()
     return mixed_chunk_gradients(tokens, dbias, state)

@@ -17,7 +17,15 @@ from torch.nn import Parameter
 
 from ..spec import feature_count
 from .attention import ACTIVATIONS
-from .library import CHUNK, MAX_ORDER, Attention, Instruction, _pointer, call, instruction_set
+from .library import (
+    CHUNK,
+    MAX_ORDER,
+    Attention,
+    Instruction,
+    _pointer,
+    call_library,
+    instruction_set_number,
+)
 from .library import Program as Arguments
 
 OPERATIONS = (  # in the order of Operation in src/abi.hpp
@@ -73,10 +81,10 @@ class Program:
     ) -> Vector:
         """Normalise each head of x."""
         size = x.size // heads
-        self._fits(weight, (1,) if kind == "scalenorm" else (size,))
-        self._fits(bias, (size,))
+        self._keep_weight(weight, (1,) if kind == "scalenorm" else (size,))
+        self._keep_weight(bias, (size,))
         y = self.vector(x.size)
-        self._add(
+        self._add_instruction(
             "norm",
             kind=NORMS.index(kind),
             source=x,
@@ -100,37 +108,41 @@ class Program:
         """``W x + b`` as a new vector, or written to the vector `to`, or added to it if `add`."""
         n, k = weight.shape
         y = self.vector(n) if to is None else to
-        self._fits(weight, (y.size, x.size))
-        self._fits(bias, (n,))
-        self._add("matrix", source=x, target=y, n=n, k=k, weight=weight, bias=bias, add=add)
+        self._keep_weight(weight, (y.size, x.size))
+        self._keep_weight(bias, (n,))
+        self._add_instruction(
+            "matrix", source=x, target=y, n=n, k=k, weight=weight, bias=bias, add=add
+        )
         return y
 
     def convolve(self, x: Vector, weight: Tensor) -> Vector:
         """``Σ_j weight[j] ⊙ x_{t-j}``; its state has the earlier inputs, ``[taps - 1, x.size]``."""
         taps = weight.shape[0]
-        self._fits(weight, (taps, x.size))
+        self._keep_weight(weight, (taps, x.size))
         y = self.vector(x.size)
-        state = self._state(taps - 1, x.size)
-        self._add("convolution", source=x, target=y, n=taps, k=x.size, weight=weight, state=state)
+        state = self._add_state(taps - 1, x.size)
+        self._add_instruction(
+            "convolution", source=x, target=y, n=taps, k=x.size, weight=weight, state=state
+        )
         return y
 
     def shift(self, x: Vector) -> Vector:
         """Take the second half of the numbers from the token before; state ``[1, x.size // 2]``."""
         y, shifted = self.vector(x.size), x.size // 2
-        self._add(
+        self._add_instruction(
             "shift",
             source=x,
             target=y,
             n=x.size - shifted,
             k=shifted,
-            state=self._state(1, shifted),
+            state=self._add_state(1, shifted),
         )
         return y
 
     def rotate(self, x: Vector, dim: int, base: float) -> None:
         """Rotate the heads of x, each of `dim` numbers, in place, by rotary positions."""
         self._rotates = True
-        self._add("rotary", target=x, n=x.size // dim, k=dim, scalar=base)
+        self._add_instruction("rotary", target=x, n=x.size // dim, k=dim, scalar=base)
 
     def attend(
         self,
@@ -156,9 +168,9 @@ class Program:
         if not sizes or order > MAX_ORDER or activation not in ACTIVATIONS or features >= 2**31:
             raise Unsuitable
         F = feature_count(K, order, constant_term)
-        state = self._state(groups, F, V)
+        state = self._add_state(groups, F, V)
         if normalize:
-            self._state(groups, F)
+            self._add_state(groups, F)
         self._attention.append(
             Attention(
                 H=heads, G=groups, T=1, S=1, K=K, V=V, F=F, chunk=CHUNK, span=1, order=order,
@@ -167,28 +179,30 @@ class Program:
             )
         )  # fmt: skip
         y = self.vector(heads * V)
-        self._add("attend", source=query, second=key, third=value, target=y, state=state)
+        self._add_instruction(
+            "attend", source=query, second=key, third=value, target=y, state=state
+        )
         self._instructions[-1].attention = ctypes.pointer(self._attention[-1])
         return y
 
     def gate(self, x: Vector, gates: Vector) -> None:
         """Multiply each head of x by the sigmoid of its gate, in place."""
-        self._add("gate", second=gates, target=x, n=gates.size, k=x.size // gates.size)
+        self._add_instruction("gate", second=gates, target=x, n=gates.size, k=x.size // gates.size)
 
     def activate(self, kind: str, x: Vector, up: Vector | None = None) -> Vector:
         """``silu(x) ⊙ up`` ("swiglu"), ``gelu(x)``, or ``x ⊙ up`` ("product")."""
         y = self.vector(x.size)
-        self._add(
+        self._add_instruction(
             "activate", kind=ACTIVATED.index(kind), source=x, second=up or x, target=y, n=x.size
         )
         return y
 
-    def end(self, output: Vector) -> None:
+    def set_output(self, output: Vector) -> None:
         """End the program; `output` is its result."""
         self._output = output
         self._written = (Instruction * len(self._instructions))(*self._instructions)
 
-    def suits(self, x: Tensor, states: Sequence[Tensor | None]) -> bool:
+    def accepts_states(self, x: Tensor, states: Sequence[Tensor | None]) -> bool:
         """Whether the program can run on these states: fp32 tensors of the right shapes."""
         if len(states) != len(self.states):
             return False
@@ -216,18 +230,18 @@ class Program:
         pointers = _pointer * len(states)
         arguments = Arguments(
             rows, self._width, len(self._instructions), self.input.size, output.start, output.size,
-            torch.get_num_threads(), instruction_set(), self._written, at,
+            torch.get_num_threads(), instruction_set_number(), self._written, at,
             x.data_ptr(), out.data_ptr(),
             pointers(*map(Tensor.data_ptr, states)), pointers(*map(Tensor.data_ptr, after)),
         )  # fmt: skip
-        call("cumulant_program", arguments)
+        call_library("cumulant_program", arguments)
         return out, after
 
-    def _state(self, *shape: int) -> int:
+    def _add_state(self, *shape: int) -> int:
         self.states.append(shape)
         return len(self.states) - 1
 
-    def _fits(self, weight: Tensor | None, shape: tuple[int, ...]) -> None:
+    def _keep_weight(self, weight: Tensor | None, shape: tuple[int, ...]) -> None:
         if weight is None:
             return
         plain = (
@@ -239,7 +253,7 @@ class Program:
             raise Unsuitable
         self._weights.append(weight)
 
-    def _add(self, operation: str, **fields: Any) -> None:
+    def _add_instruction(self, operation: str, **fields: Any) -> None:
         for name, x in fields.items():
             if isinstance(x, Vector):
                 fields[name] = x.start

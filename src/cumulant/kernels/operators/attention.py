@@ -20,7 +20,7 @@ OPERATOR = Operator(
 )
 
 
-def attention(impl: str, inputs: AttentionInputs, spec: AttentionSpec) -> AttentionOutputs:
+def call_attention(impl: str, inputs: AttentionInputs, spec: AttentionSpec) -> AttentionOutputs:
     """The outputs by implementation `impl`, or by a formula where derivatives need one."""
     if needs_formula(torch.compiler.is_compiling()):
         from ..differentiable.attention import attention as formula

@@ -22,7 +22,7 @@ OPERATOR = Operator(
 )
 
 
-def elita(impl: str, inputs: ElitaInputs, spec: ElitaSpec) -> ElitaOutputs:
+def call_elita(impl: str, inputs: ElitaInputs, spec: ElitaSpec) -> ElitaOutputs:
     """The outputs by implementation `impl`, or by a formula where derivatives need one."""
     if needs_formula(torch.compiler.is_compiling()):
         from ..differentiable.elita import attention as formula

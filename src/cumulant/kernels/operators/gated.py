@@ -18,7 +18,7 @@ OPERATOR = Operator(
 )
 
 
-def gated(impl: str, inputs: GatedInputs, spec: GatedSpec) -> GatedOutputs:
+def call_gated(impl: str, inputs: GatedInputs, spec: GatedSpec) -> GatedOutputs:
     """The output by implementation `impl`, or by a formula where derivatives need one."""
     if needs_formula(torch.compiler.is_compiling()):
         from ..differentiable.gated import attention as formula

@@ -22,7 +22,9 @@ OPERATOR = Operator(
 )
 
 
-def mixed_chunk(impl: str, inputs: MixedChunkInputs, spec: MixedChunkSpec) -> MixedChunkOutputs:
+def call_mixed_chunk(
+    impl: str, inputs: MixedChunkInputs, spec: MixedChunkSpec
+) -> MixedChunkOutputs:
     """The outputs by implementation `impl`, or by a formula where derivatives need one."""
     if needs_formula(torch.compiler.is_compiling()):
         from ..differentiable.mixed_chunk import attention as formula

@@ -19,7 +19,7 @@ from typing import Any, Generic, TypeVar, get_type_hints
 import torch
 from torch import Tensor
 
-from ..backends import implementation
+from ..backends import load_implementation
 from ..product import is_plain_call
 from ..transforms import mappable
 
@@ -39,18 +39,18 @@ _TYPES = {
 }
 
 
-def _typed(kind: type, names: Iterable[str]) -> list[str]:
+def _schema_arguments(kind: type, names: Iterable[str]) -> list[str]:
     """The fields `names` of a class as arguments of a schema."""
     hints = get_type_hints(kind)
     return [f"{_TYPES[hints[name]]} {name}" for name in names]
 
 
-def _schema(arguments: list[str], results: int) -> str:
+def _format_schema(arguments: list[str], results: int) -> str:
     returned = ", ".join(["Tensor"] * results)
     return f"({', '.join(arguments)}) -> {returned if results == 1 else f'({returned})'}"
 
 
-def _returned(tensors: Sequence[Tensor | None], like: Tensor) -> Any:
+def _pack_results(tensors: Sequence[Tensor | None], like: Tensor) -> Any:
     """The results as an operator returns them: empty tensors for None, and no tuple of one."""
     found = tuple(like.new_empty(0) if x is None else x for x in tensors)
     return found if len(found) > 1 else found[0]
@@ -63,11 +63,11 @@ def _any_requires_grad(inputs: Iterable[Tensor | None]) -> bool:
     return False
 
 
-def _several(returned: Any) -> Sequence[Tensor]:
+def _unpack_results(returned: Any) -> Sequence[Tensor]:
     return returned if isinstance(returned, tuple | list) else (returned,)
 
 
-def _filled(kind: Any, names: Sequence[str], given: Iterator[Any]) -> Any:
+def _fill_fields(kind: Any, names: Sequence[str], given: Iterator[Any]) -> Any:
     """`kind` with the next tensors as the fields `names`, and None as its other fields."""
     found = {name: next(given) for name in names}
     return kind(*(found.get(name) for name in kind._fields))
@@ -105,26 +105,29 @@ class Operator(Generic[Inputs, Outputs, Spec]):
         self._differentiable, self._carriers = differentiable, carriers
         self._saved_inputs = self._input_names if saved_inputs is None else saved_inputs
         self._saved_outputs = saved_outputs
-        options = [*_typed(spec, self._options), "str impl"]
-        forward = [*_typed(inputs, self._input_names), *options]
+        options = [*_schema_arguments(spec, self._options), "str impl"]
+        forward = [*_schema_arguments(inputs, self._input_names), *options]
         backward = [
             *(f"{'Tensor?' if i else 'Tensor'} d{name}" for i, name in enumerate(carriers)),
-            *_typed(inputs, self._saved_inputs),
+            *_schema_arguments(inputs, self._saved_inputs),
             *(f"Tensor {name}" for name in saved_outputs),
             *options,
         ]
-        self.forward = self._operator(
-            name, _schema(forward, len(self._output_names)), self._run, self._fake
+        self.forward = self._register_operator(
+            name,
+            _format_schema(forward, len(self._output_names)),
+            self._run_forward,
+            self._fake_forward,
         )
-        self.backward = self._operator(
+        self.backward = self._register_operator(
             f"{name}_backward",
-            _schema(backward, len(differentiable)),
+            _format_schema(backward, len(differentiable)),
             self._run_backward,
             self._fake_backward,
         )
-        self.forward.register_autograd(self._differentiate, setup_context=self._save)
+        self.forward.register_autograd(self._differentiate, setup_context=self._setup_context)
         self._mapped_backward = mappable(self.backward)
-        self._mapped = mappable(self.forward, self._save, self._differentiate)
+        self._mapped = mappable(self.forward, self._setup_context, self._differentiate)
         eager = {
             "forward": staticmethod(self._run_eagerly),
             "backward": staticmethod(self._differentiate_eagerly),
@@ -132,7 +135,9 @@ class Operator(Generic[Inputs, Outputs, Spec]):
         self._eager: Any = type(f"Eager_{name}", (torch.autograd.Function,), eager)
 
     @staticmethod
-    def _operator(name: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    def _register_operator(
+        name: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any]
+    ) -> Any:
         operator = torch.library.custom_op(f"cumulant::{name}", run, mutates_args=(), schema=schema)
         operator.register_fake(fake)
         return operator
@@ -143,17 +148,17 @@ class Operator(Generic[Inputs, Outputs, Spec]):
         A plain call avoids the operator, because its dispatch takes longer than a short call.
         """
         if not is_plain_call(*inputs):
-            results = self._mapped(*self.arguments(impl, inputs, spec))
+            results = self._mapped(*self.forward_arguments(impl, inputs, spec))
         elif torch.is_grad_enabled() and _any_requires_grad(inputs):
             results = self._eager.apply(*inputs, spec, impl)
         else:
-            module = implementation(impl, self.module)
+            module = load_implementation(impl, self.module)
             found: Outputs = getattr(module, "forward_only", module.forward)(inputs, spec)
             return found
-        found = self.outputs(*_several(results))
+        found = self.outputs(*_unpack_results(results))
         return found
 
-    def arguments(self, impl: str, inputs: Inputs, spec: Spec) -> list[Any]:
+    def forward_arguments(self, impl: str, inputs: Inputs, spec: Spec) -> list[Any]:
         """A call's arguments in the order of the schema of `forward`."""
         return [*inputs, *spec, impl]
 
@@ -171,42 +176,52 @@ class Operator(Generic[Inputs, Outputs, Spec]):
 
     # The functions behind the operators. `arguments` are those of the schemas.
 
-    def _called(self, arguments: Sequence[Any]) -> tuple[Inputs, Spec, str]:
+    def _unpack_forward(self, arguments: Sequence[Any]) -> tuple[Inputs, Spec, str]:
         n = len(self._input_names)
         return self._inputs(*arguments[:n]), self._spec(*arguments[n:-1]), arguments[-1]
 
-    def _run(self, *arguments: Any) -> Any:
-        inputs, spec, impl = self._called(arguments)
-        return _returned(implementation(impl, self.module).forward(inputs, spec), inputs[0])
+    def _run_forward(self, *arguments: Any) -> Any:
+        inputs, spec, impl = self._unpack_forward(arguments)
+        module = load_implementation(impl, self.module)
+        return _pack_results(module.forward(inputs, spec), inputs[0])
 
-    def _fake(self, *arguments: Any) -> Any:
-        inputs, spec, _ = self._called(arguments)
-        return _returned(spec.new_outputs(inputs), inputs[0])  # type: ignore[attr-defined]
+    def _fake_forward(self, *arguments: Any) -> Any:
+        inputs, spec, _ = self._unpack_forward(arguments)
+        return _pack_results(spec.new_outputs(inputs), inputs[0])  # type: ignore[attr-defined]
 
-    def _called_back(self, arguments: Sequence[Any]) -> tuple[Outputs, Inputs, Outputs, Spec, str]:
+    def _unpack_backward(
+        self, arguments: Sequence[Any]
+    ) -> tuple[Outputs, Inputs, Outputs, Spec, str]:
         given = iter(arguments)
-        upstream = _filled(self.outputs, self._carriers, given)
-        inputs = _filled(self._inputs, self._saved_inputs, given)
-        outputs = _filled(self.outputs, self._saved_outputs, given)
+        upstream = _fill_fields(self.outputs, self._carriers, given)
+        inputs = _fill_fields(self._inputs, self._saved_inputs, given)
+        outputs = _fill_fields(self.outputs, self._saved_outputs, given)
         *options, impl = given
         return upstream, inputs, outputs, self._spec(*options), impl
 
     def _run_backward(self, *arguments: Any) -> Any:
-        upstream, inputs, outputs, spec, impl = self._called_back(arguments)
-        gradients = implementation(impl, self.module).backward(upstream, inputs, outputs, spec)
-        return _returned([getattr(gradients, name) for name in self._differentiable], arguments[0])
+        upstream, inputs, outputs, spec, impl = self._unpack_backward(arguments)
+        gradients = load_implementation(impl, self.module).backward(upstream, inputs, outputs, spec)
+        return self._pack_gradients(gradients, arguments[0])
 
     def _fake_backward(self, *arguments: Any) -> Any:
-        _, inputs, outputs, spec, _ = self._called_back(arguments)
+        _, inputs, outputs, spec, _ = self._unpack_backward(arguments)
         gradients = spec.new_gradients(inputs, outputs)  # type: ignore[attr-defined]
-        return _returned([getattr(gradients, name) for name in self._differentiable], arguments[0])
+        return self._pack_gradients(gradients, arguments[0])
+
+    def _pack_gradients(self, gradients: Inputs, like: Tensor) -> Any:
+        return _pack_results([getattr(gradients, name) for name in self._differentiable], like)
 
     # Differentiation by autograd. The same two functions serve inside `torch.func`.
 
-    def _save(self, ctx: Any, inputs: Sequence[Any], output: Any) -> None:
-        self._keep(ctx, *self._called(inputs), self.outputs(*_several(output)))
+    def _setup_context(self, ctx: Any, inputs: Sequence[Any], output: Any) -> None:
+        self._save_for_backward(
+            ctx, *self._unpack_forward(inputs), self.outputs(*_unpack_results(output))
+        )
 
-    def _keep(self, ctx: Any, given: Inputs, spec: Spec, impl: str, found: Outputs) -> None:
+    def _save_for_backward(
+        self, ctx: Any, given: Inputs, spec: Spec, impl: str, found: Outputs
+    ) -> None:
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(
             *(getattr(found, name) for name in self._output_names if name not in self._carriers)
@@ -218,15 +233,17 @@ class Operator(Generic[Inputs, Outputs, Spec]):
 
     def _differentiate(self, ctx: Any, *gradients: Any) -> Any:
         found = self._mapped_backward(*self._backward_tensors(ctx, gradients), *ctx.spec, ctx.impl)
-        return *self._input_gradients(ctx, _several(found)), *[None] * (len(self._options) + 1)
+        of_options = [None] * (len(self._options) + 1)  # of the options and `impl`
+        return *self._input_gradients(ctx, _unpack_results(found)), *of_options
 
     # Differentiation by autograd in a plain call, without the operators.
 
     def _run_eagerly(self, ctx: Any, *arguments: Any) -> Any:
         *tensors, spec, impl = arguments
         inputs = self._inputs(*tensors)
-        results = _returned(implementation(impl, self.module).forward(inputs, spec), inputs[0])
-        self._keep(ctx, inputs, spec, impl, self.outputs(*_several(results)))
+        module = load_implementation(impl, self.module)
+        results = _pack_results(module.forward(inputs, spec), inputs[0])
+        self._save_for_backward(ctx, inputs, spec, impl, self.outputs(*_unpack_results(results)))
         return results
 
     def _differentiate_eagerly(self, ctx: Any, *gradients: Any) -> Any:
@@ -235,7 +252,7 @@ class Operator(Generic[Inputs, Outputs, Spec]):
         # With gradients enabled, this gradient may be differentiated again.
         plain = is_plain_call(*tensors) and not torch.is_grad_enabled()
         found = (self._run_backward if plain else self._mapped_backward)(*arguments)
-        return *self._input_gradients(ctx, _several(found)), None, None
+        return *self._input_gradients(ctx, _unpack_results(found)), None, None
 
     def _backward_tensors(self, ctx: Any, gradients: Sequence[Any]) -> list[Any]:
         """The tensor arguments of a call of `backward`."""
