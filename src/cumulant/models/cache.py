@@ -14,10 +14,9 @@ from weakref import ref
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, cache_utils
 from transformers.cache_utils import (
     STATIC_LAYER_TYPE_MAPPING,
-    BaseQuantizedLayer,
     Cache,
     CacheLayerMixin,
     DynamicLayer,
@@ -32,6 +31,9 @@ from .config import CumulantConfig
 
 MARGIN = 32  # tokens that another `crop` can remove, after a first one
 MAX_RECORDED = 256  # `crop` shortens longer records to `MARGIN` tokens
+
+# The base class of quantized layers, which older versions of transformers do not have.
+_QuantizedLayer: Any = getattr(cache_utils, "BaseQuantizedLayer", cache_utils.QuantizedLayer)
 
 _BUILD = "build it with transformers.DynamicCache(config=model.config)"
 
@@ -208,7 +210,7 @@ def _layer_length(entry: Any) -> int | None:
     """The number of tokens that a layer has seen; None for a layer that no mixer can use."""
     if isinstance(entry, StateLayer):
         return entry.length
-    if not isinstance(entry, (DynamicLayer, StaticLayer)) or isinstance(entry, BaseQuantizedLayer):
+    if not isinstance(entry, (DynamicLayer, StaticLayer)) or isinstance(entry, _QuantizedLayer):
         return None
     return int(entry.get_seq_length())
 
