@@ -17,6 +17,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..kernels.spec import AttentionInputs, AttentionSpec, accumulation_dtype
+
 Map = Callable[[Tensor], Tensor]
 FeatureMap = str | Map | tuple[Map, Map]
 ELEMENTWISE = ("elu", "relu", "identity")
@@ -81,14 +83,7 @@ def _apply_map(feature_map: Map, name: str, x: Tensor) -> Tensor:
 
 
 def softmax_features(
-    query: Tensor,
-    key: Tensor,
-    *,
-    is_causal: bool,
-    key_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    denominator: Tensor | None,
-    return_state: bool,
+    inputs: AttentionInputs, spec: AttentionSpec, *, denominator: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Features of Shen's efficient attention, which need no further normaliser.
 
@@ -103,12 +98,13 @@ def softmax_features(
         The query's features, each divided by its feature's sum; the key's features ``e^k``; and the
         sums after the last token, ``[N, G, F]``.
     """
-    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    key = key.to(dtype)
+    query, key_mask, cu_seqlens = inputs.query, inputs.key_mask, inputs.cu_seqlens
+    dtype, is_causal = accumulation_dtype(query), spec.is_causal
+    key = inputs.key.to(dtype)
     if (
         not is_causal
         and denominator is None
-        and not return_state
+        and not spec.returns_state
         and cu_seqlens is None
         and key.shape[2]
     ):

@@ -198,25 +198,7 @@ def _run_reference(x: GatedInputs, spec: GatedSpec) -> Tensor:
         return torch.cat(outs, 2)
 
 
-def _check_arguments(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    activation: str,
-    is_causal: bool,
-    length_scale: float | Tensor | None,
-    bias: Tensor | None,
-    dropout_p: float,
-    key_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    state: KeyValueState | None,
-    return_state: bool,
-) -> Sizes:
-    sizes = check_attention(
-        query, key, value, is_causal=is_causal, key_mask=key_mask, cu_seqlens=cu_seqlens
-    )
-    check_activation(activation)
-    check_dropout(dropout_p)
+def _check_length_scale(length_scale: float | Tensor | None, sizes: Sizes) -> None:
     if isinstance(length_scale, Tensor) and length_scale.requires_grad:
         raise ValueError(
             "length_scale: no gradient reaches it; to learn a scale, multiply the query by it"
@@ -238,6 +220,28 @@ def _check_arguments(
         raise ValueError(
             f"length_scale: expected a positive number or a tensor, got {length_scale!r}"
         )
+
+
+def _check_arguments(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    activation: str,
+    is_causal: bool,
+    length_scale: float | Tensor | None,
+    bias: Tensor | None,
+    dropout_p: float,
+    key_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    state: KeyValueState | None,
+    return_state: bool,
+) -> Sizes:
+    sizes = check_attention(
+        query, key, value, is_causal=is_causal, key_mask=key_mask, cu_seqlens=cu_seqlens
+    )
+    check_activation(activation)
+    check_dropout(dropout_p)
+    _check_length_scale(length_scale, sizes)
     if state is not None or return_state:
         if not is_causal:
             raise ValueError(

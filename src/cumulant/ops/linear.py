@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -109,14 +108,7 @@ def linear_attention(
     plan, denominator = make_plan("attention", impl, inputs, spec), None
     if by_softmax:
         past = None if state is None else state.denominator
-        masks: dict[str, Any] = {
-            "is_causal": is_causal,
-            "key_mask": key_mask,
-            "cu_seqlens": cu_seqlens,
-        }
-        q, k, denominator = softmax_features(
-            q, k, denominator=past, return_state=return_state, **masks
-        )
+        q, k, denominator = softmax_features(inputs, spec, denominator=past)
     elif named == "softmax":
         wide = torch.promote_types(dtype, torch.float32)
         q, k = q.to(wide).softmax(-1), k.to(wide).exp()
