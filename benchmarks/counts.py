@@ -27,7 +27,10 @@ OTHER_OPERATIONS = (
     "weights",
 )
 # Functions that handle masks alone, or another operation. No other argument would be added there.
-OF_MASKS = ("mask", "count_tokens", "softmax_features", "_clear")
+OF_MASKS = (
+    *("mask", "load_mask", "count_tokens", "softmax_features"),
+    *("_clear", "_zero_masked_tokens"),  # the former name and the present one
+)
 OF_OTHERS = ("mixed_chunk_attention", "elita_attention", "sliding_window_attention")
 IMPLEMENTATIONS = (
     "native",
