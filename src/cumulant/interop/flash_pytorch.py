@@ -41,10 +41,11 @@ def from_flash_pytorch(
             input, and has no state.
         length_scale: divisor of a causal GAU's scores, the length it was trained at; needed unless
             `compatible`.
-        causal, group_size, laplace_attn_fn, shift_tokens, reduce_group_non_causal_attn,
-            add_residual: the options of the original, for a state dict only: a module knows them.
-            The weights do not determine them. Options left out take the package's defaults, but
-            `causal` must be given (and `group_size`, unless the weights are a GAU's).
+        causal, group_size: options of the original, for a state dict only, since its weights do not
+            determine them: a module knows them. `causal` must be given, and `group_size` unless
+            the weights are a GAU's.
+        laplace_attn_fn, shift_tokens, reduce_group_non_causal_attn, add_residual: likewise; left
+            out, they take the package's defaults.
 
     Raises:
         ValueError: a weight is missing, left over or of another shape, or an option is missing that
