@@ -47,7 +47,12 @@ def imports(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("part", ALLOWED)
 def test_import_rules(part):
-    shared = {"product", "spec", "transforms"}  # of kernels, which every implementation may know
+    shared = {
+        "decay",
+        "product",
+        "spec",
+        "transforms",
+    }  # of kernels, which every implementation may know
     joints = {"backends", "operators"}  # which know the implementations
     for path in (ROOT / part).rglob("*.py"):
         for module in imports(path):

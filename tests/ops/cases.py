@@ -47,10 +47,12 @@ class Case:
     packed_states: bool = True
     biased: bool = False
     bidirectional: bool = True
+    decays: bool = False  # log decays that are functions of the keys
 
     @property
     def implementations(self) -> tuple[str, ...]:
-        return IMPLEMENTATIONS[:2] if self.op is cm.gated_attention else IMPLEMENTATIONS
+        lacking = self.op is cm.gated_attention or self.decays
+        return IMPLEMENTATIONS[:2] if lacking else IMPLEMENTATIONS
 
     def inputs(
         self, *args: Any, requires_grad: bool = False, **kwargs: Any
@@ -74,6 +76,8 @@ class Case:
             if bias and past:
                 bias["bias"] = bias["bias"][:, past:]
             return self.op(q, k, v, **bias, **self.options, **kwargs)
+        if self.decays:
+            kwargs["log_decay"] = log_decays(k)
         return self.op(q, k, v, **self.options, **kwargs)
 
     def run(
@@ -83,7 +87,8 @@ class Case:
         if kwargs.get("cu_seqlens") is not None and not self.packed_states:
             kwargs.pop("state", None)
             return self(q, k, v, is_causal=is_causal, **kwargs), None
-        if is_causal or self.op in (cm.linear_attention, cm.taylor_attention):
+        both_ways = self.op in (cm.linear_attention, cm.taylor_attention) and not self.decays
+        if is_causal or both_ways:
             return self(q, k, v, is_causal=is_causal, return_state=True, **kwargs)
         kwargs.pop("state", None)
         return self(q, k, v, is_causal=is_causal, **kwargs), None
@@ -112,9 +117,16 @@ def elita_logits(case: Case, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tens
     )
 
 
+def log_decays(k: Tensor) -> Tensor:
+    """Log decays ``[B, G, S]`` from nearly 0 to -6, exact in every dtype."""
+    return k[..., 0].to(torch.promote_types(k.dtype, torch.float32)).abs() * -2
+
+
 def squared(x: Tensor) -> Tensor:
     return torch.cat((x * x, x.abs()), -1)
 
+
+SUMS = {"feature_map": "identity", "normalize": False}
 
 CASES = [
     Case("taylor-1", cm.taylor_attention, {"order": 1}, signed=True),
@@ -126,8 +138,16 @@ CASES = [
     Case("taylor-6", cm.taylor_attention, {"order": 6, "scale": 0.3}),
     Case("linear-elu", cm.linear_attention, {"scale": 0.6}),
     Case("linear-relu", cm.linear_attention, {"feature_map": "relu"}),
-    Case("linear-identity", cm.linear_attention, {"feature_map": "identity", "normalize": False}),
+    Case("linear-identity", cm.linear_attention, SUMS),
     Case("linear-softmax", cm.linear_attention, {"feature_map": "softmax"}),
+    *(
+        Case(name, op, options, cross=False, bidirectional=False, decays=True)
+        for name, op, options in (
+            ("taylor-2-decay", cm.taylor_attention, {}),
+            ("linear-elu-decay", cm.linear_attention, {"scale": 0.6}),
+            ("linear-sums-decay", cm.linear_attention, SUMS),
+        )
+    ),
     Case("linear-softmax-raw", cm.linear_attention, {"feature_map": "softmax", "normalize": False}),
     Case("linear-callable", cm.linear_attention, {"feature_map": squared}),
     *(

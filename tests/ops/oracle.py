@@ -9,7 +9,7 @@ from torch import Tensor
 
 import cumulant as cm
 
-from .cases import Case, elita_logits, linear_part
+from .cases import Case, elita_logits, linear_part, log_decays
 
 
 def oracle(
@@ -45,8 +45,15 @@ def oracle(
                     row = None if bias is None else bias[h, i, seen]
                     out[b, h, i] = _gated(case, q[b, h, i], keys[seen], values[seen], row)
                 elif seen.any():
-                    out[b, h, i] = _attend(case, q[b, h, i], keys[seen], values[seen])
+                    factors = _decays(keys[seen]) if case.decays else None
+                    out[b, h, i] = _attend(case, q[b, h, i], keys[seen], values[seen], factors)
     return out
+
+
+def _decays(keys: Tensor) -> Tensor:
+    """The decay of each key: the product over the keys after it."""
+    logs = log_decays(keys)
+    return torch.stack([logs[j + 1 :].sum().exp() for j in range(len(logs))])
 
 
 def _elita(case: Case, q: Tensor, keys: Tensor, values: Tensor, i: int, seen: Tensor) -> Tensor:
@@ -111,12 +118,15 @@ def _mixed(
     return out
 
 
-def _attend(case: Case, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    options = case.options
+def _attend(
+    case: Case, q: Tensor, keys: Tensor, values: Tensor, decays: Tensor | None = None
+) -> Tensor:
+    options, decays = case.options, torch.ones(()) if decays is None else decays
     if case.op is cm.taylor_attention:
         x = (keys @ q) * options.get("scale", 1 / math.sqrt(len(q)))
         terms = [x**p / math.factorial(p) for p in range(options.get("order", 2) + 1)]
         weights = torch.stack(terms if options.get("constant_term", True) else terms[1:]).sum(0)
+        weights = weights * decays
         return weights @ values / weights.sum()
     q = q * options.get("scale", 1.0)
     name = options.get("feature_map", "elu")
@@ -132,7 +142,7 @@ def _attend(case: Case, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         "identity": lambda x: x,
     }.get(name, name)
     phi_q, phi_k = phi if isinstance(phi, tuple) else (phi, phi)
-    weights = phi_k(keys) @ phi_q(q)
+    weights = phi_k(keys) @ phi_q(q) * decays
     total = weights.sum()
     if options.get("normalize", True):
         return weights @ values / total if total != 0 else torch.zeros_like(values[0])

@@ -14,6 +14,7 @@ from itertools import combinations_with_replacement, pairwise
 import torch
 from torch import Tensor
 
+from .decay import decay_state, pair_decays
 from .transforms import product
 
 Features = Callable[[Tensor], Tensor]
@@ -96,6 +97,7 @@ def quadratic_attention(
     is_causal: bool,
     key_mask: Tensor | None = None,
     state: Sums | None = None,
+    log_decay: Tensor | None = None,
 ) -> tuple[Tensor, Sums]:
     """Weights of every query on every key, then their (normalised) sum of values, in fp32 (fp64 for
     fp64).
@@ -110,23 +112,30 @@ def quadratic_attention(
     )
     k, v = k.masked_fill(~seen[..., None], 0), v.masked_fill(~seen[..., None], 0)
     phi_k = features(k).masked_fill(~seen[..., None], 0)
-    total = product(phi_k.mT, v), phi_k.sum(-2) if normalize else None
+    decays = None if log_decay is None or not key.shape[2] else pair_decays(log_decay, key_mask)
+    kept = phi_k if decays is None else phi_k * decays[:, :, -1:, 1:].mT.to(dtype)
+    total = product(kept.mT, v), kept.sum(-2) if normalize else None
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
 
     weights = similarity(q, k).masked_fill(~seen[:, :, None], 0)
     if is_causal:
         weights = weights.tril()
+    if decays is not None:
+        weights = weights * decays[..., 1:].to(dtype).repeat_interleave(groups, 1)
     numerator, denominator = product(weights, v), weights.sum(-1)
     if state is not None:
         phi_q = (query_features or features)(q)
-        numerator = numerator + product(phi_q, state[0].repeat_interleave(groups, 1))
-        if state[1] is not None:
-            denominator = (
-                denominator
-                + product(phi_q, state[1].repeat_interleave(groups, 1)[..., None])[..., 0]
-            )
-            total = total[0], None if total[1] is None else total[1] + state[1]
-        total = total[0] + state[0], total[1]
+        S, z = state
+        last: Tensor | None = None
+        if decays is not None:
+            since = decays[..., :1].to(dtype)
+            phi_q, last = phi_q * since.repeat_interleave(groups, 1), since[:, :, -1, 0]
+        numerator = numerator + product(phi_q, S.repeat_interleave(groups, 1))
+        total = total[0] + decay_state(S, last), total[1]
+        if z is not None:
+            by_head = z.repeat_interleave(groups, 1)[..., None]
+            denominator = denominator + product(phi_q, by_head)[..., 0]
+            total = total[0], None if total[1] is None else total[1] + decay_state(z, last)
     out = _divide(numerator, denominator) if normalize else numerator
     return out.to(query.dtype), total
 
@@ -139,6 +148,7 @@ def recurrent_attention(
     features: Features,
     normalize: bool,
     state: Sums | None = None,
+    log_decay: Tensor | None = None,
 ) -> tuple[Tensor, Sums]:
     """The causal form as a recurrence: S += φ(k) vᵀ, z += φ(k), out = φ(q)ᵀS / φ(q)ᵀz, one token
     after another.
@@ -157,6 +167,9 @@ def recurrent_attention(
     )
     outputs = []
     for t in range(query.shape[2]):
+        if log_decay is not None:
+            factor = log_decay[:, :, t].to(S.dtype).exp()
+            S, z = S * factor[..., None, None], z * factor[..., None]
         S = S + phi_k[:, :, t, :, None] * value[:, :, t, None, :]
         z = z + phi_k[:, :, t]
         numerator = torch.einsum("bhf,bhfv->bhv", phi_q[:, :, t], S.repeat_interleave(groups, 1))
@@ -175,6 +188,7 @@ def packed(
     *,
     key_mask: Tensor | None = None,
     state: Sums | None = None,
+    log_decay: Tensor | None = None,
 ) -> tuple[Tensor, Sums]:
     """Each packed sequence by itself; rows after the last one are zero."""
     bounds = cu_seqlens.tolist()
@@ -185,9 +199,9 @@ def packed(
             None if state is None else tuple(None if s is None else s[i : i + 1] for s in state)
         )
         mask = None if key_mask is None else key_mask[:, rows]
-        out, total = attend(
-            query[:, :, rows], key[:, :, rows], value[:, :, rows], key_mask=mask, state=initial
-        )
+        more = {} if log_decay is None else {"log_decay": log_decay[:, :, rows]}
+        tokens = (x[:, :, rows] for x in (query, key, value))
+        out, total = attend(*tokens, key_mask=mask, state=initial, **more)
         outputs.append(out)
         states.append(total)
     slack = query.shape[2] - (bounds[-1] if bounds else 0)

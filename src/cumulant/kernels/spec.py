@@ -73,6 +73,7 @@ class AttentionInputs(NamedTuple):
     cu_seqlens: Tensor | None = None  # [N + 1]
     numerator: Tensor | None = None  # [N, G, F, V]
     denominator: Tensor | None = None  # [N, G, F]
+    log_decay: Tensor | None = None  # [B, G, S], causal only
 
     @property
     def dtype(self) -> torch.dtype:
@@ -117,8 +118,9 @@ class AttentionSpec(NamedTuple):
     def new_gradients(self, x: AttentionInputs, y: AttentionOutputs) -> AttentionInputs:
         """Empty gradients of the inputs, in the memory layout of every implementation."""
         dq, dk, dv = (new_heads(t, t.shape[1], t.shape[3]) for t in (x.query, x.key, x.value))
-        dS, dz = (None if s is None else s.new_empty(s.shape) for s in (x.numerator, x.denominator))
-        return AttentionInputs(dq, dk, dv, numerator=dS, denominator=dz)
+        others = x.numerator, x.denominator, x.log_decay
+        dS, dz, decay = (None if s is None else s.new_empty(s.shape) for s in others)
+        return AttentionInputs(dq, dk, dv, numerator=dS, denominator=dz, log_decay=decay)
 
 
 class MixedChunkInputs(NamedTuple):

@@ -38,6 +38,24 @@ def _shape_of(part: object) -> tuple[int, ...] | None:
     return tuple(part.shape) if isinstance(part, Tensor) else None
 
 
+def _check_heads(name: str, x: object, letters: str, first: str, query: Tensor) -> None:
+    """Check that x is a tensor of four dims, with the dtype and device of the first argument."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a tensor {letters}, got {type(x).__name__}")
+    if x.dim() != 4:
+        raise ValueError(
+            f"{name}: expected {letters}, got {_show_shape(x)}; heads are the second dimension,"
+            " as in SDPA"
+        )
+    if x.dtype not in FLOATS:
+        raise TypeError(f"{name}: expected fp16, bf16, fp32 or fp64, got {x.dtype}")
+    if x.dtype != query.dtype or x.device != query.device:
+        raise TypeError(
+            f"{name}: expected {first}'s dtype and device, {query.dtype} on {query.device}, "
+            f"got {x.dtype} on {x.device}; convert with {name}.to({first})"
+        )
+
+
 def check_attention(
     query: Tensor,
     key: Tensor,
@@ -46,6 +64,7 @@ def check_attention(
     is_causal: bool,
     key_mask: Tensor | None,
     cu_seqlens: Tensor | None,
+    log_decay: Tensor | None = None,
     names: tuple[str, str] = ("query", "key"),
 ) -> Sizes:
     """Check shapes, dtypes and devices of query, key, value and masks.
@@ -59,20 +78,7 @@ def check_attention(
         ("value", value, "[B, G, S, V]"),
     )
     for name, x, letters in layout:
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name}: expected a tensor {letters}, got {type(x).__name__}")
-        if x.dim() != 4:
-            raise ValueError(
-                f"{name}: expected {letters}, got {_show_shape(x)}; heads are the second dimension,"
-                " as in SDPA"
-            )
-        if x.dtype not in FLOATS:
-            raise TypeError(f"{name}: expected fp16, bf16, fp32 or fp64, got {x.dtype}")
-        if x.dtype != query.dtype or x.device != query.device:
-            raise TypeError(
-                f"{name}: expected {first}'s dtype and device, {query.dtype} on {query.device}, "
-                f"got {x.dtype} on {x.device}; convert with {name}.to({first})"
-            )
+        _check_heads(name, x, letters, first, query)
     B, H, T, K = query.shape
     G, S, V = key.shape[1], key.shape[2], value.shape[3]
     if key.shape[0] != B or key.shape[3] != K:
@@ -99,7 +105,11 @@ def check_attention(
     check_key_mask(key_mask, B, S, query.device)
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, B, T, S, query.device)
-    return Sizes(B, H, G, T, S, K, V)
+    sizes = Sizes(B, H, G, T, S, K, V)
+    if log_decay is not None:
+        masks = key_mask, cu_seqlens
+        _check_log_decay(log_decay, sizes, query.device, is_causal, masks)
+    return sizes
 
 
 def check_key_mask(
@@ -214,6 +224,56 @@ def _share_dtype_and_device(x: Tensor, y: Tensor) -> bool:
 
 
 ACTIVATIONS = ("relu2", "laplace")
+
+
+def _check_log_decay(
+    log_decay: Tensor,
+    sizes: Sizes,
+    device: torch.device,
+    is_causal: bool,
+    masks: tuple[Tensor | None, Tensor | None],
+) -> None:
+    """Check shape, dtype and device of log decays, and the sign of those of tokens that count.
+
+    masks: key_mask and cu_seqlens, which say which tokens count.
+    """
+    shape = (sizes.B, sizes.G, sizes.S)
+    if not isinstance(log_decay, Tensor):
+        raise TypeError(
+            f"log_decay: expected a tensor [B, G, S] = {list(shape)}, got"
+            f" {_show_shape(log_decay)};"
+            " a fixed decay for each head is decay.log().view(1, G, 1).expand(B, G, S)"
+        )
+    if log_decay.dtype not in (torch.float32, torch.float64):
+        raise TypeError(
+            f"log_decay: expected fp32 or fp64, got {log_decay.dtype}; sums of many small decays"
+            " need the digits: convert with log_decay.float() before the sigmoid's logarithm"
+        )
+    if log_decay.device != device:
+        raise TypeError(f"log_decay: expected on {device} like query, got {log_decay.device}")
+    if tuple(log_decay.shape) != shape:
+        raise ValueError(
+            f"log_decay: expected [B, G, S] = {list(shape)}, one for each key/value head and token,"
+            f" got {_show_shape(log_decay)}"
+        )
+    if not is_causal:
+        raise ValueError(
+            "log_decay: decays follow time, so they need is_causal=True; without it, tokens have"
+            " no order"
+        )
+    if not readable(log_decay, *masks):
+        return
+    key_mask, cu_seqlens = masks
+    if key_mask is not None:
+        log_decay = log_decay.masked_fill(~key_mask[:, None], 0)
+    if cu_seqlens is not None:
+        log_decay = log_decay[:, :, : int(cu_seqlens[-1])]
+    if not bool((log_decay <= 0).all()):
+        found = "NaN" if bool(log_decay.isnan().any()) else f"{log_decay.max().item():g}"
+        raise ValueError(
+            f"log_decay: expected logarithms of decays, at most 0, got {found}; use"
+            " logsigmoid(x), or decay.log() of decays between 0 and 1"
+        )
 
 
 def check_activation(activation: str) -> None:

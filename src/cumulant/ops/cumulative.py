@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,20 +18,11 @@ from .feature_maps import apply_elementwise
 from .state import ElitaState, LinearState, MixedChunkState
 
 
-def attention_inputs(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    key_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    state: LinearState | None,
-    normalize: bool,
-) -> AttentionInputs:
-    """The kernels' inputs, with the sums of `state` if there is one."""
-    numerator = None if state is None else state.numerator
-    denominator = None if state is None or not normalize else state.denominator
-    return AttentionInputs(query, key, value, key_mask, cu_seqlens, numerator, denominator)
+def initial_sums(state: LinearState | None, normalize: bool) -> tuple[Tensor | None, Tensor | None]:
+    """The numerator and denominator that come in; None where there is none."""
+    if state is None:
+        return None, None
+    return state.numerator, state.denominator if normalize else None
 
 
 def run_plan(
@@ -84,14 +76,17 @@ def _run_reference(spec: AttentionSpec, inputs: AttentionInputs) -> AttentionOut
     query, key, value, cu_seqlens = inputs.query, inputs.key, inputs.value, inputs.cu_seqlens
     past = None if inputs.numerator is None else (inputs.numerator, inputs.denominator)
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    masks: dict[str, Any] = {
+        "key_mask": inputs.key_mask,
+        "state": past,
+        "log_decay": inputs.log_decay,
+    }
     with without_autocast(query):
         scaled = query.to(dtype) * spec.scale
         if cu_seqlens is None:
-            out, sums = run(scaled, key, value, key_mask=inputs.key_mask, state=past)
+            out, sums = run(scaled, key, value, **masks)
         else:
-            out, sums = reference.packed(
-                run, scaled, key, value, cu_seqlens, key_mask=inputs.key_mask, state=past
-            )
+            out, sums = reference.packed(run, scaled, key, value, cu_seqlens, **masks)
     return AttentionOutputs(
         out, out.new_empty(0), sums[0], out.new_empty(0) if sums[1] is None else sums[1]
     )

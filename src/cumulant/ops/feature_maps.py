@@ -33,7 +33,12 @@ def apply_elementwise(name: str, x: Tensor) -> Tensor:
     return torch.relu(x) if name == "relu" else x
 
 
-def check_feature_map(feature_map: FeatureMap) -> None:
+def check_feature_map(feature_map: FeatureMap, decays: bool = False) -> None:
+    if decays and isinstance(feature_map, str) and feature_map == "softmax":
+        raise ValueError(
+            "log_decay: feature_map 'softmax' divides by sums over keys that do not decay; use"
+            " another feature map"
+        )
     if isinstance(feature_map, str):
         if feature_map not in NAMES:
             choices = ", ".join(repr(name) for name in NAMES)

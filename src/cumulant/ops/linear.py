@@ -7,9 +7,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..kernels.spec import AttentionSpec
+from ..kernels.spec import AttentionInputs, AttentionSpec
 from .checks import check_attention, check_linear_state
-from .cumulative import attention_inputs, run_plan
+from .cumulative import initial_sums, run_plan
 from .dispatch import make_plan, operation
 from .feature_maps import ELEMENTWISE, FeatureMap, apply_maps, check_feature_map, softmax_features
 from .sdpa_names import hint_at_names
@@ -27,6 +27,7 @@ def linear_attention(
     is_causal: bool = False,
     scale: float | None = None,
     normalize: bool = True,
+    log_decay: Tensor | None = None,
     key_mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     state: LinearState | None = None,
@@ -52,6 +53,9 @@ def linear_attention(
         is_causal: query i sees keys up to i (and all of `state`); needs S = T.
         scale: factor of the query before its feature map, by default 1.
         normalize: divide by the sum of weights.
+        log_decay: ``[B, G, S]`` fp32 or fp64, at most 0; causal only. Weights are multiplied by
+            ``exp(Σ log_decay_l)`` over the tokens l after the key and up to the query: 0 keeps
+            everything, -inf forgets all tokens before. A masked token decays nothing.
         key_mask: ``[B, S]`` bool, True = attend. Masked keys and values may hold any numbers, NaN
             included; queries must be finite.
         cu_seqlens: ``[N + 1]`` int32/int64, offsets of N sequences packed end to end along T (then
@@ -73,9 +77,15 @@ def linear_attention(
     2018, "Efficient Attention".
     """
     sizes = check_attention(
-        query, key, value, is_causal=is_causal, key_mask=key_mask, cu_seqlens=cu_seqlens
+        query,
+        key,
+        value,
+        is_causal=is_causal,
+        key_mask=key_mask,
+        cu_seqlens=cu_seqlens,
+        log_decay=log_decay,
     )
-    check_feature_map(feature_map)
+    check_feature_map(feature_map, log_decay is not None)
     named = feature_map if isinstance(feature_map, str) else ""
     elementwise, dtype = named in ELEMENTWISE, query.dtype
     scale = 1.0 if scale is None else float(scale)
@@ -87,15 +97,8 @@ def linear_attention(
     rows = sizes.B if cu_seqlens is None else len(cu_seqlens) - 1
     check_linear_state(state, rows, sizes, k.shape[-1], normalize, query)
     by_softmax = named == "softmax" and normalize  # these features need no further normaliser
-    inputs = attention_inputs(
-        q,
-        k,
-        value,
-        key_mask=key_mask,
-        cu_seqlens=cu_seqlens,
-        state=state,
-        normalize=normalize and not by_softmax,
-    )
+    sums = initial_sums(state, normalize and not by_softmax)
+    inputs = AttentionInputs(q, k, value, key_mask, cu_seqlens, *sums, log_decay)
     spec = AttentionSpec(
         order=0,
         constant_term=True,

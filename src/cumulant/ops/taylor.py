@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..kernels import spec as kernels
-from ..kernels.spec import AttentionSpec
+from ..kernels.spec import AttentionInputs, AttentionSpec
 from .checks import check_attention, check_linear_state
-from .cumulative import attention_inputs, run_plan
+from .cumulative import initial_sums, run_plan
 from .dispatch import make_plan, operation
 from .sdpa_names import hint_at_names
 from .state import LinearState
@@ -46,6 +46,7 @@ def taylor_attention(
     is_causal: bool = False,
     scale: float | None = None,
     constant_term: bool = True,
+    log_decay: Tensor | None = None,
     key_mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     state: LinearState | None = None,
@@ -79,6 +80,9 @@ def taylor_attention(
         is_causal: query i sees keys up to i (and all of `state`); needs S = T.
         scale: factor of q·k, by default ``1 / sqrt(K)``.
         constant_term: False drops the term of degree 0 (Mercat's "subtract one").
+        log_decay: ``[B, G, S]`` fp32 or fp64, at most 0; causal only. Weights are multiplied by
+            ``exp(Σ log_decay_l)`` over the tokens l after the key and up to the query: 0 keeps
+            everything, -inf forgets all tokens before. A masked token decays nothing.
         key_mask: ``[B, S]`` bool, True = attend. Masked keys and values may hold any numbers, NaN
             included; queries must be finite.
         cu_seqlens: ``[N + 1]`` int32/int64, offsets of N sequences packed end to end along T (then
@@ -99,16 +103,21 @@ def taylor_attention(
     Keles et al. 2022, arXiv 2209.04881.
     """
     sizes = check_attention(
-        query, key, value, is_causal=is_causal, key_mask=key_mask, cu_seqlens=cu_seqlens
+        query,
+        key,
+        value,
+        is_causal=is_causal,
+        key_mask=key_mask,
+        cu_seqlens=cu_seqlens,
+        log_decay=log_decay,
     )
     check_order(order)
     features = feature_count(sizes.K, order, constant_term=constant_term)
     rows = sizes.B if cu_seqlens is None else len(cu_seqlens) - 1
     check_linear_state(state, rows, sizes, features, True, query)
     scale = sizes.K**-0.5 if scale is None else float(scale)
-    inputs = attention_inputs(
-        query, key, value, key_mask=key_mask, cu_seqlens=cu_seqlens, state=state, normalize=True
-    )
+    sums = initial_sums(state, normalize=True)
+    inputs = AttentionInputs(query, key, value, key_mask, cu_seqlens, *sums, log_decay)
     spec = AttentionSpec(order, constant_term, "identity", scale, True, is_causal, return_state)
     out, end = run_plan(make_plan("attention", impl, inputs, spec), inputs, state)
     return (out, end) if return_state else out

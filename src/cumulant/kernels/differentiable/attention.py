@@ -9,6 +9,7 @@ from itertools import combinations_with_replacement
 import torch
 from torch import Tensor
 
+from ..decay import Decay, decay_sums
 from ..spec import AttentionInputs, AttentionOutputs, AttentionSpec
 from ..transforms import without_autocast
 from .packed import each_sequence
@@ -23,7 +24,7 @@ def attention(inputs: AttentionInputs, spec: AttentionSpec) -> AttentionOutputs:
         if inputs.cu_seqlens is None:
             return run(inputs)
         found: AttentionOutputs = each_sequence(
-            run, inputs, ("query", "key", "value"), ("numerator", "denominator")
+            run, inputs, ("query", "key", "value", "log_decay"), ("numerator", "denominator")
         )
         return found
 
@@ -51,8 +52,13 @@ def _attend(inputs: AttentionInputs, spec: AttentionSpec) -> AttentionOutputs:
     def seen(x: Tensor, at: slice) -> Tensor:
         return x if hidden is None else x.masked_fill(hidden[:, :, at], 0)
 
-    def joined(S: Tensor, Z: Tensor, at: slice) -> tuple[Tensor, Tensor]:
+    def joined(
+        S: Tensor, Z: Tensor, at: slice, decay: Decay | None = None
+    ) -> tuple[Tensor, Tensor]:
         phi = seen(_expand(k[:, :, at], order, constant_term), at)
+        if decay is not None:
+            S, Z = decay_sums(S, decay.whole()), decay_sums(Z, decay.whole())
+            phi = phi * decay.to_end()[..., None]
         return S + phi.mT @ v[:, :, at], Z + phi.sum(2)
 
     if not spec.is_causal:
@@ -61,23 +67,36 @@ def _attend(inputs: AttentionInputs, spec: AttentionSpec) -> AttentionOutputs:
     outs = [query.new_zeros(B, H, 0, V)]
     for start in range(0, T, chunk):
         at = slice(start, start + chunk)
+        decay = _load_decay(inputs, at)
         part = q[:, :, :, at]
         y, z = k.new_zeros(()), k.new_zeros(())
         if spec.is_causal:
             weights = _polynomial(part @ k[:, :, None, at].mT, order, constant_term)
-            weights = (
-                weights.tril()
-                if hidden is None
-                else weights.tril().masked_fill(hidden[:, :, None, at].mT, 0)
-            )
+            weights = weights.tril()
+            if hidden is not None:
+                weights = weights.masked_fill(hidden[:, :, None, at].mT, 0)
+            if decay is not None:
+                weights = weights * decay.between()[:, :, None]
             y, z = weights @ v[:, :, None, at], weights.sum(-1)
         if not spec.is_causal or start or not fresh:
             phi = _expand(part, order, constant_term)
-            y, z = y + phi @ S[:, :, None], z + (phi @ Z[:, :, None, :, None]).squeeze(-1)
+            if decay is not None:
+                phi = phi * decay.from_start(phi.shape[-2])[:, :, None, :, None]
+            # Sums that decay are in fp64.
+            y = y + phi @ S[:, :, None].to(dtype)
+            z = z + (phi @ Z[:, :, None, :, None].to(dtype)).squeeze(-1)
         if spec.is_causal:
-            S, Z = joined(S, Z, at)
+            S, Z = joined(S, Z, at, decay)
         outs.append((_divide(y, z) if spec.normalize else y).flatten(1, 2).to(query.dtype))
-    return AttentionOutputs(torch.cat(outs, 2), S.new_empty(0), S, Z)
+    return AttentionOutputs(torch.cat(outs, 2), k.new_empty(0), S.to(dtype), Z.to(dtype))
+
+
+def _load_decay(inputs: AttentionInputs, at: slice) -> Decay | None:
+    """The decays of a chunk, None without."""
+    if inputs.log_decay is None:
+        return None
+    mask = None if inputs.key_mask is None else inputs.key_mask[:, None, None, at]
+    return Decay.from_logs(inputs.log_decay[:, :, at], mask, inputs.dtype)
 
 
 def _divide(numerator: Tensor, denominator: Tensor) -> Tensor:

@@ -51,6 +51,8 @@ def obstacle(inputs: AttentionInputs, spec: AttentionSpec) -> str:
     K = inputs.query.shape[-1]
     if elsewhere := library.obstacle(inputs.query):
         return elsewhere
+    if inputs.log_decay is not None:
+        return "its kernels have no decay yet"
     if spec.order > MAX_ORDER:
         return f"its kernels go up to order {MAX_ORDER}, and this is order {spec.order}"
     if spec.order > 3 and math.comb(K + spec.order, spec.order) >= 2**31:

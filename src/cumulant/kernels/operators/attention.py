@@ -14,7 +14,7 @@ OPERATOR = Operator(
     AttentionInputs,
     AttentionOutputs,
     AttentionSpec,
-    differentiable=("query", "key", "value", "numerator", "denominator"),
+    differentiable=("query", "key", "value", "numerator", "denominator", "log_decay"),
     carriers=("out", "final_numerator", "final_denominator"),
     saved_outputs=AttentionOutputs._fields,
 )

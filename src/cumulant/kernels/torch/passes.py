@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..decay import Decay, decay_sums
 from ..spec import AttentionInputs, AttentionOutputs, AttentionSpec
 from .features import Expansion, activate, activate_vjp
 from .layout import Chunk, Dense, Packed, sort_rows, unsort_rows
@@ -62,6 +63,14 @@ class Tokens(NamedTuple):
         k = activate(k.masked_fill(~mask, 0), self.spec.activation).masked_fill(~mask, 0)
         return k.contiguous(), v.masked_fill(~mask.mT, 0), mask
 
+    def load_decay(self, c: Chunk, mask: Tensor | None) -> Decay | None:
+        """The decays of a chunk, None without. mask: as of `load_key_value`."""
+        logs = self.inputs.log_decay
+        if logs is None:
+            return None
+        logs = self.keys.load_tokens(logs[..., None], c, self.key_heads, torch.float64)[..., 0]
+        return Decay.from_logs(logs, mask, self.dtype)
+
 
 def level_queries(t: Tokens) -> tuple[Tokens, Tensor | float]:
     """The same attention with each query's largest feature near 1, and the factor of its gradient.
@@ -101,6 +110,12 @@ def zero_unseen(spec: AttentionSpec, c: Chunk, x: Tensor, mask: Tensor | None) -
     return x if mask is None else x.masked_fill_(~mask, 0)
 
 
+def multiply_heads(x: Tensor, factors: Tensor) -> Tensor:
+    """x ``[n,G,M,C]`` times factors ``[n,G,C,C]``, the same for every query head, in place."""
+    x.unflatten(2, (-1, factors.shape[2])).mul_(factors[:, :, None])
+    return x
+
+
 def safe_divide(numerator: Tensor, denominator: Tensor) -> Tensor:
     """The quotient, and zero where the denominator is below the smallest normal number.
 
@@ -112,11 +127,34 @@ def safe_divide(numerator: Tensor, denominator: Tensor) -> Tensor:
     )
 
 
-def add_keys(S: Tensor, Z: Tensor | None, n: int, phi: Tensor, v: Tensor) -> None:
-    """S += φ v, Z += Σ φ for the first n sequences; phi ``[n,G,F,C]``, v ``[n,G,C,V]``."""
-    S[:n].flatten(0, 1).baddbmm_(phi.flatten(0, 1), v.flatten(0, 1))
+def add_keys(
+    S: Tensor, Z: Tensor | None, n: int, phi: Tensor, v: Tensor, decay: Decay | None = None
+) -> None:
+    """S += φ v, Z += Σ φ for the first n sequences; phi ``[n,G,F,C]``, v ``[n,G,C,V]``.
+
+    With decay, S and Z decay by the whole chunk first, and a key by the tokens after it.
+    """
+    if decay is not None:
+        decay_rows(S, Z, n, decay)
+        phi = phi * decay.to_end()[:, :, None]
+    add_products(S[:n], phi, v)
     if Z is not None:
         Z[:n] += phi.sum(-1)
+
+
+def add_products(S: Tensor, phi: Tensor, y: Tensor) -> None:
+    """S += φ y, in S's dtype: sums that decay are in fp64."""
+    if S.dtype == phi.dtype:
+        S.flatten(0, 1).baddbmm_(phi.flatten(0, 1), y.flatten(0, 1))
+    else:
+        S += phi @ y
+
+
+def decay_rows(S: Tensor, Z: Tensor | None, n: int, decay: Decay) -> None:
+    """Multiplies the sums of the first n sequences by the decay of a whole chunk, in place."""
+    S[:n] = decay_sums(S[:n], decay.whole())
+    if Z is not None:
+        Z[:n] = decay_sums(Z[:n], decay.whole())
 
 
 def initial_sums(t: Tokens, features: Expansion, needed: bool) -> tuple[Tensor, Tensor | None]:
@@ -130,6 +168,8 @@ def initial_sums(t: Tokens, features: Expansion, needed: bool) -> tuple[Tensor, 
         S = value.new_zeros(shape, dtype=t.dtype)
     if Z is None and t.spec.normalize:
         Z = S.new_zeros(S.shape[:3])
+    if t.inputs.log_decay is not None:
+        S, Z = S.double(), None if Z is None else Z.double()
     return S, Z
 
 
@@ -142,9 +182,16 @@ def sum_all_keys(t: Tokens, features: Expansion) -> tuple[Tensor, Tensor | None]
     return S, Z
 
 
-def _read_sums(phi: Tensor, S: Tensor, Z: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """φᵀS and φ·Z: phi ``[n,G,F,M]``."""
-    return phi.mT @ S, None if Z is None else (Z[:, :, None] @ phi).squeeze(2)
+def _read_sums(
+    phi: Tensor, S: Tensor, Z: Tensor | None, decay: Decay | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """φᵀS and φ·Z: phi ``[n,G,F,M]``. With decay, sums from before the chunk."""
+    y = phi.mT @ S.to(phi.dtype)
+    z = None if Z is None else (Z[:, :, None].to(phi.dtype) @ phi).squeeze(2)
+    if decay is None:
+        return y, z
+    kept = decay.from_start(phi.shape[-1])
+    return y.mul_(kept[..., None]), None if z is None else z.mul_(kept)
 
 
 def forward_chunks(t: Tokens) -> AttentionOutputs:
@@ -165,15 +212,16 @@ def forward_chunks(t: Tokens) -> AttentionOutputs:
         z: Tensor | None
         if local:
             k, v, mask = t.load_key_value(c)
-            y, z = _attend_inside(t.spec, features, c, q, k, v, mask)
+            decay = t.load_decay(c, mask)
+            y, z = _attend_inside(t.spec, features, c, q, k, v, mask, decay)
             if S0 is not None or i > 0:
                 y_state, z_state = _read_sums(
-                    features.expand(q), S[:n], None if Z is None else Z[:n]
+                    features.expand(q), S[:n], None if Z is None else Z[:n], decay
                 )
                 y = y.add_(y_state)
                 z = z.add_(z_state) if z is not None and z_state is not None else None
             if wanted or i + 1 < len(t.queries.chunks):
-                add_keys(S, Z, n, masked_features(features, k, mask), v)
+                add_keys(S, Z, n, masked_features(features, k, mask), v, decay)
         else:
             y, z = _read_sums(features.expand(q), S[:n], None if Z is None else Z[:n])
         if den is not None and z is not None:
@@ -186,8 +234,8 @@ def forward_chunks(t: Tokens) -> AttentionOutputs:
     return _make_outputs(
         t.queries.finish_buffer(out),
         den,
-        unsort_rows(S, t.keys),
-        None if Z is None else unsort_rows(Z, t.keys),
+        unsort_rows(S.to(t.dtype), t.keys),
+        None if Z is None else unsort_rows(Z.to(t.dtype), t.keys),
     )
 
 
@@ -203,8 +251,12 @@ def _step_token(t: Tokens, features: Expansion, S0: Tensor, Z0: Tensor | None) -
     (c,) = t.queries.chunks
     q, (k, v, mask) = t.load_query(c), t.load_key_value(c)
     phi = masked_features(features, k, mask)
-    S = torch.addcmul(S0.contiguous(), phi, v)
-    Z = None if Z0 is None else Z0.contiguous() + phi.squeeze(-1)
+    S, Z = S0.contiguous(), None if Z0 is None else Z0.contiguous()
+    if (decay := t.load_decay(c, mask)) is not None:
+        S = decay_sums(S, decay.whole())
+        Z = None if Z is None else decay_sums(Z, decay.whole())
+    S = torch.addcmul(S, phi.to(S.dtype), v.to(S.dtype)).to(t.dtype)
+    Z = None if Z is None else (Z + phi.squeeze(-1)).to(t.dtype)
     y, z = _read_sums(features.expand(q), S, Z)
     y = y if z is None else safe_divide(y, z)
     shape = t.inputs.query.shape[:3]
@@ -226,7 +278,10 @@ def _attend_inside(
     k: Tensor,
     v: Tensor,
     mask: Tensor | None,
+    decay: Decay | None,
 ) -> tuple[Tensor, Tensor | None]:
     """Numerator and denominator of a chunk's queries over its own keys, by the quadratic form."""
     weights = zero_unseen(spec, c, features.polynomial(q.mT @ k), mask)
+    if decay is not None:
+        multiply_heads(weights, decay.between())
     return weights @ v, weights.sum(-1) if spec.normalize else None
