@@ -20,12 +20,16 @@ def each_sequence(
     """``run(inputs)`` of each packed sequence by itself, joined.
 
     Outputs are joined along T, with zeros behind the last sequence; states are joined along N.
-    by_token and by_sequence name the inputs ``[1, heads, T, ...]`` and ``[N, ...]``.
+    by_token and by_sequence name the inputs ``[1, heads, T, ...]`` and ``[N, ...]``; an input may
+    be None.
     """
     bounds = inputs.cu_seqlens.tolist()
     results = []
     for i, (a, b) in enumerate(pairwise(bounds)):
-        own: dict[str, Any] = {name: getattr(inputs, name)[:, :, a:b] for name in by_token}
+        own: dict[str, Any] = {}
+        for name in by_token:
+            x = getattr(inputs, name)
+            own[name] = None if x is None else x[:, :, a:b]
         for name in by_sequence:
             x = getattr(inputs, name)
             own[name] = None if x is None else x[i : i + 1]
