@@ -6,9 +6,11 @@ import os
 import subprocess
 import sys
 
+import pytest
 import torch
 
 import cumulant as cm
+from cumulant.kernels.native import library
 
 
 def gradients(outs, leaves):
@@ -46,3 +48,13 @@ def run_script(script: str, **environment: str) -> subprocess.CompletedProcess[s
         check=False,
         env=os.environ | environment,
     )
+
+
+def run_tests_on(isa: str, file: str, *names: str) -> None:
+    """Runs tests of a file in a process whose kernels use one instruction set, or skips."""
+    if not library.loaded_library().cumulant_supports(library.INSTRUCTIONS.index(isa)):
+        pytest.skip(f"this machine has no {isa}")
+    options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    command = [sys.executable, "-m", "pytest", *options, *(f"{file}::{name}" for name in names)]
+    environment = {**os.environ, "CUMULANT_ISA": isa}
+    subprocess.run(command, env=environment, check=True, capture_output=True)

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,8 +9,10 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from cumulant.kernels.native import pointwise as native
-from cumulant.kernels.native.library import INSTRUCTIONS, loaded_library
+from cumulant.kernels.native.library import INSTRUCTIONS
 from cumulant.ops import pointwise as ops
+
+from .native_calls import run_tests_on
 
 sizes, lengths, rows = st.integers(1, 70), st.integers(1, 40), st.integers(1, 4)
 
@@ -322,23 +320,6 @@ def test_bad_input_does_not_reach_the_kernels():
 
 @pytest.mark.parametrize("isa", INSTRUCTIONS)
 def test_every_instruction_set(isa):
-    if not loaded_library().cumulant_supports(INSTRUCTIONS.index(isa)):
-        pytest.skip(f"this machine has no {isa}")
-    tests = [
-        f"{__file__}::{name}"
-        for name in ("test_swiglu", "test_rms_norm", "test_short_convolution", "test_turn")
-    ]
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "no:xdist",
-        *tests,
-    ]
-    subprocess.run(
-        command, env={**os.environ, "CUMULANT_ISA": isa}, check=True, capture_output=True
+    run_tests_on(
+        isa, __file__, "test_swiglu", "test_rms_norm", "test_short_convolution", "test_turn"
     )

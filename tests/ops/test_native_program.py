@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,9 +9,11 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 import cumulant as cm
-from cumulant.kernels.native.library import INSTRUCTIONS, loaded_library
+from cumulant.kernels.native.library import INSTRUCTIONS
 from cumulant.kernels.native.program import Program, Unsuitable
 from cumulant.nn import RotaryEmbedding
+
+from .native_calls import run_tests_on
 
 sizes, rows = st.integers(1, 70), st.integers(1, 5)
 
@@ -257,23 +255,4 @@ def test_states_must_fit():
 
 @pytest.mark.parametrize("isa", INSTRUCTIONS)
 def test_every_instruction_set(isa):
-    if not loaded_library().cumulant_supports(INSTRUCTIONS.index(isa)):
-        pytest.skip(f"this machine has no {isa}")
-    tests = [
-        f"{__file__}::{name}"
-        for name in ("test_matrix", "test_norm", "test_activations", "test_attention")
-    ]
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "no:xdist",
-        *tests,
-    ]
-    subprocess.run(
-        command, env={**os.environ, "CUMULANT_ISA": isa}, check=True, capture_output=True
-    )
+    run_tests_on(isa, __file__, "test_matrix", "test_norm", "test_activations", "test_attention")
