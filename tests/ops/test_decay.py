@@ -117,6 +117,27 @@ def test_precision_over_many_tokens(decay, name, length):
     assert max(compare_with_float64(logs, name, length)) < 1e-6
 
 
+@pytest.mark.parametrize("decay", [-1e-3, -1e-4])
+def test_precision_over_many_chunks(decay, monkeypatch):
+    """5,000 chunks: sums rounded to fp32 in each would be off by 2e-6 to 1e-5."""
+    walk(monkeypatch, chunk=4)
+    assert max(compare_with_float64(torch.tensor(decay), "taylor", 20_000)) < 3e-7
+
+
+@by_implementation
+def test_precision_of_weak_decays_beside_strong_ones(impl):
+    """Sums of log decays in fp32 would lose the small ones; under torch.func as well."""
+    q, k, v = inputs(B=1, H=2, T=300, K=4, V=3, G=1, dtype=torch.float32)
+    logs = random_decays((1, 1, 300)).float()
+    wide = [x.double() for x in (q, k, v, logs)]
+    exact = attend("taylor", *wide, impl="reference")
+    assert_close(attend("taylor", q, k, v, logs, impl=impl), exact)
+    transformed, _ = torch.func.jvp(
+        lambda v: attend("taylor", q, k, v, logs, impl=impl), (v,), (v,)
+    )
+    assert_close(transformed, exact)
+
+
 @pytest.mark.parametrize("logs", [-1e-6, -1e-3, -0.3])
 def test_precision_token_by_token(logs):
     """3,000 steps are as exact as the whole."""
