@@ -235,8 +235,10 @@ template <int N> void retreat(int n, double* carry, ElitaScratch& w) {
     Vec<double> by_value{};
     for (int d = 0; d < N; d++) {
       const int at = i * WIDTH + d * W;
+      // Q is whole once the token's own outputs, sum (1 - g) dout, join what later tokens sent.
       Q[d] += load(w.y + at);
       by_value += Q[d] * load(w.v + at);
+      // u = (1 - a) u_before + a v: the value gets a Q, and the mean before gets (1 - a) Q.
       store(w.x + at, load(w.x + at) + a * Q[d]);
       Q[d] *= decay;
     }
@@ -297,6 +299,7 @@ inline void elita_backward(const Elita& e, const ElitaSegment& s, void* scratch)
     const int64_t t = s.begin + (blocks - 1) * BLOCK;
     const int n = int(smaller<int64_t>(BLOCK, s.end - t));
     read_gates(e, s, t, n, w, gates);
+    // Columns first: the logits' gradients need Q . (v - u) and dout . (v - u) over all of them.
     zero(w.by_value, BLOCK);
     for (int64_t from = 0; from < e.V; from += WIDTH) {
       const int width = int(smaller<int64_t>(WIDTH, e.V - from));
@@ -304,6 +307,7 @@ inline void elita_backward(const Elita& e, const ElitaSegment& s, void* scratch)
       zero(w.y, BLOCK * WIDTH);
       read_panel(e.value, e.type, s.batch, s.group, t, n, from, width, w.v);
       if (!s.passing) {
+        // The means inside the block are formed again from the one before it, which was kept.
         alignas(64) double before[WIDTH] = {};
         memcpy(before, kept_means(e, s, t) + from, sizeof(double) * size_t(width));
         by_vectors(width, [&](auto N) { distances<N.value>(e, t, n, before, w); });
@@ -316,12 +320,15 @@ inline void elita_backward(const Elita& e, const ElitaSegment& s, void* scratch)
     zero(w.own_total, BLOCK);
     for (int64_t r = 0; r < heads; r++) {
       const double* const g = gates + r * 3 * BLOCK;
+      // ds = g (1 - g) dout . (v - u), of which s - r - m is the argument: M gets -ds.
       for (int i = 0; i < n; i++) w.grad[i] = g[i] * g[BLOCK + i] * g[2 * BLOCK + i];
       for (int i = 0; i < n; i++) w.own_total[i] += w.grad[i];
       if (!s.passing)
         write_row<double>(e.dself_logit, (s.batch * e.H + s.group * heads + r) * e.T + t, e.gates,
                           n, w.grad);
     }
+    // m = log(e^m_before + e^c) and a = e^(c - m): c gets b = a Q . (v - u) through a, and a M
+    // through m; the log-sum before gets the rest of M, and loses b.
     for (int i = n - 1; i >= 0; i--) {
       const double b = w.a[i] * w.by_value[i];
       M -= w.own_total[i];

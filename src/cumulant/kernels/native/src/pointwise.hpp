@@ -37,6 +37,7 @@ inline void swiglu_forward(const Pointwise& p, int64_t begin, int64_t end) {
   });
 }
 
+// out = a s(a) up, with the sigmoid s of slope s (1 - s): d out / d a = up (s + a s (1 - s)).
 inline void swiglu_backward(const Pointwise& p, int64_t begin, int64_t end) {
   const float *x = (const float*)p.x.data + begin, *up = p.second + begin,
               *dout = (const float*)p.dout.data + begin;
@@ -76,6 +77,7 @@ inline void rmsnorm_backward(const Pointwise& p, int64_t begin, int64_t end, flo
     const float *x = row_of(p.x, i / p.T, 0, i % p.T), *dout = row_of(p.dout, i / p.T, 0, i % p.T);
     float* const dx = row_to(p.dx, i / p.T, 0, i % p.T);
     const float factor = p.factors[i];
+    // First the mean over the row, and dw, which needs the same products before the weight.
     Vec<float> products{};
     float rest = 0;
     each_vector(p.n, [&](int64_t j, auto kind) {
@@ -149,6 +151,7 @@ inline void convolve_backward(const Pointwise& p, int64_t begin, int64_t end, fl
         });
       }
     }
+    // The rows before the first token: each is read by the first outputs within taps of it.
     if (t != 0 || !p.dtail) continue;
     for (int64_t s = 0; s < p.taps - 1;
          s++) {  // slot s stands taps - 1 - s tokens before the first

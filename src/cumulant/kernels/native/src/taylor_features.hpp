@@ -194,9 +194,10 @@ template <class R> class Monomials {
   void backward(int count, const R* from, R* dx) {
     if (order > 1) zero(grads, order * CHUNK);
     while (count > 0) {
+      // A prefix's gradient is complete once the walk leaves it. Only then may its factors get it.
       if (exhausted()) pass_down(dx);
       const int n = arrive(count);
-      if (degree == 1) {
+      if (degree == 1) {  // these features are the vector itself
         for (int j = 0; j < n; j++)
           for (int i = 0; i < tokens; i += W) {
             R* to = dx + (next + j) * CHUNK + i;
