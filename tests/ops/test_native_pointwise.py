@@ -107,7 +107,7 @@ def test_short_convolution(B, T, n, taps, before, packed):
     st.booleans(),
     st.booleans(),
 )
-def test_turn(B, T, heads, half, own, inside, back):
+def test_rotation(B, T, heads, half, own, inside, back):
     (x,) = draw((B, T, heads, 2 * half) if inside else (B, heads, T, 2 * half))
     x = x.transpose(1, 2) if inside else x
     (angle,) = draw((B, T, half) if own else (T, half), seed=1)
@@ -321,5 +321,5 @@ def test_bad_input_does_not_reach_the_kernels():
 @pytest.mark.parametrize("isa", INSTRUCTIONS)
 def test_every_instruction_set(isa):
     run_tests_on(
-        isa, __file__, "test_swiglu", "test_rms_norm", "test_short_convolution", "test_turn"
+        isa, __file__, "test_swiglu", "test_rms_norm", "test_short_convolution", "test_rotation"
     )

@@ -206,8 +206,8 @@ def _rotation_formula(x: Tensor, cosine: Tensor, sine: Tensor, back: bool) -> Te
     sine = -sine if back else sine
     dtype = torch.promote_types(x.dtype, torch.float32)
     even, odd = x[..., 0::2].to(dtype), x[..., 1::2].to(dtype)
-    turned = torch.stack((even * cosine - odd * sine, even * sine + odd * cosine), -1)
-    return turned.reshape(x.shape).to(x.dtype)
+    rotated = torch.stack((even * cosine - odd * sine, even * sine + odd * cosine), -1)
+    return rotated.reshape(x.shape).to(x.dtype)
 
 
 class _RotatePairs(torch.autograd.Function):

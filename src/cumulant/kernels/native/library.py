@@ -79,7 +79,7 @@ class MixedChunk(ctypes.Structure):
             (name, _pointer)
             for name in ("index", "bounds", "open_quad_key", "open_lin_key", "open_value")
         ),
-        *((name, _pointer) for name in ("bias", "bias_turned", "numerator")),
+        *((name, _pointer) for name in ("bias", "bias_transposed", "numerator")),
         *(
             (name, _pointer)
             for name in ("final_numerator", "final_quad_key", "final_lin_key", "final_value")

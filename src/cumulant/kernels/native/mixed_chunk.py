@@ -120,7 +120,7 @@ class _Call(Arguments):
         if x.bias is not None:
             m.bias = self.pointer_to(x.bias, self.sums_dtype)
             if T > 1:  # for a single token a transposed copy would cost more than it saves
-                m.bias_turned = self.pointer_to(x.bias.mT, self.sums_dtype)
+                m.bias_transposed = self.pointer_to(x.bias.mT, self.sums_dtype)
 
 
 def _check_call(x: MixedChunkInputs, spec: MixedChunkSpec) -> None:

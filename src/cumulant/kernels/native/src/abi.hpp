@@ -80,7 +80,7 @@ struct MixedChunk {
   const int64_t *index, *bounds;                          // [slots], [N + 1]
   const void *open_quad_key, *open_lin_key, *open_value;  // [N, G, size, .] reals
   const void *bias,
-      *bias_turned;       // [biases, size, size]: by query and key; by key and query, or null
+      *bias_transposed;   // [biases, size, size]: by query and key; by key and query, or null
   const void* numerator;  // [N, G, L, V]: the sums that came in
   void *final_numerator, *final_quad_key, *final_lin_key, *final_value;  // the state that goes out
   // backwards
@@ -90,8 +90,8 @@ struct MixedChunk {
 };
 
 // What stands beside attention in a layer, number by number, in fp32: SWIGLU silu(x) second;
-// RMSNORM x / rms(x) weight; CONVOLVE depthwise over time; TURN pairs by angles. Gradients enter as
-// dout and leave as dx, dsecond, dweight, dtail.
+// RMSNORM x / rms(x) weight; CONVOLVE depthwise over time; ROTATE_PAIRS pairs by angles. Gradients
+// enter as dout and leave as dx, dsecond, dweight, dtail.
 enum PointwiseOperation {
   SWIGLU_FORWARD,
   SWIGLU_BACKWARD,
@@ -99,12 +99,12 @@ enum PointwiseOperation {
   RMSNORM_BACKWARD,
   CONVOLVE_FORWARD,
   CONVOLVE_BACKWARD,
-  TURN
+  ROTATE_PAIRS
 };
 struct Pointwise {
-  int32_t operation, threads, isa, back;  // TURN: back, by the angles' negatives
+  int32_t operation, threads, isa, back;  // ROTATE_PAIRS: back, by the angles' negatives
   int64_t B, T, H, n,
-      taps;  // [B, T, n] (of H heads, TURN); CONVOLVE: taps, the newest token's included
+      taps;  // [B, T, n] (of H heads, ROTATE_PAIRS); CONVOLVE: taps, the newest token's included
   Array x, out, dout, dx;               // rows [B, H, T]
   const float *second, *weight, *tail;  // [B, T, n]; [n] or [taps, n]; [B, taps - 1, n]
   float *dsecond, *dweight, *dtail;

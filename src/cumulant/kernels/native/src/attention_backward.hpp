@@ -18,7 +18,7 @@ template <class R> void query_inside(Pass<R>& p, int n) {
   constexpr int W = LANES<R>;
   auto& w = p.w;
   p.template triangle<BY_COLUMN>(Pass<R>::UPPER, n, p.K, {w.k, CHUNK}, {w.q, CHUNK}, w.scores);
-  p.template triangle<BY_ROW>(Pass<R>::UPPER, n, p.V, p.v, {w.dy_turned, CHUNK}, w.dscores);
+  p.template triangle<BY_ROW>(Pass<R>::UPPER, n, p.V, p.v, {w.dy_transposed, CHUNK}, w.dscores);
   for (int j = 0; j < n; j++) {  // a key's part in all queries
     R *row = w.dscores + j * CHUNK, *scores = w.scores + j * CHUNK;
     const int first = j / W * W;
@@ -50,15 +50,15 @@ template <class R> void query_backward(const Attention& a, const Segment& s, voi
     for (int r = 0; r < p.R_heads; r++) {
       p.read_query(r, at, n);
       p.read_upstream(r, at, n);
-      transpose(n, p.V, w.dy, w.stride, w.dy_turned, CHUNK);
+      transpose(n, p.V, w.dy, w.stride, w.dy_transposed, CHUNK);
       if (a.is_causal)
         query_inside(p, n);
       else
         zero(w.dq, p.K * CHUNK);
       // From the sums that the query read: d phi(q) = S dy + Z dz.
-      if (past) p.sums_backward(w.q, n, w.dy_turned, w.dz, w.dq);
+      if (past) p.sums_backward(w.q, n, w.dy_transposed, w.dz, w.dq);
       p.query_gradient(w.dq, n);
-      write_turned(p.rows_of(a.dquery, p.head(r), at, n, false), p.K, w.dq, w.rows);
+      write_transposed(p.rows_of(a.dquery, p.head(r), at, n, false), p.K, w.dq, w.rows);
     }
     // S as the forward pass had it for the next chunk; it is formed again rather than kept.
     if (a.is_causal && at + n < s.end) {
@@ -73,7 +73,7 @@ template <class R> void key_inside(Pass<R>& p, int n) {
   constexpr int W = LANES<R>;
   auto& w = p.w;
   p.template triangle<BY_COLUMN>(Pass<R>::LOWER, n, p.K, {w.q, CHUNK}, {w.k, CHUNK}, w.scores);
-  p.template triangle<BY_ROW>(Pass<R>::LOWER, n, p.V, {w.dy, w.stride}, {w.v_turned, CHUNK},
+  p.template triangle<BY_ROW>(Pass<R>::LOWER, n, p.V, {w.dy, w.stride}, {w.v_transposed, CHUNK},
                               w.dscores);
   for (int i = 0; i < n; i++) {  // a query's weights of all keys
     R *scores = w.scores + i * CHUNK, *row = w.dscores + i * CHUNK;
@@ -110,13 +110,13 @@ template <class R> void key_backward(const Attention& a, const Segment& s, void*
     p.begin(at, -a.chunk, p.KEY | p.VALUE | p.DKEY | (a.is_causal ? p.QUERY | p.UPSTREAM : 0));
     p.read_key(at, n);
     p.read_value(at, n);
-    transpose(n, p.V, p.v.data, p.v.stride, w.v_turned, CHUNK);
+    transpose(n, p.V, p.v.data, p.v.stride, w.v_transposed, CHUNK);
     zero(w.dk, p.K * CHUNK);
     zero(w.dv, n * w.stride);
     // Later queries: dv = phi(k) dS, d phi(k) = dS v + dZ. (The sums in w are dS and dZ here.)
     if (ahead) {
       p.read_sums(w.k, w.constant, n, w.dv, nullptr);
-      p.sums_backward(w.k, n, w.v_turned, nullptr, w.dk);
+      p.sums_backward(w.k, n, w.v_transposed, nullptr, w.dk);
     }
     for (int r = 0; a.is_causal && r < p.R_heads; r++) {
       p.read_query(r, at, n);
@@ -129,7 +129,7 @@ template <class R> void key_backward(const Attention& a, const Segment& s, void*
     activate_backward(w.k, w.dk, p.K, n, R(1), a.activation);
     // Masked keys take no part: dZ would give them a gradient all the same.
     if (p.mask) p.clear_masked(w.dk, n);
-    write_turned(p.rows_of(a.dkey, s.group, at, n, false), p.K, w.dk, w.rows);
+    write_transposed(p.rows_of(a.dkey, s.group, at, n, false), p.K, w.dk, w.rows);
     write(p.rows_of(a.dvalue, s.group, at, n, false), 0, p.V, w.dv, w.stride);
   }
   if (leaves) p.leave_sums(s.stop, s.stop_denominator);

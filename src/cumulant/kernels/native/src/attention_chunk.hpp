@@ -17,7 +17,7 @@ constexpr int SLAB = 78;
 template <class R> struct Workspace {
   int64_t used = 0;
   R *q, *k, *v, *rows, *scores, *dscores, *phi, *dphi, *out, *S, *Z, *z, *ones, *constant, *powers;
-  R *v_turned, *dy_turned, *dy, *dz, *dq, *dk, *dv, *level;
+  R *v_transposed, *dy_transposed, *dy, *dz, *dq, *dk, *dv, *level;
   int64_t stride;  // of rows of values
 
   Workspace(const Attention& a, R* base) {
@@ -30,8 +30,8 @@ template <class R> struct Workspace {
     };
     q = take(K * CHUNK), k = take(K * CHUNK), dq = take(K * CHUNK), dk = take(K * CHUNK);
     rows = take(larger(K, V) * CHUNK);
-    v = take(V * CHUNK), out = take(V * CHUNK), v_turned = take(V * CHUNK);
-    dy = take(V * CHUNK), dy_turned = take(V * CHUNK), dv = take(V * CHUNK);
+    v = take(V * CHUNK), out = take(V * CHUNK), v_transposed = take(V * CHUNK);
+    dy = take(V * CHUNK), dy_transposed = take(V * CHUNK), dv = take(V * CHUNK);
     scores = take(CHUNK * CHUNK), dscores = take(CHUNK * CHUNK);
     phi = take(SLAB * CHUNK), dphi = take(SLAB * CHUNK);
     z = take(CHUNK), dz = take(CHUNK), level = take(CHUNK), ones = take(CHUNK),
@@ -126,7 +126,7 @@ template <class R> struct Pass {
   // ---- reading ----
 
   void read_query(int r, int64_t at, int n) {
-    read_turned(rows_of(a.query, head(r), at, n, false), K, w.rows, w.q);
+    read_transposed(rows_of(a.query, head(r), at, n, false), K, w.rows, w.q);
     if (levels()) level(w.q, K, n, R(a.scale), a.activation, w.level);
     activate(w.q, K, n, levels() ? R(1) : R(a.scale), a.activation);
   }
@@ -148,7 +148,7 @@ template <class R> struct Pass {
   void read_key(int64_t at, int n) {
     mask = a.key_mask ? a.key_mask + batch * a.S + first + at : nullptr;
     for (int i = 0; i < CHUNK; i++) w.constant[i] = i < n && (!mask || mask[i]) ? R(1) : R(0);
-    read_turned(rows_of(a.key, s.group, at, n, true), K, w.rows, w.k);
+    read_transposed(rows_of(a.key, s.group, at, n, true), K, w.rows, w.k);
     activate(w.k, K, n, R(1), a.activation);
     if (a.activation == ELU && (mask || n % W)) clear_masked(w.k, n);  // of zero it is 1
   }
@@ -285,13 +285,13 @@ template <class R> struct Pass {
 
   // Adds to dx what reaches a vector x through its features: d phi = S y^T + Z weights (null: of
   // 1).
-  void sums_backward(const R* x, int n, const R* y_turned, const R* weights, R* dx) {
+  void sums_backward(const R* x, int n, const R* y_transposed, const R* weights, R* dx) {
     Monomials<R> m = monomials(x, w.ones, n);
     for (int f = 0; f < F; f += slab) {
       const int rows = smaller(slab, F - f);
       R* dphi = a.order == 0 ? dx : w.dphi;
-      product<BY_ROW, R>(ahead, rows, n, columns, {w.S + f * w.stride, w.stride}, {y_turned, CHUNK},
-                         {dphi, CHUNK}, a.order == 0);
+      product<BY_ROW, R>(ahead, rows, n, columns, {w.S + f * w.stride, w.stride},
+                         {y_transposed, CHUNK}, {dphi, CHUNK}, a.order == 0);
       if (a.normalize)
         for (int j = 0; j < rows; j++)
           for (int i = 0; i < n; i += W) {

@@ -18,10 +18,10 @@ INLINE void copy_rows(Matrix<const R> from, int rows, int width, R* to, int64_t 
   zero(to + rows * stride, int64_t(padded<R>(rows) - rows) * stride);
 }
 
-// The group's rows from `first` on, turned: [width, CHUNK].
+// The group's rows from `first` on, transposed: [width, CHUNK].
 template <class R>
-INLINE void turn_rows(MixedPass<R>& p, Matrix<const R> x, int64_t first, int n, int width,
-                      int64_t stride, R* to) {
+INLINE void transpose_rows(MixedPass<R>& p, Matrix<const R> x, int64_t first, int n, int width,
+                           int64_t stride, R* to) {
   copy_rows(p.rows_from(x, first), n, width, p.w.rows, stride);
   transpose(n, width, p.w.rows, stride, to, CHUNK);
 }
@@ -63,9 +63,9 @@ template <class R> void mixed_query_backward(const MixedChunk& m, const Segment&
       for (int64_t r = 0; r < p.heads; r++) {
         const int64_t h = s.group * p.heads + r;
         p.read_queries(h, at + i, n);
-        p.turn_queries(n);
+        p.transpose_queries(n);
         p.read_upstream(h, at + i, n);
-        transpose(n, p.V, w.dy, w.V, w.wide_turned, CHUNK);
+        transpose(n, p.V, w.dy, w.V, w.wide_transposed, CHUNK);
         zero(w.dquad, w.K * CHUNK);
         zero(w.dlin, w.L * CHUNK);
         for (int64_t j = 0; j < (m.is_causal ? i + 1 : size); j += CHUNK) {
@@ -73,8 +73,8 @@ template <class R> void mixed_query_backward(const MixedChunk& m, const Segment&
           p.form_scores(h, j, i, keys, n, w.scores);
           // dw = v dout^T: from out = w v. The linear weights r s^T / n are a part of w where
           // nothing is summed, so dr = dw s.
-          product<BY_ROW, R>(p.ahead, keys, n, p.V, p.rows_from(p.value, j), {w.wide_turned, CHUNK},
-                             {w.weights, CHUNK}, false);
+          product<BY_ROW, R>(p.ahead, keys, n, p.V, p.rows_from(p.value, j),
+                             {w.wide_transposed, CHUNK}, {w.weights, CHUNK}, false);
           if (!m.summed)
             product<BY_COLUMN, R>(p.ahead, p.L, n, keys, p.rows_from(p.lin_key, j),
                                   {w.weights, CHUNK}, {w.dlin, CHUNK});
@@ -94,7 +94,7 @@ template <class R> void mixed_query_backward(const MixedChunk& m, const Segment&
         }
         // out += r^T S, so dr += S dout, with the sums that the query read.
         if (past)
-          product<BY_ROW, R>(p.ahead, p.L, n, p.V, {w.S, w.V}, {w.wide_turned, CHUNK},
+          product<BY_ROW, R>(p.ahead, p.L, n, p.V, {w.S, w.V}, {w.wide_transposed, CHUNK},
                              {w.dlin, CHUNK});
         // The scale is applied at the end: q was scaled when it was read.
         p.write_query_gradient(m.dquad_query, h, at + i, n, p.K, w.dquad, w.K, p.quad_scale);
@@ -125,13 +125,14 @@ template <class R> void mixed_key_backward(const MixedChunk& m, const Segment& s
       zero(dquad, w.K * CHUNK);
       zero(dlin, w.L * CHUNK);
       zero(dv, n * w.V);
-      turn_rows(p, p.quad_key, j, n, p.K, w.K, w.quad_turned);
-      turn_rows(p, p.value, j, n, p.V, w.V, w.wide_turned);
-      if (!m.summed) turn_rows(p, p.lin_key, j, n, p.L, w.L, w.lin_turned);
+      transpose_rows(p, p.quad_key, j, n, p.K, w.K, w.quad_transposed);
+      transpose_rows(p, p.value, j, n, p.V, w.V, w.wide_transposed);
+      if (!m.summed) transpose_rows(p, p.lin_key, j, n, p.L, w.L, w.lin_transposed);
       // A group reaches queries of others through S = sum s v^T: dv = s dS, ds = dS v. (w.S is dS.)
       if (reached) {
         product<BY_ROW, R>(p.ahead, n, p.V, p.L, p.rows_from(p.lin_key, j), {w.S, w.V}, {dv, w.V});
-        product<BY_ROW, R>(p.ahead, p.L, n, p.V, {w.S, w.V}, {w.wide_turned, CHUNK}, {dlin, CHUNK});
+        product<BY_ROW, R>(p.ahead, p.L, n, p.V, {w.S, w.V}, {w.wide_transposed, CHUNK},
+                           {dlin, CHUNK});
       }
       for (int64_t i = m.is_causal ? larger(j, asked) : 0; i < size; i += CHUNK) {
         const int queries = p.block(i, size);
@@ -142,10 +143,10 @@ template <class R> void mixed_key_backward(const MixedChunk& m, const Segment& s
           p.read_upstream(h, at + i, queries);
           // The same products as in mixed_query_backward, with queries in rows: the sums over
           // queries below then need no transposed matrix.
-          product<BY_ROW, R>(p.ahead, queries, n, p.K, {w.quad_query, w.K}, {w.quad_turned, CHUNK},
-                             {w.scores, CHUNK}, false);
+          product<BY_ROW, R>(p.ahead, queries, n, p.K, {w.quad_query, w.K},
+                             {w.quad_transposed, CHUNK}, {w.scores, CHUNK}, false);
           p.add_bias(m.bias, h, i, j, queries, n, w.scores);
-          product<BY_ROW, R>(p.ahead, queries, n, p.V, {w.dy, w.V}, {w.wide_turned, CHUNK},
+          product<BY_ROW, R>(p.ahead, queries, n, p.V, {w.dy, w.V}, {w.wide_transposed, CHUNK},
                              {w.weights, CHUNK}, false);
           if (!m.summed)
             product<BY_COLUMN, R>(p.ahead, p.L, n, queries, {w.lin_query, w.L}, {w.weights, CHUNK},
@@ -160,8 +161,8 @@ template <class R> void mixed_key_backward(const MixedChunk& m, const Segment& s
           product<BY_COLUMN, R>(p.ahead, p.K, n, queries, {w.quad_query, w.K}, {w.weights, CHUNK},
                                 {dquad, CHUNK});
           if (!m.summed)
-            product<BY_ROW, R>(p.ahead, queries, n, p.L, {w.lin_query, w.L}, {w.lin_turned, CHUNK},
-                               {w.scores, CHUNK});
+            product<BY_ROW, R>(p.ahead, queries, n, p.L, {w.lin_query, w.L},
+                               {w.lin_transposed, CHUNK}, {w.scores, CHUNK});
           // dv = sum w dout; w.scores are the weights now, with the linear ones.
           product<BY_COLUMN, R>(p.ahead, n, p.V, queries, {w.scores, CHUNK}, {w.dy, w.V}, {dv, w.V},
                                 true, diagonal ? FROM : ALL);

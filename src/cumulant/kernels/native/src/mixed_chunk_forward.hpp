@@ -19,14 +19,14 @@ template <class R> void mixed_forward(const MixedChunk& m, const Segment& s, voi
       for (int64_t r = 0; r < p.heads; r++) {
         const int64_t h = s.group * p.heads + r;
         p.read_queries(h, at + i, n);
-        p.turn_queries(n);
+        p.transpose_queries(n);
         for (int64_t j = 0; j < (m.is_causal ? i + 1 : size); j += CHUNK) {
           const int keys = p.block(j, size);
           R* const scores = w.all + j * CHUNK;
           p.form_scores(h, j, i, keys, n, scores);
           if (!m.summed)
             product<BY_ROW, R>(p.ahead, keys, n, p.L, p.rows_from(p.lin_key, j),
-                               {w.lin_turned, CHUNK}, {w.weights, CHUNK}, false);
+                               {w.lin_transposed, CHUNK}, {w.weights, CHUNK}, false);
           over_block<R>(keys, n, m.is_causal && i == j, false, [&](int at, auto seen) {
             Vec<R> x = gate<R>(load(scores + at), m.activation);
             if (!m.summed) x += load(w.weights + at);
@@ -40,7 +40,7 @@ template <class R> void mixed_forward(const MixedChunk& m, const Segment& s, voi
           product<BY_COLUMN, R>(p.ahead, n, p.columns, n, {w.all + i * CHUNK, CHUNK},
                                 p.rows_from(p.value, i), {w.out, w.V}, true, UP_TO);
         if (past)
-          product<BY_COLUMN, R>(p.ahead, n, p.columns, p.L, {w.lin_turned, CHUNK}, {w.S, w.V},
+          product<BY_COLUMN, R>(p.ahead, n, p.columns, p.L, {w.lin_transposed, CHUNK}, {w.S, w.V},
                                 {w.out, w.V});
         p.scatter(m.out, nullptr, h, at + i, n, p.V, s.from, p.columns, w.out, w.V);
       }

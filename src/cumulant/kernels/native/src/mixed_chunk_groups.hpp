@@ -4,7 +4,7 @@
 // Out = f(q k^T / size + bias) v inside the group, plus r^T S with the linear queries r and S = sum
 // s v^T over linear keys s: of earlier groups if causal, else of all (where `summed`; else r s^T v
 // inside the group). Keys and values are read in place where their layout allows it. Queries of a
-// block are transposed ("turned"): [K, CHUNK].
+// block are transposed: [K, CHUNK].
 #pragma once
 
 #include "tokens.hpp"
@@ -34,11 +34,11 @@ template <class R> INLINE Vec<R> gate_slope(Vec<R> s, int activation) {
 
 template <class R> struct MixedScratch {
   int64_t used = 0;
-  R *quad_key, *lin_key, *value;              // of a group, where they must be copied
-  R *quad_query, *lin_query, *rows;           // of a block: token-major
-  R *quad_turned, *lin_turned, *wide_turned;  // [K | L | V, CHUNK]
-  R *dy, *out, *dquad, *dlin;                 // [CHUNK, V], [CHUNK, V], [K, CHUNK], [L, CHUNK]
-  R *scores, *weights, *all, *S;              // [CHUNK, CHUNK] twice, [size, CHUNK], [L, V]
+  R *quad_key, *lin_key, *value;                          // of a group, where they must be copied
+  R *quad_query, *lin_query, *rows;                       // of a block: token-major
+  R *quad_transposed, *lin_transposed, *wide_transposed;  // [K | L | V, CHUNK]
+  R *dy, *out, *dquad, *dlin;     // [CHUNK, V], [CHUNK, V], [K, CHUNK], [L, CHUNK]
+  R *scores, *weights, *all, *S;  // [CHUNK, CHUNK] twice, [size, CHUNK], [L, V]
   int64_t K, L, V;  // strides of rows; of values not a power of two, which would press a panel of
                     // them into few sets of a cache
 
@@ -53,7 +53,8 @@ template <class R> struct MixedScratch {
     quad_key = take(group * K), lin_key = take(group * L), value = take(group * V);
     quad_query = take(CHUNK * K), lin_query = take(CHUNK * L),
     rows = take(CHUNK * larger(larger(K, L), V));
-    quad_turned = take(CHUNK * K), lin_turned = take(CHUNK * L), wide_turned = take(CHUNK * V);
+    quad_transposed = take(CHUNK * K), lin_transposed = take(CHUNK * L),
+    wide_transposed = take(CHUNK * V);
     dy = take(CHUNK * V), out = take(CHUNK * V), dquad = take(CHUNK * K), dlin = take(CHUNK * L);
     scores = take(CHUNK * CHUNK), weights = take(CHUNK * CHUNK), all = take(group * CHUNK);
     S = take(m.L * V);
@@ -160,7 +161,7 @@ template <class R> struct MixedPass {
   }
   static Matrix<const R> rows_from(Matrix<const R> x, int64_t i) { return {x.row(i), x.stride}; }
 
-  // Queries of a block, scaled: rows and turned.
+  // Queries of a block, scaled: as rows and transposed.
   void read_queries(int64_t h, int64_t at, int n) {
     gather(m.quad_query, nullptr, h, at, n, K, 0, K, w.quad_query, w.K);
     gather(m.lin_query, nullptr, h, at, n, L, 0, L, w.lin_query, w.L);
@@ -172,15 +173,15 @@ template <class R> struct MixedPass {
   void read_upstream(int64_t h, int64_t at, int n) {
     gather(m.dout, nullptr, h, at, n, V, 0, V, w.dy, w.V);
   }
-  void turn_queries(int n) {
-    transpose(n, K, w.quad_query, w.K, w.quad_turned, CHUNK);
-    transpose(n, L, w.lin_query, w.L, w.lin_turned, CHUNK);
+  void transpose_queries(int n) {
+    transpose(n, K, w.quad_query, w.K, w.quad_transposed, CHUNK);
+    transpose(n, L, w.lin_query, w.L, w.lin_transposed, CHUNK);
   }
 
-  // Gradients of a block's queries, [width, CHUNK], scaled and turned back.
+  // Gradients of a block's queries, [width, CHUNK], scaled and transposed back.
   void write_query_gradient(const Array& x, int64_t h, int64_t at, int n, int width,
-                            const R* turned, int64_t stride, R scale) {
-    transpose(width, n, turned, CHUNK, w.rows, stride);
+                            const R* transposed, int64_t stride, R scale) {
+    transpose(width, n, transposed, CHUNK, w.rows, stride);
     for (int64_t i = 0; i < n * stride; i += W) store(w.rows + i, load(w.rows + i) * scale);
     scatter(x, nullptr, h, at, n, width, 0, width, w.rows, stride);
   }
@@ -249,19 +250,20 @@ template <class R> struct MixedPass {
       for (int j = 0; j < count; j++) scores[i * CHUNK + j] += from[i * m.size + j];
   }
   // The same of a block [keys, queries].
-  void add_bias_turned(int64_t h, int64_t key, int64_t query, int keys, int queries,
-                       R* scores) const {
-    if (!m.biases || m.bias_turned)
-      return add_bias(m.bias_turned, h, key, query, keys, queries, scores);
+  void add_bias_transposed(int64_t h, int64_t key, int64_t query, int keys, int queries,
+                           R* scores) const {
+    if (!m.biases || m.bias_transposed)
+      return add_bias(m.bias_transposed, h, key, query, keys, queries, scores);
     const R* from = bias_of(m.bias, h) + query * m.size + key;
     for (int j = 0; j < keys; j++)
       for (int i = 0; i < queries; i++) scores[j * CHUNK + i] += from[i * m.size + j];
   }
-  // Scores of a block [keys, queries]: keys from `key` on, and the turned queries from `query` on.
+  // Scores of a block [keys, queries]: keys from `key` on, and the transposed queries from `query`
+  // on.
   void form_scores(int64_t h, int64_t key, int64_t query, int keys, int queries, R* scores) {
-    product<BY_ROW, R>(ahead, keys, queries, K, rows_from(quad_key, key), {w.quad_turned, CHUNK},
-                       {scores, CHUNK}, false);
-    add_bias_turned(h, key, query, keys, queries, scores);
+    product<BY_ROW, R>(ahead, keys, queries, K, rows_from(quad_key, key),
+                       {w.quad_transposed, CHUNK}, {scores, CHUNK}, false);
+    add_bias_transposed(h, key, query, keys, queries, scores);
   }
 };
 

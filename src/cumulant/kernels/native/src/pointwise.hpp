@@ -169,7 +169,7 @@ inline void convolve_backward(const Pointwise& p, int64_t begin, int64_t end, fl
   }
 }
 
-inline void turn(const Pointwise& p, int64_t begin, int64_t end) {
+inline void rotate_pairs(const Pointwise& p, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; i++) {
     const int64_t b = i / p.T, t = i % p.T, angles = b * p.angles + t * (p.n / 2);
     const float *cosine = p.cosine + angles, *sine = p.sine + angles, sign = p.back ? -1.0f : 1.0f;
@@ -199,8 +199,8 @@ inline void pointwise(const Pointwise& p, int64_t begin, int64_t end, float* dwe
       return convolve_forward(p, begin, end);
     case CONVOLVE_BACKWARD:
       return convolve_backward(p, begin, end, dweight);
-    case TURN:
-      return turn(p, begin, end);
+    case ROTATE_PAIRS:
+      return rotate_pairs(p, begin, end);
   }
 }
 

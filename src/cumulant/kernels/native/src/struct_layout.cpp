@@ -126,7 +126,7 @@ Layout layout(const MixedChunk*) {
           FIELD(open_lin_key),
           FIELD(open_value),
           FIELD(bias),
-          FIELD(bias_turned),
+          FIELD(bias_transposed),
           FIELD(numerator),
           FIELD(final_numerator),
           FIELD(final_quad_key),

@@ -172,7 +172,7 @@ void transpose(int rows, int columns, const R* from, int64_t from_stride, R* to,
 }
 
 // -> token-minor [width, CHUNK]. `rows`: room for a chunk of token-major rows.
-template <class R> INLINE void read_turned(Rows x, int width, R* rows, R* to) {
+template <class R> INLINE void read_transposed(Rows x, int width, R* rows, R* to) {
   if (x.plain<R>(width)) return transpose<R>(x.count, width, x.at<R>(), x.array.row, to, CHUNK);
   const int stride = padded<R>(width);
   read(x, 0, width, rows, stride);
@@ -180,7 +180,7 @@ template <class R> INLINE void read_turned(Rows x, int width, R* rows, R* to) {
   transpose(x.count, width, rows, stride, to, CHUNK);
 }
 
-template <class R> INLINE void write_turned(Rows x, int width, const R* from, R* rows) {
+template <class R> INLINE void write_transposed(Rows x, int width, const R* from, R* rows) {
   if (x.plain<R>(width)) return transpose<R>(width, x.count, from, CHUNK, x.at<R>(), x.array.row);
   const int stride = padded<R>(width);
   transpose(width, x.count, from, CHUNK, rows, stride);
