@@ -47,6 +47,30 @@ MIXERS = {
     "linear-module": lambda: nn.LinearAttention(
         D, 4, feature_map=torch.nn.Sequential(torch.nn.Linear(6, 6), torch.nn.Softplus())
     ),
+    "taylor-fixed": lambda: nn.TaylorAttention(
+        D, 4, head_dim=6, decay=nn.FixedDecay(4, spans=(0.5, 3, 100, float("inf")))
+    ),
+    "taylor-gated": lambda: forgetful(nn.TaylorAttention(D, 4, head_dim=6, decay="gated")),
+    "taylor-gated-everything": lambda: forgetful(
+        nn.TaylorAttention(
+            D,
+            4,
+            num_kv_heads=2,
+            head_dim=6,
+            value_dim=5,
+            rotary=True,
+            prenorm=True,
+            gate_values=True,
+            shift_tokens=True,
+            conv_size=3,
+            decay="gated",
+        )
+    ),
+    "linear-fixed": lambda: nn.LinearAttention(D, 4, num_kv_heads=2, conv_size=4, decay="fixed"),
+    "linear-gated": lambda: forgetful(
+        nn.LinearAttention(D, 4, feature_map="rebased", decay=nn.GatedDecay(D, 4, divisor=16))
+    ),
+    "linear-mamba2": lambda: forgetful(nn.LinearAttention(D, 4, rotary=True, decay="mamba2")),
     "gau": lambda: spread(nn.GatedAttentionUnit(D, query_key_dim=6)),
     "gau-everything": lambda: spread(
         nn.GatedAttentionUnit(
@@ -136,6 +160,19 @@ def perturbed(mixer):
         for part in (mixer.query_map, mixer.key_map):
             for p in part.parameters():
                 p.add_(0.3 * torch.randn_like(p))
+    return mixer
+
+
+def forgetful(mixer):
+    """Gives tokens decays of their own, and shorter spans, than those at which gates start."""
+    with torch.no_grad():
+        mixer.decay.weight.normal_(std=0.5)
+        bias, change = (
+            (mixer.decay.dt_bias, 3)
+            if isinstance(mixer.decay, nn.Mamba2Decay)
+            else (mixer.decay.bias, -5)
+        )
+        bias.add_(change)
     return mixer
 
 

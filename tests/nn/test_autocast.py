@@ -10,6 +10,7 @@ from cumulant import nn
 LAYERS = {
     "linear": lambda: nn.LinearAttention(32, num_heads=2, conv_size=4),
     "taylor": lambda: nn.TaylorAttention(32, num_heads=2, head_dim=8, conv_size=3, rotary=True),
+    "gated": lambda: nn.TaylorAttention(32, num_heads=2, head_dim=8, decay="gated"),
     "elita": lambda: nn.ElitaAttention(32, num_heads=2),
     "flash": lambda: nn.MixedChunkAttention(32, query_key_dim=8, group_size=8),
     "convolution": lambda: nn.GatedShortConvolution(32),

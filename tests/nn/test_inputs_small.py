@@ -25,6 +25,9 @@ TENSORS = {
     "scale norm": (nn.ScaleNorm(8), "x", TOKENS),
     "offset scale": (nn.OffsetScale(8, 2), "x", TOKENS),
     "hedgehog": (nn.HedgehogFeatureMap(2, 8), "x", HEADS),
+    "fixed decay": (nn.FixedDecay(2), "x", TOKENS),
+    "gated decay": (nn.GatedDecay(8, 2), "x", TOKENS),
+    "Mamba-2's decay": (nn.Mamba2Decay(8, 2), "x", TOKENS),
     "feed-forward": (nn.ElitaFeedForward(8), "x", TOKENS),
     "images": (
         nn.ChannelFirst(nn.LinearAttention(8, 2, is_causal=False)),
@@ -76,6 +79,9 @@ COUNTS = {
     "heads of ELiTA": (lambda n: nn.ElitaAttention(8, n), "num_heads"),
     "channels": (lambda n: nn.ElitaFeedForward(8, factor=n), "factor"),
     "query key dim": (lambda n: nn.GatedAttentionUnit(8, query_key_dim=n), "query_key_dim"),
+    "heads of a decay": (nn.FixedDecay, "num_kv_heads"),
+    "heads of gates": (lambda n: nn.GatedDecay(8, n), "num_kv_heads"),
+    "dim of gates": (lambda n: nn.Mamba2Decay(n, 2), "dim"),
     "features": (lambda n: nn.HedgehogFeatureMap(2, n), "head_dim"),
 }
 

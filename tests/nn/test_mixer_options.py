@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cumulant import nn
+from cumulant.nn.decay import DECAYS
 
-from .common import D
+from .common import D, forgetful
 
 
 @settings(max_examples=40, deadline=None)
@@ -23,14 +24,19 @@ def test_any_options_masks_and_splits(kind, data):
     options = {"num_kv_heads": G, "value_dim": V, "conv_size": data.draw(st.integers(0, 3))}
     flags = ("rotary", "prenorm", "qk_norm", "gate_values", "combine_heads", "shift_tokens", "bias")
     options |= {name: data.draw(st.booleans(), label=name) for name in flags}
+    options["decay"] = data.draw(st.sampled_from(DECAYS))
     options["head_dim"] = 2 * K if options["rotary"] else K
     if kind == "taylor":
         mixer = nn.TaylorAttention(
             D, G * R, order=data.draw(st.sampled_from([2, 4])), **options
         ).double()
     else:
-        maps = st.sampled_from(["elu", "relu", "softmax", "hedgehog", "rebased"])
-        mixer = nn.LinearAttention(D, G * R, feature_map=data.draw(maps), **options).double()
+        feature_map = data.draw(st.sampled_from(["elu", "relu", "softmax", "hedgehog", "rebased"]))
+        if feature_map == "softmax":
+            options["decay"] = "none"
+        mixer = nn.LinearAttention(D, G * R, feature_map=feature_map, **options).double()
+    if options["decay"] in ("gated", "mamba2"):
+        forgetful(mixer)
     x = torch.randn(B, T, D, dtype=torch.float64)
     mask = torch.tensor(
         data.draw(st.lists(st.booleans(), min_size=B * T, max_size=B * T)), dtype=torch.bool
@@ -54,8 +60,8 @@ def test_any_options_masks_and_splits(kind, data):
 
 
 def mixer_in_both_directions(mixer):
-    """The same mixer, seeing later tokens too, or None where a convolution forbids it."""
-    if mixer.conv is not None:
+    """The same mixer, seeing later tokens too, or None where a convolution or decay forbids it."""
+    if mixer.conv is not None or mixer.decay is not None:
         return None
     mixer.is_causal = False
     return mixer

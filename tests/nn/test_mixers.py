@@ -235,6 +235,9 @@ def test_every_mixer_is_in_the_matrix():
         nn.T5RelativePositionBias,
         nn.ElitaFeedForward,
         nn.SinusoidalLogits,
+        nn.FixedDecay,
+        nn.GatedDecay,
+        nn.Mamba2Decay,
     }
     assert mixers - kinds == parts
     assert issubclass(nn.TaylorAttention, KernelAttention)

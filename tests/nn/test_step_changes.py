@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from cumulant import LinearState
-from cumulant.nn import TaylorAttention
+from cumulant.nn import FixedDecay, TaylorAttention
 from cumulant.nn.kernel_attention import KernelAttention
 from cumulant.ops import step as rule
 
@@ -59,6 +59,7 @@ CHANGES = {
     "an array": lambda m: setattr(m, "stats", np.zeros(3)),
     "a wrong width": lambda m: setattr(m, "gate_proj", nn.Linear(24, 4)),
     "scale": lambda m: setattr(m, "scale", 1.0),
+    "a decay": lambda m: setattr(m, "decay", FixedDecay(m.num_kv_heads)),
     "implementation": lambda m: setattr(m, "impl", "torch"),
     "a hook": lambda m: m.v_proj.register_forward_hook(lambda module, x, y: y * 2),
     "a hook before": lambda m: m.v_proj.register_forward_pre_hook(lambda module, x: (x[0] * 2,)),
@@ -149,6 +150,7 @@ def test_subclasses_with_an_attention_of_their_own(runs):
         rotary_base=1.0,
         conv_size=0,
         dropout=0.0,
+        decay="none",
         **dict.fromkeys(
             ("rotary", "prenorm", "qk_norm", "gate_values", "shift_tokens", "bias"), False
         ),

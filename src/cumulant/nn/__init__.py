@@ -20,6 +20,7 @@ context (cross attention)::
 
 from ..ops.state import ElitaState, KeyValueState
 from .channel_first import ChannelFirst
+from .decay import FixedDecay, GatedDecay, Mamba2Decay
 from .elita import ElitaAttention
 from .elita_feed_forward import ElitaFeedForward
 from .feature_maps import HedgehogFeatureMap, RebasedFeatureMap
@@ -45,12 +46,15 @@ __all__ = [
     "ElitaAttention",
     "ElitaFeedForward",
     "ElitaState",
+    "FixedDecay",
     "GatedAttentionUnit",
+    "GatedDecay",
     "GatedShortConvolution",
     "HedgehogFeatureMap",
     "KernelAttentionState",
     "KeyValueState",
     "LinearAttention",
+    "Mamba2Decay",
     "MixedChunkAttention",
     "MixedChunkAttentionState",
     "OffsetScale",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -22,8 +22,10 @@ from .checks import (
     size_of_head,
 )
 from .cross_attention import check_context_dim, is_cross_attention
+from .decay import make_decay
 from .norms import RMSNorm
 from .padding import (
+    LocalRows,
     Rows,
     compact_rows,
     packed_positions,
@@ -59,17 +61,6 @@ class KernelAttentionState(State):
 register_state(KernelAttentionState)
 
 
-class _LocalRows(NamedTuple):
-    """Where rows end and packed sequences begin, for token shift and convolution.
-
-    padding: ``[B]`` padding tokens at the end of each row. offset: ``[T]`` index of each token in
-    its packed sequence.
-    """
-
-    padding: Tensor | None
-    offset: Tensor | None
-
-
 class KernelAttention(nn.Module):
     """Multi-head attention by a linear-time operation, which subclasses call in `attend`.
 
@@ -98,6 +89,7 @@ class KernelAttention(nn.Module):
         conv_size: int,
         bias: bool,
         dropout: float,
+        decay: str | nn.Module,
     ):
         """The arguments that `LinearAttention` and `TaylorAttention` share.
 
@@ -122,6 +114,9 @@ class KernelAttention(nn.Module):
             conv_size: taps of a causal depthwise convolution over q, k and v; 0 for none.
             bias: biases in the projections of q, k, v and the output.
             dropout: dropout of the output.
+            decay: how weights of earlier tokens decay, in causal attention: "none"; "fixed"
+                (`FixedDecay`); "gated" (`GatedDecay`); "mamba2" (`Mamba2Decay`); or a module
+                ``[B, T, D] -> [B, G, T]`` of log decays. Its input is norm(shift(x)).
         """
         super().__init__()
         check_counts(dim=dim, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim)
@@ -151,6 +146,7 @@ class KernelAttention(nn.Module):
         self.rotary = RotaryEmbedding(head_dim, rotary_base) if rotary else None
         self.conv = ShortConvolution(sum(self._qkv_sizes), conv_size) if conv_size else None
         self.dropout = nn.Dropout(dropout)
+        self.decay = make_decay(decay, dim, groups, is_causal=is_causal)
 
     @property
     def _qkv_sizes(self) -> tuple[int, int, int]:
@@ -163,6 +159,7 @@ class KernelAttention(nn.Module):
         key: Tensor,
         value: Tensor,
         *,
+        log_decay: Tensor | None,
         key_mask: Tensor | None,
         cu_seqlens: Tensor | None,
         state: LinearState | None,
@@ -225,7 +222,7 @@ class KernelAttention(nn.Module):
         if crossing:
             attended = self._attend_context(h, context, context_mask, state, return_state)
         else:
-            local = _LocalRows(padding, offset)
+            local = LocalRows(padding, offset)
             attended, conv = self._attend_self(h, rows, local, cu_seqlens, state, return_state)
         out = attended[0] if isinstance(attended, tuple) else attended
         if self.gate_proj is not None:
@@ -246,6 +243,8 @@ class KernelAttention(nn.Module):
         builder.rely_on(self)
         program, options = builder.program, self.step_options()
         if options is None or not self.is_causal or self.out_proj is None:
+            raise Unsuitable
+        if self.decay is not None:  # no instruction takes decays
             raise Unsuitable
         builder.require_no_dropout(self.dropout)
         x = program.shift(x) if self.shift_tokens else x
@@ -329,7 +328,7 @@ class KernelAttention(nn.Module):
         self,
         x: Tensor,
         rows: Rows | None,
-        local: _LocalRows,
+        local: LocalRows,
         cu_seqlens: Tensor | None,
         state: KernelAttentionState | None,
         return_state: bool,
@@ -355,6 +354,7 @@ class KernelAttention(nn.Module):
             q,
             k,
             v,
+            log_decay=None if self.decay is None else self.decay(x),
             key_mask=None if rows is None else rows.mask,
             cu_seqlens=cu_seqlens,
             state=None if state is None else state.sums,
@@ -382,6 +382,7 @@ class KernelAttention(nn.Module):
             q,
             k,
             v,
+            log_decay=None,
             key_mask=context_mask,
             cu_seqlens=None,
             state=None if state is None else state.sums,

@@ -27,7 +27,8 @@ class LinearAttention(KernelAttention):
         head_dim: query/key dim K of a head, by default ``dim / num_heads``.
         feature_map: ``"elu"``, ``"relu"``, ``"softmax"``, ``"identity"``; a learned one,
             ``"hedgehog"`` or ``"rebased"``; a callable; a module, which is trained too; or a pair,
-            for queries and for keys. Keys of a causal ``"softmax"`` map must be within -87 to 88.
+            for queries and for keys. Keys of a causal ``"softmax"`` map must be within -87 to 88;
+            it takes no decay.
         normalize: divide by the sum of weights.
         scale: factor of the query before its feature map, by default 1.
         impl: as in `cumulant.linear_attention`.
@@ -56,6 +57,7 @@ class LinearAttention(KernelAttention):
         conv_size: int = 0,
         bias: bool = False,
         dropout: float = 0.0,
+        decay: str | nn.Module = "none",
         impl: str = "auto",
     ):
         super().__init__(
@@ -76,6 +78,7 @@ class LinearAttention(KernelAttention):
             conv_size=conv_size,
             bias=bias,
             dropout=dropout,
+            decay=decay,
         )
         if isinstance(feature_map, str) and feature_map in LEARNED:
             learned = LEARNED[feature_map]
@@ -83,7 +86,7 @@ class LinearAttention(KernelAttention):
                 learned(num_heads, self.head_dim),
                 learned(self.num_kv_heads, self.head_dim),
             )
-        check_feature_map(feature_map)
+        check_feature_map(feature_map, None if self.decay is None else "decay")
         # a pair needs two names, so that its modules are registered
         pair = feature_map if isinstance(feature_map, tuple) else (None, None)
         self.query_map: Any = pair[0]
@@ -97,6 +100,7 @@ class LinearAttention(KernelAttention):
         key: Tensor,
         value: Tensor,
         *,
+        log_decay: Tensor | None,
         key_mask: Tensor | None,
         cu_seqlens: Tensor | None,
         state: LinearState | None,
@@ -110,6 +114,7 @@ class LinearAttention(KernelAttention):
             is_causal=self.is_causal,
             scale=self.scale,
             normalize=self.normalize,
+            log_decay=log_decay,
             key_mask=key_mask,
             cu_seqlens=cu_seqlens,
             state=state,

@@ -27,6 +27,17 @@ class Rows(NamedTuple):
     inverse: Tensor | None
 
 
+class LocalRows(NamedTuple):
+    """Where rows end and packed sequences begin, for token shift and convolution.
+
+    padding: ``[B]`` padding tokens at the end of each row. offset: ``[T]`` index of each token in
+    its packed sequence.
+    """
+
+    padding: Tensor | None
+    offset: Tensor | None
+
+
 def compact_rows(x: Tensor, key_mask: Tensor) -> tuple[Tensor, Rows]:
     """Move tokens to the front of each row, with zeros behind them: ``[B, T, D]``."""
     count, index = key_mask.sum(1), torch.arange(x.shape[1], device=x.device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..ops.state import LinearState
 from ..ops.taylor import check_order, taylor_attention
@@ -59,6 +59,7 @@ class TaylorAttention(KernelAttention):
         conv_size: int = 0,
         bias: bool = False,
         dropout: float = 0.0,
+        decay: str | nn.Module = "none",
         impl: str = "auto",
     ):
         super().__init__(
@@ -79,6 +80,7 @@ class TaylorAttention(KernelAttention):
             conv_size=conv_size,
             bias=bias,
             dropout=dropout,
+            decay=decay,
         )
         check_order(order)
         if alpha is not None and scale is not None:
@@ -101,6 +103,7 @@ class TaylorAttention(KernelAttention):
         key: Tensor,
         value: Tensor,
         *,
+        log_decay: Tensor | None,
         key_mask: Tensor | None,
         cu_seqlens: Tensor | None,
         state: LinearState | None,
@@ -114,6 +117,7 @@ class TaylorAttention(KernelAttention):
             is_causal=self.is_causal,
             scale=self.scale,
             constant_term=self.constant_term,
+            log_decay=log_decay,
             key_mask=key_mask,
             cu_seqlens=cu_seqlens,
             state=state,

@@ -33,10 +33,11 @@ def apply_elementwise(name: str, x: Tensor) -> Tensor:
     return torch.relu(x) if name == "relu" else x
 
 
-def check_feature_map(feature_map: FeatureMap, decays: bool = False) -> None:
-    if decays and isinstance(feature_map, str) and feature_map == "softmax":
+def check_feature_map(feature_map: FeatureMap, decay: str | None = None) -> None:
+    """decay: the name of the argument that gives decays, if there is one."""
+    if decay is not None and isinstance(feature_map, str) and feature_map == "softmax":
         raise ValueError(
-            "log_decay: feature_map 'softmax' divides by sums over keys that do not decay; use"
+            f"{decay}: feature_map 'softmax' divides by sums over keys that do not decay; use"
             " another feature map"
         )
     if isinstance(feature_map, str):

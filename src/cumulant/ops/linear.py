@@ -85,7 +85,7 @@ def linear_attention(
         cu_seqlens=cu_seqlens,
         log_decay=log_decay,
     )
-    check_feature_map(feature_map, log_decay is not None)
+    check_feature_map(feature_map, None if log_decay is None else "log_decay")
     named = feature_map if isinstance(feature_map, str) else ""
     elementwise, dtype = named in ELEMENTWISE, query.dtype
     scale = 1.0 if scale is None else float(scale)

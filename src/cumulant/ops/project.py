@@ -5,6 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..kernels.product import linear
+from ..kernels.spec import accumulation_dtype
+from ..kernels.transforms import without_autocast
 
 
 def project(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -14,3 +16,10 @@ def project(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     same precision; see `cumulant.kernels.product`.
     """
     return linear(x, weight, bias)
+
+
+def project_wide(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """`project` in fp32 (fp64 for fp64), whatever the dtypes, and under autocast too."""
+    dtype = accumulation_dtype(x)
+    with without_autocast(x):
+        return linear(x.to(dtype), weight.to(dtype), bias.to(dtype))
