@@ -62,5 +62,14 @@ def key(row):
     return row["mechanism"], row["learning_rate"], row["seed"]
 
 
+def count_trainings(monkeypatch):
+    """A list that gets the options of every training from now on."""
+    found, real = [], bench.train
+    monkeypatch.setattr(
+        bench, "train", lambda options, **rest: found.append(options) or real(options, **rest)
+    )
+    return found
+
+
 def run_folder(done, name, rate, seed):
     return done / "runs" / f"{name.replace(', ', '-').replace(' ', '-')}-{rate:g}-{seed}"

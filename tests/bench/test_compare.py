@@ -20,7 +20,18 @@ from cumulant.text.checkpoint import load_checkpoint
 from cumulant.text.tokens import read_tokens
 from cumulant.text.trainer import MarkWhole
 
-from .comparisons import NAMES, TINY, Enough, Note, enough, key, rows, run, run_folder
+from .comparisons import (
+    NAMES,
+    TINY,
+    Enough,
+    Note,
+    count_trainings,
+    enough,
+    key,
+    rows,
+    run,
+    run_folder,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -194,7 +205,7 @@ def test_an_interrupted_comparison_goes_on(recipe, done, tmp_path, monkeypatch):
     for line in (lines[i] for i in ends[-2:]):
         shutil.rmtree(run_folder(output, *key(json.loads(line))))
     (output / "report.md").unlink()
-    real, trained, save = bench.train, [], MarkWhole.on_save
+    save = MarkWhole.on_save
 
     def stop(self, args, state, control, **rest):
         save(self, args, state, control, **rest)
@@ -207,9 +218,7 @@ def test_an_interrupted_comparison_goes_on(recipe, done, tmp_path, monkeypatch):
             run(moved, output)
     assert "| elita |" in (output / "report.md").read_text()
     assert len(rows(output, "run")) == len(rows(done, "run")) - 2
-    monkeypatch.setattr(
-        bench, "train", lambda options, **rest: trained.append(options) or real(options, **rest)
-    )
+    trained = count_trainings(monkeypatch)
     run(moved, output)
     assert [(options.resume, options.seed) for options in trained] == [(True, 1), (False, 1)]
     assert ["wraps" in options.output for options in trained] == [False, True]
@@ -223,11 +232,8 @@ def test_an_interrupted_comparison_goes_on(recipe, done, tmp_path, monkeypatch):
 
 def test_more_rates_add_to_what_is_there(recipe, done, tmp_path, monkeypatch):
     """The other seeds take a better rate as well, and no finished run is trained again."""
-    output, trained, real = tmp_path / "out", [], bench.train
+    output, trained = tmp_path / "out", count_trainings(monkeypatch)
     shutil.copytree(done, output)
-    monkeypatch.setattr(
-        bench, "train", lambda options, **rest: trained.append(options) or real(options, **rest)
-    )
     more = replace(recipe, learning_rates=(*recipe.learning_rates, 2e-2))
     run(more, output)
     runs = rows(output, "run")
@@ -275,7 +281,7 @@ def test_where_models_differ_is_told(done):
 
 def test_mistakes(recipe, done, tmp_path):
     with pytest.raises(
-        ValueError, match=r"recipe: expected one of long-context, flash-enwik8, .*, got 'gpt'"
+        ValueError, match=r"recipe: expected one of long-context, 20m-tokens, .*, got 'gpt'"
     ):
         find_recipe("gpt")
     with pytest.raises(

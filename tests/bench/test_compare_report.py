@@ -98,6 +98,19 @@ def test_what_a_context_is_worth_comes_first(tmp_path):
     )
 
 
+def test_longer_windows_are_told_by_steps_of_four(tmp_path):
+    """Up to 64 times the length of training, and the longest in any case."""
+    found = made({("softmax", 0.1, 0): 2.0})
+    contexts = [[2**i, 2 ** (i + 1), 2.0 + 0.1 * max(i - 6, 0), 100] for i in range(5, 13)]
+    row = {"row": "context", "mechanism": "softmax", "learning_rate": 0.1, "seed": 0}
+    found.append({**row, "contexts": contexts, "copying": []})
+    page = drawn(found, tmp_path, {"context": 128})
+    told = [line for line in page.splitlines() if "Change of the loss" in line]
+    ends = ("512: softmax +0.200.", "2,048: softmax +0.400.", "8,192: softmax +0.600.")
+    assert len(told) == 3
+    assert all(line.endswith(end) for line, end in zip(told, ends, strict=True))
+
+
 def test_mechanisms_that_only_diverged_are_told(tmp_path):
     found = made(
         {("softmax", 1.0, 0): math.nan, ("softmax", 0.1, 0): math.inf, ("far", 0.1, 0): math.nan}

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from cumulant.bench.compare.context import _draw_starts, loss_by_context, loss_on_copies
+from cumulant.models import CumulantForCausalLM, from_preset
 from cumulant.text.tokenizer import byte_tokenizer
 
 VOCABULARY = 257
@@ -22,11 +23,12 @@ class Known(nn.Module):
         super().__init__()
         self.probability, self.device = probability, torch.device("cpu")
 
-    def forward(self, input_ids, use_cache):
+    def forward(self, input_ids, past_key_values, use_cache):
         following = torch.cat((input_ids[:, 1:], self.last(input_ids)), 1)
         p = torch.tensor([[self.probability(t, row) for t in range(len(row))] for row in input_ids])
         logits = ((1 - p) / (VOCABULARY - 1)).log()[..., None].repeat(1, 1, VOCABULARY)
-        return SimpleNamespace(logits=logits.scatter(2, following[..., None], p.log()[..., None]))
+        logits = logits.scatter(2, following[..., None], p.log()[..., None])
+        return SimpleNamespace(logits=logits, past_key_values=None)
 
     def last(self, input_ids):
         return (input_ids[:, -1:] + 1) % 256
@@ -71,6 +73,27 @@ def test_nothing_else_in_a_window_has_a_part_of_the_span():
         assert not own & {*range(between, between + 11)}
     for i, last in enumerate((56, 56, 49)):  # anywhere in the text
         assert {min(p[i] for p in places), max(p[i] for p in places)} == {0, last}
+
+
+@pytest.mark.parametrize("preset", ["softmax", "linear", "taylor", "based", "flash"])
+def test_pieces_give_the_losses_of_the_whole(preset, text):
+    """Long windows are read in pieces, the last one shorter, and states are carried."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_attention_heads": 2}
+    config = from_preset(preset, num_hidden_layers=3, initializer_range=0.5, **sizes)
+    model = CumulantForCausalLM(config).double()
+    read = []
+    model.register_forward_pre_hook(
+        lambda _, __, given: read.append(given["input_ids"].shape), with_kwargs=True
+    )
+    text.ids = np.random.default_rng(0).permutation(5000) % 256
+    options = {"tokens": 1000, "batch_tokens": 512}
+    whole = loss_by_context(model, text, byte_tokenizer(), 640, **options, piece=640)
+    read.clear()
+    pieces = loss_by_context(model, text, byte_tokenizer(), 640, **options, piece=96)
+    assert max(length for _, length in read) == 96
+    assert [s.bits for s in pieces] == pytest.approx([s.bits for s in whole], rel=1e-6)
+    assert len({round(s.bits, 4) for s in whole}) > 1  # they depend on the window
 
 
 def test_short_texts(text):

@@ -13,6 +13,7 @@ from ...text.tokenizer import token_sizes
 from ...text.tokens import TokenFile
 
 SHORTEST = 32  # tokens of context
+PIECE = 4096  # tokens that are read at a time
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ def loss_by_context(
     *,
     tokens: int = 50_000,
     batch_tokens: int = 16_384,
+    piece: int = PIECE,
 ) -> list[Stretch]:
     """Mean loss of the same tokens, about `tokens` in all, in windows of several lengths.
 
@@ -44,6 +46,10 @@ def loss_by_context(
     tokens begins c / 2 tokens after the one before, and its second half is scored. A model that
     uses its context has a lower loss in longer windows. A model that cannot go beyond its training
     length has a higher one.
+
+    A window of more than `piece` tokens is read piece by piece, and the model's cache carries its
+    states. So memory does not grow with the logits of a long window, and softmax attention alone
+    takes time that grows with its square.
 
     Raises:
         ValueError: the text is shorter than a window.
@@ -69,7 +75,7 @@ def loss_by_context(
                 text.ids[start : start + size + 1].astype(np.int64)
                 for start in starts[at : at + together]
             ]
-            losses = _token_losses(model, torch.from_numpy(np.stack(rows)).to(model.device))
+            losses = _token_losses(model, torch.from_numpy(np.stack(rows)).to(model.device), piece)
             nats += float(losses[:, -step:].sum())
         found.append(
             Stretch(size - step, size, nats / math.log(2) / text_bytes, len(starts) * step)
@@ -133,7 +139,7 @@ def loss_on_copies(
         for before in (spans, others):
             windows = torch.from_numpy(np.concatenate((before, between, spans), 1)).to(model.device)
             nats = sum(
-                float(_token_losses(model, batch)[:, 1 - length :].sum())
+                float(_token_losses(model, batch, PIECE)[:, 1 - length :].sum())
                 for batch in windows.split(together)
             )
             bits.append(nats / math.log(2) / size)
@@ -158,10 +164,18 @@ def _draw_starts(size: int, span: int, between: int, samples: int) -> list[tuple
     return found
 
 
-def _token_losses(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
-    """Loss of every token after the first: ``[B, T + 1]`` -> ``[B, T]``, in fp64."""
-    logits = model(input_ids=ids[:, :-1], use_cache=False).logits.float()
-    losses = torch.nn.functional.cross_entropy(
-        logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
-    )
-    return losses.double().view(ids.shape[0], -1)
+def _token_losses(model: PreTrainedModel, ids: torch.Tensor, piece: int) -> torch.Tensor:
+    """Loss of every token after the first: ``[B, T + 1]`` -> ``[B, T]``, in fp64.
+
+    `piece` tokens are read at a time, with the states of those before.
+    """
+    last, cache, found = ids.shape[1] - 1, None, []
+    for at in range(0, last, piece):
+        part = ids[:, at : min(at + piece, last) + 1]
+        output = model(input_ids=part[:, :-1], past_key_values=cache, use_cache=last > piece)
+        cache = output.past_key_values
+        losses = torch.nn.functional.cross_entropy(
+            output.logits.float().flatten(0, 1), part[:, 1:].flatten(), reduction="none"
+        )
+        found.append(losses.double().view(ids.shape[0], -1))
+    return torch.cat(found, 1)

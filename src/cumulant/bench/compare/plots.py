@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from .recipes import STYLES
 from .results import Result
 
 LOSS = "held-out bits per byte"
+MOST_TICKS = 8  # numbers that fit below a panel
 
 
 def _styles(found: list[Result]) -> dict[str, Style]:
@@ -117,6 +119,7 @@ def _draw_panel(
             context, color="#666666", linestyle="--", linewidth=1, label="training length"
         )
     panel.set(xscale="log", xlabel=axes[0], ylabel=axes[1])
+    ticks = ticks[:: math.ceil(len(ticks) / MOST_TICKS)]
     label_ticks(panel.xaxis, ticks, "{:g}" if context is None else "{:,}")
     if percent:
         panel.yaxis.set_major_formatter(pyplot().matplotlib.ticker.PercentFormatter(1))

@@ -46,6 +46,9 @@ class Comparison:
     mechanisms: those that are compared.
     learning_rates: each mechanism is trained with all of them from the first seed, and with its
         best one from the other seeds.
+    sweep: the share of the steps in which the rates are compared. Below 1 these trainings are
+        shorter ones by themselves, with a whole schedule each, and the best rate is then trained
+        from all seeds.
     width, depth, heads: of every model.
     parameters: of every model, within 2%.
     context, batch, accumulate: a step takes `batch` x `accumulate` windows of `context` tokens.
@@ -54,7 +57,8 @@ class Comparison:
     data: the text if none is named; None: Python's standard library.
     heldout: the share of the text that is held out.
     evaluations: points of the curve.
-    reach: the trained models are also tested at this multiple of `context`.
+    reach: the trained models are also tested at this multiple of `context`; on copies at four
+        times of it at most.
     baseline: the mechanism that the others are compared with.
     shared: fields of all models.
     training: fields of `TrainingOptions`.
@@ -72,6 +76,7 @@ class Comparison:
     steps: int = 0
     epochs: float = 1.0
     seeds: int = 3
+    sweep: float = 1.0
     vocabulary: int = 0
     data: str | None = None
     heldout: float = 0.02
@@ -101,14 +106,21 @@ class Comparison:
             )
         if not 0 < self.epochs < math.inf:
             raise ValueError(f"epochs: expected a number above 0, got {self.epochs}")
+        if not 0 < self.sweep <= 1:
+            raise ValueError(f"sweep: expected a share above 0, at most 1, got {self.sweep}")
 
     @property
     def step_tokens(self) -> int:
         return self.context * self.batch * self.accumulate
 
     def settings(self) -> dict[str, Any]:
-        """The settings that a folder keeps: everything except the styles."""
+        """The settings that a folder keeps: everything except the styles.
+
+        Folders of earlier versions have no `sweep`, and go on if it is 1.
+        """
         found = asdict(self)
+        if self.sweep == 1:
+            del found["sweep"]
         for mechanism in found["mechanisms"]:
             del mechanism["style"]
         return found
@@ -137,6 +149,8 @@ class Comparison:
 SOFTMAX = Mechanism("softmax", "softmax", style=palette.BLACK)
 TAYLOR = Mechanism("taylor", "taylor", style=palette.BLUE)
 LINEAR = Mechanism("linear", "linear", style=palette.ORANGE)
+BASED = Mechanism("based", "based", style=palette.VERMILION)
+WINDOW = Mechanism("window-64", "softmax", {"mixers": ["sliding_window"]}, palette.SLATE)
 FLASH = Mechanism("flash", "flash", style=palette.GREEN)
 ELITA = Mechanism("elita", "elita", style=palette.PINK)
 
@@ -161,6 +175,31 @@ def flash_on_enwik8(
     )
 
 
+def twenty_million_tokens(context: int, batch: int) -> Comparison:
+    """20M tokens of training, enough to show where mechanisms end, and how far their contexts go.
+
+    They are 5.5 passes over Python's standard library. Trained models of these mechanisms are read
+    up to 64 times their training length.
+    """
+    return Comparison(
+        mechanisms=(SOFTMAX, LINEAR, TAYLOR, BASED, WINDOW),
+        learning_rates=(1e-3, 2e-3, 4e-3),
+        width=128,
+        depth=3,
+        heads=4,
+        parameters=1_050_000,
+        context=context,
+        batch=batch,
+        steps=20_000_000 // (context * batch) + 1,
+        seeds=2,
+        sweep=0.1,
+        vocabulary=2048,
+        heldout=0.05,  # 202,000 tokens, for windows of 131,072
+        evaluations=12,
+        reach=64,
+    )
+
+
 RECIPES = {
     # A context that softmax can still afford. Two cores train it in three quarters of an hour.
     "long-context": Comparison(
@@ -169,9 +208,9 @@ RECIPES = {
             TAYLOR,
             LINEAR,
             Mechanism("taylor, no convolution", "taylor", {"conv_size": 0}, palette.BLUE.variant()),
-            Mechanism("based", "based", style=palette.VERMILION),
+            BASED,
             FLASH.with_fields(num_hidden_layers=6),
-            Mechanism("window-64", "softmax", {"mixers": ["sliding_window"]}, palette.SLATE),
+            WINDOW,
         ),
         learning_rates=(1e-3, 2e-3, 4e-3, 8e-3),
         width=128,
@@ -183,6 +222,10 @@ RECIPES = {
         steps=300,
         vocabulary=1024,
     ),
+    # Ten trainings of a quarter of an hour each on two free cores, and fifteen of a tenth of it:
+    # three to four hours, and about five at twice the context.
+    "20m-tokens": twenty_million_tokens(context=1024, batch=8),
+    "20m-tokens-2048": twenty_million_tokens(context=2048, batch=4),
     # FLASH-pytorch's sizes (as in `cumulant.text.recipes`): 8 layers of 512, sequences of 1024
     # bytes, 16 a step, 100,000 steps at 2e-4.
     "flash-enwik8": flash_on_enwik8(

@@ -9,7 +9,7 @@ from rich.console import Console
 from ..reports.folder import Folder, Row
 from ..reports.page import Page, Picture, Report, Table, write_page
 from .plots import draw_contexts, draw_copying, draw_curves, draw_sweep
-from .results import Result, results
+from .results import Result, results, swept_steps
 
 
 def report(folder: Folder, console: Console | None = None) -> Page:
@@ -25,10 +25,7 @@ def report(folder: Folder, console: Console | None = None) -> Page:
             draw_curves(found, settings, folder.path),
             "Held-out loss during training, by step and by time",
         ),
-        Picture(
-            draw_sweep(found, folder.path),
-            "Held-out loss at the end by learning rate, from the first seed",
-        ),
+        Picture(draw_sweep(found, folder.path), _sweep_caption(settings, text)),
     ]
     tables = [_final_table(found, settings)]
     in_context, copied = [r for r in found if r.contexts], [r for r in found if r.copying]
@@ -54,6 +51,18 @@ def report(folder: Folder, console: Console | None = None) -> Page:
     return page
 
 
+def _shorter_sweep(settings: dict[str, Any], text: Row) -> str:
+    """How many steps the sweep's trainings took, if they were shorter ones."""
+    share = settings.get("sweep", 1)
+    return "" if share == 1 else f"{swept_steps(text['steps'], share):,} steps"
+
+
+def _sweep_caption(settings: dict[str, Any], text: Row) -> str:
+    shorter = _shorter_sweep(settings, text)
+    when = f"after trainings of {shorter}" if shorter else "at the end"
+    return f"Held-out loss {when} by learning rate, from the first seed"
+
+
 def _notes(found: list[Result], settings: dict[str, Any], text: Row) -> list[str]:
     differ = [
         f"{r.mechanism}:"
@@ -61,14 +70,16 @@ def _notes(found: list[Result], settings: dict[str, Any], text: Row) -> list[str
         for r in found
         if r.cost["differs"]
     ]
+    shorter = _shorter_sweep(settings, text)
     return [
         (
             f"Models are trained on {text['bytes']:,} bytes of {settings['data']}, and scored on"
             f" {text['heldout_bytes']:,} others. They take {text['steps']:,} steps of"
             f" {_step_tokens(settings):,} tokens in the same order. Numbers of parameters agree"
             " within 2%. Each mechanism has its best learning rate of the sweep, by the first"
-            " seed's loss on the same held-out text. ± is the standard error of the mean over"
-            " seeds."
+            " seed's loss on the same held-out text"
+            f"{f' in trainings of {shorter}' if shorter else ''}. ± is the standard error of the"
+            " mean over seeds."
         ),
         (
             "Each mechanism keeps the convolutions, norms and feed-forwards of its preset. Models"
@@ -118,16 +129,24 @@ def _answer_lines(found: list[Result], settings: dict[str, Any], text: Row) -> l
 
 
 def _longer_context_lines(tested: list[Result], context: int) -> list[str]:
-    """The change of the loss from training windows to the longest windows, same tokens."""
+    """The change of the loss from training windows to longer ones, same tokens.
+
+    The longest windows are the last line, and each line before has a fourth of the next one's.
+    """
     lasts = [last for _, last, _ in tested[0].contexts] if tested else []
     if context not in lasts[:-1]:
         return []
     at = lasts.index(context)
-    each = ", ".join(f"{r.mechanism} {r.contexts[-1][2] - r.contexts[at][2]:+.3f}" for r in tested)
-    return [
-        f"Change of the loss on the same tokens, from windows of {context:,} tokens as in training"
-        f" to {lasts[-1]:,}: {each}."
-    ]
+    lines = []
+    for longer in reversed(range(len(lasts) - 1, at, -2)):
+        each = ", ".join(
+            f"{r.mechanism} {r.contexts[longer][2] - r.contexts[at][2]:+.3f}" for r in tested
+        )
+        lines.append(
+            f"Change of the loss on the same tokens, from windows of {context:,} tokens as in"
+            f" training to {lasts[longer]:,}: {each}."
+        )
+    return lines
 
 
 def _copying_lines(tested: list[Result], context: int) -> list[str]:

@@ -48,8 +48,8 @@ class Result:
 
     final: at the end of training. difference: from the baseline's run of the same seed. curve: by
         step, of each seed.
-    sweep: at the end by learning rate, from the first seed. cost, contexts, copying: see `work`;
-        means over seeds.
+    sweep: at the end by learning rate, from the first seed; of shorter trainings if the recipe has
+        them. cost, contexts, copying: see `work`; means over seeds.
     """
 
     mechanism: str
@@ -75,30 +75,38 @@ def final_loss(run: Row) -> float:
     return value if math.isfinite(value) else math.inf
 
 
-def losses_by_rate(runs: list[Row], mechanism: str) -> dict[float, float]:
-    """The final loss by learning rate, from the first seed."""
+def swept_steps(steps: int, share: float) -> int:
+    """Steps of the trainings that compare learning rates."""
+    return max(1, round(steps * share))
+
+
+def losses_by_rate(rows: list[Row], mechanism: str) -> dict[float, float]:
+    """The final loss by learning rate, from the first seed: of the sweep's trainings, if any."""
+    own = [row for row in rows if row.get("mechanism") == mechanism and row.get("seed") == 0]
+    swept = [row for row in own if row["row"] == "sweep"]
     return {
         run["learning_rate"]: final_loss(run)
-        for run in runs
-        if run["mechanism"] == mechanism and run["seed"] == 0
+        for run in swept or [row for row in own if row["row"] == "run"]
     }
 
 
-def best_rate(runs: list[Row], mechanism: str) -> float:
+def best_rate(rows: list[Row], mechanism: str) -> float:
     """The learning rate with the least final loss from the first seed."""
-    found = losses_by_rate(runs, mechanism)
+    found = losses_by_rate(rows, mechanism)
     return min(found, key=lambda rate: found[rate])
 
 
 def results(rows: list[Row], baseline: str) -> list[Result]:
-    """A result for each mechanism that has been trained, in the order of the recipe."""
+    """A result for each mechanism that was trained with its best rate, in the order of the rows."""
     runs = [row for row in rows if row["row"] == "run"]
     costs = {row["mechanism"]: row for row in rows if row["row"] == "cost"}
-    rates = {name: best_rate(runs, name) for name in costs if losses_by_rate(runs, name)}
+    rates = {name: best_rate(rows, name) for name in costs if losses_by_rate(rows, name)}
     base = {run["seed"]: final_loss(run) for run in _with_rate(runs, baseline, rates.get(baseline))}
     found = []
     for name, rate in rates.items():
         own = _with_rate(runs, name, rate)
+        if not own:
+            continue
         ends = {run["seed"]: final_loss(run) for run in own}
         differences = [end - base[seed] for seed, end in ends.items() if seed in base]
         asked = _with_rate([row for row in rows if row["row"] == "context"], name, rate)
@@ -109,7 +117,7 @@ def results(rows: list[Row], baseline: str) -> list[Result]:
                 Mean.from_values(list(ends.values())),
                 Mean.from_values(differences) if differences and name != baseline else None,
                 [run["heldout"] for run in own],
-                losses_by_rate(runs, name),
+                losses_by_rate(rows, name),
                 own[0]["parameters"],
                 costs[name],
                 [

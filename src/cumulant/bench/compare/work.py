@@ -1,12 +1,14 @@
 """`cumulant compare`: trains the mechanisms of a recipe on one text, and measures them.
 
 Every mechanism is trained with all learning rates from the first seed, and with its best rate from
-the other seeds. Then the trained models are tested on their context. Each result is a row of the
-folder:
+the other seeds. A recipe may compare the rates in fewer steps; then the best one is trained from
+all seeds. Then the trained models are tested on their context. Each result is a row of the folder:
 
 - ``text``: its size, the number of held-out tokens that are scored, and the number of steps.
-- ``cost``: `step_cost.Cost` of a mechanism, and how its model differs from the baseline's.
+- ``cost``: `step_cost.Cost` of a mechanism, and how its model differs from the baseline's. When
+  mechanisms are added, all are timed again, and the last rows count.
 - ``run``: ``heldout``, bits per byte of the held-out text by step.
+- ``sweep``: the same of a shorter training, which compares learning rates.
 - ``context``: of a run with the best rate, ``contexts`` (`context.Stretch`) and ``copying``
   (`context.Copying`).
 """
@@ -39,10 +41,11 @@ from ..reports.plots import pyplot
 from .context import SHORTEST, loss_by_context, loss_on_copies
 from .recipes import Comparison, Mechanism, configuration, differences
 from .report import REPORT, report
-from .results import best_rate
+from .results import best_rate, results, swept_steps
 from .step_cost import measure_costs
 
 SPAN = 128  # bytes of a span to copy
+FARTHEST_COPY = 4  # times the training length, since a copy takes 64 windows
 SCORED, SCORED_QUICKLY = 250_000, 20_000  # tokens of the held-out text, at most
 
 
@@ -58,8 +61,8 @@ def run(
 ) -> Folder:
     """Train what the folder lacks, and draw the report, even after an interruption.
 
-    The folder keeps its rows when the user asks for more learning rates or seeds. scored: tokens of
-    the held-out text at most.
+    The folder keeps its rows when the user asks for more mechanisms, learning rates or seeds.
+    scored: tokens of the held-out text at most.
     """
     pyplot()  # refuses before anything is trained
     device = choose_device(device)
@@ -67,15 +70,14 @@ def run(
     # the text is identified by its name and digest, so its file may be moved
     identity = {"data": Path(corpus.name).name, "digest": corpus.digest}
     settings = {"recipe": name, **recipe.settings(), **identity, "device": device}
-    folder = Folder.start(
-        output, REPORT.command, settings, force=force, extends=("learning_rates", "seeds")
-    )
+    extends = ("mechanisms", "learning_rates", "seeds")
+    folder = Folder.start(output, REPORT.command, settings, force=force, extends=extends)
     try:
         text, steps = _prepare_text(recipe, corpus, folder, scored)
         configs = {m.name: configuration(recipe, m, len(text.tokenizer)) for m in recipe.mechanisms}
         ComparisonRun(recipe, corpus, text, steps, configs, folder, device, console).run_all()
     finally:
-        if any(row["row"] == "run" for row in folder.rows()):
+        if results(folder.rows(), recipe.baseline):
             report(folder, console)
     return folder
 
@@ -122,6 +124,24 @@ def _first_tokens(text: TokenFile, tokens: int, tokenizer: PreTrainedTokenizerFa
 
 
 @dataclass(frozen=True)
+class Run:
+    """One training: `kind` is "run" or "sweep", and "context" for the test of its model."""
+
+    kind: str
+    mechanism: str
+    learning_rate: float
+    seed: int
+
+    def row(self) -> Row:
+        named = asdict(self)
+        return {"row": named.pop("kind"), **named}
+
+    def describe(self) -> str:
+        part = "sweep" if self.kind == "sweep" else f"seed {self.seed}"
+        return f"{self.mechanism}, rate {self.learning_rate:g}, {part}"
+
+
+@dataclass(frozen=True)
 class ComparisonRun:
     """A comparison in progress; `run_all` measures what its folder lacks."""
 
@@ -147,35 +167,43 @@ class ComparisonRun:
             f" {text.heldout.text_bytes:,} bytes held out; {self.steps:,} steps of"
             f" {recipe.step_tokens:,} tokens"
         )
-        if not self.rows_of("cost"):
-            self.measure_costs()
         mechanisms = {m.name: m for m in recipe.mechanisms}
-        trained = {(r["mechanism"], r["learning_rate"], r["seed"]) for r in self.rows_of("run")}
-        for name, rate, seed in self.runs_in_order():
-            if (name, rate, seed) not in trained:
-                self.train_model(mechanisms[name], rate, seed)
-        tested = {(r["mechanism"], r["learning_rate"], r["seed"]) for r in self.rows_of("context")}
-        best = {name: best_rate(self.rows_of("run"), name) for name in mechanisms}
+        if not mechanisms.keys() <= {row["mechanism"] for row in self.rows_of("cost")}:
+            self.measure_costs()
+        for run in self.runs_in_order():
+            if run not in self.finished(run.kind):
+                self.train_model(mechanisms[run.mechanism], run)
+        tested = self.finished("context")
         for seed in range(recipe.seeds):
             for name in mechanisms:
-                key = name, best[name], seed
-                checkpoint = self.run_folder(*key) / f"checkpoint-{self.steps}"
-                if key not in tested and checkpoint.is_dir():  # a run that diverged has none
-                    self.measure_context(*key)
+                run = Run("context", name, self.best_rate(name), seed)
+                checkpoint = self.run_folder(run) / f"checkpoint-{self.steps}"
+                if run not in tested and checkpoint.is_dir():  # a run that diverged has none
+                    self.measure_context(run)
 
-    def runs_in_order(self) -> Iterator[tuple[str, float, int]]:
-        """Runs (mechanism, learning rate, seed) in order: the sweep, then the other seeds.
+    def finished(self, kind: str) -> set[Run]:
+        """The runs that have a row of this kind."""
+        return {
+            Run(kind, row["mechanism"], row["learning_rate"], row["seed"])
+            for row in self.rows_of(kind)
+        }
+
+    def best_rate(self, name: str) -> float:
+        return best_rate(self.folder.rows(), name)
+
+    def runs_in_order(self) -> Iterator[Run]:
+        """The sweep, then the best rate from the seeds that it left.
 
         All mechanisms are trained before the next rate or seed, so that they can be compared at any
         time.
         """
-        names = [m.name for m in self.recipe.mechanisms]
+        names, shorter = [m.name for m in self.recipe.mechanisms], self.recipe.sweep < 1
         for rate in self.recipe.learning_rates:
             for name in names:
-                yield name, rate, 0
-        for seed in range(1, self.recipe.seeds):
+                yield Run("sweep" if shorter else "run", name, rate, 0)
+        for seed in range(0 if shorter else 1, self.recipe.seeds):
             for name in names:
-                yield name, best_rate(self.rows_of("run"), name), seed
+                yield Run("run", name, self.best_rate(name), seed)
 
     def measure_costs(self) -> None:
         sizes = {"batch": self.recipe.batch, "context": self.recipe.context}
@@ -188,17 +216,15 @@ class ComparisonRun:
         )
         self.folder.append(*({"row": "cost", **row} for row in rows))
 
-    def run_folder(self, name: str, rate: float, seed: int) -> Path:
-        return (
-            self.folder.path
-            / "runs"
-            / f"{name.replace(', ', '-').replace(' ', '-')}-{rate:g}-{seed}"
-        )
+    def run_folder(self, run: Run) -> Path:
+        name = run.mechanism.replace(", ", "-").replace(" ", "-")
+        last = "sweep" if run.kind == "sweep" else run.seed
+        return self.folder.path / "runs" / f"{name}-{run.learning_rate:g}-{last}"
 
-    def train_model(self, mechanism: Mechanism, rate: float, seed: int) -> None:
-        """Train one model, or finish an interrupted training, and write its row."""
-        recipe, output = self.recipe, self.run_folder(mechanism.name, rate, seed)
-        fields = {**recipe.shared, **mechanism.fields}
+    def training_options(self, mechanism: Mechanism, run: Run) -> TrainingOptions:
+        """The options of a training, new or begun before."""
+        recipe, output = self.recipe, self.run_folder(run)
+        fields, swept = {**recipe.shared, **mechanism.fields}, run.kind == "sweep"
         options = TrainingOptions(
             str(output),
             data=recipe.data,
@@ -213,10 +239,10 @@ class ComparisonRun:
             batch=recipe.batch,
             accumulate=recipe.accumulate,
             disjoint=True,
-            steps=self.steps,
-            learning_rate=rate,
-            evaluate_every=-(-self.steps // recipe.evaluations),
-            seed=seed,
+            steps=swept_steps(self.steps, recipe.sweep) if swept else self.steps,
+            learning_rate=run.learning_rate,
+            evaluate_every=0 if swept else -(-self.steps // recipe.evaluations),
+            seed=run.seed,
             device=self.device,
             **recipe.training,
         )
@@ -224,46 +250,42 @@ class ComparisonRun:
             # the digest has shown that the text is the same, though its file may have moved
             started = json.loads((output / STARTED).read_text())
             options = replace(options, data=started["data"], resume=True)
+        return options
+
+    def train_model(self, mechanism: Mechanism, run: Run) -> None:
+        """Train one model, or finish an interrupted training, and write its row.
+
+        Only the last checkpoint stays, and none of a shorter training.
+        """
+        output, options = self.run_folder(run), self.training_options(mechanism, run)
         start = time.perf_counter()
         if not (output / "result.json").is_file():
             try:
                 train(options, text=self.text, say=lambda _: None)
             except Diverged as error:
-                self.append_diverged(mechanism.name, rate, seed, str(error))
+                self.append_diverged(run, options.steps, str(error))
                 return
-        for past in checkpoints(output)[:-1]:
+        for past in checkpoints(output)[: None if run.kind == "sweep" else -1]:
             shutil.rmtree(past)
         result = json.loads((output / "result.json").read_text())
         per_byte = result["tokens"] / result["heldout_bytes"] / math.log(2)
         heldout = [(step, nats * per_byte) for step, nats in result["heldout_losses"]]
-        self.folder.append(
-            {
-                "row": "run",
-                "mechanism": mechanism.name,
-                "learning_rate": rate,
-                "seed": seed,
-                "parameters": result["parameters"],
-                "heldout": heldout,
-            }
-        )
+        self.folder.append({**run.row(), "parameters": result["parameters"], "heldout": heldout})
         took = f"{time.perf_counter() - start:.0f} s"
-        self.say(
-            f"{mechanism.name}, rate {rate:g}, seed {seed}: {heldout[-1][1]:.4f} bits per byte,"
-            f" {took}"
-        )
+        self.say(f"{run.describe()}: {heldout[-1][1]:.4f} bits per byte, {took}")
 
-    def append_diverged(self, name: str, rate: float, seed: int, what: str) -> None:
+    def append_diverged(self, run: Run, steps: int, what: str) -> None:
         with torch.device("meta"):
-            parameters = CumulantForCausalLM(self.configs[name]).num_parameters()
-        row = {"mechanism": name, "learning_rate": rate, "seed": seed, "parameters": parameters}
-        self.folder.append({"row": "run", **row, "heldout": [(self.steps, math.nan)]})
-        self.say(f"{name}, rate {rate:g}, seed {seed}: {what}")
+            parameters = CumulantForCausalLM(self.configs[run.mechanism]).num_parameters()
+        heldout = [(steps, math.nan)]
+        self.folder.append({**run.row(), "parameters": parameters, "heldout": heldout})
+        self.say(f"{run.describe()}: {what}")
 
-    def measure_context(self, name: str, rate: float, seed: int) -> None:
+    def measure_context(self, run: Run) -> None:
         """Measure how the trained model uses its context, and write the row."""
         recipe, text = self.recipe, self.text.heldout
         model, _ = load_checkpoint(
-            str(self.run_folder(name, rate, seed) / f"checkpoint-{self.steps}"), self.device
+            str(self.run_folder(run) / f"checkpoint-{self.steps}"), self.device
         )
         length = recipe.reach * recipe.context
         while length > len(text.ids) - 1:
@@ -279,18 +301,15 @@ class ComparisonRun:
         )
         self.folder.append(
             {
-                "row": "context",
-                "mechanism": name,
-                "learning_rate": rate,
-                "seed": seed,
+                **run.row(),
                 "contexts": [(s.first, s.last, s.bits, s.tokens) for s in stretches],
                 "copying": [(c.distance, c.second, c.control, c.span) for c in copies],
             }
         )
 
     def copying_distances(self) -> list[int]:
-        """Distances of copied spans: an eighth of the context, doubled up to its reach."""
-        found, last = [], self.recipe.context * self.recipe.reach
+        """Distances of copied spans: an eighth of the context, doubled up to 4 times of it."""
+        found, last = [], self.recipe.context * min(self.recipe.reach, FARTHEST_COPY)
         distance = max(self.recipe.context // 8, 1)
         while distance <= last:
             found.append(distance)

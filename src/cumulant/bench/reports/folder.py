@@ -50,7 +50,7 @@ class Folder:
         """A folder for the command `kind`, new or begun before.
 
         Rows of the same command with the same settings are kept. `extends` names settings that may
-        have grown since (more seeds, more learning rates). With `force` the rows of any report are
+        have grown since (more seeds, rates, mechanisms). With `force` the rows of any report are
         dropped.
 
         Raises:
@@ -91,7 +91,7 @@ class Folder:
             old, new = self.settings.get(name), settings.get(name)
             if name not in extends or old is None or new is None:
                 return bool(old == new)
-            return set(old) <= set(new) if isinstance(new, list) else bool(old <= new)
+            return all(x in new for x in old) if isinstance(new, list) else bool(old <= new)
 
         return all(map(is_part, self.settings.keys() | settings.keys()))
 
