@@ -112,7 +112,7 @@ def test_info():
             ["train", "--preset", "gpt"],
             (
                 "preset: expected one of softmax, linear, taylor, higher_order, based, flash,"
-                " elita, got 'gpt'"
+                " elita, gated_linear, gated_taylor, gated_based, got 'gpt'"
             ),
         ),
         (["train", "--recipe", "gpt"], "recipe: expected one of flash-enwik8, got 'gpt'"),

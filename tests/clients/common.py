@@ -16,7 +16,7 @@ def config(kind, **fields):
     fields = {**SIZES, **SPECIAL, "initializer_range": 0.3, **fields}
     if kind == "llama":
         return LlamaConfig(**{"intermediate_size": 64, **fields})
-    if kind == "based":
+    if kind.endswith("based"):
         fields["num_hidden_layers"] = 3
     small = {"group_size": 6, "query_key_dim": 12, "taylor_head_dim": 8, "sliding_window": 5}
     own = {"gau": {"mixers": ["gau", "flash"]}, "wrapped": {"wraps": 2}}.get(kind, {})

@@ -29,7 +29,7 @@ def small(name):
         return llama().float()
     if name == "hybrid":
         return build("taylor", **HYBRID).float()
-    return build(name, num_hidden_layers=3 if name == "based" else 1).float()
+    return build(name, num_hidden_layers=3 if name.endswith("based") else 1).float()
 
 
 def session(module, example, dynamic, path):

@@ -97,7 +97,7 @@ def test_gradients_and_loss(kind):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("kind", ["taylor", "based", "flash", "elita", "gau"])
+@pytest.mark.parametrize("kind", ["taylor", "based", "gated_based", "flash", "elita", "gau"])
 def test_rows_with_padding_in_several(kind, checkpointing):
     """Documents in padded rows give the outputs and gradients of each alone; padding gives 0."""
     model = build(kind).double()

@@ -35,7 +35,7 @@ METHODS = {
         num_virtual_tokens=3, encoder_hidden_size=16, **CAUSAL
     ),
 }
-FEW = ["llama", "taylor", "based", "flash", "elita"]
+FEW = ["llama", "taylor", "based", "flash", "elita", "gated_taylor"]
 
 
 def adapted(kind, method, **fields):

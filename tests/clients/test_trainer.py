@@ -130,7 +130,7 @@ def test_accumulated_batches_are_one_batch(kind, tmp_path):
     assert losses[0] == pytest.approx(losses[2], rel=1e-3)
 
 
-@pytest.mark.parametrize("kind", ["taylor", "based", "flash", "elita"])
+@pytest.mark.parametrize("kind", ["taylor", "based", "gated_taylor", "flash", "elita"])
 def test_flattened_training_is_padded_training(kind, tmp_path):
     losses = []
     for collator in (DataCollatorWithFlattening(return_flash_attn_kwargs=True), causal_collator()):

@@ -22,7 +22,8 @@ def build(preset, **overrides):
     model = CumulantForCausalLM(from_preset(preset, **options)).double().eval()
     with torch.no_grad():  # what starts at or near zero
         for name, p in model.named_parameters():
-            if "mixer.position" in name or "wrap_bias" in name or "logit_ffn" in name:
+            parts = ("mixer.position", "mixer.decay", "wrap_bias", "logit_ffn")
+            if any(part in name for part in parts):
                 p.normal_(std=0.3)
     return model
 

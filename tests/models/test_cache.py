@@ -58,7 +58,7 @@ def test_cache_is_reset_reordered_and_selected():
 
 def test_fixed_states_do_not_grow_with_context():
     sizes = {}
-    for preset in ("taylor", "linear", "softmax", "based", "flash"):
+    for preset in ("taylor", "linear", "softmax", "based", "flash", "gated_based"):
         model, sizes[preset] = build(preset), []
         for length in (50, 100):
             cache = DynamicCache(config=model.config)
@@ -68,6 +68,7 @@ def test_fixed_states_do_not_grow_with_context():
     assert sizes["linear"][0] == sizes["linear"][1]
     assert sizes["based"][0] == sizes["based"][1]
     assert sizes["flash"][0] == sizes["flash"][1]
+    assert sizes["gated_based"] == sizes["based"]
     assert sizes["softmax"][1] == pytest.approx(2 * sizes["softmax"][0], rel=0.01)
 
 

@@ -170,7 +170,7 @@ def test_preset_errors():
         ValueError,
         match=(
             "preset: expected one of softmax, linear, taylor, higher_order, based, flash, elita,"
-            " got 'gpt'"
+            " gated_linear, gated_taylor, gated_based, got 'gpt'"
         ),
     ):
         from_preset("gpt")

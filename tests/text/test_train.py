@@ -10,9 +10,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cumulant.text.checkpoint import load_checkpoint
+from cumulant.text.evaluate import evaluate_whole
+from cumulant.text.generate import SamplingOptions, generate
 from cumulant.text.options import TrainingOptions
 from cumulant.text.runs import whole_checkpoints
 from cumulant.text.tokenizer import byte_tokenizer
+from cumulant.text.tokens import read_tokens
 from cumulant.text.train import train
 
 from .conftest import SMALL
@@ -53,7 +56,7 @@ def test_it_is_a_hugging_face_model(run):
 
 def test_packed_documents_and_options(text, tmp_path):
     """Packing, BPE, accumulation, bf16, checkpointing and dropout work on every preset."""
-    for preset in ("softmax", "linear", "taylor", "based"):
+    for preset in ("softmax", "linear", "taylor", "based", "gated_taylor"):
         options = TrainingOptions(
             output=str(tmp_path / preset),
             data=str(text),
@@ -71,6 +74,32 @@ def test_packed_documents_and_options(text, tmp_path):
         assert math.isfinite(result.score.bits_per_byte)
         model, tokenizer = load_checkpoint(result.output)
         assert model.config.vocab_size == len(tokenizer) > 257
+
+
+def test_gates_are_trained_evaluated_and_continued(text, tmp_path):
+    """A model with gates: its score, whole or in pieces, and its text, from a saved state too."""
+    options = {**SMALL, "steps": 60, "model_option": ["decay_spans=[4, 1000]"]}
+    result = train(
+        TrainingOptions(
+            output=str(tmp_path / "gated"), data=str(text), preset="gated_taylor", **options
+        ),
+        say=lambda _: None,
+    )
+    assert result.losses[-1][1] < 0.5 * result.losses[0][1]
+    model, tokenizer = load_checkpoint(result.output)
+    for block in model.model.layers:
+        assert block.mixer.decay.spans == (4, 1000)
+        assert block.mixer.decay.weight.abs().min() > 0
+    heldout = read_tokens(Path(result.output) / "tokens")[1]
+    whole = evaluate_whole(model, heldout, piece=1000).bits_per_byte
+    assert evaluate_whole(model, heldout, piece=5).bits_per_byte == pytest.approx(whole, rel=1e-5)
+    state, greedy = str(tmp_path / "s"), {"temperature": 0.0}
+    once = generate(model, tokenizer, "the cat", SamplingOptions(12, **greedy))
+    parts = [
+        generate(model, tokenizer, "the cat", SamplingOptions(5, **greedy), save=state),
+        generate(model, tokenizer, "", SamplingOptions(7, **greedy), load=state),
+    ]
+    assert "".join(part.text for part in parts) == once.text
 
 
 def test_accumulation_is_a_larger_batch(text, tmp_path):
@@ -98,8 +127,8 @@ def test_bad_options(tmp_path, text):
         assert not (tmp_path / "x").exists()  # nothing half-written
 
     refuses(
-        "preset: expected one of softmax, linear, taylor, higher_order, based, flash, elita, got"
-        " 'gpt'",
+        "preset: expected one of softmax, linear, taylor, higher_order, based, flash, elita,"
+        " gated_linear, gated_taylor, gated_based, got 'gpt'",
         preset="gpt",
     )
     refuses("steps: expected at least 1, got 0", steps=0)

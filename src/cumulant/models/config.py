@@ -42,6 +42,11 @@ class CumulantConfig(PreTrainedConfig):  # type: ignore[misc]
             and of short-convolution mixers (0: 4 taps).
         token_shift: shift half of the channels by a token in linear, Taylor and FLASH mixers.
         gate_values: a sigmoid gate for each head of linear and Taylor mixers.
+        decay: how the weights of earlier tokens decay in linear and Taylor mixers: "none", "fixed"
+            (`cumulant.nn.FixedDecay`), "gated" (`GatedDecay`) or "mamba2" (`Mamba2Decay`).
+        decay_spans: the span of each key/value head in tokens, fixed or at the start of training;
+            by default those of these modules.
+        decay_divisor: divisor of the logarithms of gated decays.
         rotary: rotate queries and keys by position in all attention mixers, in "flash" and "gau" at
             most 32 of their dims.
         rotary_base: see `cumulant.nn.RotaryEmbedding`.
@@ -101,6 +106,9 @@ class CumulantConfig(PreTrainedConfig):  # type: ignore[misc]
     conv_size: int = 0
     token_shift: bool = False
     gate_values: bool = False
+    decay: str = "none"
+    decay_spans: list[float] | None = None
+    decay_divisor: float = 1.0
     rotary: bool = True
     rotary_base: float = 10000.0
     is_causal: bool = True
@@ -141,6 +149,8 @@ class CumulantConfig(PreTrainedConfig):  # type: ignore[misc]
         if self.mixers is None:
             self.mixers = ["taylor"]
         self.mixers = list(self.mixers)
+        if isinstance(self.decay_spans, tuple):
+            self.decay_spans = list(self.decay_spans)
         check_types(self, CumulantConfig.__dataclass_fields__)
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads

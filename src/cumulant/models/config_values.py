@@ -7,6 +7,7 @@ from collections.abc import Container
 from typing import Any
 
 from ..nn.checks import check_probability
+from ..nn.decay import DECAYS, check_divisor, check_spans
 from ..nn.norms import NORMS
 from ..ops.checks import ACTIVATIONS
 from ..ops.feature_maps import LEARNED, NAMES
@@ -28,6 +29,7 @@ CHOICES = {
     "norm": NORMS,
     "final_norm": NORMS,
     "gated_activation": ACTIVATIONS,
+    "decay": DECAYS,
 }
 COUNTS = (
     "vocab_size",
@@ -91,15 +93,23 @@ def check_values(config: Any) -> None:
             f"feature_map: expected one of {', '.join((*NAMES, *LEARNED))}, got"
             f" {config.feature_map!r}"
         )
+    _check_decay(config)
     _check_numbers(config)
 
 
 def _check_encoder(config: Any) -> None:
     """An encoder has no mixer or convolution that sees earlier tokens only."""
     causal = [name for name in config.mixers if name in CAUSAL_MIXERS]
-    if config.is_causal or not (causal or config.conv_size):
+    if config.is_causal:
         return
-    field = f"mixers: {causal[0]}" if causal else f"conv_size: {config.conv_size}"
+    if causal:
+        field = f"mixers: {causal[0]}"
+    elif config.decay != "none":
+        field = f"decay: {config.decay!r}"
+    elif config.conv_size:
+        field = f"conv_size: {config.conv_size}"
+    else:
+        return
     raise ValueError(f"{field} looks backwards only; an encoder (is_causal=False) needs others")
 
 
@@ -113,6 +123,28 @@ def _check_heads(config: Any) -> None:
         raise ValueError(
             f"num_key_value_heads: {config.num_key_value_heads} must divide num_attention_heads="
             f"{config.num_attention_heads}"
+        )
+
+
+def _check_decay(config: Any) -> None:
+    """The options of decays fit the decay, and the mixers that have it."""
+    spans, divisor = config.decay_spans, config.decay_divisor
+    check_divisor("decay_divisor", divisor)
+    if spans is not None:
+        if config.decay == "none":
+            raise ValueError(
+                f"decay_spans: needs a decay, 'fixed', 'gated' or 'mamba2'; got {spans}"
+            )
+        trained = config.decay != "fixed"
+        check_spans("decay_spans", spans, config.num_key_value_heads, trained=trained)
+    if divisor != 1 and config.decay != "gated":
+        raise ValueError(
+            f"decay_divisor: needs decay='gated', got {divisor} with decay={config.decay!r}"
+        )
+    if config.decay != "none" and config.feature_map == "softmax" and "linear" in config.mixers:
+        raise ValueError(
+            "decay: feature_map 'softmax' divides by sums over keys that do not decay; use another"
+            " feature map"
         )
 
 

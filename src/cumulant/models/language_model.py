@@ -21,6 +21,7 @@ from ..nn import (
     ShortConvolution,
     SinusoidalLogits,
 )
+from ..nn.decay import Decay
 from ..nn.feature_maps import LearnedFeatureMap
 from ..nn.norms import make_norm
 from ..nn.projection import project
@@ -79,7 +80,7 @@ class CumulantPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
             init.zeros_(module.weight)
         elif isinstance(module, ShortConvolution):
             init.copy_(module.weight, module.initial_weight(module.weight))
-        elif isinstance(module, (LearnedFeatureMap, SinusoidalLogits)):
+        elif isinstance(module, (Decay, LearnedFeatureMap, SinusoidalLogits)):
             for name, value in module.initial().items():
                 init.copy_(getattr(module, name), value)
         elif isinstance(module, OffsetScale):

@@ -16,6 +16,7 @@ from ..nn import (
     SoftmaxAttention,
     TaylorAttention,
 )
+from ..nn.decay import make_decay
 from .config import CumulantConfig
 
 
@@ -46,6 +47,7 @@ def build_mixer(config: CumulantConfig, layer: int) -> nn.Module:
         "shift_tokens": config.token_shift,
         "gate_values": config.gate_values,
         "qk_norm": config.qk_norm,
+        "decay": _build_decay(config),
     }
     if name == "linear":
         return LinearAttention(
@@ -60,6 +62,18 @@ def build_mixer(config: CumulantConfig, layer: int) -> nn.Module:
         constant_term=config.taylor_constant_term,
         **shared,
     )
+
+
+def _build_decay(config: CumulantConfig) -> str | nn.Module:
+    assert config.num_key_value_heads is not None
+    made = make_decay(
+        config.decay,
+        config.hidden_size,
+        config.num_key_value_heads,
+        spans=config.decay_spans,
+        divisor=config.decay_divisor,
+    )
+    return "none" if made is None else made
 
 
 def _build_elita(config: CumulantConfig) -> nn.Module:

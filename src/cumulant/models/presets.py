@@ -27,6 +27,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         "norm": "layernorm",
         "norm_affine": False,
     },
+    "gated_linear": {"mixers": ["linear"], "conv_size": 4, "decay": "gated"},
+    "gated_taylor": {"mixers": ["taylor"], "conv_size": 4, "decay": "gated"},
+    "gated_based": {
+        "mixers": ["short_convolution", "taylor", "sliding_window"],
+        "decay": "gated",
+    },
 }
 
 

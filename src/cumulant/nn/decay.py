@@ -29,12 +29,9 @@ class Decay(nn.Module):
         super().__init__()
         check_counts(num_kv_heads=num_kv_heads, dim=dim)
         self.num_kv_heads, self.dim = num_kv_heads, dim
-        self.spans = None if spans is None else check_spans("spans", spans, num_kv_heads)
-        if dim is not None and math.inf in (self.spans or ()):
-            raise ValueError(
-                "spans: gates start at finite spans, as an infinite one has no gradient; got"
-                f" {list(self.spans or ())}"
-            )
+        if spans is not None:
+            spans = check_spans("spans", spans, num_kv_heads, trained=dim is not None)
+        self.spans = spans
         self.reset_parameters()
 
     def initial(self) -> dict[str, Tensor]:
@@ -221,8 +218,11 @@ def make_decay(
     return Mamba2Decay(dim, num_kv_heads, spans)
 
 
-def check_spans(name: str, spans: object, count: int) -> tuple[float, ...]:
-    """There is one span for each of `count` key/value heads, a number of tokens above 0."""
+def check_spans(name: str, spans: object, count: int, *, trained: bool) -> tuple[float, ...]:
+    """There is one span for each of `count` key/value heads, a number of tokens above 0.
+
+    trained: they are where gates start, and finite.
+    """
     if not isinstance(spans, Sequence) or isinstance(spans, str):
         raise TypeError(
             f"{name}: expected a sequence of numbers of tokens, got {type(spans).__name__}"
@@ -233,6 +233,11 @@ def check_spans(name: str, spans: object, count: int) -> tuple[float, ...]:
     if len(spans) != count:
         raise ValueError(
             f"{name}: expected {count} numbers, one for each key/value head, got {len(spans)}"
+        )
+    if trained and math.inf in spans:
+        raise ValueError(
+            f"{name}: gates start at finite spans, as an infinite one has no gradient; got"
+            f" {list(spans)}"
         )
     return tuple(float(span) for span in spans)
 

@@ -11,7 +11,18 @@ from typing import Any
 from .schedule import SCHEDULES
 
 # the presets of cumulant.models, which takes seconds to import
-PRESETS = ("softmax", "linear", "taylor", "higher_order", "based", "flash", "elita")
+PRESETS = (
+    "softmax",
+    "linear",
+    "taylor",
+    "higher_order",
+    "based",
+    "flash",
+    "elita",
+    "gated_linear",
+    "gated_taylor",
+    "gated_based",
+)
 
 
 def option(default: Any, text: str) -> Any:
