@@ -106,6 +106,16 @@ def test_every_mechanism_runs(mechanism, conv):
     assert state_bytes(model, 32) > 0
 
 
+def test_rebased_has_a_state_like_taylor_s():
+    """Within a fifth of taylor-16's at every width of the sweep."""
+    for width in Sweep().widths:
+        sizes = [
+            state_bytes(build_model(Setting(TASK, name, True, width, 1e-3, 0, 1)), 32)
+            for name in ("rebased-16", "taylor-16")
+        ]
+        assert 0.8 < sizes[0] / sizes[1] < 1.2
+
+
 def test_a_model_learns():
     found = train_model(
         Setting(replace(TASK, pairs=(2,)), "softmax", True, 32, 1e-2, 0, 500), every=100
@@ -127,7 +137,7 @@ def test_a_sweep_and_its_report(tmp_path, monkeypatch):
         "rows.jsonl",
         "report.html",
         "report.md",
-        *(f"recall_{n}.{e}" for n in ("state", "pairs") for e in ("png", "svg")),
+        *(f"recall_{n}.{e}" for n in ("state", "frontier", "pairs") for e in ("png", "svg")),
     }
     assert {path.name for path in folder.path.iterdir()} == names
     page = (folder.path / "report.html").read_text()
@@ -160,6 +170,39 @@ def test_an_interruption_keeps_what_is_done(tmp_path, monkeypatch):
         )
     assert (tmp_path / "runs" / "report.html").is_file()
     assert len(recall.Folder.open(str(tmp_path / "runs")).rows()) == 1
+
+
+def test_seeds_and_mechanisms_add_to_what_is_there(tmp_path, monkeypatch):
+    """Every rate from the first seed, and the best of them from the others."""
+    asked = []
+
+    def invent(left, folder, *_):
+        asked.append([(s.mechanism, s.learning_rate, s.seed) for s in left])
+        for setting in left:
+            right = (
+                0.9 if (setting.learning_rate == 1e-2) == (setting.mechanism != "linear") else 0.3
+            )
+            found = row(setting.mechanism, setting.learning_rate, setting.seed, right)
+            folder.append({**found, "conv": setting.conv, "width": setting.width})
+
+    monkeypatch.setattr(recall, "_train_all", invent)
+    first, console = [(m, x, 0) for m in TINY.mechanisms for x in (1e-3, 1e-2)], Console()
+    options = {"workers": 1, "device": "cpu", "force": False, "console": console}
+    recall.run(TINY, str(tmp_path), **options)
+    assert asked == [first, []]
+    recall.run(replace(TINY, seeds=3), str(tmp_path), **options)
+    best = [("softmax", 1e-2), ("linear", 1e-3)]
+    assert asked[2:] == [[], [(*each, seed) for seed in (1, 2) for each in best]]
+    more = replace(TINY, seeds=3, mechanisms=(*TINY.mechanisms, "elita"))
+    folder = recall.run(more, str(tmp_path), **options)
+    assert asked[4:] == [
+        [("elita", 1e-3, 0), ("elita", 1e-2, 0)], [("elita", 1e-2, 1), ("elita", 1e-2, 2)]
+    ]  # fmt: skip
+    assert [(b.mechanism, b.learning_rate, b.seeds) for b in best_rates(folder.rows())] == [
+        (*each, 3) for each in (*best, ("elita", 1e-2))
+    ]
+    with pytest.raises(ValueError, match="another measurement"):
+        recall.run(TINY, str(tmp_path), **options)
 
 
 def row(mechanism, rate, seed, right, width=16, **fields):
@@ -196,7 +239,7 @@ def test_the_best_rate_is_by_the_mean_over_whole_seeds():
 )
 def test_bad_sweeps(fields, message):
     with pytest.raises(ValueError, match=message):
-        list(replace(TINY, **fields).settings())
+        list(replace(TINY, **fields).first_settings())
 
 
 def test_reports_name_the_answer_first(tmp_path):

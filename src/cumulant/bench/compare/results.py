@@ -7,10 +7,8 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..reports.confidence import t95
 from ..reports.folder import Row
-
-# Student's t at 95%, by number of seeds
-T95 = {2: 12.7, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
 
 
 @dataclass(frozen=True)
@@ -39,7 +37,7 @@ class Mean:
 
     def differs_from_zero(self) -> bool:
         """Whether it differs from 0 at 95%."""
-        return abs(self.value) > T95.get(self.count, 2.2) * self.error  # False for one value
+        return abs(self.value) > t95(self.count) * self.error  # False for one value
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from dataclasses import dataclass
 
+from ..reports.confidence import t95
 from ..reports.folder import Row
 
 
@@ -29,6 +31,15 @@ class Best:
     def hardest_accuracy(self) -> float:
         """Accuracy at the most pairs."""
         return list(self.accuracy.values())[-1][0]
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """Where the accuracy at the most pairs lies at 95%, over the seeds; None for one seed."""
+        if self.seeds == 1:
+            return None
+        mean, deviation = list(self.accuracy.values())[-1]
+        half = t95(self.seeds) * deviation / math.sqrt(self.seeds)
+        return max(mean - half, 0.0), min(mean + half, 1.0)
 
 
 def best_rates(rows: list[Row]) -> list[Best]:

@@ -23,6 +23,8 @@ class Mechanism:
 
     name, style: in tables and pictures. mixer: of both layers. fields: of the configuration.
     window: tokens of a sliding window, in a third layer.
+    head_dim: numbers in a head, of which there are then as many as the width has room for; by
+        default there is one head.
     """
 
     name: str
@@ -30,9 +32,10 @@ class Mechanism:
     mixer: str
     fields: dict[str, Any] = field(default_factory=dict)
     window: int | None = None
+    head_dim: int | None = None
 
 
-# taylor-K: queries and keys of K numbers; window-W: softmax over the last W tokens
+# taylor-K, rebased-K: queries and keys of K numbers; window-W: softmax over the last W tokens
 _MECHANISMS = (
     Mechanism("softmax", palette.BLACK, "softmax"),
     Mechanism("window-16", palette.GREY, "sliding_window", {"sliding_window": 16}),
@@ -42,6 +45,7 @@ _MECHANISMS = (
     Mechanism("taylor-16", palette.BLUE, "taylor", {"taylor_head_dim": 16}),
     Mechanism("taylor-24", palette.NAVY, "taylor", {"taylor_head_dim": 24}),
     Mechanism("higher_order", palette.BROWN, "taylor", {"taylor_head_dim": 16, "qk_norm": True}),
+    Mechanism("rebased-16", palette.PURPLE, "linear", {"feature_map": "rebased"}, head_dim=16),
     Mechanism("based", palette.VERMILION, "taylor", {"taylor_head_dim": 16}, window=16),
     Mechanism(
         "flash",
@@ -78,7 +82,8 @@ class Setting:
 def build_model(setting: Setting) -> CumulantForCausalLM:
     """A model of two layers with one head and no feed-forwards.
 
-    based has a third layer, its sliding window.
+    based has a third layer, its sliding window. rebased-16 has heads of 16 numbers: one head would
+    have states of megabytes, since its values are as wide as its queries.
     """
     mechanism = MECHANISMS[setting.mechanism]
     fields, mixers = dict(mechanism.fields), [mechanism.mixer, mechanism.mixer]
@@ -93,7 +98,10 @@ def build_model(setting: Setting) -> CumulantForCausalLM:
         vocab_size=setting.task.vocabulary,
         hidden_size=setting.width,
         num_hidden_layers=len(mixers),
-        num_attention_heads=1,
+        num_attention_heads=max(setting.width // mechanism.head_dim, 1)
+        if mechanism.head_dim
+        else 1,
+        head_dim=mechanism.head_dim,
         feed_forward="none",
         rotary=not setting.conv,
         horizon=setting.task.length,

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from ..reports.palette import styles_for
-from ..reports.plots import add_legend, panel_column, pyplot, save_figure
+from ..reports.plots import add_legend, label_ticks, panel_column, pyplot, save_figure
 from .best import Best
+from .frontier import BUDGETS, steps
 from .mechanisms import STYLES
 
 FORMS = {True: "behind a short convolution", False: "two layers of the mechanism alone"}
@@ -61,6 +62,32 @@ def draw_state(found: list[Best], folder: Path) -> str:
         panel.xaxis.set_minor_formatter(ticker.NullFormatter())
         panel.set_xticks(ticks)
     return _save(figure, panels, folder, "recall_state")
+
+
+def draw_frontier(found: list[Best], folder: Path) -> str:
+    """The best accuracy at the most pairs within a size of the state, and its 95% interval."""
+    styles, first, last = _styles(found), BUDGETS[0], BUDGETS[-1]
+    figure, panels = _panels(
+        found, f"accuracy at {list(found[0].accuracy)[-1]} pairs", xlabel="state of at most, kB"
+    )
+    for conv, panel in panels.items():
+        for name, style in styles.items():
+            own = steps([b for b in found if b.mechanism == name and b.conv == conv])
+            inside = [b for b in own if b.state_bytes <= 1000 * last]
+            if not inside:
+                continue
+            x = [*(b.state_bytes / 1000 for b in inside), last]
+            held = [*inside, inside[-1]]
+            look = style | {"markevery": list(range(len(inside)))}
+            y = [b.hardest_accuracy for b in held]
+            panel.plot(x, y, drawstyle="steps-post", label=name, **look)
+            bands = [b.interval or (b.hardest_accuracy, b.hardest_accuracy) for b in held]
+            low, high = zip(*bands, strict=True)
+            colour = style["color"]
+            panel.fill_between(x, low, high, step="post", color=colour, alpha=0.15, linewidth=0)
+        panel.set_xlim(first / 1.1, last * 1.1)
+        label_ticks(panel.xaxis, BUDGETS)
+    return _save(figure, panels, folder, "recall_frontier")
 
 
 def draw_pairs(found: list[Best], folder: Path) -> str:

@@ -7,20 +7,30 @@ from rich.console import Console
 from ..reports.folder import Folder
 from ..reports.page import Page, Picture, Report, Table, write_page
 from .best import Best, best_rates
-from .plots import FORMS, draw_pairs, draw_state
+from .frontier import owners
+from .plots import FORMS, draw_frontier, draw_pairs, draw_state
 
 
 def report(folder: Folder, console: Console | None = None) -> Page:
     """Pictures and page from the folder's rows."""
     found = best_rates(folder.rows(REPORT.fields))
     pairs = list(found[0].accuracy)
+    forms = {conv: [b for b in found if b.conv == conv] for conv in (True, False)}
     page = Page(
         "Recall test: accuracy and state of each mechanism",
-        _answer(found, pairs[-1]),
-        [_table(found, conv) for conv in (True, False) if any(b.conv == conv for b in found)],
+        [*_answer(found, pairs[-1]), *_owner_line(found, pairs[-1])],
+        [
+            *(_table(found, conv) for conv, own in forms.items() if own),
+            *(_owner_table(own, conv, pairs[-1]) for conv, own in forms.items() if owners(own)),
+        ],
         [
             Picture(
                 draw_state(found, folder.path), f"Accuracy at {pairs[-1]} pairs by bytes of state"
+            ),
+            Picture(
+                draw_frontier(found, folder.path),
+                f"The best accuracy at {pairs[-1]} pairs in a state of limited size; bands: 95%"
+                " over the seeds, where there are several",
             ),
             Picture(
                 draw_pairs(found, folder.path),
@@ -62,6 +72,44 @@ def _answer(found: list[Best], most: str) -> list[str]:
         f"{b.mechanism} {b.hardest_accuracy:.0%} ({state})" for b, state in zip(ranked, states)
     )
     return [f"Accuracy on {most} pairs in one context, and the size of the state: {said}."]
+
+
+def _owner_line(found: list[Best], most: str) -> list[str]:
+    """The best mechanism of each size of the state, in the form of models that comes first."""
+    conv = max(b.conv for b in found)
+    each = [
+        f"{owner.budget} kB {owner.best.mechanism} ({owner.best.hardest_accuracy:.0%})"
+        for owner in owners([b for b in found if b.conv == conv])
+    ]
+    if not each:
+        return []
+    return [f"Best at {most} pairs by size of the state, {FORMS[conv]}: up to {', '.join(each)}."]
+
+
+def _owner_table(found: list[Best], conv: bool, most: str) -> Table:
+    headings = (
+        "state, at most",
+        "best",
+        "width",
+        f"{most} pairs",
+        "state, kB",
+        "next",
+        "not told apart",
+    )
+    rows: list[tuple[str, ...]] = []
+    for owner in owners(found):
+        best, second, alike = owner.best, owner.second, owner.alike
+        low_high = best.interval
+        accuracy = f"{best.hardest_accuracy:.1%}"
+        if low_high is not None:
+            accuracy += f" ({low_high[0]:.1%} to {low_high[1]:.1%})"
+        rows.append(
+            (f"{owner.budget} kB", best.mechanism, str(best.width), accuracy,
+             f"{best.state_bytes / 1000:,.1f}",
+             f"{second.mechanism} {second.hardest_accuracy:.1%}" if second else "",
+             "one seed" if alike is None else ", ".join(b.mechanism for b in alike) or "none")
+        )  # fmt: skip
+    return Table(f"Who is best at each size of the state: {FORMS[conv]}", headings, rows)
 
 
 def _table(found: list[Best], conv: bool) -> Table:

@@ -1,15 +1,15 @@
 """`cumulant recall`: trains every mechanism of a sweep on the recall test.
 
-Each setting is one call of `training.train`. Runs are independent, with one thread each, and as
-many run at a time as there are workers. A report names, for each mechanism, the learning rate with
-the best mean over the seeds.
+Each setting is one call of `training.train_model`. Runs are independent, with one thread each, and
+as many run at a time as there are workers. Every mechanism is trained with all learning rates from
+the first seed, and with its best rate from the other seeds.
 """
 
 from __future__ import annotations
 
 import math
 import multiprocessing
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -21,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ..reports.folder import Folder, Row
 from ..reports.plots import pyplot
+from .best import best_rates
 from .mechanisms import MECHANISMS, Setting
 from .report import REPORT, report
 from .task import Task
@@ -29,7 +30,7 @@ from .training import train_model
 
 @dataclass(frozen=True)
 class Sweep:
-    """Each mechanism, at each width and learning rate, from each seed.
+    """Each mechanism at each width, with all learning rates and then from all seeds.
 
     conv: whether the first layer is a short convolution. steps, length, vocabulary, pairs: see
         `Setting` and `Task`.
@@ -39,7 +40,7 @@ class Sweep:
     conv: tuple[bool, ...] = (True, False)
     widths: tuple[int, ...] = (32, 64, 128)
     learning_rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
-    seeds: int = 1
+    seeds: int = 3
     steps: int = 2000
     length: int = 128
     vocabulary: int = 512
@@ -61,12 +62,25 @@ class Sweep:
                 f"learning_rate: expected numbers above 0, got {list(self.learning_rates)}"
             )
 
-    def settings(self) -> Iterator[Setting]:
-        """All settings, seed by seed, so that a partial sweep can already be compared."""
+    def first_settings(self) -> Iterator[Setting]:
+        """All learning rates from the first seed."""
         task = Task(self.length, self.vocabulary, self.pairs)
-        orders = range(self.seeds), self.conv, self.widths, self.mechanisms, self.learning_rates
-        for seed, conv, width, mechanism, rate in product(*orders):
-            yield Setting(task, mechanism, conv, width, rate, seed, self.steps)
+        orders = self.conv, self.widths, self.mechanisms, self.learning_rates
+        for conv, width, mechanism, rate in product(*orders):
+            yield Setting(task, mechanism, conv, width, rate, 0, self.steps)
+
+    def other_settings(self, rows: list[Row]) -> Iterator[Setting]:
+        """The best rate of these rows' first seed from the other seeds, seed by seed."""
+        best = {
+            (b.conv, b.width, b.mechanism): b.learning_rate
+            for b in best_rates([row for row in rows if row["seed"] == 0])
+        }
+        task = Task(self.length, self.vocabulary, self.pairs)
+        orders = range(1, self.seeds), self.conv, self.widths, self.mechanisms
+        for seed, conv, width, mechanism in product(*orders):
+            rate = best.get((conv, width, mechanism))
+            if rate is not None:  # the memory was enough
+                yield Setting(task, mechanism, conv, width, rate, seed, self.steps)
 
 
 FULL = Sweep()
@@ -76,25 +90,37 @@ QUICK = Sweep(("softmax", "taylor-16", "linear"), conv=(True,), widths=(64,), se
 def run(
     sweep: Sweep, output: str, *, workers: int, device: str, force: bool, console: Console
 ) -> Folder:
-    """Train the models that the folder lacks, and draw the report, even after an interruption."""
+    """Train the models that the folder lacks, and draw the report, even after an interruption.
+
+    The folder keeps its rows when the user asks for more mechanisms, widths, rates or seeds.
+    """
     if workers < 1:
         raise ValueError(f"workers: expected at least 1, got {workers}")
-    wanted = list(sweep.settings())
+    wanted = list(sweep.first_settings())
     pyplot()  # refuses before anything is trained
-    folder = Folder.start(output, REPORT.command, asdict(sweep), force=force)
-    done = {_run_key(row) for row in folder.rows(REPORT.fields)}
-    left = [setting for setting in wanted if _run_key(asdict(setting)) not in done]
+    extends = ("mechanisms", "conv", "widths", "learning_rates", "seeds")
+    folder = Folder.start(output, REPORT.command, asdict(sweep), force=force, extends=extends)
     try:
-        _train_all(left, folder, workers, device, console)
+        _train_all(_left(wanted, folder), folder, workers, device, console)
+        others = sweep.other_settings(folder.rows(REPORT.fields))
+        _train_all(_left(others, folder), folder, workers, device, console)
     finally:
         if folder.rows():
             report(folder, console)
     return folder
 
 
+def _left(wanted: Iterable[Setting], folder: Folder) -> list[Setting]:
+    """The settings that have no row yet."""
+    done = {_run_key(row) for row in folder.rows(REPORT.fields)}
+    return [setting for setting in wanted if _run_key(asdict(setting)) not in done]
+
+
 def _train_all(
     left: list[Setting], folder: Folder, workers: int, device: str, console: Console
 ) -> None:
+    if not left:
+        return
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

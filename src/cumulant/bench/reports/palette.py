@@ -48,6 +48,7 @@ class Style:
 BLACK = Style("#000000", "o")
 GREY = Style("#999999", "v")
 SLATE = Style("#666666", "h")
+PURPLE = Style("#6A3D9A", "p")
 ORANGE = Style("#E69F00", "^")
 BLUE = Style("#0072B2", "s")
 SKY = Style("#56B4E9", "<")
@@ -56,7 +57,7 @@ GREEN = Style("#009E73", "D")
 PINK = Style("#CC79A7", "P")
 VERMILION = Style("#D55E00", "X")
 BROWN = Style("#8C6D1F", "*")
-PALETTE = (BLACK, BLUE, ORANGE, GREEN, PINK, VERMILION, SKY, GREY, BROWN, NAVY, SLATE)
+PALETTE = (BLACK, BLUE, ORANGE, GREEN, PINK, VERMILION, SKY, GREY, BROWN, NAVY, SLATE, PURPLE)
 
 
 def styles_for(names: Iterable[str], known: Mapping[str, Style]) -> dict[str, Style]:
