@@ -157,7 +157,7 @@ def test_a_step_of_training_changes_gates(name):
 
 @pytest.mark.parametrize("name", ["gated", "mamba2"])
 def test_weight_decay_does_not_shorten_spans(name):
-    """Trainer leaves the biases of gates alone: decayed to 0 they would forget in a token or two."""
+    """Trainer leaves the biases of gates alone: at 0 they would forget in a token or two."""
     decayed = Trainer.get_decay_parameter_names(None, at_the_start(decay=name))
     assert "model.layers.0.mixer.decay.weight" in decayed
     assert not [n for n in decayed if "decay.bias" in n or "decay.dt_bias" in n]

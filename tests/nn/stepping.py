@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from cumulant.nn import GatedShortConvolution, LinearAttention, TaylorAttention
+from cumulant.nn import GatedDecay, GatedShortConvolution, LinearAttention, TaylorAttention
 
 MIXERS = {
     "taylor": lambda: TaylorAttention(24, 3, head_dim=6),
@@ -18,6 +18,15 @@ MIXERS = {
     "elu": lambda: LinearAttention(24, 4, rotary=True, conv_size=3),
     "relu": lambda: LinearAttention(24, 4, num_kv_heads=1, feature_map="relu", scale=0.5),
     "identity": lambda: LinearAttention(24, 4, feature_map="identity", normalize=False, bias=True),
+    "fixed": lambda: LinearAttention(24, 4, num_kv_heads=2, decay="fixed"),
+    "gated": lambda: TaylorAttention(
+        24, 3, head_dim=6, decay=GatedDecay(24, 3, spans=(2, 9, 99), divisor=4)
+    ),
+    "gated everything": lambda: TaylorAttention(
+        24, 4, num_kv_heads=2, head_dim=6, rotary=True, prenorm=True, gate_values=True,
+        shift_tokens=True, conv_size=4, decay="gated",
+    ),
+    "mamba2": lambda: LinearAttention(24, 4, feature_map="relu", prenorm=True, decay="mamba2"),
     "convolution": lambda: GatedShortConvolution(24, size=4),
 }  # fmt: skip
 

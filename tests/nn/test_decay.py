@@ -182,9 +182,10 @@ def test_weights_are_saved_and_loaded(kind, name):
     assert torch.equal(other(x), mixer(x))
 
 
-def test_steps_run_through_forward(runs):
-    """Programs of steps know no decays yet, so they must not run."""
-    mixer = forgetful(MIXERS["taylor"](decay="gated"))
+@pytest.mark.parametrize("decay", ["fixed", "gated", "mamba2"])
+def test_steps_are_programs(decay, runs):
+    mixer = MIXERS["taylor"](decay=decay)
+    mixer = mixer if decay == "fixed" else forgetful(mixer)
     x = tokens().float()
     with torch.no_grad():
         y = mixer(x)
@@ -192,7 +193,7 @@ def test_steps_run_through_forward(runs):
         for t in range(5, 19):
             out, state = mixer(x[:, t : t + 1], state=state, return_state=True)
             torch.testing.assert_close(out[:, 0], y[:, t], rtol=1e-4, atol=1e-5)
-    assert not runs
+    assert len(runs) == 14
 
 
 def test_a_module_of_ones_own():

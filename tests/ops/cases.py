@@ -51,7 +51,7 @@ class Case:
 
     @property
     def implementations(self) -> tuple[str, ...]:
-        lacking = self.op is cm.gated_attention or self.decays
+        lacking = self.op is cm.gated_attention
         return IMPLEMENTATIONS[:2] if lacking else IMPLEMENTATIONS
 
     def inputs(

@@ -40,6 +40,7 @@ def calls(draw):
         "threads": draw(st.integers(1, 4)),
         "strides": draw(st.sampled_from(["plain", "tokens first", "spread", "expanded"])),
         "masked": draw(st.booleans()),
+        "decays": draw(st.sampled_from([None, 0.0, -0.01, -3.0, -200.0])),
         "seed": draw(st.integers(0, 2**31)),
     }
     if x["K"] > 17 and x["order"] > 2:
@@ -74,13 +75,17 @@ def test_fuzz(x):
     mask = torch.rand(B, x["S"]) > 0.3 if x["masked"] else None
     cuts = sorted(torch.randint(0, x["T"] + 1, (3,)).tolist())
     bounds = torch.tensor([0, *cuts]) if x["packed"] else None
+    logs = random_decays(x, B)
+    leaves = [q, k, v] if logs is None else [q, k, v, logs]
     activation = "elu" if x["order"] == 0 else "identity"
     spec = AttentionSpec(
         x["order"], True, activation, 0.5, True, x["is_causal"], True, x["chunk"], x["span"]
     )
-    out, _, S, Z = call_attention("native", AttentionInputs(q, k, v, mask, bounds), spec)
-    wide = [y.detach().double().requires_grad_() for y in (q, k, v)]
+    given = AttentionInputs(q, k, v, mask, bounds, log_decay=logs)
+    out, _, S, Z = call_attention("native", given, spec)
+    wide = [y.detach().double().requires_grad_() for y in leaves]
     rest = {
+        "log_decay": wide[3] if logs is not None else None,
         "is_causal": x["is_causal"],
         "scale": 0.5,
         "key_mask": mask,
@@ -88,18 +93,32 @@ def test_fuzz(x):
         "impl": "torch",
     }
     if x["order"]:
-        exact, state = cm.taylor_attention(*wide, x["order"], return_state=True, **rest)
+        exact, state = cm.taylor_attention(*wide[:3], x["order"], return_state=True, **rest)
     else:
-        exact, state = cm.linear_attention(*wide, return_state=True, **rest)
+        exact, state = cm.linear_attention(*wide[:3], return_state=True, **rest)
     for actual, wanted in ((out, exact), (S, state.numerator), (Z, state.denominator)):
         assert actual.shape == wanted.shape
-        assert error(actual, wanted) < 20 * TOLERANCE[dtype]
+        assert error(actual, wanted) < 20 * tolerance(x)
     if out.numel():
-        for actual, wanted in zip(gradients((out,), (q, k, v)), gradients((exact,), wide)):
+        for actual, wanted in zip(gradients((out,), leaves), gradients((exact,), wide)):
             if wanted.numel():
-                assert (actual.double() - wanted).abs().max() < 20 * TOLERANCE[dtype] * (
+                assert (actual.double() - wanted).abs().max() < 20 * tolerance(x) * (
                     terms(x) + wanted.abs().max()
                 )
+
+
+def tolerance(x) -> float:
+    """Of the dtype, and of differences of running sums of a chunk's log decays in fp64."""
+    return TOLERANCE[x["dtype"]] + 64 * abs(x["decays"] or 0) * 2.0**-53
+
+
+def random_decays(x, B):
+    """Log decays down to x["decays"], with heads or tokens as rows; None if there are none."""
+    if x["decays"] is None or not x["is_causal"]:
+        return None
+    dtype = torch.float64 if x["dtype"] is torch.float64 else torch.float32
+    logs = x["decays"] * torch.rand(B, x["T"], x["G"], dtype=dtype) ** 4
+    return (logs.mT if x["strides"] == "plain" else logs.mT.contiguous()).requires_grad_()
 
 
 def terms(x) -> float:

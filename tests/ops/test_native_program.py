@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -169,28 +171,33 @@ def test_not_a_number_stays_one():
     st.integers(1, 2),
     rows,
     st.booleans(),
+    st.booleans(),
 )
-def test_attention(order, K, V, groups, ratio, B, flag):
+def test_attention(order, K, V, groups, ratio, B, flag, decays):
     heads, normalize, constant = groups * ratio, flag or order > 0, flag or order == 0
     q, k, v = tensors(6, (B, heads, 5, K), (B, groups, 5, K), (B, groups, 5, V))
     q, k = q.abs(), k.abs()  # no denominator vanishes
+    logs = -tensors(5, (B, groups, 5))[0].abs() if decays else None
 
     def run_op(impl, q, k, v, state=None):
         options = {"is_causal": True, "state": state, "return_state": True, "impl": impl}
+        if decays:
+            options["log_decay"] = logs[..., : q.shape[2]].to(q.dtype)
         if order:
             return cm.taylor_attention(q, k, v, order, scale=0.3, constant_term=constant, **options)
         return cm.linear_attention(q, k, v, "elu", scale=0.3, normalize=normalize, **options)
 
     past = run_op("torch", q[:, :, :4], k[:, :, :4], v[:, :, :4])[1]
     expected, state = run_op("reference", *(x.double() for x in (q, k, v)))
-    p = Program(heads * K + groups * (K + V))
-    parts = p.input.split(heads * K, groups * K, groups * V)
+    given = [q, k, v] if logs is None else [q, k, v, logs]
+    x = torch.cat([x[:, :, 4].flatten(1) for x in given], -1)
+    p = Program(x.shape[1])
+    parts = p.input.split(heads * K, groups * K, groups * V, groups if decays else 0)
     y = p.attend(
-        *parts, heads, groups, order=order, constant_term=constant,
+        *parts[:3], heads, groups, order=order, constant_term=constant,
         activation="identity" if order else "elu",
-        scale=0.3, normalize=normalize,
+        scale=0.3, normalize=normalize, log_decay=parts[3] if decays else None,
     )  # fmt: skip
-    x = torch.cat([x[:, :, 4].flatten(1) for x in (q, k, v)], -1)
     before = [past.numerator, past.denominator] if normalize else [past.numerator]
     assert p.states == [tuple(s.shape[1:]) for s in before]
     out, after = run(p, y, x, before)
@@ -206,6 +213,29 @@ def test_gates():
     p.gate(p.input, p.matrix(p.input, W))
     expected = x.double().view(3, 4, 6) * (x.double() @ W.double().T).sigmoid()[..., None]
     close(run(p, p.input, x)[0], expected.flatten(1))
+
+
+@pytest.mark.parametrize("scale", [0.1, 3.0, 100.0])
+def test_decays(scale):
+    x, rates = tensors(8, (3, 5), (5,))
+    x *= scale
+    kinds = {
+        "fixed": (rates, 1.0, rates.expand(3, 5)),
+        "gated": (None, 0.25, F.logsigmoid(x.double()) * 0.25),
+        "mamba2": (rates, 1.0, F.softplus(x.double()) * -rates.double().exp()),
+    }
+    for kind, (weight, factor, expected) in kinds.items():
+        p = Program(5)
+        source = None if kind == "fixed" else p.input
+        y = run(p, p.decay(kind, source, weight, factor), x)[0]
+        torch.testing.assert_close(y.double(), expected.double(), rtol=1e-6, atol=1e-37)
+    x = torch.tensor([[30.0, -30.0, math.nan, math.inf, -math.inf]])
+    p = Program(5)
+    y = run(p, p.decay("gated", p.input), x)[0][0]
+    assert -1e-12 < y[0] < 0  # a gate that is nearly open keeps its digits
+    assert y[2].isnan()
+    assert y[3] == 0
+    assert y[4] == -math.inf
 
 
 def test_what_cannot_be_is_refused():
@@ -230,6 +260,15 @@ def test_what_cannot_be_is_refused():
         p.attend(a, b, c, 2, 1, order=9, activation="identity", **options)
     with pytest.raises(Unsuitable):
         p.attend(a, b, c, 2, 1, order=0, activation="softmax", **options)
+    with pytest.raises(Unsuitable):
+        p.attend(a, b, c, 2, 1, order=1, activation="identity", log_decay=a, **options)
+    for kind, weight in (
+        ("fixed", torch.ones(8)),
+        ("gated", torch.ones(8)),
+        ("mamba2", torch.ones(7)),
+    ):
+        with pytest.raises(Unsuitable):
+            p.decay(kind, p.input, weight)
     p.rotate(p.input, 4, 100.0)
     p.set_output(p.input)
     with pytest.raises(ValueError, match="position"):

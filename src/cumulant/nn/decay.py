@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops.project import project_wide
+from ..ops.step import Vector
 from .checks import check_counts, check_floats
+from .step import StepBuilder, known_to_programs
 
 START = 0.999  # the decay at which gates start: their heads remember about 1,000 tokens
 
@@ -53,6 +55,7 @@ class Decay(nn.Module):
         return f"{dim}{self.num_kv_heads}, spans={self.spans}"
 
 
+@known_to_programs
 class FixedDecay(Decay):
     """A constant decay for each head, which is not trained.
 
@@ -71,17 +74,26 @@ class FixedDecay(Decay):
     def __init__(self, num_kv_heads: int, spans: Sequence[float] | None = None):
         super().__init__(num_kv_heads, spans)
 
+    def log_decays(self) -> list[float]:
+        """One for each head."""
+        if self.spans is None:
+            return [math.log1p(-(2.0 ** (-5 - g))) for g in range(self.num_kv_heads)]
+        return [-1 / span for span in self.spans]
+
     def forward(self, x: Tensor) -> Tensor:
         self.check(x)
-        if self.spans is None:
-            log_decays = [math.log1p(-(2.0 ** (-5 - g))) for g in range(self.num_kv_heads)]
-        else:
-            log_decays = [-1 / span for span in self.spans]
         dtype = torch.promote_types(x.dtype, torch.float32)
-        decays = torch.tensor(log_decays, dtype=dtype, device=x.device)
+        decays = torch.tensor(self.log_decays(), dtype=dtype, device=x.device)
         return decays[:, None].expand(x.shape[0], self.num_kv_heads, x.shape[1])
 
+    def emit_step(self, builder: StepBuilder, x: Vector, residual: Vector | None) -> Vector:
+        """See `cumulant.nn.step.EmitsStep`."""
+        builder.rely_on(self)
+        constants = torch.tensor(self.log_decays(), dtype=torch.float32)
+        return builder.program.decay("fixed", None, constants)
 
+
+@known_to_programs
 class GatedDecay(Decay):
     """Decays that depend on the token: ``log γ = logsigmoid(w_g · x_t + b_g) / divisor``.
 
@@ -132,7 +144,14 @@ class GatedDecay(Decay):
         logit = project_wide(x, self.weight, self.bias)
         return F.logsigmoid(logit).mT / self.divisor
 
+    def emit_step(self, builder: StepBuilder, x: Vector, residual: Vector | None) -> Vector:
+        """See `cumulant.nn.step.EmitsStep`."""
+        builder.rely_on(self)
+        logit = builder.program.matrix(x, self.weight, self.bias)
+        return builder.program.decay("gated", logit, factor=1 / self.divisor)
 
+
+@known_to_programs
 class Mamba2Decay(Decay):
     """Decays of Mamba-2: ``log γ = -exp(A_log_g) · softplus(w_g · x_t + dt_bias_g)``.
 
@@ -177,6 +196,12 @@ class Mamba2Decay(Decay):
         self.check(x)
         logit = project_wide(x, self.weight, self.dt_bias)
         return (F.softplus(logit) * -self.A_log.to(logit.dtype).exp()).mT
+
+    def emit_step(self, builder: StepBuilder, x: Vector, residual: Vector | None) -> Vector:
+        """See `cumulant.nn.step.EmitsStep`."""
+        builder.rely_on(self)
+        logit = builder.program.matrix(x, self.weight, self.dt_bias)
+        return builder.program.decay("mamba2", logit, self.A_log)
 
 
 DECAYS = ("none", "fixed", "gated", "mamba2")

@@ -244,8 +244,6 @@ class KernelAttention(nn.Module):
         program, options = builder.program, self.step_options()
         if options is None or not self.is_causal or self.out_proj is None:
             raise Unsuitable
-        if self.decay is not None:  # no instruction takes decays
-            raise Unsuitable
         builder.require_no_dropout(self.dropout)
         x = program.shift(x) if self.shift_tokens else x
         h = x if self.norm is None else builder.emit_norm(self.norm, x)
@@ -264,6 +262,8 @@ class KernelAttention(nn.Module):
             builder.rely_on(self.rotary)
             program.rotate(both, self.head_dim, self.rotary.base)
         q, k = both.split(*self._qkv_sizes[:2])
+        if self.decay is not None:
+            options["log_decay"] = builder.emit_module(self.decay, h, None)
         y = program.attend(q, k, v, self.num_heads, self.num_kv_heads, **options)
         if self.gate_proj is not None:
             program.gate(y, builder.emit_projection(self.gate_proj, x))

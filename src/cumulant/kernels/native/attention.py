@@ -37,6 +37,7 @@ from .library import (
 )
 
 ACTIVATIONS = ("identity", "elu", "relu")
+DECAY_TYPES = (torch.float32, torch.float64)
 CHUNK = 64
 # Causal calls without Taylor features have small sums, so most of their work is inside chunks.
 # Shorter chunks make it less.
@@ -51,8 +52,6 @@ def obstacle(inputs: AttentionInputs, spec: AttentionSpec) -> str:
     K = inputs.query.shape[-1]
     if elsewhere := library.obstacle(inputs.query):
         return elsewhere
-    if inputs.log_decay is not None:
-        return "its kernels have no decay yet"
     if spec.order > MAX_ORDER:
         return f"its kernels go up to order {MAX_ORDER}, and this is order {spec.order}"
     if spec.order > 3 and math.comb(K + spec.order, spec.order) >= 2**31:
@@ -113,6 +112,11 @@ def _check_call(x: AttentionInputs, spec: AttentionSpec) -> None:
     require(spec.activation in ACTIVATIONS, "activation", f"one of {ACTIVATIONS}", spec.activation)
     require(1 <= spec.chunk <= library.CHUNK, "chunk", f"1 to {library.CHUNK}", spec.chunk)
     require(spec.span >= 1, "span", "at least 1", spec.span)
+    if x.log_decay is not None:
+        check_inputs(log_decay=(x.log_decay, (B, G, S)))
+        require(spec.is_causal, "log_decay", "causal attention", "both directions")
+        wanted = "torch.float32 or torch.float64"
+        require(x.log_decay.dtype in DECAY_TYPES, "log_decay", wanted, x.log_decay.dtype)
     if x.cu_seqlens is not None:
         bounds = x.cu_seqlens.tolist()
         rising = bounds == sorted(bounds) and len(bounds) > 0 and bounds[0] == 0 and bounds[-1] <= T
@@ -146,6 +150,9 @@ class _Call(Arguments):
         a.query, a.key, a.value = (self.array_of(t) for t in (x.query, x.key, x.value))
         if x.key_mask is not None:
             a.key_mask = self.pointer_to(x.key_mask, torch.bool)
+        if x.log_decay is not None:
+            logs = x.log_decay[..., None]
+            a.log_decay, a.decay_type = self.array_of(logs, logs.dtype), TYPES[logs.dtype]
         if x.cu_seqlens is not None:
             a.offsets = self.pointer_to(x.cu_seqlens.to("cpu"), torch.int64)
         if x.numerator is not None:
@@ -209,6 +216,12 @@ def backward(
     dS0, dz0 = (None if s is None else new(s, memory_format=torch.contiguous_format) for s in past)
     a.dquery, a.dkey, a.dvalue = array_of(dq), array_of(dk), array_of(dv)
     a.dnumerator, a.ddenominator = pointer_to(dS0), pointer_to(dz0) if spec.normalize else None
+    logs, dlogs = inputs.log_decay, None
+    if logs is not None:
+        dlogs = torch.empty(logs.shape, dtype=torch.float64)
+        a.dlog_decay = pointer_to(dlogs)
     call_library("cumulant_attention_backward", a)
     dq, dk, dv = dq.to(inputs.query.dtype), dk.to(inputs.key.dtype), dv.to(inputs.value.dtype)
-    return AttentionInputs(dq, dk, dv, numerator=dS0, denominator=dz0)
+    if logs is not None and dlogs is not None:
+        dlogs = dlogs.to(logs.dtype)
+    return AttentionInputs(dq, dk, dv, numerator=dS0, denominator=dz0, log_decay=dlogs)

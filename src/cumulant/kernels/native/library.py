@@ -34,9 +34,9 @@ class Attention(ctypes.Structure):
     _fields_ = [
         *((name, _i64) for name in ("B", "N", "H", "G", "T", "S", "K", "V", "F", "chunk", "span")),
         *((name, _i32) for name in ("type", "order", "constant_term", "activation")),
-        *((name, _i32) for name in ("normalize", "is_causal", "threads", "isa")),
+        *((name, _i32) for name in ("normalize", "is_causal", "threads", "isa", "decay_type")),
         ("scale", ctypes.c_double),
-        *((name, Array) for name in ("query", "key", "value", "out")),
+        *((name, Array) for name in ("query", "key", "value", "out", "log_decay")),
         *((name, _pointer) for name in ("key_mask", "offsets", "numerator", "denominator")),
         *((name, _pointer) for name in ("final_numerator", "final_denominator", "denominators")),
         *((name, Array) for name in ("dout", "dquery", "dkey", "dvalue")),
@@ -44,6 +44,7 @@ class Attention(ctypes.Structure):
             (name, _pointer)
             for name in ("dfinal_numerator", "dfinal_denominator", "dnumerator", "ddenominator")
         ),
+        ("dlog_decay", _pointer),
     ]
 
 
@@ -117,7 +118,8 @@ class Pointwise(ctypes.Structure):
 class Instruction(ctypes.Structure):
     _fields_ = [
         *((name, _i32) for name in ("operation", "kind")),
-        *((name, _i64) for name in ("source", "second", "third", "target", "n", "k")),
+        *((name, _i64) for name in ("source", "second", "third", "fourth")),
+        *((name, _i64) for name in ("target", "n", "k")),
         *((name, _pointer) for name in ("weight", "bias")),
         ("scalar", ctypes.c_double),
         *((name, _i64) for name in ("state", "add")),

@@ -30,10 +30,11 @@ from .library import Program as Arguments
 
 OPERATIONS = (  # in the order of Operation in src/abi.hpp
     *("norm", "matrix", "convolution", "shift"),
-    *("rotary", "attend", "gate", "activate"),
+    *("rotary", "attend", "gate", "activate", "decay"),
 )
 NORMS = ("rmsnorm", "layernorm", "scalenorm")
 ACTIVATED = ("swiglu", "gelu", "product")
+DECAYS = ("fixed", "gated", "mamba2")
 
 
 class Unsuitable(Exception):
@@ -157,14 +158,17 @@ class Program:
         activation: str,
         scale: float,
         normalize: bool,
+        log_decay: Vector | None = None,
     ) -> Vector:
-        """Linear or Taylor attention.
+        """Linear or Taylor attention; log_decay: one for each key/value head.
 
         Its states are the numerator ``[G, F, V]`` and, if normalised, the denominator ``[G, F]``.
         """
         K, V = query.size // heads, value.size // groups
         features = math.comb(K + order, order) if order else K
         sizes = query.size == heads * K and key.size == groups * K and value.size == groups * V
+        if log_decay is not None:
+            sizes = sizes and log_decay.size == groups
         if not sizes or order > MAX_ORDER or activation not in ACTIVATIONS or features >= 2**31:
             raise Unsuitable
         F = feature_count(K, order, constant_term)
@@ -180,9 +184,31 @@ class Program:
         )  # fmt: skip
         y = self.vector(heads * V)
         self._add_instruction(
-            "attend", source=query, second=key, third=value, target=y, state=state
-        )
+            "attend", source=query, second=key, third=value, target=y, state=state,
+            fourth=-1 if log_decay is None else log_decay,
+        )  # fmt: skip
         self._instructions[-1].attention = ctypes.pointer(self._attention[-1])
+        return y
+
+    def decay(
+        self,
+        kind: str,
+        x: Vector | None,
+        weight: Tensor | None = None,
+        factor: float = 1.0,
+    ) -> Vector:
+        """Log decays: ``weight`` ("fixed"), ``logsigmoid(x) factor`` ("gated"), or
+        ``-exp(weight) softplus(x)`` ("mamba2").
+        """
+        if (weight is None) != (kind == "gated") or (x is None) != (kind == "fixed"):
+            raise Unsuitable
+        n = x.size if x is not None else weight.numel() if weight is not None else 0
+        self._keep_weight(weight, (n,))
+        y = self.vector(n)
+        self._add_instruction(
+            "decay", kind=DECAYS.index(kind), source=x or y, target=y, n=y.size, weight=weight,
+            scalar=factor,
+        )  # fmt: skip
         return y
 
     def gate(self, x: Vector, gates: Vector) -> None:

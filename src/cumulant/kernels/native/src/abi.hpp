@@ -23,8 +23,10 @@ struct Attention {
   int64_t chunk;                      // tokens a chunk, at most CHUNK
   int64_t span;  // the fewest tokens that a thread may take when a sequence is shared out
   int32_t type, order, constant_term, activation, normalize, is_causal, threads, isa;
+  int32_t decay_type;  // F32 or F64
   double scale;
   Array query, key, value, out;
+  Array log_decay;                            // [B, G, S], of rows of one number; or absent
   const uint8_t* key_mask;                    // [B, S]
   const int64_t* offsets;                     // [N + 1] where packed
   void *numerator, *denominator;              // [N, G, F, V], [N, G, F]: the state that came in
@@ -33,6 +35,7 @@ struct Attention {
   // backwards
   Array dout, dquery, dkey, dvalue;
   void *dfinal_numerator, *dfinal_denominator, *dnumerator, *ddenominator;
+  double* dlog_decay;  // [B, G, S], or null
 };
 
 // One call of ELiTA's attention. Logits are float or double (`logits`), odds float (double where
@@ -117,20 +120,21 @@ struct Pointwise {
 
 // One token through a whole layer: instructions on vectors of floats, which lie one after another
 // in a row for each sequence of the batch. Vectors are named by where they begin in that row.
-enum Operation { NORM, MATRIX, CONVOLUTION, SHIFT, ROTARY, ATTEND, GATE, ACTIVATE };
+enum Operation { NORM, MATRIX, CONVOLUTION, SHIFT, ROTARY, ATTEND, GATE, ACTIVATE, DECAY };
 enum NormKind { RMS, LAYER, SCALE };
 enum ActivationKind { SWIGLU, GELU, PRODUCT };
+enum DecayKind { FIXED, GATED, MAMBA2 };
 struct Instruction {
   int32_t operation, kind;
-  int64_t source, second, third,
-      target;    // vectors: read, read, read, written (or read and written)
+  int64_t source, second, third, fourth,
+      target;    // vectors: read, read, read, read, written (or read and written)
   int64_t n, k;  // NORM, ROTARY, GATE: n heads of k numbers; MATRIX [n, k]; CONVOLUTION: n taps, k
-                 // channels
+                 // channels; DECAY: n heads
   const float *weight, *bias;  // may be null
-  double scalar;               // epsilon; the rotary base
+  double scalar;               // epsilon; the rotary base; GATED: a factor
   int64_t state;               // the first of its states, [B, ...] each
   int64_t add;                 // MATRIX: to what is there
-  const Attention* attention;  // ATTEND, but for its arrays
+  const Attention* attention;  // ATTEND, but for its arrays; `fourth`: log decays, or -1
 };
 struct Program {
   int64_t B, width, count;  // rows, numbers in each, instructions
@@ -157,6 +161,12 @@ struct Segment {
   // where to leave them.
   const void *start, *start_denominator;
   void *stop, *stop_denominator;
+  // Attention with decays, backwards. `terms`: for every token of the sequence, what its query
+  // (key_backward: its key) adds to gradients of decays. `anchors`: [.., F (V + 1)], the sums
+  // (key_backward: their gradients) before every `anchor_chunks`-th chunk but the first.
+  double* terms;
+  void* anchors;
+  int64_t anchor_chunks;
   // Mixed chunk attention: where to add the gradient of the bias, [1 or H / G, size, size] by key
   // and query.
   void* dbias;

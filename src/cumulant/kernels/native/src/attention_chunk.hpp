@@ -6,6 +6,7 @@
 // first cache.
 #pragma once
 
+#include "decay.hpp"
 #include "taylor_features.hpp"
 
 namespace cumulant {
@@ -18,7 +19,8 @@ template <class R> struct Workspace {
   int64_t used = 0;
   R *q, *k, *v, *rows, *scores, *dscores, *phi, *dphi, *out, *S, *Z, *z, *ones, *constant, *powers;
   R *v_transposed, *dy_transposed, *dy, *dz, *dq, *dk, *dv, *level;
-  int64_t stride;  // of rows of values
+  int64_t stride;     // of rows of values
+  int64_t residuals;  // from sums that decay to what rounding took off them: see Keep
 
   Workspace(const Attention& a, R* base) {
     const int64_t K = padded<R>(int(a.K)), V = padded<R>(int(a.V));
@@ -42,7 +44,9 @@ template <class R> struct Workspace {
     const bool sums = !a.is_causal || a.T > a.chunk || a.numerator || a.denominator ||
                       a.final_numerator || a.final_denominator || a.dfinal_numerator ||
                       a.dfinal_denominator;
-    S = take(sums ? a.F * V : 0), Z = take(sums ? a.F : 0);
+    residuals = sums ? (a.F * (V + 1) + 15) / 16 * 16 : 0;
+    S = take(a.log_decay.data ? 2 * residuals : residuals);
+    Z = base && sums ? S + a.F * V : S;
   }
 };
 
@@ -53,8 +57,10 @@ template <class R> struct Pass {
   const int64_t batch, first;  // the sequence's row of the batch, and its first token there
   Workspace<R> w;
   int K, V, columns, F, R_heads, slab;  // columns: of the values, that this segment is about
+  const bool decays;
   const uint8_t* mask = nullptr;
   Matrix<const R> v{};  // the chunk's values
+  ChunkDecay<R> decay;
   Ahead ahead;
 
   Pass(const Attention& attention, const Segment& segment, void* scratch)
@@ -67,7 +73,8 @@ template <class R> struct Pass {
         V(int(a.V)),
         columns(int(s.to - s.from)),
         F(int(a.F)),
-        R_heads(int(a.H / a.G)) {
+        R_heads(int(a.H / a.G)),
+        decays(a.log_decay.data != nullptr) {
     const int slabs =
         a.order == 0 ? 1 : (F + SLAB - 1) / SLAB;  // of about the same size, in whole tiles
     slab = ((F + slabs - 1) / slabs + 5) / 6 * 6;
@@ -143,10 +150,18 @@ template <class R> struct Pass {
         store(grad + d * CHUNK + i, load(grad + d * CHUNK + i) * load(w.level + i));
   }
 
+  void read_mask(int64_t at, int n) {
+    mask = a.key_mask ? a.key_mask + batch * a.S + first + at : nullptr;
+    const Array& d = a.log_decay;
+    if (decays)
+      decay.read(d, a.decay_type, batch * d.batch + s.group * d.head + (first + at) * d.row, mask,
+                 n);
+  }
+
   // Keys, and `constant`, the feature of degree 0: what is masked, or behind the last token, counts
   // for nothing.
   void read_key(int64_t at, int n) {
-    mask = a.key_mask ? a.key_mask + batch * a.S + first + at : nullptr;
+    read_mask(at, n);
     for (int i = 0; i < CHUNK; i++) w.constant[i] = i < n && (!mask || mask[i]) ? R(1) : R(0);
     read_transposed(rows_of(a.key, s.group, at, n, true), K, w.rows, w.k);
     activate(w.k, K, n, R(1), a.activation);
@@ -239,6 +254,7 @@ template <class R> struct Pass {
       }
       w.Z[f] = denominator ? ((const R*)denominator)[f] : R(0);
     }
+    if (decays) zero(w.S + w.residuals, w.residuals);
   }
   void leave_sums(void* numerator, void* denominator) const {
     if (numerator)
@@ -259,47 +275,91 @@ template <class R> struct Pass {
     }
   }
 
-  // out += phi^T S, z += phi . Z
+  // out = phi^T S, z = phi . Z
   void read_sums(const R* x, const R* constant, int n, R* out, R* z) {
     slabs(x, constant, n, [&](int f, int rows, const R* phi) {
       product<BY_COLUMN, R>(ahead, n, columns, rows, {phi, CHUNK}, {w.S + f * w.stride, w.stride},
-                            {out, w.stride});
-      if (z) product<BY_ROW, R>(ahead, 1, n, rows, {w.Z + f, 0}, {phi, CHUNK}, {z, CHUNK});
+                            {out, w.stride}, f > 0);
+      if (z) product<BY_ROW, R>(ahead, 1, n, rows, {w.Z + f, 0}, {phi, CHUNK}, {z, CHUNK}, f > 0);
     });
   }
 
-  // S += phi y, Z += phi . weights (null: of 1)
-  void add_sums(const R* x, const R* constant, int n, Matrix<const R> y, const R* weights) {
+  // A number of the sums after the token's decay, plus more.
+  template <class X> INLINE X add_decayed(X sum, X more) const {
+    return decays ? Keep<R>{decay.kept, decay.lost, 0}.plus(sum, more) : sum + more;
+  }
+
+  // S = kept S + phi y, Z = kept Z + phi . weights (null: of 1)
+  void add_sums(const R* x, const R* constant, int n, Matrix<const R> y, const R* weights,
+                R kept = 1, R lost = 0) {
+    const Keep<R> all{kept, lost, w.residuals}, *const keep = lost == R(0) ? nullptr : &all;
     slabs(x, constant, n, [&](int f, int rows, const R* phi) {
-      product<BY_ROW, R>(ahead, rows, columns, n, {phi, CHUNK}, y, {w.S + f * w.stride, w.stride});
+      product<BY_ROW, R>(ahead, rows, columns, n, {phi, CHUNK}, y, {w.S + f * w.stride, w.stride},
+                         true, ALL, keep);
       if (!a.normalize) return;
       for (int j = 0; j < rows; j++) {
         Vec<R> total{};
         for (int i = 0; i < n; i += W)
           total +=
               weights ? load(phi + j * CHUNK + i) * load(weights + i) : load(phi + j * CHUNK + i);
-        w.Z[f + j] += sum<R>(total);
+        if (keep)
+          keep->add(&w.Z[f + j], sum<R>(total));
+        else
+          w.Z[f + j] += sum<R>(total);
       }
     });
   }
 
-  // Adds to dx what reaches a vector x through its features: d phi = S y^T + Z weights (null: of
-  // 1).
-  void sums_backward(const R* x, int n, const R* y_transposed, const R* weights, R* dx) {
+  // The chunk's keys and values join the sums; where these decay, first by the whole chunk, and a
+  // key by the tokens after it. `scaled` [n, columns]: room for values.
+  void add_keys(int n, R* scaled) {
+    if (!decays) return add_sums(w.k, w.constant, n, v, nullptr);
+    scale_rows<R>(n, columns, v, decay.to_end, {scaled, w.stride});
+    add_sums(w.k, w.constant, n, {scaled, w.stride}, decay.to_end, decay.kept, decay.lost);
+  }
+
+  // What the chunk's queries add to the gradient of the sums, dS += phi(q) dy; where sums decay, a
+  // query reads exp(c_i) of them, and the first head's call brings dS to before the chunk.
+  void add_queries(int n, bool first_head) {
+    if (!decays) return add_sums(w.q, w.ones, n, {w.dy, w.stride}, w.dz);
+    scale_rows<R>(n, V, {w.dy, w.stride}, decay.from_start, {w.dy, w.stride});
+    scale_columns(1, n, w.dz, decay.from_start, w.dz);
+    add_sums(w.q, w.ones, n, {w.dy, w.stride}, w.dz, first_head ? decay.kept : R(1),
+             first_head ? decay.lost : R(0));
+  }
+
+  // The sums before some chunks are left for the gradient of decays.
+  bool is_anchor(int64_t at) const {
+    return s.anchors && at > 0 && at / a.chunk % s.anchor_chunks == 0;
+  }
+  void leave_anchor(int64_t at) const {
+    if (!is_anchor(at)) return;
+    R* const to = (R*)s.anchors + (at / a.chunk / s.anchor_chunks - 1) * F * (V + 1);
+    leave_sums(to, a.normalize ? to + int64_t(F) * V : nullptr);
+  }
+
+  // dx = what reaches a vector x through its features: d phi = S y^T + Z weights (null: of 1).
+  // `dots`, unless null: each token's phi . d phi.
+  void sums_backward(const R* x, int n, const R* y_transposed, const R* weights, R* dx, R* dots) {
+    if (dots) zero(dots, CHUNK);
+    if (a.order) zero(dx, K * CHUNK);
     Monomials<R> m = monomials(x, w.ones, n);
     for (int f = 0; f < F; f += slab) {
       const int rows = smaller(slab, F - f);
       R* dphi = a.order == 0 ? dx : w.dphi;
       product<BY_ROW, R>(ahead, rows, n, columns, {w.S + f * w.stride, w.stride},
-                         {y_transposed, CHUNK}, {dphi, CHUNK}, a.order == 0);
+                         {y_transposed, CHUNK}, {dphi, CHUNK}, false);
       if (a.normalize)
         for (int j = 0; j < rows; j++)
           for (int i = 0; i < n; i += W) {
             R* at = dphi + j * CHUNK + i;
             store(at, load(at) + w.Z[f + j] * (weights ? load(weights + i) : splat<R>(1)));
           }
-      if (a.order) m.backward(rows, w.dphi, dx);
+      if (a.order) m.backward(rows, w.dphi, dx, dots);
     }
+    for (int d = 0; dots && a.order == 0 && d < K; d++)
+      for (int i = 0; i < n; i += W)
+        store(dots + i, load(dots + i) + load(x + d * CHUNK + i) * load(dx + d * CHUNK + i));
   }
 
   // ---- inside a chunk ----

@@ -7,12 +7,12 @@ namespace cumulant {
 namespace CUMULANT_ISA {
 
 // Numerators and denominators of a chunk's queries over its own keys, by the quadratic form: out
-// [n, V], z.
-template <class R> void attend_inside(Pass<R>& p, int n) {
+// [n, V], z, set or added to.
+template <class R> void attend_inside(Pass<R>& p, int n, bool add) {
   constexpr int W = LANES<R>;
   auto& w = p.w;
   p.template triangle<BY_COLUMN>(Pass<R>::UPPER, n, p.K, {w.k, CHUNK}, {w.q, CHUNK}, w.scores);
-  zero(w.z, CHUNK);
+  if (!add || !p.a.normalize) zero(w.z, CHUNK);
   for (int j = 0; j < n; j++) {  // a key's weights for all queries
     R* row = w.scores + j * CHUNK;
     const int first = j / W * W;
@@ -22,11 +22,12 @@ template <class R> void attend_inside(Pass<R>& p, int n) {
       Vec<R> x = polynomial<R>(load(row + i), p.a.order, p.a.constant_term);
       if (i == first) x = counted != R(0) ? x : Vec<R>{};
       if (p.mask && !p.mask[j]) x = Vec<R>{};
+      if (p.decays) x *= p.decay.of_queries(i, j);
       store(row + i, x);
       store(w.z + i, load(w.z + i) + x);
     }
   }
-  product<BY_COLUMN, R>(p.ahead, n, p.columns, n, {w.scores, CHUNK}, p.v, {w.out, w.stride}, false,
+  product<BY_COLUMN, R>(p.ahead, n, p.columns, n, {w.scores, CHUNK}, p.v, {w.out, w.stride}, add,
                         UP_TO);
 }
 
@@ -45,17 +46,21 @@ template <class R> void forward(const Attention& a, const Segment& s, void* scra
     }
     for (int r = 0; r < p.R_heads; r++) {
       p.read_query(r, at, n);
+      if (past) p.read_sums(w.q, w.ones, n, w.out, a.normalize ? w.z : nullptr);
+      if (past && p.decays) {
+        scale_rows<R>(n, p.columns, {w.out, w.stride}, p.decay.from_start, {w.out, w.stride});
+        scale_columns(1, n, w.z, p.decay.from_start, w.z);
+      }
       if (a.is_causal) {
-        attend_inside(p, n);
-      } else {
+        attend_inside(p, n, past);
+      } else if (!past) {
         zero(w.out, n * w.stride);
         zero(w.z, CHUNK);
       }
-      if (past) p.read_sums(w.q, w.ones, n, w.out, a.normalize ? w.z : nullptr);
       p.write_out(r, at, n, w.out, w.z);
     }
     if (a.is_causal && (leaves || at + n < s.end)) {
-      p.add_sums(w.k, w.constant, n, p.v, nullptr);
+      p.add_keys(n, w.dv);
       past = true;
     }
   }
@@ -71,7 +76,7 @@ template <class R> void sum_keys(const Attention& a, const Segment& s, void* scr
     p.begin(at, a.chunk, p.KEY | p.VALUE);
     p.read_key(at, n);
     p.read_value(at, n);
-    p.add_sums(p.w.k, p.w.constant, n, p.v, nullptr);
+    p.add_keys(n, p.w.dv);
   }
   p.leave_sums(s.stop, s.stop_denominator);
 }
@@ -91,7 +96,7 @@ INLINE void step_columns(Pass<R>& p, bool add, int f, int rows, int d, const R* 
     for (int i = 0; i < N; i++) {
       Vec<R> x = load((add ? S : next) + at + i * W);
       if (add) {
-        x += by_key * v[i];
+        x = p.add_decayed(x, by_key * v[i]);
         store(next + at + i * W, x);
       }
       out[i] += by_query * x;
@@ -100,7 +105,7 @@ INLINE void step_columns(Pass<R>& p, bool add, int f, int rows, int d, const R* 
   for (int i = 0; i < N; i++) store(w.out + d + i * W, load(w.out + d + i * W) + out[i]);
 }
 
-// One token: S' = S + phi(k) v, out = phi(q) S' / z', in one pass over the state.
+// One token: S' = exp(d) S + phi(k) v, out = phi(q) S' / z', in one pass over the state.
 template <class R> void step(const Attention& a, const Segment& s, void* scratch) {
   constexpr int W = LANES<R>, N = PANEL;
   Pass<R> p(a, s, scratch);
@@ -118,7 +123,8 @@ template <class R> void step(const Attention& a, const Segment& s, void* scratch
     zero(w.out, w.stride);
     R z = 0;
     p.slabs(w.q, w.ones, 1, [&](int f, int rows, const R* phi) {
-      for (int j = 0; r == 0 && a.normalize && j < rows; j++) next_Z[f + j] = Z[f + j] + w.Z[f + j];
+      for (int j = 0; r == 0 && a.normalize && j < rows; j++)
+        next_Z[f + j] = p.add_decayed(Z[f + j], w.Z[f + j]);
       R part = 0;
       for (int j = 0; a.normalize && j < rows; j++) part += phi[j * CHUNK] * next_Z[f + j];
       z += part;
@@ -129,7 +135,7 @@ template <class R> void step(const Attention& a, const Segment& s, void* scratch
       for (int j = 0; j < rows; j++)
         for (int d = whole; d < V; d++) {
           const int64_t at = int64_t(f + j) * V + d;
-          if (r == 0) next[at] = S[at] + w.Z[f + j] * p.v.data[d];
+          if (r == 0) next[at] = p.add_decayed(S[at], w.Z[f + j] * p.v.data[d]);
           w.out[d] += phi[j * CHUNK] * next[at];
         }
     });

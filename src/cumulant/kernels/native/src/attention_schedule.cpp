@@ -1,4 +1,5 @@
 // Linear and Taylor attention: the tasks of a call, and the memory that no task writes.
+#include "decay_gradient.hpp"
 #include "schedule.hpp"
 
 #include <cstring>
@@ -42,12 +43,26 @@ class AttentionCall : Schedule<Attention> {
     clear_behind(a.dkey, a.G, a.S, a.K, bytes_of(a.type));
     clear_behind(a.dvalue, a.G, a.S, a.V, bytes_of(a.type));
     if (!a.is_causal) return backward_both();
-    const auto prepare = [](Segment&, int64_t, int64_t) {};
-    return backward_causal(scratch, k.sum_keys, k.sum_queries, k.key_backward, k.query_backward,
-                           prepare, count_parts(2 * rows, a.T), a.T, before, upstream, downstream);
+    DecayGradient decays(a, real);
+    const auto prepare = [&](Segment& queries, Segment& keys, int64_t, int64_t) {
+      decays.prepare(queries, keys);
+    };
+    const bool done =
+        backward_causal(scratch, k.sum_keys, k.sum_queries, k.key_backward, k.query_backward,
+                        prepare, count_parts(2 * rows, a.T), a.T, before, upstream, downstream);
+    if (done)
+      each_row(
+          [&](const Segment& s) { decays.write(s, at(before, s.row), at(downstream, s.row)); });
+    return done;
   }
 
  private:
+  double decay(const Segment& s) const override {
+    double sum = 0;
+    for (int64_t t = s.begin; a.log_decay.data && t < s.end; t++) sum += log_decay(a, s, t);
+    return std::exp(sum);
+  }
+
   // How many ranges the columns of the values are cut into: for threads without work, and for sums
   // that fit a cache.
   int64_t count_columns() const {

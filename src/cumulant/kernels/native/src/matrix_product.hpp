@@ -57,9 +57,34 @@ class Ahead {
   }
 };
 
+// Sums that decay before they are added to. What rounding takes off is put aside, `residuals`
+// numbers further on, for the next time: near their limit, sums of singles would be rounded in the
+// same direction thousands of times. For the same reason little is lost by a product with what is
+// lost.
+template <class R> struct Keep {
+  R kept, lost;  // they add up to 1
+  int64_t residuals;
+  bool is_strong() const { return lost > R(0.5); }
+  template <class X> INLINE X plus(X old, X more) const {
+    return is_strong() ? old * kept + more : old + (more - old * lost);
+  }
+  INLINE void add(R* to, Vec<R> more) const {
+    const Vec<R> old = load(to), change = (more + load(to + residuals)) - old * lost;
+    const Vec<R> sum = old + change;
+    store(to, is_strong() ? old * kept + more : sum);
+    store(to + residuals, is_strong() ? Vec<R>{} : (old - sum) + change);
+  }
+  void add(R* to, R more) const {
+    const R old = *to, change = (more + to[residuals]) - old * lost, sum = old + change;
+    *to = is_strong() ? old * kept + more : sum;
+    to[residuals] = is_strong() ? R(0) : (old - sum) + change;
+  }
+};
+
+// C (+)= op(A) B. `keep`, unless null: how C decays before it is added to.
 template <class R, int M, int N, Layout LAYOUT>
 INLINE void tile(int begin, int end, const R* A, int64_t lda, const R* B, int64_t ldb, R* C,
-                 int64_t ldc, bool add) {
+                 int64_t ldc, bool add, const Keep<R>* keep) {
   // From zero, also where C is added to: among many small terms a large sum would lose their last
   // digits, all the same way.
   Vec<R> c[M][N];
@@ -76,25 +101,28 @@ INLINE void tile(int begin, int end, const R* A, int64_t lda, const R* B, int64_
   for (int m = 0; m < M; m++)
     for (int n = 0; n < N; n++) {
       R* const to = C + m * ldc + n * LANES<R>;
-      store(to, add ? load(to) + c[m][n] : c[m][n]);
+      if (keep)
+        keep->add(to, c[m][n]);
+      else
+        store(to, add ? load(to) + c[m][n] : c[m][n]);
     }
 }
 
 // A panel of N vectors: whole tiles of M rows, then what is left in tiles of fewer.
 template <class R, int M, int N, Layout LAYOUT>
 void panel(int from, int rows, int k, Matrix<const R> A, Matrix<const R> B, Matrix<R> C, bool add,
-           Range range, Ahead& ahead) {
+           Range range, Ahead& ahead, const Keep<R>* keep) {
   int m = from;
   for (; m + M <= rows; m += M) {
     const int begin = range == FROM ? smaller(m, k) : 0,
               end = range == UP_TO ? smaller(k, m + M) : k;
     const R* a = LAYOUT == BY_ROW ? A.row(m) : A.data + m;
     ahead.fetch();
-    tile<R, M, N, LAYOUT>(begin, end, a, A.stride, B.data, B.stride, C.row(m), C.stride, add);
+    tile<R, M, N, LAYOUT>(begin, end, a, A.stride, B.data, B.stride, C.row(m), C.stride, add, keep);
   }
   if constexpr (M > 1) {
     if (m < rows)
-      panel<R, (M > 8 ? M / 2 : M - 1), N, LAYOUT>(m, rows, k, A, B, C, add, range, ahead);
+      panel<R, (M > 8 ? M / 2 : M - 1), N, LAYOUT>(m, rows, k, A, B, C, add, range, ahead, keep);
   }
 }
 
@@ -102,20 +130,21 @@ void panel(int from, int rows, int k, Matrix<const R> A, Matrix<const R> B, Matr
 // read and write.
 template <Layout LAYOUT, class R>
 void product(Ahead& ahead, int m, int n, int k, Matrix<const R> A, Matrix<const R> B, Matrix<R> C,
-             bool add = true, Range range = ALL) {
+             bool add = true, Range range = ALL, const Keep<R>* keep = nullptr) {
   constexpr int W = LANES<R>, ROWS = ACCUMULATORS / PANEL;
   int from = 0;
   for (; from + PANEL * W <= padded<R>(n); from += PANEL * W)
     panel<R, ROWS, PANEL, LAYOUT>(0, m, k, A, {B.data + from, B.stride}, {C.data + from, C.stride},
-                                  add, range, ahead);
+                                  add, range, ahead, keep);
   const int left = (padded<R>(n) - from) / W;
   B.data += from;
   C.data += from;
   if (PANEL > 3 && left == 3)
-    panel<R, ACCUMULATORS / 3, 3, LAYOUT>(0, m, k, A, B, C, add, range, ahead);
+    panel<R, ACCUMULATORS / 3, 3, LAYOUT>(0, m, k, A, B, C, add, range, ahead, keep);
   if (PANEL > 2 && left == 2)
-    panel<R, ACCUMULATORS / 2, 2, LAYOUT>(0, m, k, A, B, C, add, range, ahead);
-  if (left == 1) panel<R, (PANEL > 2 ? 12 : 8), 1, LAYOUT>(0, m, k, A, B, C, add, range, ahead);
+    panel<R, ACCUMULATORS / 2, 2, LAYOUT>(0, m, k, A, B, C, add, range, ahead, keep);
+  if (left == 1)
+    panel<R, (PANEL > 2 ? 12 : 8), 1, LAYOUT>(0, m, k, A, B, C, add, range, ahead, keep);
 }
 
 }  // namespace CUMULANT_ISA

@@ -32,7 +32,7 @@ class MixedCall : Schedule<MixedChunk> {
   bool backward() {
     const int64_t P = count_parts(2 * rows, longest);
     biases.assign(m.biases ? size_t(rows * P * bias_numbers()) * real : 0, 0);
-    const auto prepare = [&](Segment& s, int64_t p, int64_t parts) {
+    const auto prepare = [&](Segment& s, Segment&, int64_t p, int64_t parts) {
       const int64_t before = (s.row * parts + p) * bias_numbers();
       s.dbias = m.biases ? biases.data() + size_t(before) * real : nullptr;
     };
@@ -112,7 +112,7 @@ class MixedCall : Schedule<MixedChunk> {
         cut(s, 0, p, P);
         add(k.mixed_key_backward, s, queries, {});
         Segment query_segment = s;
-        prepare(query_segment, p, P);
+        prepare(query_segment, s, p, P);
         add(k.mixed_query_backward, query_segment, keys, {});
       }
     });

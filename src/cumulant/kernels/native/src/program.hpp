@@ -107,6 +107,20 @@ inline void activate(const Instruction& s, const float* x, const float* up, floa
   }
 }
 
+inline float softplus(float x) { return larger(x, 0.0f) + std::log1p(std::exp(-std::fabs(x))); }
+
+// Log decays: constants, logsigmoid(x) times a factor, or -exp(weight) softplus(x).
+inline void decay(const Instruction& s, const float* x, float* y) {
+  for (int64_t h = 0; h < s.n; h++) {
+    if (s.kind == FIXED)
+      y[h] = s.weight[h];
+    else if (s.kind == GATED)
+      y[h] = -softplus(-x[h]) * float(s.scalar);
+    else
+      y[h] = -std::exp(s.weight[h]) * softplus(x[h]);
+  }
+}
+
 inline void instruct(const Program& p, const Instruction& s, float* rows, int64_t begin,
                      int64_t end) {
   if (s.operation == MATRIX) return multiply_matrix(p, s, rows, begin, end);
@@ -135,6 +149,9 @@ inline void instruct(const Program& p, const Instruction& s, float* rows, int64_
       case GATE:
         for (int64_t h = 0; h < s.n; h++)
           for (int64_t i = 0; i < s.k; i++) y[h * s.k + i] *= sigmoid(second[h]);
+        break;
+      case DECAY:
+        decay(s, x, y);
         break;
       case ACTIVATE:
         activate(s, x, second, y);

@@ -76,6 +76,7 @@ class Run {
     a.threads = int(
         std::max<int64_t>(1, std::min<int64_t>(p.threads, a.B * a.H * a.F * a.V / (16 * GRAIN))));
     a.isa = p.isa;
+    if (s.fourth >= 0) a.log_decay = array(s.fourth, 1);
     a.numerator = const_cast<void*>(p.before[s.state]);
     a.final_numerator = p.after[s.state];
     std::vector<float> denominators(size_t(a.B * a.H));

@@ -22,6 +22,9 @@ struct Sums {
 };
 
 template <class Call> class Schedule {
+ public:
+  virtual ~Schedule() = default;
+
  protected:
   typedef void Kernel(const Call&, const Segment&, void* scratch);
   const Call& call;
@@ -80,11 +83,17 @@ template <class Call> class Schedule {
     char* p = partial.data() + size_t(i * features * (call.V + 1)) * real;
     return {p, normalize ? p + size_t(features * call.V) * real : nullptr};
   }
-  // to = x + y, where any may be missing; to may be one of them.
-  void total(Sums to, Sums x, Sums y) const {
+  // to = x + kept y, where any may be missing; to may be one of them.
+  void total(Sums to, Sums x, Sums y, double kept = 1) const {
     const auto join = call.type == F64 ? add_numbers<double> : add_numbers<float>;
-    join(to.numerator, x.numerator, y.numerator, features * call.V);
-    join(to.denominator, x.denominator, y.denominator, features);
+    join(to.numerator, x.numerator, y.numerator, features * call.V, kept);
+    join(to.denominator, x.denominator, y.denominator, features, kept);
+  }
+  // What the tokens of a segment leave of sums before it.
+  virtual double decay(const Segment&) const { return 1; }
+  double decay(Segment s, int64_t whole, int64_t p, int64_t parts) const {
+    cut(s, whole, p, parts);
+    return decay(s);
   }
 
   // ---- tasks ----
@@ -132,7 +141,9 @@ template <class Call> class Schedule {
       for (int64_t p = 0; p < P; p++) {
         // own(p - 1) becomes the sums of all parts before p.
         const Sums start = p ? own(s.row * inner + p - 1) : at(initial, s.row);
-        if (p) total(start, start, p > 1 ? own(s.row * inner + p - 2) : at(initial, s.row));
+        if (p)
+          total(start, start, p > 1 ? own(s.row * inner + p - 2) : at(initial, s.row),
+                decay(s, whole, p - 1, P));
         cut(s, whole, p, P);
         add_columns(forward(s), s, start, p < inner ? Sums{} : at(final, s.row), split);
       }
@@ -143,7 +154,7 @@ template <class Call> class Schedule {
   // Causal gradients. Queries need the sums of the keys before them, and keys the gradients of the
   // sums from the queries after them. So both are formed for each part, and added up in opposite
   // directions; then both kernels of all parts run at once, as they share nothing.
-  // `prepare(segment, p, P)` completes the segment of a query kernel.
+  // `prepare(queries, keys, p, P)` completes the segments of both kernels.
   template <class Prepare>
   bool backward_causal(size_t scratch, Kernel* sum_keys, Kernel* sum_queries, Kernel* key_backward,
                        Kernel* query_backward, Prepare prepare, int64_t P, int64_t whole,
@@ -166,15 +177,18 @@ template <class Call> class Schedule {
     each_row([&](Segment s) {
       const Sums before = at(initial, s.row), after = at(dfinal, s.row);
       for (int64_t p = 0; p < inner; p++)
-        total(past(s.row, p), past(s.row, p), p ? past(s.row, p - 1) : before);
+        total(past(s.row, p), past(s.row, p), p ? past(s.row, p - 1) : before,
+              decay(s, whole, p, P));
       for (int64_t p = inner; p-- > 0;)
-        total(ahead(s.row, p), ahead(s.row, p), p + 1 < inner ? ahead(s.row, p + 1) : after);
+        total(ahead(s.row, p), ahead(s.row, p), p + 1 < inner ? ahead(s.row, p + 1) : after,
+              decay(s, whole, p + 1, P));
       for (int64_t p = 0; p < P; p++) {
         cut(s, whole, p, P);
         // The first part is the last one backwards: it leaves the gradient of the initial sums.
-        add(key_backward, s, p < inner ? ahead(s.row, p) : after, p ? Sums{} : at(dinitial, s.row));
-        Segment queries = s;
-        prepare(queries, p, P);
+        Segment keys = s, queries = s;
+        prepare(queries, keys, p, P);
+        add(key_backward, keys, p < inner ? ahead(s.row, p) : after,
+            p ? Sums{} : at(dinitial, s.row));
         add(query_backward, queries, p ? past(s.row, p - 1) : before, {});
       }
     });
@@ -190,11 +204,12 @@ template <class Call> class Schedule {
   std::vector<char> partial;
   bool enough_memory = true;
 
-  template <class R> static void add_numbers(char* to, const char* x, const char* y, int64_t n) {
+  template <class R>
+  static void add_numbers(char* to, const char* x, const char* y, int64_t n, double kept) {
     R* t = reinterpret_cast<R*>(to);
     const R *p = reinterpret_cast<const R*>(x), *q = reinterpret_cast<const R*>(y);
     if (to == x && !y) return;
-    for (int64_t i = 0; t && i < n; i++) t[i] = (p ? p[i] : R(0)) + (q ? q[i] : R(0));
+    for (int64_t i = 0; t && i < n; i++) t[i] = R((p ? p[i] : R(0)) + (q ? kept * q[i] : R(0)));
   }
 };
 

@@ -39,11 +39,13 @@ Layout layout(const Attention*) {
           FIELD(is_causal),
           FIELD(threads),
           FIELD(isa),
+          FIELD(decay_type),
           FIELD(scale),
           FIELD(query),
           FIELD(key),
           FIELD(value),
           FIELD(out),
+          FIELD(log_decay),
           FIELD(key_mask),
           FIELD(offsets),
           FIELD(numerator),
@@ -58,7 +60,8 @@ Layout layout(const Attention*) {
           FIELD(dfinal_numerator),
           FIELD(dfinal_denominator),
           FIELD(dnumerator),
-          FIELD(ddenominator)};
+          FIELD(ddenominator),
+          FIELD(dlog_decay)};
 }
 Layout layout(const Elita*) {
   typedef Elita Struct;
@@ -157,9 +160,9 @@ Layout layout(const Pointwise*) {
 }
 Layout layout(const Instruction*) {
   typedef Instruction Struct;
-  return {FIELD(operation), FIELD(kind),  FIELD(source), FIELD(second),   FIELD(third),
-          FIELD(target),    FIELD(n),     FIELD(k),      FIELD(weight),   FIELD(bias),
-          FIELD(scalar),    FIELD(state), FIELD(add),    FIELD(attention)};
+  return {FIELD(operation), FIELD(kind),   FIELD(source), FIELD(second), FIELD(third),
+          FIELD(fourth),    FIELD(target), FIELD(n),      FIELD(k),      FIELD(weight),
+          FIELD(bias),      FIELD(scalar), FIELD(state),  FIELD(add),    FIELD(attention)};
 }
 Layout layout(const Program*) {
   typedef Program Struct;

@@ -190,21 +190,24 @@ template <class R> class Monomials {
   }
 
   // Adds to `dx` what the gradients of the next `count` features, rows of `from`, come to at the
-  // vectors.
-  void backward(int count, const R* from, R* dx) {
+  // vectors; and to `dots`, unless null, each token's product of features and gradients.
+  void backward(int count, const R* from, R* dx, R* dots) {
     if (order > 1) zero(grads, order * CHUNK);
     while (count > 0) {
       // A prefix's gradient is complete once the walk leaves it. Only then may its factors get it.
       if (exhausted()) pass_down(dx);
       const int n = arrive(count);
-      if (degree == 1) {  // these features are the vector itself
+      if (degree == 0) {
+        if (dots) add_dots(1, ones, from, dots);
+      } else if (degree == 1) {  // these features are the vector itself
         for (int j = 0; j < n; j++)
           for (int i = 0; i < tokens; i += W) {
             R* to = dx + (next + j) * CHUNK + i;
             store(to, load(to) + load(from + j * CHUNK + i));
           }
-      } else if (degree > 1) {
-        share(n, from, dx);
+        if (dots) add_dots(n, x + next * CHUNK, from, dots);
+      } else {
+        share(n, from, dx, dots);
       }
       next += n;
       from += n * CHUNK;
@@ -215,12 +218,12 @@ template <class R> class Monomials {
 
  private:
   // n features of one prefix p: d(p x_j) = x_j dp + p dx_j.
-  void share(int n, const R* from, R* dx) {
+  void share(int n, const R* from, R* dx, R* dots) {
     const R *p = prefix(degree - 1), weight = first_weight();
     R* dp = grads + (degree - 1) * CHUNK;
     for (int i = 0; i < tokens; i += W) {
       const Vec<R> whole = load(p + i);
-      Vec<R> sum = load(dp + i);
+      Vec<R> sum{};
       for (int j = 0; j < n; j++) {
         const int64_t at = (next + j) * CHUNK + i;
         Vec<R> d = load(from + j * CHUNK + i);
@@ -228,8 +231,16 @@ template <class R> class Monomials {
         sum += d * load(x + at);
         store(dx + at, load(dx + at) + d * whole);
       }
-      store(dp + i, sum);
+      store(dp + i, load(dp + i) + sum);
+      if (dots) store(dots + i, load(dots + i) + sum * whole);
     }
+  }
+
+  void add_dots(int n, const R* features, const R* from, R* dots) const {
+    for (int j = 0; j < n; j++)
+      for (int i = 0; i < tokens; i += W)
+        store(dots + i,
+              load(dots + i) + load(features + j * CHUNK + i) * load(from + j * CHUNK + i));
   }
 
   // Hands the gradients of the present prefixes down to their factors.
