@@ -5,7 +5,7 @@ from typing import get_type_hints
 import pytest
 import torch
 
-from cumulant.bench.compare.recipes import RECIPES, configuration, find_recipe
+from cumulant.bench.compare.recipes import RECIPES, configuration, differences, find_recipe
 from cumulant.models import CumulantForCausalLM
 
 from .comparisons import TINY
@@ -76,6 +76,12 @@ def test_twenty_million_tokens(name, context):
     assert (recipe.context, recipe.sweep, recipe.seeds, recipe.reach) == (context, 0.1, 2, 64)
     names = {m.name for m in recipe.mechanisms}
     assert names >= {"softmax", "linear", "taylor", "based", "window-64"}
+    for mechanism in recipe.mechanisms:  # gated ones differ from the others in nothing else
+        if mechanism.name.startswith("gated_"):
+            plain = next(m for m in recipe.mechanisms if m.name == mechanism.name[6:])
+            both = [configuration(recipe, m, 2048) for m in (mechanism, plain)]
+            assert differences(*both) == {"decay": "gated"}
+    assert len([name for name in names if name.startswith("gated_")]) == 3
 
 
 def test_wraps_add_no_layers():

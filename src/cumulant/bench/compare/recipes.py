@@ -150,6 +150,11 @@ SOFTMAX = Mechanism("softmax", "softmax", style=palette.BLACK)
 TAYLOR = Mechanism("taylor", "taylor", style=palette.BLUE)
 LINEAR = Mechanism("linear", "linear", style=palette.ORANGE)
 BASED = Mechanism("based", "based", style=palette.VERMILION)
+GATED = (
+    Mechanism("gated_linear", "gated_linear", style=palette.ORANGE.variant(2)),
+    Mechanism("gated_taylor", "gated_taylor", style=palette.BLUE.variant(2)),
+    Mechanism("gated_based", "gated_based", style=palette.VERMILION.variant(2)),
+)
 WINDOW = Mechanism("window-64", "softmax", {"mixers": ["sliding_window"]}, palette.SLATE)
 FLASH = Mechanism("flash", "flash", style=palette.GREEN)
 ELITA = Mechanism("elita", "elita", style=palette.PINK)
@@ -182,7 +187,7 @@ def twenty_million_tokens(context: int, batch: int) -> Comparison:
     up to 64 times their training length.
     """
     return Comparison(
-        mechanisms=(SOFTMAX, LINEAR, TAYLOR, BASED, WINDOW),
+        mechanisms=(SOFTMAX, LINEAR, TAYLOR, BASED, WINDOW, *GATED),
         learning_rates=(1e-3, 2e-3, 4e-3),
         width=128,
         depth=3,
@@ -222,8 +227,8 @@ RECIPES = {
         steps=300,
         vocabulary=1024,
     ),
-    # Ten trainings of a quarter of an hour each on two free cores, and fifteen of a tenth of it:
-    # three to four hours, and about five at twice the context.
+    # Sixteen trainings of a quarter of an hour each on two free cores, and twenty-four of a tenth
+    # of it: about five hours, and seven at twice the context.
     "20m-tokens": twenty_million_tokens(context=1024, batch=8),
     "20m-tokens-2048": twenty_million_tokens(context=2048, batch=4),
     # FLASH-pytorch's sizes (as in `cumulant.text.recipes`): 8 layers of 512, sequences of 1024

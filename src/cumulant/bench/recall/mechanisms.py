@@ -35,7 +35,8 @@ class Mechanism:
     head_dim: int | None = None
 
 
-# taylor-K, rebased-K: queries and keys of K numbers; window-W: softmax over the last W tokens
+# taylor-K, rebased-K: queries and keys of K numbers; window-W: softmax over the last W tokens;
+# gated-: with a decay of each token
 _MECHANISMS = (
     Mechanism("softmax", palette.BLACK, "softmax"),
     Mechanism("window-16", palette.GREY, "sliding_window", {"sliding_window": 16}),
@@ -44,6 +45,19 @@ _MECHANISMS = (
     Mechanism("taylor-8", palette.SKY, "taylor", {"taylor_head_dim": 8}),
     Mechanism("taylor-16", palette.BLUE, "taylor", {"taylor_head_dim": 16}),
     Mechanism("taylor-24", palette.NAVY, "taylor", {"taylor_head_dim": 24}),
+    Mechanism("gated-linear", palette.ORANGE.variant(2), "linear", {"decay": "gated"}),
+    Mechanism(
+        "gated-taylor-8",
+        palette.SKY.variant(2),
+        "taylor",
+        {"taylor_head_dim": 8, "decay": "gated"},
+    ),
+    Mechanism(
+        "gated-taylor-16",
+        palette.BLUE.variant(2),
+        "taylor",
+        {"taylor_head_dim": 16, "decay": "gated"},
+    ),
     Mechanism("higher_order", palette.BROWN, "taylor", {"taylor_head_dim": 16, "qk_norm": True}),
     Mechanism("rebased-16", palette.PURPLE, "linear", {"feature_map": "rebased"}, head_dim=16),
     Mechanism("based", palette.VERMILION, "taylor", {"taylor_head_dim": 16}, window=16),
