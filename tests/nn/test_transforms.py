@@ -18,6 +18,8 @@ LAYERS: dict[str, Any] = {
     "linear": lambda: nn.LinearAttention(16, num_heads=2, conv_size=3, rotary=True),
     "linear, both directions": lambda: nn.LinearAttention(16, num_heads=2, is_causal=False),
     "taylor": lambda: nn.TaylorAttention(16, num_heads=2, num_kv_heads=1, head_dim=4),
+    "gated": lambda: nn.TaylorAttention(16, num_heads=2, head_dim=4, decay="gated"),
+    "mamba2": lambda: nn.LinearAttention(16, num_heads=2, conv_size=3, decay="mamba2"),
     "elita": lambda: nn.ElitaAttention(16, num_heads=2),
     "flash": lambda: nn.MixedChunkAttention(16, query_key_dim=4, group_size=4),
     "gau": lambda: nn.GatedAttentionUnit(16, query_key_dim=4),
