@@ -15,6 +15,7 @@ from .comparisons import NAMES, count_trainings, key, rows, run, run_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 RATES, TWO = (1e-3, 1e-2), NAMES[:2]
+KINDS = ("run", "context")
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +41,30 @@ def test_rates_in_fewer_steps_then_the_best_from_all_seeds(done):
     assert [key(r) for r in rows(done, "run")] == [(m, best[m], s) for s in (0, 1) for m in TWO]
     assert {r["heldout"][-1][0] for r in rows(done, "run")} == {text["steps"]}
     assert [key(r) for r in rows(done, "context")] == [key(r) for r in rows(done, "run")]
+
+
+def test_a_model_is_tested_as_soon_as_it_is_trained(done):
+    """An interruption later loses nothing of it."""
+    order = [(r["row"], *key(r)) for r in Folder.open(str(done)).rows() if r["row"] in KINDS]
+    assert order[0::2] == [("run", *key(r)) for r in rows(done, "run")]
+    assert order[1::2] == [("context", *key(r)) for r in rows(done, "run")]
+
+
+def test_rows_alone_go_on(swept, done, tmp_path, monkeypatch):
+    """A folder without tokens and models, as in a repository, gets the same tokens again."""
+    output = tmp_path / "out"
+    output.mkdir()
+    shutil.copy(done / "rows.jsonl", output)
+    trained = count_trainings(monkeypatch)
+    run(swept, output)
+    assert not trained
+    assert rows(output, "run") == rows(done, "run")
+    lines = (output / "rows.jsonl").read_text()
+    shutil.rmtree(output / "text")
+    tokens = rows(done, "text")[0]["tokens"]
+    (output / "rows.jsonl").write_text(lines.replace(f'"tokens": {tokens},', '"tokens": 7,'))
+    with pytest.raises(ValueError, match=f"the folder's rows are of 7 tokens, and .* {tokens:,}"):
+        run(swept, output)
 
 
 def test_a_training_of_the_sweep_is_a_whole_one(done):

@@ -85,12 +85,16 @@ def run(
 def _prepare_text(
     recipe: Comparison, corpus: Corpus, folder: Folder, scored: int
 ) -> tuple[Text, int]:
-    """The text as tokens, with the scored part of the held-out text, and the number of steps."""
+    """The text as tokens, with the scored part of the held-out text, and the number of steps.
+
+    A folder that has its rows but no tokens, as those in a repository, gets the same tokens again.
+    """
     saved = folder.path / "text"
     done = next((row for row in folder.rows() if row["row"] == "text"), None)
     if done is None:
-        for old in (saved, folder.path / "runs"):
-            shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(folder.path / "runs", ignore_errors=True)
+    if done is None or not saved.is_dir():
+        shutil.rmtree(saved, ignore_errors=True)
         tokenizer = (
             train_bpe(corpus.train, recipe.vocabulary) if recipe.vocabulary else byte_tokenizer()
         )
@@ -98,6 +102,11 @@ def _prepare_text(
         write_tokens(saved, corpus, tokenizer, context=recipe.context)
     tokenizer, (training, heldout) = load_tokenizer(saved), read_tokens(saved)
     if done is not None:
+        if len(training.ids) != done["tokens"]:
+            raise ValueError(
+                f"data: the folder's rows are of {done['tokens']:,} tokens, and this version of"
+                f" tokenizers makes {len(training.ids):,} of the text; begin a new folder"
+            )
         return Text(
             tokenizer, training, _first_tokens(heldout, done["heldout_tokens"], tokenizer)
         ), int(done["steps"])
@@ -173,13 +182,19 @@ class ComparisonRun:
         for run in self.runs_in_order():
             if run not in self.finished(run.kind):
                 self.train_model(mechanisms[run.mechanism], run)
-        tested = self.finished("context")
+            if run.kind == "run" and recipe.sweep < 1:  # its rate is known to be the best
+                self.test_model(run)
         for seed in range(recipe.seeds):
             for name in mechanisms:
-                run = Run("context", name, self.best_rate(name), seed)
-                checkpoint = self.run_folder(run) / f"checkpoint-{self.steps}"
-                if run not in tested and checkpoint.is_dir():  # a run that diverged has none
-                    self.measure_context(run)
+                self.test_model(Run("run", name, self.best_rate(name), seed))
+
+    def test_model(self, run: Run) -> None:
+        """Measure the context of a trained model, unless that is done."""
+        test = replace(run, kind="context")
+        checkpoint = self.run_folder(test) / f"checkpoint-{self.steps}"
+        # a run that diverged has no checkpoint
+        if test not in self.finished("context") and checkpoint.is_dir():
+            self.measure_context(test)
 
     def finished(self, kind: str) -> set[Run]:
         """The runs that have a row of this kind."""
