@@ -18,6 +18,7 @@ from cumulant.bench.recall.sweep import Sweep
 from cumulant.bench.recall.task import POWER, Task
 from cumulant.bench.recall.training import (
     measure_accuracy,
+    parameter_groups,
     question_logits,
     state_bytes,
     train_model,
@@ -114,6 +115,14 @@ def test_rebased_has_a_state_like_taylor_s():
             for name in ("rebased-16", "taylor-16")
         ]
         assert 0.8 < sizes[0] / sizes[1] < 1.2
+
+
+def test_weight_decay_does_not_shorten_spans():
+    model = build_model(Setting(TASK, "gated-taylor-16", True, 32, 1e-3, 0, 1))
+    everything, gates = parameter_groups(model)
+    assert len(gates["params"]) == 2
+    assert gates["weight_decay"] == 0
+    assert len(everything["params"]) + 2 == len(list(model.parameters()))
 
 
 def test_a_model_learns():

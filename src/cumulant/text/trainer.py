@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
@@ -53,6 +53,11 @@ class LanguageModelTrainer(Trainer):  # type: ignore[misc]
         )
         self.lr_scheduler = scheduler
         return scheduler
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Those with weight decay: without the rates of Mamba-2's decays, as there."""
+        names: list[str] = super().get_decay_parameter_names(model)
+        return [name for name in names if not name.endswith(".A_log")]
 
     def training_step(self, *arguments: Any, **options: Any) -> Tensor:
         loss: Tensor = super().training_step(*arguments, **options)
