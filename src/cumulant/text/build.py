@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from ..models import CumulantConfig, CumulantForCausalLM, from_preset
+from .carry import check_carries
 from .chat import Chat, chat_renderer
 from .checkpoint import checkpoint_folder, unused_ids
 from .corpus import Corpus
@@ -41,6 +42,8 @@ def check_model(
             f"vocab_size: expected at least {needed}, since the tokenizer has ids up to"
             f" {needed - 1}, got {config.vocab_size}"
         )
+    if options.carry_state != "none":
+        check_carries(config)
     if options.init_from is not None:
         inherited_model(options, config)
     with torch.device("meta"):

@@ -10,6 +10,8 @@ from typing import Any
 
 from .schedule import SCHEDULES
 
+CARRY_STATE = ("none", "passing", "document")
+
 # the presets of cumulant.models, which takes seconds to import
 PRESETS = (
     "softmax",
@@ -72,6 +74,16 @@ class TrainingOptions:
     packed: bool = option(
         False, "pack documents into windows, none seeing another, instead of windows anywhere"
     )
+    carry_state: str = option(
+        "none",
+        "what a window starts from: none (no past), passing (the state that its row of the batch"
+        " ended the step before with, whatever text that was) or document (the same, while rows"
+        " walk along documents window after window)",
+    )
+    carry_windows: int = option(
+        16,
+        "windows after which a row starts without a past again, with --carry-state; 0: no limit",
+    )
     steps: int = option(1000, "optimizer steps")
     learning_rate: float = option(2e-3, "peak learning rate")
     schedule: str = option(
@@ -111,6 +123,7 @@ class TrainingOptions:
         self._check_sizes()
         self._check_numbers()
         self._check_combinations()
+        self._check_carry()
         self._check_optimizer()
         check_device(self.device)
         self.overrides()
@@ -126,6 +139,8 @@ class TrainingOptions:
         for name in ("evaluate_every", "save_every"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: expected 0 or more steps, got {getattr(self, name)}")
+        if self.carry_windows < 0:
+            raise ValueError(f"carry_windows: expected 0 or more, got {self.carry_windows}")
         for name in ("intermediate", "logit_ffn"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
@@ -202,6 +217,29 @@ class TrainingOptions:
             )
         if self.disjoint and self.packed:
             raise ValueError("disjoint: pass either disjoint windows or packed documents, not both")
+
+    def _check_carry(self) -> None:
+        if self.carry_state not in CARRY_STATE:
+            raise ValueError(
+                f"carry_state: expected one of {', '.join(CARRY_STATE)}, got {self.carry_state!r}"
+            )
+        if self.carry_state == "none":
+            return
+        for name, reason in (
+            ("packed", "packed documents have no single state to carry"),
+            ("gradient_checkpointing", "recomputed layers keep no state"),
+            ("fsdp", "sharded models carry no states yet"),
+        ):
+            if getattr(self, name):
+                raise ValueError(
+                    f"carry_state: {reason}; pass either --carry-state or"
+                    f" --{name.replace('_', '-')}, not both"
+                )
+        if self.carry_state == "document" and self.disjoint:
+            raise ValueError(
+                "carry_state: document walks along the text in its order, and disjoint windows are"
+                " shuffled; leave --disjoint out"
+            )
 
     def overrides(self) -> dict[str, Any]:
         """The fields and values of `model_option`; values are read as JSON, else as plain text."""

@@ -253,13 +253,17 @@ class PackedDocuments(Dataset[dict[str, Tensor]]):
 def collate(windows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Stack windows; packed ones go end to end into one row with `cu_seqlens`.
 
-    `shift_labels` are aligned with the inputs: position t predicts ``shift_labels[t]``.
+    `shift_labels` are aligned with the inputs: position t predicts ``shift_labels[t]``. ``fresh``
+    marks the rows that start without a past, where states are carried.
     """
     if "bounds" not in windows[0]:
-        return {
+        batch = {
             "input_ids": torch.stack([w["input_ids"] for w in windows]),
             "shift_labels": torch.stack([w["labels"] for w in windows]),
         }
+        if "fresh" in windows[0]:
+            batch["fresh"] = torch.stack([w["fresh"] for w in windows])
+        return batch
     length = len(windows[0]["input_ids"])
     bounds = [torch.zeros(1, dtype=torch.long)]
     bounds += [w["bounds"][1:] + i * length for i, w in enumerate(windows)]

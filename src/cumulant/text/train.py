@@ -8,10 +8,11 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
+from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -40,6 +41,7 @@ from .tokens import (
     write_tokens,
 )
 from .trainer import LanguageModelTrainer, LossLines, MarkWhole, ProgressBar, is_disk_full
+from .walks import CarriedWindows, DocumentWalks
 
 
 class Text(NamedTuple):
@@ -115,18 +117,10 @@ def _train(
     frozen = "" if trained == parameters else f", {trained:,} of them trained"
     layers = f"{model.config.num_hidden_layers} layers of {model.config.hidden_size}"
     say(f"model: {model.config.preset}, {parameters:,} parameters{frozen}, {layers}")
-    window = (
-        PackedDocuments
-        if options.packed
-        else DisjointWindows
-        if options.disjoint
-        else RandomWindows
-    )
-    windows = options.steps * options.batch * options.accumulate * arguments.world_size
     trainer = LanguageModelTrainer(
         model=model,
         args=arguments,
-        train_dataset=window(text.train, options.context, windows, options.seed),
+        train_dataset=_windows(options, text.train, arguments.world_size),
         data_collator=collate,
         processing_class=text.tokenizer,
         callbacks=[MarkWhole()],
@@ -140,8 +134,28 @@ def _train(
     if sys.stderr.isatty():
         trainer.add_callback(ProgressBar())
     trainer.add_callback(LossLines(say))
+    if options.carry_state != "none":
+        trainer.carry_states(run.start)
     trainer.train(resume_from_checkpoint=str(run.start) if run.start else None)
     return _save_results(trainer, options, text.heldout, parameters, say)
+
+
+def _windows(options: TrainingOptions, tokens: TokenFile, processes: int) -> Dataset[Any]:
+    """The windows of all steps."""
+    rows = options.batch * options.accumulate * processes
+    count = options.steps * rows
+    if options.packed:
+        return PackedDocuments(tokens, options.context, count, options.seed)
+    windows: RandomWindows | DisjointWindows | DocumentWalks
+    if options.carry_state == "document":
+        windows = DocumentWalks(tokens, options.context, count, options.seed, rows)
+    elif options.disjoint:
+        windows = DisjointWindows(tokens, options.context, count, options.seed)
+    else:
+        windows = RandomWindows(tokens, options.context, count, options.seed)
+    if options.carry_state == "none":
+        return windows
+    return CarriedWindows(windows, rows, options.carry_windows)
 
 
 def _prepare_text(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
+from .carry import CarriedStates
 from .evaluate import check_scored, windowed
 from .processes import all_agree
 from .runs import WHOLE, mark_whole, whole_checkpoints
@@ -40,6 +41,7 @@ class LanguageModelTrainer(Trainer):  # type: ignore[misc]
         super().__init__(eval_dataset=heldout, **kwargs)
         self.heldout, self.context, self.legs, self.schedule = heldout, context, legs, schedule
         self.step_losses: list[Tensor] = []
+        self.carried: CarriedStates | None = None
         self.add_callback(StopWhereDiverged(self))
         self.add_callback(ApplyNewSettings(self))
 
@@ -63,6 +65,31 @@ class LanguageModelTrainer(Trainer):  # type: ignore[misc]
         loss: Tensor = super().training_step(*arguments, **options)
         self.step_losses.append(loss)
         return loss
+
+    def carry_states(self, start: Path | None) -> None:
+        """Let each window start from the state of its row, at first those in checkpoint `start`."""
+        with self.compute_loss_context_manager():
+            self.carried = CarriedStates(
+                self.accelerator.unwrap_model(self.model),
+                batch=self.args.per_device_train_batch_size,
+                accumulate=self.args.gradient_accumulation_steps,
+                context=self.context,
+                process=self.args.process_index,
+                processes=self.args.world_size,
+            )
+        if start is not None:
+            self.carried.load(start)
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **options: Any
+    ) -> Any:
+        if self.carried is None:
+            return super().compute_loss(model, inputs, return_outputs, **options)
+        past = self.carried.arguments(inputs["fresh"])
+        inputs = {name: value for name, value in inputs.items() if name != "fresh"}
+        loss, outputs = super().compute_loss(model, {**inputs, **past}, True, **options)
+        self.carried.keep(past["past_key_values"])
+        return (loss, outputs) if return_outputs else loss
 
     def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:
         model = self.accelerator.unwrap_model(self.model)
@@ -126,6 +153,8 @@ class LanguageModelTrainer(Trainer):  # type: ignore[misc]
             if self.is_world_process_zero():
                 (folder / WHOLE).unlink(missing_ok=True)  # of an earlier checkpoint
             super()._save_checkpoint(*arguments, **options)
+            if self.carried is not None:
+                self.carried.save(folder)
 
 
 def _local_shard(tensor: Tensor) -> Tensor:
