@@ -170,7 +170,7 @@ def test_info():
         (["compare", "--data", "/no/such/file"], "data: no such file or folder: /no/such/file"),
         (
             ["compare", "--data", "x", "--recipe", "gpt"],
-            "recipe: expected one of long-context, 20m-tokens, 20m-tokens-2048, flash-",
+            "recipe: expected one of long-context, 20m-tokens, 20m-tokens-2048, gates,",
         ),
         (
             ["compare", "--data", "x", "--mechanism", "gpt"],

@@ -197,8 +197,8 @@ def compare(
         typer.Option(
             help=(
                 "the comparison; 20m-tokens takes about five hours on two cores, 20m-tokens-2048"
-                " seven: long-context, 20m-tokens, 20m-tokens-2048, flash-enwik8,"
-                " flash-enwik8-small, elita-wikitext"
+                " seven: long-context, 20m-tokens, 20m-tokens-2048, gates,"
+                " flash-enwik8, flash-enwik8-small, elita-wikitext"
             )
         ),
     ] = "long-context",

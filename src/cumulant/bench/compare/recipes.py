@@ -36,6 +36,9 @@ class Mechanism:
     def with_fields(self, **fields: Any) -> Mechanism:
         return replace(self, fields={**self.fields, **fields})
 
+    def variant(self, name: str, style: Style, **fields: Any) -> Mechanism:
+        return replace(self.with_fields(**fields), name=f"{self.name}, {name}", style=style)
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -155,6 +158,7 @@ GATED = (
     Mechanism("gated_taylor", "gated_taylor", style=palette.BLUE.variant(2)),
     Mechanism("gated_based", "gated_based", style=palette.VERMILION.variant(2)),
 )
+SPREAD = (16, 160, 1600, 16000)  # tokens that heads remember at first
 WINDOW = Mechanism("window-64", "softmax", {"mixers": ["sliding_window"]}, palette.SLATE)
 FLASH = Mechanism("flash", "flash", style=palette.GREEN)
 ELITA = Mechanism("elita", "elita", style=palette.PINK)
@@ -231,6 +235,34 @@ RECIPES = {
     # of it: about five hours, and seven at twice the context.
     "20m-tokens": twenty_million_tokens(context=1024, batch=8),
     "20m-tokens-2048": twenty_million_tokens(context=2048, batch=4),
+    # Which gates, and whether beside rotary positions: trained at 512 tokens, read at 64 times
+    # that length at most. Fourteen trainings of about two minutes each on two free cores, and
+    # twenty-one of a fourth of it.
+    "gates": Comparison(
+        mechanisms=(
+            TAYLOR,
+            Mechanism("taylor, no rotary", "taylor", {"rotary": False}, palette.BLUE.variant(1)),
+            GATED[1],
+            GATED[1].variant("no rotary", palette.SKY, rotary=False),
+            GATED[1].variant("spread", palette.NAVY, decay_spans=SPREAD),
+            GATED[1].variant("fixed", palette.GREEN, decay="fixed"),
+            GATED[1].variant("mamba2", palette.PINK, decay="mamba2"),
+        ),
+        learning_rates=(2e-3, 4e-3, 8e-3),
+        width=128,
+        depth=3,
+        heads=4,
+        parameters=1_050_000,
+        context=512,
+        sweep=0.25,
+        batch=16,
+        steps=250,
+        seeds=2,
+        vocabulary=2048,
+        heldout=0.05,
+        reach=64,
+        baseline="taylor",
+    ),
     # FLASH-pytorch's sizes (as in `cumulant.text.recipes`): 8 layers of 512, sequences of 1024
     # bytes, 16 a step, 100,000 steps at 2e-4.
     "flash-enwik8": flash_on_enwik8(
