@@ -1,6 +1,9 @@
 """Windows that start from the state of other windows: gradients, resuming, processes, errors."""
 
+import json
 import shutil
+import sysconfig
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,9 +12,10 @@ from transformers import DynamicCache
 from cumulant.models import CumulantForCausalLM, export_state, from_preset, import_state
 from cumulant.text.carry import CarriedStates
 from cumulant.text.checkpoint import load_checkpoint
+from cumulant.text.evaluate import evaluate_windowed
 from cumulant.text.options import TrainingOptions
 from cumulant.text.tokenizer import byte_tokenizer
-from cumulant.text.tokens import tokenize
+from cumulant.text.tokens import read_tokens, tokenize
 from cumulant.text.train import train
 from cumulant.text.walks import CarriedWindows, DocumentWalks, plan_walks
 
@@ -204,3 +208,68 @@ def test_a_cache_that_grows_is_refused_before_anything_is_written(text, tmp_path
     with pytest.raises(ValueError, match="carry_state: needs a model whose states have a fixed"):
         train(options, say=lambda _: None)
     assert not (tmp_path / "run").exists()
+
+
+def test_runs_of_older_versions_go_on(text, tmp_path):
+    """Their options name nothing about states, and their checkpoints hold none."""
+    options = TrainingOptions(str(tmp_path / "run"), data=str(text), steps=2, **SMALL)
+    train(options, say=lambda _: None)
+    noted = tmp_path / "run" / "options.json"
+    kept = {k: v for k, v in json.loads(noted.read_text()).items() if not k.startswith("carry")}
+    noted.write_text(json.dumps(kept))
+    assert not (tmp_path / "run" / "checkpoint-2" / "carried").exists()
+    longer = TrainingOptions(str(tmp_path / "run"), resume=True, steps=4)
+    assert train(longer, say=lambda _: None).losses[-1][0] == 4
+    carried = TrainingOptions(str(tmp_path / "run"), resume=True, carry_state="passing")
+    with pytest.raises(ValueError, match="was started with carry_state='none', not 'passing'"):
+        train(carried, say=lambda _: None)
+
+
+def test_autocast(text, tmp_path):
+    """States of windows and convolutions are in bf16 then, and sums in fp32."""
+    options = {**SMALL, "preset": "based", "carry_state": "passing", "bf16": True, "save_every": 2}
+    options["steps"] = 4
+    whole = train(
+        TrainingOptions(str(tmp_path / "run"), data=str(text), **options), say=lambda _: None
+    )
+    shutil.rmtree(tmp_path / "run" / "checkpoint-4")
+    again = train(TrainingOptions(str(tmp_path / "run"), resume=True), say=lambda _: None)
+    assert again.losses == whole.losses
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """Python source of the standard library."""
+    path = tmp_path_factory.mktemp("source") / "source.txt"
+    files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))[:40]
+    text = "".join(file.read_text(encoding="utf-8", errors="ignore") for file in files)
+    path.write_text(text[:600_000], encoding="utf-8")
+    return path
+
+
+def test_a_trained_model_learns_to_read_beyond_its_window(source, tmp_path):
+    """Elementwise linear attention loses there, also after further training without states."""
+    sizes = {"width": 32, "depth": 2, "heads": 2, "preset": "linear"}
+    common = {"data": str(source), "context": 32, "batch": 8, "device": "cpu"}
+    short = TrainingOptions(
+        str(tmp_path / "short"), steps=300, learning_rate=1e-2, **common, **sizes
+    )
+    train(short, say=lambda _: None)
+    bits = {}
+    for mode in ("none", "passing", "document"):
+        more = TrainingOptions(
+            str(tmp_path / mode),
+            init_from=short.output,
+            steps=150,
+            learning_rate=3e-3,
+            carry_state=mode,
+            **common,
+        )
+        train(more, say=lambda _: None)
+        heldout = read_tokens(Path(short.output) / "tokens")[1]
+        model = load_checkpoint(more.output)[0]
+        bits[mode] = [evaluate_windowed(model, heldout, n * 32).bits_per_byte for n in (1, 4, 16)]
+    for mode in ("passing", "document"):
+        assert bits[mode][1] < bits["none"][1] - 0.05, bits
+        assert bits[mode][2] < bits["none"][2] - 0.2, bits
+        assert bits[mode][2] < bits[mode][0] + 0.1, bits

@@ -38,8 +38,12 @@ def test_two_processes_say_once_what_is_wrong(tmp_path):
     assert not (tmp_path / "run" / "tokens").exists()
 
 
-@pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp"])
-def test_two_processes_equal_one(text, tmp_path, sharded):
+@pytest.mark.parametrize(
+    ("sharded", "carry"),
+    [(False, "none"), (True, "none"), (False, "passing"), (False, "document")],
+    ids=["ddp", "fsdp", "passing", "document"],
+)
+def test_two_processes_equal_one(text, tmp_path, sharded, carry):
     """Over gloo, two processes with half of the batch each take the same steps as one."""
     common = [
         "--data",
@@ -55,7 +59,7 @@ def test_two_processes_equal_one(text, tmp_path, sharded):
         "--heads",
         "2",
     ]
-    common += ["--device", "cpu", "--seed", "3"]
+    common += ["--device", "cpu", "--seed", "3", "--carry-state", carry]
     one = [
         sys.executable,
         "-m",
