@@ -36,13 +36,14 @@ template <class R> struct ChunkDecay {
       c[i] = sum;
     }
     for (int i = n; i < last; i++) c[i] = sum;
-    for (int i = 0; i < last; i++) {
-      high[i] = R(c[i]);
-      low[i] = R(c[i] - double(high[i]));
-      to_end[i] = R(sum - c[i]);
-      to_block_end[i] = R(c[i / W * W + W - 1] - c[i]);
-    }
     for (int i = 0; i < last; i += W) {
+      const double block_end = c[i + W - 1];
+      for (int j = i; j < i + W; j++) {
+        high[j] = R(c[j]);
+        low[j] = R(c[j] - double(high[j]));
+        to_end[j] = R(sum - c[j]);
+        to_block_end[j] = R(block_end - c[j]);
+      }
       store(from_start + i, exponential<R>(load(high + i)));
       store(to_end + i, exponential<R>(load(to_end + i)));
       store(to_block_end + i, exponential<R>(load(to_block_end + i)));
