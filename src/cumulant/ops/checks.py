@@ -268,7 +268,7 @@ def _check_log_decay(
         log_decay = log_decay.masked_fill(~key_mask[:, None], 0)
     if cu_seqlens is not None:
         log_decay = log_decay[:, :, : int(cu_seqlens[-1])]
-    if not bool((log_decay <= 0).all()):
+    if log_decay.numel() and not log_decay.max().item() <= 0:  # of NaN, too
         found = "NaN" if bool(log_decay.isnan().any()) else f"{log_decay.max().item():g}"
         raise ValueError(
             f"log_decay: expected logarithms of decays, at most 0, got {found}; use"

@@ -48,7 +48,8 @@ def measure_accuracy(
 
 def parameter_groups(model: CumulantForCausalLM) -> list[dict[str, Any]]:
     """Weight decay for all but gates, whose spans it would shorten."""
-    gates, others = [], []
+    gates: list[Tensor] = []
+    others: list[Tensor] = []
     for name, parameter in model.named_parameters():
         (gates if ".decay." in name else others).append(parameter)
     return [{"params": others}, *([{"params": gates, "weight_decay": 0.0}] if gates else [])]
