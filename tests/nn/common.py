@@ -2,7 +2,7 @@
 
 import torch
 
-from cumulant import nn
+from cumulant import interop, nn
 
 D = 24
 MIXERS = {
@@ -71,6 +71,41 @@ MIXERS = {
         nn.LinearAttention(D, 4, feature_map="rebased", decay=nn.GatedDecay(D, 4, divisor=16))
     ),
     "linear-mamba2": lambda: forgetful(nn.LinearAttention(D, 4, rotary=True, decay="mamba2")),
+    "simple-gla": lambda: forgetful(interop.SimpleGatedLinearAttention(D, 4)),
+    "simple-gla-everything": lambda: shaken(
+        interop.SimpleGatedLinearAttention(
+            D,
+            4,
+            num_kv_heads=2,
+            head_dim=3,
+            value_dim=5,
+            feature_map="sigmoid",
+            conv_bias=True,
+            gate_fn="sigmoid",
+            norm_affine=False,
+        )
+    ),
+    "simple-gla-bare": lambda: forgetful(interop.SimpleGatedLinearAttention(D, 4, conv_size=0)),
+    "mamba2": lambda: shaken(interop.Mamba2Mixer(D, num_heads=4, head_dim=6, state_dim=5)),
+    "mamba2-everything": lambda: shaken(
+        interop.Mamba2Mixer(
+            D,
+            num_heads=6,
+            head_dim=4,
+            state_dim=5,
+            num_groups=2,
+            conv_size=3,
+            bias=True,
+            skip_size=4,
+            norm_before_gate=True,
+            dt_limit=(0.02, 0.5),
+        )
+    ),
+    "mamba2-bare": lambda: shaken(
+        interop.Mamba2Mixer(
+            D, num_heads=4, head_dim=3, state_dim=5, conv_size=1, conv_bias=False, norm_groups=0
+        )
+    ),
     "gau": lambda: spread(nn.GatedAttentionUnit(D, query_key_dim=6)),
     "gau-everything": lambda: spread(
         nn.GatedAttentionUnit(
@@ -160,6 +195,14 @@ def perturbed(mixer):
         for part in (mixer.query_map, mixer.key_map):
             for p in part.parameters():
                 p.add_(0.3 * torch.randn_like(p))
+    return mixer
+
+
+def shaken(mixer):
+    """Moves all weights, so that no bias is 0 and no scale 1."""
+    with torch.no_grad():
+        for p in mixer.parameters():
+            p.add_(0.3 * torch.randn_like(p))
     return mixer
 
 

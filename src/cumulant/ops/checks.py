@@ -261,19 +261,28 @@ def _check_log_decay(
             "log_decay: decays follow time, so they need is_causal=True; without it, tokens have"
             " no order"
         )
-    if not readable(log_decay, *masks):
+    hint = "use logsigmoid(x), or decay.log() of decays between 0 and 1"
+    check_at_most_zero("log_decay", log_decay, "logarithms of decays", hint, *masks)
+
+
+def check_at_most_zero(
+    name: str,
+    x: Tensor,
+    what: str,
+    hint: str,
+    key_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> None:
+    """Check the sign of numbers ``[..., S]``, where they can be read and their token counts."""
+    if not readable(x, key_mask, cu_seqlens):
         return
-    key_mask, cu_seqlens = masks
     if key_mask is not None:
-        log_decay = log_decay.masked_fill(~key_mask[:, None], 0)
+        x = x.masked_fill(~key_mask[:, None], 0)
     if cu_seqlens is not None:
-        log_decay = log_decay[:, :, : int(cu_seqlens[-1])]
-    if log_decay.numel() and not log_decay.max().item() <= 0:  # of NaN, too
-        found = "NaN" if bool(log_decay.isnan().any()) else f"{log_decay.max().item():g}"
-        raise ValueError(
-            f"log_decay: expected logarithms of decays, at most 0, got {found}; use"
-            " logsigmoid(x), or decay.log() of decays between 0 and 1"
-        )
+        x = x[..., : int(cu_seqlens[-1])]
+    if x.numel() and not x.max().item() <= 0:  # of NaN, too
+        found = "NaN" if bool(x.isnan().any()) else f"{x.max().item():g}"
+        raise ValueError(f"{name}: expected {what}, at most 0, got {found}; {hint}")
 
 
 def check_activation(activation: str) -> None:
