@@ -70,6 +70,20 @@ MIXERS = {
     "linear-gated": lambda: forgetful(
         nn.LinearAttention(D, 4, feature_map="rebased", decay=nn.GatedDecay(D, 4, divisor=16))
     ),
+    "linear-rebased-gated": lambda: forgetful(
+        perturbed(
+            nn.LinearAttention(
+                D,
+                4,
+                num_kv_heads=2,
+                feature_map="rebased",
+                gate_values=True,
+                shift_tokens=True,
+                conv_size=3,
+                decay="gated",
+            )
+        )
+    ),
     "linear-mamba2": lambda: forgetful(nn.LinearAttention(D, 4, rotary=True, decay="mamba2")),
     "simple-gla": lambda: forgetful(interop.SimpleGatedLinearAttention(D, 4)),
     "simple-gla-everything": lambda: shaken(

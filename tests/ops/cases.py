@@ -146,6 +146,7 @@ CASES = [
             ("taylor-2-decay", cm.taylor_attention, {}),
             ("linear-elu-decay", cm.linear_attention, {"scale": 0.6}),
             ("linear-sums-decay", cm.linear_attention, SUMS),
+            ("linear-callable-decay", cm.linear_attention, {"feature_map": squared}),
         )
     ),
     Case("linear-softmax-raw", cm.linear_attention, {"feature_map": "softmax", "normalize": False}),
