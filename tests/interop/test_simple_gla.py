@@ -5,6 +5,7 @@ token at a time in float64, with sums over the past taps and a matrix for each h
 """
 
 import math
+import pickle
 
 import pytest
 import torch
@@ -277,9 +278,10 @@ def test_errors():
     ],
 )
 def test_activations_by_name(name, formula):
-    """Names of the package are its functions."""
+    """Names of the package are its functions; a module with any of them can be pickled."""
     torch.manual_seed(0)
     original = Theirs(feature_map=formula, gate_fn=formula).double()
     ours = from_simple_gla(original.state_dict(), feature_map=name, gate_fn=name)
     x = draw()
     assert torch.allclose(ours(x), original(x)[0], atol=1e-12)
+    assert torch.equal(pickle.loads(pickle.dumps(ours))(x), ours(x))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,14 +23,26 @@ from ..ops.state import LinearState
 from .weights import Weights
 
 Activation = str | Callable[[Tensor], Tensor]
+
+
+def squared_relu(x: Tensor) -> Tensor:
+    """``relu(x)²``."""
+    return F.relu(x).square()
+
+
+def tanh_gelu(x: Tensor) -> Tensor:
+    """GELU by the approximation with tanh."""
+    return F.gelu(x, approximate="tanh")
+
+
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "sigmoid": torch.sigmoid,
     "logsigmoid": F.logsigmoid,
     "silu": F.silu,
     "swish": F.silu,
-    "sqrelu": lambda x: F.relu(x).square(),
-    "gelu": lambda x: F.gelu(x, approximate="tanh"),
+    "sqrelu": squared_relu,
+    "gelu": tanh_gelu,
 }
 
 
@@ -129,19 +141,6 @@ class GatedNorm(nn.Module):
         return (y if self.gate_first else y * gate).to(dtype)
 
 
-class OperationArguments(NamedTuple):
-    """The arguments of an operation that say which tokens there are."""
-
-    key_mask: Tensor | None
-    cu_seqlens: Tensor | None
-    state: LinearState | None
-    return_state: bool
-
-    @property
-    def keywords(self) -> dict[str, Any]:
-        return self._asdict()
-
-
 class GatedMixer(nn.Module):
     """A causal mixer with the protocol of `cumulant.nn`. Subclasses compute `mix`.
 
@@ -156,11 +155,12 @@ class GatedMixer(nn.Module):
         self.dim = dim
 
     def mix(
-        self, x: Tensor, local: dict[str, Tensor | None], arguments: OperationArguments
+        self, x: Tensor, local: dict[str, Tensor | None], rows: dict[str, Any]
     ) -> tuple[Tensor, LinearState | None, Tensor | None]:
         """Outputs ``[B, T, D]``, the sums with `return_state`, and the convolution's new tail.
 
-        local: keyword arguments of the convolution.
+        local: keyword arguments of the convolution. rows: those of the operation, key_mask,
+            cu_seqlens, state and return_state.
         """
         raise NotImplementedError
 
@@ -192,12 +192,12 @@ class GatedMixer(nn.Module):
         y, sums, conv = self.mix(
             x,
             {"tail": None if state is None else state.conv, **local._asdict()},
-            OperationArguments(
-                None if rows is None else rows.mask,
-                cu_seqlens,
-                None if state is None else state.sums,
-                return_state,
-            ),
+            {
+                "key_mask": None if rows is None else rows.mask,
+                "cu_seqlens": cu_seqlens,
+                "state": None if state is None else state.sums,
+                "return_state": return_state,
+            },
         )
         y = restore_rows(y, rows)
         if cu_seqlens is not None:

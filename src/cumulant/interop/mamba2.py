@@ -16,7 +16,6 @@ from ..ops.state import LinearState
 from .gated_mixer import (
     GatedMixer,
     GatedNorm,
-    OperationArguments,
     SiluConvolution,
     choose_options,
     read_taps,
@@ -107,7 +106,7 @@ class Mamba2Mixer(GatedMixer):
         self.out_proj = nn.Linear(inner, dim, bias=bias)
 
     def mix(
-        self, x: Tensor, local: dict[str, Tensor | None], arguments: OperationArguments
+        self, x: Tensor, local: dict[str, Tensor | None], rows: dict[str, Any]
     ) -> tuple[Tensor, LinearState | None, Tensor | None]:
         """See `GatedMixer.mix`."""
         inner, shared = self.num_heads * self.head_dim, self.num_groups * self.state_dim
@@ -126,7 +125,7 @@ class Mamba2Mixer(GatedMixer):
             C,
             self.D if len(self.D) == self.num_heads else self.D.view(self.num_heads, -1),
             impl=self.impl,
-            **arguments.keywords,
+            **rows,
         )
         y, sums = attended if isinstance(attended, tuple) else (attended, None)
         y = y.flatten(2)

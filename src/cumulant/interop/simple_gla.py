@@ -17,7 +17,6 @@ from .gated_mixer import (
     Activation,
     GatedMixer,
     GatedNorm,
-    OperationArguments,
     SiluConvolution,
     choose_options,
     find_activation,
@@ -47,11 +46,11 @@ class SimpleGatedLinearAttention(GatedMixer):
         num_kv_heads: key/value heads G, which divide H; by default H.
         head_dim: query/key dim K of a head, by default ``dim / num_heads``.
         value_dim: value dim V of a head, by default ``dim / num_heads``.
-        feature_map: the elementwise function φ: None for none, a name of `ACTIVATIONS`, or a
-            function.
+        feature_map: the elementwise function φ: None for none; ``"relu"``, ``"sigmoid"``,
+            ``"logsigmoid"``, ``"silu"`` (or ``"swish"``), ``"sqrelu"``, ``"gelu"``; or a function.
         conv_size: taps of the convolutions of q, k and v; 0 for none, and no silu.
         conv_bias: biases of the convolutions.
-        gate_fn: the function a of the output's gate, a name or itself.
+        gate_fn: the function a of the output's gate, likewise.
         norm_affine: the output's norm has weights ``[V]``.
         norm_eps: its epsilon.
         divisor: divides the log decays (`gate_logit_normalizer`).
@@ -103,7 +102,7 @@ class SimpleGatedLinearAttention(GatedMixer):
         self.out_proj = nn.Linear(outputs, dim, bias=False)
 
     def mix(
-        self, x: Tensor, local: dict[str, Tensor | None], arguments: OperationArguments
+        self, x: Tensor, local: dict[str, Tensor | None], rows: dict[str, Any]
     ) -> tuple[Tensor, LinearState | None, Tensor | None]:
         """See `GatedMixer.mix`."""
         q, k, v = project(self.q_proj, x), project(self.k_proj, x), project(self.v_proj, x)
@@ -122,7 +121,7 @@ class SimpleGatedLinearAttention(GatedMixer):
             normalize=False,
             log_decay=self.decay(x),
             impl=self.impl,
-            **arguments.keywords,
+            **rows,
         )
         out, sums = attended if isinstance(attended, tuple) else (attended, None)
         y = self.norm(out.transpose(1, 2).flatten(2), project(self.g_proj, x))

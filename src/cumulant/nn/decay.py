@@ -159,7 +159,8 @@ class Mamba2Decay(Decay):
     ``softplus(dt_bias)`` log-uniformly between 0.001 and 0.1. With `spans`, dt_bias is such that γ
     is ``exp(-1 / spans[g])``. w starts at zero.
 
-    Mamba-2 multiplies its values by ``softplus(...)`` as well, which this attention does not.
+    Mamba-2 multiplies its values by ``softplus(...)`` as well, which this attention does not;
+    `cumulant.interop.Mamba2Mixer` is its whole layer.
 
     Source: Dao and Gu 2024, "Transformers are SSMs".
 
