@@ -75,12 +75,20 @@ def draw_sweep(found: list[Result], folder: Path) -> str:
 
 def draw_contexts(tested: list[Result], context: int, folder: Path) -> str:
     """Bits per byte of the same tokens by the length of their window."""
-    lines = {
-        result.mechanism: [(last, bits) for _, last, bits in result.contexts] for result in tested
-    }
-    lengths = [last for _, last, _ in tested[0].contexts]
+    return _draw_contexts(tested, "contexts", context, folder)
+
+
+def draw_passing(tested: list[Result], context: int, folder: Path) -> str:
+    """The same after some steps with states passed on."""
+    return _draw_contexts(tested, "passing", context, folder)
+
+
+def _draw_contexts(tested: list[Result], field: str, context: int, folder: Path) -> str:
+    losses = {result.mechanism: getattr(result, field) for result in tested}
+    lines = {name: [(last, bits) for _, last, bits in found] for name, found in losses.items()}
+    lengths = [last for _, last, _ in losses[tested[0].mechanism]]
     axes = "window, tokens (half to all of them before)", "bits per byte of the same tokens"
-    return _draw_panel(tested, lines, axes, lengths, folder, "compare_contexts", context=context)
+    return _draw_panel(tested, lines, axes, lengths, folder, f"compare_{field}", context=context)
 
 
 def draw_copying(tested: list[Result], context: int, folder: Path) -> str:

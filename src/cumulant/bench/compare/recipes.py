@@ -62,6 +62,9 @@ class Comparison:
     evaluations: points of the curve.
     reach: the trained models are also tested at this multiple of `context`; on copies at four
         times of it at most.
+    passing_steps, passing_rate: steps that trained models then take with states passed on
+        (``--carry-state passing``), with this share of their learning rate; 0: none. Models whose
+        states grow take none.
     baseline: the mechanism that the others are compared with.
     shared: fields of all models.
     training: fields of `TrainingOptions`.
@@ -85,6 +88,8 @@ class Comparison:
     heldout: float = 0.02
     evaluations: int = 8
     reach: int = 4
+    passing_steps: int = 0
+    passing_rate: float = 0.1
     baseline: str = "softmax"
     shared: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
@@ -119,11 +124,13 @@ class Comparison:
     def settings(self) -> dict[str, Any]:
         """The settings that a folder keeps: everything except the styles.
 
-        Folders of earlier versions have no `sweep`, and go on if it is 1.
+        Folders of earlier versions have no `sweep` and no states passed on, and go on without.
         """
         found = asdict(self)
         if self.sweep == 1:
             del found["sweep"]
+        if self.passing_steps == 0:
+            del found["passing_steps"], found["passing_rate"]
         for mechanism in found["mechanisms"]:
             del mechanism["style"]
         return found
@@ -206,6 +213,7 @@ def twenty_million_tokens(context: int, batch: int) -> Comparison:
         heldout=0.05,  # 202,000 tokens, for windows of 131,072
         evaluations=12,
         reach=64,
+        passing_steps=500,
     )
 
 
@@ -261,6 +269,7 @@ RECIPES = {
         vocabulary=2048,
         heldout=0.05,
         reach=64,
+        passing_steps=250,
         baseline="taylor",
     ),
     # FLASH-pytorch's sizes (as in `cumulant.text.recipes`): 8 layers of 512, sequences of 1024

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from ..reports.folder import Folder, Row
 from ..reports.page import Page, Picture, Report, Table, write_page
-from .plots import draw_contexts, draw_copying, draw_curves, draw_sweep
+from .plots import draw_contexts, draw_copying, draw_curves, draw_passing, draw_sweep
 from .results import Result, results, swept_steps
 
 
@@ -32,7 +32,13 @@ def report(folder: Folder, console: Console | None = None) -> Page:
     if in_context:
         caption = f"Loss on the same tokens in longer windows; trained on windows of {context:,}"
         pictures.append(Picture(draw_contexts(in_context, context, folder.path), caption))
-        tables.append(_context_table(in_context))
+        tables.append(_context_table([(r.mechanism, r.contexts) for r in in_context]))
+    passed, steps = [r for r in found if r.passing], settings.get("passing_steps", 0)
+    if passed:
+        after = f"after {steps:,} steps with states passed on"
+        caption = f"Loss on the same tokens in longer windows, {after}"
+        pictures.append(Picture(draw_passing(passed, context, folder.path), caption))
+        tables.append(_context_table([(r.mechanism, r.passing) for r in passed], f", {after}"))
     if copied:
         caption = (
             "Loss on spans of 128 bytes that are repeated in the window, relative to spans that"
@@ -42,7 +48,12 @@ def report(folder: Folder, console: Console | None = None) -> Page:
         tables.append(_copying_table(copied))
     answer = [
         *_answer_lines(found, settings, text),
-        *_longer_context_lines(in_context, context),
+        *_longer_context_lines([(r.mechanism, r.contexts) for r in in_context], context),
+        *_longer_context_lines(
+            [(r.mechanism, r.passing) for r in passed],
+            context,
+            f" after {steps:,} steps with states passed on",
+        ),
         *_copying_lines(copied, context),
     ]
     title = f"Mechanisms on one text: {settings['recipe']}, on {settings['data']}"
@@ -128,23 +139,26 @@ def _answer_lines(found: list[Result], settings: dict[str, Any], text: Row) -> l
     return lines
 
 
-def _longer_context_lines(tested: list[Result], context: int) -> list[str]:
+Contexts = list[tuple[str, list[tuple[int, int, float]]]]  # of each mechanism
+
+
+def _longer_context_lines(tested: Contexts, context: int, after: str = "") -> list[str]:
     """The change of the loss from training windows to longer ones, same tokens.
 
     The longest windows are the last line, and each line before has a fourth of the next one's.
     """
-    lasts = [last for _, last, _ in tested[0].contexts] if tested else []
+    lasts = [last for _, last, _ in tested[0][1]] if tested else []
     if context not in lasts[:-1]:
         return []
     at = lasts.index(context)
     lines = []
     for longer in reversed(range(len(lasts) - 1, at, -2)):
         each = ", ".join(
-            f"{r.mechanism} {r.contexts[longer][2] - r.contexts[at][2]:+.3f}" for r in tested
+            f"{name} {losses[longer][2] - losses[at][2]:+.3f}" for name, losses in tested
         )
         lines.append(
-            f"Change of the loss on the same tokens, from windows of {context:,} tokens as in"
-            f" training to {lasts[longer]:,}: {each}."
+            f"Change of the loss on the same tokens{after}, from windows of {context:,} tokens as"
+            f" in training to {lasts[longer]:,}: {each}."
         )
     return lines
 
@@ -198,12 +212,11 @@ def _final_table(found: list[Result], settings: dict[str, Any]) -> Table:
     return Table("At the end of training", headings, rows)
 
 
-def _context_table(tested: list[Result]) -> Table:
-    headings = ("mechanism", *(f"{a:,}–{b:,}" for a, b, _ in tested[0].contexts))
-    rows = [(r.mechanism, *(f"{x:.3f}" for _, _, x in r.contexts)) for r in tested]
-    return Table(
-        "Bits per byte of the same tokens, by number of tokens before them", headings, rows
-    )
+def _context_table(tested: Contexts, after: str = "") -> Table:
+    headings = ("mechanism", *(f"{a:,}–{b:,}" for a, b, _ in tested[0][1]))
+    rows = [(name, *(f"{x:.3f}" for _, _, x in losses)) for name, losses in tested]
+    title = f"Bits per byte of the same tokens{after}, by number of tokens before them"
+    return Table(title, headings, rows)
 
 
 def _copying_table(tested: list[Result]) -> Table:

@@ -47,7 +47,8 @@ class Result:
     final: at the end of training. difference: from the baseline's run of the same seed. curve: by
         step, of each seed.
     sweep: at the end by learning rate, from the first seed; of shorter trainings if the recipe has
-        them. cost, contexts, copying: see `work`; means over seeds.
+        them. cost, contexts, copying: see `work`; means over seeds. passing: contexts after steps
+        with states passed on.
     """
 
     mechanism: str
@@ -60,6 +61,7 @@ class Result:
     cost: Row
     contexts: list[tuple[int, int, float]]
     copying: list[tuple[int, float, float, int]]
+    passing: list[tuple[int, int, float]]
 
     @property
     def at_edge(self) -> bool:
@@ -107,7 +109,10 @@ def results(rows: list[Row], baseline: str) -> list[Result]:
             continue
         ends = {run["seed"]: final_loss(run) for run in own}
         differences = [end - base[seed] for seed, end in ends.items() if seed in base]
-        asked = _with_rate([row for row in rows if row["row"] == "context"], name, rate)
+        asked, passing = (
+            _with_rate([row for row in rows if row["row"] == kind], name, rate)
+            for kind in ("context", "passing")
+        )
         found.append(
             Result(
                 name,
@@ -118,14 +123,12 @@ def results(rows: list[Row], baseline: str) -> list[Result]:
                 losses_by_rate(rows, name),
                 own[0]["parameters"],
                 costs[name],
-                [
-                    (int(a), int(b), x)
-                    for a, b, x, _ in _mean_table([row["contexts"] for row in asked])
-                ],
+                _mean_contexts(asked),
                 [
                     (int(d), x, y, int(span))
                     for d, x, y, span in _mean_table([row["copying"] for row in asked])
                 ],
+                _mean_contexts(passing),
             )
         )
     return found
@@ -133,6 +136,10 @@ def results(rows: list[Row], baseline: str) -> list[Result]:
 
 def _with_rate(rows: list[Row], mechanism: str, rate: float | None) -> list[Row]:
     return [row for row in rows if (row["mechanism"], row["learning_rate"]) == (mechanism, rate)]
+
+
+def _mean_contexts(rows: list[Row]) -> list[tuple[int, int, float]]:
+    return [(int(a), int(b), x) for a, b, x, _ in _mean_table([row["contexts"] for row in rows])]
 
 
 def _mean_table(tables: list[list[list[float]]]) -> list[list[float]]:

@@ -11,6 +11,7 @@ all seeds. Then the trained models are tested on their context. Each result is a
 - ``sweep``: the same of a shorter training, which compares learning rates.
 - ``context``: of a run with the best rate, ``contexts`` (`context.Stretch`) and ``copying``
   (`context.Copying`).
+- ``passing``: ``contexts`` of the same model after some more steps with states passed on.
 """
 
 from __future__ import annotations
@@ -134,7 +135,7 @@ def _first_tokens(text: TokenFile, tokens: int, tokenizer: PreTrainedTokenizerFa
 
 @dataclass(frozen=True)
 class Run:
-    """One training: `kind` is "run" or "sweep", and "context" for the test of its model."""
+    """One training, "run" or "sweep"; or what follows on its model, "context" or "passing"."""
 
     kind: str
     mechanism: str
@@ -190,11 +191,18 @@ class ComparisonRun:
 
     def test_model(self, run: Run) -> None:
         """Measure the context of a trained model, unless that is done."""
-        test = replace(run, kind="context")
-        checkpoint = self.run_folder(test) / f"checkpoint-{self.steps}"
-        # a run that diverged has no checkpoint
-        if test not in self.finished("context") and checkpoint.is_dir():
+        test, passing = replace(run, kind="context"), replace(run, kind="passing")
+        if not self.checkpoint(run).is_dir():  # of a run that diverged
+            return
+        if test not in self.finished("context"):
             self.measure_context(test)
+        grows = "full_attention" in self.configs[run.mechanism].layer_types
+        if self.recipe.passing_steps and not grows and passing not in self.finished("passing"):
+            self.pass_states(passing)
+
+    def checkpoint(self, run: Run) -> Path:
+        """The trained model of a run."""
+        return self.run_folder(replace(run, kind="run")) / f"checkpoint-{self.steps}"
 
     def finished(self, kind: str) -> set[Run]:
         """The runs that have a row of this kind."""
@@ -233,7 +241,7 @@ class ComparisonRun:
 
     def run_folder(self, run: Run) -> Path:
         name = run.mechanism.replace(", ", "-").replace(" ", "-")
-        last = "sweep" if run.kind == "sweep" else run.seed
+        last = {"sweep": "sweep", "passing": f"{run.seed}-passing"}.get(run.kind, run.seed)
         return self.folder.path / "runs" / f"{name}-{run.learning_rate:g}-{last}"
 
     def training_options(self, mechanism: Mechanism, run: Run) -> TrainingOptions:
@@ -298,16 +306,8 @@ class ComparisonRun:
 
     def measure_context(self, run: Run) -> None:
         """Measure how the trained model uses its context, and write the row."""
-        recipe, text = self.recipe, self.text.heldout
-        model, _ = load_checkpoint(
-            str(self.run_folder(run) / f"checkpoint-{self.steps}"), self.device
-        )
-        length = recipe.reach * recipe.context
-        while length > len(text.ids) - 1:
-            length //= 2
-        stretches = (
-            loss_by_context(model, text, self.text.tokenizer, length) if length >= SHORTEST else []
-        )
+        text = self.text.heldout
+        model, _ = load_checkpoint(str(self.checkpoint(run)), self.device)
         distances = [d for d in self.copying_distances() if 4 * (d + SPAN) <= len(text.ids)]
         copies = (
             loss_on_copies(model, text, self.text.tokenizer, distances, span=SPAN)
@@ -317,10 +317,49 @@ class ComparisonRun:
         self.folder.append(
             {
                 **run.row(),
-                "contexts": [(s.first, s.last, s.bits, s.tokens) for s in stretches],
+                "contexts": self.contexts_of(model),
                 "copying": [(c.distance, c.second, c.control, c.span) for c in copies],
             }
         )
+
+    def contexts_of(self, model: CumulantForCausalLM) -> list[tuple[int, int, float, int]]:
+        """The model's loss in windows of up to `reach` times the training length."""
+        text, length = self.text.heldout, self.recipe.reach * self.recipe.context
+        while length > len(text.ids) - 1:
+            length //= 2
+        found = (
+            loss_by_context(model, text, self.text.tokenizer, length) if length >= SHORTEST else []
+        )
+        return [(s.first, s.last, s.bits, s.tokens) for s in found]
+
+    def pass_states(self, run: Run) -> None:
+        """Train a model further with states passed on, and write the row of its contexts."""
+        recipe, output = self.recipe, self.run_folder(run)
+        options = TrainingOptions(
+            str(output),
+            data=recipe.data,
+            heldout=recipe.heldout,
+            init_from=str(self.checkpoint(run)),
+            context=recipe.context,
+            batch=recipe.batch,
+            accumulate=recipe.accumulate,
+            disjoint=True,
+            carry_state="passing",
+            steps=recipe.passing_steps,
+            learning_rate=run.learning_rate * recipe.passing_rate,
+            seed=run.seed,
+            device=self.device,
+            **recipe.training,
+        )
+        if (output / STARTED).is_file():
+            started = json.loads((output / STARTED).read_text())
+            options = replace(options, data=started["data"], resume=True)
+        if not (output / "result.json").is_file():
+            train(options, text=self.text, say=lambda _: None)
+        model, _ = load_checkpoint(str(output), self.device)
+        self.folder.append({**run.row(), "contexts": self.contexts_of(model)})
+        shutil.rmtree(output)
+        self.say(f"{run.describe()}: states passed on")
 
     def copying_distances(self) -> list[int]:
         """Distances of copied spans: an eighth of the context, doubled up to 4 times of it."""
