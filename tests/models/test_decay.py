@@ -170,6 +170,8 @@ def test_errors():
         ValueError, match="decay: expected one of none, fixed, gated, mamba2, got 'gate'"
     ):
         CumulantConfig(decay="gate")
+    with pytest.raises(ValueError, match="decay: 'gated' needs a linear or Taylor mixer, got mix"):
+        CumulantConfig(decay="gated", mixers=["softmax"])
     with pytest.raises(ValueError, match="decay: expected str, got True"):
         CumulantConfig(decay=True)
     with pytest.raises(

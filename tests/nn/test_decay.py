@@ -196,6 +196,21 @@ def test_steps_are_programs(decay, runs):
     assert len(runs) == 14
 
 
+def test_parameters_are_reset_in_place():
+    decay = nn.Mamba2Decay(8, 2, spans=(3, 30)).bfloat16()
+    before = dict(decay.named_parameters())
+    with torch.no_grad():
+        for p in before.values():
+            p.fill_(7)
+    decay.weight.requires_grad_(False)
+    decay.reset_parameters()
+    for name, p in decay.named_parameters():
+        assert p is before[name]
+        assert p.dtype == torch.bfloat16
+        assert (p != 7).all()
+    assert not decay.weight.requires_grad
+
+
 def test_a_module_of_ones_own():
     """Any module of log decays: here, every third token begins a document."""
 
@@ -227,11 +242,17 @@ def test_errors_of_mixers(kind):
             MIXERS[kind](decay=decay, is_causal=False)
     with pytest.raises(ValueError, match="decay: expected .* for 2 key/value heads, got one for 4"):
         MIXERS[kind](decay=nn.GatedDecay(D, 4))
+    with pytest.raises(ValueError, match="decay: expected a module for D=24, got one for D=16"):
+        MIXERS[kind](decay=nn.GatedDecay(16, 2))
     mixer = MIXERS[kind](decay="gated").double()
     with pytest.raises(ValueError, match="context: causal attention is over x itself"):
         mixer(tokens(), context=tokens())
     with pytest.raises(ValueError, match=r"log_decay: expected \[B, G, S\] = \[2, 2, 19\]"):
         MIXERS[kind](decay=torch.nn.Flatten()).double()(tokens())
+    nothing = torch.nn.Identity()
+    nothing.forward = lambda x: None
+    with pytest.raises(TypeError, match=r"log decays \[B, G, T\] from Identity, got NoneType"):
+        MIXERS[kind](decay=nothing).double()(tokens())
 
 
 def test_errors_of_decays():

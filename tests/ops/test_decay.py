@@ -201,6 +201,8 @@ def test_gradients_with_few_sums_kept(packed, monkeypatch):
         ({"log_decay": torch.full((2, 2, 37), 0.5)}, ValueError, "at most 0, got 0.5; use logsigm"),
         ({"log_decay": torch.full((2, 2, 37), math.nan)}, ValueError, "at most 0, got NaN"),
         ({"log_decay": torch.zeros(2, 2, 37, device="meta")}, TypeError, "on cpu like query, got"),
+        ({"log_decay": torch.zeros(2, 37, 2)}, ValueError, r"got \[2, 37, 2\]; use log_decay.mT"),
+        ({"log_decay": torch.zeros(2, 2, 37).to_sparse()}, TypeError, "dense tensor, .*to_dense"),
         ({"is_causal": False}, ValueError, "log_decay: decays follow time, so they need is_causal"),
         ({"feature_map": "softmax"}, ValueError, "log_decay: feature_map 'softmax' divides by su"),
     ],
@@ -210,6 +212,20 @@ def test_refused(change, kind, message):
     given = {"is_causal": True, "log_decay": torch.zeros(2, 2, 37), **change}
     with pytest.raises(kind, match=message):
         cm.linear_attention(q, k, v, **given)
+
+
+@by_implementation
+def test_positive_decays_count_as_zero_where_they_cannot_be_checked(impl):
+    """In graphs; eager calls refuse them."""
+    q, k, v = inputs(dtype=torch.float32)
+    logs = torch.randn(2, 2, 37)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def compiled(logs):
+        return attend("taylor", q, k, v, logs, impl=impl)
+
+    if impl != "reference":
+        assert_close(compiled(logs), attend("taylor", q, k, v, logs.clamp(max=0), impl=impl))
 
 
 def test_masked_tokens_and_slack_may_hold_anything():

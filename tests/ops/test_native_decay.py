@@ -76,6 +76,21 @@ def test_gradients_over_many_chunks_of_packed_sequences(threads, bounds, dtype):
         assert error(actual, wanted) < (1e-11 if dtype is torch.float64 else 3e-6)
 
 
+@pytest.mark.usefixtures("kept_threads")
+def test_a_last_part_of_one_chunk(monkeypatch):
+    """Its sums are kept for the gradient, although no query comes after it."""
+    walk(monkeypatch, span=1, chunk=16)
+    torch.set_num_threads(40)
+    logs = random_decays((1, 1, 300), -0.1, dtype=torch.float64).requires_grad_()
+    x, bounds = inputs(1, 1, 300, 4, 8, G=1), torch.tensor([0, 263])
+    found = [
+        torch.autograd.grad(attend("taylor", *x, logs, cu_seqlens=bounds, impl=impl).sum(), logs)[0]
+        for impl in ("native", "native", "torch")
+    ]
+    assert_close(found[0], found[2], 1000)
+    assert_close(found[1], found[2], 1000)
+
+
 @pytest.mark.parametrize("least", [-1e-6, -1e-3, -1.0, -20.0])
 @by_operation
 def test_gradients_of_decays_over_many_chunks(name, least):

@@ -29,7 +29,7 @@ class Decay(NamedTuple):
     def from_logs(cls, logs: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Decay:
         """logs ``[n, G, C]``; a masked token decays nothing. mask: ``[n, 1, 1, C]``."""
         logs = logs.double() if mask is None else logs.double().masked_fill(~mask[:, :, 0], 0)
-        return cls(logs.clamp(min=LEAST).cumsum(-1), dtype)
+        return cls(logs.clamp(min=LEAST, max=0).cumsum(-1), dtype)
 
     def between(self) -> Tensor:
         """exp(c_i - c_j) ``[n, G, C, C]`` for j ≤ i; 1 for later keys, which nothing reads."""

@@ -129,6 +129,10 @@ def _check_heads(config: Any) -> None:
 def _check_decay(config: Any) -> None:
     """The options of decays fit the decay, and the mixers that have it."""
     spans, divisor = config.decay_spans, config.decay_divisor
+    if config.decay != "none" and not {"linear", "taylor"} & set(config.mixers):
+        raise ValueError(
+            f"decay: {config.decay!r} needs a linear or Taylor mixer, got mixers {config.mixers}"
+        )
     check_divisor("decay_divisor", divisor)
     if spans is not None:
         if config.decay == "none":

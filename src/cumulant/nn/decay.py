@@ -34,15 +34,17 @@ class Decay(nn.Module):
         if spans is not None:
             spans = check_spans("spans", spans, num_kv_heads, trained=dim is not None)
         self.spans = spans
-        self.reset_parameters()
+        for name, value in self.initial().items():
+            setattr(self, name, nn.Parameter(value))
 
     def initial(self) -> dict[str, Tensor]:
         """The initial value of each parameter."""
         return {}
 
     def reset_parameters(self) -> None:
-        for name, value in self.initial().items():
-            setattr(self, name, nn.Parameter(value))
+        with torch.no_grad():
+            for name, value in self.initial().items():
+                getattr(self, name).copy_(value)
 
     def check(self, x: Tensor) -> None:
         check_floats(x, "[B, T, D]")
@@ -208,6 +210,17 @@ class Mamba2Decay(Decay):
 DECAYS = ("none", "fixed", "gated", "mamba2")
 
 
+def log_decays(decay: nn.Module, x: Tensor) -> Tensor:
+    """Those of x ``[B, T, D]``; the operation checks what a module of one's own returns."""
+    found = decay(x)
+    if not isinstance(found, Tensor):
+        raise TypeError(
+            f"decay: expected log decays [B, G, T] from {type(decay).__name__}, got"
+            f" {type(found).__name__}"
+        )
+    return found
+
+
 def make_decay(
     decay: str | nn.Module,
     dim: int,
@@ -231,11 +244,14 @@ def make_decay(
             " order"
         )
     if isinstance(decay, nn.Module):
-        found = decay.num_kv_heads if isinstance(decay, Decay) else num_kv_heads
-        if found != num_kv_heads:
-            raise ValueError(
-                f"decay: expected a module for {num_kv_heads} key/value heads, got one for {found}"
-            )
+        if isinstance(decay, Decay):
+            if decay.num_kv_heads != num_kv_heads:
+                raise ValueError(
+                    f"decay: expected a module for {num_kv_heads} key/value heads, got one for"
+                    f" {decay.num_kv_heads}"
+                )
+            if decay.dim not in (None, dim):
+                raise ValueError(f"decay: expected a module for D={dim}, got one for D={decay.dim}")
         return decay
     if decay == "fixed":
         return FixedDecay(num_kv_heads, spans)

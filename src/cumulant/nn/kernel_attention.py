@@ -22,7 +22,7 @@ from .checks import (
     size_of_head,
 )
 from .cross_attention import check_context_dim, is_cross_attention
-from .decay import make_decay
+from .decay import log_decays, make_decay
 from .norms import RMSNorm
 from .padding import (
     LocalRows,
@@ -354,7 +354,7 @@ class KernelAttention(nn.Module):
             q,
             k,
             v,
-            log_decay=None if self.decay is None else self.decay(x),
+            log_decay=None if self.decay is None else log_decays(self.decay, x),
             key_mask=None if rows is None else rows.mask,
             cu_seqlens=cu_seqlens,
             state=None if state is None else state.sums,

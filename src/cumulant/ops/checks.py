@@ -247,14 +247,23 @@ def _check_log_decay(
     if log_decay.dtype not in (torch.float32, torch.float64):
         raise TypeError(
             f"log_decay: expected fp32 or fp64, got {log_decay.dtype}; sums of many small decays"
-            " need the digits: convert with log_decay.float() before the sigmoid's logarithm"
+            " need the digits, so take logarithms of fp32 numbers, as in logsigmoid(x.float())"
         )
     if log_decay.device != device:
-        raise TypeError(f"log_decay: expected on {device} like query, got {log_decay.device}")
+        raise TypeError(
+            f"log_decay: expected on {device} like query, got {log_decay.device}; use"
+            f" log_decay.to({str(device)!r})"
+        )
+    if log_decay.layout != torch.strided:
+        raise TypeError(
+            f"log_decay: expected a dense tensor, got {log_decay.layout}; use log_decay.to_dense()"
+        )
     if tuple(log_decay.shape) != shape:
+        swapped = tuple(log_decay.mT.shape) if log_decay.dim() == 3 else None
         raise ValueError(
             f"log_decay: expected [B, G, S] = {list(shape)}, one for each key/value head and token,"
             f" got {_show_shape(log_decay)}"
+            f"{'; use log_decay.mT' if swapped == shape else ''}"
         )
     if not is_causal:
         raise ValueError(

@@ -82,7 +82,8 @@ def taylor_attention(
         constant_term: False drops the term of degree 0 (Mercat's "subtract one").
         log_decay: ``[B, G, S]`` fp32 or fp64, at most 0; causal only. Weights are multiplied by
             ``exp(Σ log_decay_l)`` over the tokens l after the key and up to the query: 0 keeps
-            everything, -inf forgets all tokens before. A masked token decays nothing.
+            everything, -inf forgets all tokens before. A masked token decays nothing. Positive ones
+            are refused; compiled code and `vmap` cannot see them, and take them as 0.
         key_mask: ``[B, S]`` bool, True = attend. Masked keys and values may hold any numbers, NaN
             included; queries must be finite.
         cu_seqlens: ``[N + 1]`` int32/int64, offsets of N sequences packed end to end along T (then

@@ -151,7 +151,7 @@ template <class R> void key_backward(const Attention& a, const Segment& s, void*
   Pass<R> p(a, s, scratch);
   auto& w = p.w;
   const bool leaves = s.stop || s.stop_denominator;
-  if (s.start || s.start_denominator || leaves || s.end - s.begin > a.chunk)
+  if (s.start || s.start_denominator || leaves || s.end - s.begin > a.chunk || p.is_anchor(s.begin))
     p.load_sums(s.start, s.start_denominator);
   bool ahead = s.start || s.start_denominator;  // anything in the sums?
   const int64_t chunks = (s.end - s.begin + a.chunk - 1) / a.chunk;

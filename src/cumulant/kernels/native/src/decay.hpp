@@ -32,7 +32,7 @@ template <class R> struct ChunkDecay {
       const int64_t at = offset + i * logs.row;
       const double d =
           type == F32 ? double(((const float*)logs.data)[at]) : ((const double*)logs.data)[at];
-      if (!mask || mask[i]) sum += d < LEAST ? LEAST : d;
+      if (!mask || mask[i]) sum += d < LEAST ? LEAST : d > 0 ? 0 : d;
       c[i] = sum;
     }
     for (int i = n; i < last; i++) c[i] = sum;

@@ -18,13 +18,14 @@ inline bool is_masked(const Attention& a, const Segment& s, int64_t t) {
   return a.key_mask && !a.key_mask[batch_row(a, s) * a.S + first_token(a, s) + t];
 }
 
-// Of token t of a segment's sequence; 0 where it is masked.
+// Of token t of a segment's sequence, at most 0; 0 where it is masked.
 inline double log_decay(const Attention& a, const Segment& s, int64_t t) {
   if (is_masked(a, s, t)) return 0;
   const Array& x = a.log_decay;
   const int64_t at = batch_row(a, s) * x.batch + s.group * x.head + (first_token(a, s) + t) * x.row;
-  return a.decay_type == F32 ? double(static_cast<const float*>(x.data)[at])
-                             : static_cast<const double*>(x.data)[at];
+  const double d = a.decay_type == F32 ? double(static_cast<const float*>(x.data)[at])
+                                       : static_cast<const double*>(x.data)[at];
+  return d > 0 ? 0 : d;
 }
 
 // With A_i, what query i reads of the sums before its chunk, and b_j, what key j passes on (to
