@@ -123,6 +123,7 @@ def train(
         # a resumed run must agree with the recipe's model, and keeps its own length
         given |= set(RECIPES[recipe]) - (RUN_LENGTH if checked.resume else set())
     silence_libraries()
+    from .text.processes import leave_processes
     from .text.train import train as run
 
     try:
@@ -131,6 +132,7 @@ def train(
         if os.environ.get("RANK", "0") == "0":
             print(f"interrupted; {_resume_advice(checked.output)}", file=sys.stderr)
         raise
+    leave_processes()
     if os.environ.get("RANK", "0") == "0":
         say(f"model: {checked.output}; next: cumulant generate {checked.output} --prompt ...")
 

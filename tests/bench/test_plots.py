@@ -84,7 +84,7 @@ def figures(monkeypatch):
     [
         ("bench", {"times", "memory"}),
         ("blog", {"times", "memory"}),
-        ("recall", {"recall_state", "recall_pairs"}),
+        ("recall", {"recall_state", "recall_pairs", "recall_frontier"}),
         ("accuracy", {"accuracy"}),
         ("long", {f"compare_{name}" for name in ("curves", "sweep", "contexts", "copying")}),
     ],

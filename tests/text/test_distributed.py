@@ -20,6 +20,11 @@ TWO_PROCESSES = [
 ]
 
 
+def run_to_its_end(command, **options):
+    done = subprocess.run(command, capture_output=True, text=True, **options)
+    assert done.returncode == 0, done.stderr
+
+
 def test_two_processes_say_once_what_is_wrong(tmp_path):
     """Found by the first process alone, which reads the text."""
     (tmp_path / "short.txt").write_text("a text that is too short for its windows. " * 100)
@@ -71,7 +76,7 @@ def test_two_processes_equal_one(text, tmp_path, sharded, carry):
         "--output",
         str(tmp_path / "one"),
     ]
-    subprocess.run(one, check=True, capture_output=True)
+    run_to_its_end(one)
     two = [
         *TWO_PROCESSES,
         "train",
@@ -82,7 +87,7 @@ def test_two_processes_equal_one(text, tmp_path, sharded, carry):
         str(tmp_path / "two"),
         *["--fsdp"] * sharded,
     ]
-    subprocess.run(two, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    run_to_its_end(two, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert np.allclose(losses_in(tmp_path / "one"), losses_in(tmp_path / "two"), atol=1e-4)
     scores = [
         json.loads((tmp_path / n / "result.json").read_text())["bits_per_byte"]

@@ -42,6 +42,15 @@ def in_first_process(arguments: TrainingArguments, work: Callable[[], None]) -> 
         raise error
 
 
+def leave_processes() -> None:
+    """End the connections to the other processes, at the end of a process.
+
+    Otherwise their threads may still run when Python ends, which then aborts.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def all_agree(condition: bool, arguments: TrainingArguments) -> bool:
     """Whether the condition is true in every process."""
     if arguments.world_size == 1:
