@@ -23,7 +23,7 @@ namespace CUMULANT_ISA {
 // dq [K, n], set or added to, from the chunk's own keys: y = w v and z = sum w, with w = p(q . k),
 // so dw = dy v^T + dz, the scores' gradient is dw p'(q . k), and dq sums it times k. Scores and dw
 // are formed again.
-template <class R> void query_inside(Pass<R>& p, int n, bool add) {
+template <bool DECAYS, class R> void query_inside(Pass<R>& p, int n, bool add) {
   constexpr int W = LANES<R>;
   auto& w = p.w;
   p.template triangle<BY_COLUMN>(Pass<R>::UPPER, n, p.K, {w.k, CHUNK}, {w.q, CHUNK}, w.scores);
@@ -38,7 +38,7 @@ template <class R> void query_inside(Pass<R>& p, int n, bool add) {
       Vec<R> x = (load(row + i) + load(w.dz + i)) * slope<R>(load(scores + i), p.a.order);
       if (i == first) x = counted != R(0) ? x : Vec<R>{};
       if (p.mask && !p.mask[j]) x = Vec<R>{};
-      if (p.decays) x *= p.decay.of_queries(i, j);
+      if (DECAYS) x *= p.decay.of_queries(i, j);
       store(row + i, x);
     }
   }
@@ -77,7 +77,7 @@ template <class R> void query_backward(const Attention& a, const Segment& s, voi
       transpose(n, p.V, w.dy, w.stride, w.dy_transposed, CHUNK);
       if (past) query_across(p, n, at);
       if (a.is_causal)
-        query_inside(p, n, past);
+        p.decays ? query_inside<true>(p, n, past) : query_inside<false>(p, n, past);
       else if (!past)
         zero(w.dq, p.K * CHUNK);
       p.query_gradient(w.dq, n);
@@ -93,7 +93,7 @@ template <class R> void query_backward(const Attention& a, const Segment& s, voi
 
 // Adds to dk [K, n] and dv [n, V] what comes from the chunk's own queries of one head, and to
 // `terms`, unless null, columns less rows of w dw.
-template <class R> void key_inside(Pass<R>& p, int n, double* terms) {
+template <bool DECAYS, class R> void key_inside(Pass<R>& p, int n, double* terms) {
   constexpr int W = LANES<R>;
   auto& w = p.w;
   p.template triangle<BY_COLUMN>(Pass<R>::LOWER, n, p.K, {w.q, CHUNK}, {w.k, CHUNK}, w.scores);
@@ -111,20 +111,20 @@ template <class R> void key_inside(Pass<R>& p, int n, double* terms) {
       Vec<R> weight = polynomial<R>(x, p.a.order, p.a.constant_term);
       Vec<R> slopes = slope<R>(x, p.a.order);
       const Vec<R> dweight = load(row + j) + w.dz[i];
-      if (p.decays) {
+      if (DECAYS) {
         const Vec<R> kept = p.decay.of_keys(i, j);
         weight *= kept, slopes *= kept;
       }
       weight = counted != R(0) ? weight : Vec<R>{};
       store(scores + j, weight);
       store(row + j, counted != R(0) ? dweight * slopes : Vec<R>{});
-      if (terms) {
+      if (DECAYS && terms) {
         const Vec<R> pairs = counted != R(0) ? weight * dweight : Vec<R>{};
         add_wide(terms + j, pairs);
         of_row += fold(pairs);
       }
     }
-    if (terms) terms[i] -= sum<double>(of_row);
+    if (DECAYS && terms) terms[i] -= sum<double>(of_row);
     zero(scores + last + W, padded<R>(n) - last - W);
     zero(row + last + W, padded<R>(n) - last - W);
   }
@@ -172,7 +172,7 @@ template <class R> void key_backward(const Attention& a, const Segment& s, void*
     for (int r = 0; a.is_causal && r < p.R_heads; r++) {
       p.read_query(r, at, n);
       p.read_upstream(r, at, n);
-      key_inside(p, n, terms);
+      p.decays ? key_inside<true>(p, n, terms) : key_inside<false>(p, n, terms);
       // The chunk's own queries join dS after its keys have read it: those are counted inside.
       if (c > 0 || leaves || p.is_anchor(at)) p.add_queries(n, r == 0);
     }

@@ -8,7 +8,7 @@ namespace CUMULANT_ISA {
 
 // Numerators and denominators of a chunk's queries over its own keys, by the quadratic form: out
 // [n, V], z, set or added to.
-template <class R> void attend_inside(Pass<R>& p, int n, bool add) {
+template <bool DECAYS, class R> void attend_inside(Pass<R>& p, int n, bool add) {
   constexpr int W = LANES<R>;
   auto& w = p.w;
   p.template triangle<BY_COLUMN>(Pass<R>::UPPER, n, p.K, {w.k, CHUNK}, {w.q, CHUNK}, w.scores);
@@ -22,7 +22,7 @@ template <class R> void attend_inside(Pass<R>& p, int n, bool add) {
       Vec<R> x = polynomial<R>(load(row + i), p.a.order, p.a.constant_term);
       if (i == first) x = counted != R(0) ? x : Vec<R>{};
       if (p.mask && !p.mask[j]) x = Vec<R>{};
-      if (p.decays) x *= p.decay.of_queries(i, j);
+      if (DECAYS) x *= p.decay.of_queries(i, j);
       store(row + i, x);
       store(w.z + i, load(w.z + i) + x);
     }
@@ -52,7 +52,7 @@ template <class R> void forward(const Attention& a, const Segment& s, void* scra
         scale_columns(1, n, w.z, p.decay.from_start, w.z);
       }
       if (a.is_causal) {
-        attend_inside(p, n, past);
+        p.decays ? attend_inside<true>(p, n, past) : attend_inside<false>(p, n, past);
       } else if (!past) {
         zero(w.out, n * w.stride);
         zero(w.z, CHUNK);
