@@ -84,6 +84,11 @@ def test_twenty_million_tokens(name, context):
     assert len([name for name in names if name.startswith("gated_")]) == 3
 
 
+def test_a_trial_run_is_short():
+    quick = RECIPES["gates"].quick()
+    assert (quick.steps, quick.passing_steps, quick.reach) == (40, 40, 4)
+
+
 def test_wraps_add_no_layers():
     wrapped = configuration(TINY, TINY.mechanisms[2], 300)
     assert wrapped.wraps == 2

@@ -153,6 +153,8 @@ class Comparison:
             steps=QUICK_STEPS,
             seeds=2,
             evaluations=2,
+            reach=min(self.reach, 4),
+            passing_steps=min(self.passing_steps, QUICK_STEPS),
         )
 
 
