@@ -12,7 +12,7 @@
 // dw. Where the query reads the sums before the chunk, the pair is part of phi(q_i) . d phi(q_i),
 // and where a later chunk reads the key, of phi(k_j) . d phi(k_j). The query pass leaves the former
 // for every token, the key pass columns, rows and the latter, and some sums each: see
-// `decay_gradient` in attention_schedule.cpp.
+// `DecayGradient` in decay_gradient.hpp.
 #pragma once
 
 #include "attention_chunk.hpp"
