@@ -246,8 +246,8 @@ RECIPES = {
     "20m-tokens": twenty_million_tokens(context=1024, batch=8),
     "20m-tokens-2048": twenty_million_tokens(context=2048, batch=4),
     # Which gates, and whether beside rotary positions: trained at 512 tokens, read at 64 times
-    # that length at most. Fourteen trainings of about two minutes each on two free cores, and
-    # twenty-one of a fourth of it.
+    # that length at most. Sixteen trainings of three minutes each on two free cores, as many of the
+    # same length with states passed on, and twenty-four of a fourth of it.
     "gates": Comparison(
         mechanisms=(
             TAYLOR,
@@ -255,6 +255,7 @@ RECIPES = {
             GATED[1],
             GATED[1].variant("no rotary", palette.SKY, rotary=False),
             GATED[1].variant("spread", palette.NAVY, decay_spans=SPREAD),
+            GATED[1].variant("divisor 16", palette.VERMILION, decay_divisor=16),
             GATED[1].variant("fixed", palette.GREEN, decay="fixed"),
             GATED[1].variant("mamba2", palette.PINK, decay="mamba2"),
         ),
