@@ -6,6 +6,7 @@ import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+torch.set_num_threads(1)  # also for fixtures of a module, which come before those of a test
 
 
 @pytest.fixture(autouse=True)

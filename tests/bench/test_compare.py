@@ -16,6 +16,7 @@ from cumulant.bench.compare.recipes import configuration, find_recipe
 from cumulant.bench.compare.results import best_rate, results
 from cumulant.bench.redraw import redraw
 from cumulant.bench.reports.folder import Folder
+from cumulant.models import CumulantForCausalLM
 from cumulant.text.checkpoint import load_checkpoint
 from cumulant.text.tokens import read_tokens
 from cumulant.text.trainer import MarkWhole
@@ -332,3 +333,16 @@ def test_force_begins_anew(recipe, done, tmp_path, monkeypatch):
         run(replace(recipe, seeds=3), output, force=True)
     assert [row["row"] for row in Folder.open(str(output)).rows()] == ["text"]
     assert not (output / "runs").exists()
+
+
+def test_mechanisms_that_differ_by_few_parameters_start_from_the_same_weights():
+    gates = find_recipe("gates")
+    started = {}
+    for mechanism in gates.mechanisms[:3]:
+        torch.manual_seed(5)
+        config = configuration(gates, mechanism, 64)
+        started[mechanism.name] = CumulantForCausalLM(config).state_dict()
+    plain, rotated_less, gated = started.values()
+    assert plain.keys() == rotated_less.keys() < gated.keys()
+    for other in (rotated_less, gated):
+        assert all(torch.equal(weight, other[name]) for name, weight in plain.items())

@@ -367,6 +367,11 @@ def configuration(recipe: Comparison, mechanism: Mechanism, vocab_size: int) -> 
         for n in (1, 2)
     )
     width = max(1 + round((recipe.parameters - one) / (two - one)), 1) if two > one else 1
+    # Mechanisms that differ by some hundred parameters get one width, so that the weights that they
+    # share start alike. They then differ by less than two seeds do.
+    rounded = max(16 * round(width / 16), 16)
+    if abs((one + (rounded - 1) * (two - one)) / recipe.parameters - 1) <= TOLERANCE / 2:
+        width = rounded
     config = from_preset(mechanism.preset, **fields, intermediate_size=width)
     found = _parameter_count(config)
     if abs(found / recipe.parameters - 1) > TOLERANCE:
