@@ -270,8 +270,15 @@ def _check_log_decay(
             "log_decay: decays follow time, so they need is_causal=True; without it, tokens have"
             " no order"
         )
+    check_signs(log_decay, *masks)
+
+
+def check_signs(
+    log_decay: Tensor, key_mask: Tensor | None = None, cu_seqlens: Tensor | None = None
+) -> None:
+    """Check the sign of log decays ``[B, G, S]`` of tokens that count."""
     hint = "use logsigmoid(x), or decay.log() of decays between 0 and 1"
-    check_at_most_zero("log_decay", log_decay, "logarithms of decays", hint, *masks)
+    check_at_most_zero("log_decay", log_decay, "logarithms of decays", hint, key_mask, cu_seqlens)
 
 
 def check_at_most_zero(

@@ -44,12 +44,17 @@ class Choice:
         return f"{self.impl}: {self.reason}"
 
 
+def implementation_variable() -> Any:
+    """CUMULANT_IMPL as the environment holds it, None if it is not set; read in no time."""
+    return _environment.get(_key)
+
+
 def default_implementation() -> str:
     """The implementation that "auto" stands for: CUMULANT_IMPL if set, else "auto".
 
     An export to ONNX uses "reference", unless CUMULANT_IMPL names another one.
     """
-    name = os.environ[VARIABLE] if _environment.get(_key) else "auto"
+    name = os.environ[VARIABLE] if implementation_variable() else "auto"
     if name not in ("auto", *BACKENDS, "reference"):
         raise ValueError(
             f"{VARIABLE}: expected {_quote_names('auto', *BACKENDS, 'reference')}, got {name!r}"

@@ -12,6 +12,7 @@ from .checks import check_attention, check_linear_state
 from .cumulative import initial_sums, run_plan
 from .dispatch import make_plan, operation
 from .feature_maps import ELEMENTWISE, FeatureMap, apply_maps, check_feature_map, softmax_features
+from .repeated import recall, remember, signature
 from .sdpa_names import hint_at_names
 from .state import LinearState
 
@@ -77,6 +78,12 @@ def linear_attention(
     Sources: Katharopoulos et al. 2020, "Transformers are RNNs", equations 4 to 12; Shen et al.
     2018, "Efficient Attention".
     """
+    alike = None
+    if key_mask is None and cu_seqlens is None:
+        options = "linear", feature_map, is_causal, scale, normalize, return_state, impl
+        alike = signature(options, query, key, value, log_decay, state)
+        if repeated := recall(alike):
+            return repeated(query, key, value, log_decay, state)
     sizes = check_attention(
         query,
         key,
@@ -110,6 +117,8 @@ def linear_attention(
         returns_state=return_state,
     )
     plan, denominator = make_plan("attention", impl, inputs, spec), None
+    if elementwise and (repeated := remember(alike, plan, inputs, return_state)):
+        return repeated(query, key, value, log_decay, state)
     if by_softmax:
         past = None if state is None else state.denominator
         q, k, denominator = softmax_features(inputs, spec, denominator=past)

@@ -35,11 +35,15 @@ def hint_at_names(op: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(op)
     def checked_call(*args: P.args, **kwargs: P.kwargs) -> R:
-        for name in kwargs:
-            if name in hints:
-                raise TypeError(
-                    f"{op.__name__}() got an unexpected keyword argument {name!r}: {hints[name]}"
-                )
-        return op(*args, **kwargs)
+        try:
+            return op(*args, **kwargs)
+        except TypeError:
+            for name in kwargs:  # looked for only now, as this costs time
+                if name in hints:
+                    raise TypeError(
+                        f"{op.__name__}() got an unexpected keyword argument {name!r}:"
+                        f" {hints[name]}"
+                    ) from None
+            raise
 
     return checked_call

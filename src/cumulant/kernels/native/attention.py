@@ -7,7 +7,9 @@ once. See docs/kernels.md.
 
 from __future__ import annotations
 
+import ctypes
 import math
+import struct
 
 import torch
 from torch import Tensor
@@ -26,12 +28,15 @@ from .library import (
     MAX_ORDER,
     TYPES,
     Arguments,
+    Array,
     Attention,
     array_of,
     call_library,
     check_inputs,
     instruction_set_number,
+    loaded_library,
     pointer_to,
+    raise_status,
     require,
     thread_count,
 )
@@ -43,6 +48,8 @@ CHUNK = 64
 # Shorter chunks make it less.
 SHORT_CHUNK = 48
 SPAN = 512
+_ADDRESSES = struct.Struct("10Q")  # library.Addresses
+_NONE = torch.empty(0)
 # With more features than MANY and at most FEW_TOKENS tokens, PyTorch's quadratic form is faster.
 MANY, FEW_TOKENS = 600, 128
 
@@ -181,6 +188,70 @@ def forward(inputs: AttentionInputs, spec: AttentionSpec) -> AttentionOutputs:
         a.final_denominator = pointer_to(outputs.final_denominator) if spec.normalize else None
     call_library("cumulant_attention_forward", a)
     return outputs
+
+
+class RepeatedCall:
+    """Forward calls that are like one before, except for their numbers.
+
+    Options, shapes, strides and dtypes are the same. So everything is checked and laid out once,
+    and a call passes addresses alone.
+    """
+
+    def __init__(self, inputs: AttentionInputs, spec: AttentionSpec):
+        like = _Call(inputs, spec).attention
+        B, H, T, V, sums = like.B, like.H, like.T, like.V, (like.N, like.G, like.F)
+        like.out = Array(0, T * H * V, V, H * V)  # the layout of `new_heads`
+        self.spec, self.dtype = spec, inputs.dtype
+        self._out = (B, H, T, V), (T * H * V, V, H * V, 1)
+        self._numerator = (*sums, V) if spec.returns_state else (0,)
+        self._denominator = sums if spec.returns_state and spec.normalize else (0,)
+        self._denominators = (B, H, T) if spec.normalize else (0,)
+        self._run = loaded_library().cumulant_attention_repeat
+        self._like, self._like_address = like, ctypes.byref(like)
+
+    @staticmethod
+    def suits(x: AttentionInputs) -> bool:
+        """Whether the kernels read these tensors as they are."""
+        return (
+            x.key_mask is None
+            and x.cu_seqlens is None
+            and x.query.dtype == x.key.dtype == x.value.dtype
+            and all(0 not in t.shape and t.stride(-1) == 1 for t in (x.query, x.key, x.value))
+            and all(t is None or t.is_contiguous() for t in (x.numerator, x.denominator))
+        )
+
+    def forward(self, x: AttentionInputs, keeps_denominators: bool = True) -> AttentionOutputs:
+        """The outputs; without `keeps_denominators`, those that only the backward pass reads are
+        empty.
+
+        Raises:
+            GrowingWeights: a log decay is above 0, or NaN.
+        """
+        empty, dtype = torch.empty, self.dtype
+        S, Z, decay = x.numerator, x.denominator, x.log_decay
+        out = torch.empty_strided(*self._out, dtype=dtype)
+        kept = empty(self._denominators, dtype=dtype) if keeps_denominators else _NONE
+        if S is None or not self.spec.returns_state:
+            S1, Z1 = empty(self._numerator, dtype=dtype), empty(self._denominator, dtype=dtype)
+        else:  # which takes half as long
+            S1 = torch.empty_like(S)
+            Z1 = empty(0, dtype=dtype) if Z is None else torch.empty_like(Z)
+        addresses = _ADDRESSES.pack(
+            x.query.data_ptr(),
+            x.key.data_ptr(),
+            x.value.data_ptr(),
+            0 if decay is None else decay.data_ptr(),
+            0 if S is None else S.data_ptr(),
+            0 if Z is None else Z.data_ptr(),
+            out.data_ptr(),
+            kept.data_ptr(),
+            S1.data_ptr(),
+            Z1.data_ptr(),
+        )
+        status = self._run(self._like_address, addresses)
+        if status:
+            raise_status("cumulant_attention_repeat", status)
+        return AttentionOutputs(out, kept, S1, Z1)
 
 
 def backward(

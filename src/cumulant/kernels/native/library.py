@@ -16,11 +16,11 @@ from ..spec import accumulation_dtype
 PATH = Path(__file__).with_name("_kernels.so")
 INSTRUCTIONS = ("baseline", "avx2", "avx512")  # in the order of `Isa` in src/library.cpp
 TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-ABI = 4  # as in src/library.cpp
+ABI = 5  # as in src/library.cpp
 CHUNK = 64  # the most tokens in a chunk, as scratch matrices have so many rows
 ELITA_BLOCK = 16  # tokens between two means that ELiTA saves
 MAX_ORDER = 8
-GRAIN = 1_000_000  # multiplications for each further thread
+GRAIN = 750_000  # multiplications for each further thread
 _i64, _i32, _pointer = ctypes.c_int64, ctypes.c_int32, ctypes.c_void_p
 
 
@@ -45,6 +45,14 @@ class Attention(ctypes.Structure):
             for name in ("dfinal_numerator", "dfinal_denominator", "dnumerator", "ddenominator")
         ),
         ("dlog_decay", _pointer),
+    ]
+
+
+class Addresses(ctypes.Structure):
+    _fields_ = [
+        *((name, _pointer) for name in ("query", "key", "value", "log_decay")),
+        *((name, _pointer) for name in ("numerator", "denominator", "out", "denominators")),
+        *((name, _pointer) for name in ("final_numerator", "final_denominator")),
     ]
 
 
@@ -200,7 +208,7 @@ def pointer_to(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 
 
-STRUCTURES = (Array, Attention, Elita, MixedChunk, Pointwise, Instruction, Program)
+STRUCTURES = (Array, Attention, Addresses, Elita, MixedChunk, Pointwise, Instruction, Program)
 
 
 def expected_layout() -> str:
@@ -312,7 +320,18 @@ def multiply_rate(threads: int, dtype: torch.dtype = torch.float32) -> float:
 def call_library(function: str, arguments: ctypes.Structure, *more: int | None) -> None:
     """Call a function of the library, and raise its errors. more: addresses after the arguments."""
     status = getattr(loaded_library(), function)(ctypes.byref(arguments), *map(_pointer, more))
+    if status:
+        raise_status(function, status)
+
+
+class GrowingWeights(ValueError):
+    """A log decay is above 0, or NaN."""
+
+
+def raise_status(function: str, status: int) -> None:
+    """Raise the error that a function of the library returned."""
     if status == 1:
         raise MemoryError("impl 'native': not enough memory for the sums of its threads")
-    if status:
-        raise RuntimeError(f"impl 'native': {function} failed with status {status}")
+    if status == 3:
+        raise GrowingWeights("log_decay: expected numbers of at most 0")
+    raise RuntimeError(f"impl 'native': {function} failed with status {status}")

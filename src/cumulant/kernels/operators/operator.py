@@ -56,13 +56,6 @@ def _pack_results(tensors: Sequence[Tensor | None], like: Tensor) -> Any:
     return found if len(found) > 1 else found[0]
 
 
-def _any_requires_grad(inputs: Iterable[Tensor | None]) -> bool:
-    for x in inputs:  # noqa: SIM110  (a generator takes twice as long)
-        if x is not None and x.requires_grad:
-            return True
-    return False
-
-
 def _unpack_results(returned: Any) -> Sequence[Tensor]:
     return returned if isinstance(returned, tuple | list) else (returned,)
 
@@ -149,13 +142,32 @@ class Operator(Generic[Inputs, Outputs, Spec]):
         """
         if not is_plain_call(*inputs):
             results = self._mapped(*self.forward_arguments(impl, inputs, spec))
-        elif torch.is_grad_enabled() and _any_requires_grad(inputs):
-            results = self._eager.apply(*inputs, spec, impl)
+        elif torch.is_grad_enabled() and self.differentiates(inputs):
+            return self.run_differentiably(impl, inputs, spec)
         else:
             module = load_implementation(impl, self.module)
             found: Outputs = getattr(module, "forward_only", module.forward)(inputs, spec)
             return found
         found = self.outputs(*_unpack_results(results))
+        return found
+
+    def differentiates(self, inputs: Inputs) -> bool:
+        """Whether any input needs a gradient."""
+        for x in inputs:  # noqa: SIM110  (a generator takes twice as long)
+            if x is not None and x.requires_grad:
+                return True
+        return False
+
+    def run_differentiably(
+        self,
+        impl: str,
+        inputs: Inputs,
+        spec: Spec,
+        forward: Callable[[Inputs], Outputs] | None = None,
+    ) -> Outputs:
+        """The outputs of a plain call, with gradients; `forward` replaces that of `impl`."""
+        results = self._eager.apply(*inputs, spec, impl, forward)
+        found: Outputs = self.outputs(*_unpack_results(results))
         return found
 
     def forward_arguments(self, impl: str, inputs: Inputs, spec: Spec) -> list[Any]:
@@ -239,10 +251,13 @@ class Operator(Generic[Inputs, Outputs, Spec]):
     # Differentiation by autograd in a plain call, without the operators.
 
     def _run_eagerly(self, ctx: Any, *arguments: Any) -> Any:
-        *tensors, spec, impl = arguments
+        *tensors, spec, impl, forward = arguments
         inputs = self._inputs(*tensors)
-        module = load_implementation(impl, self.module)
-        results = _pack_results(module.forward(inputs, spec), inputs[0])
+        if forward is None:
+            found = load_implementation(impl, self.module).forward(inputs, spec)
+        else:
+            found = forward(inputs)
+        results = _pack_results(found, inputs[0])
         self._save_for_backward(ctx, inputs, spec, impl, self.outputs(*_unpack_results(results)))
         return results
 
@@ -252,7 +267,7 @@ class Operator(Generic[Inputs, Outputs, Spec]):
         # With gradients enabled, this gradient may be differentiated again.
         plain = is_plain_call(*tensors) and not torch.is_grad_enabled()
         found = (self._run_backward if plain else self._mapped_backward)(*arguments)
-        return *self._input_gradients(ctx, _unpack_results(found)), None, None
+        return *self._input_gradients(ctx, _unpack_results(found)), None, None, None
 
     def _backward_tensors(self, ctx: Any, gradients: Sequence[Any]) -> list[Any]:
         """The tensor arguments of a call of `backward`."""

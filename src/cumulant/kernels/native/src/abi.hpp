@@ -38,6 +38,12 @@ struct Attention {
   double* dlog_decay;  // [B, G, S], or null
 };
 
+// The addresses of a call of Attention forwards, of which all else is that of an earlier call.
+struct Addresses {
+  void *query, *key, *value, *log_decay, *numerator, *denominator;
+  void *out, *denominators, *final_numerator, *final_denominator;
+};
+
 // One call of ELiTA's attention. Logits are float or double (`logits`), odds float (double where
 // the values are: `gates`); what the recurrences carry is always double.
 struct Elita {

@@ -6,49 +6,12 @@
 // first cache.
 #pragma once
 
+#include "attention_workspace.hpp"
 #include "decay.hpp"
 #include "taylor_features.hpp"
 
 namespace cumulant {
 namespace CUMULANT_ISA {
-
-constexpr int SLAB = 78;
-
-// Matrices of one thread. With a null base it only counts how much they need.
-template <class R> struct Workspace {
-  int64_t used = 0;
-  R *q, *k, *v, *rows, *scores, *dscores, *phi, *dphi, *out, *S, *Z, *z, *ones, *constant, *powers;
-  R *v_transposed, *dy_transposed, *dy, *dz, *dq, *dk, *dv, *level;
-  int64_t stride;     // of rows of values
-  int64_t residuals;  // from sums that decay to what rounding took off them: see Keep
-
-  Workspace(const Attention& a, R* base) {
-    const int64_t K = padded<R>(int(a.K)), V = padded<R>(int(a.V));
-    stride = V;
-    auto take = [&](int64_t n) {
-      R* at = base ? base + used : nullptr;
-      used += (n + 15) / 16 * 16;
-      return at;
-    };
-    q = take(K * CHUNK), k = take(K * CHUNK), dq = take(K * CHUNK), dk = take(K * CHUNK);
-    rows = take(larger(K, V) * CHUNK);
-    v = take(V * CHUNK), out = take(V * CHUNK), v_transposed = take(V * CHUNK);
-    dy = take(V * CHUNK), dy_transposed = take(V * CHUNK), dv = take(V * CHUNK);
-    scores = take(CHUNK * CHUNK), dscores = take(CHUNK * CHUNK);
-    phi = take(SLAB * CHUNK), dphi = take(SLAB * CHUNK);
-    z = take(CHUNK), dz = take(CHUNK), level = take(CHUNK), ones = take(CHUNK),
-    constant = take(CHUNK);
-    powers = take(2 * MAX_ORDER * CHUNK);
-    // One causal chunk without a state is the quadratic form alone: no sums, however many features
-    // there would be.
-    const bool sums = !a.is_causal || a.T > a.chunk || a.numerator || a.denominator ||
-                      a.final_numerator || a.final_denominator || a.dfinal_numerator ||
-                      a.dfinal_denominator;
-    residuals = sums ? (a.F * (V + 1) + 15) / 16 * 16 : 0;
-    S = take(a.log_decay.data ? 2 * residuals : residuals);
-    Z = base && sums ? S + a.F * V : S;
-  }
-};
 
 template <class R> struct Pass {
   static constexpr int W = LANES<R>;
@@ -60,6 +23,13 @@ template <class R> struct Pass {
   const bool decays;
   const uint8_t* mask = nullptr;
   Matrix<const R> v{};  // the chunk's values
+  // The sums that are read and those that are written, [F, columns] and [F]: scratch, unless the
+  // segment is one chunk, which uses those before and after it.
+  Matrix<const R> S_read{};
+  Matrix<R> S_written{};
+  const R* Z_read;
+  R* Z_written;
+  bool sums_begin = false;  // there are none yet, and adding sets them
   ChunkDecay<R> decay;
   Ahead ahead;
 
@@ -79,6 +49,8 @@ template <class R> struct Pass {
         a.order == 0 ? 1 : (F + SLAB - 1) / SLAB;  // of about the same size, in whole tiles
     slab = ((F + slabs - 1) / slabs + 5) / 6 * 6;
     for (int i = 0; i < CHUNK; i++) w.ones[i] = 1;
+    S_read = {w.S, w.stride}, S_written = {w.S, w.stride};
+    Z_read = Z_written = w.Z;
   }
 
   // What a pass reads of every chunk, and writes: see `begin`.
@@ -236,12 +208,22 @@ template <class R> struct Pass {
       divide(out + i * w.stride, columns, z[i],
              direct ? x.at<R>() + i * x.array.row + s.from : out + i * w.stride);
     if (!a.normalize || !direct) write(x, s.from, columns, out, w.stride);
-    if (a.normalize && s.from == 0)
+    if (a.normalize && a.denominators && s.from == 0)
       memcpy((R*)a.denominators + (batch * a.H + head(r)) * a.T + first + at, z,
              sizeof(R) * size_t(n));
   }
 
   // ---- sums ----
+
+  // Whether the sums before and after the segment can be used where they are.
+  bool in_place() const {
+    return a.is_causal && s.end > s.begin && s.end - s.begin <= a.chunk && columns % W == 0;
+  }
+  void use_sums_in_place() {
+    S_read = {(const R*)s.start + s.from, V}, S_written = {(R*)s.stop + s.from, V};
+    Z_read = (const R*)s.start_denominator, Z_written = (R*)s.stop_denominator;
+    sums_begin = !s.start;
+  }
 
   void load_sums(const void* numerator, const void* denominator) {
     for (int f = 0; f < F; f++) {
@@ -278,9 +260,10 @@ template <class R> struct Pass {
   // out = phi^T S, z = phi . Z
   void read_sums(const R* x, const R* constant, int n, R* out, R* z) {
     slabs(x, constant, n, [&](int f, int rows, const R* phi) {
-      product<BY_COLUMN, R>(ahead, n, columns, rows, {phi, CHUNK}, {w.S + f * w.stride, w.stride},
+      product<BY_COLUMN, R>(ahead, n, columns, rows, {phi, CHUNK}, {S_read.row(f), S_read.stride},
                             {out, w.stride}, f > 0);
-      if (z) product<BY_ROW, R>(ahead, 1, n, rows, {w.Z + f, 0}, {phi, CHUNK}, {z, CHUNK}, f > 0);
+      if (z)
+        product<BY_ROW, R>(ahead, 1, n, rows, {Z_read + f, 0}, {phi, CHUNK}, {z, CHUNK}, f > 0);
     });
   }
 
@@ -292,20 +275,30 @@ template <class R> struct Pass {
   // S = kept S + phi y, Z = kept Z + phi . weights (null: of 1)
   void add_sums(const R* x, const R* constant, int n, Matrix<const R> y, const R* weights,
                 R kept = 1, R lost = 0) {
-    const Keep<R> all{kept, lost, w.residuals}, *const keep = lost == R(0) ? nullptr : &all;
+    const bool scratch = Z_written == w.Z;
+    const Keep<R> all{kept, lost, scratch ? w.residuals : 0}, *const keep =
+                                                                  lost == R(0) ? nullptr : &all;
+    const int64_t base =
+        scratch || sums_begin
+            ? 0
+            : (intptr_t(S_read.data) - intptr_t(S_written.data)) / int64_t(sizeof(R));
     slabs(x, constant, n, [&](int f, int rows, const R* phi) {
-      product<BY_ROW, R>(ahead, rows, columns, n, {phi, CHUNK}, y, {w.S + f * w.stride, w.stride},
-                         true, ALL, keep);
-      if (!a.normalize) return;
+      if (S_written.data)
+        product<BY_ROW, R>(ahead, rows, columns, n, {phi, CHUNK}, y,
+                           {S_written.row(f), S_written.stride}, !sums_begin, ALL, keep, base);
+      if (!a.normalize || !Z_written || (!scratch && s.from)) return;
       for (int j = 0; j < rows; j++) {
         Vec<R> total{};
         for (int i = 0; i < n; i += W)
           total +=
               weights ? load(phi + j * CHUNK + i) * load(weights + i) : load(phi + j * CHUNK + i);
-        if (keep)
-          keep->add(&w.Z[f + j], sum<R>(total));
+        const R more = sum<R>(total);
+        if (!keep || sums_begin)
+          Z_written[f + j] = sums_begin ? more : Z_read[f + j] + more;
+        else if (keep->residuals)
+          keep->add(&Z_written[f + j], more);
         else
-          w.Z[f + j] += sum<R>(total);
+          Z_written[f + j] = keep->plus(Z_read[f + j], more);
       }
     });
   }

@@ -1,4 +1,4 @@
-// Outputs, the keys' sums, and one token's step.
+// Outputs, and the keys' sums.
 #pragma once
 
 #include "attention_chunk.hpp"
@@ -36,7 +36,11 @@ template <class R> void forward(const Attention& a, const Segment& s, void* scra
   auto& w = p.w;
   const bool leaves = s.stop || s.stop_denominator;
   bool past = s.start || s.start_denominator;  // anything in the sums?
-  if (past || leaves || s.end - s.begin > a.chunk) p.load_sums(s.start, s.start_denominator);
+  const bool in_place = p.in_place();
+  if (in_place)
+    p.use_sums_in_place();
+  else if (past || leaves || s.end - s.begin > a.chunk)
+    p.load_sums(s.start, s.start_denominator);
   for (int64_t at = s.begin; at < s.end; at += a.chunk) {
     const int n = p.count(at);
     p.begin(at, a.chunk, p.OUT | p.QUERY | (a.is_causal ? p.KEY | p.VALUE : 0));
@@ -64,7 +68,7 @@ template <class R> void forward(const Attention& a, const Segment& s, void* scra
       past = true;
     }
   }
-  if (leaves) p.leave_sums(s.stop, s.stop_denominator);
+  if (leaves && !in_place) p.leave_sums(s.stop, s.stop_denominator);
 }
 
 // What the segment's keys and values add to the sums.
@@ -79,68 +83,6 @@ template <class R> void sum_keys(const Attention& a, const Segment& s, void* scr
     p.add_keys(n, p.w.dv);
   }
   p.leave_sums(s.stop, s.stop_denominator);
-}
-
-// N vectors of columns of the rows f .. f + rows - 1 of a state, which the token is added to if
-// that is yet to do.
-template <class R, int N>
-INLINE void step_columns(Pass<R>& p, bool add, int f, int rows, int d, const R* phi, const R* S,
-                         R* next) {
-  constexpr int W = LANES<R>;
-  auto& w = p.w;
-  Vec<R> out[N], v[N];
-  for (int i = 0; i < N; i++) out[i] = Vec<R>{}, v[i] = load(p.v.data + d + i * W);
-  for (int j = 0; j < rows; j++) {
-    const int64_t at = int64_t(f + j) * p.V + d;
-    const R by_key = w.Z[f + j], by_query = phi[j * CHUNK];
-    for (int i = 0; i < N; i++) {
-      Vec<R> x = load((add ? S : next) + at + i * W);
-      if (add) {
-        x = p.add_decayed(x, by_key * v[i]);
-        store(next + at + i * W, x);
-      }
-      out[i] += by_query * x;
-    }
-  }
-  for (int i = 0; i < N; i++) store(w.out + d + i * W, load(w.out + d + i * W) + out[i]);
-}
-
-// One token: S' = exp(d) S + phi(k) v, out = phi(q) S' / z', in one pass over the state.
-template <class R> void step(const Attention& a, const Segment& s, void* scratch) {
-  constexpr int W = LANES<R>, N = PANEL;
-  Pass<R> p(a, s, scratch);
-  auto& w = p.w;
-  const int V = p.V, whole = V / W * W;
-  p.read_key(0, 1);
-  p.read_value(0, 1);
-  const R *S = (const R*)s.start, *Z = (const R*)s.start_denominator;
-  R *next = (R*)s.stop, *next_Z = (R*)s.stop_denominator;
-  p.slabs(w.k, w.constant, 1, [&](int f, int rows, const R* phi) {
-    for (int j = 0; j < rows; j++) w.Z[f + j] = phi[j * CHUNK];
-  });
-  for (int r = 0; r < p.R_heads; r++) {
-    p.read_query(r, 0, 1);
-    zero(w.out, w.stride);
-    R z = 0;
-    p.slabs(w.q, w.ones, 1, [&](int f, int rows, const R* phi) {
-      for (int j = 0; r == 0 && a.normalize && j < rows; j++)
-        next_Z[f + j] = p.add_decayed(Z[f + j], w.Z[f + j]);
-      R part = 0;
-      for (int j = 0; a.normalize && j < rows; j++) part += phi[j * CHUNK] * next_Z[f + j];
-      z += part;
-      int d = 0;
-      for (; d + N * W <= whole; d += N * W)
-        step_columns<R, N>(p, r == 0, f, rows, d, phi, S, next);
-      for (; d < whole; d += W) step_columns<R, 1>(p, r == 0, f, rows, d, phi, S, next);
-      for (int j = 0; j < rows; j++)
-        for (int d = whole; d < V; d++) {
-          const int64_t at = int64_t(f + j) * V + d;
-          if (r == 0) next[at] = p.add_decayed(S[at], w.Z[f + j] * p.v.data[d]);
-          w.out[d] += phi[j * CHUNK] * next[at];
-        }
-    });
-    p.write_out(r, 0, 1, w.out, &z);
-  }
 }
 
 }  // namespace CUMULANT_ISA

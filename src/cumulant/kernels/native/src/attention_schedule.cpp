@@ -29,7 +29,7 @@ class AttentionCall : Schedule<Attention> {
       return run(scratch);
     }
     clear_behind(a.out, a.H, a.T, a.V, real);
-    if (a.normalize) clear_denominators();
+    if (a.normalize && a.denominators) clear_denominators();
     if (!a.is_causal) return forward_both();
     const auto kernel = [&](const Segment&) { return k.forward; };
     return forward_causal(scratch, k.sum_keys, kernel, count_columns(), a.T, before, after);
@@ -139,12 +139,41 @@ class AttentionCall : Schedule<Attention> {
   }
 };
 
+// Whether a log decay is above 0, or NaN.
+bool any_grows(const Attention& a) {
+  const Array& x = a.log_decay;
+  if (!x.data) return false;
+  const auto grows = [&](const auto* from) {
+    for (int64_t t = 0; t < a.S; t++)
+      if (!(from[t * x.row] <= 0)) return true;
+    return false;
+  };
+  for (int64_t b = 0; b < a.B; b++)
+    for (int64_t g = 0; g < a.G; g++) {
+      const int64_t at = b * x.batch + g * x.head;
+      if (a.decay_type == F64 ? grows((const double*)x.data + at)
+                              : grows((const float*)x.data + at))
+        return true;
+    }
+  return false;
+}
+
 }  // namespace
 }  // namespace cumulant
 
 extern "C" {
 int cumulant_attention_forward(const cumulant::Attention* a) {
   return cumulant::guarded(a->isa, [&] { return cumulant::AttentionCall(*a).forward(); });
+}
+// A call like an earlier one, `like`, whose tensors are elsewhere. Decays are checked here.
+int cumulant_attention_repeat(const cumulant::Attention* like, const cumulant::Addresses* at) {
+  cumulant::Attention a = *like;
+  a.query.data = at->query, a.key.data = at->key, a.value.data = at->value, a.out.data = at->out;
+  a.log_decay.data = at->log_decay, a.denominators = at->denominators;
+  a.numerator = at->numerator, a.denominator = at->denominator;
+  a.final_numerator = at->final_numerator, a.final_denominator = at->final_denominator;
+  if (cumulant::any_grows(a)) return cumulant::GROWING;
+  return cumulant_attention_forward(&a);
 }
 int cumulant_attention_backward(const cumulant::Attention* a) {
   return cumulant::guarded(a->isa, [&] { return cumulant::AttentionCall(*a).backward(); });

@@ -2,6 +2,7 @@
 // CUMULANT_ISA.
 #include "attention_backward.hpp"
 #include "attention_forward.hpp"
+#include "attention_step.hpp"
 #include "elita_recurrence.hpp"
 #include "mixed_chunk_backward.hpp"
 #include "mixed_chunk_forward.hpp"

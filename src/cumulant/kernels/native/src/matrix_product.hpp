@@ -62,8 +62,8 @@ class Ahead {
 // same direction thousands of times. For the same reason little is lost by a product with what is
 // lost.
 template <class R> struct Keep {
-  R kept, lost;  // they add up to 1
-  int64_t residuals;
+  R kept, lost;       // they add up to 1
+  int64_t residuals;  // 0: none are kept
   bool is_strong() const { return lost > R(0.5); }
   template <class X> INLINE X plus(X old, X more) const {
     return is_strong() ? old * kept + more : old + (more - old * lost);
@@ -81,10 +81,11 @@ template <class R> struct Keep {
   }
 };
 
-// C (+)= op(A) B. `keep`, unless null: how C decays before it is added to.
+// C (+)= op(A) B. `keep`, unless null: how what it is added to decays before. That is C, or lies
+// `base` numbers further on.
 template <class R, int M, int N, Layout LAYOUT>
 INLINE void tile(int begin, int end, const R* A, int64_t lda, const R* B, int64_t ldb, R* C,
-                 int64_t ldc, bool add, const Keep<R>* keep) {
+                 int64_t ldc, bool add, const Keep<R>* keep, int64_t base) {
   // From zero, also where C is added to: among many small terms a large sum would lose their last
   // digits, all the same way.
   Vec<R> c[M][N];
@@ -101,28 +102,32 @@ INLINE void tile(int begin, int end, const R* A, int64_t lda, const R* B, int64_
   for (int m = 0; m < M; m++)
     for (int n = 0; n < N; n++) {
       R* const to = C + m * ldc + n * LANES<R>;
-      if (keep)
+      if (!keep || !add)
+        store(to, add ? load(to + base) + c[m][n] : c[m][n]);
+      else if (keep->residuals)
         keep->add(to, c[m][n]);
       else
-        store(to, add ? load(to) + c[m][n] : c[m][n]);
+        store(to, keep->plus(load(to + base), c[m][n]));
     }
 }
 
 // A panel of N vectors: whole tiles of M rows, then what is left in tiles of fewer.
 template <class R, int M, int N, Layout LAYOUT>
 void panel(int from, int rows, int k, Matrix<const R> A, Matrix<const R> B, Matrix<R> C, bool add,
-           Range range, Ahead& ahead, const Keep<R>* keep) {
+           Range range, Ahead& ahead, const Keep<R>* keep, int64_t base) {
   int m = from;
   for (; m + M <= rows; m += M) {
     const int begin = range == FROM ? smaller(m, k) : 0,
               end = range == UP_TO ? smaller(k, m + M) : k;
     const R* a = LAYOUT == BY_ROW ? A.row(m) : A.data + m;
     ahead.fetch();
-    tile<R, M, N, LAYOUT>(begin, end, a, A.stride, B.data, B.stride, C.row(m), C.stride, add, keep);
+    tile<R, M, N, LAYOUT>(begin, end, a, A.stride, B.data, B.stride, C.row(m), C.stride, add, keep,
+                          base);
   }
   if constexpr (M > 1) {
     if (m < rows)
-      panel<R, (M > 8 ? M / 2 : M - 1), N, LAYOUT>(m, rows, k, A, B, C, add, range, ahead, keep);
+      panel<R, (M > 8 ? M / 2 : M - 1), N, LAYOUT>(m, rows, k, A, B, C, add, range, ahead, keep,
+                                                   base);
   }
 }
 
@@ -130,21 +135,21 @@ void panel(int from, int rows, int k, Matrix<const R> A, Matrix<const R> B, Matr
 // read and write.
 template <Layout LAYOUT, class R>
 void product(Ahead& ahead, int m, int n, int k, Matrix<const R> A, Matrix<const R> B, Matrix<R> C,
-             bool add = true, Range range = ALL, const Keep<R>* keep = nullptr) {
+             bool add = true, Range range = ALL, const Keep<R>* keep = nullptr, int64_t base = 0) {
   constexpr int W = LANES<R>, ROWS = ACCUMULATORS / PANEL;
   int from = 0;
   for (; from + PANEL * W <= padded<R>(n); from += PANEL * W)
     panel<R, ROWS, PANEL, LAYOUT>(0, m, k, A, {B.data + from, B.stride}, {C.data + from, C.stride},
-                                  add, range, ahead, keep);
+                                  add, range, ahead, keep, base);
   const int left = (padded<R>(n) - from) / W;
   B.data += from;
   C.data += from;
   if (PANEL > 3 && left == 3)
-    panel<R, ACCUMULATORS / 3, 3, LAYOUT>(0, m, k, A, B, C, add, range, ahead, keep);
+    panel<R, ACCUMULATORS / 3, 3, LAYOUT>(0, m, k, A, B, C, add, range, ahead, keep, base);
   if (PANEL > 2 && left == 2)
-    panel<R, ACCUMULATORS / 2, 2, LAYOUT>(0, m, k, A, B, C, add, range, ahead, keep);
+    panel<R, ACCUMULATORS / 2, 2, LAYOUT>(0, m, k, A, B, C, add, range, ahead, keep, base);
   if (left == 1)
-    panel<R, (PANEL > 2 ? 12 : 8), 1, LAYOUT>(0, m, k, A, B, C, add, range, ahead, keep);
+    panel<R, (PANEL > 2 ? 12 : 8), 1, LAYOUT>(0, m, k, A, B, C, add, range, ahead, keep, base);
 }
 
 }  // namespace CUMULANT_ISA

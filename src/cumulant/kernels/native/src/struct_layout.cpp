@@ -63,6 +63,19 @@ Layout layout(const Attention*) {
           FIELD(ddenominator),
           FIELD(dlog_decay)};
 }
+Layout layout(const Addresses*) {
+  typedef Addresses Struct;
+  return {FIELD(query),
+          FIELD(key),
+          FIELD(value),
+          FIELD(log_decay),
+          FIELD(numerator),
+          FIELD(denominator),
+          FIELD(out),
+          FIELD(denominators),
+          FIELD(final_numerator),
+          FIELD(final_denominator)};
+}
 Layout layout(const Elita*) {
   typedef Elita Struct;
   return {FIELD(B),
@@ -189,6 +202,7 @@ const char* cumulant_layout() {
     std::string to;
     cumulant::add<cumulant::Array>(to, "Array");
     cumulant::add<cumulant::Attention>(to, "Attention");
+    cumulant::add<cumulant::Addresses>(to, "Addresses");
     cumulant::add<cumulant::Elita>(to, "Elita");
     cumulant::add<cumulant::MixedChunk>(to, "MixedChunk");
     cumulant::add<cumulant::Pointwise>(to, "Pointwise");

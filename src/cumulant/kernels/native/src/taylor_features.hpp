@@ -13,14 +13,21 @@
 namespace cumulant {
 namespace CUMULANT_ISA {
 
+// The power of two that brings numbers >= 0 near 1.
+template <class R> INLINE Vec<R> level_factor(Vec<R> top) {
+  typedef typename Simd<R>::I I;
+  constexpr int MANTISSA = sizeof(R) == 4 ? 23 : 52, HIGHEST = sizeof(R) == 4 ? 254 : 2046;
+  I exponent = HIGHEST - ((I)top >> MANTISSA);
+  exponent = exponent < 1 ? exponent - exponent + 1 : exponent;
+  return (Vec<R>)(exponent << MANTISSA);
+}
+
 // In place: queries times `scale`, and times or plus what brings their largest feature near 1, so
 // that products with small keys, and quotients by them, neither vanish nor overflow. Powers of two,
 // of which `level` holds each token's, or, for elu + 1, which below zero is an exponential, what is
 // added.
 template <class R> void level(R* x, int K, int n, R scale, int activation, R* level) {
-  typedef typename Simd<R>::I I;
-  constexpr int W = LANES<R>, MANTISSA = sizeof(R) == 4 ? 23 : 52,
-                HIGHEST = sizeof(R) == 4 ? 254 : 2046;  // exponents
+  constexpr int W = LANES<R>;
   constexpr R lowest = sizeof(R) == 4 ? R(-3.4028234663852886e38) : R(-1.7976931348623157e308);
   for (int i = 0; i < n; i += W) {
     Vec<R> top = activation == ELU ? splat(lowest) : Vec<R>{};
@@ -36,9 +43,7 @@ template <class R> void level(R* x, int K, int n, R scale, int activation, R* le
       store(level + i, -top);
       continue;
     }
-    I exponent = HIGHEST - ((I)top >> MANTISSA);  // top is not negative
-    exponent = exponent < 1 ? exponent - exponent + 1 : exponent;
-    const Vec<R> factor = (Vec<R>)(exponent << MANTISSA);
+    const Vec<R> factor = level_factor<R>(top);
     for (int d = 0; d < K; d++) store(x + d * CHUNK + i, load(x + d * CHUNK + i) * factor);
     store(level + i, factor);
   }
