@@ -12,8 +12,9 @@ import torch
 from torch.nn import functional as F
 
 from cumulant.bench.compare import work as bench
-from cumulant.bench.compare.recipes import configuration, find_recipe
+from cumulant.bench.compare.recipes import find_recipe
 from cumulant.bench.compare.results import best_rate, results
+from cumulant.bench.compare.sizes import configuration
 from cumulant.bench.redraw import redraw
 from cumulant.bench.reports.folder import Folder
 from cumulant.models import CumulantForCausalLM

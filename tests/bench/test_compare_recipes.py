@@ -5,7 +5,8 @@ from typing import get_type_hints
 import pytest
 import torch
 
-from cumulant.bench.compare.recipes import RECIPES, configuration, differences, find_recipe
+from cumulant.bench.compare.recipes import RECIPES, find_recipe
+from cumulant.bench.compare.sizes import configuration, differences
 from cumulant.models import CumulantForCausalLM
 
 from .comparisons import TINY

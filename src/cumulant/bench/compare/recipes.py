@@ -10,13 +10,9 @@ import math
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-import torch
-
-from ...models import CumulantConfig, CumulantForCausalLM, from_preset
 from ..reports import palette
 from ..reports.palette import Style
 
-TOLERANCE = 0.02  # relative, of the number of parameters
 QUICK_STEPS = 40
 
 
@@ -167,7 +163,7 @@ GATED = (
     Mechanism("gated_taylor", "gated_taylor", style=palette.BLUE.variant(2)),
     Mechanism("gated_based", "gated_based", style=palette.VERMILION.variant(2)),
 )
-SPREAD = (16, 160, 1600, 16000)  # tokens that heads remember at first
+SPREAD, SHORT = (16, 160, 1600, 16000), (2, 8, 32, 128)  # tokens that heads remember at first
 WINDOW = Mechanism("window-64", "softmax", {"mixers": ["sliding_window"]}, palette.SLATE)
 FLASH = Mechanism("flash", "flash", style=palette.GREEN)
 ELITA = Mechanism("elita", "elita", style=palette.PINK)
@@ -246,8 +242,8 @@ RECIPES = {
     "20m-tokens": twenty_million_tokens(context=1024, batch=8),
     "20m-tokens-2048": twenty_million_tokens(context=2048, batch=4),
     # Which gates, and whether beside rotary positions: trained at 512 tokens, read at 64 times
-    # that length at most. Sixteen trainings of three minutes each on two free cores, as many of the
-    # same length with states passed on, and twenty-four of a fourth of it.
+    # that length at most. Twenty-two trainings of three minutes each on two free cores, as many of
+    # the same length with states passed on, and thirty-three of a fourth of it.
     "gates": Comparison(
         mechanisms=(
             TAYLOR,
@@ -258,6 +254,13 @@ RECIPES = {
             GATED[1].variant("divisor 16", palette.VERMILION, decay_divisor=16),
             GATED[1].variant("fixed", palette.GREEN, decay="fixed"),
             GATED[1].variant("mamba2", palette.PINK, decay="mamba2"),
+            GATED[1].variant(
+                "mamba2, no rotary", palette.PINK.variant(), decay="mamba2", rotary=False
+            ),
+            GATED[1].variant("short", palette.BROWN, decay_spans=SHORT),
+            GATED[1].variant(
+                "short, no rotary", palette.BROWN.variant(), decay_spans=SHORT, rotary=False
+            ),
         ),
         learning_rates=(2e-3, 4e-3, 8e-3),
         width=128,
@@ -345,56 +348,3 @@ def find_recipe(name: str) -> Comparison:
     if name not in RECIPES:
         raise ValueError(f"recipe: expected one of {', '.join(RECIPES)}, got {name!r}")
     return RECIPES[name]
-
-
-def configuration(recipe: Comparison, mechanism: Mechanism, vocab_size: int) -> CumulantConfig:
-    """The mechanism's model, with a feed-forward that brings it to the recipe's parameters.
-
-    Raises:
-        ValueError: no width comes within 2% of that number.
-    """
-    fields = {
-        "vocab_size": vocab_size,
-        "hidden_size": recipe.width,
-        "num_hidden_layers": recipe.depth,
-        "num_attention_heads": recipe.heads,
-        "horizon": recipe.context,
-        **recipe.shared,
-        **mechanism.fields,
-    }
-    one, two = (
-        _parameter_count(from_preset(mechanism.preset, **fields, intermediate_size=n))
-        for n in (1, 2)
-    )
-    width = max(1 + round((recipe.parameters - one) / (two - one)), 1) if two > one else 1
-    # Mechanisms that differ by some hundred parameters get one width, so that the weights that they
-    # share start alike. They then differ by less than two seeds do.
-    rounded = max(16 * round(width / 16), 16)
-    if abs((one + (rounded - 1) * (two - one)) / recipe.parameters - 1) <= TOLERANCE / 2:
-        width = rounded
-    config = from_preset(mechanism.preset, **fields, intermediate_size=width)
-    found = _parameter_count(config)
-    if abs(found / recipe.parameters - 1) > TOLERANCE:
-        raise ValueError(
-            f"{mechanism.name}: has {found:,} parameters at the nearest width of its feed-forward,"
-            f" {width}, not {recipe.parameters:,} within {TOLERANCE:.0%}; change the recipe's width"
-            " or depth"
-        )
-    return config
-
-
-def differences(config: CumulantConfig, baseline: CumulantConfig) -> dict[str, Any]:
-    """The fields that differ from the baseline's, except the width of the feed-forward."""
-    own, other = config.to_diff_dict(), baseline.to_diff_dict()
-    ignored = {"preset", "intermediate_size", "layer_types"}
-    return {
-        name: getattr(config, name)
-        for name in sorted(own.keys() | other.keys())
-        if name not in ignored and getattr(config, name) != getattr(baseline, name)
-    }
-
-
-def _parameter_count(config: CumulantConfig) -> int:
-    with torch.device("meta"):
-        count: int = CumulantForCausalLM(config).num_parameters()
-    return count

@@ -40,9 +40,10 @@ from ...text.trainer import Diverged
 from ..reports.folder import Folder, Row
 from ..reports.plots import pyplot
 from .context import SHORTEST, loss_by_context, loss_on_copies
-from .recipes import Comparison, Mechanism, configuration, differences
+from .recipes import Comparison, Mechanism
 from .report import REPORT, report
 from .results import best_rate, results, swept_steps
+from .sizes import configuration, differences
 from .step_cost import measure_costs
 
 SPAN = 128  # bytes of a span to copy
