@@ -4,6 +4,8 @@ import os
 import pytest
 import torch
 
+from cumulant.ops.repeated import forget
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 torch.set_num_threads(1)  # also for fixtures of a module, which come before those of a test
@@ -20,3 +22,4 @@ def _warnings_are_logged():
 def _seeded():
     torch.manual_seed(0)
     torch.set_num_threads(1)
+    forget()  # calls of tests that changed kernels

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from cumulant.kernels.native import library
+from cumulant.ops.repeated import forget
 
 from .cases import CHUNK
 from .walking import walk
@@ -41,6 +42,7 @@ def shorter_chunks(monkeypatch):
 def small_grains(monkeypatch):
     """Lets the native kernels start any number of threads, for any work."""
     monkeypatch.setattr(library, "GRAIN", 1)
+    forget()
 
 
 @pytest.fixture

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from cumulant.ops.repeated import forget
+
 PLACES = {
     "chunk": ("torch.attention.CHUNK", "native.attention.CHUNK", "differentiable.attention.CHUNK"),
     "span": ("native.attention.SPAN",),
@@ -19,3 +21,4 @@ def walk(monkeypatch: Any, **sizes: int) -> None:
     for kind, size in sizes.items():
         for place in PLACES[kind]:
             monkeypatch.setattr(f"cumulant.kernels.{place}", size)
+    forget()

@@ -49,6 +49,8 @@ def _check_heads(name: str, x: object, letters: str, first: str, query: Tensor) 
         )
     if x.dtype not in FLOATS:
         raise TypeError(f"{name}: expected fp16, bf16, fp32 or fp64, got {x.dtype}")
+    if x.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got {x.layout}; use {name}.to_dense()")
     if x.dtype != query.dtype or x.device != query.device:
         raise TypeError(
             f"{name}: expected {first}'s dtype and device, {query.dtype} on {query.device}, "
