@@ -7,10 +7,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..kernels.spec import AttentionInputs, AttentionSpec
+from ..kernels.spec import AttentionInputs, AttentionSpec, sequence_count
 from .checks import check_attention, check_linear_state
 from .cumulative import initial_sums, run_plan
-from .dispatch import make_plan, operation
+from .dispatch import Plan, make_plan, operation
 from .feature_maps import ELEMENTWISE, FeatureMap, apply_maps, check_feature_map, softmax_features
 from .repeated import recall, remember, signature
 from .sdpa_names import hint_at_names
@@ -78,12 +78,10 @@ def linear_attention(
     Sources: Katharopoulos et al. 2020, "Transformers are RNNs", equations 4 to 12; Shen et al.
     2018, "Efficient Attention".
     """
-    alike = None
-    if key_mask is None and cu_seqlens is None:
-        options = "linear", feature_map, is_causal, scale, normalize, return_state, impl
-        alike = signature(options, query, key, value, log_decay, state)
-        if repeated := recall(alike):
-            return repeated(query, key, value, log_decay, state)
+    options = "linear", feature_map, is_causal, scale, normalize, return_state, impl
+    alike = signature(options, (key_mask, cu_seqlens), query, key, value, log_decay, state)
+    if repeated := recall(alike):
+        return repeated(query, key, value, log_decay, state)
     sizes = check_attention(
         query,
         key,
@@ -95,41 +93,53 @@ def linear_attention(
     )
     check_feature_map(feature_map, None if log_decay is None else "log_decay")
     named = feature_map if isinstance(feature_map, str) else ""
-    elementwise, dtype = named in ELEMENTWISE, query.dtype
+    elementwise = named in ELEMENTWISE
     scale = 1.0 if scale is None else float(scale)
     q, k = query, key
     if not elementwise:
         q, k = _zero_masked_tokens(q if scale == 1.0 else q * scale, k, key_mask, cu_seqlens)
     if not isinstance(feature_map, str):
         q, k = apply_maps(feature_map, q, k)
-    rows = sizes.B if cu_seqlens is None else len(cu_seqlens) - 1
+    rows = sequence_count(sizes.B, cu_seqlens)
     check_linear_state(state, rows, sizes, k.shape[-1], normalize, query)
-    by_softmax = named == "softmax" and normalize  # these features need no further normaliser
-    sums = initial_sums(state, normalize and not by_softmax)
+    divides = normalize and named != "softmax"  # softmax features need no further normaliser
+    sums = initial_sums(state, divides)
     inputs = AttentionInputs(q, k, value, key_mask, cu_seqlens, *sums, log_decay)
     spec = AttentionSpec(
         order=0,
         constant_term=True,
         activation=named if elementwise else "identity",
         scale=scale if elementwise else 1.0,
-        normalize=normalize and not by_softmax,
+        normalize=divides,
         is_causal=is_causal,
         returns_state=return_state,
     )
-    plan, denominator = make_plan("attention", impl, inputs, spec), None
+    plan = make_plan("attention", impl, inputs, spec)
     if elementwise and (repeated := remember(alike, plan, inputs, return_state)):
         return repeated(query, key, value, log_decay, state)
-    if by_softmax:
-        past = None if state is None else state.denominator
-        q, k, denominator = softmax_features(inputs, spec, denominator=past)
-    elif named == "softmax":
-        wide = torch.promote_types(dtype, torch.float32)
-        q, k = q.to(wide).softmax(-1), k.to(wide).exp()
+    if named == "softmax":
+        out, end = _run_softmax_features(plan, inputs, spec, state, normalize)
+    else:
+        out, end = run_plan(plan, inputs, state)
+    return (out.to(query.dtype), end) if return_state else out.to(query.dtype)
+
+
+def _run_softmax_features(
+    plan: Plan[AttentionSpec],
+    inputs: AttentionInputs,
+    spec: AttentionSpec,
+    state: LinearState | None,
+    normalize: bool,
+) -> tuple[Tensor, LinearState]:
+    """`run_plan` with the features of `feature_map` "softmax", which a plan knows nothing of."""
+    if not normalize:
+        wide = torch.promote_types(inputs.query.dtype, torch.float32)
+        q, k = inputs.query.to(wide).softmax(-1), inputs.key.to(wide).exp()
+        return run_plan(plan, inputs._replace(query=q, key=k), state)
+    past = None if state is None else state.denominator
+    q, k, denominator = softmax_features(inputs, spec, denominator=past)
     out, end = run_plan(plan, inputs._replace(query=q, key=k), state)
-    if denominator is not None:
-        end = replace(end, denominator=denominator)
-    out = out.to(dtype)
-    return (out, end) if return_state else out
+    return out, replace(end, denominator=denominator)
 
 
 def _zero_masked_tokens(

@@ -115,6 +115,7 @@ def forget() -> None:
 
 def signature(
     options: tuple[Any, ...],
+    masks: tuple[Tensor | None, Tensor | None],
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -124,9 +125,12 @@ def signature(
     """All that a plain call depends on, except numbers; None for other calls.
 
     options: the operation's name and options.
+    masks: key_mask and cu_seqlens, which plain calls do not have.
     """
     if (
-        torch.compiler.is_compiling()
+        masks[0] is not None
+        or masks[1] is not None
+        or torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_function_stack()

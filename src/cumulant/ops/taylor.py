@@ -104,12 +104,11 @@ def taylor_attention(
     Sources: Arora et al. 2023, "Zoology" (Based); Mercat 2020, "Higher Order Linear Transformer";
     Keles et al. 2022, arXiv 2209.04881.
     """
-    alike = None
-    if key_mask is None and cu_seqlens is None and type(order) is int:
-        options = "taylor", order, is_causal, scale, constant_term, return_state, impl
-        alike = signature(options, query, key, value, log_decay, state)
-        if repeated := recall(alike):
-            return repeated(query, key, value, log_decay, state)
+    options = "taylor", type(order) is int, order, is_causal, scale, constant_term, return_state
+    masks = key_mask, cu_seqlens
+    alike = signature((*options, impl), masks, query, key, value, log_decay, state)
+    if repeated := recall(alike):
+        return repeated(query, key, value, log_decay, state)
     sizes = check_attention(
         query,
         key,
