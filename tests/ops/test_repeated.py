@@ -268,3 +268,21 @@ def test_inference_mode_and_training_take_turns():
     assert all(z.grad is not None for z in y)
     with torch.no_grad():
         assert not linear(*y, is_causal=True).requires_grad
+
+
+@both
+def test_checkpoints_recompute_a_first_call(op):
+    """The first call with a signature saves as much for the backward pass as the next one."""
+    from torch.utils.checkpoint import checkpoint
+
+    x = [y.requires_grad_() for y in heads()]
+    decay = decays().requires_grad_()
+
+    def run(decay, *x):
+        return op(*x, is_causal=True, log_decay=decay)
+
+    checkpoint(run, decay, *x, use_reentrant=False).sum().backward()
+    found = [y.grad for y in (decay, *x)]
+    expected = torch.autograd.grad(run(decay, *x).sum(), (decay, *x))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)

@@ -294,6 +294,7 @@ def check_at_most_zero(
     """Check the sign of numbers ``[..., S]``, where they can be read and their token counts."""
     if not readable(x, key_mask, cu_seqlens):
         return
+    x = x.detach()  # a check saves nothing for a backward pass: checkpoints count what is saved
     if key_mask is not None:
         x = x.masked_fill(~key_mask[:, None], 0)
     if cu_seqlens is not None:
