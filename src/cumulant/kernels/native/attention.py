@@ -236,7 +236,7 @@ class RepeatedCall:
         else:  # which takes half as long
             S1 = torch.empty_like(S)
             Z1 = empty(0, dtype=dtype) if Z is None else torch.empty_like(Z)
-        addresses = _ADDRESSES.pack(
+        addresses = _ADDRESSES.pack(  # 0, no address, is that of an empty tensor
             x.query.data_ptr(),
             x.key.data_ptr(),
             x.value.data_ptr(),
