@@ -163,7 +163,15 @@ GATED = (
     Mechanism("gated_taylor", "gated_taylor", style=palette.BLUE.variant(2)),
     Mechanism("gated_based", "gated_based", style=palette.VERMILION.variant(2)),
 )
-SPREAD, SHORT = (16, 160, 1600, 16000), (2, 8, 32, 128)  # tokens that heads remember at first
+# tokens that heads remember at first
+SPREAD, SHORT, WIDE = (16, 160, 1600, 16000), (2, 8, 32, 128), (2, 16, 128, 1024)
+# where gates start from
+STARTS = (
+    GATED[1].variant("from 0.999", palette.NAVY, decay="gated"),
+    GATED[1].variant("short", palette.BROWN, decay="gated", decay_spans=SHORT),
+    GATED[1].variant("wide", palette.SKY.variant(), decay="gated", decay_spans=WIDE),
+    GATED[1].variant("mamba2", palette.PINK, decay="mamba2"),
+)
 WINDOW = Mechanism("window-64", "softmax", {"mixers": ["sliding_window"]}, palette.SLATE)
 FLASH = Mechanism("flash", "flash", style=palette.GREEN)
 ELITA = Mechanism("elita", "elita", style=palette.PINK)
@@ -196,7 +204,7 @@ def twenty_million_tokens(context: int, batch: int) -> Comparison:
     up to 64 times their training length.
     """
     return Comparison(
-        mechanisms=(SOFTMAX, LINEAR, TAYLOR, BASED, WINDOW, *GATED),
+        mechanisms=(SOFTMAX, LINEAR, TAYLOR, BASED, WINDOW, *GATED, *STARTS),
         learning_rates=(1e-3, 2e-3, 4e-3),
         width=128,
         depth=3,
