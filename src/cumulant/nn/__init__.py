@@ -31,6 +31,7 @@ from .mixed_chunk import MixedChunkAttention, MixedChunkAttentionState
 from .norms import ScaleNorm
 from .offset_scale import OffsetScale
 from .position_logits import SinusoidalLogits
+from .quantized import QuantizedEmbedding, QuantizedLinear
 from .relative_bias import T5RelativePositionBias
 from .rotary import RotaryEmbedding
 from .short_convolution import ConvolutionState, GatedShortConvolution, ShortConvolution
@@ -58,6 +59,8 @@ __all__ = [
     "MixedChunkAttention",
     "MixedChunkAttentionState",
     "OffsetScale",
+    "QuantizedEmbedding",
+    "QuantizedLinear",
     "RebasedFeatureMap",
     "RotaryEmbedding",
     "ScaleNorm",

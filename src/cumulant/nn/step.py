@@ -117,8 +117,16 @@ class StepBuilder:
     def emit_projection(
         self, projection: nn.Module, x: Vector, to: Vector | None = None, add: bool = False
     ) -> Vector:
-        self.rely_on(projection, nn.Linear)
-        return self.program.matrix(x, projection.weight, projection.bias, to, add)  # type: ignore[arg-type]
+        """``W x + b``, written or added to the vector `to` if there is one.
+
+        A layer with another matrix than `torch.nn.Linear`'s has a method `emit_matrix` for it.
+        """
+        layer: Any = projection
+        if hasattr(type(layer), "emit_matrix"):
+            emitted: Vector = layer.emit_matrix(self, x, to, add)
+            return emitted
+        self.rely_on(layer, nn.Linear)
+        return self.program.matrix(x, layer.weight, layer.bias, to, add)
 
     def require_no_dropout(self, dropout: nn.Module) -> None:
         self.rely_on(dropout, nn.Dropout)

@@ -14,9 +14,9 @@ from torch import Tensor
 from ..spec import accumulation_dtype
 
 PATH = Path(__file__).with_name("_kernels.so")
-INSTRUCTIONS = ("baseline", "avx2", "avx512")  # in the order of `Isa` in src/library.cpp
+INSTRUCTIONS = ("baseline", "avx2", "avx512", "avx512vnni")  # in the order of `Isa` in src
 TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-ABI = 5  # as in src/library.cpp
+ABI = 6  # as in src/library.cpp
 CHUNK = 64  # the most tokens in a chunk, as scratch matrices have so many rows
 ELITA_BLOCK = 16  # tokens between two means that ELiTA saves
 MAX_ORDER = 8
@@ -128,9 +128,9 @@ class Instruction(ctypes.Structure):
         *((name, _i32) for name in ("operation", "kind")),
         *((name, _i64) for name in ("source", "second", "third", "fourth")),
         *((name, _i64) for name in ("target", "n", "k")),
-        *((name, _pointer) for name in ("weight", "bias")),
+        *((name, _pointer) for name in ("weight", "bias", "scales")),
         ("scalar", ctypes.c_double),
-        *((name, _i64) for name in ("state", "add")),
+        *((name, _i64) for name in ("state", "add", "bits")),
         ("attention", ctypes.POINTER(Attention)),
     ]
 
@@ -142,6 +142,14 @@ class Program(ctypes.Structure):
         ("instructions", ctypes.POINTER(Instruction)),
         *((name, _pointer) for name in ("position", "input", "out")),
         *((name, ctypes.POINTER(_pointer)) for name in ("before", "after")),
+    ]
+
+
+class Quantized(ctypes.Structure):
+    _fields_ = [
+        *((name, _i64) for name in ("n", "k")),
+        *((name, _i32) for name in ("bits", "threads", "isa")),
+        *((name, _pointer) for name in ("codes", "scales", "out")),
     ]
 
 
@@ -208,7 +216,10 @@ def pointer_to(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 
 
-STRUCTURES = (Array, Attention, Addresses, Elita, MixedChunk, Pointwise, Instruction, Program)
+STRUCTURES = (
+    *(Array, Attention, Addresses, Elita, MixedChunk, Pointwise),
+    *(Instruction, Program, Quantized),
+)
 
 
 def expected_layout() -> str:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from ..quantized import groups_of, row_bytes
 from ..spec import feature_count
 from .attention import ACTIVATIONS
 from .library import (
@@ -114,6 +115,28 @@ class Program:
         self._add_instruction(
             "matrix", source=x, target=y, n=n, k=k, weight=weight, bias=bias, add=add
         )
+        return y
+
+    def quantized_matrix(
+        self,
+        x: Vector,
+        codes: Tensor,
+        scales: Tensor,
+        bits: int,
+        bias: Tensor | None = None,
+        to: Vector | None = None,
+        add: bool = False,
+    ) -> Vector:
+        """As `matrix`, for a matrix of 8 or 4 bits (`cumulant.kernels.quantized`)."""
+        n = codes.shape[0]
+        y = self.vector(n) if to is None else to
+        self._keep_weight(codes, (y.size, row_bytes(x.size, bits)), torch.uint8)
+        self._keep_weight(scales, (n, groups_of(x.size)))
+        self._keep_weight(bias, (n,))
+        self._add_instruction(
+            "matrix", source=x, target=y, n=n, k=x.size, weight=codes, bias=bias, scales=scales,
+            add=add, bits=bits,
+        )  # fmt: skip
         return y
 
     def convolve(self, x: Vector, weight: Tensor) -> Vector:
@@ -267,12 +290,14 @@ class Program:
         self.states.append(shape)
         return len(self.states) - 1
 
-    def _keep_weight(self, weight: Tensor | None, shape: tuple[int, ...]) -> None:
+    def _keep_weight(
+        self, weight: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype = torch.float32
+    ) -> None:
         if weight is None:
             return
         plain = (
             type(weight) in (Tensor, Parameter)
-            and weight.dtype == torch.float32
+            and weight.dtype == dtype
             and weight.device.type == "cpu"
         )
         if not plain or not weight.is_contiguous() or weight.shape != shape:

@@ -136,10 +136,12 @@ struct Instruction {
       target;    // vectors: read, read, read, read, written (or read and written)
   int64_t n, k;  // NORM, ROTARY, GATE: n heads of k numbers; MATRIX [n, k]; CONVOLUTION: n taps, k
                  // channels; DECAY: n heads
-  const float *weight, *bias;  // may be null
+  const void* weight;          // floats, or the codes of a MATRIX of `bits`; may be null
+  const float *bias, *scales;  // may be null
   double scalar;               // epsilon; the rotary base; GATED: a factor
   int64_t state;               // the first of its states, [B, ...] each
   int64_t add;                 // MATRIX: to what is there
+  int64_t bits;                // MATRIX: 0 for floats; 8 or 4, see quantized.hpp
   const Attention* attention;  // ATTEND, but for its arrays; `fourth`: log decays, or -1
 };
 struct Program {
@@ -152,6 +154,15 @@ struct Program {
   float* out;               // [B, outputs], from `output` on
   const void* const* before;
   void* const* after;
+};
+
+// The weights out [n, k] of a matrix of 8 or 4 bits; see quantized.hpp.
+struct Quantized {
+  int64_t n, k;
+  int32_t bits, threads, isa;
+  const uint8_t* codes;
+  const float* scales;
+  float* out;
 };
 
 constexpr int CHUNK = 64;  // rows of scratch matrices are this long
@@ -196,8 +207,13 @@ struct Kernels {
   // Tokens begin .. end - 1 of B T (SWIGLU: numbers); `dweight` is where to add the weights'
   // gradients.
   void (*pointwise)(const Pointwise&, int64_t begin, int64_t end, float* dweight);
-  // Outputs begin .. end - 1 of one instruction, for all rows.
-  void (*instruct)(const Program&, const Instruction&, float* rows, int64_t begin, int64_t end);
+  // Outputs begin .. end - 1 of one instruction, for all rows. `vectors`: for matrices of 8 and 4
+  // bits, their rows' vectors as `prepare_vector` leaves them, `vector_bytes` each.
+  void (*instruct)(const Program&, const Instruction&, float* rows, const void* vectors,
+                   int64_t begin, int64_t end);
+  int64_t (*vector_bytes)(int64_t k);
+  void (*prepare_vector)(int bits, const float* x, int64_t k, void* to);
+  void (*decode)(const Quantized&, int64_t begin, int64_t end);  // rows begin .. end - 1
   Kernel *forward, *sum_keys, *sum_queries, *query_backward, *key_backward, *step;
 };
 

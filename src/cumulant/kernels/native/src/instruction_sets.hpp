@@ -18,9 +18,12 @@ DECLARE(baseline)
 #ifdef CUMULANT_X86
 DECLARE(avx2)
 DECLARE(avx512)
+namespace avx512 {
+extern const Kernels vnni_singles;
+}
 #endif
 
-enum Isa { BASELINE, AVX2, AVX512 };
+enum Isa { BASELINE, AVX2, AVX512, AVX512_VNNI };
 
 #ifdef CUMULANT_X86
 // Whether the processor has all of these features and the system saves their registers (asked here,
@@ -29,22 +32,24 @@ inline bool supported_x86(int isa) {
   constexpr unsigned FMA = 1u << 12, OSXSAVE = 1u << 27, AVX = 1u << 28, F16C = 1u << 29,
                      AVX2_BIT = 1u << 5;
   constexpr unsigned AVX512_BITS = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31;  // F, DQ, BW, VL
+  constexpr unsigned VNNI_BIT = 1u << 11;
   unsigned a, b, c, d, low, high;
   const unsigned basic = FMA | OSXSAVE | AVX | F16C,
-                 extended = AVX2_BIT | (isa == AVX512 ? AVX512_BITS : 0);
+                 extended = AVX2_BIT | (isa == AVX2 ? 0 : AVX512_BITS);
   if (!__get_cpuid(1, &a, &b, &c, &d) || (c & basic) != basic) return false;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (b & extended) != extended) return false;
+  if (isa == AVX512_VNNI && !(c & VNNI_BIT)) return false;
   asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
-  const unsigned saved = isa == AVX512 ? 0xe6 : 0x6;
+  const unsigned saved = isa == AVX2 ? 0x6 : 0xe6;
   return (low & saved) == saved;
 }
 #endif
 
 inline bool supported(int isa) {
 #ifdef CUMULANT_X86
-  static const bool avx2 = supported_x86(AVX2),
-                    avx512 = supported_x86(AVX512);  // asking takes long on virtual machines
-  if (isa == AVX2 || isa == AVX512) return isa == AVX2 ? avx2 : avx512;
+  static const bool known[] = {true, supported_x86(AVX2), supported_x86(AVX512),
+                               supported_x86(AVX512_VNNI)};  // asking is slow on virtual machines
+  if (isa >= BASELINE && isa <= AVX512_VNNI) return known[isa];
 #endif
   return isa == BASELINE;
 }
@@ -53,6 +58,7 @@ inline const Kernels& kernels(int isa, int type) {
 #ifdef CUMULANT_X86
   if (isa == AVX2) return type == F64 ? avx2::doubles : avx2::singles;
   if (isa == AVX512) return type == F64 ? avx512::doubles : avx512::singles;
+  if (isa == AVX512_VNNI) return type == F64 ? avx512::doubles : avx512::vnni_singles;
 #endif
   return type == F64 ? baseline::doubles : baseline::singles;
 }

@@ -29,7 +29,8 @@ template <class R> int64_t multiply(int64_t rounds) {
   return sum<R>(total) > 0 ? rounds * N * LANES<R> * 2 : 0;
 }
 
-template <class R> constexpr Kernels table() {
+// X: how products with quantised matrices read vectors.
+template <class R, class X> constexpr Kernels table() {
   Kernels k{};
   k.scratch = scratch<R>;
   k.multiply = multiply<R>;
@@ -51,12 +52,19 @@ template <class R> constexpr Kernels table() {
   k.elita_forward = elita_forward;
   k.elita_backward = elita_backward;
   k.pointwise = pointwise;
-  k.instruct = instruct;
+  k.instruct = instruct<X>;
+  k.vector_bytes = X::bytes;
+  k.prepare_vector = X::prepare;
+  k.decode = decode;
   return k;
 }
 extern const Kernels singles, doubles;
-const Kernels singles = table<float>();
-const Kernels doubles = table<double>();
+const Kernels singles = table<float, PlainVector>();
+const Kernels doubles = table<double, PlainVector>();
+#if CUMULANT_BYTES == 64
+extern const Kernels vnni_singles;
+const Kernels vnni_singles = table<float, VnniVector>();
+#endif
 
 }  // namespace CUMULANT_ISA
 }  // namespace cumulant

@@ -1,7 +1,7 @@
 // The instructions of a program (one token through a layer): what each does to its vectors.
 #pragma once
 
-#include "simd.hpp"
+#include "quantized.hpp"
 
 #include <cmath>
 
@@ -25,13 +25,19 @@ template <int N> INLINE void dot_rows(const float* W, int64_t k, const float* x,
   }
 }
 
+INLINE void add_products(const Instruction& s, int64_t i, int64_t count, const float* products,
+                         float* to) {
+  for (int64_t c = 0; c < count; c++)
+    to[c] = (s.add ? to[c] : 0) + products[c] + (s.bias ? s.bias[i + c] : 0);
+}
+
 // Rows begin .. end - 1 of a matrix, each read from memory once for all rows of the batch.
 inline void multiply_matrix(const Program& p, const Instruction& s, float* rows, int64_t begin,
                             int64_t end) {
   constexpr int N = 8;
   for (int64_t i = begin; i < end; i += N) {
     const int64_t count = smaller<int64_t>(N, end - i);
-    const float* const W = s.weight + i * s.k;
+    const float* const W = (const float*)s.weight + i * s.k;
     for (int64_t b = 0; b < p.B; b++) {
       float* const row = rows + b * p.width;
       float out[N];
@@ -40,14 +46,37 @@ inline void multiply_matrix(const Program& p, const Instruction& s, float* rows,
       } else {
         for (int64_t c = 0; c < count; c++) dot_rows<1>(W + c * s.k, s.k, row + s.source, out + c);
       }
-      float* const to = row + s.target + i;
-      for (int64_t c = 0; c < count; c++)
-        to[c] = (s.add ? to[c] : 0) + out[c] + (s.bias ? s.bias[i + c] : 0);
+      add_products(s, i, count, out, row + s.target + i);
+    }
+  }
+}
+
+// The same of a matrix of 8 or 4 bits, with the rows' vectors as `X` prepares them.
+template <class X, int BITS>
+void multiply_codes(const Program& p, const Instruction& s, float* rows, const void* vectors,
+                    int64_t begin, int64_t end) {
+  constexpr int N = BITS == 8 ? 1 : 2;  // memory streams faster in few rows
+  const int64_t groups = groups_of(s.k), bytes = groups * GROUP * BITS / 8;
+  for (int64_t i = begin; i < end; i += N) {
+    const int64_t count = smaller<int64_t>(N, end - i);
+    const uint8_t* const codes = (const uint8_t*)s.weight + i * bytes;
+    const float* const scales = s.scales + i * groups;
+    for (int64_t b = 0; b < p.B; b++) {
+      const void* const x = (const char*)vectors + b * X::bytes(s.k);
+      float out[N];
+      if (count == N) {
+        X::template dot<BITS, N>(codes, scales, groups, x, out);
+      } else {
+        for (int64_t c = 0; c < count; c++)
+          X::template dot<BITS, 1>(codes + c * bytes, scales + c * groups, groups, x, out + c);
+      }
+      add_products(s, i, count, out, rows + b * p.width + s.target + i);
     }
   }
 }
 
 inline void normalise(const Instruction& s, const float* x, float* y) {
+  const float* const weight = (const float*)s.weight;
   float mean = 0, squares = 0;
   if (s.kind == LAYER) {
     for (int64_t i = 0; i < s.k; i++) mean += x[i];
@@ -56,22 +85,23 @@ inline void normalise(const Instruction& s, const float* x, float* y) {
   for (int64_t i = 0; i < s.k; i++) squares += (x[i] - mean) * (x[i] - mean);
   squares /= float(s.k);
   if (s.kind == SCALE) {
-    const float factor = s.weight[0] / larger(std::sqrt(squares), float(s.scalar));
+    const float factor = weight[0] / larger(std::sqrt(squares), float(s.scalar));
     for (int64_t i = 0; i < s.k; i++) y[i] = x[i] * factor;
     return;
   }
   const float factor = 1 / std::sqrt(squares + float(s.scalar));
   for (int64_t i = 0; i < s.k; i++)
-    y[i] = (x[i] - mean) * factor * (s.weight ? s.weight[i] : 1) + (s.bias ? s.bias[i] : 0);
+    y[i] = (x[i] - mean) * factor * (weight ? weight[i] : 1) + (s.bias ? s.bias[i] : 0);
 }
 
 // weight [n, k], the newest tap first; the state [n - 1, k], the newest input last.
 inline void convolve(const Instruction& s, const float* before, float* after, const float* x,
                      float* y) {
+  const float* const weight = (const float*)s.weight;
   const int64_t past = s.n - 1;
-  for (int64_t c = 0; c < s.k; c++) y[c] = x[c] * s.weight[c];
+  for (int64_t c = 0; c < s.k; c++) y[c] = x[c] * weight[c];
   for (int64_t j = 1; j <= past; j++)
-    for (int64_t c = 0; c < s.k; c++) y[c] += before[(past - j) * s.k + c] * s.weight[j * s.k + c];
+    for (int64_t c = 0; c < s.k; c++) y[c] += before[(past - j) * s.k + c] * weight[j * s.k + c];
   if (past > 0) {
     memcpy(after, before + s.k, sizeof(float) * size_t((past - 1) * s.k));
     memcpy(after + (past - 1) * s.k, x, sizeof(float) * size_t(s.k));
@@ -111,18 +141,24 @@ inline float softplus(float x) { return larger(x, 0.0f) + std::log1p(std::exp(-s
 
 // Log decays: constants, logsigmoid(x) times a factor, or -exp(weight) softplus(x).
 inline void decay(const Instruction& s, const float* x, float* y) {
+  const float* const weight = (const float*)s.weight;
   for (int64_t h = 0; h < s.n; h++) {
     if (s.kind == FIXED)
-      y[h] = s.weight[h];
+      y[h] = weight[h];
     else if (s.kind == GATED)
       y[h] = -softplus(-x[h]) * float(s.scalar);
     else
-      y[h] = -std::exp(s.weight[h]) * softplus(x[h]);
+      y[h] = -std::exp(weight[h]) * softplus(x[h]);
   }
 }
 
-inline void instruct(const Program& p, const Instruction& s, float* rows, int64_t begin,
-                     int64_t end) {
+template <class X>
+void instruct(const Program& p, const Instruction& s, float* rows, const void* vectors,
+              int64_t begin, int64_t end) {
+  if (s.operation == MATRIX && s.bits == 8)
+    return multiply_codes<X, 8>(p, s, rows, vectors, begin, end);
+  if (s.operation == MATRIX && s.bits == 4)
+    return multiply_codes<X, 4>(p, s, rows, vectors, begin, end);
   if (s.operation == MATRIX) return multiply_matrix(p, s, rows, begin, end);
   for (int64_t b = 0; b < p.B; b++) {
     float* const row = rows + b * p.width;

@@ -18,6 +18,7 @@ class Run {
   const Program& p;
   const Kernels& k;
   std::vector<float> rows;
+  Scratch vectors;  // of products with matrices of 8 and 4 bits
 
  public:
   explicit Run(const Program& program)
@@ -39,7 +40,7 @@ class Run {
       } else if (s.operation == ATTEND) {
         ok = attend(s);
       } else {
-        k.instruct(p, s, rows.data(), 0, 0);
+        k.instruct(p, s, rows.data(), nullptr, 0, 0);
       }
       i = next;
     }
@@ -53,16 +54,33 @@ class Run {
   // Matrices of one vector, whose rows are shared out over the threads.
   bool multiply(int64_t begin, int64_t end) {
     int64_t work = 0;
-    for (int64_t i = begin; i < end; i++) work += p.instructions[i].n * p.instructions[i].k * p.B;
+    const void* prepared = nullptr;
+    for (int64_t i = begin, bits = 0; i < end; i++) {
+      const Instruction& s = p.instructions[i];
+      work += s.n * s.k * p.B;
+      if (s.bits == 0) continue;
+      if (bits != 0 && bits != s.bits) return multiply(begin, i) && multiply(i, end);
+      if (bits == 0 && !(prepared = prepare(s))) return false;
+      bits = s.bits;
+    }
     const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(p.threads, work / GRAIN));
     return parallel(int(parts), parts, 1, [&](int64_t part, void*) {
       for (int64_t i = begin; i < end; i++) {
         const Instruction& s = p.instructions[i];
         const int64_t blocks = (s.n + BLOCK - 1) / BLOCK;
-        k.instruct(p, s, rows.data(), blocks * part / parts * BLOCK,
+        k.instruct(p, s, rows.data(), prepared, blocks * part / parts * BLOCK,
                    std::min(s.n, blocks * (part + 1) / parts * BLOCK));
       }
     });
+  }
+
+  // The vectors of all rows, as products with a quantised matrix read them.
+  const void* prepare(const Instruction& s) {
+    const int64_t bytes = k.vector_bytes(s.k);
+    char* const to = static_cast<char*>(vectors.reserve(size_t(p.B * bytes)));
+    for (int64_t b = 0; to && b < p.B; b++)
+      k.prepare_vector(int(s.bits), &rows[size_t(b * p.width + s.source)], s.k, to + b * bytes);
+    return to;
   }
 
   bool attend(const Instruction& s) {
@@ -91,6 +109,16 @@ class Run {
 
 }  // namespace
 }  // namespace cumulant
+
+extern "C" int cumulant_decode(const cumulant::Quantized* q) {
+  using namespace cumulant;
+  return guarded(q->isa, [&] {
+    const int64_t parts = std::max(1, q->threads);
+    return parallel(q->threads, parts, 1, [&](int64_t part, void*) {
+      kernels(q->isa, F32).decode(*q, q->n * part / parts, q->n * (part + 1) / parts);
+    });
+  });
+}
 
 extern "C" int cumulant_program(const cumulant::Program* p) {
   return cumulant::guarded(p->isa, [&] { return cumulant::Run(*p).run(); });

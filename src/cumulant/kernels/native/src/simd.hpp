@@ -9,7 +9,15 @@
 #include <stdint.h>
 #include <string.h>
 #if defined(__F16C__) || defined(__AVX512F__)
+#if defined(__GNUC__) && !defined(__clang__)  // whose header reads registers that it never set
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 #include <immintrin.h>
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic pop
+#endif
 #endif
 
 #if defined(__AVX512F__)
@@ -30,6 +38,7 @@ template <> struct Simd<float> {
   typedef float V __attribute__((vector_size(CUMULANT_BYTES)));
   typedef float Unaligned __attribute__((vector_size(CUMULANT_BYTES), aligned(4), may_alias));
   typedef int32_t I __attribute__((vector_size(CUMULANT_BYTES)));
+  typedef uint32_t U __attribute__((vector_size(CUMULANT_BYTES)));
 };
 template <> struct Simd<double> {
   typedef double V __attribute__((vector_size(CUMULANT_BYTES)));

@@ -175,13 +175,20 @@ Layout layout(const Instruction*) {
   typedef Instruction Struct;
   return {FIELD(operation), FIELD(kind),   FIELD(source), FIELD(second), FIELD(third),
           FIELD(fourth),    FIELD(target), FIELD(n),      FIELD(k),      FIELD(weight),
-          FIELD(bias),      FIELD(scalar), FIELD(state),  FIELD(add),    FIELD(attention)};
+          FIELD(bias),      FIELD(scales), FIELD(scalar), FIELD(state),  FIELD(add),
+          FIELD(bits),      FIELD(attention)};
 }
 Layout layout(const Program*) {
   typedef Program Struct;
   return {FIELD(B),       FIELD(width),   FIELD(count),  FIELD(inputs),       FIELD(output),
           FIELD(outputs), FIELD(threads), FIELD(isa),    FIELD(instructions), FIELD(position),
           FIELD(input),   FIELD(out),     FIELD(before), FIELD(after)};
+}
+
+Layout layout(const Quantized*) {
+  typedef Quantized Struct;
+  return {FIELD(n),   FIELD(k),     FIELD(bits),   FIELD(threads),
+          FIELD(isa), FIELD(codes), FIELD(scales), FIELD(out)};
 }
 
 template <class Struct> void add(std::string& to, const char* name) {
@@ -208,6 +215,7 @@ const char* cumulant_layout() {
     cumulant::add<cumulant::Pointwise>(to, "Pointwise");
     cumulant::add<cumulant::Instruction>(to, "Instruction");
     cumulant::add<cumulant::Program>(to, "Program");
+    cumulant::add<cumulant::Quantized>(to, "Quantized");
     return to;
   }();
   return layout.c_str();

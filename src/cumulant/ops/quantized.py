@@ -1,0 +1,74 @@
+"""Linear maps by matrices of 8 and 4 bits; see `cumulant.kernels.quantized` for their format."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..kernels import quantized as formula
+from ..kernels.native import quantized as native
+from ..kernels.product import is_plain_call, linear
+from ..kernels.quantized import BITS
+from .dispatch import native_by_default
+
+__all__ = ["BITS", "QuantizedMatrix", "check_bits", "quantize"]
+
+BLOCK = 1 << 18  # weights that are decoded at a time for a product, which stay in cache
+
+
+class QuantizedMatrix(NamedTuple):
+    """A matrix ``[n, k]``: ``codes [n, bytes]`` uint8, ``scales [n, groups]`` fp32."""
+
+    codes: Tensor
+    scales: Tensor
+    bits: int
+    k: int
+
+    def rows(self, index: Tensor | slice) -> QuantizedMatrix:
+        return self._replace(codes=self.codes[index], scales=self.scales[index])
+
+    def dequantize(self, out: Tensor | None = None) -> Tensor:
+        """The weights ``[n, k]`` in fp32."""
+        if not (native_by_default(self.codes) and is_plain_call(self.codes, self.scales)):
+            return formula.dequantize(*self)
+        return native.dequantize(self.codes.contiguous(), self.scales.contiguous(), *self[2:], out)
+
+    def multiply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """``x Wᵀ + b``: ``x [..., k]`` -> ``[..., n]`` in the dtype of x.
+
+        Weights are decoded block by block, and none of their fp32 numbers stay in memory. So
+        gradients of x, which need them, take a whole matrix.
+        """
+        plain = is_plain_call(x) and native_by_default(x) and x.dtype == torch.float32
+        if not plain or (x.requires_grad and torch.is_grad_enabled()):
+            return F.linear(x, self.dequantize().to(x.dtype), bias)
+        rows, n = x.reshape(-1, self.k), self.codes.shape[0]
+        y, step = x.new_empty(rows.shape[0], n), max(1, BLOCK // self.k)
+        memory = x.new_empty(min(step, n), self.k)
+        for begin in range(0, n, step):
+            block = self.rows(slice(begin, begin + step))
+            weight = block.dequantize(memory[: block.codes.shape[0]])
+            y[:, begin : begin + step] = linear(rows, weight, None)
+        return (y if bias is None else y.add_(bias)).view(*x.shape[:-1], n)
+
+
+def check_bits(bits: object) -> int:
+    """8 or 4, or an error."""
+    if isinstance(bits, int) and bits in BITS:
+        return bits
+    raise ValueError(f"bits: expected 8 or 4, got {bits!r}")
+
+
+def quantize(weight: Tensor, bits: int, name: str = "weight") -> QuantizedMatrix:
+    """``weight [n, k]`` in 8 or 4 bits; see `cumulant.kernels.quantized.quantize`."""
+    check_bits(bits)
+    if weight.dim() != 2 or not weight.is_floating_point():
+        raise ValueError(
+            f"{name}: expected a matrix [n, k] of floats, got {weight.dtype} {list(weight.shape)}"
+        )
+    if not bool(weight.isfinite().all()):
+        raise ValueError(f"{name}: holds NaN or infinity, which no code stands for")
+    return QuantizedMatrix(*formula.quantize(weight, bits), bits, weight.shape[1])
