@@ -8,6 +8,8 @@ from torch import Tensor
 from transformers import GenerationMixin
 from transformers.cache_utils import Cache
 
+from .decoding import can_decode, decode
+
 
 class CumulantGenerationMixin(GenerationMixin):  # type: ignore[misc]
     """transformers' `generate`, adapted to states of fixed size."""
@@ -21,6 +23,37 @@ class CumulantGenerationMixin(GenerationMixin):  # type: ignore[misc]
                 " in full precision; use 'dynamic' (the default), 'static' or 'offloaded'"
             )
         return super()._prepare_cache_for_generation(generation_config, *args, **kwargs)
+
+    def _sample(
+        self,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        """Greedy decoding and sampling; see `decoding.decode`."""
+        if synced_gpus or not can_decode(input_ids, generation_config, model_kwargs):
+            return super()._sample(
+                input_ids,
+                logits_processor=logits_processor,
+                stopping_criteria=stopping_criteria,
+                generation_config=generation_config,
+                synced_gpus=synced_gpus,
+                streamer=streamer,
+                **model_kwargs,
+            )
+        return decode(
+            self,
+            input_ids,
+            logits_processor,
+            stopping_criteria,
+            generation_config,
+            streamer,
+            model_kwargs,
+        )
 
     def init_continuous_batching(self, *_: Any, **__: Any) -> Any:
         raise ValueError(

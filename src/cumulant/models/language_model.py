@@ -43,6 +43,7 @@ from .inputs import (
     select_hidden_states,
     split_mask,
 )
+from .step import step_model, stepped_as_a_whole
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -92,6 +93,7 @@ class CumulantPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
             init.copy_(module.scale, module.initial_scale())
 
 
+@stepped_as_a_whole
 class CumulantModel(CumulantPreTrainedModel):
     """The language model without logits."""
 
@@ -261,6 +263,7 @@ class CumulantWithLogits(CumulantPreTrainedModel):
         return logits if self.logit_ffn is None else self.logit_ffn(logits)
 
 
+@stepped_as_a_whole
 class CumulantForCausalLM(CumulantWithLogits, CumulantGenerationMixin):
     """The causal language model.
 
@@ -321,6 +324,15 @@ class CumulantForCausalLM(CumulantWithLogits, CumulantGenerationMixin):
             ValueError: an argument that would change the result but cannot be used, by name.
         """
         shift_labels = kwargs.pop("shift_labels", None)
+        others = (position_ids, inputs_embeds, labels, cu_seqlens, seq_idx, token_type_ids)
+        if past_key_values is not None and use_cache is not False and type(logits_to_keep) is int:
+            logits = None
+            if shift_labels is None and not any(x is not None for x in (*others, *kwargs.values())):
+                keeps = self.config.output_hidden_states or self.config.output_attentions
+                if not output_hidden_states and not keeps:
+                    logits = step_model(self, input_ids, attention_mask, past_key_values)
+            if logits is not None:
+                return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -205,11 +205,14 @@ class CompiledStep:
 
     def has_hooks(self) -> bool:
         """Whether calling any of its modules would run a hook."""
-        attributes = map(vars, map(_resolve, self._modules))
-        hooks = any(chain.from_iterable(map(_get_hooks, attributes)))
-        return hooks or bool(
-            module_globals._global_forward_hooks or module_globals._global_forward_pre_hooks
-        )
+        return has_hooks(*map(_resolve, self._modules))
+
+
+def has_hooks(*modules: nn.Module) -> bool:
+    """Whether calling any of the modules would run a hook."""
+    return any(chain.from_iterable(map(_get_hooks, map(vars, modules)))) or bool(
+        module_globals._global_forward_hooks or module_globals._global_forward_pre_hooks
+    )
 
 
 def _setting_names(attributes: dict[str, Any]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,8 @@ from .dispatch import native_by_default
 
 __all__ = ["BITS", "QuantizedMatrix", "check_bits", "quantize"]
 
-BLOCK = 1 << 18  # weights that are decoded at a time for a product, which stay in cache
+BLOCK = 1 << 22  # weights that are decoded at a time for a product, at most
+_memory = threading.local()  # of each thread: what it decodes to, as fresh pages would take longer
 
 
 class QuantizedMatrix(NamedTuple):
@@ -39,20 +41,29 @@ class QuantizedMatrix(NamedTuple):
     def multiply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """``x Wᵀ + b``: ``x [..., k]`` -> ``[..., n]`` in the dtype of x.
 
-        Weights are decoded block by block, and none of their fp32 numbers stay in memory. So
-        gradients of x, which need them, take a whole matrix.
+        Large matrices are decoded in blocks. Gradients of x need all weights, and so keep them.
         """
         plain = is_plain_call(x) and native_by_default(x) and x.dtype == torch.float32
         if not plain or (x.requires_grad and torch.is_grad_enabled()):
             return F.linear(x, self.dequantize().to(x.dtype), bias)
         rows, n = x.reshape(-1, self.k), self.codes.shape[0]
-        y, step = x.new_empty(rows.shape[0], n), max(1, BLOCK // self.k)
-        memory = x.new_empty(min(step, n), self.k)
+        step = max(1, BLOCK // self.k)
+        if n <= step:
+            return linear(rows, self._decode(), bias).view(*x.shape[:-1], n)
+        y = x.new_empty(rows.shape[0], n)
         for begin in range(0, n, step):
             block = self.rows(slice(begin, begin + step))
-            weight = block.dequantize(memory[: block.codes.shape[0]])
-            y[:, begin : begin + step] = linear(rows, weight, None)
+            y[:, begin : begin + step] = linear(rows, block._decode(), None)
         return (y if bias is None else y.add_(bias)).view(*x.shape[:-1], n)
+
+    def _decode(self) -> Tensor:
+        """The weights, which the next call in this thread overwrites."""
+        size = self.codes.shape[0] * self.k
+        memory: Tensor | None = getattr(_memory, "numbers", None)
+        if memory is None or memory.numel() < size:
+            with torch.inference_mode(False):  # so that calls outside of it may use it too
+                memory = _memory.numbers = torch.empty(size)
+        return self.dequantize(memory[:size].view(-1, self.k))
 
 
 def check_bits(bits: object) -> int:

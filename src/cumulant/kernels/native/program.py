@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -58,7 +59,7 @@ class Program:
     """Instructions for one token. `input` is its vector of `dim` numbers."""
 
     def __init__(self, dim: int):
-        self._width = 0
+        self._width = self._widest = 0  # numbers of a row that are in use now, and at most
         self.input = self.vector(dim)
         self.states: list[tuple[int, ...]] = []  # the shape of each state, without the batch
         self._instructions: list[Instruction] = []
@@ -71,6 +72,15 @@ class Program:
         start = self._width
         self._width += -(-size // 16) * 16
         return Vector(start, size)
+
+    @contextmanager
+    def reuse_vectors(self) -> Iterator[None]:
+        """Let later vectors take the place of those that the block makes, which end with it."""
+        start, widest = self._width, self._widest
+        try:
+            yield
+        finally:
+            self._widest, self._width = max(widest, self._widest, self._width), start
 
     def norm(
         self,
@@ -248,7 +258,7 @@ class Program:
 
     def set_output(self, output: Vector) -> None:
         """End the program; `output` is its result."""
-        self._output = output
+        self._output, self._widest = output, max(self._widest, self._width)
         self._written = (Instruction * len(self._instructions))(*self._instructions)
 
     def accepts_states(self, x: Tensor, states: Sequence[Tensor | None]) -> bool:
@@ -271,20 +281,33 @@ class Program:
 
         position: ``[B]``, the tokens' positions, which only rotations need.
         """
-        rows, output = x.shape[0], self._output
-        if position is None and self._rotates:
-            raise ValueError("position: expected [B], got None")
-        at = None if position is None else position.data_ptr()
-        out, after = x.new_empty(rows, output.size), list(map(torch.empty_like, states))
-        pointers = _pointer * len(states)
-        arguments = Arguments(
-            rows, self._width, len(self._instructions), self.input.size, output.start, output.size,
-            torch.get_num_threads(), instruction_set_number(), self._written, at,
-            x.data_ptr(), out.data_ptr(),
-            pointers(*map(Tensor.data_ptr, states)), pointers(*map(Tensor.data_ptr, after)),
-        )  # fmt: skip
+        out, after = x.new_empty(x.shape[0], self._output.size), list(map(torch.empty_like, states))
+        arguments = self._arguments(x.shape[0], states, after, position)
+        arguments.input, arguments.out = x.data_ptr(), out.data_ptr()
         call_library("cumulant_program", arguments)
         return out, after
+
+    def bind(self, states: list[Tensor], position: Tensor | None) -> BoundProgram:
+        """The program for many tokens, on contiguous states that it changes."""
+        return BoundProgram(self, states, position)
+
+    def _arguments(
+        self,
+        rows: int,
+        before: Sequence[Tensor],
+        after: Sequence[Tensor],
+        position: Tensor | None,
+    ) -> Arguments:
+        """The arguments of a run, but for its input and output."""
+        if position is None and self._rotates:
+            raise ValueError("position: expected [B], got None")
+        output, pointers = self._output, _pointer * len(before)
+        return Arguments(
+            rows, self._widest, len(self._instructions), self.input.size, output.start, output.size,
+            torch.get_num_threads(), instruction_set_number(), self._written,
+            None if position is None else position.data_ptr(), None, None,
+            pointers(*map(Tensor.data_ptr, before)), pointers(*map(Tensor.data_ptr, after)),
+        )  # fmt: skip
 
     def _add_state(self, *shape: int) -> int:
         self.states.append(shape)
@@ -311,3 +334,20 @@ class Program:
             elif isinstance(x, Tensor):
                 fields[name] = x.data_ptr()
         self._instructions.append(Instruction(operation=OPERATIONS.index(operation), **fields))
+
+
+class BoundProgram:
+    """A program on states of its own, which it changes in place from token to token."""
+
+    def __init__(self, program: Program, states: list[Tensor], position: Tensor | None):
+        rows = len(states[0])
+        self.states, self._kept = states, (program, position)
+        self._arguments = program._arguments(rows, states, states, position)
+        self._out = torch.empty(rows, program._output.size)
+        self._arguments.out = self._out.data_ptr()
+
+    def step(self, x: Tensor) -> Tensor:
+        """Run on contiguous fp32 ``x [B, dim]``; returns ``[B, output]``, which is overwritten."""
+        self._arguments.input = x.data_ptr()
+        call_library("cumulant_program", self._arguments)
+        return self._out

@@ -153,7 +153,7 @@ struct Program {
   const float* input;       // [B, inputs], put at the row's start
   float* out;               // [B, outputs], from `output` on
   const void* const* before;
-  void* const* after;
+  void* const* after;  // may be the same memory
 };
 
 // The weights out [n, k] of a matrix of 8 or 4 bits; see quantized.hpp.

@@ -103,7 +103,7 @@ inline void convolve(const Instruction& s, const float* before, float* after, co
   for (int64_t j = 1; j <= past; j++)
     for (int64_t c = 0; c < s.k; c++) y[c] += before[(past - j) * s.k + c] * weight[j * s.k + c];
   if (past > 0) {
-    memcpy(after, before + s.k, sizeof(float) * size_t((past - 1) * s.k));
+    memmove(after, before + s.k, sizeof(float) * size_t((past - 1) * s.k));  // it may be the same
     memcpy(after + (past - 1) * s.k, x, sizeof(float) * size_t(s.k));
   }
 }
@@ -175,9 +175,9 @@ void instruct(const Program& p, const Instruction& s, float* rows, const void* v
         break;
       }
       case SHIFT:  // the second part of the channels from the token before
-        memcpy((float*)p.after[s.state] + b * s.k, x + s.n, sizeof(float) * size_t(s.k));
         memcpy(y, x, sizeof(float) * size_t(s.n));
         memcpy(y + s.n, (const float*)p.before[s.state] + b * s.k, sizeof(float) * size_t(s.k));
+        memcpy((float*)p.after[s.state] + b * s.k, x + s.n, sizeof(float) * size_t(s.k));
         break;
       case ROTARY:
         rotate(s, p.position[b], y);

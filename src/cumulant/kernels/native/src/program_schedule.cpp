@@ -91,8 +91,8 @@ class Run {
     a.B = a.N = p.B;
     a.query = array(s.source, a.K), a.key = array(s.second, a.K), a.value = array(s.third, a.V),
     a.out = array(s.target, a.V);
-    a.threads = int(
-        std::max<int64_t>(1, std::min<int64_t>(p.threads, a.B * a.H * a.F * a.V / (16 * GRAIN))));
+    a.threads =
+        int(std::max<int64_t>(1, std::min<int64_t>(p.threads, a.B * a.H * a.F * a.V / GRAIN)));
     a.isa = p.isa;
     if (s.fourth >= 0) a.log_decay = array(s.fourth, 1);
     a.numerator = const_cast<void*>(p.before[s.state]);

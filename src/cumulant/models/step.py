@@ -1,0 +1,157 @@
+"""One token through the whole language model in one native call.
+
+`step_model` does it for `forward`. `Decoder` does it for a loop that owns the model's cache, and
+checks only once what a token depends on.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from ..nn.step import CompiledStep, StepBuilder, has_hooks, step, steps_with_state
+from ..ops.step import Unsuitable, Vector, may_step
+from .block import CumulantBlock
+from .cache import StateLayer, prepare_cache
+from .inputs import split_mask
+
+_Kind = TypeVar("_Kind", bound=type[nn.Module])
+
+
+def emit_model(model: Any, builder: StepBuilder, x: Vector, residual: Vector | None) -> Vector:
+    """Emit the blocks, the last norm and the logits on the embedded token x, which they change."""
+    stack = model.model
+    if stack.wrap_bias is not None or stack.position is not None or model.logit_ffn is not None:
+        raise Unsuitable
+    builder.require_no_dropout(stack.dropout)
+    for block in stack.layers:
+        if type(block) is not CumulantBlock or not steps_with_state(type(block.mixer)):
+            raise Unsuitable
+        with builder.program.reuse_vectors():
+            block.emit_step(builder, x, x)
+    return builder.emit_projection(model.lm_head, builder.emit_norm(stack.norm, x))
+
+
+_METHODS = ("forward", "logits")
+_known: dict[type, list[Any]] = {}  # of each class that `emit_model` stands for, its methods
+
+
+def stepped_as_a_whole(kind: _Kind) -> _Kind:
+    """Let `emit_model` replace the methods of this class and of its `model`, while unchanged."""
+    _known[kind] = [getattr(kind, name, None) for name in _METHODS]
+    return kind
+
+
+def _calls_its_own(module: Any) -> bool:
+    """Whether calling the module runs what its class was defined with, and no hook."""
+    own = _known.get(type(module))
+    return (
+        own == [getattr(type(module), name, None) for name in _METHODS]
+        and vars(module).keys().isdisjoint(_METHODS)
+        and not has_hooks(module)
+    )
+
+
+def _read_states(model: Any, cache: Cache) -> tuple[list[Tensor | None], Tensor] | None:
+    """The tensors of all layers' states, and the one position of all; None if they are not so."""
+    states: list[Tensor | None] = []
+    position: Tensor | None = None
+    for block, entry in zip(model.model.layers, cache.layers, strict=True):
+        if not isinstance(entry, StateLayer) or entry.record_past or entry.state is None:
+            return None
+        own = getattr(entry.state, "position", None)
+        if own is not None and own is not position:
+            if position is not None and not torch.equal(own, position):
+                return None
+            position = own
+        found = block.mixer.state_tensors(entry.state)
+        if not found:
+            return None
+        states += found
+    return None if position is None else (states, position)
+
+
+def _write_states(
+    model: Any, cache: Cache, states: list[Tensor], position: Tensor, length: int
+) -> None:
+    begin = 0
+    for block, entry in zip(model.model.layers, cache.layers, strict=True):
+        count = len(block.mixer.state_tensors(entry.state))
+        state = block.mixer.state_from_tensors(states[begin : begin + count], position)
+        begin += count
+        entry.write(state, length)
+
+
+def _can_step(model: Any, cache: Any) -> bool:
+    """Whether all mixers have steps, and nothing stands between them."""
+    return (
+        isinstance(cache, Cache)
+        and len(cache.layers) == len(model.model.layers) == model.config.num_hidden_layers
+        and not cache.offloading
+        and all(steps_with_state(type(block.mixer)) for block in model.model.layers)
+        and _calls_its_own(model)
+        and _calls_its_own(model.model)
+    )
+
+
+def step_model(
+    model: Any, input_ids: Tensor | None, attention_mask: Tensor | None, cache: Any
+) -> Tensor | None:
+    """The logits ``[B, 1, vocab_size]`` after the tokens ``input_ids [B, 1]``; writes the cache.
+
+    None means that the layers must run instead, and the cache is as it was.
+    """
+    if type(input_ids) is not Tensor or input_ids.dim() != 2 or input_ids.shape[1] != 1:
+        return None
+    if torch.compiler.is_compiling() or model.training or not _can_step(model, cache):
+        return None
+    read = _read_states(model, cache)
+    if read is None:
+        return None
+    x = model.model.embed_tokens(input_ids)
+    cache, past = prepare_cache(cache, model.config, 1)
+    if split_mask(attention_mask, x, past)[0] is not None:
+        return None
+    stepped = step(model, x, *read, emit=emit_model)
+    if stepped is None:
+        return None
+    _write_states(model, cache, stepped[1], read[1] + 1, past + 1)
+    return stepped[0]
+
+
+class Decoder:
+    """Steps of a model that nothing else uses meanwhile, on the states of its cache.
+
+    `step` checks nothing again and makes no new states. `close` writes the last ones to the cache.
+    """
+
+    def __init__(self, model: Any, cache: Cache):
+        """Raises Unsuitable if the model's layers must run instead."""
+        read = _read_states(model, cache) if _can_step(model, cache) else None
+        x = model.get_input_embeddings().weight
+        if read is None or x.device.type != "cpu":
+            raise Unsuitable
+        states, self._position = read[0], read[1].clone()
+        sample = torch.empty(len(self._position), 1, model.config.hidden_size)
+        with torch.no_grad():
+            compiled = CompiledStep(model, emit_model, sample.shape[-1])
+            program = compiled.program if may_step(sample) else None
+        if program is None or compiled.has_hooks() or not program.accepts_states(sample, states):
+            raise Unsuitable
+        self._model, self._cache, self._length = model, cache, cache.get_seq_length()
+        self._bound = program.bind([s.clone() for s in states if s is not None], self._position)
+        self._embed: nn.Module = model.get_input_embeddings()
+
+    def step(self, ids: Tensor) -> Tensor:
+        """The logits ``[B, vocab_size]`` after ``ids [B]``, which the next step overwrites."""
+        logits = self._bound.step(self._embed(ids))
+        self._position += 1
+        self._length += 1
+        return logits
+
+    def close(self) -> None:
+        """Write the states to the cache."""
+        _write_states(self._model, self._cache, self._bound.states, self._position, self._length)
