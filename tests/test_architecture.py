@@ -50,6 +50,7 @@ def test_import_rules(part):
     shared = {
         "decay",
         "product",
+        "quantized",
         "spec",
         "transforms",
     }  # of kernels, which every implementation may know

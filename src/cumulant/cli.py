@@ -1,4 +1,4 @@
-"""The command line: `cumulant train`, `evaluate`, `generate`, `compare`, `bench`, `info`."""
+"""The command line: `cumulant train`, `evaluate`, `generate`, `quantize`, `bench` and others."""
 
 from __future__ import annotations
 
@@ -282,6 +282,42 @@ def generate(
             f" {result.state_bytes:,} bytes; peak memory {result.peak_bytes / 2**20:,.0f} MiB",
             file=sys.stderr,
         )
+
+
+@app.command(cls=StrictCommand)
+def quantize(
+    checkpoint: Checkpoint,
+    bits: Annotated[int, typer.Option(help="of each weight: 8 or 4")] = 8,
+    output: Annotated[
+        str | None,
+        typer.Option(
+            help="new folder for the model; default: the checkpoint's name and the bits",
+            callback=expand_home,
+        ),
+    ] = None,
+    evaluate: Annotated[
+        bool, typer.Option(help="measure the loss on the run's held-out text, before and after")
+    ] = True,
+    device: Device = "auto",
+) -> None:
+    """Write a model's weights in 8 or 4 bits, to be generated with and evaluated."""
+    silence_libraries()
+    from .ops.quantized import check_bits
+    from .text.quantize import quantize_checkpoint
+
+    check_bits(bits)
+    folder = output or f"{checkpoint.rstrip('/')}-{bits}bit"
+    sizes = quantize_checkpoint(checkpoint, bits, folder, evaluate=evaluate, device=device)
+    rows = [
+        (
+            f"{size.bits} bits",
+            f"{size.weight_bytes / 2**20:,.1f} MiB",
+            "" if size.bits_per_byte is None else f"{size.bits_per_byte:.4f}",
+        )
+        for size in sizes
+    ]
+    print_table(Console(), ("weights", "on the disk", "held-out bits per byte"), rows)
+    print(f"generate with: cumulant generate {shlex.quote(folder)}")
 
 
 def _piped_text() -> str:

@@ -238,6 +238,8 @@ def test_every_mixer_is_in_the_matrix():
         nn.FixedDecay,
         nn.GatedDecay,
         nn.Mamba2Decay,
+        nn.QuantizedEmbedding,
+        nn.QuantizedLinear,
     }
     assert mixers - kinds == parts
     assert issubclass(nn.TaylorAttention, KernelAttention)

@@ -18,8 +18,9 @@ from torch import Tensor
 BITS = (8, 4)
 GROUP = 64
 ROWS = 4096  # groups that are quantised together, which stay in cache
-# The largest number of a group becomes one of these codes, of either sign, whichever errs least.
-LARGEST = {8: (126.0, 127.0, 128.0), 4: tuple(5.5 + i / 8 for i in range(25))}
+# The largest number of a group would become one of these codes, of either sign, whichever errs
+# least. Codes beyond the last one are cut off.
+LARGEST = {8: tuple(112 + i / 2 for i in range(40)), 4: tuple(7 + i / 8 for i in range(32))}
 
 
 def groups_of(k: int) -> int:

@@ -23,6 +23,7 @@ if find_spec("transformers") is not None:
     from .language_model import CumulantForCausalLM, CumulantModel
     from .masked_lm import CumulantForMaskedLM
     from .presets import PRESETS, from_preset
+    from .quantization import QuantizationConfig, quantize
 
     transformers.AutoConfig.register("cumulant", CumulantConfig, exist_ok=True)
     for _auto, _name in CLASSES.items():
@@ -59,9 +60,11 @@ __all__ = [
     "CumulantForTokenClassification",
     "CumulantModel",
     "ModelState",
+    "QuantizationConfig",
     "TaylorViT",
     "cache_bytes",
     "export_state",
     "from_preset",
     "import_state",
+    "quantize",
 ]

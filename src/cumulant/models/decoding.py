@@ -33,7 +33,7 @@ def can_decode(ids: Tensor, config: GenerationConfig, model_kwargs: dict[str, An
     asked = {name for name, value in model_kwargs.items() if value is not None}
     return (
         asked <= TAKEN
-        and {"attention_mask", "past_key_values"} <= asked
+        and "past_key_values" in asked
         and bool(model_kwargs.get("use_cache"))
         and not config.return_dict_in_generate
         and not getattr(config, "is_assistant", False)
@@ -55,14 +55,15 @@ def decode(
     """``ids [B, T]`` and what follows them, as transformers' `_sample` returns it."""
     cache, mask, pad = (
         model_kwargs["past_key_values"],
-        model_kwargs["attention_mask"],
+        model_kwargs.get("attention_mask"),
         config._pad_token_tensor,
     )
     ends = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
     quick = (QuickTopP(p) if type(p) is TopPLogitsWarper else p for p in processors)
     processors, unfinished = LogitsProcessorList(quick), ids.new_ones(ids.shape[0])
-    # ids are the whole text or, as the mask tells, what follows the cached part
-    unread = ids.shape[1] - cache.get_seq_length() if mask.shape == ids.shape else None
+    # ids are the whole text or, as the length of the mask tells, what follows the cached part
+    whole = getattr(config, "_mask_length", -1) if mask is None else mask.shape[1]
+    unread = ids.shape[1] - cache.get_seq_length() if whole == ids.shape[1] else None
     inputs = model.prepare_inputs_for_generation(
         ids, next_sequence_length=unread, is_first_iteration=True, **model_kwargs
     )
@@ -94,8 +95,8 @@ def decode(
     return ids
 
 
-def begin_decoding(model: Any, cache: Cache, mask: Tensor) -> Decoder | Forward:
-    """What takes one token of each row at a time; ``mask [B, S]`` is that of the cached tokens."""
+def begin_decoding(model: Any, cache: Cache, mask: Tensor | None) -> Decoder | Forward:
+    """What takes one token of each row at a time; ``mask [B, S]``: that of the cached tokens."""
     try:
         return Decoder(model, cache)
     except Unsuitable:
@@ -105,9 +106,9 @@ def begin_decoding(model: Any, cache: Cache, mask: Tensor) -> Decoder | Forward:
 class Forward:
     """Steps by the model's `forward`, for models without a `Decoder`."""
 
-    def __init__(self, model: Any, cache: Cache, mask: Tensor):
+    def __init__(self, model: Any, cache: Cache, mask: Tensor | None):
         self._model, self._cache = model, cache
-        self._mask: Tensor | None = None if bool(mask.all()) else mask
+        self._mask = None if mask is None or bool(mask.all()) else mask
 
     def step(self, ids: Tensor) -> Tensor:
         """The logits ``[B, vocab_size]`` after ``ids [B]``."""
@@ -149,4 +150,6 @@ class QuickTopP:
         if bool(doubtful | kept[:, -1].any()):
             return self.warper(ids, scores)  # type: ignore[no-any-return]
         out = torch.full_like(scores, self.warper.filter_value)
-        return out.scatter_(-1, index, scores.gather(-1, index).masked_fill(~kept, self.warper.filter_value))
+        return out.scatter_(
+            -1, index, scores.gather(-1, index).masked_fill(~kept, self.warper.filter_value)
+        )

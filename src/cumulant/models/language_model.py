@@ -43,6 +43,7 @@ from .inputs import (
     select_hidden_states,
     split_mask,
 )
+from .quantization import check_trainable
 from .step import step_model, stepped_as_a_whole
 
 if TYPE_CHECKING:
@@ -135,6 +136,8 @@ class CumulantModel(CumulantPreTrainedModel):
     ) -> BaseModelOutputWithPast:
         """See `CumulantForCausalLM.forward`."""
         check_arguments(kwargs, self.config)
+        if self.training and torch.is_grad_enabled():
+            check_trainable(self.config)
         check_token_types(token_type_ids)
         x = self._embed_tokens(input_ids, inputs_embeds)
         B, T = x.shape[:2]
@@ -324,15 +327,12 @@ class CumulantForCausalLM(CumulantWithLogits, CumulantGenerationMixin):
             ValueError: an argument that would change the result but cannot be used, by name.
         """
         shift_labels = kwargs.pop("shift_labels", None)
-        others = (position_ids, inputs_embeds, labels, cu_seqlens, seq_idx, token_type_ids)
-        if past_key_values is not None and use_cache is not False and type(logits_to_keep) is int:
-            logits = None
-            if shift_labels is None and not any(x is not None for x in (*others, *kwargs.values())):
-                keeps = self.config.output_hidden_states or self.config.output_attentions
-                if not output_hidden_states and not keeps:
-                    logits = step_model(self, input_ids, attention_mask, past_key_values)
-            if logits is not None:
-                return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
+        given = [position_ids, inputs_embeds, labels, cu_seqlens, seq_idx, token_type_ids]
+        given += [shift_labels, None if isinstance(logits_to_keep, int) else logits_to_keep]
+        if use_cache is not False and not output_hidden_states and all(x is None for x in given):
+            stepped = step_model(self, input_ids, attention_mask, past_key_values, kwargs)
+            if stepped is not None:
+                return stepped
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -358,13 +358,9 @@ class CumulantForCausalLM(CumulantWithLogits, CumulantGenerationMixin):
                 labels, marks, attention_mask, hidden.shape[1], items
             )
         if labels is not None or shift_labels is not None:
-            loss = self.loss_function(
-                logits,
-                labels,
-                self.config.vocab_size,
-                num_items_in_batch=items,
-                shift_labels=None if shift_labels is None else shift_labels.contiguous(),
-            )
+            shifted = None if shift_labels is None else shift_labels.contiguous()
+            options = {"num_items_in_batch": items, "shift_labels": shifted}
+            loss = self.loss_function(logits, labels, self.config.vocab_size, **options)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,

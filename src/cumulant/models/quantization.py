@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..nn import QuantizedEmbedding, QuantizedLinear
-from ..ops.quantized import check_bits
+from ..ops.quantized import check_bits, check_weight
 
 METHOD = "cumulant"
 # Matrices with fewer rows stay as they are: logits and gates of heads, which weigh nothing.
@@ -26,7 +26,7 @@ FEWEST_ROWS = 32
 
 @register_quantization_config(METHOD)
 class QuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """The weights of linear layers and embeddings in 8 or 4 bits; see `cumulant.nn.QuantizedLinear`.
+    """Weights of linear layers and embeddings in 8 or 4 bits; see `cumulant.nn.QuantizedLinear`.
 
     Args:
         bits: 8 or 4.
@@ -65,23 +65,22 @@ class Quantizer(HfQuantizer):  # type: ignore[misc]
     @property
     def is_trainable(self) -> bool:
         """`Trainer` asks this first. It gets an error that says what to train instead."""
-        raise ValueError(untrainable(self.quantization_config))
+        raise ValueError(f"model: {untrainable(self.quantization_config)}")
 
 
 def untrainable(config: QuantizationConfig) -> str:
     """Why a quantised model cannot be trained, and what can."""
     original = f"the original, {config.original}," if config.original else "the original"
     return (
-        f"model: its weights have {config.bits} bits and cannot be trained; train {original} and"
-        " quantise the result"
+        f"weights of {config.bits} bits cannot be trained; train {original} and quantise the result"
     )
 
 
-def check_trainable(model: PreTrainedModel) -> None:
-    """An error for a quantised model."""
-    quantizer = getattr(model, "hf_quantizer", None)
-    if isinstance(quantizer, Quantizer):
-        raise ValueError(untrainable(quantizer.quantization_config))
+def check_trainable(config: PreTrainedConfig) -> None:
+    """An error for the configuration of a quantised model."""
+    quantization = getattr(config, "quantization_config", None)
+    if isinstance(quantization, QuantizationConfig):
+        raise ValueError(f"model: {untrainable(quantization)}")
 
 
 def quantize(model: PreTrainedModel, bits: int, *, original: str | None = None) -> PreTrainedModel:
@@ -100,6 +99,8 @@ def quantize(model: PreTrainedModel, bits: int, *, original: str | None = None) 
     """
     if getattr(model, "hf_quantizer", None) is not None:
         raise ValueError("model: its weights are quantised already; quantise the original")
+    for name, weight in model.named_parameters():  # before anything is replaced
+        check_weight(weight, name)
     config = QuantizationConfig(bits, original or getattr(model.config, "name_or_path", "") or None)
     model.float()
     model.hf_quantizer = Quantizer(config)

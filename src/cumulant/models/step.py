@@ -6,17 +6,19 @@ checks only once what a token depends on.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..nn.step import CompiledStep, StepBuilder, has_hooks, step, steps_with_state
 from ..ops.step import Unsuitable, Vector, may_step
 from .block import CumulantBlock
 from .cache import StateLayer, prepare_cache
-from .inputs import split_mask
+from .inputs import check_arguments, split_mask
 
 _Kind = TypeVar("_Kind", bound=type[nn.Module])
 
@@ -91,6 +93,7 @@ def _can_step(model: Any, cache: Any) -> bool:
         isinstance(cache, Cache)
         and len(cache.layers) == len(model.model.layers) == model.config.num_hidden_layers
         and not cache.offloading
+        and not model.config.output_hidden_states
         and all(steps_with_state(type(block.mixer)) for block in model.model.layers)
         and _calls_its_own(model)
         and _calls_its_own(model.model)
@@ -98,20 +101,27 @@ def _can_step(model: Any, cache: Any) -> bool:
 
 
 def step_model(
-    model: Any, input_ids: Tensor | None, attention_mask: Tensor | None, cache: Any
-) -> Tensor | None:
+    model: Any,
+    input_ids: Tensor | None,
+    attention_mask: Tensor | None,
+    cache: Any,
+    others: Mapping[str, Any],
+) -> CausalLMOutputWithPast | None:
     """The logits ``[B, 1, vocab_size]`` after the tokens ``input_ids [B, 1]``; writes the cache.
 
-    None means that the layers must run instead, and the cache is as it was.
+    None means that the layers must run instead, and the cache is as it was. others: further
+    arguments of `forward`.
     """
-    if type(input_ids) is not Tensor or input_ids.dim() != 2 or input_ids.shape[1] != 1:
+    one = type(input_ids) is Tensor and input_ids.dim() == 2 and input_ids.shape[1] == 1
+    if not one or any(value is not None for value in others.values()):
         return None
     if torch.compiler.is_compiling() or model.training or not _can_step(model, cache):
         return None
     read = _read_states(model, cache)
     if read is None:
         return None
-    x = model.model.embed_tokens(input_ids)
+    check_arguments(others, model.config)
+    x = model.model._embed_tokens(input_ids, None)
     cache, past = prepare_cache(cache, model.config, 1)
     if split_mask(attention_mask, x, past)[0] is not None:
         return None
@@ -119,7 +129,7 @@ def step_model(
     if stepped is None:
         return None
     _write_states(model, cache, stepped[1], read[1] + 1, past + 1)
-    return stepped[0]
+    return CausalLMOutputWithPast(logits=stepped[0], past_key_values=cache)
 
 
 class Decoder:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..kernels.quantized import groups_of, row_bytes
 from ..ops.quantized import QuantizedMatrix, check_bits, quantize
 from ..ops.step import Vector
 from .checks import check_counts, check_features
@@ -19,9 +18,7 @@ class _Quantized(nn.Module):
 
     def _allocate(self, rows: int, columns: int, bits: int) -> None:
         self.bits = check_bits(bits)
-        codes = torch.zeros(rows, row_bytes(columns, bits), dtype=torch.uint8)
-        self.weight = nn.Parameter(codes, requires_grad=False)
-        self.scales = nn.Parameter(torch.zeros(rows, groups_of(columns)), requires_grad=False)
+        self._hold(QuantizedMatrix.zeros(rows, columns, bits))
 
     def _hold(self, matrix: QuantizedMatrix) -> None:
         self.weight = nn.Parameter(matrix.codes, requires_grad=False)

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from ..kernels import quantized as formula
 from ..kernels.native import quantized as native
+from ..kernels.native.library import scratch
 from ..kernels.product import is_plain_call, linear
 from ..kernels.quantized import BITS
 from .dispatch import native_by_default
@@ -28,6 +29,12 @@ class QuantizedMatrix(NamedTuple):
     scales: Tensor
     bits: int
     k: int
+
+    @classmethod
+    def zeros(cls, n: int, k: int, bits: int) -> QuantizedMatrix:
+        """A matrix of zeros ``[n, k]``, on the default device."""
+        codes = torch.zeros(n, formula.row_bytes(k, bits), dtype=torch.uint8)
+        return cls(codes, torch.zeros(n, formula.groups_of(k)), bits, k)
 
     def rows(self, index: Tensor | slice) -> QuantizedMatrix:
         return self._replace(codes=self.codes[index], scales=self.scales[index])
@@ -62,7 +69,7 @@ class QuantizedMatrix(NamedTuple):
         memory: Tensor | None = getattr(_memory, "numbers", None)
         if memory is None or memory.numel() < size:
             with torch.inference_mode(False):  # so that calls outside of it may use it too
-                memory = _memory.numbers = torch.empty(size)
+                memory = _memory.numbers = scratch(max(size, BLOCK))
         return self.dequantize(memory[:size].view(-1, self.k))
 
 
@@ -73,13 +80,18 @@ def check_bits(bits: object) -> int:
     raise ValueError(f"bits: expected 8 or 4, got {bits!r}")
 
 
-def quantize(weight: Tensor, bits: int, name: str = "weight") -> QuantizedMatrix:
+def check_weight(weight: Tensor, name: str = "weight") -> None:
+    """Every number of the weight has a code."""
+    if not bool(weight.isfinite().all()):
+        raise ValueError(f"{name}: holds NaN or infinity, which no code stands for")
+
+
+def quantize(weight: Tensor, bits: int) -> QuantizedMatrix:
     """``weight [n, k]`` in 8 or 4 bits; see `cumulant.kernels.quantized.quantize`."""
     check_bits(bits)
     if weight.dim() != 2 or not weight.is_floating_point():
         raise ValueError(
-            f"{name}: expected a matrix [n, k] of floats, got {weight.dtype} {list(weight.shape)}"
+            f"weight: expected a matrix [n, k] of floats, got {weight.dtype} {list(weight.shape)}"
         )
-    if not bool(weight.isfinite().all()):
-        raise ValueError(f"{name}: holds NaN or infinity, which no code stands for")
+    check_weight(weight)
     return QuantizedMatrix(*formula.quantize(weight, bits), bits, weight.shape[1])

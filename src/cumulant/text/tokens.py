@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
 from .corpus import Corpus
-from .tokenizer import encode, share_lost
+from .tokenizer import encode, share_lost, token_sizes
 
 Ids = NDArray[Any]
 
@@ -35,6 +35,14 @@ class TokenFile:
     starts: Ids
     text_bytes: int
     lost: float = 0.0
+
+
+def first_tokens(text: TokenFile, tokens: int, tokenizer: PreTrainedTokenizerFast) -> TokenFile:
+    """The first documents of the text, the last one cut, with `tokens` tokens to predict."""
+    if len(text.ids) <= tokens + 1:
+        return text
+    ids, starts = text.ids[: tokens + 1], text.starts[text.starts <= tokens]
+    return TokenFile(ids, starts, int(token_sizes(tokenizer)[ids].sum()))
 
 
 def tokenize(

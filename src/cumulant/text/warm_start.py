@@ -6,6 +6,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from ..models import CumulantConfig, CumulantForCausalLM
+from ..models.quantization import QuantizationConfig, untrainable
 from .checkpoint import checkpoint_folder, load_weights
 from .options import TrainingOptions
 
@@ -28,6 +29,10 @@ def inherited_configuration(
     for a size of the trained model must agree with it.
     """
     config = CumulantConfig.from_pretrained(folder)
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None:
+        why = untrainable(QuantizationConfig.from_dict(quantization))
+        raise ValueError(f"init_from: {why}")
     for name, field in SETTLED.items():
         there = getattr(config, field)
         if name in given and getattr(options, name) != there:

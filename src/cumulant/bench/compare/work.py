@@ -26,15 +26,14 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from transformers import PreTrainedTokenizerFast
 
 from ...models import CumulantConfig, CumulantForCausalLM
 from ...text.checkpoint import load_checkpoint
 from ...text.corpus import Corpus, load_corpus
 from ...text.options import TrainingOptions, choose_device
 from ...text.runs import STARTED, checkpoints
-from ...text.tokenizer import byte_tokenizer, load_tokenizer, token_sizes, train_bpe
-from ...text.tokens import TokenFile, read_tokens, write_tokens
+from ...text.tokenizer import byte_tokenizer, load_tokenizer, train_bpe
+from ...text.tokens import first_tokens, read_tokens, write_tokens
 from ...text.train import Text, train
 from ...text.trainer import Diverged
 from ..reports.folder import Folder, Row
@@ -110,9 +109,9 @@ def _prepare_text(
                 f" tokenizers makes {len(training.ids):,} of the text; begin a new folder"
             )
         return Text(
-            tokenizer, training, _first_tokens(heldout, done["heldout_tokens"], tokenizer)
+            tokenizer, training, first_tokens(heldout, done["heldout_tokens"], tokenizer)
         ), int(done["steps"])
-    text = Text(tokenizer, training, _first_tokens(heldout, scored, tokenizer))
+    text = Text(tokenizer, training, first_tokens(heldout, scored, tokenizer))
     windows = (len(text.train.ids) - 1) // recipe.context
     steps = recipe.steps or int(recipe.epochs * windows / (recipe.batch * recipe.accumulate))
     if steps < 1:
@@ -124,14 +123,6 @@ def _prepare_text(
     sizes |= {"bytes": text.train.text_bytes, "heldout_bytes": text.heldout.text_bytes}
     folder.append({"row": "text", **sizes, "steps": steps})
     return text, steps
-
-
-def _first_tokens(text: TokenFile, tokens: int, tokenizer: PreTrainedTokenizerFast) -> TokenFile:
-    """The first documents of the text, the last one cut, with `tokens` tokens to predict."""
-    if len(text.ids) <= tokens + 1:
-        return text
-    ids, starts = text.ids[: tokens + 1], text.starts[text.starts <= tokens]
-    return TokenFile(ids, starts, int(token_sizes(tokenizer)[ids].sum()))
 
 
 @dataclass(frozen=True)

@@ -80,6 +80,7 @@ inline void decode_row(const uint8_t* codes, const float* scales, int bits, int6
   float whole[GROUP];
   for (int64_t g = 0; g * GROUP < k; g++) {
     const uint8_t* const group = codes + g * (GROUP * bits / 8);
+    __builtin_prefetch(group + 4096);
     const bool last = k - g * GROUP < GROUP;
     float* const out = last ? whole : to + g * GROUP;
     if (bits == 8) {
@@ -137,7 +138,8 @@ struct VnniVector {
       const __m512i high = _mm512_dpbusd_epi32(none, ones, _mm512_loadu_si512(group.high));
       const __m512i low = _mm512_dpbusd_epi32(none, ones, _mm512_loadu_si512(group.low));
       const __m512i total = _mm512_add_epi32(_mm512_slli_epi32(high, 8), low);
-      _mm512_storeu_si512(group.start, _mm512_mullo_epi32(total, _mm512_set1_epi32(bits == 8 ? -128 : -8)));
+      _mm512_storeu_si512(group.start,
+                          _mm512_mullo_epi32(total, _mm512_set1_epi32(bits == 8 ? -128 : -8)));
     }
   }
 

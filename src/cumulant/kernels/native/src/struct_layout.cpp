@@ -173,9 +173,9 @@ Layout layout(const Pointwise*) {
 }
 Layout layout(const Instruction*) {
   typedef Instruction Struct;
-  return {FIELD(operation), FIELD(kind),   FIELD(source), FIELD(second), FIELD(third),
-          FIELD(fourth),    FIELD(target), FIELD(n),      FIELD(k),      FIELD(weight),
-          FIELD(bias),      FIELD(scales), FIELD(scalar), FIELD(state),  FIELD(add),
+  return {FIELD(operation), FIELD(kind),     FIELD(source), FIELD(second), FIELD(third),
+          FIELD(fourth),    FIELD(target),   FIELD(n),      FIELD(k),      FIELD(weight),
+          FIELD(bias),      FIELD(scales),   FIELD(scalar), FIELD(state),  FIELD(add),
           FIELD(bits),      FIELD(attention)};
 }
 Layout layout(const Program*) {
