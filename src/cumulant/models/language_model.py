@@ -136,8 +136,7 @@ class CumulantModel(CumulantPreTrainedModel):
     ) -> BaseModelOutputWithPast:
         """See `CumulantForCausalLM.forward`."""
         check_arguments(kwargs, self.config)
-        if self.training and torch.is_grad_enabled():
-            check_trainable(self.config)
+        check_trainable(self)
         check_token_types(token_type_ids)
         x = self._embed_tokens(input_ids, inputs_embeds)
         B, T = x.shape[:2]
@@ -333,17 +332,16 @@ class CumulantForCausalLM(CumulantWithLogits, CumulantGenerationMixin):
             stepped = step_model(self, input_ids, attention_mask, past_key_values, kwargs)
             if stepped is not None:
                 return stepped
+        packing = {"position_ids": position_ids, "seq_idx": seq_idx, "cu_seqlens": cu_seqlens}
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
-            position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
-            cu_seqlens=cu_seqlens,
-            seq_idx=seq_idx,
             token_type_ids=token_type_ids,
+            **packing,
             **{**kwargs, "return_dict": True},
         )
         hidden = outputs.last_hidden_state
@@ -351,9 +349,7 @@ class CumulantForCausalLM(CumulantWithLogits, CumulantGenerationMixin):
         loss, items = None, kwargs.get("num_items_in_batch")
         if labels is not None:
             check_labels(labels, logits)
-            marks = Marks.read(
-                kwargs, position_ids=position_ids, seq_idx=seq_idx, cu_seqlens=cu_seqlens
-            )
+            marks = Marks.read(kwargs, **packing)
             labels, items = ignore_first_labels(
                 labels, marks, attention_mask, hidden.shape[1], items
             )

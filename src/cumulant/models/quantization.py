@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -76,10 +76,10 @@ def untrainable(config: QuantizationConfig) -> str:
     )
 
 
-def check_trainable(config: PreTrainedConfig) -> None:
-    """An error for the configuration of a quantised model."""
-    quantization = getattr(config, "quantization_config", None)
-    if isinstance(quantization, QuantizationConfig):
+def check_trainable(model: PreTrainedModel) -> None:
+    """An error for a quantised model that is being trained."""
+    quantization = getattr(model.config, "quantization_config", None)
+    if model.training and torch.is_grad_enabled() and isinstance(quantization, QuantizationConfig):
         raise ValueError(f"model: {untrainable(quantization)}")
 
 
