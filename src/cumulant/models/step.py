@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from ..nn.step import CompiledStep, StepBuilder, has_hooks, step, steps_with_state
+from ..nn.step import StepBuilder, compiled_step, has_hooks, step, steps_with_state
 from ..ops.step import Unsuitable, Vector, may_step
 from .block import CumulantBlock
 from .cache import StateLayer, prepare_cache
@@ -91,7 +91,9 @@ def _can_step(model: Any, cache: Any) -> bool:
     """Whether all mixers have steps, and nothing stands between them."""
     return (
         isinstance(cache, Cache)
-        and len(cache.layers) == len(model.model.layers) == model.config.num_hidden_layers
+        and len(getattr(cache, "layers", ()))
+        == len(model.model.layers)
+        == model.config.num_hidden_layers
         and not cache.offloading
         and not model.config.output_hidden_states
         and all(steps_with_state(type(block.mixer)) for block in model.model.layers)
@@ -141,13 +143,12 @@ class Decoder:
     def __init__(self, model: Any, cache: Cache):
         """Raises Unsuitable if the model's layers must run instead."""
         read = _read_states(model, cache) if _can_step(model, cache) else None
-        x = model.get_input_embeddings().weight
-        if read is None or x.device.type != "cpu":
+        if read is None or model.device.type != "cpu":
             raise Unsuitable
         states, self._position = read[0], read[1].clone()
         sample = torch.empty(len(self._position), 1, model.config.hidden_size)
         with torch.no_grad():
-            compiled = CompiledStep(model, emit_model, sample.shape[-1])
+            compiled = compiled_step(model, emit_model, sample.shape[-1])
             program = compiled.program if may_step(sample) else None
         if program is None or compiled.has_hooks() or not program.accepts_states(sample, states):
             raise Unsuitable
@@ -157,7 +158,7 @@ class Decoder:
 
     def step(self, ids: Tensor) -> Tensor:
         """The logits ``[B, vocab_size]`` after ``ids [B]``, which the next step overwrites."""
-        logits = self._bound.step(self._embed(ids))
+        logits = self._bound.step(self._embed(ids).float().contiguous())
         self._position += 1
         self._length += 1
         return logits

@@ -240,6 +240,15 @@ def _memory_layout(weights: list[Tensor]) -> tuple[list[Any], ...]:
 _compiled: WeakKeyDictionary[nn.Module, dict[tuple[Emit, int], CompiledStep]] = WeakKeyDictionary()
 
 
+def compiled_step(module: nn.Module, emit: Emit, dim: int) -> CompiledStep:
+    """The module's program for inputs of `dim` numbers, written anew if anything has changed."""
+    programs, key = _compiled.setdefault(module, {}), (emit, dim)
+    compiled = programs.get(key)
+    if compiled is None or not compiled.is_current():
+        compiled = programs[key] = CompiledStep(module, emit, dim)
+    return compiled
+
+
 def step(
     module: nn.Module,
     x: Tensor,
@@ -255,10 +264,7 @@ def step(
     if not may_step(x):
         return None
     emit = type(module).emit_step if emit is None else emit  # type: ignore[attr-defined]
-    programs, key = _compiled.setdefault(module, {}), (emit, x.shape[-1])
-    compiled = programs.get(key)
-    if compiled is None or not compiled.is_current():
-        compiled = programs[key] = CompiledStep(module, emit, x.shape[-1])
+    compiled = compiled_step(module, emit, x.shape[-1])
     program = compiled.program
     if program is None or compiled.has_hooks() or not program.accepts_states(x, states):
         return None

@@ -36,7 +36,7 @@ def loss_by_context(
     tokenizer: PreTrainedTokenizerFast,
     length: int,
     *,
-    tokens: int = 50_000,
+    tokens: int = 200_000,
     batch_tokens: int = 16_384,
     piece: int = PIECE,
 ) -> list[Stretch]:

@@ -34,6 +34,7 @@ from .passes import (
     one_block,
     safe_divide,
     sum_all_keys,
+    sum_features,
     zero_unseen,
 )
 
@@ -334,7 +335,7 @@ def _keys_backward(
     if dZ is not None:
         dphi += dZ[:n, :, :, None]
     phi = features.expand(k)
-    grad_v = phi.mT @ dS
+    grad_v = sum_features(phi, dS)
     if decay is not None and decays is not None:  # a key decays until the end of the chunk
         kept = decay.to_end()
         dphi *= kept[:, :, None]

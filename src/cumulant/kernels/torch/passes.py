@@ -19,6 +19,8 @@ from ..spec import AttentionInputs, AttentionOutputs, AttentionSpec
 from .features import Expansion, activate, activate_vjp
 from .layout import Chunk, Dense, Packed, sort_rows, unsort_rows
 
+PART = 256  # features that are added up together: longer sums round more
+
 
 class Tokens(NamedTuple):
     """The inputs, and methods that read a chunk of them."""
@@ -142,6 +144,14 @@ def add_keys(
         Z[:n] += phi.sum(-1)
 
 
+def sum_features(phi: Tensor, S: Tensor) -> Tensor:
+    """φᵀS, ``[n,G,F,M]`` and ``[n,G,F,V]`` -> ``[n,G,M,V]``, by parts of the features."""
+    y = phi[:, :, :PART].mT @ S[:, :, :PART]
+    for begin in range(PART, phi.shape[2], PART):
+        y += phi[:, :, begin : begin + PART].mT @ S[:, :, begin : begin + PART]
+    return y
+
+
 def add_products(S: Tensor, phi: Tensor, y: Tensor) -> None:
     """S += φ y, in S's dtype: sums that decay are in fp64."""
     if S.dtype == phi.dtype:
@@ -186,8 +196,8 @@ def _read_sums(
     phi: Tensor, S: Tensor, Z: Tensor | None, decay: Decay | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """φᵀS and φ·Z: phi ``[n,G,F,M]``. With decay, sums from before the chunk."""
-    y = phi.mT @ S.to(phi.dtype)
-    z = None if Z is None else (Z[:, :, None].to(phi.dtype) @ phi).squeeze(2)
+    y = sum_features(phi, S.to(phi.dtype))
+    z = None if Z is None else sum_features(phi, Z[..., None].to(phi.dtype)).squeeze(3)
     if decay is None:
         return y, z
     kept = decay.from_start(phi.shape[-1])
