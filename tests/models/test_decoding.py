@@ -7,6 +7,7 @@ import torch
 from transformers import DynamicCache, GenerationMixin, StoppingCriteria, TopPLogitsWarper
 from transformers.generation.streamers import BaseStreamer
 
+from cumulant.kernels.native import program
 from cumulant.models import PRESETS, CumulantForCausalLM, decoding, from_preset, quantize
 from cumulant.models.decoding import QuickTopP
 from cumulant.models.step import Decoder, step_model
@@ -151,6 +152,29 @@ def test_a_reader_that_is_gone_leaves_a_whole_cache(preset):
     with torch.no_grad():
         model(torch.cat((IDS[:1], new[:, :-1]), 1), past_key_values=expected)
         a, b = (model(new[:, -1:], past_key_values=c).logits for c in (cache, expected))
+    torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+
+
+def test_an_interruption_leaves_a_whole_cache(monkeypatch):
+    """Python raises it when the native call has returned, and its states are changed by then."""
+    model, calls = build("taylor"), []
+    cache, expected = DynamicCache(config=model.config), DynamicCache(config=model.config)
+    whole = generate(model, IDS, do_sample=False)
+
+    def interrupted(*arguments, call=program.call_library):
+        call(*arguments)
+        calls.append(1)
+        if len(calls) == 7:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(program, "call_library", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        generate(model, IDS, past_key_values=cache, do_sample=False)
+    monkeypatch.undo()
+    assert cache.get_seq_length() == 11 + 7
+    with torch.no_grad():
+        model(whole[:, :18], past_key_values=expected)
+        a, b = (model(whole[:, 18:19], past_key_values=c).logits for c in (cache, expected))
     torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
 
 

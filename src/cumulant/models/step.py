@@ -158,10 +158,12 @@ class Decoder:
 
     def step(self, ids: Tensor) -> Tensor:
         """The logits ``[B, vocab_size]`` after ``ids [B]``, which the next step overwrites."""
-        logits = self._bound.step(self._embed(ids).float().contiguous())
-        self._position += 1
-        self._length += 1
-        return logits
+        x = self._embed(ids).float().contiguous()
+        try:
+            return self._bound.step(x)
+        finally:  # an interruption that comes during the call is raised behind it
+            self._position += 1
+            self._length += 1
 
     def close(self) -> None:
         """Write the states to the cache."""
