@@ -148,6 +148,8 @@ def test_training_names_what_to_train_instead(tmp_path):
 def test_bad_input(tmp_path):
     with pytest.raises(ValueError, match="bits: expected 8 or 4, got 2"):
         quantize(build("taylor"), 2)
+    with pytest.raises(TypeError, match="bit"):
+        QuantizationConfig(bit=4)
     model = quantize(build("taylor"), 8)
     with pytest.raises(ValueError, match="quantised already"):
         quantize(model, 4)

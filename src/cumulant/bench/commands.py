@@ -196,8 +196,8 @@ def compare(
         str,
         typer.Option(
             help=(
-                "the comparison; 20m-tokens takes about five hours on two cores, 20m-tokens-2048"
-                " seven: long-context, 20m-tokens, 20m-tokens-2048, gates,"
+                "the comparison; 20m-tokens takes about seven hours on two cores, 20m-tokens-2048"
+                " ten: long-context, 20m-tokens, 20m-tokens-2048, gates,"
                 " flash-enwik8, flash-enwik8-small, elita-wikitext"
             )
         ),

@@ -33,17 +33,14 @@ class QuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
         original: the name of the model whose weights were quantised.
     """
 
-    def __init__(self, bits: int = 8, original: str | None = None, **_: Any):
-        self.quant_method = METHOD
+    def __init__(self, bits: int = 8, original: str | None = None, quant_method: str = METHOD):
+        self.quant_method = quant_method
         self.bits, self.original = check_bits(bits), original
 
 
 @register_quantizer(METHOD)
 class Quantizer(HfQuantizer):  # type: ignore[misc]
     """What `from_pretrained` and `save_pretrained` ask about quantised models."""
-
-    def __init__(self, quantization_config: QuantizationConfig, **kwargs: Any):
-        super().__init__(quantization_config, **kwargs)
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """fp32, as norms, scales and arithmetic are."""
@@ -137,7 +134,8 @@ def _quantized(
     if isinstance(layer, nn.Embedding):
         if filled:
             return QuantizedEmbedding.from_embedding(layer, bits)
-        return QuantizedEmbedding(layer.num_embeddings, layer.embedding_dim, bits=bits)
+        with torch.device(layer.weight.device):
+            return QuantizedEmbedding(layer.num_embeddings, layer.embedding_dim, bits=bits)
     assert isinstance(layer, nn.Linear)
     if filled and tied is None:
         return QuantizedLinear.from_linear(layer, bits)
