@@ -1,8 +1,8 @@
 """The recipes of `cumulant compare` are fair, and some are published settings."""
 
-from typing import itertools
+import itertools
+from typing import get_type_hints
 
-import get_type_hints
 import pytest
 import torch
 
