@@ -11,7 +11,6 @@ from torch.nn import functional as F
 
 from ..kernels import quantized as formula
 from ..kernels.native import quantized as native
-from ..kernels.native.library import scratch
 from ..kernels.product import is_plain_call, linear
 from ..kernels.quantized import BITS
 from .dispatch import native_by_default
@@ -69,7 +68,7 @@ class QuantizedMatrix(NamedTuple):
         memory: Tensor | None = getattr(_memory, "numbers", None)
         if memory is None or memory.numel() < size:
             with torch.inference_mode(False):  # so that calls outside of it may use it too
-                memory = _memory.numbers = scratch(max(size, BLOCK))
+                memory = _memory.numbers = torch.empty(max(size, BLOCK))
         return self.dequantize(memory[:size].view(-1, self.k))
 
 

@@ -328,15 +328,6 @@ def multiply_rate(threads: int, dtype: torch.dtype = torch.float32) -> float:
     return float(rate(TYPES[dtype], instruction_set_number(), threads))
 
 
-def scratch(numbers: int) -> Tensor:
-    """New fp32 memory to write again and again, in large pages where the system has them."""
-    memory = torch.empty(numbers)
-    use_large_pages = loaded_library().cumulant_use_large_pages
-    use_large_pages.argtypes, use_large_pages.restype = (_pointer, _i64), None
-    use_large_pages(memory.data_ptr(), memory.nbytes)
-    return memory
-
-
 def call_library(function: str, arguments: ctypes.Structure, *more: int | None) -> None:
     """Call a function of the library, and raise its errors. more: addresses after the arguments."""
     status = getattr(loaded_library(), function)(ctypes.byref(arguments), *map(_pointer, more))

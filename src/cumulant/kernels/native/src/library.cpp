@@ -32,9 +32,6 @@ int cumulant_supports(int isa) { return cumulant::supported(isa); }
 void cumulant_use_openmp(void* entry) {
   cumulant::openmp() = reinterpret_cast<cumulant::OpenMP>(entry);
 }
-void cumulant_use_large_pages(void* data, int64_t bytes) {
-  cumulant::use_large_pages(data, size_t(bytes));
-}
 double cumulant_multiply_rate(int type, int isa, int threads) {
   return cumulant::supported(isa) ? cumulant::multiply_rate(cumulant::kernels(isa, type), threads)
                                   : 0;

@@ -80,7 +80,6 @@ inline void decode_row(const uint8_t* codes, const float* scales, int bits, int6
   float whole[GROUP];
   for (int64_t g = 0; g * GROUP < k; g++) {
     const uint8_t* const group = codes + g * (GROUP * bits / 8);
-    __builtin_prefetch(group + 4096);
     const bool last = k - g * GROUP < GROUP;
     float* const out = last ? whole : to + g * GROUP;
     if (bits == 8) {
