@@ -205,7 +205,7 @@ def twenty_million_tokens(context: int, batch: int) -> Comparison:
     """
     return Comparison(
         mechanisms=(SOFTMAX, LINEAR, TAYLOR, BASED, WINDOW, GATED[0], *STARTS, GATED[2]),
-        learning_rates=(1e-3, 2e-3, 4e-3),
+        learning_rates=(1e-3, 2e-3, 4e-3, 8e-3),
         width=128,
         depth=3,
         heads=4,
@@ -245,7 +245,7 @@ RECIPES = {
         steps=300,
         vocabulary=1024,
     ),
-    # Twenty-two trainings of a quarter of an hour each on two free cores, and thirty-three of a
+    # Twenty-two trainings of a quarter of an hour each on two free cores, and forty-four of a
     # tenth of it: about seven hours, and ten at twice the context.
     "20m-tokens": twenty_million_tokens(context=1024, batch=8),
     "20m-tokens-2048": twenty_million_tokens(context=2048, batch=4),
