@@ -7,8 +7,9 @@ import torch
 from transformers import DynamicCache, GenerationMixin, StoppingCriteria, TopPLogitsWarper
 from transformers.generation.streamers import BaseStreamer
 
-from cumulant.kernels.native import program
+from cumulant.kernels.native import bound_program
 from cumulant.models import PRESETS, CumulantForCausalLM, decoding, from_preset, quantize
+from cumulant.models.cache import read_state
 from cumulant.models.decoding import QuickTopP
 from cumulant.models.step import Decoder, step_model
 from cumulant.ops import step as native_step
@@ -26,7 +27,7 @@ OPTIONS = {
     "ends": {"do_sample": True, "eos_token_id": [5, 6, 7, 8, 9], "pad_token_id": 0},
     "no repeats": {"do_sample": False, "no_repeat_ngram_size": 2, "min_new_tokens": 9},
 }
-STEPPED = ["taylor", "gated_linear", "higher_order"]
+STEPPED = ["taylor", "gated_linear", "higher_order", "softmax", "based", "gated_based"]
 
 
 def build(preset, **fields):
@@ -155,19 +156,20 @@ def test_a_reader_that_is_gone_leaves_a_whole_cache(preset):
     torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
 
 
-def test_an_interruption_leaves_a_whole_cache(monkeypatch):
+@pytest.mark.parametrize("preset", ["taylor", "softmax"])
+def test_an_interruption_leaves_a_whole_cache(preset, monkeypatch):
     """Python raises it when the native call has returned, and its states are changed by then."""
-    model, calls = build("taylor"), []
+    model, calls = build(preset), []
     cache, expected = DynamicCache(config=model.config), DynamicCache(config=model.config)
     whole = generate(model, IDS, do_sample=False)
 
-    def interrupted(*arguments, call=program.call_library):
+    def interrupted(*arguments, call=bound_program.call_library):
         call(*arguments)
         calls.append(1)
         if len(calls) == 7:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(program, "call_library", interrupted)
+    monkeypatch.setattr(bound_program, "call_library", interrupted)
     with pytest.raises(KeyboardInterrupt):
         generate(model, IDS, past_key_values=cache, do_sample=False)
     monkeypatch.undo()
@@ -200,9 +202,48 @@ def test_a_whole_step_equals_the_layers(preset, rows, monkeypatch):
     decoder.close()
     for cache in (one, three):
         assert cache.get_seq_length() == two.get_seq_length() == 17
-        for layer, other in zip(cache.layers, two.layers):
-            for x, y in zip(layer.state.tensors().values(), other.state.tensors().values()):
+        for i in range(3):
+            state, other = read_state(cache, i, None), read_state(two, i, None)
+            assert state.tensors().keys() == other.tensors().keys()
+            for x, y in zip(state.tensors().values(), other.tensors().values()):
+                assert x.shape == y.shape
                 assert (x - y).abs().max() <= 1e-5 * y.abs().max()
+
+
+@pytest.mark.parametrize("preset", ["softmax", "based"])
+def test_steps_over_many_tokens_and_padding(preset, monkeypatch):
+    """Memory of keys and values grows, and windows move along it."""
+    monkeypatch.setattr(bound_program, "ROOM", 3)
+    model = build(preset)
+    cache, ids = DynamicCache(config=model.config), torch.randint(1, 70, (3, 60))
+    with torch.no_grad():
+        model(IDS, attention_mask=PADDED, past_key_values=cache)
+        decoder = Decoder(model, cache, PADDED)
+        steps = [decoder.step(new).clone() for new in ids.unbind(1)]
+        decoder.close()
+        mask = torch.cat((PADDED, torch.ones_like(ids)), 1)
+        whole = model.double()(torch.cat((IDS, ids), 1), attention_mask=mask).logits
+        torch.testing.assert_close(
+            torch.stack(steps, 1).double(), whole[:, 11:], rtol=1e-4, atol=1e-4
+        )
+        more = model.float()(
+            ids[:, :2], attention_mask=torch.cat((mask, mask[:, -2:]), 1), past_key_values=cache
+        ).logits
+        ids = torch.cat((IDS, ids, ids[:, :2]), 1)
+        expected = model.double()(ids, attention_mask=torch.cat((mask, mask[:, -2:]), 1)).logits
+    torch.testing.assert_close(more.double(), expected[:, -2:], rtol=1e-4, atol=1e-4)
+
+
+def test_masks_between_tokens_are_left_to_forward():
+    model, mask = build("softmax"), torch.ones_like(IDS)
+    mask[1, 4] = 0
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(IDS, attention_mask=mask, past_key_values=cache)
+        with pytest.raises(Unsuitable):
+            Decoder(model, cache, mask)
+    options = {"attention_mask": mask, "do_sample": False}
+    assert torch.equal(generate(model, IDS, **options), transformers_loop(model, IDS, **options))
 
 
 def test_a_step_of_the_model_calls_what_the_user_has_changed():

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from cumulant.nn import GatedDecay, GatedShortConvolution, LinearAttention, TaylorAttention
+from cumulant.nn import (
+    GatedDecay,
+    GatedShortConvolution,
+    LinearAttention,
+    SlidingWindowAttention,
+    SoftmaxAttention,
+    TaylorAttention,
+)
 
 MIXERS = {
     "taylor": lambda: TaylorAttention(24, 3, head_dim=6),
@@ -27,6 +34,12 @@ MIXERS = {
         shift_tokens=True, conv_size=4, decay="gated",
     ),
     "mamba2": lambda: LinearAttention(24, 4, feature_map="relu", prenorm=True, decay="mamba2"),
+    "softmax": lambda: SoftmaxAttention(24, 3),
+    "grouped softmax": lambda: SoftmaxAttention(
+        24, 6, num_kv_heads=2, head_dim=34, rotary=True, rotary_base=500.0
+    ),
+    "window": lambda: SlidingWindowAttention(24, 4, window=5, num_kv_heads=2, rotary=True),
+    "wide window": lambda: SlidingWindowAttention(24, 2, window=10),
     "convolution": lambda: GatedShortConvolution(24, size=4),
 }  # fmt: skip
 

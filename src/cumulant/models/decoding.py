@@ -98,7 +98,7 @@ def decode(
 def begin_decoding(model: Any, cache: Cache, mask: Tensor | None) -> Decoder | Forward:
     """What takes one token of each row at a time; ``mask [B, S]``: that of the cached tokens."""
     try:
-        return Decoder(model, cache)
+        return Decoder(model, cache, None if mask is None or bool(mask.all()) else mask)
     except Unsuitable:
         return Forward(model, cache, mask)
 

@@ -7,17 +7,19 @@ checks only once what a token depends on.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from dataclasses import replace
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from ..nn import KeyValueState
 from ..nn.step import StepBuilder, compiled_step, has_hooks, step, steps_with_state
-from ..ops.step import Unsuitable, Vector, may_step
+from ..ops.step import BoundProgram, Unsuitable, Vector, may_step
 from .block import CumulantBlock
-from .cache import StateLayer, prepare_cache
+from .cache import StateLayer, prepare_cache, read_state, write_state
 from .inputs import check_arguments, split_mask
 
 _Kind = TypeVar("_Kind", bound=type[nn.Module])
@@ -57,34 +59,65 @@ def _calls_its_own(module: Any) -> bool:
     )
 
 
-def _read_states(model: Any, cache: Cache) -> tuple[list[Tensor | None], Tensor] | None:
-    """The tensors of all layers' states, and the one position of all; None if they are not so."""
-    states: list[Tensor | None] = []
+class Read(NamedTuple):
+    """What a cache holds for a step of all layers.
+
+    tensors: of all layers' states, `counts` for each layer. masks: of the keys and values of each
+    layer that has them. position: ``[B]``, the same in all layers.
+    """
+
+    tensors: list[Tensor | None]
+    counts: list[int]
+    masks: list[Tensor | None]
+    position: Tensor
+
+    def write(
+        self,
+        model: Any,
+        cache: Cache,
+        tensors: list[Tensor],
+        masks: list[Tensor | None],
+        position: Tensor,
+        length: int,
+    ) -> None:
+        """Write states as these were read, after `length` positions in all."""
+        begin, later = 0, iter(masks)
+        for i, (block, count) in enumerate(zip(model.model.layers, self.counts, strict=True)):
+            state = block.mixer.state_from_tensors(tensors[begin : begin + count], position)
+            begin += count
+            if isinstance(state, KeyValueState) and (mask := next(later)) is not None:
+                state = replace(state, mask=mask)
+            write_state(cache, i, state, length)
+
+
+def _read_states(model: Any, cache: Cache, past_mask: Tensor | None = None) -> Read | None:
+    """The states of all layers, or None if a step cannot take them.
+
+    past_mask: ``[B, S]``, which cached positions are tokens; None: all.
+    """
+    tensors: list[Tensor | None] = []
+    counts: list[int] = []
+    masks: list[Tensor | None] = []
     position: Tensor | None = None
-    for block, entry in zip(model.model.layers, cache.layers, strict=True):
-        if not isinstance(entry, StateLayer) or entry.record_past or entry.state is None:
+    for i, (block, entry) in enumerate(zip(model.model.layers, cache.layers, strict=True)):
+        if isinstance(entry, StateLayer) and entry.record_past:
             return None
-        own = getattr(entry.state, "position", None)
+        state: Any = read_state(cache, i, past_mask)
+        if isinstance(state, KeyValueState):
+            masks.append(state.mask)
+            if state.mask is not None:
+                state = replace(state, mask=None)
+        own = getattr(state, "position", None)
         if own is not None and own is not position:
             if position is not None and not torch.equal(own, position):
                 return None
             position = own
-        found = block.mixer.state_tensors(entry.state)
+        found = block.mixer.state_tensors(state)
         if not found:
             return None
-        states += found
-    return None if position is None else (states, position)
-
-
-def _write_states(
-    model: Any, cache: Cache, states: list[Tensor], position: Tensor, length: int
-) -> None:
-    begin = 0
-    for block, entry in zip(model.model.layers, cache.layers, strict=True):
-        count = len(block.mixer.state_tensors(entry.state))
-        state = block.mixer.state_from_tensors(states[begin : begin + count], position)
-        begin += count
-        entry.write(state, length)
+        tensors += found
+        counts.append(len(found))
+    return None if position is None else Read(tensors, counts, masks, position)
 
 
 def _can_step(model: Any, cache: Any) -> bool:
@@ -120,17 +153,18 @@ def step_model(
     if torch.compiler.is_compiling() or model.training or not _can_step(model, cache):
         return None
     read = _read_states(model, cache)
-    if read is None:
+    if read is None or any(mask is not None for mask in read.masks):
         return None
     check_arguments(others, model.config)
     x = model.model._embed_tokens(input_ids, None)
     cache, past = prepare_cache(cache, model.config, 1)
-    if split_mask(attention_mask, x, past)[0] is not None:
+    new, earlier = split_mask(attention_mask, x, past)
+    if new is not None or (earlier is not None and read.masks):
         return None
-    stepped = step(model, x, *read, emit=emit_model)
+    stepped = step(model, x, read.tensors, read.position, emit=emit_model)
     if stepped is None:
         return None
-    _write_states(model, cache, stepped[1], read[1] + 1, past + 1)
+    read.write(model, cache, stepped[1], read.masks, read.position + 1, past + 1)
     return CausalLMOutputWithPast(logits=stepped[0], past_key_values=cache)
 
 
@@ -140,20 +174,26 @@ class Decoder:
     `step` checks nothing again and makes no new states. `close` writes the last ones to the cache.
     """
 
-    def __init__(self, model: Any, cache: Cache):
-        """Raises Unsuitable if the model's layers must run instead."""
-        read = _read_states(model, cache) if _can_step(model, cache) else None
+    def __init__(self, model: Any, cache: Cache, mask: Tensor | None = None):
+        """mask: ``[B, S]``, which cached positions are tokens.
+
+        Raises Unsuitable if the model's layers must run instead.
+        """
+        past = None if mask is None else mask.bool()
+        read = _read_states(model, cache, past) if _can_step(model, cache) else None
         if read is None or model.device.type != "cpu":
             raise Unsuitable
-        states, self._position = read[0], read[1].clone()
-        sample = torch.empty(len(self._position), 1, model.config.hidden_size)
+        tensors = [None if t is None else t.contiguous() for t in read.tensors]
+        sample = torch.empty(len(read.position), 1, model.config.hidden_size)
         with torch.no_grad():
             compiled = compiled_step(model, emit_model, sample.shape[-1])
             program = compiled.program if may_step(sample) else None
-        if program is None or compiled.has_hooks() or not program.accepts_states(sample, states):
+        if program is None or compiled.has_hooks() or not program.accepts_states(sample, tensors):
             raise Unsuitable
-        self._model, self._cache, self._length = model, cache, cache.get_seq_length()
-        self._bound = program.bind([s.clone() for s in states if s is not None], self._position)
+        self._model, self._cache, self._read = model, cache, read
+        self._length, self._position = cache.get_seq_length(), read.position.clone()
+        states = [t for t in tensors if t is not None]
+        self._bound = BoundProgram(program, states, self._position, read.masks)
         self._embed: nn.Module = model.get_input_embeddings()
 
     def step(self, ids: Tensor) -> Tensor:
@@ -167,4 +207,11 @@ class Decoder:
 
     def close(self) -> None:
         """Write the states to the cache."""
-        _write_states(self._model, self._cache, self._bound.states, self._position, self._length)
+        self._read.write(
+            self._model,
+            self._cache,
+            self._bound.states(),
+            self._bound.masks(),
+            self._position,
+            self._length,
+        )

@@ -11,8 +11,10 @@ from ..ops.state import KeyValueState
 from .checks import check_count
 from .padding import compact_rows, restore_rows
 from .softmax import SoftmaxAttention, attend_softmax, attend_visible
+from .step import known_to_programs
 
 
+@known_to_programs
 class SlidingWindowAttention(SoftmaxAttention):
     """Softmax attention in which each token sees itself and the ``window - 1`` tokens before it.
 
@@ -43,7 +45,7 @@ class SlidingWindowAttention(SoftmaxAttention):
             rotary_base=rotary_base,
         )
         check_count("window", window)
-        self.window = window
+        self.window: int = window
 
     def forward(
         self,

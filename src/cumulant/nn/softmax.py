@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..ops.dispatch import no_transform_active
 from ..ops.state import KeyValueState
+from ..ops.step import Unsuitable, Vector
 from .checks import (
     check_counts,
     check_input,
@@ -23,6 +24,7 @@ from .checks import (
 from .padding import packed_positions, zero_after_packed
 from .projection import project
 from .rotary import RotaryEmbedding
+from .step import StepBuilder, known_to_programs, step_mixer
 
 
 def attend_softmax(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
@@ -40,6 +42,7 @@ def attend_visible(query: Tensor, key: Tensor, value: Tensor, visible: Tensor) -
     return out.masked_fill(blind, 0)
 
 
+@known_to_programs
 class SoftmaxAttention(nn.Module):
     """Multi-head softmax attention, ``softmax(q kᵀ / sqrt(K)) v``.
 
@@ -52,6 +55,8 @@ class SoftmaxAttention(nn.Module):
         rotary: rotate queries and keys by their position.
         rotary_base: see `RotaryEmbedding`.
     """
+
+    window: int | None = None  # tokens that a token sees
 
     def __init__(
         self,
@@ -86,6 +91,10 @@ class SoftmaxAttention(nn.Module):
         return_state: bool = False,
     ) -> Tensor | tuple[Tensor, KeyValueState]:
         """``x [B, T, D]`` -> ``[B, T, D]``, and the state if asked for; see `cumulant.nn`."""
+        if state is not None and return_state and key_mask is None and cu_seqlens is None:
+            stepped: tuple[Tensor, KeyValueState] | None = step_mixer(self, x, state)
+            if stepped is not None:
+                return stepped
         check_input(
             x, self.q_proj, self.dim, key_mask, cu_seqlens, state is not None or return_state
         )
@@ -184,6 +193,32 @@ class SoftmaxAttention(nn.Module):
         self, k: Tensor, v: Tensor, mask: Tensor | None, position: Tensor
     ) -> KeyValueState:
         return KeyValueState(k, v, mask, position)
+
+    def emit_step(self, builder: StepBuilder, x: Vector, residual: Vector | None) -> Vector:
+        """See `cumulant.nn.step.EmitsStep`."""
+        builder.rely_on(self)
+        if not self.is_causal:
+            raise Unsuitable
+        size, kv_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        q, k, v = builder.program.vector(size + 2 * kv_size).split(size, kv_size, kv_size)
+        for projection, part in ((self.q_proj, q), (self.k_proj, k), (self.v_proj, v)):
+            builder.emit_projection(projection, x, part)
+        if self.rotary is not None:
+            builder.rely_on(self.rotary)
+            both = Vector(q.start, size + kv_size)
+            builder.program.rotate(both, self.head_dim, self.rotary.base)
+        y = builder.program.attend_softmax(q, k, v, self.num_kv_heads, self.head_dim, self.window)
+        return builder.emit_projection(self.out_proj, y, residual, add=residual is not None)
+
+    def state_tensors(self, state: object) -> list[Tensor | None]:
+        """A state's tensors in the order of `emit_step`, or [] for one that steps cannot take."""
+        if not isinstance(state, KeyValueState) or state.mask is not None:
+            return []
+        return [state.key, state.value]
+
+    def state_from_tensors(self, tensors: list[Tensor], position: Tensor) -> KeyValueState:
+        """The state that consists of these tensors."""
+        return KeyValueState(tensors[0], tensors[1], None, position)
 
 
 def _mask_or_ones(mask: Tensor | None, x: Tensor, length: int) -> Tensor:

@@ -16,7 +16,7 @@ from ..spec import accumulation_dtype
 PATH = Path(__file__).with_name("_kernels.so")
 INSTRUCTIONS = ("baseline", "avx2", "avx512", "avx512vnni")  # in the order of `Isa` in src
 TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-ABI = 6  # as in src/library.cpp
+ABI = 7  # as in src/library.cpp
 CHUNK = 64  # the most tokens in a chunk, as scratch matrices have so many rows
 ELITA_BLOCK = 16  # tokens between two means that ELiTA saves
 MAX_ORDER = 8
@@ -130,8 +130,15 @@ class Instruction(ctypes.Structure):
         *((name, _i64) for name in ("target", "n", "k")),
         *((name, _pointer) for name in ("weight", "bias", "scales")),
         ("scalar", ctypes.c_double),
-        *((name, _i64) for name in ("state", "add", "bits")),
+        *((name, _i64) for name in ("state", "add", "bits", "groups", "past")),
         ("attention", ctypes.POINTER(Attention)),
+    ]
+
+
+class Past(ctypes.Structure):
+    _fields_ = [
+        *((name, _i64) for name in ("length", "capacity", "dropped", "new_capacity", "seen")),
+        ("first", _pointer),
     ]
 
 
@@ -142,6 +149,7 @@ class Program(ctypes.Structure):
         ("instructions", ctypes.POINTER(Instruction)),
         *((name, _pointer) for name in ("position", "input", "out")),
         *((name, ctypes.POINTER(_pointer)) for name in ("before", "after")),
+        ("pasts", ctypes.POINTER(Past)),
     ]
 
 
@@ -218,7 +226,7 @@ def pointer_to(x: Tensor | None) -> int | None:
 
 STRUCTURES = (
     *(Array, Attention, Addresses, Elita, MixedChunk, Pointwise),
-    *(Instruction, Program, Quantized),
+    *(Instruction, Past, Program, Quantized),
 )
 
 

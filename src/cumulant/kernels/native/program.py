@@ -24,6 +24,7 @@ from .library import (
     MAX_ORDER,
     Attention,
     Instruction,
+    Past,
     _pointer,
     call_library,
     instruction_set_number,
@@ -32,7 +33,7 @@ from .library import Program as Arguments
 
 OPERATIONS = (  # in the order of Operation in src/abi.hpp
     *("norm", "matrix", "convolution", "shift"),
-    *("rotary", "attend", "gate", "activate", "decay"),
+    *("rotary", "attend", "gate", "activate", "decay", "softmax"),
 )
 NORMS = ("rmsnorm", "layernorm", "scalenorm")
 ACTIVATED = ("swiglu", "gelu", "product")
@@ -62,6 +63,7 @@ class Program:
         self._width = self._widest = 0  # numbers of a row that are in use now, and at most
         self.input = self.vector(dim)
         self.states: list[tuple[int, ...]] = []  # the shape of each state, without the batch
+        self.windows: dict[int, int | None] = {}  # of states of keys, each before one of values
         self._instructions: list[Instruction] = []
         self._weights: list[Tensor] = []  # kept alive, because instructions have their addresses
         self._attention: list[Attention] = []
@@ -223,6 +225,27 @@ class Program:
         self._instructions[-1].attention = ctypes.pointer(self._attention[-1])
         return y
 
+    def attend_softmax(
+        self, query: Vector, key: Vector, value: Vector, groups: int, dim: int, window: int | None
+    ) -> Vector:
+        """Softmax attention with heads of `dim` numbers to the last `window` tokens, or to all.
+
+        Its states are the keys and the values before, ``[G, S, dim]`` each.
+        """
+        heads = query.size // dim
+        if window is not None and window < 2:
+            raise Unsuitable
+        if heads * dim != query.size or key.size != groups * dim or value.size != key.size:
+            raise Unsuitable
+        sums, y, state = self.vector(2 * heads), self.vector(query.size), len(self.states)
+        past, self.windows[state] = len(self.windows), window
+        self.states += [(groups, -1, dim)] * 2
+        self._add_instruction(
+            "softmax", source=query, second=key, third=value, fourth=sums, target=y, state=state,
+            n=heads, k=dim, groups=groups, past=past, scalar=dim**-0.5,
+        )  # fmt: skip
+        return y
+
     def decay(
         self,
         kind: str,
@@ -258,7 +281,7 @@ class Program:
 
     def set_output(self, output: Vector) -> None:
         """End the program; `output` is its result."""
-        self._output, self._widest = output, max(self._widest, self._width)
+        self.output, self._widest = output, max(self._widest, self._width)
         self._written = (Instruction * len(self._instructions))(*self._instructions)
 
     def accepts_states(self, x: Tensor, states: Sequence[Tensor | None]) -> bool:
@@ -268,9 +291,22 @@ class Program:
         rows = x.shape[0]
         # A generator's calls would take longer than the checks.
         for s, shape in zip(states, self.states, strict=True):
-            if not isinstance(s, Tensor) or s.shape != (rows, *shape) or s.dtype != torch.float32:
+            if not isinstance(s, Tensor) or s.dtype != torch.float32:
                 return False
-            if not s.is_contiguous() or s.device.type != "cpu":
+            if s.device.type != "cpu":
+                return False
+            if shape[1] == -1:  # keys or values, of any number of tokens
+                if s.dim() != 4 or (*s.shape[:2], s.shape[3]) != (rows, shape[0], shape[2]):
+                    return False
+            elif s.shape != (rows, *shape) or not s.is_contiguous():
+                return False
+        return not self.windows or self._accepts_pasts(states)
+
+    def _accepts_pasts(self, states: Sequence[Any]) -> bool:
+        """Whether keys and values are of as many tokens, and not of more than a window keeps."""
+        for i, window in self.windows.items():
+            length = states[i].shape[2]
+            if states[i + 1].shape[2] != length or (window is not None and length >= window):
                 return False
         return True
 
@@ -281,32 +317,37 @@ class Program:
 
         position: ``[B]``, the tokens' positions, which only rotations need.
         """
-        out, after = x.new_empty(x.shape[0], self._output.size), list(map(torch.empty_like, states))
-        arguments = self._arguments(x.shape[0], states, after, position)
+        out, after = x.new_empty(x.shape[0], self.output.size), list(map(torch.empty_like, states))
+        pasts, before = [], list(states)
+        for i, window in self.windows.items():
+            B, G, length, K = states[i].shape
+            kept = length + 1 if window is None else min(length + 1, window - 1)
+            for j in (i, i + 1):
+                before[j], after[j] = before[j].contiguous(), x.new_empty(B, G, kept, K)
+            pasts.append(Past(length, length, length + 1 - kept, kept, length))
+        arguments = self.arguments(x.shape[0], before, after, position, pasts)
         arguments.input, arguments.out = x.data_ptr(), out.data_ptr()
         call_library("cumulant_program", arguments)
         return out, after
 
-    def bind(self, states: list[Tensor], position: Tensor | None) -> BoundProgram:
-        """The program for many tokens, on contiguous states that it changes."""
-        return BoundProgram(self, states, position)
-
-    def _arguments(
+    def arguments(
         self,
         rows: int,
         before: Sequence[Tensor],
         after: Sequence[Tensor],
         position: Tensor | None,
+        pasts: list[Past],
     ) -> Arguments:
         """The arguments of a run, but for its input and output."""
         if position is None and self._rotates:
             raise ValueError("position: expected [B], got None")
-        output, pointers = self._output, _pointer * len(before)
+        output, pointers = self.output, _pointer * len(before)
         return Arguments(
             rows, self._widest, len(self._instructions), self.input.size, output.start, output.size,
             torch.get_num_threads(), instruction_set_number(), self._written,
             None if position is None else position.data_ptr(), None, None,
             pointers(*map(Tensor.data_ptr, before)), pointers(*map(Tensor.data_ptr, after)),
+            (Past * len(pasts))(*pasts),
         )  # fmt: skip
 
     def _add_state(self, *shape: int) -> int:
@@ -334,20 +375,3 @@ class Program:
             elif isinstance(x, Tensor):
                 fields[name] = x.data_ptr()
         self._instructions.append(Instruction(operation=OPERATIONS.index(operation), **fields))
-
-
-class BoundProgram:
-    """A program on states of its own, which it changes in place from token to token."""
-
-    def __init__(self, program: Program, states: list[Tensor], position: Tensor | None):
-        rows = len(states[0])
-        self.states, self._kept = states, (program, position)
-        self._arguments = program._arguments(rows, states, states, position)
-        self._out = torch.empty(rows, program._output.size)
-        self._arguments.out = self._out.data_ptr()
-
-    def step(self, x: Tensor) -> Tensor:
-        """Run on contiguous fp32 ``x [B, dim]``; returns ``[B, output]``, which is overwritten."""
-        self._arguments.input = x.data_ptr()
-        call_library("cumulant_program", self._arguments)
-        return self._out

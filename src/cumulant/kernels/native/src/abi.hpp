@@ -126,7 +126,18 @@ struct Pointwise {
 
 // One token through a whole layer: instructions on vectors of floats, which lie one after another
 // in a row for each sequence of the batch. Vectors are named by where they begin in that row.
-enum Operation { NORM, MATRIX, CONVOLUTION, SHIFT, ROTARY, ATTEND, GATE, ACTIVATE, DECAY };
+enum Operation {
+  NORM,
+  MATRIX,
+  CONVOLUTION,
+  SHIFT,
+  ROTARY,
+  ATTEND,
+  GATE,
+  ACTIVATE,
+  DECAY,
+  SOFTMAX
+};
 enum NormKind { RMS, LAYER, SCALE };
 enum ActivationKind { SWIGLU, GELU, PRODUCT };
 enum DecayKind { FIXED, GATED, MAMBA2 };
@@ -135,14 +146,23 @@ struct Instruction {
   int64_t source, second, third, fourth,
       target;    // vectors: read, read, read, read, written (or read and written)
   int64_t n, k;  // NORM, ROTARY, GATE: n heads of k numbers; MATRIX [n, k]; CONVOLUTION: n taps, k
-                 // channels; DECAY: n heads
+                 // channels; DECAY: n heads; SOFTMAX: n query heads of k numbers
   const void* weight;          // floats, or the codes of a MATRIX of `bits`; may be null
   const float *bias, *scales;  // may be null
-  double scalar;               // epsilon; the rotary base; GATED: a factor
+  double scalar;               // epsilon; the rotary base; GATED, SOFTMAX: a factor
   int64_t state;               // the first of its states, [B, ...] each
   int64_t add;                 // MATRIX: to what is there
   int64_t bits;                // MATRIX: 0 for floats; 8 or 4, see quantized.hpp
+  int64_t groups, past;        // SOFTMAX: key/value heads; which of the program's pasts
   const Attention* attention;  // ATTEND, but for its arrays; `fourth`: log decays, or -1
+};
+// Keys and values of earlier tokens, two states [B, groups, capacity, k]. The token's own are
+// written behind those that `after` takes over.
+struct Past {
+  int64_t length, capacity;       // tokens in `before`; for how many it has room
+  int64_t dropped, new_capacity;  // oldest tokens that `after` leaves out; for how many it has room
+  int64_t seen;                   // at most so many of the newest are attended to
+  const int64_t* first;           // [B]: the tokens before these are masked; may be null
 };
 struct Program {
   int64_t B, width, count;  // rows, numbers in each, instructions
@@ -154,6 +174,7 @@ struct Program {
   float* out;               // [B, outputs], from `output` on
   const void* const* before;
   void* const* after;  // may be the same memory
+  const Past* pasts;
 };
 
 // The weights out [n, k] of a matrix of 8 or 4 bits; see quantized.hpp.

@@ -2,28 +2,12 @@
 #pragma once
 
 #include "quantized.hpp"
+#include "softmax_step.hpp"
 
 #include <cmath>
 
 namespace cumulant {
 namespace CUMULANT_ISA {
-
-// Products of N rows of a matrix with a vector.
-template <int N> INLINE void dot_rows(const float* W, int64_t k, const float* x, float* out) {
-  constexpr int L = LANES<float>;
-  Vec<float> sums[N];
-  for (int i = 0; i < N; i++) sums[i] = Vec<float>{};
-  int64_t j = 0;
-  for (; j + L <= k; j += L) {
-    const Vec<float> y = load(x + j);
-    for (int i = 0; i < N; i++) sums[i] += load(W + i * k + j) * y;
-  }
-  for (int i = 0; i < N; i++) {
-    float rest = 0;
-    for (int64_t t = j; t < k; t++) rest += W[i * k + t] * x[t];
-    out[i] = sum<float>(sums[i]) + rest;
-  }
-}
 
 INLINE void add_products(const Instruction& s, int64_t i, int64_t count, const float* products,
                          float* to) {
@@ -160,6 +144,10 @@ void instruct(const Program& p, const Instruction& s, float* rows, const void* v
   if (s.operation == MATRIX && s.bits == 4)
     return multiply_codes<X, 4>(p, s, rows, vectors, begin, end);
   if (s.operation == MATRIX) return multiply_matrix(p, s, rows, begin, end);
+  if (s.operation == SOFTMAX) {  // key/value heads of all rows of the batch
+    for (int64_t i = begin; i < end; i++) SoftmaxStep(p, s, rows, i).run();
+    return;
+  }
   for (int64_t b = 0; b < p.B; b++) {
     float* const row = rows + b * p.width;
     const float *x = row + s.source, *second = row + s.second;

@@ -39,6 +39,8 @@ class Run {
         ok = multiply(i, next);
       } else if (s.operation == ATTEND) {
         ok = attend(s);
+      } else if (s.operation == SOFTMAX) {
+        ok = attend_softmax(s);
       } else {
         k.instruct(p, s, rows.data(), nullptr, 0, 0);
       }
@@ -81,6 +83,14 @@ class Run {
     for (int64_t b = 0; to && b < p.B; b++)
       k.prepare_vector(int(s.bits), &rows[size_t(b * p.width + s.source)], s.k, to + b * bytes);
     return to;
+  }
+
+  bool attend_softmax(const Instruction& s) {
+    const int64_t work = p.B * s.n * s.k * p.pasts[s.past].length / GRAIN;
+    const int threads = int(std::max<int64_t>(1, std::min<int64_t>(p.threads, work)));
+    return parallel(threads, p.B * s.groups, 1, [&](int64_t task, void*) {
+      k.instruct(p, s, rows.data(), nullptr, task, task + 1);
+    });
   }
 
   bool attend(const Instruction& s) {

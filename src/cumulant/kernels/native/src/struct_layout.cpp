@@ -176,13 +176,19 @@ Layout layout(const Instruction*) {
   return {FIELD(operation), FIELD(kind),     FIELD(source), FIELD(second), FIELD(third),
           FIELD(fourth),    FIELD(target),   FIELD(n),      FIELD(k),      FIELD(weight),
           FIELD(bias),      FIELD(scales),   FIELD(scalar), FIELD(state),  FIELD(add),
-          FIELD(bits),      FIELD(attention)};
+          FIELD(bits),      FIELD(groups),   FIELD(past),   FIELD(attention)};
+}
+Layout layout(const Past*) {
+  typedef Past Struct;
+  return {FIELD(length), FIELD(capacity), FIELD(dropped), FIELD(new_capacity),
+          FIELD(seen), FIELD(first)};
 }
 Layout layout(const Program*) {
   typedef Program Struct;
   return {FIELD(B),       FIELD(width),   FIELD(count),  FIELD(inputs),       FIELD(output),
           FIELD(outputs), FIELD(threads), FIELD(isa),    FIELD(instructions), FIELD(position),
-          FIELD(input),   FIELD(out),     FIELD(before), FIELD(after)};
+          FIELD(input),   FIELD(out),     FIELD(before), FIELD(after),
+          FIELD(pasts)};
 }
 
 Layout layout(const Quantized*) {
@@ -214,6 +220,7 @@ const char* cumulant_layout() {
     cumulant::add<cumulant::MixedChunk>(to, "MixedChunk");
     cumulant::add<cumulant::Pointwise>(to, "Pointwise");
     cumulant::add<cumulant::Instruction>(to, "Instruction");
+    cumulant::add<cumulant::Past>(to, "Past");
     cumulant::add<cumulant::Program>(to, "Program");
     cumulant::add<cumulant::Quantized>(to, "Quantized");
     return to;
