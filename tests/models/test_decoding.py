@@ -63,6 +63,18 @@ def test_it_draws_what_transformers_draws(preset, name):
         )
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("preset", STEPPED)
+def test_half_precision_too(preset, dtype, monkeypatch):
+    model = build(preset).to(dtype)
+    for name in ("greedy", "top-p"):
+        options = OPTIONS[name] | {"attention_mask": torch.ones_like(IDS)}
+        expected = transformers_loop(model, IDS, **options)
+        with monkeypatch.context() as patch:
+            patch.setattr(decoding, "Forward", None)  # a decoder of its own takes all tokens
+            assert torch.equal(generate(model, IDS, **options), expected)
+
+
 @pytest.mark.parametrize("bits", [8, 4])
 def test_quantised_models_too(bits):
     model = quantize(build("gated_taylor"), bits)

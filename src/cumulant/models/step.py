@@ -184,9 +184,10 @@ class Decoder:
         if read is None or model.device.type != "cpu":
             raise Unsuitable
         tensors = [None if t is None else t.contiguous() for t in read.tensors]
-        sample = torch.empty(len(read.position), 1, model.config.hidden_size)
+        size = len(read.position), 1, model.config.hidden_size
+        sample = torch.empty(size, dtype=model.dtype)
         with torch.no_grad():
-            compiled = compiled_step(model, emit_model, sample.shape[-1])
+            compiled = compiled_step(model, emit_model, sample)
             program = compiled.program if may_step(sample) else None
         if program is None or compiled.has_hooks() or not program.accepts_states(sample, tensors):
             raise Unsuitable
@@ -198,9 +199,9 @@ class Decoder:
 
     def step(self, ids: Tensor) -> Tensor:
         """The logits ``[B, vocab_size]`` after ``ids [B]``, which the next step overwrites."""
-        x = self._embed(ids).float().contiguous()
+        x = self._embed(ids)
         try:
-            return self._bound.step(x)
+            return self._bound.step(x.float().contiguous()).to(x.dtype)
         finally:  # an interruption that comes during the call is raised behind it
             self._position += 1
             self._length += 1

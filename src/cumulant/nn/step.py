@@ -84,8 +84,8 @@ for _kind in (RMSNorm, nn.RMSNorm, nn.LayerNorm, ScaleNorm, nn.Linear, nn.Dropou
 class StepBuilder:
     """A program under construction, and the modules that it is built from."""
 
-    def __init__(self, dim: int):
-        self.program = Program(dim)
+    def __init__(self, dim: int, dtype: torch.dtype):
+        self.program = Program(dim, dtype)
         self.modules: list[nn.Module] = []
 
     def rely_on(self, module: nn.Module, *kinds: type[nn.Module]) -> None:
@@ -152,8 +152,8 @@ class CompiledStep:
     times as fast as a loop over modules.
     """
 
-    def __init__(self, module: nn.Module, emit: Emit, dim: int):
-        builder = StepBuilder(dim)
+    def __init__(self, module: nn.Module, emit: Emit, dim: int, dtype: torch.dtype):
+        builder = StepBuilder(dim, dtype)
         self.program: Program | None = builder.program
         try:
             self.program.set_output(emit(module, builder, self.program.input, None))
@@ -237,15 +237,16 @@ def _memory_layout(weights: list[Tensor]) -> tuple[list[Any], ...]:
     )
 
 
-_compiled: WeakKeyDictionary[nn.Module, dict[tuple[Emit, int], CompiledStep]] = WeakKeyDictionary()
+_Key = tuple[Emit, int, torch.dtype]
+_compiled: WeakKeyDictionary[nn.Module, dict[_Key, CompiledStep]] = WeakKeyDictionary()
 
 
-def compiled_step(module: nn.Module, emit: Emit, dim: int) -> CompiledStep:
-    """The module's program for inputs of `dim` numbers, written anew if anything has changed."""
-    programs, key = _compiled.setdefault(module, {}), (emit, dim)
+def compiled_step(module: nn.Module, emit: Emit, x: Tensor) -> CompiledStep:
+    """The module's program for inputs such as ``x [..., D]``, written anew if anything changed."""
+    programs, key = _compiled.setdefault(module, {}), (emit, x.shape[-1], x.dtype)
     compiled = programs.get(key)
     if compiled is None or not compiled.is_current():
-        compiled = programs[key] = CompiledStep(module, emit, dim)
+        compiled = programs[key] = CompiledStep(module, *key)
     return compiled
 
 
@@ -264,7 +265,7 @@ def step(
     if not may_step(x):
         return None
     emit = type(module).emit_step if emit is None else emit  # type: ignore[attr-defined]
-    compiled = compiled_step(module, emit, x.shape[-1])
+    compiled = compiled_step(module, emit, x)
     program = compiled.program
     if program is None or compiled.has_hooks() or not program.accepts_states(x, states):
         return None
@@ -278,8 +279,8 @@ def step(
         ):
             return None
         position = position.contiguous()
-    y, after = program.run(x.contiguous(), states, position)  # type: ignore[arg-type]
-    return y[:, None], after
+    y, after = program.run(x.float().contiguous(), states, position)  # type: ignore[arg-type]
+    return y[:, None].to(x.dtype), after
 
 
 def step_mixer(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.native.bound_program import BoundProgram
-from ..kernels.native.program import Program, Unsuitable, Vector
+from ..kernels.native.program import DTYPES, Program, Unsuitable, Vector
 from ..kernels.product import is_plain_call
 from .dispatch import native_by_default
 
@@ -19,13 +19,13 @@ MOST_ROWS = 16  # with more rows PyTorch's matrix products are faster
 
 
 def may_step(x: Tensor) -> bool:
-    """Whether a program may take ``x [B, 1, D]``: few rows of fp32 on a CPU, in a plain call."""
+    """Whether a program may take ``x [B, 1, D]``: few rows on a CPU, in a plain call."""
     return (
         is_plain_call(x)
         and x.dim() == 3
         and x.shape[1] == 1
         and 0 < x.shape[0] <= MOST_ROWS
-        and x.dtype == torch.float32
+        and x.dtype in DTYPES
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
         and native_by_default(x)

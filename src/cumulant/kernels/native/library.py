@@ -130,7 +130,7 @@ class Instruction(ctypes.Structure):
         *((name, _i64) for name in ("target", "n", "k")),
         *((name, _pointer) for name in ("weight", "bias", "scales")),
         ("scalar", ctypes.c_double),
-        *((name, _i64) for name in ("state", "add", "bits", "groups", "past")),
+        *((name, _i64) for name in ("state", "add", "bits", "type", "groups", "past")),
         ("attention", ctypes.POINTER(Attention)),
     ]
 
@@ -146,6 +146,7 @@ class Program(ctypes.Structure):
     _fields_ = [
         *((name, _i64) for name in ("B", "width", "count", "inputs", "output", "outputs")),
         *((name, _i32) for name in ("threads", "isa")),
+        ("type", _i64),
         ("instructions", ctypes.POINTER(Instruction)),
         *((name, _pointer) for name in ("position", "input", "out")),
         *((name, ctypes.POINTER(_pointer)) for name in ("before", "after")),

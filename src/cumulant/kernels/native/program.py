@@ -22,6 +22,7 @@ from .attention import ACTIVATIONS
 from .library import (
     CHUNK,
     MAX_ORDER,
+    TYPES,
     Attention,
     Instruction,
     Past,
@@ -35,6 +36,7 @@ OPERATIONS = (  # in the order of Operation in src/abi.hpp
     *("norm", "matrix", "convolution", "shift"),
     *("rotary", "attend", "gate", "activate", "decay", "softmax"),
 )
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NORMS = ("rmsnorm", "layernorm", "scalenorm")
 ACTIVATED = ("swiglu", "gelu", "product")
 DECAYS = ("fixed", "gated", "mamba2")
@@ -57,12 +59,17 @@ class Vector(NamedTuple):
 
 
 class Program:
-    """Instructions for one token. `input` is its vector of `dim` numbers."""
+    """Instructions for one token. `input` is its vector of `dim` numbers.
 
-    def __init__(self, dim: int):
+    Weights are in fp32, bf16 or fp16. dtype: of the states that are no sums.
+    """
+
+    def __init__(self, dim: int, dtype: torch.dtype = torch.float32):
+        self.dtype = dtype
         self._width = self._widest = 0  # numbers of a row that are in use now, and at most
         self.input = self.vector(dim)
         self.states: list[tuple[int, ...]] = []  # the shape of each state, without the batch
+        self.sums: set[int] = set()  # states in fp32
         self.windows: dict[int, int | None] = {}  # of states of keys, each before one of values
         self._instructions: list[Instruction] = []
         self._weights: list[Tensor] = []  # kept alive, because instructions have their addresses
@@ -99,16 +106,9 @@ class Program:
         self._keep_weight(bias, (size,))
         y = self.vector(x.size)
         self._add_instruction(
-            "norm",
-            kind=NORMS.index(kind),
-            source=x,
-            target=y,
-            n=heads,
-            k=size,
-            weight=weight,
-            bias=bias,
-            scalar=eps,
-        )
+            "norm", kind=NORMS.index(kind), source=x, target=y, n=heads, k=size, weight=weight,
+            bias=bias, scalar=eps, fourth=self._widening(2 * size, weight),
+        )  # fmt: skip
         return y
 
     def matrix(
@@ -143,7 +143,7 @@ class Program:
         n = codes.shape[0]
         y = self.vector(n) if to is None else to
         self._keep_weight(codes, (y.size, row_bytes(x.size, bits)), torch.uint8)
-        self._keep_weight(scales, (n, groups_of(x.size)))
+        self._keep_weight(scales, (n, groups_of(x.size)), torch.float32)
         self._keep_weight(bias, (n,))
         self._add_instruction(
             "matrix", source=x, target=y, n=n, k=x.size, weight=codes, bias=bias, scales=scales,
@@ -158,21 +158,18 @@ class Program:
         y = self.vector(x.size)
         state = self._add_state(taps - 1, x.size)
         self._add_instruction(
-            "convolution", source=x, target=y, n=taps, k=x.size, weight=weight, state=state
-        )
+            "convolution", source=x, target=y, n=taps, k=x.size, weight=weight, state=state,
+            fourth=self._widening(taps * x.size, weight),
+        )  # fmt: skip
         return y
 
     def shift(self, x: Vector) -> Vector:
         """Take the second half of the numbers from the token before; state ``[1, x.size // 2]``."""
         y, shifted = self.vector(x.size), x.size // 2
         self._add_instruction(
-            "shift",
-            source=x,
-            target=y,
-            n=x.size - shifted,
-            k=shifted,
+            "shift", source=x, target=y, n=x.size - shifted, k=shifted,
             state=self._add_state(1, shifted),
-        )
+        )  # fmt: skip
         return y
 
     def rotate(self, x: Vector, dim: int, base: float) -> None:
@@ -208,8 +205,9 @@ class Program:
             raise Unsuitable
         F = feature_count(K, order, constant_term)
         state = self._add_state(groups, F, V)
+        self.sums.add(state)
         if normalize:
-            self._add_state(groups, F)
+            self.sums.add(self._add_state(groups, F))
         self._attention.append(
             Attention(
                 H=heads, G=groups, T=1, S=1, K=K, V=V, F=F, chunk=CHUNK, span=1, order=order,
@@ -263,7 +261,7 @@ class Program:
         y = self.vector(n)
         self._add_instruction(
             "decay", kind=DECAYS.index(kind), source=x or y, target=y, n=y.size, weight=weight,
-            scalar=factor,
+            scalar=factor, fourth=self._widening(n, weight),
         )  # fmt: skip
         return y
 
@@ -285,15 +283,14 @@ class Program:
         self._written = (Instruction * len(self._instructions))(*self._instructions)
 
     def accepts_states(self, x: Tensor, states: Sequence[Tensor | None]) -> bool:
-        """Whether the program can run on these states: fp32 tensors of the right shapes."""
+        """Whether the program can run on these states."""
         if len(states) != len(self.states):
             return False
         rows = x.shape[0]
         # A generator's calls would take longer than the checks.
-        for s, shape in zip(states, self.states, strict=True):
-            if not isinstance(s, Tensor) or s.dtype != torch.float32:
-                return False
-            if s.device.type != "cpu":
+        for i, (s, shape) in enumerate(zip(states, self.states, strict=True)):
+            dtype = torch.float32 if i in self.sums else self.dtype
+            if not isinstance(s, Tensor) or s.dtype != dtype or s.device.type != "cpu":
                 return False
             if shape[1] == -1:  # keys or values, of any number of tokens
                 if s.dim() != 4 or (*s.shape[:2], s.shape[3]) != (rows, shape[0], shape[2]):
@@ -313,7 +310,7 @@ class Program:
     def run(
         self, x: Tensor, states: Sequence[Tensor], position: Tensor | None
     ) -> tuple[Tensor, list[Tensor]]:
-        """Run on contiguous ``x [B, ..., dim]``; returns ``[B, output]`` and the new states.
+        """Run on contiguous fp32 ``x [B, ..., dim]``; returns ``[B, output]`` and the new states.
 
         position: ``[B]``, the tokens' positions, which only rotations need.
         """
@@ -323,7 +320,7 @@ class Program:
             B, G, length, K = states[i].shape
             kept = length + 1 if window is None else min(length + 1, window - 1)
             for j in (i, i + 1):
-                before[j], after[j] = before[j].contiguous(), x.new_empty(B, G, kept, K)
+                before[j], after[j] = before[j].contiguous(), before[j].new_empty(B, G, kept, K)
             pasts.append(Past(length, length, length + 1 - kept, kept, length))
         arguments = self.arguments(x.shape[0], before, after, position, pasts)
         arguments.input, arguments.out = x.data_ptr(), out.data_ptr()
@@ -344,7 +341,7 @@ class Program:
         output, pointers = self.output, _pointer * len(before)
         return Arguments(
             rows, self._widest, len(self._instructions), self.input.size, output.start, output.size,
-            torch.get_num_threads(), instruction_set_number(), self._written,
+            torch.get_num_threads(), instruction_set_number(), TYPES[self.dtype], self._written,
             None if position is None else position.data_ptr(), None, None,
             pointers(*map(Tensor.data_ptr, before)), pointers(*map(Tensor.data_ptr, after)),
             (Past * len(pasts))(*pasts),
@@ -355,20 +352,29 @@ class Program:
         return len(self.states) - 1
 
     def _keep_weight(
-        self, weight: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype = torch.float32
+        self, weight: Tensor | None, shape: tuple[int, ...], *dtypes: torch.dtype
     ) -> None:
         if weight is None:
             return
         plain = (
             type(weight) in (Tensor, Parameter)
-            and weight.dtype == dtype
+            and weight.dtype in (dtypes or DTYPES)
             and weight.device.type == "cpu"
         )
         if not plain or not weight.is_contiguous() or weight.shape != shape:
             raise Unsuitable
         self._weights.append(weight)
 
+    def _widening(self, size: int, weight: Tensor | None) -> Vector | int:
+        """Where weights of half precision are widened to fp32."""
+        return -1 if weight is None or weight.dtype == torch.float32 else self.vector(size)
+
     def _add_instruction(self, operation: str, **fields: Any) -> None:
+        weights = [fields[name] for name in ("weight", "bias") if fields.get(name) is not None]
+        types = {w.dtype for w in weights if w.dtype != torch.uint8} or {torch.float32}
+        if len(types) > 1:
+            raise Unsuitable
+        fields["type"] = TYPES[types.pop()]
         for name, x in fields.items():
             if isinstance(x, Vector):
                 fields[name] = x.start

@@ -126,18 +126,7 @@ struct Pointwise {
 
 // One token through a whole layer: instructions on vectors of floats, which lie one after another
 // in a row for each sequence of the batch. Vectors are named by where they begin in that row.
-enum Operation {
-  NORM,
-  MATRIX,
-  CONVOLUTION,
-  SHIFT,
-  ROTARY,
-  ATTEND,
-  GATE,
-  ACTIVATE,
-  DECAY,
-  SOFTMAX
-};
+enum Operation { NORM, MATRIX, CONVOLUTION, SHIFT, ROTARY, ATTEND, GATE, ACTIVATE, DECAY, SOFTMAX };
 enum NormKind { RMS, LAYER, SCALE };
 enum ActivationKind { SWIGLU, GELU, PRODUCT };
 enum DecayKind { FIXED, GATED, MAMBA2 };
@@ -147,12 +136,13 @@ struct Instruction {
       target;    // vectors: read, read, read, read, written (or read and written)
   int64_t n, k;  // NORM, ROTARY, GATE: n heads of k numbers; MATRIX [n, k]; CONVOLUTION: n taps, k
                  // channels; DECAY: n heads; SOFTMAX: n query heads of k numbers
-  const void* weight;          // floats, or the codes of a MATRIX of `bits`; may be null
-  const float *bias, *scales;  // may be null
+  const void *weight, *bias;   // of `type`, but for the codes of a MATRIX of `bits`; may be null
+  const float* scales;         // may be null
   double scalar;               // epsilon; the rotary base; GATED, SOFTMAX: a factor
   int64_t state;               // the first of its states, [B, ...] each
   int64_t add;                 // MATRIX: to what is there
-  int64_t bits;                // MATRIX: 0 for floats; 8 or 4, see quantized.hpp
+  int64_t bits;                // MATRIX: 0 for numbers; 8 or 4, see quantized.hpp
+  int64_t type;                // of weight and bias; others than F32 are widened to `fourth`
   int64_t groups, past;        // SOFTMAX: key/value heads; which of the program's pasts
   const Attention* attention;  // ATTEND, but for its arrays; `fourth`: log decays, or -1
 };
@@ -168,6 +158,7 @@ struct Program {
   int64_t B, width, count;  // rows, numbers in each, instructions
   int64_t inputs, output, outputs;
   int32_t threads, isa;
+  int64_t type;  // of what the states of CONVOLUTION, SHIFT and SOFTMAX hold
   const Instruction* instructions;
   const int64_t* position;  // [B]
   const float* input;       // [B, inputs], put at the row's start

@@ -11,17 +11,21 @@ namespace CUMULANT_ISA {
 
 INLINE void add_products(const Instruction& s, int64_t i, int64_t count, const float* products,
                          float* to) {
-  for (int64_t c = 0; c < count; c++)
-    to[c] = (s.add ? to[c] : 0) + products[c] + (s.bias ? s.bias[i + c] : 0);
+  for (int64_t c = 0; c < count; c++) {
+    float bias = 0;
+    if (s.bias) read_row(s.bias, i + c, int(s.type), 1, &bias);
+    to[c] = (s.add ? to[c] : 0) + products[c] + bias;
+  }
 }
 
 // Rows begin .. end - 1 of a matrix, each read from memory once for all rows of the batch.
-inline void multiply_matrix(const Program& p, const Instruction& s, float* rows, int64_t begin,
-                            int64_t end) {
+template <class T>
+void multiply_matrix(const Program& p, const Instruction& s, float* rows, int64_t begin,
+                     int64_t end) {
   constexpr int N = 8;
   for (int64_t i = begin; i < end; i += N) {
     const int64_t count = smaller<int64_t>(N, end - i);
-    const float* const W = (const float*)s.weight + i * s.k;
+    const T* const W = (const T*)s.weight + i * s.k;
     for (int64_t b = 0; b < p.B; b++) {
       float* const row = rows + b * p.width;
       float out[N];
@@ -59,8 +63,16 @@ void multiply_codes(const Program& p, const Instruction& s, float* rows, const v
   }
 }
 
-inline void normalise(const Instruction& s, const float* x, float* y) {
-  const float* const weight = (const float*)s.weight;
+// The weights of an instruction in fp32, where they are, or widened to `to`.
+INLINE const float* widened(const Instruction& s, const void* weights, int64_t n, float* to) {
+  if (!weights || s.type == F32) return (const float*)weights;
+  read_row(weights, 0, int(s.type), int(n), to);
+  return to;
+}
+
+// `weight` and `bias`: [k], or null; of SCALE a single number.
+inline void normalise(const Instruction& s, const float* weight, const float* bias, const float* x,
+                      float* y) {
   float mean = 0, squares = 0;
   if (s.kind == LAYER) {
     for (int64_t i = 0; i < s.k; i++) mean += x[i];
@@ -75,20 +87,31 @@ inline void normalise(const Instruction& s, const float* x, float* y) {
   }
   const float factor = 1 / std::sqrt(squares + float(s.scalar));
   for (int64_t i = 0; i < s.k; i++)
-    y[i] = (x[i] - mean) * factor * (weight ? weight[i] : 1) + (s.bias ? s.bias[i] : 0);
+    y[i] = (x[i] - mean) * factor * (weight ? weight[i] : 1) + (bias ? bias[i] : 0);
 }
 
 // weight [n, k], the newest tap first; the state [n - 1, k], the newest input last.
-inline void convolve(const Instruction& s, const float* before, float* after, const float* x,
-                     float* y) {
-  const float* const weight = (const float*)s.weight;
+template <class T>
+void convolve(const Instruction& s, const float* weight, const T* before, T* after, const float* x,
+              float* y) {
   const int64_t past = s.n - 1;
   for (int64_t c = 0; c < s.k; c++) y[c] = x[c] * weight[c];
   for (int64_t j = 1; j <= past; j++)
-    for (int64_t c = 0; c < s.k; c++) y[c] += before[(past - j) * s.k + c] * weight[j * s.k + c];
+    for (int64_t c = 0; c < s.k; c++)
+      y[c] += number(before[(past - j) * s.k + c]) * weight[j * s.k + c];
   if (past > 0) {
-    memmove(after, before + s.k, sizeof(float) * size_t((past - 1) * s.k));  // it may be the same
-    memcpy(after + (past - 1) * s.k, x, sizeof(float) * size_t(s.k));
+    memmove(after, before + s.k, sizeof(T) * size_t((past - 1) * s.k));  // it may be the same
+    for (int64_t c = 0; c < s.k; c++) set_number(after + (past - 1) * s.k + c, x[c]);
+  }
+}
+
+// The last k of n + k numbers from the token before.
+template <class T>
+void shift(const Instruction& s, const T* before, T* after, const float* x, float* y) {
+  memcpy(y, x, sizeof(float) * size_t(s.n));
+  for (int64_t c = 0; c < s.k; c++) {
+    y[s.n + c] = number(before[c]);
+    set_number(after + c, x[s.n + c]);
   }
 }
 
@@ -124,8 +147,7 @@ inline void activate(const Instruction& s, const float* x, const float* up, floa
 inline float softplus(float x) { return larger(x, 0.0f) + std::log1p(std::exp(-std::fabs(x))); }
 
 // Log decays: constants, logsigmoid(x) times a factor, or -exp(weight) softplus(x).
-inline void decay(const Instruction& s, const float* x, float* y) {
-  const float* const weight = (const float*)s.weight;
+inline void decay(const Instruction& s, const float* weight, const float* x, float* y) {
   for (int64_t h = 0; h < s.n; h++) {
     if (s.kind == FIXED)
       y[h] = weight[h];
@@ -136,6 +158,17 @@ inline void decay(const Instruction& s, const float* x, float* y) {
   }
 }
 
+// Instructions that keep a state of the program's type of numbers, for row b of the batch.
+template <class T> void keep(const Program& p, const Instruction& s, float* row, int64_t b) {
+  const int64_t size = s.operation == SHIFT ? s.k : (s.n - 1) * s.k;
+  const T* const before = (const T*)p.before[s.state] + b * size;
+  T* const after = (T*)p.after[s.state] + b * size;
+  const float* const x = row + s.source;
+  if (s.operation == SHIFT) return shift(s, before, after, x, row + s.target);
+  const float* const weight = widened(s, s.weight, s.n * s.k, row + s.fourth);
+  convolve(s, weight, before, after, x, row + s.target);
+}
+
 template <class X>
 void instruct(const Program& p, const Instruction& s, float* rows, const void* vectors,
               int64_t begin, int64_t end) {
@@ -143,29 +176,27 @@ void instruct(const Program& p, const Instruction& s, float* rows, const void* v
     return multiply_codes<X, 8>(p, s, rows, vectors, begin, end);
   if (s.operation == MATRIX && s.bits == 4)
     return multiply_codes<X, 4>(p, s, rows, vectors, begin, end);
-  if (s.operation == MATRIX) return multiply_matrix(p, s, rows, begin, end);
-  if (s.operation == SOFTMAX) {  // key/value heads of all rows of the batch
-    for (int64_t i = begin; i < end; i++) SoftmaxStep(p, s, rows, i).run();
-    return;
-  }
+  if (s.operation == MATRIX)
+    return with_type(s.type, [&](auto x) { multiply_matrix<decltype(x)>(p, s, rows, begin, end); });
+  if (s.operation == SOFTMAX)  // key/value heads of all rows of the batch
+    return with_type(p.type, [&](auto x) {
+      for (int64_t i = begin; i < end; i++) SoftmaxStep<decltype(x)>(p, s, rows, i).run();
+    });
   for (int64_t b = 0; b < p.B; b++) {
     float* const row = rows + b * p.width;
     const float *x = row + s.source, *second = row + s.second;
-    float* const y = row + s.target;
+    float *const y = row + s.target, *const fourth = row + s.fourth;
     switch (s.operation) {
-      case NORM:
-        for (int64_t h = 0; h < s.n; h++) normalise(s, x + h * s.k, y + h * s.k);
-        break;
-      case CONVOLUTION: {
-        const int64_t size = (s.n - 1) * s.k;
-        convolve(s, (const float*)p.before[s.state] + b * size, (float*)p.after[s.state] + b * size,
-                 x, y);
+      case NORM: {
+        const int64_t size = s.kind == SCALE ? 1 : s.k;
+        const float* const weight = widened(s, s.weight, size, fourth);
+        const float* const bias = widened(s, s.bias, size, fourth + size);
+        for (int64_t h = 0; h < s.n; h++) normalise(s, weight, bias, x + h * s.k, y + h * s.k);
         break;
       }
-      case SHIFT:  // the second part of the channels from the token before
-        memcpy(y, x, sizeof(float) * size_t(s.n));
-        memcpy(y + s.n, (const float*)p.before[s.state] + b * s.k, sizeof(float) * size_t(s.k));
-        memcpy((float*)p.after[s.state] + b * s.k, x + s.n, sizeof(float) * size_t(s.k));
+      case CONVOLUTION:
+      case SHIFT:
+        with_type(p.type, [&](auto z) { keep<decltype(z)>(p, s, row, b); });
         break;
       case ROTARY:
         rotate(s, p.position[b], y);
@@ -175,7 +206,7 @@ void instruct(const Program& p, const Instruction& s, float* rows, const void* v
           for (int64_t i = 0; i < s.k; i++) y[h * s.k + i] *= sigmoid(second[h]);
         break;
       case DECAY:
-        decay(s, x, y);
+        decay(s, widened(s, s.weight, s.n, fourth), x, y);
         break;
       case ACTIVATE:
         activate(s, x, second, y);

@@ -2,38 +2,21 @@
 // in blocks, and every block's weights are relative to the largest score so far.
 #pragma once
 
-#include "simd.hpp"
+#include "number_rows.hpp"
 
 namespace cumulant {
 namespace CUMULANT_ISA {
 
-// Products of N rows of a matrix with a vector.
-template <int N> INLINE void dot_rows(const float* W, int64_t k, const float* x, float* out) {
-  constexpr int L = LANES<float>;
-  Vec<float> sums[N];
-  for (int i = 0; i < N; i++) sums[i] = Vec<float>{};
-  int64_t j = 0;
-  for (; j + L <= k; j += L) {
-    const Vec<float> y = load(x + j);
-    for (int i = 0; i < N; i++) sums[i] += load(W + i * k + j) * y;
-  }
-  for (int i = 0; i < N; i++) {
-    float rest = 0;
-    for (int64_t t = j; t < k; t++) rest += W[i * k + t] * x[t];
-    out[i] = sum<float>(sums[i]) + rest;
-  }
-}
-
-// One key/value head of one row of the batch, with its query heads.
-struct SoftmaxStep {
+// One key/value head of one row of the batch, with its query heads. T: of keys and values.
+template <class T> struct SoftmaxStep {
   static constexpr int L = LANES<float>, TOKENS = 64;
   const Instruction& s;
   const Past& past;
-  int64_t batch, group, heads;        // query heads of the group
-  const float *query, *key, *value;   // the token's own
-  float *out, *most, *total;          // of each query head; total: the sum of the weights
-  const float *keys, *values;         // [length, k]
-  float *new_keys, *new_values;
+  int64_t batch, group, heads;       // query heads of the group
+  const float *query, *key, *value;  // the token's own
+  float *out, *most, *total;         // of each query head; total: the sum of the weights
+  const T *keys, *values;            // [length, k]
+  T *new_keys, *new_values;
 
   SoftmaxStep(const Program& p, const Instruction& instruction, float* rows, int64_t task)
       : s(instruction),
@@ -47,9 +30,9 @@ struct SoftmaxStep {
     key = row + s.second + group * s.k, value = row + s.third + group * s.k;
     most = row + s.fourth + first, total = row + s.fourth + s.n + first;
     const int64_t from = task * past.capacity * s.k, to = task * past.new_capacity * s.k;
-    keys = (const float*)p.before[s.state] + from;
-    values = (const float*)p.before[s.state + 1] + from;
-    new_keys = (float*)p.after[s.state] + to, new_values = (float*)p.after[s.state + 1] + to;
+    keys = (const T*)p.before[s.state] + from;
+    values = (const T*)p.before[s.state + 1] + from;
+    new_keys = (T*)p.after[s.state] + to, new_values = (T*)p.after[s.state + 1] + to;
   }
 
   void run() {
@@ -97,31 +80,31 @@ struct SoftmaxStep {
   }
 
   // y = factor y + the weighted sum of n values.
-  void add_values(const float* weights, int n, const float* v, float factor, float* y) const {
+  void add_values(const float* weights, int n, const T* v, float factor, float* y) const {
     int64_t d = 0;
     for (; d + PANEL * L <= s.k; d += PANEL * L) add_columns<PANEL>(weights, n, v, factor, y, d);
     for (; d + L <= s.k; d += L) add_columns<1>(weights, n, v, factor, y, d);
     for (; d < s.k; d++) {
       float x = y[d] * factor;
-      for (int i = 0; i < n; i++) x += weights[i] * v[i * s.k + d];
+      for (int i = 0; i < n; i++) x += weights[i] * number(v[i * s.k + d]);
       y[d] = x;
     }
   }
   template <int N>
-  INLINE void add_columns(const float* weights, int n, const float* v, float factor, float* y,
+  INLINE void add_columns(const float* weights, int n, const T* v, float factor, float* y,
                           int64_t d) const {
     Vec<float> x[N];
     for (int c = 0; c < N; c++) x[c] = load(y + d + c * L) * factor;
     for (int i = 0; i < n; i++)
-      for (int c = 0; c < N; c++) x[c] += weights[i] * load(v + i * s.k + d + c * L);
+      for (int c = 0; c < N; c++) x[c] += weights[i] * numbers(v + i * s.k + d + c * L);
     for (int c = 0; c < N; c++) store(y + d + c * L, x[c]);
   }
 
-  void remember(const float* before, const float* newest, float* after) const {
+  void remember(const T* before, const float* newest, T* after) const {
     const int64_t kept = past.length - past.dropped;
-    const size_t row = sizeof(float) * size_t(s.k);
+    const size_t row = sizeof(T) * size_t(s.k);
     if (after != before) memcpy(after, before + past.dropped * s.k, row * size_t(kept));
-    memcpy(after + kept * s.k, newest, row);
+    for (int64_t d = 0; d < s.k; d++) set_number(after + kept * s.k + d, newest[d]);
   }
 };
 

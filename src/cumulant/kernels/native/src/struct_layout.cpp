@@ -173,22 +173,22 @@ Layout layout(const Pointwise*) {
 }
 Layout layout(const Instruction*) {
   typedef Instruction Struct;
-  return {FIELD(operation), FIELD(kind),     FIELD(source), FIELD(second), FIELD(third),
-          FIELD(fourth),    FIELD(target),   FIELD(n),      FIELD(k),      FIELD(weight),
-          FIELD(bias),      FIELD(scales),   FIELD(scalar), FIELD(state),  FIELD(add),
-          FIELD(bits),      FIELD(groups),   FIELD(past),   FIELD(attention)};
+  return {FIELD(operation), FIELD(kind),   FIELD(source), FIELD(second), FIELD(third),
+          FIELD(fourth),    FIELD(target), FIELD(n),      FIELD(k),      FIELD(weight),
+          FIELD(bias),      FIELD(scales), FIELD(scalar), FIELD(state),  FIELD(add),
+          FIELD(bits),      FIELD(type),   FIELD(groups), FIELD(past),   FIELD(attention)};
 }
 Layout layout(const Past*) {
   typedef Past Struct;
-  return {FIELD(length), FIELD(capacity), FIELD(dropped), FIELD(new_capacity),
-          FIELD(seen), FIELD(first)};
+  return {FIELD(length),       FIELD(capacity), FIELD(dropped),
+          FIELD(new_capacity), FIELD(seen),     FIELD(first)};
 }
 Layout layout(const Program*) {
   typedef Program Struct;
-  return {FIELD(B),       FIELD(width),   FIELD(count),  FIELD(inputs),       FIELD(output),
-          FIELD(outputs), FIELD(threads), FIELD(isa),    FIELD(instructions), FIELD(position),
-          FIELD(input),   FIELD(out),     FIELD(before), FIELD(after),
-          FIELD(pasts)};
+  return {FIELD(B),      FIELD(width),        FIELD(count),    FIELD(inputs),
+          FIELD(output), FIELD(outputs),      FIELD(threads),  FIELD(isa),
+          FIELD(type),   FIELD(instructions), FIELD(position), FIELD(input),
+          FIELD(out),    FIELD(before),       FIELD(after),    FIELD(pasts)};
 }
 
 Layout layout(const Quantized*) {

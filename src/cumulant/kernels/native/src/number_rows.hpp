@@ -1,0 +1,68 @@
+// Rows of numbers in fp32, bf16 or fp16, read as fp32, and their products with a vector.
+#pragma once
+
+#include "tokens.hpp"
+
+namespace cumulant {
+namespace CUMULANT_ISA {
+
+struct Bf16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+
+INLINE float number(float x) { return x; }
+INLINE float number(Bf16 x) { return from_bf16(x.bits); }
+INLINE float number(Half x) { return from_f16(x.bits); }
+INLINE void set_number(float* to, float x) { *to = x; }
+INLINE void set_number(Bf16* to, float x) { to->bits = to_bf16(x); }
+INLINE void set_number(Half* to, float x) { to->bits = to_f16(x); }
+
+typedef uint16_t HalfBits __attribute__((vector_size(CUMULANT_BYTES / 2)));
+
+INLINE Vec<float> numbers(const float* p) { return load(p); }
+INLINE Vec<float> numbers(const Bf16* p) {
+  HalfBits bits;
+  memcpy(&bits, p, sizeof(bits));
+  return (Vec<float>)(__builtin_convertvector(bits, typename Simd<float>::U) << 16);
+}
+INLINE Vec<float> numbers(const Half* p) {
+#if CUMULANT_BYTES == 64
+  return (Vec<float>)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif CUMULANT_BYTES == 32 && defined(__F16C__)
+  return (Vec<float>)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#else
+  Vec<float> x;
+  for (int i = 0; i < LANES<float>; i++) x[i] = number(p[i]);
+  return x;
+#endif
+}
+
+// Calls body with a number of a type.
+template <class Body> INLINE void with_type(int64_t type, const Body& body) {
+  if (type == BF16) return body(Bf16{});
+  if (type == F16) return body(Half{});
+  body(0.0f);
+}
+
+// Products of N rows of a matrix with a vector.
+template <int N, class T> INLINE void dot_rows(const T* W, int64_t k, const float* x, float* out) {
+  constexpr int L = LANES<float>;
+  Vec<float> sums[N];
+  for (int i = 0; i < N; i++) sums[i] = Vec<float>{};
+  int64_t j = 0;
+  for (; j + L <= k; j += L) {
+    const Vec<float> y = load(x + j);
+    for (int i = 0; i < N; i++) sums[i] += numbers(W + i * k + j) * y;
+  }
+  for (int i = 0; i < N; i++) {
+    float rest = 0;
+    for (int64_t t = j; t < k; t++) rest += number(W[i * k + t]) * x[t];
+    out[i] = sum<float>(sums[i]) + rest;
+  }
+}
+
+}  // namespace CUMULANT_ISA
+}  // namespace cumulant
