@@ -306,7 +306,9 @@ def quantize(
     from .text.quantize import quantize_checkpoint
 
     check_bits(bits)
-    folder = output or f"{checkpoint.rstrip('/')}-{bits}bit"
+    source = Path(checkpoint)
+    source = source.resolve() if source.name in ("", "..") else source
+    folder = output or f"{source}-{bits}bit"
     sizes = quantize_checkpoint(checkpoint, bits, folder, evaluate=evaluate, device=device)
     rows = [
         (

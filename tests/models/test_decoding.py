@@ -192,6 +192,27 @@ def test_an_interruption_leaves_a_whole_cache(preset, monkeypatch):
     torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
 
 
+def test_an_error_in_a_token_leaves_the_cache_as_it_was(monkeypatch):
+    model, cache = build("gated_taylor"), DynamicCache(config=build("gated_taylor").config)
+    with torch.no_grad():
+        model(IDS, past_key_values=cache)
+        before = [read_state(cache, i, None).clone() for i in range(3)]
+        decoder = Decoder(model, cache)
+        decoder.step(IDS[:, 0])
+
+        def fails(*arguments):
+            raise MemoryError
+
+        monkeypatch.setattr(bound_program, "call_library", fails)
+        with pytest.raises(MemoryError):
+            decoder.step(IDS[:, 1])
+        decoder.close()
+    assert cache.get_seq_length() == 11
+    for i, state in enumerate(before):
+        now = read_state(cache, i, None).tensors()
+        assert all(torch.equal(x, now[name]) for name, x in state.tensors().items())
+
+
 @pytest.mark.parametrize("preset", [*STEPPED, "gated_taylor"])
 @pytest.mark.parametrize("rows", [1, 3])
 def test_a_whole_step_equals_the_layers(preset, rows, monkeypatch):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 
 from cumulant.cli import run_command
@@ -59,3 +61,11 @@ def test_an_interruption_leaves_nothing(folder, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         quantize_checkpoint(folder, 8, str(tmp_path / "small"), evaluate=False)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_folder_where_one_is(folder, tmp_path, monkeypatch):
+    inside = tmp_path / "run"
+    shutil.copytree(folder, inside)
+    monkeypatch.chdir(inside)
+    assert run_command(["quantize", ".", "--no-evaluate"]) == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run", "run-8bit"]

@@ -207,7 +207,9 @@ class Decoder:
             self._length += 1
 
     def close(self) -> None:
-        """Write the states to the cache."""
+        """Write the states to the cache, which stays as it was if a token has failed half-way."""
+        if self._bound.failed:
+            return
         self._read.write(
             self._model,
             self._cache,

@@ -47,7 +47,7 @@ def quantize_checkpoint(
     def loss() -> float | None:
         return None if text is None else evaluate_windowed(model, text, 1024).bits_per_byte
 
-    before = Size(32, _weight_bytes(folder), loss())
+    before = Size(8 * model.dtype.itemsize, _weight_bytes(folder), loss())
     quantize(model, bits, original=str(path))
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:

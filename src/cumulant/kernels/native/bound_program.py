@@ -34,6 +34,7 @@ class BoundProgram:
     ):
         rows = len(states[0])
         self._program, self._position = program, position
+        self.failed = False  # a token has failed half-way, so the states are of no use
         self._firsts = [None if mask is None else _count_masked(mask) for mask in masks]
         self._states, pasts = [s.clone() for s in states], []
         for i, window in program.windows.items():
@@ -56,6 +57,9 @@ class BoundProgram:
         self._arguments.input = x.data_ptr()
         try:
             call_library("cumulant_program", self._arguments)
+        except Exception:
+            self.failed = True
+            raise
         finally:  # an interruption that comes during the call is raised behind it
             for past in self._pasts:
                 past.length += 1
