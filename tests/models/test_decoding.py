@@ -27,7 +27,7 @@ OPTIONS = {
     "ends": {"do_sample": True, "eos_token_id": [5, 6, 7, 8, 9], "pad_token_id": 0},
     "no repeats": {"do_sample": False, "no_repeat_ngram_size": 2, "min_new_tokens": 9},
 }
-STEPPED = ["taylor", "gated_linear", "higher_order", "softmax", "based", "gated_based"]
+STEPPED = ["taylor", "gated_linear", "higher_order", "softmax", "based", "gated_based", "flash"]
 
 
 def build(preset, **fields):

@@ -8,6 +8,7 @@ from cumulant.nn import (
     GatedDecay,
     GatedShortConvolution,
     LinearAttention,
+    MixedChunkAttention,
     SlidingWindowAttention,
     SoftmaxAttention,
     TaylorAttention,
@@ -34,6 +35,15 @@ MIXERS = {
         shift_tokens=True, conv_size=4, decay="gated",
     ),
     "mamba2": lambda: LinearAttention(24, 4, feature_map="relu", prenorm=True, decay="mamba2"),
+    "flash": lambda: MixedChunkAttention(24, group_size=5, query_key_dim=12, residual=False),
+    "flash, laplace": lambda: MixedChunkAttention(
+        25, group_size=70, query_key_dim=7, residual=False, activation="laplace", norm=None,
+        shift_tokens=True, rotary_dim=4, expansion_factor=1.5,
+    ),
+    "flash, bare": lambda: MixedChunkAttention(
+        24, group_size=4, query_key_dim=8, residual=False, relative_bias=False, rotary_dim=0,
+        norm="layernorm",
+    ),
     "softmax": lambda: SoftmaxAttention(24, 3),
     "grouped softmax": lambda: SoftmaxAttention(
         24, 6, num_kv_heads=2, head_dim=34, rotary=True, rotary_base=500.0

@@ -28,9 +28,15 @@ _Kind = TypeVar("_Kind", bound=type[nn.Module])
 def emit_model(model: Any, builder: StepBuilder, x: Vector, residual: Vector | None) -> Vector:
     """Emit the blocks, the last norm and the logits on the embedded token x, which they change."""
     stack = model.model
-    if stack.wrap_bias is not None or stack.position is not None or model.logit_ffn is not None:
+    if stack.wrap_bias is not None or model.logit_ffn is not None:
         raise Unsuitable
     builder.require_no_dropout(stack.dropout)
+    if stack.position is not None:
+        builder.rely_on(stack.position)
+        builder.rely_on(stack.position.angles)
+        if model.config.count_padding:
+            raise Unsuitable
+        builder.program.add_sinusoid(x, stack.position.scale, stack.position.angles.base)
     for block in stack.layers:
         if type(block) is not CumulantBlock or not steps_with_state(type(block.mixer)):
             raise Unsuitable

@@ -37,7 +37,7 @@ from .padding import (
 from .projection import project
 from .rotary import RotaryEmbedding
 from .short_convolution import ShortConvolution
-from .step import StepBuilder, step_mixer
+from .step import StepBuilder, step_alone
 from .token_shift import token_shift
 
 
@@ -185,11 +185,10 @@ class KernelAttention(nn.Module):
         True, and to the tokens summed in `state`. `encode_context` computes such a state once, for
         many x.
         """
-        alone = key_mask is None and cu_seqlens is None and context is None and context_mask is None
-        if state is not None and return_state and alone:
-            stepped = step_mixer(self, x, state)
-            if stepped is not None:
-                return stepped
+        others = key_mask, cu_seqlens, context, context_mask
+        stepped = step_alone(self, x, state, return_state, *others)
+        if stepped is not None:
+            return stepped  # type: ignore[no-any-return]
         check_input(
             x, self.q_proj, self.dim, key_mask, cu_seqlens, state is not None or return_state
         )

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from ..ops.checks import check_group_size
 from ..ops.mixed_chunk import mixed_chunk_attention
 from ..ops.state import MixedChunkState, State, register_state
+from ..ops.step import Unsuitable, Vector
 from .checks import check_input, check_state, check_state_tensor
 from .gated_unit import GatedUnit
 from .padding import token_positions
+from .step import StepBuilder, known_to_programs, step_alone
 from .token_shift import token_shift
 
 
@@ -34,6 +37,7 @@ class MixedChunkAttentionState(State):
 register_state(MixedChunkAttentionState)
 
 
+@known_to_programs
 class MixedChunkAttention(GatedUnit):
     """FLASH: gated attention with one head, quadratic inside groups and linear across them.
 
@@ -121,18 +125,13 @@ class MixedChunkAttention(GatedUnit):
         return_state: bool = False,
     ) -> Tensor | tuple[Tensor, MixedChunkAttentionState]:
         """``x [B, T, D]`` -> ``[B, T, D]``, and the state if asked for; see `cumulant.nn`."""
+        stepped = step_alone(self, x, state, return_state, key_mask, cu_seqlens)
+        if stepped is not None:
+            return stepped  # type: ignore[no-any-return]
         check_input(
             x, self.qk_proj, self.dim, key_mask, cu_seqlens, state is not None or return_state
         )
-        check_state(state, MixedChunkAttentionState, x)
-        if state is not None:
-            shape = (x.shape[0], 1, (self.dim + 1) // 2) if self.shift_tokens else None
-            check_state_tensor(state.shift, "shift", "[B, 1, D / 2]", shape, x)
-        if not self.is_causal and (state is not None or return_state):
-            raise ValueError(
-                "state: only causal attention carries a state from call to call; build with"
-                " is_causal=True"
-            )
+        self._check_states(x, state, return_state)
         inner = self._prepare_rows(x, key_mask, cu_seqlens, in_order=True)
         h = inner.x if self.norm is None else self.norm(inner.x)
         shift = None if state is None else state.shift
@@ -171,3 +170,63 @@ class MixedChunkAttention(GatedUnit):
             y = self._gate_and_project(attended[0], h, inner)
             return y, MixedChunkAttentionState(attended[1], shift)
         return self._gate_and_project(attended, h, inner)
+
+    def _check_states(
+        self, x: Tensor, state: MixedChunkAttentionState | None, return_state: bool
+    ) -> None:
+        check_state(state, MixedChunkAttentionState, x)
+        if state is not None:
+            shape = (x.shape[0], 1, (self.dim + 1) // 2) if self.shift_tokens else None
+            check_state_tensor(state.shift, "shift", "[B, 1, D / 2]", shape, x)
+        if not self.is_causal and (state is not None or return_state):
+            raise ValueError(
+                "state: only causal attention carries a state from call to call; build with"
+                " is_causal=True"
+            )
+
+    def emit_step(self, builder: StepBuilder, x: Vector, residual: Vector | None) -> Vector:
+        """See `cumulant.nn.step.EmitsStep`."""
+        builder.rely_on(self)
+        builder.rely_on(self.offset_scale)
+        builder.require_no_dropout(self.out_dropout)
+        if not self.is_causal or self.residual or self._active_dropout > 0:
+            raise Unsuitable
+        program = builder.program
+        h = x if self.norm is None else builder.emit_norm(self.norm, x)
+        h = program.shift(h, first_half=True) if self.shift_tokens else h
+        z = program.activate("silu", builder.emit_projection(self.qk_proj, h))
+        copies = program.copies(z, self.offset_scale.gamma, self.offset_scale.beta)
+        if self.rotary is not None:
+            builder.rely_on(self.rotary)
+            program.rotate(copies, self.query_key_dim, self.rotary.base, self.rotary.dim)
+        value = program.activate("silu", builder.emit_projection(self.value_proj, h))
+        bias = None
+        if self.relative_bias is not None:
+            builder.rely_on(self.relative_bias)
+            builder.rely_on(self.relative_bias.embedding, nn.Embedding)
+            buckets = self.relative_bias.buckets(-torch.arange(self.group_size))
+            bias = self.relative_bias.embedding.weight, buckets, self.relative_bias.scale
+        y = program.attend_chunks(copies, value, self.group_size, self.activation, bias)
+        y = program.activate("swiglu", builder.emit_projection(self.gate_proj, h), y)
+        return builder.emit_projection(self.out_proj, y, residual, add=residual is not None)
+
+    def state_tensors(self, state: object) -> list[Tensor | None]:
+        """A state's tensors in the order of `emit_step`, or [] for another mixer's state."""
+        if not isinstance(state, MixedChunkAttentionState):
+            return []
+        if not isinstance(state.groups, MixedChunkState) or self.shift_tokens != (
+            state.shift is not None
+        ):
+            return []
+        s = state.groups
+        shift = [state.shift] if self.shift_tokens else []
+        return [*shift, s.numerator, s.quad_key, s.lin_key, s.value]
+
+    def state_from_tensors(
+        self, tensors: list[Tensor], position: Tensor
+    ) -> MixedChunkAttentionState:
+        """The state that consists of these tensors."""
+        shift = tensors.pop(0) if self.shift_tokens else None
+        numerator, quad_key, lin_key, value = tensors
+        groups = MixedChunkState(numerator, quad_key, lin_key, value, position)
+        return MixedChunkAttentionState(groups, shift)

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from .checks import check_counts, check_features
+from .step import known_to_programs
 
 
+@known_to_programs
 class OffsetScale(nn.Module):
     """``x ⊙ gamma_h + beta_h`` for each of H uses: queries and keys from one projection.
 

@@ -9,8 +9,10 @@ from torch import Tensor, nn
 
 from ..ops.dispatch import no_transform_active
 from .checks import check_count, check_counts, check_positions
+from .step import known_to_programs
 
 
+@known_to_programs
 class T5RelativePositionBias(nn.Module):
     """A bias on attention scores: one learned number for each bucket of distances.
 
@@ -53,7 +55,7 @@ class T5RelativePositionBias(nn.Module):
             scale,
         )
         self.embedding = nn.Embedding(num_buckets, num_heads)
-        self._kept: tuple[tuple[int, int, torch.device], Tensor] | None = None
+        self._kept: dict[tuple[int, int, torch.device], Tensor] = {}  # of the last call
         nn.init.normal_(self.embedding.weight, std=0.02)
 
     def extra_repr(self) -> str:
@@ -110,14 +112,16 @@ class T5RelativePositionBias(nn.Module):
         Those of the last call are kept, as steps often need the same again.
         """
         # a graph that reads the kept buckets would be compiled again whenever they change
-        compiling = torch.compiler.is_compiling()
-        if not compiling and self._kept is not None and self._kept[0] == (queries, keys, device):
-            return self._kept[1]
+        compiling, call = torch.compiler.is_compiling(), (queries, keys, device)
+        kept = None if compiling else self._kept.get(call)
+        if kept is not None:
+            return kept
         # a tensor made in inference mode could not be used in training later
         with torch.inference_mode(False):
             found = self.buckets(torch.arange(queries + keys - 1, device=device) - (keys - 1))
         if type(found) is Tensor and not compiling and no_transform_active():
-            self._kept = (queries, keys, device), found
+            self._kept.clear()
+            self._kept[call] = found
         return found
 
     def at(self, query_position: Tensor, key_position: Tensor) -> Tensor:

@@ -7,8 +7,10 @@ from torch import Tensor, nn
 
 from .checks import check_count, check_positions
 from .rotary import RotaryEmbedding
+from .step import known_to_programs
 
 
+@known_to_programs
 class ScaledSinusoidalEmbedding(nn.Module):
     """``g [sin(t w), cos(t w)]`` with ``w_i = base^(-2i/dim)`` and one learned number g.
 

@@ -24,7 +24,7 @@ from .checks import (
 from .padding import packed_positions, zero_after_packed
 from .projection import project
 from .rotary import RotaryEmbedding
-from .step import StepBuilder, known_to_programs, step_mixer
+from .step import StepBuilder, known_to_programs, step_alone
 
 
 def attend_softmax(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
@@ -91,10 +91,9 @@ class SoftmaxAttention(nn.Module):
         return_state: bool = False,
     ) -> Tensor | tuple[Tensor, KeyValueState]:
         """``x [B, T, D]`` -> ``[B, T, D]``, and the state if asked for; see `cumulant.nn`."""
-        if state is not None and return_state and key_mask is None and cu_seqlens is None:
-            stepped: tuple[Tensor, KeyValueState] | None = step_mixer(self, x, state)
-            if stepped is not None:
-                return stepped
+        stepped = step_alone(self, x, state, return_state, key_mask, cu_seqlens)
+        if stepped is not None:
+            return stepped  # type: ignore[no-any-return]
         check_input(
             x, self.q_proj, self.dim, key_mask, cu_seqlens, state is not None or return_state
         )

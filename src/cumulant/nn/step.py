@@ -77,7 +77,8 @@ def known_to_programs(kind: _Kind) -> _Kind:
     return kind
 
 
-for _kind in (RMSNorm, nn.RMSNorm, nn.LayerNorm, ScaleNorm, nn.Linear, nn.Dropout):
+_plain = (RMSNorm, nn.RMSNorm, nn.LayerNorm, ScaleNorm, nn.Linear, nn.Embedding, nn.Dropout)
+for _kind in _plain:
     known_to_programs(_kind)
 
 
@@ -294,3 +295,10 @@ def step_mixer(
         if stepped is None
         else (stepped[0], mixer.state_from_tensors(stepped[1], position + 1))
     )
+
+
+def step_alone(mixer: Any, x: Tensor, state: Any, return_state: bool, *others: Any) -> Any:
+    """`step_mixer` of a call from state to state and without `others`, or None."""
+    if state is None or not return_state or any(other is not None for other in others):
+        return None
+    return step_mixer(mixer, x, state)

@@ -37,12 +37,15 @@ class BoundProgram:
         self.failed = False  # a token has failed half-way, so the states are of no use
         self._firsts = [None if mask is None else _count_masked(mask) for mask in masks]
         self._states, pasts = [s.clone() for s in states], []
+        self._next = {i: torch.empty_like(states[i]) for i in program.replaced}
         for i, window in program.windows.items():
             self._states[i : i + 2] = states[i : i + 2]  # copied where room is made
             length = states[i].shape[2]
             seen = UNSEEN if window is None else window - 1
             pasts.append(Past(length, length, 0, length, seen))
         self._arguments = program.arguments(rows, self._states, self._states, position, pasts)
+        for i, after in self._next.items():
+            self._arguments.after[i] = after.data_ptr()
         self._pasts = self._arguments.pasts[: len(pasts)]
         for past, first in zip(self._pasts, self._firsts, strict=True):
             past.first = None if first is None else first.data_ptr()
@@ -63,6 +66,10 @@ class BoundProgram:
         finally:  # an interruption that comes during the call is raised behind it
             for past in self._pasts:
                 past.length += 1
+            for i, after in self._next.items():
+                self._states[i], self._next[i] = after, self._states[i]
+                self._arguments.before[i] = after.data_ptr()
+                self._arguments.after[i] = self._next[i].data_ptr()
         return self._out
 
     def states(self) -> list[Tensor]:

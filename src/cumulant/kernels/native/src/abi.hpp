@@ -126,25 +126,46 @@ struct Pointwise {
 
 // One token through a whole layer: instructions on vectors of floats, which lie one after another
 // in a row for each sequence of the batch. Vectors are named by where they begin in that row.
-enum Operation { NORM, MATRIX, CONVOLUTION, SHIFT, ROTARY, ATTEND, GATE, ACTIVATE, DECAY, SOFTMAX };
+enum Operation {
+  NORM,
+  MATRIX,
+  CONVOLUTION,
+  SHIFT,
+  ROTARY,
+  ATTEND,
+  GATE,
+  ACTIVATE,
+  DECAY,
+  SOFTMAX,
+  COPIES,
+  SINUSOID,
+  MIXED
+};
 enum NormKind { RMS, LAYER, SCALE };
-enum ActivationKind { SWIGLU, GELU, PRODUCT };
+enum ActivationKind { SWIGLU, GELU, PRODUCT, SILU };
+enum ShiftKind { LAST_PART, FIRST_PART };
 enum DecayKind { FIXED, GATED, MAMBA2 };
 struct Instruction {
   int32_t operation, kind;
   int64_t source, second, third, fourth,
       target;    // vectors: read, read, read, read, written (or read and written)
   int64_t n, k;  // NORM, ROTARY, GATE: n heads of k numbers; MATRIX [n, k]; CONVOLUTION: n taps, k
-                 // channels; DECAY: n heads; SOFTMAX: n query heads of k numbers
+                 // channels; DECAY: n heads; SOFTMAX: n query heads of k numbers; SHIFT: n numbers
+                 // that stay and k from before; COPIES: n of k numbers; SINUSOID: n numbers
   const void *weight, *bias;   // of `type`, but for the codes of a MATRIX of `bits`; may be null
   const float* scales;         // may be null
-  double scalar;               // epsilon; the rotary base; GATED, SOFTMAX: a factor
+  double scalar;               // epsilon; base of ROTARY, SINUSOID; GATED, SOFTMAX, MIXED: a factor
   int64_t state;               // the first of its states, [B, ...] each
   int64_t add;                 // MATRIX: to what is there
   int64_t bits;                // MATRIX: 0 for numbers; 8 or 4, see quantized.hpp
   int64_t type;                // of weight and bias; others than F32 are widened to `fourth`
   int64_t groups, past;        // SOFTMAX: key/value heads; which of the program's pasts
+  int64_t rotated;             // ROTARY: the first numbers of each head
   const Attention* attention;  // ATTEND, but for its arrays; `fourth`: log decays, or -1
+  // MIXED, but for its arrays and bias: `source` has quadratic query, linear query, quadratic key,
+  // linear key; `second` the value. The bias of a distance is the weight of its bucket.
+  const MixedChunk* mixed;
+  const int64_t* buckets;  // [size], or null
 };
 // Keys and values of earlier tokens, two states [B, groups, capacity, k]. The token's own are
 // written behind those that `after` takes over.
@@ -226,6 +247,8 @@ struct Kernels {
   int64_t (*vector_bytes)(int64_t k);
   void (*prepare_vector)(int bits, const float* x, int64_t k, void* to);
   void (*decode)(const Quantized&, int64_t begin, int64_t end);  // rows begin .. end - 1
+  // Numbers begin .. begin + n - 1 of a type, as floats.
+  void (*read_numbers)(const void* from, int64_t begin, int type, int n, float* to);
   Kernel *forward, *sum_keys, *sum_queries, *query_backward, *key_backward, *step;
 };
 

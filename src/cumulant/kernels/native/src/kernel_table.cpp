@@ -29,6 +29,10 @@ template <class R> int64_t multiply(int64_t rounds) {
   return sum<R>(total) > 0 ? rounds * N * LANES<R> * 2 : 0;
 }
 
+inline void read_numbers(const void* from, int64_t begin, int type, int n, float* to) {
+  read_row(from, begin, type, n, to);
+}
+
 // X: how products with quantised matrices read vectors.
 template <class R, class X> constexpr Kernels table() {
   Kernels k{};
@@ -56,6 +60,7 @@ template <class R, class X> constexpr Kernels table() {
   k.vector_bytes = X::bytes;
   k.prepare_vector = X::prepare;
   k.decode = decode;
+  k.read_numbers = read_numbers;
   return k;
 }
 extern const Kernels singles, doubles;

@@ -105,30 +105,57 @@ void convolve(const Instruction& s, const float* weight, const T* before, T* aft
   }
 }
 
-// The last k of n + k numbers from the token before.
+// The first or last k of n + k numbers from the token before.
 template <class T>
 void shift(const Instruction& s, const T* before, T* after, const float* x, float* y) {
-  memcpy(y, x, sizeof(float) * size_t(s.n));
+  const int64_t kept = s.kind == FIRST_PART ? s.k : 0, shifted = s.kind == FIRST_PART ? 0 : s.n;
+  memcpy(y + kept, x + kept, sizeof(float) * size_t(s.n));
   for (int64_t c = 0; c < s.k; c++) {
-    y[s.n + c] = number(before[c]);
-    set_number(after + c, x[s.n + c]);
+    y[shifted + c] = number(before[c]);
+    set_number(after + c, x[shifted + c]);
   }
 }
 
-// Pairs of numbers by their angles at a position; whole turns are taken off in double.
-inline void rotate(const Instruction& s, int64_t position, float* x) {
-  for (int64_t i = 0; i < s.k / 2; i++) {
-    const double frequency = std::pow(s.scalar, -2.0 * double(i) / double(s.k)) / (2 * M_PI);
+// Cosine and sine of pair i of n at a position; whole turns are taken off in double.
+struct Angle {
+  float cosine, sine;
+  Angle(double base, int64_t position, int64_t i, int64_t n) {
+    const double frequency = std::pow(base, -2.0 * double(i) / double(n)) / (2 * M_PI);
     const double turns = double(position) * frequency;
     const float angle = float((turns - std::floor(turns)) * (2 * M_PI));
-    const float cosine = std::cos(angle), sine = std::sin(angle);
+    cosine = std::cos(angle), sine = std::sin(angle);
+  }
+};
+
+inline void rotate(const Instruction& s, int64_t position, float* x) {
+  for (int64_t i = 0; i < s.rotated / 2; i++) {
+    const Angle angle(s.scalar, position, i, s.rotated);
     for (int64_t h = 0; h < s.n; h++) {
       float* const pair = x + h * s.k + 2 * i;
       const float even = pair[0], odd = pair[1];
-      pair[0] = even * cosine - odd * sine;
-      pair[1] = even * sine + odd * cosine;
+      pair[0] = even * angle.cosine - odd * angle.sine;
+      pair[1] = even * angle.sine + odd * angle.cosine;
     }
   }
+}
+
+// x += weight [sines, cosines], with a single weight.
+inline void add_sinusoid(const Instruction& s, int64_t position, float* x) {
+  float weight;
+  read_row(s.weight, 0, int(s.type), 1, &weight);
+  for (int64_t i = 0; i < s.n / 2; i++) {
+    const Angle angle(s.scalar, position, i, s.n);
+    x[i] += angle.sine * weight;
+    x[s.n / 2 + i] += angle.cosine * weight;
+  }
+}
+
+// n scaled and offset copies of x; weight and bias [n, k].
+inline void copies(const Instruction& s, const float* weight, const float* bias, const float* x,
+                   float* y) {
+  for (int64_t h = 0; h < s.n; h++)
+    for (int64_t i = 0; i < s.k; i++)
+      y[h * s.k + i] = x[i] * weight[h * s.k + i] + bias[h * s.k + i];
 }
 
 inline void activate(const Instruction& s, const float* x, const float* up, float* y) {
@@ -137,6 +164,9 @@ inline void activate(const Instruction& s, const float* x, const float* up, floa
   if (s.kind == SWIGLU) {
     for (; i + L <= s.n; i += L) store(y + i, load(x + i) * sigmoid(load(x + i)) * load(up + i));
     for (; i < s.n; i++) y[i] = x[i] * sigmoid(x[i]) * up[i];
+  } else if (s.kind == SILU) {
+    for (; i + L <= s.n; i += L) store(y + i, load(x + i) * sigmoid(load(x + i)));
+    for (; i < s.n; i++) y[i] = x[i] * sigmoid(x[i]);
   } else if (s.kind == PRODUCT) {
     for (; i < s.n; i++) y[i] = x[i] * up[i];
   } else {
@@ -201,6 +231,15 @@ void instruct(const Program& p, const Instruction& s, float* rows, const void* v
       case ROTARY:
         rotate(s, p.position[b], y);
         break;
+      case SINUSOID:
+        add_sinusoid(s, p.position[b], y);
+        break;
+      case COPIES: {
+        const int64_t size = s.n * s.k;
+        copies(s, widened(s, s.weight, size, fourth), widened(s, s.bias, size, fourth + size), x,
+               y);
+        break;
+      }
       case GATE:
         for (int64_t h = 0; h < s.n; h++)
           for (int64_t i = 0; i < s.k; i++) y[h * s.k + i] *= sigmoid(second[h]);

@@ -6,6 +6,7 @@
 #include <cstring>
 
 extern "C" int cumulant_attention_forward(const cumulant::Attention* a);
+extern "C" int cumulant_mixed_chunk_forward(const cumulant::MixedChunk* m);
 
 namespace cumulant {
 namespace {
@@ -19,6 +20,7 @@ class Run {
   const Kernels& k;
   std::vector<float> rows;
   Scratch vectors;  // of products with matrices of 8 and 4 bits
+  Scratch bias_memory;
 
  public:
   explicit Run(const Program& program)
@@ -41,6 +43,8 @@ class Run {
         ok = attend(s);
       } else if (s.operation == SOFTMAX) {
         ok = attend_softmax(s);
+      } else if (s.operation == MIXED) {
+        ok = attend_chunks(s);
       } else {
         k.instruct(p, s, rows.data(), nullptr, 0, 0);
       }
@@ -91,6 +95,54 @@ class Run {
     return parallel(threads, p.B * s.groups, 1, [&](int64_t task, void*) {
       k.instruct(p, s, rows.data(), nullptr, task, task + 1);
     });
+  }
+
+  // Mixed chunks of one head. Each row's open group is at a place of its own.
+  bool attend_chunks(const Instruction& s) {
+    MixedChunk m = *s.mixed;
+    const auto array = [&](int64_t vector, int64_t size) {
+      return Array{&rows[size_t(vector)], p.width, size, size};
+    };
+    m.B = m.N = p.B;
+    m.quad_query = array(s.source, m.K), m.lin_query = array(s.source + m.K, m.K);
+    m.quad_key = array(s.source + 2 * m.K, m.K), m.lin_key = array(s.source + 3 * m.K, m.K);
+    m.value = array(s.second, m.V), m.out = array(s.target, m.V);
+    m.threads = int(
+        std::max<int64_t>(1, std::min<int64_t>(p.threads, p.B * m.V * (m.K + m.size / 2) / GRAIN)));
+    m.isa = p.isa;
+    std::vector<int64_t> index, bounds{0};
+    for (int64_t b = 0; b < p.B; b++) {
+      const int64_t fill = p.position[b] % m.size;
+      for (int64_t slot = 0; slot < fill; slot++) index.push_back(-1 - slot);
+      index.push_back(b);
+      bounds.push_back(int64_t(index.size()));
+    }
+    m.index = index.data(), m.bounds = bounds.data();
+    m.biases = s.buckets ? 1 : 0;
+    if (m.biases && !(m.bias = biases(s, m.size))) return false;
+    const void* const* const before = p.before + s.state;
+    void* const* const after = p.after + s.state;
+    m.numerator = before[0], m.open_quad_key = before[1], m.open_lin_key = before[2],
+    m.open_value = before[3];
+    m.final_numerator = after[0], m.final_quad_key = after[1], m.final_lin_key = after[2],
+    m.final_value = after[3];
+    return cumulant_mixed_chunk_forward(&m) == DONE;
+  }
+
+  // The bias [size, size], of which only the rows of the blocks are written that queries are in.
+  const float* biases(const Instruction& s, int64_t size) {
+    std::vector<float> by_distance(static_cast<size_t>(size));
+    for (int64_t d = 0; d < size; d++) {
+      k.read_numbers(s.weight, s.buckets[d], int(s.type), 1, &by_distance[size_t(d)]);
+      by_distance[size_t(d)] *= float(s.scalar);
+    }
+    float* const bias = static_cast<float*>(bias_memory.reserve(sizeof(float) * size_t(size * size)));
+    for (int64_t b = 0; bias && b < p.B; b++) {
+      const int64_t query = p.position[b] % size;
+      for (int64_t i = query / CHUNK * CHUNK; i <= query; i++)
+        for (int64_t j = 0; j <= i; j++) bias[i * size + j] = by_distance[size_t(i - j)];
+    }
+    return bias;
   }
 
   bool attend(const Instruction& s) {

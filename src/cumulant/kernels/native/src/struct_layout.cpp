@@ -176,7 +176,8 @@ Layout layout(const Instruction*) {
   return {FIELD(operation), FIELD(kind),   FIELD(source), FIELD(second), FIELD(third),
           FIELD(fourth),    FIELD(target), FIELD(n),      FIELD(k),      FIELD(weight),
           FIELD(bias),      FIELD(scales), FIELD(scalar), FIELD(state),  FIELD(add),
-          FIELD(bits),      FIELD(type),   FIELD(groups), FIELD(past),   FIELD(attention)};
+          FIELD(bits),      FIELD(type),   FIELD(groups), FIELD(past),   FIELD(rotated),
+          FIELD(attention), FIELD(mixed),  FIELD(buckets)};
 }
 Layout layout(const Past*) {
   typedef Past Struct;
