@@ -18,6 +18,7 @@ needs_onednn = pytest.mark.skipif(
 def always(monkeypatch):
     """Small products too, and a count of them."""
     monkeypatch.setattr(product, "LARGE", 0)
+    monkeypatch.setattr(product, "PREFERRED", True)
     calls, run = [], product._product
 
     def counted(*args):
@@ -64,6 +65,7 @@ def test_linear_and_its_gradients(always, shape, bias):
 
 @needs_onednn
 def test_large_products_go_there_and_small_ones_do_not(monkeypatch):
+    monkeypatch.setattr(product, "PREFERRED", True)
     calls, run = [], product._product
     monkeypatch.setattr(product, "_product", lambda *x: calls.append(1) or run(*x))
     project(torch.randn(3, 5), torch.randn(4, 5))
