@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..kernels.product import add_product, is_plain_call, linear_into, matmul
 from ..kernels.spec import accumulation_dtype
@@ -118,8 +117,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total / divisor
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # the gradients kept would pass for constants
+            raise RuntimeError(
+                "linear_cross_entropy: gradients of gradients are not implemented; let the model"
+                " form its logits (leave skip_logits out)"
+            )
         unscaled = grad.device.type == "cpu" and float(grad) == 1.0  # then nothing is copied
         found = [
             None if x is None else (x if unscaled else x * grad).to(dtype)
