@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 LARGE = 1 << 20  # multiplications below which a call of oneDNN costs more than it saves,
 MATRIX = 1 << 18  # unless so large a matrix has to be read
-ADDED = 1 << 20  # numbers of a product that are added to a sum at a time
+ADDED = 1 << 19  # numbers of a product that are added to a sum at a time
 
 # torch's name for oneDNN's product; None where this build of torch has none
 _onednn = (
@@ -99,14 +99,21 @@ def linear_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> 
     return torch.addmm(bias, x, weight.T, out=out)
 
 
-def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """``total += a @ b`` of ``[M, K]`` and ``[K, N]``; no gradients. The sum may be wider."""
+def add_product(total: Tensor, a: Tensor, b: Tensor, *, first: bool = False) -> None:
+    """``total += a @ b`` of ``[M, K]`` and ``[K, N]``; no gradients. The sum may be wider.
+
+    The first product is written over what is in `total`.
+    """
     if total.dtype == a.dtype and not _suits(a, a.shape[0], a.shape[1], b.shape[1]):
-        total.addmm_(a, b)
+        total.addmm_(a, b, beta=0 if first else 1)
         return
     rows = max(1, ADDED // b.shape[1])
     for sums, factor in zip(total.split(rows), a.split(rows), strict=True):
-        sums.add_(matmul(factor, b))
+        found = matmul(factor, b)
+        if first:
+            sums.copy_(found)
+        else:
+            sums.add_(found.to(total.dtype))  # torch adds numbers of two dtypes far more slowly
 
 
 class _Linear(torch.autograd.Function):

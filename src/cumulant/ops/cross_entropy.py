@@ -101,12 +101,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         divisor: Tensor | int,
     ) -> Tensor:
         inputs = hidden, weight, bias
-        gradients = [
-            torch.zeros(x.shape, dtype=accumulation_dtype(x), device=x.device)
-            if x is not None and needed
-            else None
-            for x, needed in zip(inputs, ctx.needs_input_grad, strict=False)
-        ]
+        gradients: list[Tensor | None] = [None, None, None]
+        for i, x in enumerate(inputs):
+            if x is not None and ctx.needs_input_grad[i]:
+                # the weight's is written over in any case, and takes long to fill with zeros
+                make = x.new_empty if x is weight else x.new_zeros
+                gradients[i] = make(x.shape, dtype=accumulation_dtype(x))
         total = _losses(*inputs, labels, kept, *gradients).sum()
         if len(kept):  # else they stay zero where the loss is NaN
             for gradient in gradients:
@@ -158,22 +158,27 @@ def _losses(
     grad_weight: Tensor | None = None,
     grad_bias: Tensor | None = None,
 ) -> Tensor:
-    """The loss of each row in `kept`. The gradients of their sum are added to those given."""
+    """The loss of each row in `kept`.
+
+    The gradients of their sum are added to those given, and written over that of the weight.
+    """
     dtype = _multiplied_dtype(hidden)
     weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
     losses = hidden.new_empty(len(kept), dtype=accumulation_dtype(hidden))
     length = min(piece_length(len(weight)), max(len(kept), 1))
     memory = hidden.new_empty((length, len(weight)), dtype=dtype)
     differentiate = any(x is not None for x in (grad_hidden, grad_weight, grad_bias))
+    pieces = kept.split(length)
+    first = pieces[0]
     with without_autocast(hidden):
-        for rows, out in zip(kept.split(length), losses.split(length), strict=True):
+        for rows, out in zip(pieces, losses.split(length), strict=True):
             x = hidden[rows].to(dtype)
             logits = linear_into(memory[: len(rows)], x, weight, bias)
             _softmax_losses(logits, labels[rows], out, differentiate)
             if grad_hidden is not None:
                 grad_hidden[rows] = matmul(logits, weight).to(grad_hidden.dtype)
             if grad_weight is not None:
-                add_product(grad_weight, logits.T, x)
+                add_product(grad_weight, logits.T, x, first=rows is first)
             if grad_bias is not None:
                 grad_bias += logits.sum(0, dtype=grad_bias.dtype)
     return losses
