@@ -20,6 +20,8 @@ LARGE = 1 << 20  # multiplications below which a call of oneDNN costs more than 
 MATRIX = 1 << 18  # unless so large a matrix has to be read
 ADDED = 1 << 19  # numbers of a product that are added to a sum at a time
 
+CPUINFO = Path("/proc/cpuinfo")
+
 # torch's name for oneDNN's product; None where this build of torch has none
 _onednn = (
     getattr(torch.ops.mkldnn, "_linear_pointwise", None)
@@ -31,7 +33,7 @@ _onednn = (
 def _is_intel() -> bool:
     """Whether MKL finds a processor of its maker, for which it has its fastest products."""
     try:
-        with Path("/proc/cpuinfo").open(encoding="ascii", errors="replace") as file:
+        with CPUINFO.open(encoding="ascii", errors="replace") as file:
             found = file.read(1024)  # of the first core
     except OSError:
         found = os.environ.get("PROCESSOR_IDENTIFIER", "")  # Windows
