@@ -11,7 +11,6 @@ from cumulant.models import (  # noqa: E402
     CumulantForSequenceClassification,
     CumulantForTokenClassification,
 )
-
 from cumulant.ops import cross_entropy  # noqa: E402
 
 from .common import KINDS, PEERS, build, checkpoint, config, tokens  # noqa: E402

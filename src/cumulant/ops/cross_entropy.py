@@ -181,6 +181,7 @@ def _losses(
                 add_product(grad_weight, logits.T, x, first=rows is first)
             if grad_bias is not None:
                 grad_bias += logits.sum(0, dtype=grad_bias.dtype)
+            del logits  # before the next piece's, where these have memory of their own
     return losses
 
 
