@@ -10,8 +10,10 @@ import signal
 import sys
 from collections.abc import Sequence
 
+from .malloc import keep_freed_memory
 from .streams import prepare_streams, silence
 
+TRAINING = ("train", "compare")  # the commands that train
 EXTRA = "pip install 'cumulant[text]', or in a checkout: pip install -e '.[text]'"
 # the exceptions of this package's messages
 MISTAKES = (ValueError, TypeError, OSError, ModuleNotFoundError)
@@ -27,6 +29,8 @@ def main() -> None:
     """
     prepare_streams()
     arguments = sys.argv[1:] or ["--help"]
+    if arguments[0] in TRAINING:
+        keep_freed_memory()
     try:
         code = run(arguments)
         sys.stdout.flush()

@@ -11,6 +11,7 @@ from cumulant.models import (  # noqa: E402
     CumulantForSequenceClassification,
     CumulantForTokenClassification,
 )
+from cumulant.ops import cross_entropy  # noqa: E402
 
 from .common import KINDS, PEERS, build, checkpoint, config, tokens  # noqa: E402
 
@@ -188,3 +189,23 @@ def test_prefix_tuning_is_for_softmax():
         match="past_key_values: layer 0 is a DynamicLayer .* cannot hold this model's state",
     ):
         model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids)
+
+
+@pytest.mark.parametrize("targets", ["lm_head", "all-linear", "q_proj"])
+def test_the_loss_without_logits(targets, monkeypatch):
+    """An adapter at the head, in pieces, or elsewhere, with a frozen head."""
+    monkeypatch.setattr(cross_entropy, "PIECE", 0)
+    monkeypatch.setattr(cross_entropy, "FEWEST", 5)
+    names = targets if targets == "all-linear" else [targets]
+    torch.manual_seed(0)
+    lora = peft.LoraConfig(r=4, target_modules=names, init_lora_weights=False, **CAUSAL)
+    model, ids = peft.get_peft_model(build("taylor"), lora), tokens(2, 12)
+    results = []
+    for skip in (False, True):
+        model.zero_grad()
+        loss = model(input_ids=ids, labels=ids, skip_logits=skip).loss
+        loss.backward()
+        results.append([loss, *(p.grad for p in model.parameters() if p.requires_grad)])
+    assert len(results[0]) > 2
+    for usual, ours in zip(*results, strict=True):
+        assert torch.allclose(usual, ours.to(usual.dtype), rtol=1e-5, atol=1e-6)

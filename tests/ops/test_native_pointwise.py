@@ -180,7 +180,7 @@ def test_gradients_of_gradients(name, calls, monkeypatch):
 
 @pytest.mark.parametrize("name", CASES)
 def test_formulas_where_something_watches(name, calls):
-    """torch.compile, transforms, autocast and other dtypes take PyTorch's own operators."""
+    """torch.compile, transforms and fp64 take PyTorch's own operators."""
     operation, shapes = CASES[name]
     inputs = draw(*shapes)
     expected = operation(*inputs)
@@ -189,11 +189,42 @@ def test_formulas_where_something_watches(name, calls):
         torch.compile(operation, fullgraph=True, backend="eager")(*inputs), expected
     )
     torch.testing.assert_close(torch.func.vmap(operation)(*(x[None] for x in inputs))[0], expected)
-    with torch.autocast("cpu", torch.bfloat16):
-        operation(*inputs)
-    for dtype in (torch.float64, torch.bfloat16):
-        assert operation(*(x.to(dtype) for x in inputs)).dtype == dtype
+    assert operation(*(x.double() for x in inputs)).dtype == torch.float64
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_autocast_changes_nothing(name, calls):
+    """Autocast knows none of these operations: in fp32 they stay in fp32, and run natively."""
+    operation, shapes = CASES[name]
+    inputs = [x.requires_grad_() for x in draw(*shapes)]
+    results = []
+    for autocast in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = operation(*inputs)
+        results.append([out, *torch.autograd.grad(out.square().sum(), inputs)])
+    assert len(calls) >= 2
+    for plain, cast in zip(*results):
+        assert torch.equal(plain, cast)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", CASES)
+def test_half_precision(name, dtype, calls):
+    """As exact as the inputs: convolutions and rotations are widened, and rounded once."""
+    operation, shapes = CASES[name]
+    inputs = [x.to(dtype).requires_grad_() for x in draw(*shapes)]
+    wide = [x.detach().double().requires_grad_() for x in inputs]
+    out, exact = operation(*inputs), operation(*wide)
+    assert out.dtype == dtype
+    limit = 4 * torch.finfo(dtype).eps
+    assert (out.double() - exact).norm() < limit * exact.norm()
+    weight = torch.randn_like(exact)
+    found = torch.autograd.grad((out.double() * weight).sum(), inputs)
+    for actual, expected in zip(found, torch.autograd.grad((exact * weight).sum(), wide)):
+        assert (actual.double() - expected).norm() < limit * expected.norm()
+    once = operation(*(x.float() for x in inputs)).to(dtype)
+    assert not name.startswith(("convolution", "rotation")) or torch.equal(out, once)
 
 
 @pytest.mark.parametrize("name", CASES)

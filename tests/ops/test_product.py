@@ -18,6 +18,7 @@ needs_onednn = pytest.mark.skipif(
 def always(monkeypatch):
     """Small products too, and a count of them."""
     monkeypatch.setattr(product, "LARGE", 0)
+    monkeypatch.setattr(product, "PREFERRED", True)
     calls, run = [], product._product
 
     def counted(*args):
@@ -64,6 +65,7 @@ def test_linear_and_its_gradients(always, shape, bias):
 
 @needs_onednn
 def test_large_products_go_there_and_small_ones_do_not(monkeypatch):
+    monkeypatch.setattr(product, "PREFERRED", True)
     calls, run = [], product._product
     monkeypatch.setattr(product, "_product", lambda *x: calls.append(1) or run(*x))
     project(torch.randn(3, 5), torch.randn(4, 5))
@@ -162,3 +164,32 @@ def test_mistakes_are_torchs(always):
     with FlopCounterMode(display=False) as counter:
         project(torch.randn(9, 6), torch.randn(8, 6))
     assert counter.get_total_flops() == 2 * 9 * 6 * 8
+
+
+@needs_onednn
+def test_intels_processors_keep_torchs_products(always, monkeypatch):
+    """Where MKL is at its best."""
+    monkeypatch.setattr(product, "PREFERRED", False)
+    x, w = torch.randn(9, 6), torch.randn(8, 6)
+    assert torch.equal(project(x, w), F.linear(x, w))
+    assert torch.equal(product.matmul(x, w.T), x @ w.T)
+    assert not always
+
+
+@pytest.mark.parametrize(
+    ("text", "intel"),
+    [
+        ("processor\t: 0\nvendor_id\t: GenuineIntel\n", True),
+        ("processor\t: 0\nvendor_id\t: AuthenticAMD\n", False),
+        ("processor\t: 0\nBogoMIPS\t: 50.00\n", False),
+    ],
+)
+@pytest.mark.parametrize("system", ["linux", "windows"])
+def test_the_processors_maker(text, intel, system, monkeypatch, tmp_path):
+    file = tmp_path / "cpuinfo"
+    if system == "linux":
+        file.write_text(text)
+    else:
+        monkeypatch.setenv("PROCESSOR_IDENTIFIER", f"Intel64 Family 6, {text}")
+    monkeypatch.setattr(product, "CPUINFO", file)
+    assert product._is_intel() == intel

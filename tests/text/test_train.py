@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from cumulant.models.language_model import CumulantWithLogits
 from cumulant.text.checkpoint import load_checkpoint
 from cumulant.text.evaluate import evaluate_whole
 from cumulant.text.generate import SamplingOptions, generate
@@ -44,6 +45,17 @@ def test_it_learns(run):
     assert list((output / "runs").rglob("events*"))  # TensorBoard
     assert not list(output.rglob("*.tmp"))
     assert [p.name for p in whole_checkpoints(output)] == ["checkpoint-80", "checkpoint-160"]
+
+
+def test_no_logits_are_formed(text, tmp_path, monkeypatch):
+    """The trainer's steps and evaluations need the loss alone."""
+    calls, own = [], CumulantWithLogits.logits
+    monkeypatch.setattr(
+        CumulantWithLogits, "logits", lambda self, x: calls.append(x.shape) or own(self, x)
+    )
+    options = TrainingOptions(data=str(text), output=str(tmp_path / "run"), steps=2, **SMALL)
+    assert math.isfinite(train(options, say=lambda _: None).score.loss)
+    assert not calls
 
 
 def test_it_is_a_hugging_face_model(run):

@@ -1,4 +1,4 @@
-"""Matrix products: oneDNN's for large fp32 matrices on the CPU, torch's for all others.
+"""Matrix products: oneDNN's for large fp32 matrices on other CPUs than Intel's, else torch's.
 
 PyTorch multiplies fp32 matrices with MKL, which on processors of another maker leaves their widest
 vectors unused; the oneDNN that comes with it does not. Same precision, and gradients of any order.
@@ -6,6 +6,8 @@ vectors unused; the oneDNN that comes with it does not. Same precision, and grad
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +18,9 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 LARGE = 1 << 20  # multiplications below which a call of oneDNN costs more than it saves,
 MATRIX = 1 << 18  # unless so large a matrix has to be read
+ADDED = 1 << 19  # numbers of a product that are added to a sum at a time
+
+CPUINFO = Path("/proc/cpuinfo")
 
 # torch's name for oneDNN's product; None where this build of torch has none
 _onednn = (
@@ -25,9 +30,23 @@ _onednn = (
 )
 
 
+def _is_intel() -> bool:
+    """Whether MKL finds a processor of its maker, for which it has its fastest products."""
+    try:
+        with CPUINFO.open(encoding="ascii", errors="replace") as file:
+            found = file.read(1024)  # of the first core
+    except OSError:
+        found = os.environ.get("PROCESSOR_IDENTIFIER", "")  # Windows
+    return "GenuineIntel" in found
+
+
+PREFERRED = not (torch.backends.mkl.is_available() and _is_intel())  # oneDNN to torch's products
+
+
 def _suits(a: Tensor, rows: int, inner: int, columns: int) -> bool:
     return (
         not torch.compiler.is_compiling()  # first, as comparing sizes would fix them in a graph
+        and PREFERRED
         and _onednn is not None
         and a.dtype == torch.float32
         and a.device.type == "cpu"
@@ -38,7 +57,9 @@ def _suits(a: Tensor, rows: int, inner: int, columns: int) -> bool:
 
 def _dense(x: Tensor) -> Tensor:
     """Rows or columns one after another: oneDNN is slow on any other matrix."""
-    return x if x.is_contiguous() or x.mT.is_contiguous() else x.contiguous()
+    if x.is_contiguous() or x.mT.is_contiguous():
+        return x
+    return x.mT.contiguous().mT if x.stride(-2) == 1 else x.contiguous()
 
 
 def _product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -69,6 +90,32 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
         )
     pairs = zip(a.flatten(0, -3), b.flatten(0, -3).mT, strict=True)
     return torch.stack([_product(x, y) for x, y in pairs]).view(*batch, a.shape[-2], b.shape[-1])
+
+
+def linear_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``x weightᵀ + bias``, in the memory of `out` where torch multiplies; no gradients."""
+    if _suits(x, x.shape[0], x.shape[1], len(weight)):
+        return _product(x, weight, bias)
+    if bias is None:
+        return torch.mm(x, weight.T, out=out)
+    return torch.addmm(bias, x, weight.T, out=out)
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor, *, first: bool = False) -> None:
+    """``total += a @ b`` of ``[M, K]`` and ``[K, N]``; no gradients. The sum may be wider.
+
+    The first product is written over what is in `total`.
+    """
+    if total.dtype == a.dtype and not _suits(a, a.shape[0], a.shape[1], b.shape[1]):
+        total.addmm_(a, b, beta=0 if first else 1)
+        return
+    rows = max(1, ADDED // b.shape[1])
+    for sums, factor in zip(total.split(rows), a.split(rows), strict=True):
+        found = matmul(factor, b)
+        if first:
+            sums.copy_(found)
+        else:
+            sums.add_(found.to(total.dtype))  # torch adds numbers of two dtypes far more slowly
 
 
 class _Linear(torch.autograd.Function):

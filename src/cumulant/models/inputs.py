@@ -43,7 +43,17 @@ class ClientArguments(TypedDict, total=False):
     return_dict: bool | None
 
 
-class CausalArguments(ClientArguments, total=False):
+class LossArguments(ClientArguments, total=False):
+    """Further keyword arguments of models with logits.
+
+    skip_logits: return the loss alone, with None for the logits, which then exist for some tokens
+        at a time. Needs labels. Loss and gradients are the same.
+    """
+
+    skip_logits: bool | None
+
+
+class CausalArguments(LossArguments, total=False):
     """Further keyword arguments of `CumulantForCausalLM`.
 
     ``shift_labels [B, T]`` are labels that are shifted already. If they were in the signature,
@@ -67,6 +77,7 @@ NAMES = (
     "token_type_ids",
     "logits_to_keep",
     "shift_labels",
+    "skip_logits",
     *ClientArguments.__annotations__,
 )
 
@@ -225,10 +236,16 @@ def select_hidden_states(hidden: Tensor, keep: int | Tensor) -> Tensor:
     return hidden[:, keep]
 
 
-def check_labels(labels: Tensor, logits: Tensor) -> None:
-    """There is one label for each token with logits."""
-    if labels.dim() != 2 or labels.shape != logits.shape[:-1]:
+def check_labels(labels: Tensor, hidden: Tensor) -> None:
+    """There is one label for each token with logits, whose hidden states ``[..., D]`` these are."""
+    if labels.dim() != 2 or labels.shape != hidden.shape[:-1]:
         raise ValueError(
-            f"labels: expected {list(logits.shape[:-1])}, one for each of the logits, got"
+            f"labels: expected {list(hidden.shape[:-1])}, one for each of the logits, got"
             f" {list(labels.shape)}; with logits_to_keep pass the labels of those tokens, or none"
         )
+
+
+def check_skip_logits(skip_logits: bool | None, *labels: Tensor | None) -> None:
+    """Without labels there is nothing to return in place of the logits."""
+    if skip_logits and all(x is None for x in labels):
+        raise ValueError("skip_logits: without labels there is no loss to return; leave it out")

@@ -24,7 +24,7 @@ from ..nn import (
 from ..nn.decay import Decay
 from ..nn.feature_maps import LearnedFeatureMap
 from ..nn.norms import make_norm
-from ..nn.projection import project
+from ..nn.projection import is_plain, project
 from .block import CumulantBlock
 from .cache import prepare_cache
 from .config import CumulantConfig
@@ -37,12 +37,14 @@ from .inputs import (
     check_arguments,
     check_cache_position,
     check_labels,
+    check_skip_logits,
     check_token_types,
     check_tokens,
     positions_in_texts,
     select_hidden_states,
     split_mask,
 )
+from .loss import causal_loss
 from .quantization import check_trainable
 from .step import step_model, stepped_as_a_whole
 
@@ -264,6 +266,12 @@ class CumulantWithLogits(CumulantPreTrainedModel):
         logits = project(self.lm_head, hidden)
         return logits if self.logit_ffn is None else self.logit_ffn(logits)
 
+    def plain_head(self) -> nn.Linear | None:
+        """The layer that alone makes the logits, by a matrix and a bias; None if more does."""
+        own = type(self).logits is CumulantWithLogits.logits and "logits" not in vars(self)
+        plain = own and self.logit_ffn is None and is_plain(self.lm_head)
+        return self.lm_head if plain else None
+
 
 @stepped_as_a_whole
 class CumulantForCausalLM(CumulantWithLogits, CumulantGenerationMixin):
@@ -325,7 +333,8 @@ class CumulantForCausalLM(CumulantWithLogits, CumulantGenerationMixin):
             TypeError: an argument that no model knows.
             ValueError: an argument that would change the result but cannot be used, by name.
         """
-        shift_labels = kwargs.pop("shift_labels", None)
+        shift_labels, skip = kwargs.pop("shift_labels", None), kwargs.pop("skip_logits", None)
+        check_skip_logits(skip, labels, shift_labels)
         given = [position_ids, inputs_embeds, labels, cu_seqlens, seq_idx, token_type_ids]
         given += [shift_labels, None if isinstance(logits_to_keep, int) else logits_to_keep]
         if use_cache is not False and not output_hidden_states and all(x is None for x in given):
@@ -345,18 +354,17 @@ class CumulantForCausalLM(CumulantWithLogits, CumulantGenerationMixin):
             **{**kwargs, "return_dict": True},
         )
         hidden = outputs.last_hidden_state
-        logits = self.logits(select_hidden_states(hidden, logits_to_keep))
+        kept = select_hidden_states(hidden, logits_to_keep)
+        logits = None if skip else self.logits(kept)
         loss, items = None, kwargs.get("num_items_in_batch")
         if labels is not None:
-            check_labels(labels, logits)
+            check_labels(labels, kept)
             marks = Marks.read(kwargs, **packing)
             labels, items = ignore_first_labels(
                 labels, marks, attention_mask, hidden.shape[1], items
             )
         if labels is not None or shift_labels is not None:
-            shifted = None if shift_labels is None else shift_labels.contiguous()
-            options = {"num_items_in_batch": items, "shift_labels": shifted}
-            loss = self.loss_function(logits, labels, self.config.vocab_size, **options)
+            loss = causal_loss(self, kept, logits, labels, shift_labels, items)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,

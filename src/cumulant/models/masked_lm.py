@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.modeling_outputs import MaskedLMOutput
 from transformers.utils.generic import can_return_tuple
 
 from .config import CumulantConfig
-from .inputs import ClientArguments, check_labels
+from .inputs import LossArguments, check_labels, check_skip_logits
 from .language_model import CumulantWithLogits
+from .loss import masked_loss
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -46,7 +47,7 @@ class CumulantForMaskedLM(CumulantWithLogits):
         cu_seqlens: Tensor | None = None,
         seq_idx: Tensor | None = None,
         token_type_ids: Tensor | None = None,
-        **kwargs: Unpack[ClientArguments],
+        **kwargs: Unpack[LossArguments],
     ) -> MaskedLMOutput:
         """Logits ``[B, T, vocab_size]``, and with `labels` the mean cross entropy in nats.
 
@@ -60,8 +61,10 @@ class CumulantForMaskedLM(CumulantWithLogits):
             position_ids, seq_idx, cu_seqlens: marks of packed texts, see
                 `CumulantForCausalLM.forward`.
             token_type_ids: zeros.
-            kwargs: `ClientArguments`, which other models take too.
+            kwargs: `LossArguments`, which other models take too.
         """
+        skip = kwargs.pop("skip_logits", None)
+        check_skip_logits(skip, labels)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -73,15 +76,10 @@ class CumulantForMaskedLM(CumulantWithLogits):
             token_type_ids=token_type_ids,
             **{**kwargs, "return_dict": True},
         )
-        logits = self.logits(outputs.last_hidden_state)
+        hidden = outputs.last_hidden_state
+        logits = None if skip else self.logits(hidden)
         loss = None
-        num_items_in_batch = kwargs.get("num_items_in_batch")
         if labels is not None:
-            check_labels(labels, logits)
-            total = nn.functional.cross_entropy(
-                logits.float().flatten(0, 1),
-                labels.flatten(),
-                reduction="mean" if num_items_in_batch is None else "sum",
-            )
-            loss = total if num_items_in_batch is None else total / num_items_in_batch
+            check_labels(labels, hidden)
+            loss = masked_loss(self, hidden, logits, labels, kwargs.get("num_items_in_batch"))
         return MaskedLMOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)

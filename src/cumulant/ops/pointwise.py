@@ -1,7 +1,8 @@
 """Pointwise operations of a layer: SwiGLU, RMSNorm, short convolutions and rotations.
 
 Each is a formula of PyTorch's operators. For fp32 on a CPU a native kernel computes it, and reads
-and writes each number once. Gradients of gradients come from the formulas.
+and writes each number once. Gradients of gradients come from the formulas. Half precision is
+widened for convolutions and rotations, so that a sum is rounded once.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 from ..kernels.product import is_plain_call
 from .dispatch import native_by_default
 
+HALF = (torch.bfloat16, torch.float16)
 LEAST = 1 << 14  # with fewer numbers PyTorch's operators are as fast
 
 
@@ -27,7 +29,6 @@ def _runs_natively(x: Tensor, *others: Tensor | None) -> bool:
         and all(
             y is None or (y.dtype == torch.float32 and y.device.type == "cpu") for y in (x, *others)
         )
-        and not torch.is_autocast_enabled("cpu")
         and native_by_default(x)
         and is_plain_call(x, *others)
     )
@@ -130,6 +131,9 @@ def short_convolution(
         offset: ``[T]`` int64, the position of each token in its packed sequence. Packed sequences
             do not see each other.
     """
+    if x.dtype in HALF:
+        wide_tail = None if tail is None else tail.float()
+        return short_convolution(x.float(), weight.float(), wide_tail, offset).to(x.dtype)
     fits = (
         x.dim() == 3
         and weight.shape[1:] == x.shape[2:]
@@ -145,18 +149,16 @@ def short_convolution(
 def _convolution_formula(
     x: Tensor, weight: Tensor, tail: Tensor | None, offset: Tensor | None
 ) -> Tensor:
-    n, T, dtype = weight.shape[0] - 1, x.shape[1], x.dtype
+    n, T = weight.shape[0] - 1, x.shape[1]
     tail = x.new_zeros(x.shape[0], n, x.shape[2]) if tail is None else tail
-    # Half precision is widened, so that the sum is rounded once and not at every tap.
-    wide = torch.promote_types(dtype, torch.float32)
-    weight, buffer = weight.to(wide), torch.cat((tail, x), 1).to(wide)
+    weight, buffer = weight.to(x.dtype), torch.cat((tail, x), 1).to(x.dtype)
     y = buffer[:, n:] * weight[0]
     for j in range(1, n + 1):
         tap = buffer[:, n - j : n - j + T]
         if offset is not None:
             tap = tap.masked_fill((offset < j)[:, None], 0)
         y = torch.addcmul(y, tap, weight[j])
-    return y.to(dtype)
+    return y
 
 
 class _Convolution(torch.autograd.Function):
@@ -184,6 +186,8 @@ def rotate_pairs(x: Tensor, cosine: Tensor, sine: Tensor, back: bool = False) ->
 
     cosine, sine: of the angles, ``[T, D/2]`` or ``[B, T, D/2]`` in fp32.
     """
+    if x.dtype in HALF:
+        return rotate_pairs(x.float(), cosine, sine, back).to(x.dtype)
     fits = (
         x.dim() == 4
         and cosine.shape == sine.shape
@@ -204,10 +208,9 @@ def _rotation_formula(x: Tensor, cosine: Tensor, sine: Tensor, back: bool) -> Te
     if cosine.dim() == 3:
         cosine, sine = cosine[:, None], sine[:, None]
     sine = -sine if back else sine
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    even, odd = x[..., 0::2].to(dtype), x[..., 1::2].to(dtype)
+    even, odd = x[..., 0::2], x[..., 1::2]
     rotated = torch.stack((even * cosine - odd * sine, even * sine + odd * cosine), -1)
-    return rotated.reshape(x.shape).to(x.dtype)
+    return rotated.reshape(x.shape)
 
 
 class _RotatePairs(torch.autograd.Function):

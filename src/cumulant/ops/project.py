@@ -12,8 +12,8 @@ from ..kernels.transforms import without_autocast
 def project(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x Wᵀ + b``: ``x [..., K]``, ``weight [N, K]``, ``bias [N]`` -> ``[..., N]``.
 
-    This is `torch.nn.functional.linear`. On a CPU, oneDNN multiplies large fp32 matrices, in the
-    same precision; see `cumulant.kernels.product`.
+    This is `torch.nn.functional.linear`. On CPUs other than Intel's, oneDNN multiplies large fp32
+    matrices, in the same precision; see `cumulant.kernels.product`.
     """
     return linear(x, weight, bias)
 

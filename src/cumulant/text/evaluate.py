@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -75,13 +76,13 @@ def _score(nats: float, tokens: int, text: TokenFile) -> Score:
     )
 
 
-def _summed_loss(logits: Tensor, labels: Tensor) -> float:
-    """Summed cross entropy, in fp64 across the batch."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    losses = torch.nn.functional.cross_entropy(
-        logits.flatten(0, 1), labels.flatten(), reduction="none"
-    )
-    return float(losses.double().sum())
+def _summed_loss(model: PreTrainedModel, ids: Tensor, labels: Tensor, **options: Any) -> float:
+    """Summed cross entropy of the labels ``[b, T]`` at the tokens ``ids [b, T]``."""
+    ids, labels = ids.to(model.device), labels.to(model.device)
+    loss = model(
+        input_ids=ids, shift_labels=labels, num_items_in_batch=1, skip_logits=True, **options
+    ).loss
+    return float(loss)
 
 
 @torch.inference_mode()
@@ -98,8 +99,7 @@ def windowed(
     nats, count = 0.0, 0
     for number, (inputs, labels) in enumerate(_windows(text.ids, context, batch_size)):
         if number % processes == rank:
-            logits = model(input_ids=inputs.to(model.device), use_cache=False).logits
-            nats += _summed_loss(logits, labels.to(model.device))
+            nats += _summed_loss(model, inputs, labels, use_cache=False)
             count += labels.numel()
     return nats, count
 
@@ -138,11 +138,10 @@ def evaluate_whole(model: PreTrainedModel, text: TokenFile, *, piece: int = 4096
     for start, end in zip(text.starts, ends, strict=True):
         cache = DynamicCache(config=model.config)
         for a in range(start, end, piece):
-            ids = torch.from_numpy(text.ids[a : min(a + piece, end) + 1].astype(np.int64))[None].to(
-                model.device
+            ids = torch.from_numpy(text.ids[a : min(a + piece, end) + 1].astype(np.int64))[None]
+            nats += _summed_loss(
+                model, ids[:, :-1], ids[:, 1:], past_key_values=cache, use_cache=True
             )
-            logits = model(input_ids=ids[:, :-1], past_key_values=cache, use_cache=True).logits
-            nats += _summed_loss(logits, ids[:, 1:])
             count += ids.shape[1] - 1
     return _score(nats, count, text)
 

@@ -83,6 +83,7 @@ class LanguageModelTrainer(Trainer):  # type: ignore[misc]
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **options: Any
     ) -> Any:
+        inputs = {**inputs, "skip_logits": True}
         if self.carried is None:
             return super().compute_loss(model, inputs, return_outputs, **options)
         past = self.carried.arguments(inputs["fresh"])

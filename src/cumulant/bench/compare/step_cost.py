@@ -67,7 +67,9 @@ def _now(device: str) -> float:
 
 
 def _loss(model: CumulantForCausalLM, ids: torch.Tensor) -> torch.Tensor:
-    loss: torch.Tensor = model(input_ids=ids[:, :-1], shift_labels=ids[:, 1:].contiguous()).loss
+    loss: torch.Tensor = model(
+        input_ids=ids[:, :-1], shift_labels=ids[:, 1:].contiguous(), skip_logits=True
+    ).loss
     return loss
 
 
