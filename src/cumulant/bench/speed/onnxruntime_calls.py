@@ -2,8 +2,8 @@
 
 - `LinearAttention`, ``S_t = exp(g_t) S_(t-1) + k_t v_tᵀ`` and ``o_t = S_tᵀ q_t``, with the state
   before and after. It has no feature map and no normaliser. ONNX's opset 27 has an operator of this
-  name that computes the same. onnxruntime 1.32 runs it three times as slowly as its own of the
-  domain ``com.microsoft``, which is taken here.
+  name that computes the same. onnxruntime 1.32 runs it more slowly than its own of the domain
+  ``com.microsoft``, which is taken here.
 - `GroupQueryAttention`, softmax attention with the keys and values of earlier tokens in one buffer.
   It is the one of onnxruntime's operators for the CPU that does not keep all T × S weights.
 
@@ -76,12 +76,7 @@ def linear_call(
         update_rule="linear" if log_decay is None else "gated",
         scale=1.0,
     )
-
-    def call() -> tuple[Tensor, ...]:
-        operator.run()
-        return _by_head(outputs["output"], H), outputs["present_state"]
-
-    return call
+    return operator.returning(_by_head(outputs["output"], H), outputs["present_state"])
 
 
 def softmax_call(query: Tensor, key: Tensor, value: Tensor) -> Call:
@@ -109,12 +104,7 @@ def softmax_call(query: Tensor, key: Tensor, value: Tensor) -> Call:
     outputs = {"output": output, "present_key": buffers["key_buffer"]}
     outputs["present_value"] = buffers["value_buffer"]
     operator = _BoundOperator("GroupQueryAttention", inputs, outputs, num_heads=H, kv_num_heads=H)
-
-    def call() -> tuple[Tensor, ...]:
-        operator.run()
-        return (_by_head(output, H),)
-
-    return call
+    return operator.returning(_by_head(output, H))
 
 
 def _packed(x: Tensor) -> Tensor:
@@ -164,8 +154,14 @@ class _BoundOperator:
             for name, x in tensors.items():
                 bind(name, "cpu", 0, x.numpy().dtype.type, list(x.shape), x.data_ptr())
 
-    def run(self) -> None:
-        self.session.run_with_iobinding(self.binding)
+    def returning(self, *results: Tensor) -> Call:
+        """A function that runs the operator and returns these, views of its outputs."""
+
+        def call() -> tuple[Tensor, ...]:
+            self.session.run_with_iobinding(self.binding)
+            return results
+
+        return call
 
 
 def _describe(tensors: dict[str, Tensor]) -> list[Any]:
