@@ -2,8 +2,9 @@
 
 Each call of linear and Taylor attention, and of onnxruntime's `LinearAttention`, takes a state and
 returns one. onnxruntime's has no feature map and no denominator; its columns need the packages onnx
-and onnxruntime. Softmax has no such state, and reads the T tokens alone. All are measured in turns,
-with pauses in which the threads of the one before come to rest. The table shows medians in
+and onnxruntime, as in `cumulant bench`. Its inputs and outputs are bound before the first call, so
+a call copies neither. Softmax has no such state, and reads the T tokens alone. All are measured in
+turns, with pauses in which the threads of the one before come to rest. The table shows medians in
 microseconds, divided by the sequences of the batch.
 
     python benchmarks/short_calls.py [--threads 2] [--tokens 1 16 64 128 512 4096] [--batch 1]
@@ -14,7 +15,6 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
 from statistics import median
 from typing import Any
 
@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 import cumulant as cm
+from cumulant.bench.speed.onnxruntime_calls import linear_call, missing_packages
 
 HEADS, WIDTH, TAYLOR = 8, 64, 16
 ROUNDS = 15
@@ -44,46 +45,12 @@ def softmax(batch: int, tokens: int) -> Callable[[], Any]:
     return lambda: torch.nn.functional.scaled_dot_product_attention(*x, is_causal=True)
 
 
-def onnx_operator(batch: int, tokens: int, rule: str, threads: int) -> Callable[[], Any]:
+def onnx_operator(batch: int, tokens: int, gated: bool) -> Callable[[], Any]:
     """A call of onnxruntime's operator with the update rule "linear" or "gated"."""
-    import onnxruntime
-    from onnx import TensorProto, helper
-
-    tokens_shape, state_shape = [batch, tokens, HEADS * WIDTH], [batch, HEADS, WIDTH, WIDTH]
-    inputs = {"query": tokens_shape, "key": tokens_shape, "value": tokens_shape}
-    inputs["past_state"] = state_shape
-    if rule == "gated":
-        inputs["decay"] = [batch, tokens, HEADS]
-    outputs = {"output": tokens_shape, "present_state": state_shape}
-    node = helper.make_node(
-        "LinearAttention",
-        list(inputs),
-        list(outputs),
-        domain="com.microsoft",
-        q_num_heads=HEADS,
-        kv_num_heads=HEADS,
-        update_rule=rule,
-        scale=1.0,
-    )
-    graph = helper.make_graph(
-        [node],
-        "attention",
-        *(
-            [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in part]
-            for part in (inputs.items(), outputs.items())
-        ),
-    )
-    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
-    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    session = onnxruntime.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
-    x = {name: torch.randn(shape).numpy() for name, shape in inputs.items()}
-    if rule == "gated":
-        x["decay"] = -abs(x["decay"])
-    return lambda: session.run(None, x)
+    q, k, v = (torch.randn(batch, tokens, HEADS, WIDTH).transpose(1, 2) for _ in range(3))
+    state = torch.randn(batch, HEADS, WIDTH, WIDTH)
+    decay = -torch.randn(batch, HEADS, tokens).abs() if gated else None
+    return linear_call(q, k, v, state, log_decay=decay)
 
 
 def measure(calls: dict[str, Callable[[], Any]], batch: int) -> dict[str, float]:
@@ -106,16 +73,16 @@ def measure(calls: dict[str, Callable[[], Any]], batch: int) -> dict[str, float]
     return {name: median(seconds) * 1e6 for name, seconds in times.items()}
 
 
-def all_calls(batch: int, tokens: int, threads: int) -> dict[str, Callable[[], Any]]:
+def all_calls(batch: int, tokens: int) -> dict[str, Callable[[], Any]]:
     calls = {
         "elu + 1": ours(cm.linear_attention, batch, tokens, WIDTH, False),
         "elu + 1, gated": ours(cm.linear_attention, batch, tokens, WIDTH, True),
         "Taylor": ours(cm.taylor_attention, batch, tokens, TAYLOR, False),
         "softmax": softmax(batch, tokens),
     }
-    if find_spec("onnxruntime") and find_spec("onnx"):
-        for rule in ("linear", "gated"):
-            calls[f"onnxruntime, {rule}"] = onnx_operator(batch, tokens, rule, threads)
+    if missing_packages() is None:
+        calls["onnxruntime, linear"] = onnx_operator(batch, tokens, False)
+        calls["onnxruntime, gated"] = onnx_operator(batch, tokens, True)
     return calls
 
 
@@ -131,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     table = Table("tokens", title=f"microseconds, {options.threads} threads, batch {options.batch}")
     with torch.inference_mode():
         for tokens in options.tokens:
-            found = measure(all_calls(options.batch, tokens, options.threads), options.batch)
+            found = measure(all_calls(options.batch, tokens), options.batch)
             if not table.row_count:
                 for name in found:
                     table.add_column(name, justify="right")

@@ -98,7 +98,10 @@ def speed(
     ] = "fair",
     output: Output = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="few lengths and runs: under a minute")
+        bool,
+        typer.Option(
+            "--quick", help="few lengths and runs, as many as fit in half a minute; under a minute"
+        ),
     ] = False,
     mechanism: Only = None,
     passes: Annotated[
@@ -138,7 +141,12 @@ def speed(
     }  # fmt: skip
     chosen = replace(RECIPES[recipe].quick() if quick else RECIPES[recipe], **_given_options(given))
     folder = _output_folder(output, "bench" if recipe == "fair" else recipe, quick)
-    run(chosen, folder, device=choose_device(device), threads=threads, force=force, console=console)
+    device = choose_device(device)
+    if mechanism is None:  # one that was named is refused
+        for name, needed in chosen.obstacles(device).items():
+            console.print(f"{name}: not measured; it needs {needed}")
+        chosen = chosen.possible(device)
+    run(chosen, folder, device=device, threads=threads, force=force, console=console)
 
 
 @bench.command(cls=StrictCommand)

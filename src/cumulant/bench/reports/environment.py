@@ -7,6 +7,7 @@ import platform
 import subprocess
 import sys
 from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ def environment() -> dict[str, Any]:
         "cumulant": __version__,
         "revision": revision(),
         "torch": torch.__version__,
+        "onnxruntime": _version("onnxruntime"),
         "python": platform.python_version(),
         "system": platform.platform(),
         "processor": processor(),
@@ -32,6 +34,14 @@ def environment() -> dict[str, Any]:
         "memory_bytes": memory_bytes(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
+
+
+def _version(package: str) -> str | None:
+    """The version of an optional package; None if it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def revision() -> str | None:

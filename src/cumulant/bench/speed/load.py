@@ -21,7 +21,8 @@ class Load:
 
     def _now(self) -> tuple[float, float]:
         every, own = psutil.cpu_times(), self._process.cpu_times()
-        busy = every.user + every.system + getattr(every, "steal", 0.0)
+        # "nice" has the time of processes of low priority, which also take processors
+        busy = every.user + every.system + sum(getattr(every, n, 0.0) for n in ("nice", "steal"))
         return time.perf_counter(), busy - own.user - own.system
 
     def busy_processors(self) -> float:

@@ -1,7 +1,8 @@
 """`cumulant bench`: times and memory of each mechanism in each pass at each length.
 
 A row is a cell (length, pass, mechanism). A cell that would take too much memory, or too long by
-the time of shorter lengths, becomes a row that says so, and the measurement continues.
+the time of shorter lengths, becomes a row that says so, and the measurement continues. Cells for
+which the recipe's limit leaves no time are no rows, so the same command can measure them later.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from rich.console import Console, RenderableType
 from rich.live import Live
 
 from ..console import as_table
-from ..dtypes import DTYPES
 from ..reports.folder import Folder, Row
 from ..reports.plots import pyplot
 from .load import Load
@@ -30,6 +30,7 @@ from .verdicts import format_number
 
 # rounds over a group of cells; the spread of a cell's rounds shows disturbances by other programs
 ROUNDS = 3
+RUNS = 3  # least runs of a cell: to warm up, for the time, and for the memory
 
 
 def run(
@@ -40,6 +41,9 @@ def run(
         raise ValueError(f"threads: expected at least 1, or 0 for all, got {threads}")
     if threads:
         torch.set_num_threads(threads)
+    for name, needed in recipe.obstacles(device).items():
+        raise ValueError(f"mechanism: {name} needs {needed}")
+    deadline = math.inf if recipe.limit is None else time.perf_counter() + recipe.limit
     pyplot()  # refuses before anything is measured
     settings = {**asdict(recipe), "device": device, "threads": torch.get_num_threads()}
     folder = Folder.start(output, REPORT.command, settings, force=force)
@@ -51,9 +55,8 @@ def run(
             _progress_table(recipe, done, console), console=console, refresh_per_second=2
         ) as live:
             for group in recipe.groups():
-                rows = _measure_group(
-                    recipe, [cell for cell in group if cell not in done], device, done
-                )
+                left = [cell for cell in group if cell not in done]
+                rows = _measure_group(recipe, left, device, done, deadline)
                 folder.append(*rows.values())
                 done |= rows
                 live.update(_progress_table(recipe, done, console))
@@ -64,19 +67,31 @@ def run(
 
 
 def _measure_group(
-    recipe: Recipe, cells: list[Cell], device: str, done: dict[Cell, Row]
+    recipe: Recipe,
+    cells: list[Cell],
+    device: str,
+    done: dict[Cell, Row],
+    deadline: float = math.inf,
 ) -> dict[Cell, Row]:
     """A row for each cell. Cells are measured in turn, `ROUNDS` times.
 
-    A cell with long runs is measured once, since disturbances are shorter than its runs.
+    A cell with long runs is measured once, since disturbances are shorter than its runs. At the
+    deadline, by `time.perf_counter`, the rounds end. If not even the first has been whole, there
+    are no rows.
     """
     load = Load()
-    found: dict[Cell, list[Row]] = {
-        cell: [_measure_cell(recipe, cell, device, done)] for cell in cells
-    }
+    found: dict[Cell, list[Row]] = {cell: [] for cell in cells}
+    for cell, rows in found.items():
+        expected = _expected_seconds(recipe, cell, done)
+        needed = RUNS * expected if expected <= recipe.seconds else 0.0
+        if time.perf_counter() + needed > deadline:
+            return {}
+        rows.append(_measure_cell(recipe, cell, device, done))
     for _ in range(ROUNDS - 1):
         for cell, rows in found.items():
-            if rows[-1]["status"] == "measured" and min(rows[-1]["times"]) < recipe.budget:
+            if rows[0]["status"] != "measured" or min(rows[-1]["times"]) >= recipe.budget:
+                continue
+            if time.perf_counter() + RUNS * max(rows[-1]["times"]) < deadline:
                 rows.append(_measure_cell(recipe, cell, device, done, with_memory=False))
     others = round(load.busy_processors(), 2)
     return {cell: {**_merge_rounds(rows), "others": others} for cell, rows in found.items()}
@@ -91,9 +106,7 @@ def _measure_cell(
     """
     T, kind, mechanism = cell
     row: Row = {"length": T, "pass": kind, "mechanism": mechanism}
-    shape = Shape(
-        recipe.batch, recipe.heads, T, recipe.dim, DTYPES[recipe.dtype].torch, device, recipe.causal
-    )
+    shape = recipe.shape(T, device)
     expected = _expected_seconds(recipe, cell, done)
     if expected > recipe.seconds:
         why = "as at the length before" if expected == math.inf else f"about {expected:.0f} s a run"
@@ -195,20 +208,19 @@ def _run_times(
 
 
 def _time_repeatedly(recipe: Recipe, call: Callable[[], Any], device: str) -> list[float]:
-    first = _seconds(call, device)
-    if first > recipe.seconds:
-        return [first]
-    times, limit = [_seconds(call, device)], time.perf_counter() + recipe.budget / ROUNDS
+    first, times = _seconds(call, device), [_seconds(call, device)]
+    if first >= recipe.budget:  # a warm-up does not show in so long a run
+        return [first, *times]
+    limit = time.perf_counter() + recipe.budget / ROUNDS
     while len(times) < -(-recipe.repeats // ROUNDS) and time.perf_counter() < limit:
         times.append(_seconds(call, device))
     return times
 
 
 def _make_call(shape: Shape, kind: str, subject: Subject) -> Callable[[], Any]:
-    inputs = subject.inputs(shape)
     if kind == "forward":
-        return torch.inference_mode()(lambda: subject.run(inputs, shape.causal))
-    leaves = tuple(x.requires_grad_() for x in inputs)
+        return subject.forward(shape)
+    leaves = tuple(x.requires_grad_() for x in subject.inputs(shape))
 
     def train() -> None:
         out = subject.run(leaves, shape.causal)
@@ -232,15 +244,17 @@ def _progress_table(recipe: Recipe, done: dict[Cell, Row], console: Console) -> 
     rows = []
     for kind in recipe.passes:
         for T in sorted(recipe.lengths):
-            cells = [done.get((T, kind, mechanism)) for mechanism in recipe.mechanisms]
-            if any(cells):
-                rows.append((kind, f"{T:,}", *map(_cell_text, cells)))
-    return as_table(console, ("pass", "tokens", *recipe.mechanisms), rows, "milliseconds")
+            cells = [(T, kind, mechanism) for mechanism in recipe.mechanisms]
+            if any(cell in done for cell in cells):
+                rows.append((kind, f"{T:,}", *(_cell_text(cell, done) for cell in cells)))
+    headings = ("pass", "tokens", *recipe.mechanisms)
+    return as_table(console, headings, rows, "milliseconds, medians")
 
 
-def _cell_text(row: Row | None) -> str:
+def _cell_text(cell: Cell, done: dict[Cell, Row]) -> str:
+    row = done.get(cell)
     if row is None:
-        return "not yet"
+        return "not yet" if cell[1] in SUBJECTS[cell[2]].passes else "none"
     return (
         format_number(row["median"] * 1e3, 3) if row["status"] == "measured" else str(row["status"])
     )

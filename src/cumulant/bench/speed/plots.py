@@ -9,7 +9,7 @@ from ..reports.folder import Row
 from ..reports.palette import Style, styles_for
 from ..reports.plots import add_legend, label_ticks, panel_column, save_figure
 from .subjects import SUBJECTS
-from .verdicts import BASELINE, overtaking_length
+from .verdicts import BASELINE, measured_interval, overtaking_length
 
 
 def _styles(mechanisms: list[str]) -> dict[str, Style]:
@@ -60,7 +60,10 @@ def _points(rows: list[Row], kind: str, mechanism: str, field: str) -> list[tupl
 
 
 def draw_times(rows: list[Row], mechanisms: list[str], folder: Path) -> str:
-    """Milliseconds by length, with a ring where a mechanism becomes faster than softmax."""
+    """Milliseconds by length, with bands of their intervals.
+
+    A ring marks where a mechanism becomes faster than softmax.
+    """
     styles = _styles(mechanisms)
     figure, panels = _draw_lines(rows, mechanisms, "median", 1e-3, "milliseconds")
     ring = {"marker": "o", "fillstyle": "none", "linestyle": ""}
@@ -68,6 +71,7 @@ def draw_times(rows: list[Row], mechanisms: list[str], folder: Path) -> str:
         overtaking = []
         for name in mechanisms:
             points = _points(rows, kind, name, "median")
+            _draw_band(panel, rows, kind, name, styles[name].colour)
             ahead = None if name == BASELINE or not points else overtaking_length(rows, kind, name)
             if ahead is not None and ahead != points[0][0]:
                 overtaking.append((ahead, dict(points)[ahead] * 1e3, styles[name].colour))
@@ -76,6 +80,16 @@ def draw_times(rows: list[Row], mechanisms: list[str], folder: Path) -> str:
         if overtaking:
             panel.plot([], [], color="#444444", markersize=8, label="overtakes softmax", **ring)
     return _save(figure, panels, folder, "times")
+
+
+def _draw_band(panel: Any, rows: list[Row], kind: str, mechanism: str, colour: str) -> None:
+    found = {
+        row["length"]: [1e3 * seconds for seconds in measured_interval(row)]
+        for row in rows
+        if (row["pass"], row["mechanism"]) == (kind, mechanism) and row.get("median")
+    }
+    lows, highs = ([found[T][end] for T in sorted(found)] for end in (0, 1))
+    panel.fill_between(sorted(found), lows, highs, color=colour, alpha=0.2, linewidth=0)
 
 
 def draw_memory(rows: list[Row], mechanisms: list[str], folder: Path) -> str:

@@ -6,11 +6,12 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from ..dtypes import require_dtype
-from .subjects import SUBJECTS
+from ..dtypes import DTYPES, require_dtype
+from .subjects import SUBJECTS, Shape
 from .verdicts import BASELINE, PASSES
 
 Cell = tuple[int, str, str]  # length, pass, mechanism
+QUICK_LIMIT = 30.0  # seconds of a minute; the rest is for the start and the report
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class Recipe:
     repeats: runs of a cell, at most.
     budget: seconds after which a cell is not run again, over all its rounds.
     seconds: the most that a single run may take.
+    limit: seconds after which nothing more is measured; None: all is.
     """
 
     mechanisms: tuple[str, ...]
@@ -34,6 +36,7 @@ class Recipe:
     budget: float = 2.0
     seconds: float = 20.0
     dtype: str = "fp32"
+    limit: float | None = None
 
     def __post_init__(self) -> None:
         for name in self.mechanisms:
@@ -48,24 +51,46 @@ class Recipe:
         for name in ("batch", "heads", "dim", "repeats"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        for name in ("budget", "seconds"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
+        for name in ("budget", "seconds", "limit"):
+            value = getattr(self, name)
+            if not (name == "limit" and value is None) and not 0 < value < math.inf:
+                raise ValueError(f"{name}: expected a positive number, got {value}")
 
     def quick(self) -> Recipe:
-        """Every second length up to 8192, with fewer runs."""
+        """Every second length up to 8192, with fewer runs, and only as many cells as time allows.
+
+        With the command's start and the drawing of the report it stays under a minute, on a busy
+        machine too.
+        """
         lengths = tuple(T for T in self.lengths if T <= 8192)[::2]
-        return replace(self, lengths=lengths, repeats=9, budget=0.5, seconds=2.0)
+        return replace(self, lengths=lengths, repeats=9, budget=0.3, seconds=1.0, limit=QUICK_LIMIT)
 
     def groups(self) -> Iterator[list[Cell]]:
         """Groups of cells that are compared with one another, and so measured in turn."""
         for T in sorted(set(self.lengths)):
             for kind in dict.fromkeys(self.passes):
-                yield [(T, kind, mechanism) for mechanism in dict.fromkeys(self.mechanisms)]
+                mechanisms = dict.fromkeys(self.mechanisms)
+                yield [(T, kind, name) for name in mechanisms if kind in SUBJECTS[name].passes]
 
     def cells(self) -> Iterator[Cell]:
         for group in self.groups():
             yield from group
+
+    def shape(self, T: int, device: str) -> Shape:
+        return Shape(
+            self.batch, self.heads, T, self.dim, DTYPES[self.dtype].torch, device, self.causal
+        )
+
+    def obstacles(self, device: str) -> dict[str, str]:
+        """The mechanisms that cannot be measured here, each with what it needs."""
+        shape = self.shape(min(self.lengths), device)
+        found = {name: SUBJECTS[name].obstacle(shape) for name in self.mechanisms}
+        return {name: needed for name, needed in found.items() if needed}
+
+    def possible(self, device: str) -> Recipe:
+        """The recipe without the mechanisms that cannot be measured here."""
+        lacking = self.obstacles(device)
+        return replace(self, mechanisms=tuple(m for m in self.mechanisms if m not in lacking))
 
 
 FAIR = tuple(name for name, subject in SUBJECTS.items() if subject.fair)

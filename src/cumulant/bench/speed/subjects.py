@@ -2,7 +2,8 @@
 
 A new mechanism is one class and one entry of `_MECHANISMS`. Each is the attention of one layer with
 H heads, whose values have d numbers. Queries and keys have d numbers as well, except for 16 in
-Taylor attention, and 128 in FLASH, whose one head holds the values of all heads.
+Taylor attention, and 128 in FLASH, whose one head holds the values of all heads. onnxruntime's
+operators are measured where it is installed.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from ...ops.linear import linear_attention
 from ...ops.mixed_chunk import mixed_chunk_attention
 from ...ops.taylor import taylor_attention
 from ..reports.palette import BLACK, BLUE, GREEN, GREY, ORANGE, PINK, Style, by_name
+from .onnxruntime_calls import linear_call, missing_packages, softmax_call
+from .verdicts import PASSES
 
 GROUP = 256  # tokens in a group of FLASH
 
@@ -50,6 +53,7 @@ class Subject:
     """A mechanism that is measured.
 
     name, style: in tables and pictures. fair: it belongs to the recipe "fair".
+    passes: those that it has.
     quadratic: its time grows as T².
     weights: numbers for each entry of a T × T matrix that it holds at once, for each head.
     """
@@ -57,8 +61,13 @@ class Subject:
     name: str
     style: Style
     fair: bool = True
+    passes: ClassVar[tuple[str, ...]] = PASSES
     quadratic: ClassVar[bool] = False
     weights: ClassVar[int] = 0
+
+    def obstacle(self, shape: Shape) -> str | None:
+        """What it needs to be measured in this shape and is not there; None if nothing."""
+        return None
 
     def inputs(self, shape: Shape) -> tuple[Tensor, ...]:
         return tuple(shape.random(shape.H, shape.d) for _ in range(3))
@@ -66,6 +75,11 @@ class Subject:
     def run(self, inputs: tuple[Tensor, ...], causal: bool) -> Tensor:
         """The outputs of all tokens."""
         raise NotImplementedError
+
+    def forward(self, shape: Shape) -> Callable[[], Any]:
+        """A function that computes the outputs of all tokens, without gradients."""
+        inputs = self.inputs(shape)
+        return torch.inference_mode()(lambda: self.run(inputs, shape.causal))
 
     def step(self, shape: Shape) -> tuple[Callable[[], Any], int]:
         """A function that computes the token after a context of T, and the context's bytes."""
@@ -167,6 +181,57 @@ class Elita(Recurrent):
         return elita_attention(*inputs, impl=self.impl, **options)
 
 
+class OnnxLinear(Subject):
+    """onnxruntime's linear attention, without feature map and normaliser."""
+
+    passes = ("forward", "decode")
+
+    def obstacle(self, shape: Shape) -> str | None:
+        return _onnxruntime_obstacle(shape)
+
+    def run(self, inputs: tuple[Tensor, ...], causal: bool) -> Tensor:
+        q, k, v = inputs
+        return linear_call(q, k, v)()[0]
+
+    def forward(self, shape: Shape) -> Callable[[], Any]:
+        q, k, v = self.inputs(shape)
+        return linear_call(q, k, v)
+
+    def step(self, shape: Shape) -> tuple[Callable[[], Any], int]:
+        q, k, v = self.inputs(shape)
+        state = linear_call(q, k, v)()[1]
+        q, k, v = self.inputs(replace(shape, T=1))
+        return linear_call(q, k, v, state), state.nbytes
+
+
+class OnnxSoftmax(Subject):
+    """onnxruntime's fused softmax attention."""
+
+    passes = ("forward", "decode")
+    quadratic = True
+
+    def obstacle(self, shape: Shape) -> str | None:
+        return _onnxruntime_obstacle(shape)
+
+    def run(self, inputs: tuple[Tensor, ...], causal: bool) -> Tensor:
+        q, k, v = inputs
+        return softmax_call(q, k, v)()[0]
+
+    def forward(self, shape: Shape) -> Callable[[], Any]:
+        q, k, v = self.inputs(shape)
+        return softmax_call(q, k, v)
+
+    def step(self, shape: Shape) -> tuple[Callable[[], Any], int]:
+        q, (_, k, v) = shape.random(shape.H, shape.d, 1), self.inputs(shape)
+        return softmax_call(q, k, v), k.nbytes + v.nbytes
+
+
+def _onnxruntime_obstacle(shape: Shape) -> str | None:
+    if shape.dtype != torch.float32 or shape.device != "cpu" or not shape.causal:
+        return "causal attention in fp32 on the CPU"
+    return missing_packages()
+
+
 _MECHANISMS: tuple[Subject, ...] = (
     Softmax("softmax", BLACK),
     NaiveSoftmax("naive softmax", GREY, fair=False),
@@ -181,4 +246,8 @@ _IN_TORCH = (
     for m in _MECHANISMS
     if isinstance(m, Recurrent)
 )
-SUBJECTS: dict[str, Subject] = by_name([*_MECHANISMS, *_IN_TORCH])
+_IN_ONNXRUNTIME = (
+    OnnxSoftmax("softmax, onnxruntime", BLACK.variant(2)),
+    OnnxLinear("linear, onnxruntime", ORANGE.variant(2)),
+)
+SUBJECTS: dict[str, Subject] = by_name([*_MECHANISMS, *_IN_TORCH, *_IN_ONNXRUNTIME])

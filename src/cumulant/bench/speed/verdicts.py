@@ -1,8 +1,8 @@
 """Sentences about measured times, if the measurements are clear enough.
 
-The time of a cell is an interval, from the least to the greatest median of its rounds. A mechanism
-is faster than another if the intervals do not overlap. If they are too wide to tell, the sentence
-says so.
+The time of a cell is an interval, from the least to the greatest median of its rounds. Beside other
+programs a time is only ever too long, so there the interval begins at zero. A mechanism is faster
+than another if the intervals do not overlap. If they are too wide to tell, the sentence says so.
 """
 
 from __future__ import annotations
@@ -14,16 +14,17 @@ from ..reports.folder import Row
 
 PASSES = ("forward", "training", "decode")  # training: forward and backward; decode: one more token
 BASELINE = "softmax"
-# limits above which a cell tells nothing, even if its times agree
-SCATTER = 1.5  # greatest over least time
-OTHERS = 0.25  # processors that other processes use
+SCATTER = 1.5  # greatest over least time, above which a pass tells nothing
+OTHERS = 0.25  # processors that other processes use, above which times are only upper bounds
+# what follows the name of a mechanism that another program computes
+OTHER_PROGRAMS = {"torch": "PyTorch's operations", "onnxruntime": "onnxruntime's operators"}
 CANNOT_TELL = "these measurements scatter too much to tell; close other programs"
 
 Interval = tuple[float, float]
 
 
-def time_interval(row: Row) -> Interval:
-    """The interval of the row's times.
+def measured_interval(row: Row) -> Interval:
+    """The interval of the row's times, as it was measured.
 
     A row of an earlier version has no rounds; then it is a deviation around the median.
     """
@@ -31,6 +32,12 @@ def time_interval(row: Row) -> Interval:
         return float(row["low"]), float(row["high"])
     deviation = float(row.get("deviation") or 0.0)
     return max(row["median"] - deviation, 0.0), row["median"] + deviation
+
+
+def time_interval(row: Row) -> Interval:
+    """The interval in which the time on a quiet machine lies, as far as the row tells."""
+    low, high = measured_interval(row)
+    return (0.0 if float(row.get("others", 0.0)) > OTHERS else low), high
 
 
 def compared_intervals(
@@ -76,9 +83,12 @@ def answers(rows: list[Row], mechanisms: list[str]) -> list[str]:
             found.append(
                 f"On this machine, {kind}: {'; '.join(_verdict(rows, kind, m) for m in others)}."
             )
-    return [*found, *_against_torch(rows, mechanisms)] or [
-        "Nothing to compare with softmax was measured yet."
+    found += [
+        sentence
+        for other, name in OTHER_PROGRAMS.items()
+        for sentence in _against(other, name, rows, mechanisms)
     ]
+    return found or ["Nothing to compare with softmax was measured yet."]
 
 
 def _is_scattered(rows: list[Row], kind: str, mechanisms: list[str]) -> bool:
@@ -89,8 +99,7 @@ def _is_scattered(rows: list[Row], kind: str, mechanisms: list[str]) -> bool:
         if r["pass"] == kind and r["mechanism"] in mechanisms and r["status"] == "measured"
     ]
     spreads = [high / low if low > 0 else float("inf") for low, high in map(time_interval, cells)]
-    others = statistics.median(float(row.get("others", 0.0)) for row in cells)
-    return statistics.median(spreads) > SCATTER or others > OTHERS
+    return statistics.median(spreads) > SCATTER
 
 
 def _verdict(rows: list[Row], kind: str, mechanism: str) -> str:
@@ -118,27 +127,30 @@ def _speed_ratio(own: Interval, other: Interval) -> str:
     return format_number((least + most) / 2, 3)
 
 
-def _against_torch(rows: list[Row], mechanisms: list[str]) -> list[str]:
-    """The speed of `auto` relative to PyTorch's operations.
+def _against(program: str, title: str, rows: list[Row], mechanisms: list[str]) -> list[str]:
+    """The speed of the mechanisms relative to another program's, "linear" to "linear, torch".
 
-    The sentence has the least and the greatest value of all lengths.
+    The sentence has the least and the greatest value that the intervals of all lengths allow.
     """
-    parts = []
-    for name, kind in product((m for m in mechanisms if f"{m}, torch" in mechanisms), PASSES):
+    parts, unclear = [], []
+    for name, kind in product((m for m in mechanisms if f"{m}, {program}" in mechanisms), PASSES):
+        compared = compared_intervals(rows, kind, name, f"{name}, {program}")
         ratios = {
-            T: (other, own)
-            for T, own, other in compared_intervals(rows, kind, name, f"{name}, torch")
+            T: (other[0] / own[1], other[1] / own[0])
+            for T, own, other in compared
+            if own[0] > 0 and other[0] > 0
         }
-        if ratios and _is_scattered(rows, kind, [name, f"{name}, torch"]):
-            parts.append(f"{name} {kind}: {CANNOT_TELL}")
-        elif ratios:
-            middle = {T: sum(other) / sum(own) for T, (other, own) in ratios.items()}
-            least = min(middle, key=lambda T: middle[T])
-            most = format_number(max(middle.values()), 2)
+        if ratios and not _is_scattered(rows, kind, [name, f"{name}, {program}"]):
+            least = min(ratios, key=lambda T: ratios[T][0])
+            most = format_number(max(high for _, high in ratios.values()), 2)
             parts.append(
-                f"{name} {kind} {format_number(middle[least], 2)} (at {least:,}) to {most}"
+                f"{name} {kind} {format_number(ratios[least][0], 2)} (at {least:,}) to {most}"
             )
-    return [f"Times as fast as PyTorch's operations: {'; '.join(parts)}."] if parts else []
+        elif compared:
+            unclear.append(f"{name} {kind}")
+    if unclear:
+        parts.append(f"{', '.join(unclear)}: {CANNOT_TELL}")
+    return [f"Times as fast as {title}: {'; '.join(parts)}."] if parts else []
 
 
 def format_number(x: float, digits: int) -> str:
