@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import DynamicCache, GenerationMixin, StoppingCriteria, TopPLogitsWarper
+from transformers import (
+    DynamicCache,
+    GenerationMixin,
+    StaticCache,
+    StoppingCriteria,
+    TopPLogitsWarper,
+)
 from transformers.generation.streamers import BaseStreamer
 
 from cumulant.kernels.native import bound_program
@@ -265,6 +271,19 @@ def test_steps_over_many_tokens_and_padding(preset, monkeypatch):
         ids = torch.cat((IDS, ids, ids[:, :2]), 1)
         expected = model.double()(ids, attention_mask=torch.cat((mask, mask[:, -2:]), 1)).logits
     torch.testing.assert_close(more.double(), expected[:, -2:], rtol=1e-4, atol=1e-4)
+
+
+def test_a_static_cache_is_left_to_forward():
+    model = build("softmax")
+    options = {"cache_implementation": "static", "do_sample": False, "disable_compile": True}
+    assert torch.equal(generate(model, IDS, **options), generate(model, IDS, do_sample=False))
+    cache = StaticCache(config=model.config, max_cache_len=14)
+    with torch.no_grad():
+        model(IDS, past_key_values=cache)
+        with pytest.raises(Unsuitable):
+            Decoder(model, cache)
+        with pytest.raises(ValueError, match="max_cache_len=14 cannot"):
+            generate(model, IDS, past_key_values=StaticCache(model.config, 14), do_sample=False)
 
 
 def test_masks_between_tokens_are_left_to_forward():

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..nn import KeyValueState
@@ -106,7 +106,9 @@ def _read_states(model: Any, cache: Cache, past_mask: Tensor | None = None) -> R
     masks: list[Tensor | None] = []
     position: Tensor | None = None
     for i, (block, entry) in enumerate(zip(model.model.layers, cache.layers, strict=True)):
-        if isinstance(entry, StateLayer) and entry.record_past:
+        if type(entry) is not DynamicLayer and (
+            not isinstance(entry, StateLayer) or entry.record_past
+        ):
             return None
         state: Any = read_state(cache, i, past_mask)
         if isinstance(state, KeyValueState):
