@@ -1,5 +1,7 @@
 """Language models for other programs: ONNX graphs, and programs of `torch.export`."""
 
-from .onnx import export_onnx
+from .folder import export_onnx
+from .program import StatefulModel, export_program
+from .session import OnnxModel
 
-__all__ = ["export_onnx"]
+__all__ = ["OnnxModel", "StatefulModel", "export_onnx", "export_program"]

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..nn import MixedChunkAttention
+from .gated import activate, distance_table, gate_and_project, queries_and_keys
 from .graph import POSITION, GraphBuilder, Value
 from .layers import (
     concat,
@@ -27,7 +28,6 @@ from .layers import (
     token_shift,
     unsqueeze,
 )
-from .softmax import activate, gate_and_project, queries_and_keys
 
 NAMES = ("quad_key", "lin_key", "value")  # what the state keeps of the open group's tokens
 
@@ -44,9 +44,7 @@ def emit_mixed_chunk(b: GraphBuilder, unit: nn.Module, x: Value) -> Value:
     new = [*keys, silu(b, project(b, h, unit.value_proj))]
     K, E, g = unit.query_key_dim, unit.hidden_dim, unit.group_size
     numerator = b.past("numerator", ("B", K, E))
-    tokens = [
-        b.past(name, ("B", g, E if name == "value" else K)) for name in NAMES
-    ]
+    tokens = [b.past(name, ("B", g, E if name == "value" else K)) for name in NAMES]
     attend = _attend_token if b.step else _attend_groups
     out, after = attend(b, unit, quad_query, lin_query, new, numerator, tokens)
     for past, value in zip((numerator, *tokens), after, strict=True):
@@ -60,13 +58,14 @@ def _filled(b: GraphBuilder, g: int) -> Value:
 
 
 def _bias(b: GraphBuilder, unit: Any) -> Value | None:
+    """The bias by the slots of query and key, ``[g, g]``, right for keys that are not later."""
     if unit.relative_bias is None:
         return None
 
     def make() -> torch.Tensor:
-        with torch.no_grad():
-            bias: torch.Tensor = unit.relative_bias(unit.group_size)[0].contiguous()
-            return bias
+        slots = torch.arange(unit.group_size)
+        table = distance_table(unit.relative_bias)
+        return table[(slots[:, None] - slots).clamp(0, len(table) - 1)]
 
     return b.weight(b.derive(f"{b.part_name} bias", make))
 

@@ -8,6 +8,7 @@ column of its state the sum of the keys' features.
 from __future__ import annotations
 
 import math
+from functools import partial
 from itertools import combinations_with_replacement
 from typing import Any
 
@@ -177,7 +178,7 @@ def _selections(b: GraphBuilder, K: int, degree: int) -> list[Tensor]:
         return matrix
 
     names = [f"monomials {K} {degree} {factor}" for factor in range(degree)]
-    return [b.derive(name, lambda f=factor: make(f)) for factor, name in enumerate(names)]
+    return [b.derive(name, partial(make, factor)) for factor, name in enumerate(names)]
 
 
 def _apply_feature_map(
@@ -190,11 +191,10 @@ def _apply_feature_map(
         maps: list[Any] = [mixer.query_map, mixer.key_map]
         kinds = {type(m) for m in maps}
         if kinds == {HedgehogFeatureMap}:
-            phi = [_hedgehog(b, m, x) for m, x in zip(maps, (q, k), strict=True)]
-            return phi[0], phi[1], 2 * K, mixer.normalize
+            return _hedgehog(b, maps[0], q), _hedgehog(b, maps[1], k), 2 * K, mixer.normalize
         if kinds == {RebasedFeatureMap}:
-            phi = [_rebased(b, m, x) for m, x in zip(maps, (q, k), strict=True)]
-            return phi[0], phi[1], K * (K + 1) // 2, mixer.normalize
+            F = K * (K + 1) // 2
+            return _rebased(b, maps[0], q, "q"), _rebased(b, maps[1], k, "k"), F, mixer.normalize
         raise b.refuse(f"{type(maps[0]).__name__} is no feature map of this package")
     if name == "elu":
         if mixer.normalize:
@@ -245,15 +245,13 @@ def _hedgehog(b: GraphBuilder, feature_map: HedgehogFeatureMap, x: Value) -> Val
     return concat(b, *both, axis=-1)
 
 
-def _rebased(b: GraphBuilder, feature_map: RebasedFeatureMap, x: Value) -> Value:
+def _rebased(b: GraphBuilder, feature_map: RebasedFeatureMap, x: Value, name: str) -> Value:
     """``[B, T, H, K]`` -> ``[B, T, H, K (K + 1) / 2]``."""
-    K = feature_map.head_dim
-    heads: list[Tensor] = [
-        b.derive(f"{b.part_name} {id(p)}", lambda p=p: p.detach()[:, 0])
-        for p in (feature_map.gamma, feature_map.beta)
-    ]
-    y = b.op("Mul", normalize_heads(b, x, K), b.weight(heads[0]))
-    y = b.op("Add", y, b.weight(heads[1]))
+    K, part = feature_map.head_dim, f"{b.part_name} {name}"
+    gamma = b.derive(f"{part} gamma", lambda: feature_map.gamma.detach()[:, 0])
+    beta = b.derive(f"{part} beta", lambda: feature_map.beta.detach()[:, 0])
+    y = b.op("Mul", normalize_heads(b, x, K), b.weight(gamma))
+    y = b.op("Add", y, b.weight(beta))
     # the Taylor monomials of degree 2 have the weights sqrt(1/2) and 1, these sqrt(1/K), sqrt(2/K)
     first, second = (b.op("MatMul", y, b.weight(m)) for m in _selections(b, K, 2))
     return scale(b, b.op("Mul", first, second), math.sqrt(2 / K))

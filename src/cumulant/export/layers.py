@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -97,11 +98,12 @@ def project(b: GraphBuilder, x: Value, *layers: nn.Module) -> Value:
     y = b.op("MatMul", x, b.weight(*(layer.weight for layer in plain), transposed=True))
     if all(layer.bias is None for layer in plain):
         return y
-    biases = [
-        layer.weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias
-        for layer in plain
-    ]
+    biases = [zeros(b, layer.out_features) if layer.bias is None else layer.bias for layer in plain]
     return b.op("Add", y, b.weight(*biases))
+
+
+def zeros(b: GraphBuilder, dim: int) -> Tensor:
+    return b.derive(f"zeros {dim}", lambda: torch.zeros(dim))
 
 
 def check_linear(b: GraphBuilder, layer: nn.Module) -> nn.Module:
@@ -120,7 +122,7 @@ def check_linear(b: GraphBuilder, layer: nn.Module) -> nn.Module:
 
 def norm(b: GraphBuilder, x: Value, layer: nn.Module, dim: int) -> Value:
     """A norm over the last dimension, of size `dim`."""
-    if isinstance(layer, ScaleNorm):
+    if type(layer) is ScaleNorm:
         size = b.op("ReduceL2", x, b.constant([-1]), keepdims=1)
         size = b.op("Max", scale(b, size, layer.dim**-0.5), b.constant(layer.eps, "float32"))
         return b.op("Mul", x, b.op("Div", b.weight(layer.weight), size))
@@ -174,7 +176,7 @@ def rotate(b: GraphBuilder, x: Value, rotary: nn.Module, heads: int) -> Value:
         return b.op("Expand", first, b.op("Shape", "input_ids"))
 
     key = (rotary.dim, rotary.base)
-    cosine, sine = (b.once((kind, *key), lambda k=kind: table(k)) for kind in ("Cos", "Sin"))
+    cosine, sine = (b.once((kind, *key), partial(table, kind)) for kind in ("Cos", "Sin"))
     return b.op(
         "RotaryEmbedding",
         x,
@@ -209,20 +211,37 @@ def token_shift(b: GraphBuilder, x: Value, dim: int, *, first_half: bool = False
 def convolve(b: GraphBuilder, x: Value, weight: Tensor) -> Value:
     """`cumulant.nn.ShortConvolution` with its state: ``weight [size, E]`` over ``x [B, T, E]``."""
     n, channels = weight.shape[0] - 1, weight.shape[1]
-    taps = b.weight(weight)  # the newest token's first
     if n == 0:
-        return b.op("Mul", x, taps)
+        return b.op("Mul", x, b.weight(weight))
     past = b.past("conv", ("B", n, channels))
     buffer = concat(b, past, x, axis=1)
     b.present(past, cut(b, buffer, -n, axis=1))
     if b.step:
         oldest_first = b.weight(b.derive(f"{b.part_name} taps", lambda: weight.detach().flip(0)))
         return b.op("ReduceSum", b.op("Mul", buffer, oldest_first), b.constant([1]), keepdims=1)
-    terms = []
+    taps, terms = b.weight(weight), []  # the newest token's tap first
     for j in range(n + 1):
         seen = cut(b, buffer, n - j, LAST if j == 0 else -j, axis=1)
         terms.append(b.op("Mul", seen, b.op("Gather", taps, b.constant([j]), axis=0)))
     return add(b, *terms)
+
+
+def remember(b: GraphBuilder, name: str, shape: tuple[int | str, ...], new: Value) -> Value:
+    """All keys or values: those of a state that grows, along its axis "S", and the new ones."""
+    past = b.past(name, shape)
+    seen = concat(b, past, new, axis=shape.index("S"))
+    b.present(past, seen)
+    return seen
+
+
+def later_keys(b: GraphBuilder) -> Value:
+    """Which of all keys come after which queries: ``[T, S + T]``."""
+
+    def make() -> Value:
+        keys = b.op("Range", b.constant(0), squeeze(b, end_position(b), 0), b.constant(1))
+        return b.op("Greater", keys, unsqueeze(b, positions(b), -1))
+
+    return b.once("later keys", make)
 
 
 def heads_first(b: GraphBuilder, x: Value) -> Value:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,8 +23,10 @@ from ..nn import (
     SoftmaxAttention,
     TaylorAttention,
 )
+from ..nn.step import has_hooks
 from .elita import emit_elita
 from .flash import emit_mixed_chunk
+from .gated import emit_gated_attention
 from .graph import POSITION, GraphBuilder, Value, Weights
 from .kernel_attention import emit_kernel_attention
 from .layers import (
@@ -40,7 +43,7 @@ from .layers import (
     split,
     unsqueeze,
 )
-from .softmax import emit_gated_attention, emit_sliding_window, emit_softmax
+from .softmax import emit_sliding_window, emit_softmax
 
 Emit = Callable[[GraphBuilder, nn.Module, Value], Value]
 
@@ -117,9 +120,11 @@ def build_graph(
         ValueError: a part of the model has no form in ONNX.
     """
     if type(model) is not CumulantForCausalLM:
+        raise ValueError(f"model: expected a CumulantForCausalLM, got {type(model).__name__}")
+    hooked = next((name for name, module in model.named_modules() if has_hooks(module)), None)
+    if hooked is not None:
         raise ValueError(
-            "model: only causal language models can be exported to ONNX (CumulantForCausalLM), got"
-            f" {type(model).__name__}"
+            f"model: {hooked or 'the model'} has a hook, which a graph would leave out; remove it"
         )
     b = GraphBuilder(weights, step=step, operators=operators)
     ids = b.input("input_ids", "int64", ("B", 1 if step else "T"))
@@ -130,7 +135,7 @@ def build_graph(
         x = _embed(b, stack, ids)
         for wrap in range(config.wraps):
             if stack.wrap_bias is not None:
-                bias = b.derive(f"wrap {wrap}", lambda w=wrap: stack.wrap_bias.detach()[w])
+                bias = b.derive(f"wrap {wrap}", partial(stack.wrap_bias.detach().select, 0, wrap))
                 x = b.op("Add", x, b.weight(bias))
             for i, block in enumerate(stack.layers):
                 b.layer = wrap * len(stack.layers) + i
@@ -151,7 +156,8 @@ def build_graph(
 def _embed(b: GraphBuilder, stack: Any, ids: Value) -> Value:
     """The embedded tokens ``[B, T, D]``, with their absolute positions if the model has such."""
     with b.part("embed_tokens"):
-        x = b.op("Gather", b.weight(check_linear(b, stack.embed_tokens).weight), ids, axis=0)
+        table: Any = check_linear(b, stack.embed_tokens)
+        x = b.op("Gather", b.weight(table.weight), ids, axis=0)
     if stack.position is None:
         return x
     with b.part("position"):

@@ -49,7 +49,15 @@ class OnnxModel:
         }
 
     def read(self, ids: NDArray[Any], *, logits_to_keep: int = 1) -> NDArray[Any]:
-        """Logits ``[B, N, vocab_size]`` after ``ids [B, T]``, which follow what was read before."""
+        """Logits ``[B, N, vocab_size]`` after ``ids [B, T]``, which follow what was read before.
+
+        logits_to_keep: the number N of last tokens with logits; 0: all.
+        """
+        if ids.ndim != 2 or ids.shape[1] < 1 or ids.dtype.kind not in "iu":
+            raise ValueError(
+                f"ids: expected integers [B, T] with T at least 1, got {list(ids.shape)} in"
+                f" {ids.dtype}"
+            )
         if not self.states:
             self.reset(ids.shape[0])
         given: dict[str, NDArray[Any]] = {"input_ids": ids.astype(np.int64), **self.states}

@@ -1,31 +1,28 @@
-"""Softmax attention, with and without a window, and the gated attention unit in ONNX."""
+"""Softmax attention in ONNX, with and without a window."""
 
 from __future__ import annotations
 
 import math
 from typing import Any
 
-import torch
 from torch import nn
 
-from ..nn import GatedAttentionUnit, SlidingWindowAttention, SoftmaxAttention
+from ..nn import SlidingWindowAttention, SoftmaxAttention
 from .graph import POSITION, GraphBuilder, Value
 from .layers import (
     add,
-    cast,
     concat,
     cut,
     end_position,
     heads_first,
+    later_keys,
     length,
     matmul_transposed,
-    norm,
-    positions,
     project,
+    remember,
     reshape,
     rotate,
     scale,
-    silu,
     split,
     squeeze,
     unsqueeze,
@@ -39,21 +36,15 @@ def emit_softmax(b: GraphBuilder, mixer: nn.Module, x: Value) -> Value:
         raise b.refuse("only causal attention has steps")
     G, K = mixer.num_kv_heads, mixer.head_dim
     q, k, v = _project_heads(b, mixer, x)
-    seen = []
-    for name, new in (("key", k), ("value", v)):
-        past = b.past(name, ("B", G, "S", K))
-        seen.append(concat(b, past, new, axis=2))
-        b.present(past, seen[-1])
-    hidden = None if b.step else b.once("later keys", lambda: _later_keys(b))
-    return _combine_heads(b, mixer, _attend(b, mixer, q, *seen, hidden))
+    k, v = (remember(b, name, ("B", G, "S", K), new) for name, new in (("key", k), ("value", v)))
+    hidden = None if b.step else later_keys(b)
+    return _combine_heads(b, mixer, _attend(b, mixer, q, k, v, hidden))
 
 
 def _project_heads(b: GraphBuilder, mixer: Any, x: Value) -> tuple[Value, Value, Value]:
     """q ``[B, H, T, K]`` over sqrt(K), k and v ``[B, G, T, K]``."""
     H, G, K = mixer.num_heads, mixer.num_kv_heads, mixer.head_dim
-    both, v = split(
-        b, project(b, x, mixer.q_proj, mixer.k_proj, mixer.v_proj), (H + G) * K, G * K
-    )
+    both, v = split(b, project(b, x, mixer.q_proj, mixer.k_proj, mixer.v_proj), (H + G) * K, G * K)
     if mixer.rotary is not None:
         both = rotate(b, both, mixer.rotary, H + G)
     q, k = split(b, heads_first(b, reshape(b, both, 0, 0, H + G, K)), H, G, axis=1)
@@ -63,12 +54,6 @@ def _project_heads(b: GraphBuilder, mixer: Any, x: Value) -> tuple[Value, Value,
 def _combine_heads(b: GraphBuilder, mixer: Any, out: Value) -> Value:
     out = reshape(b, heads_first(b, out), 0, 0, mixer.num_heads * mixer.head_dim)
     return project(b, out, mixer.out_proj)
-
-
-def _later_keys(b: GraphBuilder) -> Value:
-    """Which keys come after which queries: ``[T, S]``."""
-    keys = b.op("Range", b.constant(0), squeeze(b, end_position(b), 0), b.constant(1))
-    return b.op("Greater", keys, unsqueeze(b, positions(b), -1))
 
 
 def _attend(
@@ -84,8 +69,8 @@ def _attend(
             scores = b.op("Reshape", scores, concat(b, *sizes, axis=0))
         scores = mask(b, scores, hidden)
         if H != G:
-            sizes = (b.constant([0, G, -1]), end_position(b))
-            scores = b.op("Reshape", scores, concat(b, *sizes, axis=0))
+            back = (b.constant([0, G, -1]), end_position(b))
+            scores = b.op("Reshape", scores, concat(b, *back, axis=0))
     out = b.op("MatMul", b.op("Softmax", scores, axis=-1), v)
     return out if H == G else reshape(b, out, 0, H, -1, K)
 
@@ -131,7 +116,7 @@ def _repeat_heads(b: GraphBuilder, v: Value, G: int, H: int, V: int) -> Value:
 
 
 def _attend_blocks(b: GraphBuilder, mixer: Any, q: Value, k: Value, v: Value) -> Value:
-    """Queries ``[B, H, T, K]``, and the w - 1 keys before them with their own: [B, G, w - 1 + T, K]."""
+    """Queries ``[B, H, T, K]``, and keys ``[B, G, w - 1 + T, K]``."""
     H, G, K, w = mixer.num_heads, mixer.num_kv_heads, mixer.head_dim, mixer.window
     size = b.constant([w])
 
@@ -140,7 +125,9 @@ def _attend_blocks(b: GraphBuilder, mixer: Any, q: Value, k: Value, v: Value) ->
         rest = b.op("Mod", b.op("Neg", b.op("Add", length(b), b.constant([before]))), size)
         return concat(b, b.constant([0] * 6), rest, b.constant([0]), axis=0)
 
-    blocks_q = reshape(b, b.op("Pad", q, b.once(("pad", w), lambda: pad_by(0))), 0, G, H // G, -1, w * K)
+    blocks_q = reshape(
+        b, b.op("Pad", q, b.once(("pad", w), lambda: pad_by(0))), 0, G, H // G, -1, w * K
+    )
     blocks_q = b.op("Transpose", blocks_q, perm=[0, 1, 3, 2, 4])  # [B, G, n, H / G, w K]
     blocks_q = reshape(b, blocks_q, 0, G, -1, H // G * w, K)
     windows = []
@@ -148,9 +135,7 @@ def _attend_blocks(b: GraphBuilder, mixer: Any, q: Value, k: Value, v: Value) ->
         # one more block than queries have: w - 1 + T + 1 keys, filled to a multiple of w
         whole = b.op("Pad", x, b.once(("pad", w, "keys"), lambda: _pad_keys(b, pad_by(0))))
         blocks = reshape(b, whole, 0, G, -1, w, K)
-        windows.append(
-            concat(b, cut(b, blocks, 0, -1, axis=2), cut(b, blocks, 1, axis=2), axis=3)
-        )
+        windows.append(concat(b, cut(b, blocks, 0, -1, axis=2), cut(b, blocks, 1, axis=2), axis=3))
     scores = matmul_transposed(b, blocks_q, windows[0], 5)
     scores = mask(b, scores, b.once(("hidden", w, H // G), lambda: _hidden_keys(b, w, H // G)))
     out = b.op("MatMul", b.op("Softmax", scores, axis=-1), windows[1])
@@ -180,91 +165,3 @@ def _hidden_keys(b: GraphBuilder, w: int, repeats: int) -> Value:
     place = b.op("Add", unsqueeze(b, starts, -1), key)  # [n, 2 w]
     missing = unsqueeze(b, b.op("Less", place, b.constant(0)), 1)
     return b.op("Or", missing, b.op("Or", *outside))
-
-
-def emit_gated_attention(b: GraphBuilder, unit: nn.Module, x: Value) -> Value:
-    """The gated attention unit, whose keys and values grow with every token."""
-    assert isinstance(unit, GatedAttentionUnit)
-    if not unit.is_causal:
-        raise b.refuse("only causal attention has steps")
-    if unit.length_scale == "total":
-        raise b.refuse("length_scale='total' depends on tokens that follow, so there are no steps")
-    h = x if unit.norm is None else norm(b, x, unit.norm, unit.dim)
-    q, *seen = (*queries_and_keys(b, unit, h, 2), silu(b, project(b, h, unit.value_proj)))
-    for i, (name, size) in enumerate((("key", unit.query_key_dim), ("value", unit.hidden_dim))):
-        past = b.past(name, ("B", "S", size))
-        seen[i] = concat(b, past, seen[i], axis=1)
-        b.present(past, seen[i])
-    scores = matmul_transposed(b, q, seen[0], 3)
-    bias = None
-    if unit.relative_bias is not None:
-        table = b.weight(
-            b.derive(f"{b.part_name} bias", lambda: distance_table(unit.relative_bias))
-        )
-        farthest = unit.relative_bias.max_distance
-        distance = b.once(("distance", farthest), lambda: _distances(b, farthest))
-        bias = b.op("Gather", table, distance)
-    if bias is not None and unit.scale_bias:
-        scores = b.op("Add", scores, bias)
-    if unit.length_scale is None:
-        scores = b.op("Div", scores, b.once("counts", lambda: _seen_keys(b)))
-    else:
-        scores = scale(b, scores, 1 / float(unit.length_scale))
-    if bias is not None and not unit.scale_bias:
-        scores = b.op("Add", scores, bias)
-    weights = activate(b, scores, unit.activation)
-    if not b.step:
-        hidden = b.once("later keys", lambda: _later_keys(b))
-        weights = b.op("Where", hidden, b.constant(0.0, "float32"), weights)
-    return gate_and_project(b, unit, b.op("MatMul", weights, seen[1]), h, x)
-
-
-def _seen_keys(b: GraphBuilder) -> Value:
-    """How many keys each query sees, ``[T, 1]``."""
-    count = b.op("Add", positions(b), b.constant([1]))
-    return cast(b, unsqueeze(b, count, -1), "float32")
-
-
-def _distances(b: GraphBuilder, farthest: int) -> Value:
-    """How far each key is behind each query, ``[T, S]``, from 0 to `farthest`."""
-    keys = b.op("Range", b.constant(0), squeeze(b, end_position(b), 0), b.constant(1))
-    behind = b.op("Sub", unsqueeze(b, positions(b), -1), keys)
-    return b.op("Min", b.op("Max", behind, b.constant(0)), b.constant(farthest))
-
-
-def distance_table(bias: Any) -> torch.Tensor:
-    """The bias of each distance up to the farthest one, which all larger ones share."""
-    buckets = bias.buckets(-torch.arange(bias.max_distance + 1))
-    weight = bias.embedding.weight.detach().cpu().float()
-    return weight[buckets, 0] * bias.scale
-
-
-def queries_and_keys(b: GraphBuilder, unit: Any, h: Value, uses: int) -> list[Value]:
-    """The scaled and offset copies of a gated unit, each ``[B, T, K]``."""
-    K = unit.query_key_dim
-    z = unsqueeze(b, silu(b, project(b, h, unit.qk_proj)), 2)
-    z = b.op("Mul", z, b.weight(unit.offset_scale.gamma))
-    z = reshape(b, b.op("Add", z, b.weight(unit.offset_scale.beta)), 0, 0, uses * K)
-    if unit.rotary is not None:
-        z = rotate(b, z, unit.rotary, uses)
-    return split(b, z, *[K] * uses)
-
-
-def activate(b: GraphBuilder, scores: Value, name: str) -> Value:
-    """relu², or the Laplace function."""
-    if name == "relu2":
-        positive = b.op("Relu", scores)
-        return b.op("Mul", positive, positive)
-    if name != "laplace":
-        raise b.refuse(f"activation {name!r} is not known")
-    sigma = math.sqrt(1 / (4 * math.pi))
-    centred = b.op("Sub", scores, b.constant(math.sqrt(0.5), "float32"))
-    half = b.op("Erf", scale(b, centred, 1 / (sigma * math.sqrt(2))))
-    return scale(b, b.op("Add", half, b.constant(1.0, "float32")), 0.5)
-
-
-def gate_and_project(b: GraphBuilder, unit: Any, attended: Value, h: Value, x: Value) -> Value:
-    """The output of a gated unit, ``[B, T, D]``."""
-    gate = silu(b, project(b, h, unit.gate_proj))
-    y = project(b, b.op("Mul", gate, attended), unit.out_proj)
-    return b.op("Add", y, x) if unit.residual else y

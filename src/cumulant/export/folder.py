@@ -9,11 +9,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from ..models import CumulantForCausalLM
 from .graph import OPERATORS, OPSET, GraphBuilder, Weights, import_onnx
@@ -31,7 +28,7 @@ LETTERS = {
 
 def export_onnx(
     model: CumulantForCausalLM,
-    folder: str | os.PathLike[str],
+    output: str | os.PathLike[str],
     tokenizer: Any = None,
     *,
     operators: str = "standard",
@@ -44,7 +41,7 @@ def export_onnx(
 
     Args:
         model: a causal model with weights of 16 bits or more.
-        folder: a new or an empty folder.
+        output: a new or an empty folder.
         tokenizer: transformers' tokenizer, whose files are written too.
         operators: "standard": ONNX's own, of opset 27. "onnxruntime": `LinearAttention` of
             onnxruntime's domain com.microsoft, for which it has a kernel. It runs ONNX's operator
@@ -55,9 +52,8 @@ def export_onnx(
         ValueError: the folder holds something, or a part of the model, which the message names, has
             no form in ONNX. Nothing is written.
     """
-    if operators not in OPERATORS:
-        raise ValueError(f"operators: expected one of {', '.join(OPERATORS)}, got {operators!r}")
-    target = check_target(folder)
+    check_operators(operators)
+    target = check_target(output)
     onnx = import_onnx()
     weights = Weights(WEIGHTS)
     graphs: dict[str, Any] = {}
@@ -83,19 +79,22 @@ def export_onnx(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def check_target(folder: str | os.PathLike[str]) -> Path:
+def check_operators(operators: str) -> None:
+    if operators not in OPERATORS:
+        raise ValueError(f"operators: expected {' or '.join(OPERATORS)}, got {operators!r}")
+
+
+def check_target(output: str | os.PathLike[str]) -> Path:
     """The folder to write, which must not hold anything."""
-    if not os.fspath(folder):
+    if not os.fspath(output):
         raise ValueError("output: expected the name of a new folder, got an empty one")
-    target = Path(folder).expanduser()
+    target = Path(output).expanduser()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"output: {folder} holds something; name another folder")
+        raise ValueError(f"output: {output} holds something; name another folder")
     return target
 
 
-def describe(
-    model: CumulantForCausalLM, tokenizer: Any, builder: GraphBuilder
-) -> dict[str, Any]:
+def describe(model: CumulantForCausalLM, tokenizer: Any, builder: GraphBuilder) -> dict[str, Any]:
     """The contents of ``cumulant_onnx.json``."""
     config = model.config
     special = {
@@ -129,25 +128,3 @@ def describe(
             for entry in builder.states
         ],
     }
-
-
-@torch.no_grad()
-def largest_difference(
-    model: CumulantForCausalLM, folder: str | os.PathLike[str], *, prompt: int = 64, steps: int = 16
-) -> float | None:
-    """The largest difference of onnxruntime's logits from the model's; None without onnxruntime.
-
-    Both read the same random ids: a prompt, then single tokens.
-    """
-    if find_spec("onnxruntime") is None:
-        return None
-    from .session import OnnxModel
-
-    exact = model.float().eval()
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(model.config.vocab_size, (1, prompt + steps), generator=generator)
-    expected = exact(ids.to(exact.device)).logits[0].cpu()
-    run = OnnxModel(folder)
-    logits = [torch.from_numpy(run.read(ids[:, :prompt].numpy(), logits_to_keep=0)[0])]
-    logits += [torch.from_numpy(run.read(ids[:, t : t + 1].numpy())[0]) for t in range(prompt, prompt + steps)]
-    return float((torch.cat(logits) - expected).abs().max())
