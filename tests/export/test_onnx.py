@@ -250,7 +250,7 @@ def test_the_example_needs_no_torch(run, tmp_path):
     script = (
         "import runpy, sys; sys.modules['torch'] = None;"
         f" sys.argv = ['x', {str(folder)!r}, 'the cat', '40'];"
-        f" runpy.run_path({str(EXAMPLE)!r})"
+        f" runpy.run_path({str(EXAMPLE)!r}, run_name='__main__')"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -8,7 +8,6 @@ from cumulant.models import PRESETS, CumulantForMaskedLM, from_preset
 
 from .common import STEPS, eager_logits, read_in_pieces, small, two_rows
 
-
 QUICK = ["linear", "flash"]  # the others take 5 to 70 seconds to export
 SLOW = [
     pytest.param(name, marks=pytest.mark.slow)
