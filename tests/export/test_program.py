@@ -35,6 +35,21 @@ def test_programs(name):
     assert abs(found - eager_logits(model, ids)).max() < 1e-4
 
 
+@pytest.mark.parametrize("name", ["gated_linear", pytest.param("based", marks=pytest.mark.slow)])
+def test_saved_programs(name, tmp_path):
+    """A program that was saved and loaded gives the same numbers."""
+    model, ids = small(name), two_rows(0)
+    program, state = export_program(model, batch=2)
+    torch.export.save(program, tmp_path / "prompt.pt2")
+    loaded = torch.export.load(tmp_path / "prompt.pt2")
+    with torch.no_grad():
+        logits, after = program.module()(ids, state)
+        same, same_state = loaded.module()(ids, state)
+    assert torch.equal(logits, same)
+    assert type(same_state) is type(after)
+    assert all(torch.equal(x, same_state.tensors()[name]) for name, x in after.tensors().items())
+
+
 @pytest.mark.parametrize("name", [*PRESETS, "wrapped"])
 def test_the_model_with_states(name):
     """`StatefulModel` is the model with a cache, and its states those of the programs."""

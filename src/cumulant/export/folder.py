@@ -44,8 +44,8 @@ def export_onnx(
         output: a new or an empty folder.
         tokenizer: transformers' tokenizer, whose files are written too.
         operators: "standard": ONNX's own, of opset 27. "onnxruntime": `LinearAttention` of
-            onnxruntime's domain com.microsoft, for which it has a kernel. It runs ONNX's operator
-            of that name token by token.
+            onnxruntime's domain com.microsoft, for which it has a kernel. It walks over the tokens
+            where it finds ONNX's operator of that name.
 
     Raises:
         ModuleNotFoundError: the package onnx is missing.

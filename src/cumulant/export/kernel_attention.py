@@ -35,6 +35,7 @@ from .layers import (
 )
 
 TINY = torch.finfo(torch.float32).tiny
+Tokens = tuple[Value, Value, Value]  # features [B, T, H, F] and [B, T, G, F], values [B, T, G, V]
 
 
 def emit_kernel_attention(b: GraphBuilder, mixer: nn.Module, x: Value) -> Value:
@@ -97,7 +98,7 @@ def _attend(
     b: GraphBuilder, mixer: Any, q: Value, k: Value, v: Value, decay: Value | None
 ) -> Value:
     """The heads' outputs ``[B, T, H, V]``."""
-    H, G, V = mixer.num_heads, mixer.num_kv_heads, mixer.value_dim
+    G, V = mixer.num_kv_heads, mixer.value_dim
     if isinstance(mixer, TaylorAttention):
         K, order, constant = mixer.head_dim, mixer.order, mixer.constant_term
         F, divides = feature_count(K, order, constant_term=constant), True
@@ -111,26 +112,8 @@ def _attend(
     if divides:  # a column of ones behind the values
         ends = b.constant([0] * 7 + [1])
         v = b.op("Pad", v, ends, b.constant(1.0, "float32"))
-    past = b.past("sums", ("B", G, F, width))
-    tokens = (
-        reshape(b, phi_q, 0, 0, H * F),
-        reshape(b, phi_k, 0, 0, G * F),
-        reshape(b, v, 0, 0, G * width),
-        past,
-        *(() if decay is None else (decay,)),
-    )
-    out, present = b.ops(
-        "LinearAttention",
-        2,
-        *tokens,
-        domain="com.microsoft" if b.operators == "onnxruntime" else "",
-        q_num_heads=H,
-        kv_num_heads=G,
-        update_rule="linear" if decay is None else "gated",
-        scale=1.0,
-    )
-    b.present(past, present)
-    out = reshape(b, out, 0, 0, H, width)
+    walk = _read_token if b.step and b.operators == "standard" else _read_tokens
+    out = walk(b, mixer, (phi_q, phi_k, v), b.past("sums", ("B", G, F, width)), decay, (F, width))
     if not divides:
         return out
     numerator, denominator = split(b, out, V, 1)
@@ -140,6 +123,58 @@ def _attend(
         empty = b.op("Less", size, b.constant(TINY, "float32"))
         denominator = b.op("Where", empty, b.constant(1.0, "float32"), denominator)
     return b.op("Div", numerator, denominator)
+
+
+def _read_tokens(
+    b: GraphBuilder,
+    mixer: Any,
+    tokens: Tokens,
+    past: Value,
+    decay: Value | None,
+    sizes: tuple[int, int],
+) -> Value:
+    """``[B, T, H, V]`` by the operator, and the sums after the last token."""
+    H, G, (F, width) = mixer.num_heads, mixer.num_kv_heads, sizes
+    packed = zip(tokens, (H * F, G * F, G * width), strict=True)
+    out, present = b.ops(
+        "LinearAttention",
+        2,
+        *(reshape(b, x, 0, 0, size) for x, size in packed),
+        past,
+        *(() if decay is None else (decay,)),
+        domain="com.microsoft" if b.operators == "onnxruntime" else "",
+        q_num_heads=H,
+        kv_num_heads=G,
+        update_rule="linear" if decay is None else "gated",
+        scale=1.0,
+    )
+    b.present(past, present)
+    return reshape(b, out, 0, 0, H, width)
+
+
+def _read_token(
+    b: GraphBuilder,
+    mixer: Any,
+    tokens: Tokens,
+    past: Value,
+    decay: Value | None,
+    sizes: tuple[int, int],
+) -> Value:
+    """The same for one token, by three plain operators.
+
+    They are faster than a loop over one token, which is what the operator becomes in a runtime that
+    has no kernel for it.
+    """
+    H, G, (F, width) = mixer.num_heads, mixer.num_kv_heads, sizes
+    q, k, v = tokens
+    outer = b.op("MatMul", reshape(b, k, 0, G, F, 1), reshape(b, v, 0, G, 1, width))
+    kept = past
+    if decay is not None:
+        kept = b.op("Mul", past, reshape(b, b.op("Exp", decay), 0, G, 1, 1))
+    sums = b.op("Add", kept, outer)
+    b.present(past, sums)
+    out = b.op("MatMul", reshape(b, q, 0, G, H // G, F), sums)
+    return reshape(b, out, 0, 1, H, width)
 
 
 def taylor_features(b: GraphBuilder, x: Value, K: int, order: int, constant_term: bool) -> Value:

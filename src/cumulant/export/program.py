@@ -81,7 +81,7 @@ def export_program(
     """The model as a program of `torch.export`, and its state before the first token.
 
     ``program.module()(ids, state)`` returns the logits ``[B, T, vocab_size]`` and the new state,
-    which the program of a prompt and that of a step exchange.
+    which the program of a prompt and that of a step exchange. `torch.export.save` writes it.
 
     Args:
         model: in evaluation mode.
@@ -108,4 +108,5 @@ def export_program(
             if isinstance(layer, KeyValueState) and layer.mask is None:  # it grows
                 shapes[layer.key] = shapes[layer.value] = {layer.key.dim() - 2: Dim.DYNAMIC}
         program = torch.export.export(stateful, (ids, past), dynamic_shapes=shapes)
+    program.example_inputs = None  # `torch.export.load` reads plain tensors, and no state classes
     return program, initial
