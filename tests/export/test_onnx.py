@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from cumulant import nn
 from cumulant.cli import run_command
 from cumulant.export import OnnxModel, StatefulModel, export_onnx
 from cumulant.interop import Mamba2Mixer
@@ -76,6 +77,31 @@ def stepped_logits(model, ids):
         logits, state = stateful(ids[:, t : t + 1], state)
         found.append(logits.numpy())
     return np.concatenate(found, 1)
+
+
+MODULES = {
+    "prenorm": lambda: nn.LinearAttention(32, 4, prenorm=True, bias=True, scale=0.5),
+    "not normalised": lambda: nn.LinearAttention(32, 4, feature_map="identity", normalize=False),
+    "plain sums": lambda: nn.LinearAttention(32, 4, feature_map="softmax", normalize=False),
+    "no rotation": lambda: nn.TaylorAttention(32, 4, head_dim=6, value_dim=5, alpha=2.0),
+    "shift": lambda: nn.TaylorAttention(32, 4, num_kv_heads=1, shift_tokens=True, conv_size=2),
+    "gau": lambda: nn.GatedAttentionUnit(32, query_key_dim=12, scale_bias=True, rotary_dim=6),
+    "plain gau": lambda: nn.GatedAttentionUnit(32, query_key_dim=12, relative_bias=False),
+    "flash": lambda: nn.MixedChunkAttention(32, query_key_dim=12, group_size=7),
+    "plain flash": lambda: nn.MixedChunkAttention(32, relative_bias=False, norm="rmsnorm"),
+    "clipped": lambda: nn.ElitaAttention(32, 4, head_dim=5, horizon=9, clip=0.5),
+}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_options_that_only_modules_have(name, tmp_path):
+    model, ids = small("softmax"), two_rows(20)
+    for block in model.model.layers[:2]:
+        block.mixer = MODULES[name]()
+        for p in block.mixer.parameters():  # the biases too
+            torch.nn.init.normal_(p, std=0.3)
+    found = exported_logits(model, ids, tmp_path / "out", 20)
+    assert np.abs(found - eager_logits(model, ids)).max() < 1e-4
 
 
 def test_any_batch_and_length(tmp_path):
@@ -170,6 +196,10 @@ def test_reading_refuses_what_is_not_ids(tmp_path):
             run.read(wrong)
 
 
+class Other(torch.Tensor):
+    """A kind of weight that no graph knows, as other packages' quantised ones."""
+
+
 def test_parts_that_cannot_be_exported(tmp_path):
     """Each is refused by name, before anything is written."""
 
@@ -189,6 +219,12 @@ def test_parts_that_cannot_be_exported(tmp_path):
     model = small("linear")
     model.model.layers[2].feed_forward.up_proj = torch.nn.Sequential()
     refused("model.layers.2.feed_forward cannot be exported to ONNX: expected a torch.nn", model)
+    model = small("linear")
+    other = torch.nn.Parameter(model.lm_head.weight.as_subclass(Other))
+    model.model.layers[2].feed_forward.up_proj.weight = other
+    refused("model.layers.2.feed_forward cannot be exported to ONNX: expected a torch.nn.Linear or"
+            " Embedding with an ordinary weight, got Linear with Other", model)  # fmt: skip
+    refused("model: model.embed_tokens.weight is on the meta device", small("linear").to("meta"))
     model = small("linear")
     model.model.layers[0].mixer.register_forward_hook(lambda *_: None)
     refused("model: model.layers.0.mixer has a hook", model)

@@ -2,6 +2,6 @@
 
 from .folder import export_onnx
 from .program import StatefulModel, export_program
-from .session import OnnxModel
+from .runtime import OnnxModel
 
 __all__ = ["OnnxModel", "StatefulModel", "export_onnx", "export_program"]

@@ -13,7 +13,7 @@ from ..models import CumulantForCausalLM
 from ..text.checkpoint import load_checkpoint
 from .folder import WEIGHTS, check_operators, check_target, export_onnx
 from .graph import import_onnx
-from .session import OnnxModel
+from .runtime import OnnxModel
 
 FORMATS = ("onnx",)
 PROMPT, STEPS = 64, 16  # tokens that both read to be compared

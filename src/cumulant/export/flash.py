@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..nn import MixedChunkAttention
-from .gated import activate, distance_table, gate_and_project, queries_and_keys
+from .gated import activate, gate_and_project, queries_and_keys, relative_bias
 from .graph import POSITION, GraphBuilder, Value
 from .layers import (
     concat,
@@ -57,19 +56,6 @@ def _filled(b: GraphBuilder, g: int) -> Value:
     return b.once(("filled", g), lambda: b.op("Mod", POSITION, b.constant([g])))
 
 
-def _bias(b: GraphBuilder, unit: Any) -> Value | None:
-    """The bias by the slots of query and key, ``[g, g]``, right for keys that are not later."""
-    if unit.relative_bias is None:
-        return None
-
-    def make() -> torch.Tensor:
-        slots = torch.arange(unit.group_size)
-        table = distance_table(unit.relative_bias)
-        return table[(slots[:, None] - slots).clamp(0, len(table) - 1)]
-
-    return b.weight(b.derive(f"{b.part_name} bias", make))
-
-
 def _attend_token(
     b: GraphBuilder,
     unit: Any,
@@ -82,13 +68,13 @@ def _attend_token(
     """One token, which joins the open group. Slots behind it are zero, values too."""
     g = unit.group_size
     filled = _filled(b, g)
-    slots = b.constant([[i] for i in range(g)])
-    own = b.once(("own slot", g), lambda: b.op("Equal", slots, filled))
+    slots = b.constant(list(range(g)))
+    own = b.once(("own slot", g), lambda: unsqueeze(b, b.op("Equal", slots, filled), -1))
     joined = [b.op("Where", own, x, kept) for x, kept in zip(new, tokens, strict=True)]
     scores = scale(b, matmul_transposed(b, quad_query, joined[0], 3), 1 / g)
-    bias = _bias(b, unit)
+    bias = relative_bias(b, unit, filled, slots)
     if bias is not None:
-        scores = b.op("Add", scores, b.op("Gather", bias, filled, axis=0))
+        scores = b.op("Add", scores, bias)
     quadratic = b.op("MatMul", activate(b, scores, unit.activation), joined[2])
     linear = scale(b, b.op("MatMul", lin_query, numerator), 1 / g)
 
@@ -139,11 +125,13 @@ def _attend_groups(
         for x, kept, size in zip(new, tokens, (K, K, E), strict=True)
     )
     scores = scale(b, matmul_transposed(b, q, k, 4), 1 / g)
-    bias = _bias(b, unit)
+    query, key = b.constant([[i] for i in range(g)]), b.constant(list(range(g)))
+    bias = relative_bias(b, unit, query, key)
     if bias is not None:
         scores = b.op("Add", scores, bias)
-    causal = b.weight(b.derive(f"causal {g}", lambda: torch.ones(g, g).tril()))
-    weights = b.op("Mul", activate(b, scores, unit.activation), causal)
+    later = b.once(("later", g), lambda: b.op("Greater", key, query))
+    weights = activate(b, scores, unit.activation)
+    weights = b.op("Where", later, b.constant(0.0, "float32"), weights)
     sums = b.op("MatMul", b.op("Transpose", s, perm=[0, 1, 3, 2]), v)  # [B, groups, K, E]
     sums = b.op("CumSum", sums, b.constant(1), exclusive=1)
     sums = b.op("Add", sums, unsqueeze(b, numerator, 1))

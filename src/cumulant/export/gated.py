@@ -12,19 +12,18 @@ from ..nn import GatedAttentionUnit
 from .graph import GraphBuilder, Value
 from .layers import (
     cast,
-    end_position,
+    key_positions,
     later_keys,
     matmul_transposed,
     norm,
-    positions,
     project,
+    query_positions,
     remember,
     reshape,
     rotate,
     scale,
     silu,
     split,
-    squeeze,
     unsqueeze,
 )
 
@@ -42,14 +41,7 @@ def emit_gated_attention(b: GraphBuilder, unit: nn.Module, x: Value) -> Value:
     v = silu(b, project(b, h, unit.value_proj))
     v = remember(b, "value", ("B", "S", unit.hidden_dim), v)
     scores = matmul_transposed(b, q, k, 3)
-    bias = None
-    if unit.relative_bias is not None:
-        table = b.weight(
-            b.derive(f"{b.part_name} bias", lambda: distance_table(unit.relative_bias))
-        )
-        farthest = unit.relative_bias.max_distance
-        distance = b.once(("distance", farthest), lambda: _distances(b, farthest))
-        bias = b.op("Gather", table, distance)
+    bias = relative_bias(b, unit, query_positions(b), key_positions(b))
     if bias is not None and unit.scale_bias:
         scores = b.op("Add", scores, bias)
     if unit.length_scale is None:
@@ -66,15 +58,24 @@ def emit_gated_attention(b: GraphBuilder, unit: nn.Module, x: Value) -> Value:
 
 def _seen_keys(b: GraphBuilder) -> Value:
     """How many keys each query sees, ``[T, 1]``."""
-    count = b.op("Add", positions(b), b.constant([1]))
-    return cast(b, unsqueeze(b, count, -1), "float32")
+    return cast(b, b.op("Add", query_positions(b), b.constant(1)), "float32")
 
 
-def _distances(b: GraphBuilder, farthest: int) -> Value:
-    """How far each key is behind each query, ``[T, S]``, from 0 to `farthest`."""
-    keys = b.op("Range", b.constant(0), squeeze(b, end_position(b), 0), b.constant(1))
-    behind = b.op("Sub", unsqueeze(b, positions(b), -1), keys)
-    return b.op("Min", b.op("Max", behind, b.constant(0)), b.constant(farthest))
+def relative_bias(b: GraphBuilder, unit: Any, query: Value, key: Value) -> Value | None:
+    """The unit's bias at positions of queries ``[T, 1]`` and keys ``[S]``, ``[T, S]``.
+
+    It is right for keys that are not later.
+    """
+    if unit.relative_bias is None:
+        return None
+    table = b.derive(f"{b.part_name} bias", lambda: distance_table(unit.relative_bias))
+    farthest = unit.relative_bias.max_distance
+
+    def distances() -> Value:
+        behind = b.op("Max", b.op("Sub", query, key), b.constant(0))
+        return b.op("Min", behind, b.constant(farthest))
+
+    return b.op("Gather", b.weight(table), b.once(("distances", query, key, farthest), distances))
 
 
 def distance_table(bias: Any) -> torch.Tensor:

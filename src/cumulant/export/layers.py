@@ -107,15 +107,16 @@ def zeros(b: GraphBuilder, dim: int) -> Tensor:
 
 
 def check_linear(b: GraphBuilder, layer: nn.Module) -> nn.Module:
-    """The layer, if it is a plain one."""
+    """The layer, if it is a plain one with plain weights."""
     if isinstance(layer, (QuantizedLinear, QuantizedEmbedding)):
         raise b.refuse(
             f"its weights have {layer.bits} bits; export the model that was quantised instead"
         )
-    if type(layer) not in (nn.Linear, nn.Embedding):
+    kinds = type(layer), type(getattr(layer, "weight", None))
+    if kinds[0] not in (nn.Linear, nn.Embedding) or kinds[1] not in (nn.Parameter, Tensor):
         raise b.refuse(
-            f"expected a torch.nn.Linear or Embedding, got {type(layer).__name__}; merge adapters"
-            " first"
+            "expected a torch.nn.Linear or Embedding with an ordinary weight, got"
+            f" {kinds[0].__name__} with {kinds[1].__name__}; merge adapters, and do not quantise"
         )
     return layer
 
@@ -234,12 +235,25 @@ def remember(b: GraphBuilder, name: str, shape: tuple[int | str, ...], new: Valu
     return seen
 
 
+def query_positions(b: GraphBuilder) -> Value:
+    """The positions of this call's tokens, ``[T, 1]``."""
+    return b.once("query positions", lambda: unsqueeze(b, positions(b), -1))
+
+
+def key_positions(b: GraphBuilder) -> Value:
+    """The positions of all tokens, ``[S + T]``."""
+
+    def make() -> Value:
+        return b.op("Range", b.constant(0), squeeze(b, end_position(b), 0), b.constant(1))
+
+    return b.once("key positions", make)
+
+
 def later_keys(b: GraphBuilder) -> Value:
     """Which of all keys come after which queries: ``[T, S + T]``."""
 
     def make() -> Value:
-        keys = b.op("Range", b.constant(0), squeeze(b, end_position(b), 0), b.constant(1))
-        return b.op("Greater", keys, unsqueeze(b, positions(b), -1))
+        return b.op("Greater", key_positions(b), query_positions(b))
 
     return b.once("later keys", make)
 

@@ -121,11 +121,13 @@ def build_graph(
     """
     if type(model) is not CumulantForCausalLM:
         raise ValueError(f"model: expected a CumulantForCausalLM, got {type(model).__name__}")
-    hooked = next((name for name, module in model.named_modules() if has_hooks(module)), None)
-    if hooked is not None:
-        raise ValueError(
-            f"model: {hooked or 'the model'} has a hook, which a graph would leave out; remove it"
-        )
+    for name, module in model.named_modules():
+        if has_hooks(module):
+            where = name or "the whole"
+            raise ValueError(f"model: {where} has a hook, which a graph would leave out; remove it")
+    empty = next((name for name, p in model.named_parameters() if p.is_meta), None)
+    if empty is not None:
+        raise ValueError(f"model: {empty} is on the meta device, without numbers; load it first")
     b = GraphBuilder(weights, step=step, operators=operators)
     ids = b.input("input_ids", "int64", ("B", 1 if step else "T"))
     kept = None if step else b.input("logits_to_keep", "int64", (1,))
