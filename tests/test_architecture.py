@@ -22,6 +22,7 @@ ALLOWED = {
     "models": {"models", "nn", "ops"},
     "interop": {"interop", "models", "nn", "ops"},
     "text": {"text", "models", "nn", "ops"},
+    "export": {"export", "text", "models", "nn", "ops"},
     "bench": {"bench", "text", "models", "nn", "ops"},
 }
 

@@ -49,6 +49,8 @@ def python(script):
                 "train",
                 "evaluate",
                 "generate",
+                "quantize",
+                "export",
                 "compare",
                 "recall",
                 "report",

@@ -1,4 +1,4 @@
-"""The command line: `cumulant train`, `evaluate`, `generate`, `quantize`, `bench` and others."""
+"""The command line: `cumulant train`, `evaluate`, `generate`, `quantize`, `export` and others."""
 
 from __future__ import annotations
 
@@ -320,6 +320,34 @@ def quantize(
     ]
     print_table(Console(), ("weights", "on the disk", "held-out bits per byte"), rows)
     print(f"generate with: cumulant generate {shlex.quote(folder)}")
+
+
+@app.command(cls=StrictCommand)
+def export(
+    checkpoint: Checkpoint,
+    format: Annotated[str, typer.Option(help="onnx")] = "onnx",
+    output: Annotated[
+        str | None,
+        typer.Option(
+            help="new folder; default: the checkpoint's name and the format", callback=expand_home
+        ),
+    ] = None,
+    operators: Annotated[
+        str,
+        typer.Option(help="standard: ONNX's alone; onnxruntime: its own LinearAttention, faster"),
+    ] = "standard",
+) -> None:
+    """Write a model for other programs: ONNX graphs of a prompt and of a step, with states."""
+    silence_libraries()
+    from .export.checkpoint import export_checkpoint
+
+    folder = f"{checkpoint.rstrip('/')}-{format}" if output is None else output
+    written = export_checkpoint(checkpoint, folder, format=format, operators=operators)
+    print(f"{folder}: {written.weight_bytes / 2**20:,.1f} MiB of weights")
+    if written.difference is None:
+        print("not compared with PyTorch, as onnxruntime is not installed")
+    else:
+        print(f"logits of onnxruntime are within {written.difference:.1e} of PyTorch's")
 
 
 def _piped_text() -> str:

@@ -140,8 +140,9 @@ class ElitaState(State):
 
 
 def register_state(kind: type[State]) -> None:
-    """Make a state class a pytree node, for torch.compile and torch.export."""
-    torch.utils._pytree.register_dataclass(kind)
+    """Make a state class a pytree node, for torch.compile, torch.export and its saved programs."""
+    name = f"{kind.__module__}:{kind.__name__}"
+    torch.utils._pytree.register_dataclass(kind, serialized_type_name=name)
 
 
 for _kind_of_state in (LinearState, KeyValueState, MixedChunkState, ElitaState):
