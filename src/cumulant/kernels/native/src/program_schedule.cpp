@@ -136,7 +136,8 @@ class Run {
       k.read_numbers(s.weight, s.buckets[d], int(s.type), 1, &by_distance[size_t(d)]);
       by_distance[size_t(d)] *= float(s.scalar);
     }
-    float* const bias = static_cast<float*>(bias_memory.reserve(sizeof(float) * size_t(size * size)));
+    float* const bias =
+        static_cast<float*>(bias_memory.reserve(sizeof(float) * size_t(size * size)));
     for (int64_t b = 0; bias && b < p.B; b++) {
       const int64_t query = p.position[b] % size;
       for (int64_t i = query / CHUNK * CHUNK; i <= query; i++)
