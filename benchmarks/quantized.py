@@ -1,8 +1,8 @@
-"""A whole model with weights of 32, 8 and 4 bits: tokens/s of decoding, and reading a prompt.
+"""A whole model in 32, 16 (bf16), 8 and 4 bits: decoding, and reading a prompt.
 
     python benchmarks/quantized.py
 
-All three take turns, and figures are medians with the middle half of the tokens. Weights are
+All take turns, and figures are medians with the middle half of the tokens. Weights are
 random: 12 layers of width 768 with a vocabulary of 32,000. Decoding is the loop of `generate`,
 greedy, on two threads. The last line is JSON.
 """
@@ -37,7 +37,9 @@ def build(preset: str, bits: int) -> CumulantForCausalLM:
         intermediate_size=2048,
     )
     model = CumulantForCausalLM(config).eval()
-    return model if bits == 32 else quantize(model, bits)
+    if bits >= 16:
+        return model if bits == 32 else model.bfloat16()
+    return quantize(model, bits)
 
 
 def main() -> None:
@@ -48,7 +50,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    models = {bits: build(arguments.preset, bits) for bits in (32, 8, 4)}
+    models = {bits: build(arguments.preset, bits) for bits in (32, 16, 8, 4)}
     tokens: dict[int, list[float]] = {bits: [] for bits in models}
     prompts: dict[int, list[float]] = {bits: [] for bits in models}
     prompt = torch.randint(32000, (1, arguments.context))

@@ -36,7 +36,7 @@ class Mechanism:
 
 
 # taylor-K, rebased-K: queries and keys of K numbers; window-W: softmax over the last W tokens;
-# gated-: with a decay of each token
+# gated-, mamba2-: with a decay of each token
 _MECHANISMS = (
     Mechanism("softmax", palette.BLACK, "softmax"),
     Mechanism("window-16", palette.GREY, "sliding_window", {"sliding_window": 16}),
@@ -57,6 +57,12 @@ _MECHANISMS = (
         palette.BLUE.variant(2),
         "taylor",
         {"taylor_head_dim": 16, "decay": "gated"},
+    ),
+    Mechanism(
+        "mamba2-taylor-16",
+        palette.PINK.variant(2),
+        "taylor",
+        {"taylor_head_dim": 16, "decay": "mamba2"},
     ),
     Mechanism("higher_order", palette.BROWN, "taylor", {"taylor_head_dim": 16, "qk_norm": True}),
     Mechanism("rebased-16", palette.PURPLE, "linear", {"feature_map": "rebased"}, head_dim=16),
