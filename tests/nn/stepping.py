@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from cumulant.nn import (
+    ElitaAttention,
     GatedDecay,
     GatedShortConvolution,
     LinearAttention,
@@ -43,6 +44,10 @@ MIXERS = {
     "flash, bare": lambda: MixedChunkAttention(
         24, group_size=4, query_key_dim=8, residual=False, relative_bias=False, rotary_dim=0,
         norm="layernorm",
+    ),
+    "elita": lambda: ElitaAttention(24, 3, features=5, horizon=10, time=2.0),
+    "elita, clipped": lambda: ElitaAttention(
+        25, 2, head_dim=7, features=3, horizon=6, query_logit=False, clip=0.5
     ),
     "softmax": lambda: SoftmaxAttention(24, 3),
     "grouped softmax": lambda: SoftmaxAttention(

@@ -24,6 +24,7 @@ MODELS = {
     **{name: (name, {}) for name in PRESETS},
     "gelu": ("linear", {"feed_forward": "gelu", "norm": "layernorm"}),
     "bare": ("taylor", {"feed_forward": "none", "norm": "scalenorm", "norm_affine": True}),
+    "logit feed-forward": ("elita", {"logit_ffn": 7, "num_attention_heads": 2}),
     "wrapped": (
         "taylor",
         {"wraps": 2, "norm_affine": False, "token_shift": True, "gate_values": True},
@@ -89,9 +90,8 @@ def test_models_step_as_they_run_whole(name, runs):
         for t in range(5, 20):
             logits = model(input_ids=ids[:, t : t + 1], past_key_values=cache).logits[:, 0]
             torch.testing.assert_close(logits.double(), exact[:, t], rtol=1e-4, atol=1e-4)
-    # one program for the whole model, or one for each block of wrapped layers; ELiTA has none
-    each = {"elita": 0, "wrapped": 6}
-    assert len(runs) == 15 * each.get(name, 1)
+    # one program for the whole model, or one for each block of wrapped layers
+    assert len(runs) == 15 * {"wrapped": 6}.get(name, 1)
 
 
 def test_rows_at_their_own_places(runs):

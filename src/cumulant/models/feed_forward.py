@@ -50,6 +50,7 @@ class FeedForward(nn.Module):
         return builder.emit_projection(self.out_proj, hidden, residual, add=residual is not None)
 
 
+@known_to_programs
 class LogitFeedForward(nn.Module):
     """``logits + W_down silu(W_up logits)``: corrections that depend on the likely next tokens.
 
@@ -74,6 +75,12 @@ class LogitFeedForward(nn.Module):
             self.out_proj, nn.functional.silu(project(self.up_proj, logits))
         )
         return out
+
+    def emit_step(self, builder: StepBuilder, x: Vector, residual: Vector | None) -> Vector:
+        """See `cumulant.nn.step.EmitsStep`."""
+        builder.rely_on(self)
+        hidden = builder.program.activate("silu", builder.emit_projection(self.up_proj, x))
+        return builder.emit_projection(self.out_proj, hidden, residual, add=residual is not None)
 
 
 def build_feed_forward(config: CumulantConfig) -> FeedForward | ElitaFeedForward | None:

@@ -28,7 +28,7 @@ _Kind = TypeVar("_Kind", bound=type[nn.Module])
 def emit_model(model: Any, builder: StepBuilder, x: Vector, residual: Vector | None) -> Vector:
     """Emit the blocks, the last norm and the logits on the embedded token x, which they change."""
     stack = model.model
-    if stack.wrap_bias is not None or model.logit_ffn is not None:
+    if stack.wrap_bias is not None:
         raise Unsuitable
     builder.require_no_dropout(stack.dropout)
     if stack.position is not None:
@@ -42,7 +42,10 @@ def emit_model(model: Any, builder: StepBuilder, x: Vector, residual: Vector | N
             raise Unsuitable
         with builder.program.reuse_vectors():
             block.emit_step(builder, x, x)
-    return builder.emit_projection(model.lm_head, builder.emit_norm(stack.norm, x))
+    logits = builder.emit_projection(model.lm_head, builder.emit_norm(stack.norm, x))
+    if model.logit_ffn is not None:
+        builder.emit_module(model.logit_ffn, logits, logits)
+    return logits
 
 
 _METHODS = ("forward", "logits")

@@ -7,12 +7,15 @@ from torch import Tensor, nn
 
 from ..ops.elita import elita_attention
 from ..ops.state import ElitaState
+from ..ops.step import Unsuitable, Vector
 from .checks import check_counts, check_input, check_state, size_of_head
 from .padding import packed_positions, restore_rows, zero_after_packed, zero_masked
 from .position_logits import SinusoidalLogits
 from .projection import project
+from .step import StepBuilder, known_to_programs, step_alone
 
 
+@known_to_programs
 class ElitaAttention(nn.Module):
     """Multi-head `cumulant.elita_attention` with logits of content and position.
 
@@ -79,6 +82,9 @@ class ElitaAttention(nn.Module):
         return_state: bool = False,
     ) -> Tensor | tuple[Tensor, ElitaState]:
         """``x [B, T, D]`` -> ``[B, T, D]``, and the state if asked for; see `cumulant.nn`."""
+        stepped = step_alone(self, x, state, return_state, key_mask, cu_seqlens)
+        if stepped is not None:
+            return stepped  # type: ignore[no-any-return]
         check_input(
             x, self.v_proj, self.dim, key_mask, cu_seqlens, state is not None or return_state
         )
@@ -157,3 +163,31 @@ class ElitaAttention(nn.Module):
         return (
             max(T - 1, 1) if key_mask is None else (key_mask.sum(1, keepdim=True) - 1).clamp(min=1)
         )
+
+    def emit_step(self, builder: StepBuilder, x: Vector, residual: Vector | None) -> Vector:
+        """See `cumulant.nn.step.EmitsStep`."""
+        builder.rely_on(self)
+        builder.rely_on(self.position)
+        if self.relative:
+            raise Unsuitable
+        program, position = builder.program, self.position
+        factor = position.time / position.horizon
+        logits = builder.emit_projection(self.logit_proj, x)
+        split = logits.split(*[self.num_heads] * (logits.size // self.num_heads))
+        c = program.add_position_logits(split[0], position.a1, position.b1, position.c, factor)
+        r = program.add_position_logits(
+            split[2] if len(split) == 3 else None, position.a2, position.b2, position.c, factor
+        )
+        s = split[1]
+        if self.clip is not None:
+            c, r, s = (program.clamp(logit, self.clip) for logit in (c, r, s))
+        attended = program.attend_elita(c, r, s, builder.emit_projection(self.v_proj, x))
+        return builder.emit_projection(self.out_proj, attended, residual, add=residual is not None)
+
+    def state_tensors(self, state: object) -> list[Tensor | None]:
+        """A state's tensors in the order of `emit_step`, or [] for another mixer's state."""
+        return [state.log_weight, state.mean] if isinstance(state, ElitaState) else []
+
+    def state_from_tensors(self, tensors: list[Tensor], position: Tensor) -> ElitaState:
+        """The state that consists of these tensors."""
+        return ElitaState(tensors[0], tensors[1], position)

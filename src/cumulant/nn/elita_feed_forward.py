@@ -6,10 +6,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops.bilinear import bilinear
+from ..ops.step import Vector
 from .checks import check_counts, check_features
 from .projection import is_plain, project
+from .step import StepBuilder, known_to_programs
 
 
+@known_to_programs
 class ElitaFeedForward(nn.Module):
     """``y_k = Σ_{i,j} W₃[i, j, k] σ(W₁ x + b₁)_i σ(W₂ x + b₂)_j + b₃_k`` with swish σ.
 
@@ -44,3 +47,14 @@ class ElitaFeedForward(nn.Module):
         if is_plain(self.out_proj):
             return bilinear(hidden, factor, self.out_proj.weight, self.out_proj.bias)
         return project(self.out_proj, (factor[..., None] * hidden[..., None, :]).flatten(-2))
+
+    def emit_step(self, builder: StepBuilder, x: Vector, residual: Vector | None) -> Vector:
+        """See `cumulant.nn.step.EmitsStep`."""
+        builder.rely_on(self)
+        program = builder.program
+        hidden, factor = (
+            program.activate("silu", builder.emit_projection(projection, x))
+            for projection in (self.hidden_proj, self.factor_proj)
+        )
+        products = program.outer(factor, hidden)
+        return builder.emit_projection(self.out_proj, products, residual, add=residual is not None)

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from .checks import check_counts, check_positions
+from .step import known_to_programs
 
 
+@known_to_programs
 class SinusoidalLogits(nn.Module):
     """Logits of each position, ``P₁(j)`` for keys and ``P₂(i)`` for queries, for every head::
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 
+import torch
 from torch import Tensor
 
 from ..spec import feature_count
@@ -44,10 +45,9 @@ class AttentionInstructions(Instructions):
         if not sizes or order > MAX_ORDER or activation not in ACTIVATIONS or features >= 2**31:
             raise Unsuitable
         F = feature_count(K, order, constant_term)
-        state = self._add_state(groups, F, V)
-        self.sums.add(state)
+        state = self._add_state(groups, F, V, dtype=torch.float32)
         if normalize:
-            self.sums.add(self._add_state(groups, F))
+            self._add_state(groups, F, dtype=torch.float32)
         arguments = Attention(
             H=heads, G=groups, T=1, S=1, K=K, V=V, F=F, chunk=CHUNK, span=1, order=order,
             constant_term=constant_term, activation=ACTIVATIONS.index(activation),
@@ -76,7 +76,8 @@ class AttentionInstructions(Instructions):
             raise Unsuitable
         sums, y, state = self.vector(2 * heads), self.vector(query.size), len(self.states)
         past, self.windows[state] = len(self.windows), window
-        self.states += [(groups, -1, dim)] * 2
+        for _ in range(2):
+            self._add_state(groups, -1, dim)
         self._add_instruction(
             "softmax", source=query, second=key, third=value, fourth=sums, target=y, state=state,
             n=heads, k=dim, groups=groups, past=past, scalar=dim**-0.5,
@@ -99,10 +100,9 @@ class AttentionInstructions(Instructions):
         """
         K, V, g = copies.size // 4, value.size, group_size
         self.needs_position = True
-        state = self._add_state(1, K, V)
+        state = self._add_state(1, K, V, dtype=torch.float32)
         for size in (K, K, V):
-            self._add_state(1, g, size)
-        self.sums |= set(range(state, state + 4))
+            self._add_state(1, g, size, dtype=torch.float32)
         self.replaced += range(state, state + 4)
         arguments = MixedChunk(
             H=1, G=1, T=1, K=K, L=K, V=V, size=g, span=g, is_causal=True, summed=True,
@@ -119,4 +119,42 @@ class AttentionInstructions(Instructions):
         )  # fmt: skip
         self._arguments.append(arguments)
         self._instructions[-1].mixed = ctypes.pointer(arguments)
+        return y
+
+    def add_position_logits(
+        self,
+        x: Vector | None,
+        frequency: Tensor,
+        phase: Tensor,
+        amplitude: Tensor,
+        factor: float,
+    ) -> Vector:
+        """``x_h + Σ_m amplitude sin(frequency · factor · position + phase)``, each ``[H, M]``."""
+        H, M = frequency.shape
+        self.needs_position = True
+        for weight in (frequency, phase, amplitude):
+            self._keep_weight(weight, (H if x is None else x.size, M))
+        y = self.vector(H)
+        self._add_instruction(
+            "position_logits", source=-1 if x is None else x, target=y, n=H, k=M, scalar=factor,
+            weight=frequency, bias=phase, amplitudes=amplitude,
+            fourth=self._widening(3 * H * M, frequency),
+        )  # fmt: skip
+        return y
+
+    def attend_elita(self, key: Vector, query: Vector, own: Vector, value: Vector) -> Vector:
+        """ELiTA's attention; key, query, own: the logits c, r and s of each head.
+
+        Its states are the log-weight ``[H]`` and the mean ``[H, V]``, in fp64.
+        """
+        H = key.size
+        if query.size != H or own.size != H or value.size % H:
+            raise Unsuitable
+        V, y = value.size // H, self.vector(value.size)
+        state = self._add_state(H, dtype=torch.float64)
+        self._add_state(H, V, dtype=torch.float64)
+        self._add_instruction(
+            "elita", source=key, second=query, third=own, fourth=value, target=y, state=state, n=H,
+            k=V,
+        )  # fmt: skip
         return y

@@ -16,11 +16,12 @@ from .library import TYPES, Instruction
 OPERATIONS = (  # in the order of Operation in src/abi.hpp
     *("norm", "matrix", "convolution", "shift"),
     *("rotary", "attend", "gate", "activate", "decay", "softmax"),
-    *("copies", "sinusoid", "mixed"),
+    *("copies", "sinusoid", "mixed", "position_logits", "elita", "outer"),
 )
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NORMS = ("rmsnorm", "layernorm", "scalenorm")
-ACTIVATED = ("swiglu", "gelu", "product", "silu")
+ACTIVATED = ("swiglu", "gelu", "product", "silu", "clamp")
+WEIGHTS = ("weight", "bias", "amplitudes")
 DECAYS = ("fixed", "gated", "mamba2")
 
 
@@ -43,7 +44,7 @@ class Vector(NamedTuple):
 class Instructions:
     """Instructions for one token. `input` is its vector of `dim` numbers.
 
-    Weights are in fp32, bf16 or fp16. dtype: of the states that are no sums.
+    Weights are in fp32, bf16 or fp16. dtype: of the states that hold a token's own numbers.
     """
 
     def __init__(self, dim: int, dtype: torch.dtype = torch.float32):
@@ -51,7 +52,7 @@ class Instructions:
         self._width = self._widest = 0  # numbers of a row that are in use now, and at most
         self.input = self.vector(dim)
         self.states: list[tuple[int, ...]] = []  # the shape of each state, without the batch
-        self.sums: set[int] = set()  # states in fp32
+        self.state_dtypes: list[torch.dtype] = []
         self.replaced: list[int] = []  # states that no run can change in place
         self.windows: dict[int, int | None] = {}  # of states of keys, each before one of values
         self._instructions: list[Instruction] = []
@@ -217,8 +218,24 @@ class Instructions:
         )
         return y
 
-    def _add_state(self, *shape: int) -> int:
+    def clamp(self, x: Vector, limit: float) -> Vector:
+        """``x`` between ``-limit`` and ``limit``."""
+        y = self.vector(x.size)
+        self._add_instruction(
+            "activate", kind=ACTIVATED.index("clamp"), source=x, second=x, target=y, n=x.size,
+            scalar=limit,
+        )  # fmt: skip
+        return y
+
+    def outer(self, x: Vector, y: Vector) -> Vector:
+        """All products: number ``i * y.size + j`` is ``x_i y_j``."""
+        products = self.vector(x.size * y.size)
+        self._add_instruction("outer", source=x, second=y, target=products, n=x.size, k=y.size)
+        return products
+
+    def _add_state(self, *shape: int, dtype: torch.dtype | None = None) -> int:
         self.states.append(shape)
+        self.state_dtypes.append(dtype or self.dtype)
         return len(self.states) - 1
 
     def _keep_weight(
@@ -240,7 +257,7 @@ class Instructions:
         return -1 if weight is None or weight.dtype == torch.float32 else self.vector(size)
 
     def _add_instruction(self, operation: str, **fields: Any) -> None:
-        weights = [fields[name] for name in ("weight", "bias") if fields.get(name) is not None]
+        weights = [fields[name] for name in WEIGHTS if fields.get(name) is not None]
         types = {w.dtype for w in weights if w.dtype != torch.uint8} or {torch.float32}
         if len(types) > 1:
             raise Unsuitable

@@ -16,7 +16,7 @@ from ..spec import accumulation_dtype
 PATH = Path(__file__).with_name("_kernels.so")
 INSTRUCTIONS = ("baseline", "avx2", "avx512", "avx512vnni")  # in the order of `Isa` in src
 TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-ABI = 8  # as in src/library.cpp
+ABI = 9  # as in src/library.cpp
 CHUNK = 64  # the most tokens in a chunk, as scratch matrices have so many rows
 ELITA_BLOCK = 16  # tokens between two means that ELiTA saves
 MAX_ORDER = 8
@@ -128,7 +128,7 @@ class Instruction(ctypes.Structure):
         *((name, _i32) for name in ("operation", "kind")),
         *((name, _i64) for name in ("source", "second", "third", "fourth")),
         *((name, _i64) for name in ("target", "n", "k")),
-        *((name, _pointer) for name in ("weight", "bias", "scales")),
+        *((name, _pointer) for name in ("weight", "bias", "scales", "amplitudes")),
         ("scalar", ctypes.c_double),
         *((name, _i64) for name in ("state", "add", "bits", "type", "groups", "past", "rotated")),
         ("attention", ctypes.POINTER(Attention)),

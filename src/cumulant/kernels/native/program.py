@@ -39,13 +39,12 @@ class Program(AttentionInstructions):
         """Whether the program can run on these states."""
         if len(states) != len(self.states):
             return False
-        rows = x.shape[0]
+        rows, dtypes = x.shape[0], self.state_dtypes
         # A generator's calls would take longer than the checks.
         for i, (s, shape) in enumerate(zip(states, self.states, strict=True)):
-            dtype = torch.float32 if i in self.sums else self.dtype
-            if not isinstance(s, Tensor) or s.dtype != dtype or s.device.type != "cpu":
+            if not isinstance(s, Tensor) or s.dtype != dtypes[i] or s.device.type != "cpu":
                 return False
-            if shape[1] == -1:  # keys or values, of any number of tokens
+            if -1 in shape:  # keys or values, of any number of tokens
                 if s.dim() != 4 or (*s.shape[:2], s.shape[3]) != (rows, shape[0], shape[2]):
                     return False
             elif s.shape != (rows, *shape) or not s.is_contiguous():

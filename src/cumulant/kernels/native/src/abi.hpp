@@ -139,10 +139,13 @@ enum Operation {
   SOFTMAX,
   COPIES,
   SINUSOID,
-  MIXED
+  MIXED,
+  POSITION_LOGITS,
+  ELITA,
+  OUTER
 };
 enum NormKind { RMS, LAYER, SCALE };
-enum ActivationKind { SWIGLU, GELU, PRODUCT, SILU };
+enum ActivationKind { SWIGLU, GELU, PRODUCT, SILU, CLAMP };
 enum ShiftKind { LAST_PART, FIRST_PART };
 enum DecayKind { FIXED, GATED, MAMBA2 };
 struct Instruction {
@@ -151,14 +154,18 @@ struct Instruction {
       target;    // vectors: read, read, read, read, written (or read and written)
   int64_t n, k;  // NORM, ROTARY, GATE: n heads of k numbers; MATRIX [n, k]; CONVOLUTION: n taps, k
                  // channels; DECAY: n heads; SOFTMAX: n query heads of k numbers; SHIFT: n numbers
-                 // that stay and k from before; COPIES: n of k numbers; SINUSOID: n numbers
-  const void *weight, *bias;   // of `type`, but for the codes of a MATRIX of `bits`; may be null
-  const float* scales;         // may be null
-  double scalar;               // epsilon; base of ROTARY, SINUSOID; GATED, SOFTMAX, MIXED: a factor
-  int64_t state;               // the first of its states, [B, ...] each
-  int64_t add;                 // MATRIX: to what is there
-  int64_t bits;                // MATRIX: 0 for numbers; 8 or 4, see quantized.hpp
-  int64_t type;                // of weight and bias; others than F32 are widened to `fourth`
+                 // that stay and k from before; COPIES: n of k numbers; SINUSOID: n numbers;
+                 // POSITION_LOGITS: n heads of k sines; ELITA: n heads of k numbers; OUTER: n of
+                 // k numbers
+  const void *weight, *bias;  // of `type`, but for the codes of a MATRIX of `bits`; may be null
+  const float* scales;        // may be null
+  const void* amplitudes;     // POSITION_LOGITS: of `type`, [n, k], as weight and bias are
+  double scalar;  // epsilon; base of ROTARY, SINUSOID; GATED, SOFTMAX, MIXED, POSITION_LOGITS: a
+                  // factor; CLAMP: a limit
+  int64_t state;  // the first of its states, [B, ...] each
+  int64_t add;    // MATRIX: to what is there
+  int64_t bits;   // MATRIX: 0 for numbers; 8 or 4, see quantized.hpp
+  int64_t type;   // of weight and bias; others than F32 are widened to `fourth`
   int64_t groups, past;        // SOFTMAX: key/value heads; which of the program's pasts
   int64_t rotated;             // ROTARY: the first numbers of each head
   const Attention* attention;  // ATTEND, but for its arrays; `fourth`: log decays, or -1

@@ -27,7 +27,7 @@ double multiply_rate(const Kernels& k, int threads) {
 extern "C" {
 // Counted up by hand with what the kernels do to what the structs point at; struct_layout.cpp tells
 // when the structs differ.
-int cumulant_abi() { return 8; }
+int cumulant_abi() { return 9; }
 int cumulant_supports(int isa) { return cumulant::supported(isa); }
 void cumulant_use_openmp(void* entry) {
   cumulant::openmp() = reinterpret_cast<cumulant::OpenMP>(entry);

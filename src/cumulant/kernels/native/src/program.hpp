@@ -1,6 +1,7 @@
 // The instructions of a program (one token through a layer): what each does to its vectors.
 #pragma once
 
+#include "elita_step.hpp"
 #include "quantized.hpp"
 #include "softmax_step.hpp"
 
@@ -169,6 +170,9 @@ inline void activate(const Instruction& s, const float* x, const float* up, floa
     for (; i < s.n; i++) y[i] = x[i] * sigmoid(x[i]);
   } else if (s.kind == PRODUCT) {
     for (; i < s.n; i++) y[i] = x[i] * up[i];
+  } else if (s.kind == CLAMP) {
+    const float limit = float(s.scalar);
+    for (; i < s.n; i++) y[i] = x[i] > limit ? limit : x[i] < -limit ? -limit : x[i];
   } else {
     for (; i < s.n; i++) y[i] = 0.5f * x[i] * (1 + std::erf(x[i] * float(M_SQRT1_2)));
   }
@@ -197,6 +201,14 @@ template <class T> void keep(const Program& p, const Instruction& s, float* row,
   if (s.operation == SHIFT) return shift(s, before, after, x, row + s.target);
   const float* const weight = widened(s, s.weight, s.n * s.k, row + s.fourth);
   convolve(s, weight, before, after, x, row + s.target);
+}
+
+inline void elita(const Program& p, const Instruction& s, float* row, int64_t b) {
+  const int64_t sums = b * s.n, means = b * s.n * s.k;
+  elita_step(s.n, s.k, row + s.source, row + s.second, row + s.third, row + s.fourth,
+             (const double*)p.before[s.state] + sums, (const double*)p.before[s.state + 1] + means,
+             (double*)p.after[s.state] + sums, (double*)p.after[s.state + 1] + means,
+             row + s.target);
 }
 
 template <class X>
@@ -249,6 +261,21 @@ void instruct(const Program& p, const Instruction& s, float* rows, const void* v
         break;
       case ACTIVATE:
         activate(s, x, second, y);
+        break;
+      case POSITION_LOGITS: {
+        const int64_t size = s.n * s.k;
+        position_logits(s, widened(s, s.weight, size, fourth),
+                        widened(s, s.bias, size, fourth + size),
+                        widened(s, s.amplitudes, size, fourth + 2 * size), p.position[b],
+                        s.source < 0 ? nullptr : x, y);
+        break;
+      }
+      case ELITA:
+        elita(p, s, row, b);
+        break;
+      case OUTER:
+        for (int64_t i = 0; i < s.n; i++)
+          for (int64_t j = 0; j < s.k; j++) y[i * s.k + j] = x[i] * second[j];
         break;
     }
   }

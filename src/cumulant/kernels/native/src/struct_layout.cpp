@@ -173,11 +173,11 @@ Layout layout(const Pointwise*) {
 }
 Layout layout(const Instruction*) {
   typedef Instruction Struct;
-  return {FIELD(operation), FIELD(kind),   FIELD(source), FIELD(second), FIELD(third),
-          FIELD(fourth),    FIELD(target), FIELD(n),      FIELD(k),      FIELD(weight),
-          FIELD(bias),      FIELD(scales), FIELD(scalar), FIELD(state),  FIELD(add),
-          FIELD(bits),      FIELD(type),   FIELD(groups), FIELD(past),   FIELD(rotated),
-          FIELD(attention), FIELD(mixed),  FIELD(buckets)};
+  return {FIELD(operation), FIELD(kind),      FIELD(source),     FIELD(second), FIELD(third),
+          FIELD(fourth),    FIELD(target),    FIELD(n),          FIELD(k),      FIELD(weight),
+          FIELD(bias),      FIELD(scales),    FIELD(amplitudes), FIELD(scalar), FIELD(state),
+          FIELD(add),       FIELD(bits),      FIELD(type),       FIELD(groups), FIELD(past),
+          FIELD(rotated),   FIELD(attention), FIELD(mixed),      FIELD(buckets)};
 }
 Layout layout(const Past*) {
   typedef Past Struct;
