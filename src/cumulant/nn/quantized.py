@@ -32,8 +32,9 @@ class _Quantized(nn.Module):
 class QuantizedLinear(_Quantized):
     """``y = x Wᵀ + b`` with W in 8 or 4 bits, in groups of 64 weights with an fp32 scale each.
 
-    The format is in `cumulant.kernels.quantized`. Arithmetic is fp32, except that one token's
-    inputs are rounded to 16 bits on processors with AVX-512 VNNI. The layer cannot be trained.
+    The format is in `cumulant.kernels.quantized`. Arithmetic is fp32, except that inputs are
+    rounded to 16 bits, in groups of 64, on processors with AVX-512 VNNI. The layer cannot be
+    trained.
 
     Args:
         in_features, out_features: as for `torch.nn.Linear`.

@@ -47,12 +47,20 @@ class QuantizedMatrix(NamedTuple):
     def multiply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """``x Wᵀ + b``: ``x [..., k]`` -> ``[..., n]`` in the dtype of x.
 
-        Large matrices are decoded in blocks. Gradients of x need all weights, and so keep them.
+        With AVX-512 VNNI it is a product of integers, as one token's. Elsewhere large matrices are
+        decoded in blocks. Gradients of x need all weights, and so keep them.
         """
-        plain = is_plain_call(x) and native_by_default(x) and x.dtype == torch.float32
+        plain = is_plain_call(x) and native_by_default(x) and x.dtype != torch.float64
         if not plain or (x.requires_grad and torch.is_grad_enabled()):
             return F.linear(x, self.dequantize().to(x.dtype), bias)
         rows, n = x.reshape(-1, self.k), self.codes.shape[0]
+        if native.has_products():
+            codes, scales = self.codes.contiguous(), self.scales.contiguous()
+            bias = None if bias is None else bias.float().contiguous()
+            y = native.multiply(rows.float().contiguous(), codes, scales, *self[2:], bias)
+            return y.to(x.dtype).view(*x.shape[:-1], n)
+        if x.dtype != torch.float32:
+            return F.linear(x, self.dequantize().to(x.dtype), bias)
         step = max(1, BLOCK // self.k)
         if n <= step:
             return linear(rows, self._decode(), bias).view(*x.shape[:-1], n)

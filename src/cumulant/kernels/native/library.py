@@ -164,6 +164,14 @@ class Quantized(ctypes.Structure):
     ]
 
 
+class QuantizedProduct(ctypes.Structure):
+    _fields_ = [
+        *((name, _i64) for name in ("T", "n", "k")),
+        *((name, _i32) for name in ("bits", "threads", "isa")),
+        *((name, _pointer) for name in ("codes", "scales", "bias", "x", "out")),
+    ]
+
+
 def require(condition: bool, name: str, wanted: object, got: object) -> None:
     """Raise an error unless `condition` holds; the operations have checked users' arguments."""
     if not condition:
@@ -229,7 +237,7 @@ def pointer_to(x: Tensor | None) -> int | None:
 
 STRUCTURES = (
     *(Array, Attention, Addresses, Elita, MixedChunk, Pointwise),
-    *(Instruction, Past, Program, Quantized),
+    *(Instruction, Past, Program, Quantized, QuantizedProduct),
 )
 
 

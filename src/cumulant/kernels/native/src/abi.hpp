@@ -205,6 +205,15 @@ struct Quantized {
   float* out;
 };
 
+// out = x Wᵀ + bias for a matrix W [n, k] of 8 or 4 bits and many tokens.
+struct QuantizedProduct {
+  int64_t T, n, k;
+  int32_t bits, threads, isa;
+  const uint8_t* codes;
+  const float *scales, *bias, *x;  // bias may be null; x [T, k]
+  float* out;                      // [T, n]
+};
+
 constexpr int CHUNK = 64;  // rows of scratch matrices are this long
 constexpr int MAX_ORDER = 8;
 
@@ -253,6 +262,14 @@ struct Kernels {
                    int64_t begin, int64_t end);
   int64_t (*vector_bytes)(int64_t k);
   void (*prepare_vector)(int bits, const float* x, int64_t k, void* to);
+  // Products with a block of tokens, null where there are none: tiles of `tile_tokens` tokens are
+  // prepared, `tile_bytes` each, and panels of `panel_rows` rows take them.
+  int64_t tile_tokens, panel_rows;
+  int64_t (*tile_bytes)(int64_t k);
+  int64_t (*product_scratch)(int64_t k);  // bytes
+  void (*prepare_tile)(const QuantizedProduct&, int64_t first, void* to, void* scratch);
+  void (*multiply_panel)(const QuantizedProduct&, int64_t row, int64_t first, int64_t tokens,
+                         const void* tiles, void* scratch);
   void (*decode)(const Quantized&, int64_t begin, int64_t end);  // rows begin .. end - 1
   // Numbers begin .. begin + n - 1 of a type, as floats.
   void (*read_numbers)(const void* from, int64_t begin, int type, int n, float* to);

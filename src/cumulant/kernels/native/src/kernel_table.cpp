@@ -9,6 +9,7 @@
 #include "mixed_chunk_step.hpp"
 #include "pointwise.hpp"
 #include "program.hpp"
+#include "quantized_product.hpp"
 
 namespace cumulant {
 namespace CUMULANT_ISA {
@@ -68,7 +69,16 @@ const Kernels singles = table<float, PlainVector>();
 const Kernels doubles = table<double, PlainVector>();
 #if CUMULANT_BYTES == 64
 extern const Kernels vnni_singles;
-const Kernels vnni_singles = table<float, VnniVector>();
+constexpr Kernels with_products(Kernels k) {
+  k.tile_tokens = TILE_TOKENS;
+  k.panel_rows = PANEL_ROWS;
+  k.tile_bytes = VnniProduct::tile_bytes;
+  k.product_scratch = VnniProduct::scratch_bytes;
+  k.prepare_tile = VnniProduct::prepare;
+  k.multiply_panel = VnniProduct::run;
+  return k;
+}
+const Kernels vnni_singles = with_products(table<float, VnniVector>());
 #endif
 
 }  // namespace CUMULANT_ISA

@@ -173,16 +173,6 @@ class Run {
 }  // namespace
 }  // namespace cumulant
 
-extern "C" int cumulant_decode(const cumulant::Quantized* q) {
-  using namespace cumulant;
-  return guarded(q->isa, [&] {
-    const int64_t parts = std::max(1, q->threads);
-    return parallel(q->threads, parts, 1, [&](int64_t part, void*) {
-      kernels(q->isa, F32).decode(*q, q->n * part / parts, q->n * (part + 1) / parts);
-    });
-  });
-}
-
 extern "C" int cumulant_program(const cumulant::Program* p) {
   return cumulant::guarded(p->isa, [&] { return cumulant::Run(*p).run(); });
 }

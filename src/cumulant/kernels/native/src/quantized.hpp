@@ -158,12 +158,12 @@ struct VnniVector {
       for (int i = 0; i < N; i++) {
         const uint8_t* const row = codes + (i * groups + g) * BYTES;
         __m512i w;
+        __builtin_prefetch(row + AHEAD, 0, 2);  // to the second cache
         if (BITS == 8) {
           const __m256i* const two = (const __m256i*)row;  // memory streams faster by 32 bytes
           w = _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_loadu_si256(two)),
                                  _mm256_loadu_si256(two + 1), 1);
         } else {
-          __builtin_prefetch(row + AHEAD);
           w = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i*)row));
           w = _mm512_and_si512(_mm512_srlv_epi64(w, halves), fifteen);
         }

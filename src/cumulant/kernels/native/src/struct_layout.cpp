@@ -197,6 +197,11 @@ Layout layout(const Quantized*) {
   return {FIELD(n),   FIELD(k),     FIELD(bits),   FIELD(threads),
           FIELD(isa), FIELD(codes), FIELD(scales), FIELD(out)};
 }
+Layout layout(const QuantizedProduct*) {
+  typedef QuantizedProduct Struct;
+  return {FIELD(T),     FIELD(n),      FIELD(k),    FIELD(bits), FIELD(threads), FIELD(isa),
+          FIELD(codes), FIELD(scales), FIELD(bias), FIELD(x),    FIELD(out)};
+}
 
 template <class Struct> void add(std::string& to, const char* name) {
   to += name;
@@ -224,6 +229,7 @@ const char* cumulant_layout() {
     cumulant::add<cumulant::Past>(to, "Past");
     cumulant::add<cumulant::Program>(to, "Program");
     cumulant::add<cumulant::Quantized>(to, "Quantized");
+    cumulant::add<cumulant::QuantizedProduct>(to, "QuantizedProduct");
     return to;
   }();
   return layout.c_str();
