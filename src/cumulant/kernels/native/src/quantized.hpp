@@ -145,7 +145,7 @@ struct VnniVector {
   template <int BITS, int N>
   static VNNI void dot(const uint8_t* codes, const float* scales, int64_t groups, const void* x,
                        float* out) {
-    constexpr int BYTES = GROUP * BITS / 8, AHEAD = 4096;
+    constexpr int BYTES = GROUP * BITS / 8, AHEAD = 1024 * BITS;
     const Group* group = (const Group*)x;
     __m512 sums[N];
     for (int i = 0; i < N; i++) sums[i] = _mm512_setzero_ps();
