@@ -22,7 +22,7 @@ from transformers import DynamicCache
 import cumulant
 from cumulant.kernels.native.library import instruction_set_name
 from cumulant.models import CumulantForCausalLM, from_preset, quantize
-from cumulant.models.decoding import begin_decoding
+from cumulant.models.decoding import argmax, begin_decoding
 from cumulant.text.generate import fill_cache, prefill
 
 
@@ -68,7 +68,7 @@ def main() -> None:
                 token = torch.zeros(1, dtype=torch.long)
                 for step in range(14):
                     started = time.perf_counter()
-                    token = decoder.step(token).argmax(-1)
+                    token = argmax(decoder.step(token))
                     if step > 3:
                         tokens[bits].append(time.perf_counter() - started)
     rows = {}

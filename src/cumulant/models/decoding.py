@@ -75,7 +75,7 @@ def decode(
             if config.do_sample:
                 new = torch.multinomial(scores.softmax(-1), 1)[:, 0]
             else:
-                new = scores.argmax(-1)
+                new = argmax(scores)
             if ends:
                 new = new * unfinished + pad * (1 - unfinished)
             ids = torch.cat((ids, new[:, None]), -1)
@@ -93,6 +93,11 @@ def decode(
     if streamer is not None:
         streamer.end()
     return ids
+
+
+def argmax(scores: Tensor) -> Tensor:
+    """``scores.argmax(-1)`` on the CPU, for which NumPy takes a tenth of the time."""
+    return torch.from_numpy(scores.float().numpy().argmax(-1))
 
 
 def begin_decoding(model: Any, cache: Cache, mask: Tensor | None) -> Decoder | Forward:

@@ -136,11 +136,13 @@ template <class R> class Step {
     R* const next = (R*)s.stop;
     Vec<R> out[N], v[N];
     for (int i = 0; i < N; i++) out[i] = Vec<R>{}, v[i] = load(p.v.data + d + i * W);
+    constexpr int AHEAD = 4096;  // bytes by which memory is asked for ahead
     for (int f = 0; f < p.F; f++) {
       const int64_t at = int64_t(f) * p.V + d;
       const R key = by_key[f], query = by_query[f];
       for (int i = 0; i < N; i++) {
         Vec<R> x;
+        if (ADD) __builtin_prefetch((const char*)(S + at + i * W) + AHEAD);
         if (ADD) {
           x = p.add_decayed(load(S + at + i * W), key * v[i]);
           store(next + at + i * W, x);

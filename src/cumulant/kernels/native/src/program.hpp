@@ -71,24 +71,42 @@ INLINE const float* widened(const Instruction& s, const void* weights, int64_t n
   return to;
 }
 
+// The numbers 0 .. n - 1 as whole vectors, then one by one.
+template <class Vectors, class Single>
+INLINE void for_numbers(int64_t n, const Vectors& vectors, const Single& single) {
+  int64_t i = 0;
+  for (; i + LANES<float> <= n; i += LANES<float>) vectors(i);
+  for (; i < n; i++) single(i);
+}
+
 // `weight` and `bias`: [k], or null; of SCALE a single number.
 inline void normalise(const Instruction& s, const float* weight, const float* bias, const float* x,
                       float* y) {
-  float mean = 0, squares = 0;
-  if (s.kind == LAYER) {
-    for (int64_t i = 0; i < s.k; i++) mean += x[i];
-    mean /= float(s.k);
-  }
-  for (int64_t i = 0; i < s.k; i++) squares += (x[i] - mean) * (x[i] - mean);
-  squares /= float(s.k);
+  const auto total = [&](const auto& of) {  // the sum of `of` a number, or a vector of them
+    Vec<float> sums{};
+    float rest = 0;
+    for_numbers(
+        s.k, [&](int64_t i) { sums += of(load(x + i)); }, [&](int64_t i) { rest += of(x[i]); });
+    return sum<float>(sums) + rest;
+  };
+  const float n = float(s.k);
+  const float mean = s.kind == LAYER ? total([](auto z) { return z; }) / n : 0;
+  const float squares = total([&](auto z) { return (z - mean) * (z - mean); }) / n;
   if (s.kind == SCALE) {
     const float factor = weight[0] / larger(std::sqrt(squares), float(s.scalar));
     for (int64_t i = 0; i < s.k; i++) y[i] = x[i] * factor;
     return;
   }
   const float factor = 1 / std::sqrt(squares + float(s.scalar));
-  for (int64_t i = 0; i < s.k; i++)
-    y[i] = (x[i] - mean) * factor * (weight ? weight[i] : 1) + (bias ? bias[i] : 0);
+  const auto put = [&](auto z, auto w, auto b) { return (z - mean) * factor * w + b; };
+  const Vec<float> none{}, one = none + 1;
+  for_numbers(
+      s.k,
+      [&](int64_t i) {
+        store(y + i,
+              put(load(x + i), weight ? load(weight + i) : one, bias ? load(bias + i) : none));
+      },
+      [&](int64_t i) { y[i] = put(x[i], weight ? weight[i] : 1, bias ? bias[i] : 0); });
 }
 
 // weight [n, k], the newest tap first; the state [n - 1, k], the newest input last.
