@@ -4,9 +4,12 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
+
+from cumulant import __main__ as entry
 
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -22,6 +25,23 @@ def cumulant(*arguments, text=None):
     return subprocess.run(
         command, capture_output=True, text=True, input=text or "", env=ENVIRONMENT
     )
+
+
+@pytest.fixture
+def cumulant_here(monkeypatch, capfd):
+    """The same in this process, which has imported everything: its exit code, and both outputs."""
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(entry, "keep_freed_memory", lambda: None)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["cumulant", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended, warnings.catch_warnings():
+            warnings.simplefilter("default")
+            entry.main()
+        return ended.value.code, *capfd.readouterr()
+
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -220,14 +240,14 @@ def test_info():
         (["fly"], "No such command 'fly'"),
     ],
 )
-def test_mistakes_are_one_line_and_exit_code_2(arguments, message, tmp_path):
+def test_mistakes_are_one_line_and_exit_code_2(arguments, message, tmp_path, cumulant_here):
     if arguments[0] in ("train", "compare", "recall", "bench"):
         arguments = [*arguments, "--output", tmp_path / "out"]
         if "cuda" in arguments and torch.cuda.is_available():
             pytest.skip("there is a CUDA device")
-    done = cumulant(*arguments)
-    assert done.returncode == 2, done.stderr
-    lines = done.stderr.strip().splitlines()
+    code, _, errors = cumulant_here(*arguments)
+    assert code == 2, errors
+    lines = errors.strip().splitlines()
     assert len(lines) == 1
     assert lines[0].startswith("cumulant: ")
     assert message in lines[0]

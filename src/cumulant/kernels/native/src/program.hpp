@@ -44,7 +44,7 @@ void multiply_matrix(const Program& p, const Instruction& s, float* rows, int64_
 template <class X, int BITS>
 void multiply_codes(const Program& p, const Instruction& s, float* rows, const void* vectors,
                     int64_t begin, int64_t end) {
-  constexpr int N = 2;  // memory streams faster in few rows
+  constexpr int N = 16 / BITS;  // memory streams faster in few rows
   const int64_t groups = groups_of(s.k), bytes = groups * GROUP * BITS / 8;
   for (int64_t i = begin; i < end; i += N) {
     const int64_t count = smaller<int64_t>(N, end - i);
