@@ -36,9 +36,10 @@ def cumulant_here(monkeypatch, capfd):
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["cumulant", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended, warnings.catch_warnings():
+        with warnings.catch_warnings():
             warnings.simplefilter("default")
-            entry.main()
+            with pytest.raises(SystemExit) as ended:
+                entry.main()
         return ended.value.code, *capfd.readouterr()
 
     return run
