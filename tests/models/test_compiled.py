@@ -9,6 +9,8 @@ from torch import nn
 
 from cumulant.models import PRESETS, CumulantForCausalLM, from_preset
 
+from ..quick import slow_but
+
 SIZES = {"vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
 LENGTHS = (33, 48, 95, 130)
 
@@ -26,7 +28,7 @@ def build(preset):
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["all tokens", "padding"])
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", slow_but(("based", "flash", "elita", "gated_taylor"), PRESETS))
 def test_one_graph_for_all_lengths(preset, masked):
     model, counter = build(preset), torch._dynamo.testing.CompileCounter()
     compiled = torch.compile(model, dynamic=True, fullgraph=True, backend=counter)

@@ -166,6 +166,7 @@ def test_needs_only_torch():
     )
 
 
+@pytest.mark.slow
 def test_the_digits_example():
     """It labels 96% of the test images correctly, and far more than without mixing of tokens."""
     spec = importlib.util.spec_from_file_location("digits", ROOT / "examples" / "digits.py")

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from cumulant import nn
 
+from ..quick import slow_but
 from .common import assert_agree, lowered
 
 D, E = 24, 10  # channels of x and of the context
@@ -244,6 +245,9 @@ def test_autocast_and_low_precision(mixer, dtype):
     assert mixer.encode_context(context.to(dtype)).sums.numerator.dtype == torch.float32
 
 
+@pytest.mark.parametrize(
+    "mixer", slow_but(("taylor-everything", "linear-rebased"), MIXERS), indirect=True
+)
 @pytest.mark.filterwarnings("ignore")
 def test_compile(mixer):
     torch._dynamo.reset()

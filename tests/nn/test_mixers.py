@@ -6,6 +6,7 @@ import torch
 from cumulant import nn
 from cumulant.nn.kernel_attention import KernelAttention
 
+from ..quick import slow_but
 from .common import MIXERS, D, lowered
 
 
@@ -167,6 +168,14 @@ def test_autocast_and_low_precision(mixer, dtype):
         assert float(errors.median()) < 0.05
 
 
+@pytest.mark.parametrize(
+    "mixer",
+    slow_but(
+        ("linear-everything", "taylor-everything", "taylor-gated", "flash", "elita", "window"),
+        MIXERS,
+    ),
+    indirect=True,
+)
 @pytest.mark.filterwarnings("ignore")
 def test_compile(mixer):
     """A module compiles to one graph, with and without a state."""

@@ -54,6 +54,8 @@ def run_tests_on(isa: str, file: str, *names: str) -> None:
     """Runs tests of a file in a process whose kernels use one instruction set, or skips."""
     if not library.loaded_library().cumulant_supports(library.INSTRUCTIONS.index(isa)):
         pytest.skip(f"this machine has no {isa}")
+    if isa == library.instruction_set_name():
+        pytest.skip("they run in this process")
     options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
     command = [sys.executable, "-m", "pytest", *options, *(f"{file}::{name}" for name in names)]
     environment = {**os.environ, "CUMULANT_ISA": isa}

@@ -247,6 +247,7 @@ def source(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_a_trained_model_learns_to_read_beyond_its_window(source, tmp_path):
     """Elementwise linear attention loses there, also after further training without states."""
     sizes = {"width": 32, "depth": 2, "heads": 2, "preset": "linear"}

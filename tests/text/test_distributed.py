@@ -45,8 +45,12 @@ def test_two_processes_say_once_what_is_wrong(tmp_path):
 
 @pytest.mark.parametrize(
     ("sharded", "carry"),
-    [(False, "none"), (True, "none"), (False, "passing"), (False, "document")],
-    ids=["ddp", "fsdp", "passing", "document"],
+    [
+        pytest.param(False, "none", id="ddp"),
+        pytest.param(True, "none", id="fsdp"),
+        pytest.param(False, "passing", id="passing", marks=pytest.mark.slow),
+        pytest.param(False, "document", id="document", marks=pytest.mark.slow),
+    ],
 )
 def test_two_processes_equal_one(text, tmp_path, sharded, carry):
     """Over gloo, two processes with half of the batch each take the same steps as one."""

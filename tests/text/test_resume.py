@@ -251,14 +251,19 @@ COMMAND += [
 ]
 
 
+@pytest.fixture(scope="module")
+def uninterrupted(text, tmp_path_factory):
+    """The losses of a run that nothing interrupts."""
+    output = tmp_path_factory.mktemp("uninterrupted") / "run"
+    command = [*COMMAND, "--data", str(text), "--output", str(output)]
+    subprocess.run(command, check=True, capture_output=True)
+    return losses_in(output)
+
+
 @pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGINT])
-def test_an_interrupted_run_goes_on_as_if_it_had_not_been(text, tmp_path, kind):
+def test_an_interrupted_run_goes_on_as_if_it_had_not_been(text, uninterrupted, tmp_path, kind):
     """Losses after a kill, with a checkpoint cut short, are those of an uninterrupted run."""
-    data = ["--data", str(text)]
-    subprocess.run(
-        [*COMMAND, *data, "--output", str(tmp_path / "whole")], check=True, capture_output=True
-    )
-    output = tmp_path / "cut"
+    data, output = ["--data", str(text)], tmp_path / "cut"
     process = subprocess.Popen(
         [*COMMAND, *data, "--output", str(output)],
         stderr=subprocess.PIPE,
@@ -283,7 +288,7 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(text, tmp_path, kind):
     done = subprocess.run(resume, check=True, capture_output=True, text=True)
     assert "resuming" in done.stdout
     assert not partial.exists()
-    assert losses_in(output) == losses_in(tmp_path / "whole")
+    assert losses_in(output) == uninterrupted
 
 
 def test_resuming_checks_what_it_resumes(run, text, tmp_path):
