@@ -138,6 +138,19 @@ def test_a_mistake_is_not_stepped_over():
             mixer(x[:, 3:4], state=state, return_state=True)
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_decay_that_is_no_number_is_named(rows, runs):
+    """As by a call of several tokens, and not as a lack of memory."""
+    mixer, x = build("gated"), torch.randn(rows, 5, 24)
+    state = start(mixer, x[:, :3])
+    x[-1, 3] = torch.nan
+    with torch.no_grad():
+        for tokens in (slice(3, 5), slice(3, 4)):
+            with pytest.raises(ValueError, match="log_decay: expected .* NaN"):
+                mixer(x[:, tokens], state=state, return_state=True)
+    assert len(runs) == 1
+
+
 def test_states_elsewhere_are_left_to_the_ordinary_path(runs):
     mixer, x = build("taylor"), torch.randn(1, 4, 24)
     state = start(mixer, x[:, :3])

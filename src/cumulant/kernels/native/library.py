@@ -363,5 +363,5 @@ def raise_status(function: str, status: int) -> None:
     if status == 1:
         raise MemoryError("impl 'native': not enough memory for the sums of its threads")
     if status == 3:
-        raise GrowingWeights("log_decay: expected numbers of at most 0")
+        raise GrowingWeights("log_decay: expected numbers of at most 0, got a larger one or NaN")
     raise RuntimeError(f"impl 'native': {function} failed with status {status}")

@@ -18,13 +18,14 @@ constexpr int64_t BLOCK = 8;  // rows of a matrix that are taken together
 class Run {
   const Program& p;
   const Kernels& k;
+  int& status;  // of attention that failed
   std::vector<float> rows;
   Scratch vectors;  // of products with matrices of 8 and 4 bits
   Scratch bias_memory;
 
  public:
-  explicit Run(const Program& program)
-      : p(program), k(kernels(p.isa, F32)), rows(size_t(p.B * p.width)) {}
+  Run(const Program& program, int& attention_status)
+      : p(program), k(kernels(p.isa, F32)), status(attention_status), rows(size_t(p.B * p.width)) {}
 
   bool run() {
     for (int64_t b = 0; b < p.B; b++)
@@ -126,7 +127,7 @@ class Run {
     m.open_value = before[3];
     m.final_numerator = after[0], m.final_quad_key = after[1], m.final_lin_key = after[2],
     m.final_value = after[3];
-    return cumulant_mixed_chunk_forward(&m) == DONE;
+    return (status = cumulant_mixed_chunk_forward(&m)) == DONE;
   }
 
   // The bias [size, size], of which only the rows of the blocks are written that queries are in.
@@ -166,7 +167,7 @@ class Run {
       a.final_denominator = p.after[s.state + 1];
       a.denominators = denominators.data();
     }
-    return cumulant_attention_forward(&a) == DONE;
+    return (status = cumulant_attention_forward(&a)) == DONE;
   }
 };
 
@@ -174,5 +175,7 @@ class Run {
 }  // namespace cumulant
 
 extern "C" int cumulant_program(const cumulant::Program* p) {
-  return cumulant::guarded(p->isa, [&] { return cumulant::Run(*p).run(); });
+  int status = cumulant::DONE;
+  const int ended = cumulant::guarded(p->isa, [&] { return cumulant::Run(*p, status).run(); });
+  return status == cumulant::DONE ? ended : status;
 }
