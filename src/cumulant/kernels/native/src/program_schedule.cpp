@@ -158,7 +158,13 @@ class Run {
     a.threads =
         int(std::max<int64_t>(1, std::min<int64_t>(p.threads, a.B * a.H * a.F * a.V / GRAIN)));
     a.isa = p.isa;
-    if (s.fourth >= 0) a.log_decay = array(s.fourth, 1);
+    if (s.fourth >= 0) {
+      a.log_decay = array(s.fourth, 1);
+      for (int64_t i = 0; i < a.B * a.G; i++) {
+        const float decay = rows[size_t(i / a.G * p.width + s.fourth + i % a.G)];
+        if (!(decay <= 0)) return (status = GROWING) == DONE;  // above 0, or NaN
+      }
+    }
     a.numerator = const_cast<void*>(p.before[s.state]);
     a.final_numerator = p.after[s.state];
     std::vector<float> denominators(size_t(a.B * a.H));
