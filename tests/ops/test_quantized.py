@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -209,6 +211,14 @@ def test_wrong_numbers_of_one_token_stay_its_own(isa, bits, wrong):
     y = quantize(torch.randn(40, 100), bits).multiply(x)
     assert not y[4].isfinite().any()
     assert y[[i for i in range(9) if i != 4]].isfinite().all()
+
+
+def test_no_tokens_in_a_thread_without_memory():
+    matrix, found = quantize(torch.randn(30, 100), 8), []
+    thread = threading.Thread(target=lambda: found.append(matrix.multiply(torch.zeros(0, 100))))
+    thread.start()
+    thread.join()
+    assert found[0].shape == (0, 30)
 
 
 def test_threads_share_a_product():

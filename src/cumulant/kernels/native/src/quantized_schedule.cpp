@@ -16,7 +16,8 @@ bool multiply(const QuantizedProduct& q) {
   const int64_t tile = k.tile_bytes(q.k), tokens = k.tile_tokens, rows = k.panel_rows;
   const size_t scratch = size_t(k.product_scratch(q.k));
   const int64_t tiles = std::min((q.T + tokens - 1) / tokens, std::max<int64_t>(1, NEAR / tile));
-  char* const prepared = static_cast<char*>(memory.reserve(size_t(tiles * tile)));
+  char* const prepared =
+      static_cast<char*>(memory.reserve(size_t(std::max<int64_t>(1, tiles * tile))));
   bool ok = prepared != nullptr;
   for (int64_t first = 0; ok && first < q.T; first += tiles * tokens) {
     const int64_t count = std::min(q.T - first, tiles * tokens);
