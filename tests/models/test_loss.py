@@ -103,6 +103,25 @@ def test_autocast(head):
     assert errors[1][1] < 1.2 * errors[0][1]
 
 
+def test_scaled_gradients_in_fp16():
+    """Under fp16 with a gradient scaler gradients are as near as with logits."""
+    model = build("taylor").train()
+    _, expected = run(model, input_ids=IDS, labels=LABELS)
+    model.float()
+    scale, errors = 2.0**14, []
+    for skip in (False, True):
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        model.zero_grad()
+        with torch.autocast("cpu", torch.float16):
+            loss = model(input_ids=IDS, labels=LABELS, skip_logits=skip).loss
+        scaler.scale(loss).backward()
+        scaler.unscale_(torch.optim.SGD(model.parameters()))
+        grads = {n: p.grad for n, p in model.named_parameters()}
+        difference = sum(float((grads[n].double() - g).square().sum()) for n, g in expected.items())
+        errors.append(difference**0.5)
+    assert errors[1] < 1.2 * errors[0]
+
+
 def test_frozen_and_changed_heads():
     """A frozen head has no gradient; layers in the head's place are called; so are hooks."""
     model = build("taylor", tie_word_embeddings=False).train()
