@@ -33,7 +33,16 @@ OPTIONS = {
     "ends": {"do_sample": True, "eos_token_id": [5, 6, 7, 8, 9], "pad_token_id": 0},
     "no repeats": {"do_sample": False, "no_repeat_ngram_size": 2, "min_new_tokens": 9},
 }
-STEPPED = ["taylor", "gated_linear", "higher_order", "softmax", "based", "gated_based", "flash"]
+STEPPED = [
+    "taylor",
+    "gated_linear",
+    "higher_order",
+    "softmax",
+    "based",
+    "gated_based",
+    "flash",
+    "elita",
+]
 
 
 def build(preset, **fields):
@@ -67,6 +76,17 @@ def test_it_draws_what_transformers_draws(preset, name):
         assert torch.equal(
             generate(model, ids, **options), transformers_loop(model, ids, **options)
         )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_default_dtypes_change_nothing(dtype):
+    model = build("elita")
+    expected = generate(model, IDS)
+    torch.set_default_dtype(dtype)
+    try:
+        assert torch.equal(generate(model, IDS), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

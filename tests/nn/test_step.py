@@ -79,9 +79,13 @@ def test_models_step_as_they_run_whole(name, runs):
     preset, options = MODELS[name]
     torch.manual_seed(0)
     config = from_preset(
-        preset, vocab_size=50, hidden_size=32, num_hidden_layers=3, initializer_range=0.2, **options
-    )
+        preset, vocab_size=50, hidden_size=32, num_hidden_layers=3, initializer_range=0.2,
+        horizon=8, **options
+    )  # fmt: skip
     model = CumulantForCausalLM(config).eval()
+    with torch.no_grad():
+        for p in model.parameters():  # away from zeros, at which some start
+            p.add_(torch.randn_like(p) * 0.1)
     ids = torch.randint(50, (2, 20))
     exact = copy.deepcopy(model).double()(input_ids=ids).logits
     cache = DynamicCache(config=config)
@@ -147,6 +151,19 @@ def test_a_decay_that_is_no_number_is_named(rows, runs):
     with torch.no_grad():
         for tokens in (slice(3, 5), slice(3, 4)):
             with pytest.raises(ValueError, match="log_decay: expected .* NaN"):
+                mixer(x[:, tokens], state=state, return_state=True)
+    assert len(runs) == 1
+
+
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
+def test_logits_without_weights_are_named(wrong, runs):
+    """ELiTA's, as by a call of several tokens; the state is as before."""
+    mixer, x = build("elita"), torch.randn(2, 5, 24)
+    state = start(mixer, x[:, :3])
+    x[-1, 3] = wrong
+    with torch.no_grad():
+        for tokens in (slice(3, 5), slice(3, 4)):
+            with pytest.raises(ValueError, match="logit.* expected .* an earlier layer may have"):
                 mixer(x[:, tokens], state=state, return_state=True)
     assert len(runs) == 1
 

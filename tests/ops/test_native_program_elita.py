@@ -92,4 +92,5 @@ def test_shapes_that_do_not_fit():
 
 @pytest.mark.parametrize("isa", INSTRUCTIONS)
 def test_every_instruction_set(isa):
-    run_tests_on(isa, __file__, "test_attention", "test_outer_product_and_clamp")
+    names = ("test_attention", "test_position_logits", "test_outer_product_and_clamp")
+    run_tests_on(isa, __file__, *names)

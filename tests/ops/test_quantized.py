@@ -23,6 +23,10 @@ BITS = (8, 4)
 EXACT = {name: 1e-4 if name.endswith("vnni") else 1e-6 for name in library.INSTRUCTIONS}
 
 
+class Wrapped(torch.Tensor):
+    """A subclass of tensors."""
+
+
 @pytest.fixture(params=library.INSTRUCTIONS)
 def isa(request, monkeypatch):
     if not library.loaded_library().cumulant_supports(library.INSTRUCTIONS.index(request.param)):
@@ -213,6 +217,44 @@ def test_wrong_numbers_of_one_token_stay_its_own(isa, bits, wrong):
     assert y[[i for i in range(9) if i != 4]].isfinite().all()
 
 
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16, "meta"])
+def test_defaults_of_torch_change_nothing(default):
+    matrix, x = quantize(torch.randn(400, 100), 8), torch.randn(30, 100)
+    expected, weights = matrix.multiply(x), matrix.dequantize()
+    try:
+        if default == "meta":
+            torch.set_default_device(default)
+        else:
+            torch.set_default_dtype(default)
+        found, decoded = matrix.multiply(x), matrix.dequantize()
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    assert torch.equal(found, expected)
+    assert torch.equal(decoded, weights)
+
+
+def test_a_bias_has_gradients():
+    matrix, x = quantize(torch.randn(40, 100), 8), torch.randn(3, 100)
+    bias = torch.randn(40, requires_grad=True)
+    matrix.multiply(x, bias).sum().backward()
+    assert torch.equal(bias.grad, torch.full((40,), 3.0))
+
+
+def test_autocast_leaves_the_dtype():
+    matrix, x = quantize(torch.randn(40, 100), 8), torch.randn(3, 100)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(matrix.multiply(x), matrix.multiply(x.clone()))
+        assert matrix.multiply(x).dtype == torch.float32
+
+
+def test_codes_of_a_subclass_are_decoded():
+    """Such as sharded ones, which have no memory of their own."""
+    matrix, x = quantize(torch.randn(40, 100), 8), torch.randn(3, 100)
+    wrapped = matrix._replace(codes=matrix.codes.as_subclass(Wrapped))
+    assert error(wrapped.multiply(x), matrix.multiply(x).double()) < 1e-4
+
+
 def test_no_tokens_in_a_thread_without_memory():
     matrix, found = quantize(torch.randn(30, 100), 8), []
     thread = threading.Thread(target=lambda: found.append(matrix.multiply(torch.zeros(0, 100))))
@@ -255,6 +297,8 @@ def test_errors():
         native.dequantize(codes, scales.half(), 8, k)
     with pytest.raises(ValueError, match="out: expected contiguous"):
         native.dequantize(codes, scales, 8, k, torch.empty(4, 63))
+    with pytest.raises(ValueError, match="k: expected at least 1, got 0"):
+        native.multiply(torch.ones(2, 0), codes[:, :0], scales[:, :0], 8, 0)
     p = Program(64)
     for args in ((codes, scales, 4), (codes, scales.double(), 8), (codes[:, :9], scales, 8)):
         with pytest.raises(Unsuitable):

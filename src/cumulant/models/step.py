@@ -28,6 +28,7 @@ _Kind = TypeVar("_Kind", bound=type[nn.Module])
 def emit_model(model: Any, builder: StepBuilder, x: Vector, residual: Vector | None) -> Vector:
     """Emit the blocks, the last norm and the logits on the embedded token x, which they change."""
     stack = model.model
+    builder.rely_on_children(model, stack, stack.layers)
     if stack.wrap_bias is not None:
         raise Unsuitable
     builder.require_no_dropout(stack.dropout)
@@ -196,7 +197,7 @@ class Decoder:
             raise Unsuitable
         tensors = [None if t is None else t.contiguous() for t in read.tensors]
         size = len(read.position), 1, model.config.hidden_size
-        sample = torch.empty(size, dtype=model.dtype)
+        sample = torch.empty(size, dtype=model.dtype, device="cpu")
         with torch.no_grad():
             compiled = compiled_step(model, emit_model, sample)
             program = compiled.program if may_step(sample) else None

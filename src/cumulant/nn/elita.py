@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -168,12 +170,13 @@ class ElitaAttention(nn.Module):
         """See `cumulant.nn.step.EmitsStep`."""
         builder.rely_on(self)
         builder.rely_on(self.position)
-        if self.relative:
-            raise Unsuitable
         program, position = builder.program, self.position
-        factor = position.time / position.horizon
         logits = builder.emit_projection(self.logit_proj, x)
-        split = logits.split(*[self.num_heads] * (logits.size // self.num_heads))
+        kinds, rest = divmod(logits.size, self.num_heads)
+        if self.relative or not 0 < position.horizon < math.inf or rest or kinds not in (2, 3):
+            raise Unsuitable
+        factor = position.time / position.horizon
+        split = logits.split(*[self.num_heads] * kinds)
         c = program.add_position_logits(split[0], position.a1, position.b1, position.c, factor)
         r = program.add_position_logits(
             split[2] if len(split) == 3 else None, position.a2, position.b2, position.c, factor

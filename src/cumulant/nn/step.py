@@ -88,6 +88,7 @@ class StepBuilder:
     def __init__(self, dim: int, dtype: torch.dtype):
         self.program = Program(dim, dtype)
         self.modules: list[nn.Module] = []
+        self.parents: list[nn.Module] = []
 
     def rely_on(self, module: nn.Module, *kinds: type[nn.Module]) -> None:
         """Let the program depend on the module's present weights and settings.
@@ -103,6 +104,10 @@ class StepBuilder:
             if isinstance(value, Tensor) or (callable(value) and hasattr(kind, name)):
                 raise Unsuitable  # a weight that is no parameter, or a replaced method
         self.modules.append(module)
+
+    def rely_on_children(self, *modules: nn.Module) -> None:
+        """Let the program depend on which modules and parameters these have, and no more."""
+        self.parents += modules
 
     def emit_norm(self, norm: Any, x: Vector) -> Vector:
         self.rely_on(norm, RMSNorm, nn.RMSNorm, nn.LayerNorm, ScaleNorm)
@@ -162,6 +167,7 @@ class CompiledStep:
             self.program = None
         self._modules = [ref(m) for m in builder.modules]
         self._kinds = list(map(type, builder.modules))
+        self._parents = [ref(m) for m in builder.parents]
         methods = [(kind, name) for kind in set(self._kinds) for name in _methods[kind]]
         self._owners, self._names = [kind for kind, _ in methods], [name for _, name in methods]
         self._methods = list(map(getattr, self._owners, self._names))
@@ -169,9 +175,10 @@ class CompiledStep:
         self._attribute_counts = list(map(len, attributes))
         self._settings = [itemgetter("training", *_setting_names(a)) for a in attributes]
         self._values = list(map(itemgetter.__call__, self._settings, attributes))
+        owners = attributes + list(map(vars, builder.parents))
         children, self._parameters = (
-            _table_entries(attributes, "_modules"),
-            _table_entries(attributes, "_parameters"),
+            _table_entries(owners, "_modules"),
+            _table_entries(owners, "_parameters"),
         )
         self._children: list[Any] = [
             type(None) if child is None else ref(child) for child in children
@@ -182,7 +189,8 @@ class CompiledStep:
     def is_current(self) -> bool:
         """Whether no setting, module, method or weight has changed since."""
         modules: list[Any] = list(map(_resolve, self._modules))
-        if None in modules or list(map(type, modules)) != self._kinds:
+        parents: list[Any] = list(map(_resolve, self._parents))
+        if None in modules or None in parents or list(map(type, modules)) != self._kinds:
             return False
         attributes: list[Any] = list(map(vars, modules))
         if list(map(len, attributes)) != self._attribute_counts:
@@ -191,7 +199,8 @@ class CompiledStep:
             values = list(map(itemgetter.__call__, self._settings, attributes))
         except KeyError:
             return False
-        found = _table_entries(attributes, "_modules"), _table_entries(attributes, "_parameters")
+        owners = attributes + list(map(vars, parents))
+        found = _table_entries(owners, "_modules"), _table_entries(owners, "_parameters")
         methods = list(map(getattr, self._owners, self._names))
         if list(map(len, found)) != [len(self._children), len(self._parameters)]:
             return False
@@ -220,7 +229,7 @@ def _setting_names(attributes: dict[str, Any]) -> list[str]:
     return [
         name
         for name, value in attributes.items()
-        if type(value) in (bool, int, float, str, tuple, type(None))
+        if isinstance(value, (bool, int, float, str, tuple, type(None)))
     ]
 
 

@@ -33,7 +33,7 @@ class QuantizedMatrix(NamedTuple):
     def zeros(cls, n: int, k: int, bits: int) -> QuantizedMatrix:
         """A matrix of zeros ``[n, k]``, on the default device."""
         codes = torch.zeros(n, formula.row_bytes(k, bits), dtype=torch.uint8)
-        return cls(codes, torch.zeros(n, formula.groups_of(k)), bits, k)
+        return cls(codes, torch.zeros(n, formula.groups_of(k), dtype=torch.float32), bits, k)
 
     def rows(self, index: Tensor | slice) -> QuantizedMatrix:
         return self._replace(codes=self.codes[index], scales=self.scales[index])
@@ -50,8 +50,12 @@ class QuantizedMatrix(NamedTuple):
         With AVX-512 VNNI it is a product of integers, as one token's. Elsewhere large matrices are
         decoded in blocks. Gradients of x need all weights, and so keep them.
         """
-        plain = is_plain_call(x) and native_by_default(x) and x.dtype != torch.float64
-        if not plain or (x.requires_grad and torch.is_grad_enabled()):
+        if torch.is_autocast_enabled(x.device.type):
+            with torch.autocast(x.device.type, enabled=False):
+                return self.multiply(x, bias)
+        plain = is_plain_call(x, self.codes, self.scales, bias) and native_by_default(x)
+        wanted = x.requires_grad or (bias is not None and bias.requires_grad)
+        if not plain or x.dtype == torch.float64 or (wanted and torch.is_grad_enabled()):
             return F.linear(x, self.dequantize().to(x.dtype), bias)
         rows, n = x.reshape(-1, self.k), self.codes.shape[0]
         if native.has_products():
@@ -76,7 +80,9 @@ class QuantizedMatrix(NamedTuple):
         memory: Tensor | None = getattr(_memory, "numbers", None)
         if memory is None or memory.numel() < size:
             with torch.inference_mode(False):  # so that calls outside of it may use it too
-                memory = _memory.numbers = torch.empty(max(size, BLOCK))
+                memory = _memory.numbers = torch.empty(
+                    max(size, BLOCK), dtype=torch.float32, device="cpu"
+                )
         return self.dequantize(memory[:size].view(-1, self.k))
 
 

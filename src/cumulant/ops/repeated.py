@@ -73,7 +73,9 @@ class Repeated:
         if not self.returns_state:
             return out
         if state is None:
-            position = torch.full((key.shape[0],), key.shape[2], dtype=torch.int64)
+            position = torch.full(
+                (key.shape[0],), key.shape[2], dtype=torch.int64, device=key.device
+            )
         else:
             position = state.position + key.shape[2]
         end = LinearState(S, z if self.normalize else None, position)

@@ -49,7 +49,7 @@ CHUNK = 64
 SHORT_CHUNK = 48
 SPAN = 512
 _ADDRESSES = struct.Struct("10Q")  # library.Addresses
-_NONE = torch.empty(0)
+_NONE = torch.empty(0, device="cpu")
 # With more features than MANY and at most FEW_TOKENS tokens, PyTorch's quadratic form is faster.
 MANY, FEW_TOKENS = 600, 128
 
@@ -289,7 +289,7 @@ def backward(
     a.dnumerator, a.ddenominator = pointer_to(dS0), pointer_to(dz0) if spec.normalize else None
     logs, dlogs = inputs.log_decay, None
     if logs is not None:
-        dlogs = torch.empty(logs.shape, dtype=torch.float64)
+        dlogs = torch.empty(logs.shape, dtype=torch.float64, device="cpu")
         a.dlog_decay = pointer_to(dlogs)
     call_library("cumulant_attention_backward", a)
     dq, dk, dv = dq.to(inputs.query.dtype), dk.to(inputs.key.dtype), dv.to(inputs.value.dtype)

@@ -136,7 +136,7 @@ class AttentionInstructions(Instructions):
             self._keep_weight(weight, (H if x is None else x.size, M))
         y = self.vector(H)
         self._add_instruction(
-            "position_logits", source=-1 if x is None else x, target=y, n=H, k=M, scalar=factor,
+            "position_logits", source=x or y, add=x is not None, target=y, n=H, k=M, scalar=factor,
             weight=frequency, bias=phase, amplitudes=amplitude,
             fourth=self._widening(3 * H * M, frequency),
         )  # fmt: skip

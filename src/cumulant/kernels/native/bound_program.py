@@ -49,7 +49,7 @@ class BoundProgram:
         self._pasts = self._arguments.pasts[: len(pasts)]
         for past, first in zip(self._pasts, self._firsts, strict=True):
             past.first = None if first is None else first.data_ptr()
-        self._out = torch.empty(rows, program.output.size)
+        self._out = torch.empty(rows, program.output.size, dtype=torch.float32, device="cpu")
         self._arguments.out = self._out.data_ptr()
 
     def step(self, x: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ class BoundProgram:
         return [
             None
             if first is None
-            else torch.arange(self._begin(past), past.length) >= first[:, None]
+            else torch.arange(self._begin(past), past.length, device="cpu") >= first[:, None]
             for past, first in zip(self._pasts, self._firsts, strict=True)
         ]
 

@@ -364,4 +364,9 @@ def raise_status(function: str, status: int) -> None:
         raise MemoryError("impl 'native': not enough memory for the sums of its threads")
     if status == 3:
         raise GrowingWeights("log_decay: expected numbers of at most 0, got a larger one or NaN")
+    if status == 4:
+        raise ValueError(
+            "logits: expected numbers below +inf, got NaN or infinity; an earlier layer may have"
+            " overflowed"
+        )
     raise RuntimeError(f"impl 'native': {function} failed with status {status}")

@@ -64,12 +64,12 @@ def _token_slots(
     """
     fills = [0] * rows if fill is None else fill.tolist()
     if key_mask is None and cu_seqlens is None and len(set(fills)) == 1:
-        place, old = torch.arange(rows * tokens), fills[0]
+        place, old = torch.arange(rows * tokens, device="cpu"), fills[0]
         if old:
-            slots = torch.arange(-1, -1 - old, -1).expand(rows, old)
+            slots = torch.arange(-1, -1 - old, -1, device="cpu").expand(rows, old)
             place = torch.cat((slots, place.view(rows, tokens)), 1).flatten()
-        return place, torch.arange(rows + 1) * (old + tokens)
-    place = torch.arange(rows * tokens)
+        return place, torch.arange(rows + 1, device="cpu") * (old + tokens)
+    place = torch.arange(rows * tokens, device="cpu")
     if cu_seqlens is None:
         N, owner = rows, place // max(tokens, 1)
         seen = torch.ones_like(place, dtype=torch.bool)
@@ -83,7 +83,7 @@ def _token_slots(
         seen &= key_mask.flatten()
     place, owner = place[seen], owner[seen]
     if fill is not None:
-        slots = (torch.arange(group_size) < fill[:, None]).nonzero()
+        slots = (torch.arange(group_size, device="cpu") < fill[:, None]).nonzero()
         owner, order = torch.cat((slots[:, 0], owner)).sort(stable=True)
         place = torch.cat((-1 - slots[:, 1], place))[order]
     bounds = torch.nn.functional.pad(torch.bincount(owner, minlength=N).cumsum(0), (1, 0))

@@ -25,7 +25,7 @@ def dequantize(
     out: contiguous memory for them.
     """
     n = _check_matrix(codes, scales, bits, k)
-    out = torch.empty(n, k) if out is None else out
+    out = codes.new_empty(n, k, dtype=torch.float32) if out is None else out
     _require_matrix("out", out, (n, k), torch.float32)
     arguments = Quantized(
         n, k, bits, thread_count(n * k), instruction_set_number(),
@@ -51,7 +51,7 @@ def multiply(
     _require_matrix("x", x, (tokens, k), torch.float32)
     if bias is not None:
         _require_matrix("bias", bias, (n,), torch.float32)
-    out = torch.empty(tokens, n)
+    out = x.new_empty(tokens, n)
     arguments = QuantizedProduct(
         tokens, n, k, bits, thread_count(tokens * n * k), instruction_set_number(),
         codes.data_ptr(), scales.data_ptr(), None if bias is None else bias.data_ptr(),
@@ -65,6 +65,7 @@ def _check_matrix(codes: Tensor, scales: Tensor, bits: int, k: int) -> int:
     """The rows of a matrix that the C++ can read."""
     n = codes.shape[0]
     require(bits in BITS, "bits", BITS, bits)
+    require(k >= 1, "k", "at least 1", k)
     _require_matrix("codes", codes, (n, row_bytes(k, bits)), torch.uint8)
     _require_matrix("scales", scales, (n, groups_of(k)), torch.float32)
     return n

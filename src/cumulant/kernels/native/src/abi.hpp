@@ -163,7 +163,7 @@ struct Instruction {
   double scalar;  // epsilon; base of ROTARY, SINUSOID; GATED, SOFTMAX, MIXED, POSITION_LOGITS: a
                   // factor; CLAMP: a limit
   int64_t state;  // the first of its states, [B, ...] each
-  int64_t add;    // MATRIX: to what is there
+  int64_t add;    // MATRIX: to what is there; POSITION_LOGITS: to the source
   int64_t bits;   // MATRIX: 0 for numbers; 8 or 4, see quantized.hpp
   int64_t type;   // of weight and bias; others than F32 are widened to `fourth`
   int64_t groups, past;        // SOFTMAX: key/value heads; which of the program's pasts

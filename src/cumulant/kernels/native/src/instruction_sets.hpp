@@ -63,7 +63,8 @@ inline const Kernels& kernels(int isa, int type) {
   return type == F64 ? baseline::doubles : baseline::singles;
 }
 
-enum Status { DONE, NO_MEMORY, NO_SUCH_INSTRUCTIONS, GROWING };  // GROWING: by a log decay > 0
+// GROWING: by a log decay > 0; NO_WEIGHT: a logit is NaN or infinite
+enum Status { DONE, NO_MEMORY, NO_SUCH_INSTRUCTIONS, GROWING, NO_WEIGHT };
 
 // What `run` comes to, as the C functions tell it: no exception leaves them.
 template <class Run> int guarded(int isa, Run run) {

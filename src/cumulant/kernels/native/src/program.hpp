@@ -285,7 +285,7 @@ void instruct(const Program& p, const Instruction& s, float* rows, const void* v
         position_logits(s, widened(s, s.weight, size, fourth),
                         widened(s, s.bias, size, fourth + size),
                         widened(s, s.amplitudes, size, fourth + 2 * size), p.position[b],
-                        s.source < 0 ? nullptr : x, y);
+                        s.add ? x : nullptr, y);
         break;
       }
       case ELITA:

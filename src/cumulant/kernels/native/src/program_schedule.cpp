@@ -3,6 +3,7 @@
 #include "parallel.hpp"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 
 extern "C" int cumulant_attention_forward(const cumulant::Attention* a);
@@ -46,6 +47,9 @@ class Run {
         ok = attend_softmax(s);
       } else if (s.operation == MIXED) {
         ok = attend_chunks(s);
+      } else if (s.operation == ELITA && !has_weights(s)) {
+        status = NO_WEIGHT;
+        ok = false;
       } else {
         k.instruct(p, s, rows.data(), nullptr, 0, 0);
       }
@@ -88,6 +92,18 @@ class Run {
     for (int64_t b = 0; to && b < p.B; b++)
       k.prepare_vector(int(s.bits), &rows[size_t(b * p.width + s.source)], s.k, to + b * bytes);
     return to;
+  }
+
+  // Whether ELiTA's logits are numbers below infinity, and those of queries above -infinity.
+  bool has_weights(const Instruction& s) const {
+    for (int64_t b = 0; b < p.B; b++) {
+      const float* const row = &rows[size_t(b * p.width)];
+      for (int64_t h = 0; h < s.n; h++)
+        if (!(row[s.source + h] < INFINITY && row[s.third + h] < INFINITY &&
+              std::isfinite(row[s.second + h])))
+          return false;
+    }
+    return true;
   }
 
   bool attend_softmax(const Instruction& s) {
