@@ -324,6 +324,7 @@ def test_help():
     assert cumulant("--help").returncode == 0
 
 
+@pytest.mark.slow
 def test_measurements_leave_reports(tmp_path):
     """From the command line to the page, and the page again."""
     two = ["--mechanism", "linear", "--mechanism", "softmax"]

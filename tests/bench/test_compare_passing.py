@@ -76,6 +76,7 @@ def test_the_report_tells_both(done):
     assert settings["passing_steps"] == STEPS
 
 
+@pytest.mark.slow
 def test_an_interruption_goes_on(done, passing, tmp_path, monkeypatch):
     """In the midst of these steps; the result is that of an uninterrupted training."""
     output, on_end = tmp_path / "out", MarkWhole.on_save

@@ -111,6 +111,7 @@ def test_the_page_tells_how_long_the_sweep_was(done):
     assert f"Held-out loss after trainings of {fewer} steps by learning rate" in page
 
 
+@pytest.mark.slow
 def test_an_interrupted_sweep_goes_on(swept, done, tmp_path, monkeypatch):
     """From its checkpoint, to the same end."""
     (tmp_path / "out").mkdir()

@@ -7,6 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ..quick import slow_but
 from .geodesic import (
     CASES,
     CHARTS,
@@ -20,7 +21,10 @@ from .geodesic import (
 )
 
 
-@pytest.mark.parametrize(("chart", "dim"), CASES)
+@pytest.mark.parametrize(
+    ("chart", "dim"),
+    [c if c[1] == 2 else pytest.param(*c, marks=pytest.mark.slow) for c in CASES],
+)
 def test_geodesics_are_great_circles(chart, dim):
     """The closed form is p cos ωt + u/ω sin ωt; on the hyperboloid, cosh and sinh."""
     metric, embed, cos, sin, sign = CHARTS[chart]
@@ -38,7 +42,7 @@ def test_geodesics_are_great_circles(chart, dim):
         assert (p1 - p - time * u).norm(dim=-1).min() > 1e-3  # far from straight
 
 
-@pytest.mark.parametrize("chart", ["sphere", "polar"])
+@pytest.mark.parametrize("chart", [pytest.param("sphere", marks=pytest.mark.slow), "polar"])
 def test_the_integration_is_of_order_four(chart):
     """Half the step, a sixteenth of the error, in the end point and in the end velocity."""
     metric = CHARTS[chart][0]
@@ -71,7 +75,7 @@ def test_the_integration_is_the_classic_method():
         assert torch.allclose(found, pair, atol=1e-12)
 
 
-@pytest.mark.parametrize("chart", [*CHARTS, "learned"])
+@pytest.mark.parametrize("chart", slow_but(("polar", "learned"), [*CHARTS, "learned"]))
 def test_energy_is_conserved_and_time_reverses(chart):
     metric = learned(2) if chart == "learned" else CHARTS[chart][0]
     x, v = start(chart, 2)

@@ -23,6 +23,7 @@ TINY = [
 ]
 
 
+@pytest.mark.slow
 def test_training(text, capsys):
     """Both models learn a text that repeats itself, and the last line has all results."""
     torch.set_default_dtype(torch.float32)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from cumulant.kernels.native.library import instruction_set_name
 from cumulant.nn import QuantizedEmbedding, QuantizedLinear, TaylorAttention
 from cumulant.nn.step import step
 
@@ -26,10 +27,12 @@ def test_a_layer_multiplies_by_its_rounded_weights(bits, bias):
     made = QuantizedLinear.from_linear(layer, bits)
     rounded = made.matrix(100).dequantize()
     assert (rounded - layer.weight).norm() < (0.01 if bits == 8 else 0.12) * layer.weight.norm()
+    # with VNNI inputs have 16 bits
+    atol = 1e-4 if instruction_set_name() == "avx512vnni" else 1e-5
     for x in (torch.randn(2, 7, 100), torch.randn(100), torch.randn(3, 1, 100)):
         expected = nn.functional.linear(x, rounded, layer.bias)
-        torch.testing.assert_close(made(x), expected, rtol=1e-4, atol=1e-5)
-        with torch.no_grad():  # one token is multiplied natively
+        torch.testing.assert_close(made(x), expected, rtol=1e-4, atol=atol)
+        with torch.no_grad():  # natively, one token on every instruction set
             torch.testing.assert_close(made(x), expected, rtol=1e-4, atol=1e-4)
     with torch.no_grad():
         assert step(made, torch.randn(3, 1, 100)) is not None

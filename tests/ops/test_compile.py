@@ -5,7 +5,8 @@ import torch
 
 import cumulant as cm
 
-from .cases import CASES, assert_close, by_fast_impl, sums_of
+from ..quick import slow_but
+from .cases import CASES, IMPLEMENTATIONS, assert_close, by_fast_impl, sums_of
 
 pytestmark = pytest.mark.usefixtures("short_chunks")
 NAMES = (
@@ -27,7 +28,7 @@ def _no_older_graphs():
     torch._dynamo.reset()
 
 
-@by_fast_impl
+@pytest.mark.parametrize("impl", slow_but(("native",), IMPLEMENTATIONS[1:]))
 @by_case
 @pytest.mark.filterwarnings("ignore")
 def test_compile_fullgraph(case, impl):

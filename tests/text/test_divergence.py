@@ -125,6 +125,7 @@ def test_a_full_disk(text, tmp_path, monkeypatch):
     assert train(TrainingOptions(str(output), resume=True), say=lambda _: None).losses[-1][0] == 8
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_really_full(text, tmp_path):
     """With files of 150 kB at most, the weights fit and the optimizer's state does not."""
     output = tmp_path / "run"
