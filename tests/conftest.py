@@ -4,6 +4,7 @@ import os
 import pytest
 import torch
 
+from cumulant.kernels.native import library
 from cumulant.ops.repeated import forget
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -23,3 +24,12 @@ def _seeded():
     torch.manual_seed(0)
     torch.set_num_threads(1)
     forget()  # calls of tests that changed kernels
+
+
+@pytest.fixture(params=library.INSTRUCTIONS)
+def isa(request, monkeypatch):
+    """Each instruction set of the native kernels that this machine has."""
+    if not library.loaded_library().cumulant_supports(library.INSTRUCTIONS.index(request.param)):
+        pytest.skip(f"this machine has no {request.param}")
+    monkeypatch.setattr(library, "instruction_set_name", lambda: request.param)
+    return request.param

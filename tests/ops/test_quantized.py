@@ -20,19 +20,12 @@ from .cases import TOLERANCE, error
 
 BITS = (8, 4)
 # of products, over the largest; with VNNI vectors have 16 bits
+ROUNDED = 3e-5  # as docs/quantization.md says of inputs of 16 bits
 EXACT = {name: 1e-4 if name.endswith("vnni") else 1e-6 for name in library.INSTRUCTIONS}
 
 
 class Wrapped(torch.Tensor):
     """A subclass of tensors."""
-
-
-@pytest.fixture(params=library.INSTRUCTIONS)
-def isa(request, monkeypatch):
-    if not library.loaded_library().cumulant_supports(library.INSTRUCTIONS.index(request.param)):
-        pytest.skip(f"this machine has no {request.param}")
-    monkeypatch.setattr(library, "instruction_set_name", lambda: request.param)
-    return request.param
 
 
 def multiply(matrix, x, bias=None, to=None):
@@ -163,7 +156,7 @@ def test_matrices_of_one_vector_may_have_different_bits(bits):
 
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("block", [1, 500, 1 << 22])
-def test_many_tokens(bits, block, monkeypatch):
+def test_many_tokens(isa, bits, block, monkeypatch):
     """In one block and in several, with and without gradients, in every dtype."""
     monkeypatch.setattr(ops, "BLOCK", block)
     matrix, bias = quantize(torch.randn(30, 100), bits), torch.randn(30)
@@ -172,8 +165,8 @@ def test_many_tokens(bits, block, monkeypatch):
         x = torch.randn(2, 5, 100).to(dtype)
         expected = x.double() @ exact.T
         bound = TOLERANCE[dtype] * 3
-        if dtype != torch.float64:
-            bound = max(bound, EXACT[library.instruction_set_name()])
+        if dtype == torch.float32 and isa == "avx512vnni":
+            bound = ROUNDED
         assert matrix.multiply(x).dtype == dtype
         assert error(matrix.multiply(x), expected) < bound
         biased = matrix.multiply(x, bias.to(dtype))
@@ -200,8 +193,8 @@ def test_tokens_multiply_codes(isa, bits, sizes):
         x = torch.randn(tokens, k)
         expected = x.double() @ exact.T
         y = native.multiply(x, *matrix)
-        assert error(y, expected) < EXACT[isa]
-        assert error(native.multiply(x, *matrix, bias), expected + bias.double()) < EXACT[isa]
+        assert error(y, expected) < ROUNDED
+        assert error(native.multiply(x, *matrix, bias), expected + bias.double()) < ROUNDED
         alone = torch.cat([native.multiply(row[None], *matrix) for row in x[:7]])
         assert torch.equal(y[:7], alone)  # a token's outputs do not depend on the others
         assert error(multiply(matrix, x[:3, None]), y[:3].double()) < 1e-6  # as one token's
@@ -241,11 +234,11 @@ def test_a_bias_has_gradients():
     assert torch.equal(bias.grad, torch.full((40,), 3.0))
 
 
-def test_autocast_leaves_the_dtype():
+def test_autocast_changes_nothing(isa):
     matrix, x = quantize(torch.randn(40, 100), 8), torch.randn(3, 100)
+    expected = matrix.multiply(x)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(matrix.multiply(x), matrix.multiply(x.clone()))
-        assert matrix.multiply(x).dtype == torch.float32
+        assert torch.equal(matrix.multiply(x), expected)
 
 
 def test_codes_of_a_subclass_are_decoded():
