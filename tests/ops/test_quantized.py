@@ -20,7 +20,7 @@ from .cases import TOLERANCE, error
 
 BITS = (8, 4)
 # of products, over the largest; with VNNI vectors have 16 bits
-ROUNDED = 3e-5  # as docs/quantization.md says of inputs of 16 bits
+ROUNDED = 3e-5  # of products with inputs of 16 bits, as docs/quantization.md says
 EXACT = {name: 1e-4 if name.endswith("vnni") else 1e-6 for name in library.INSTRUCTIONS}
 
 
