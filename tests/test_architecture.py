@@ -188,7 +188,7 @@ def test_import_needs_only_torch():
 
 
 def test_import_is_quick():
-    """The median of five imports takes less than 0.3 seconds beside torch.
+    """The median of three imports takes less than 0.3 seconds beside torch.
 
     Processor time is measured, which other programs on the machine do not lengthen.
     """
@@ -196,8 +196,8 @@ def test_import_is_quick():
         "import time, torch; t = time.process_time(); import cumulant; print(time.process_time()"
         " - t)"
     )
-    times = sorted(float(run(script)) for _ in range(5))
-    assert times[2] < 0.3
+    times = sorted(float(run(script)) for _ in range(3))
+    assert times[1] < 0.3
 
 
 def test_files_and_functions_are_short():

@@ -83,9 +83,9 @@ def figures(monkeypatch):
     ("report", "names"),
     [
         ("bench", {"times", "memory"}),
-        ("blog", {"times", "memory"}),
+        pytest.param("blog", {"times", "memory"}, marks=pytest.mark.slow),
         ("recall", {"recall_state", "recall_pairs", "recall_frontier"}),
-        ("accuracy", {"accuracy"}),
+        pytest.param("accuracy", {"accuracy"}, marks=pytest.mark.slow),
         ("long", {f"compare_{name}" for name in ("curves", "sweep", "contexts", "copying")}),
     ],
 )

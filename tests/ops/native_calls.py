@@ -12,6 +12,8 @@ import torch
 import cumulant as cm
 from cumulant.kernels.native import library
 
+from ..quick import slow_but
+
 
 def gradients(outs, leaves):
     """Gradients of a loss that every output enters, by the means of its rows."""
@@ -48,6 +50,10 @@ def run_script(script: str, **environment: str) -> subprocess.CompletedProcess[s
         check=False,
         env=os.environ | environment,
     )
+
+
+# the tests of a file under each instruction set, for `run_tests_on`
+by_instruction_set = pytest.mark.parametrize("isa", slow_but(("avx2",), library.INSTRUCTIONS))
 
 
 def run_tests_on(isa: str, file: str, *names: str) -> None:

@@ -21,6 +21,10 @@ NAMES = (
 )
 COMPILED = [c for c in CASES if c.name in NAMES]
 by_case = pytest.mark.parametrize("case", COMPILED, ids=lambda c: c.name)
+QUICK = [
+    c for c in COMPILED if c.name in ("taylor-2", "linear-callable", "mixed-bias", "elita-own")
+]
+by_quick_case = pytest.mark.parametrize("case", slow_but(QUICK, COMPILED), ids=lambda c: c.name)
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +33,7 @@ def _no_older_graphs():
 
 
 @pytest.mark.parametrize("impl", slow_but(("native",), IMPLEMENTATIONS[1:]))
-@by_case
+@by_quick_case
 @pytest.mark.filterwarnings("ignore")
 def test_compile_fullgraph(case, impl):
     """One graph, outputs, states and gradients as in eager, for several lengths."""

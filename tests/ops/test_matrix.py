@@ -11,6 +11,7 @@ import cumulant as cm
 from cumulant.kernels import reference
 from cumulant.kernels.torch.features import Expansion
 
+from ..quick import slow_but
 from .cases import (
     CASES,
     CHUNK,
@@ -65,7 +66,7 @@ def test_gradients_equal_the_reference(case: Case, is_causal: bool, length: int)
             assert_close(actual, exact, 1000)
 
 
-@by_impl
+@pytest.mark.parametrize("impl", slow_but(IMPLEMENTATIONS[1:], IMPLEMENTATIONS))
 @forms([c for c in CASES if c.name != "linear-relu"])
 def test_gradcheck(case: Case, impl: str, is_causal: bool, monkeypatch):
     """Finite differences, through inputs, states in and states out."""

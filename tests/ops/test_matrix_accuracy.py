@@ -9,6 +9,7 @@ from torch import Tensor
 import cumulant as cm
 from cumulant.kernels import reference
 
+from ..quick import slow_but
 from .cases import (
     FIXED,
     GATED,
@@ -79,7 +80,9 @@ def test_tolerances_are_tight(dtype: torch.dtype):
 
 
 @pytest.mark.parametrize("case", [*POSITIVE, *FIXED], ids=lambda c: c.name)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    "dtype", slow_but((torch.float32,), (torch.bfloat16, torch.float32)), ids=str
+)
 def test_long_decoding_keeps_its_accuracy(case: Case, dtype: torch.dtype):
     """8,200 single steps stay near float64; a 16-bit sum of keys would freeze at 512."""
     T = 8200

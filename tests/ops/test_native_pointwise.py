@@ -9,10 +9,9 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from cumulant.kernels.native import pointwise as native
-from cumulant.kernels.native.library import INSTRUCTIONS
 from cumulant.ops import pointwise as ops
 
-from .native_calls import run_tests_on
+from .native_calls import by_instruction_set, run_tests_on
 
 sizes, lengths, rows = st.integers(1, 70), st.integers(1, 40), st.integers(1, 4)
 
@@ -349,7 +348,7 @@ def test_bad_input_does_not_reach_the_kernels():
             call()
 
 
-@pytest.mark.parametrize("isa", INSTRUCTIONS)
+@by_instruction_set
 def test_every_instruction_set(isa):
     run_tests_on(
         isa, __file__, "test_swiglu", "test_rms_norm", "test_short_convolution", "test_rotation"

@@ -11,11 +11,10 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 import cumulant as cm
-from cumulant.kernels.native.library import INSTRUCTIONS
 from cumulant.kernels.native.program import Program, Unsuitable
 from cumulant.nn import RotaryEmbedding
 
-from .native_calls import run_tests_on
+from .native_calls import by_instruction_set, run_tests_on
 
 sizes, rows = st.integers(1, 70), st.integers(1, 5)
 
@@ -292,6 +291,6 @@ def test_states_must_fit():
         assert not p.accepts_states(x, wrong)
 
 
-@pytest.mark.parametrize("isa", INSTRUCTIONS)
+@by_instruction_set
 def test_every_instruction_set(isa):
     run_tests_on(isa, __file__, "test_matrix", "test_norm", "test_activations", "test_attention")

@@ -10,11 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cumulant as cm
-from cumulant.kernels.native.library import INSTRUCTIONS
 from cumulant.kernels.native.program import Program, Unsuitable
 from cumulant.nn import SinusoidalLogits
 
-from .native_calls import run_tests_on
+from .native_calls import by_instruction_set, run_tests_on
 from .test_native_program import close, rows, run, tensors
 
 
@@ -90,7 +89,7 @@ def test_shapes_that_do_not_fit():
         p.add_position_logits(c, torch.ones(3, 4), torch.ones(3, 4), torch.ones(3, 4), 1.0)
 
 
-@pytest.mark.parametrize("isa", INSTRUCTIONS)
+@by_instruction_set
 def test_every_instruction_set(isa):
     names = ("test_attention", "test_position_logits", "test_outer_product_and_clamp")
     run_tests_on(isa, __file__, *names)

@@ -10,10 +10,9 @@ from torch.nn import functional as F
 
 from cumulant.kernels.native import bound_program
 from cumulant.kernels.native.bound_program import BoundProgram
-from cumulant.kernels.native.library import INSTRUCTIONS
 from cumulant.kernels.native.program import Program, Unsuitable
 
-from .native_calls import run_tests_on
+from .native_calls import by_instruction_set, run_tests_on
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # rounding of a stored number, and of sums in fp32
@@ -175,6 +174,6 @@ def test_a_weight_and_a_bias_of_two_types_are_refused():
         p.matrix(p.input, torch.zeros(3, 4, dtype=torch.bfloat16), torch.zeros(3))
 
 
-@pytest.mark.parametrize("isa", INSTRUCTIONS)
+@by_instruction_set
 def test_every_instruction_set(isa):
     run_tests_on(isa, __file__, "test_softmax_attention", "test_weights_in_half_precision")

@@ -47,7 +47,7 @@ def test_two_processes_say_once_what_is_wrong(tmp_path):
     ("sharded", "carry"),
     [
         pytest.param(False, "none", id="ddp"),
-        pytest.param(True, "none", id="fsdp"),
+        pytest.param(True, "none", id="fsdp", marks=pytest.mark.slow),
         pytest.param(False, "passing", id="passing", marks=pytest.mark.slow),
         pytest.param(False, "document", id="document", marks=pytest.mark.slow),
     ],
