@@ -8,6 +8,10 @@ turns, with pauses in which the threads of the one before come to rest. The tabl
 microseconds, divided by the sequences of the batch.
 
     python benchmarks/short_calls.py [--threads 2] [--tokens 1 16 64 128 512 4096] [--batch 1]
+
+`--gradients` measures calls without states, forwards and backwards, and `--modules` modules of 512
+channels without gradients. These have no columns of onnxruntime; modules have one of PyTorch's
+`nn.MultiheadAttention`.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 import cumulant as cm
+from cumulant import nn
 from cumulant.bench.speed.onnxruntime_calls import linear_call, missing_packages
 
 HEADS, WIDTH, TAYLOR = 8, 64, 16
@@ -51,6 +56,40 @@ def onnx_operator(batch: int, tokens: int, gated: bool) -> Callable[[], Any]:
     state = torch.randn(batch, HEADS, WIDTH, WIDTH)
     decay = -torch.randn(batch, HEADS, tokens).abs() if gated else None
     return linear_call(q, k, v, state, log_decay=decay)
+
+
+def training_calls(batch: int, tokens: int) -> dict[str, Callable[[], Any]]:
+    ops = {
+        "elu + 1": (cm.linear_attention, WIDTH),
+        "Taylor": (cm.taylor_attention, TAYLOR),
+        "softmax": (torch.nn.functional.scaled_dot_product_attention, WIDTH),
+    }
+    upstream = torch.ones(batch, HEADS, tokens, WIDTH)
+
+    def call(op: Callable[..., Any], width: int) -> Callable[[], Any]:
+        x = [y.requires_grad_() for y in heads(batch, tokens, width, width, WIDTH)]
+        return lambda: torch.autograd.grad(op(*x, is_causal=True), x, upstream)
+
+    return {name: call(*op) for name, op in ops.items()}
+
+
+def module_calls(batch: int, tokens: int) -> dict[str, Callable[[], Any]]:
+    channels = HEADS * WIDTH
+    x = torch.randn(batch, tokens, channels)
+    modules = {
+        "elu + 1": nn.LinearAttention(channels, num_heads=HEADS, is_causal=True),
+        "Taylor": nn.TaylorAttention(channels, num_heads=HEADS, is_causal=True),
+        "softmax": nn.SoftmaxAttention(channels, num_heads=HEADS, is_causal=True),
+    }
+    other = torch.nn.MultiheadAttention(channels, HEADS, batch_first=True)
+    mask = torch.nn.Transformer.generate_square_subsequent_mask(tokens)
+    calls: dict[str, Callable[[], Any]] = {
+        name: (lambda module=module: module(x)) for name, module in modules.items()
+    }
+    calls["PyTorch's module"] = lambda: other(
+        x, x, x, need_weights=False, is_causal=True, attn_mask=mask
+    )
+    return calls
 
 
 def measure(calls: dict[str, Callable[[], Any]], batch: int) -> dict[str, float]:
@@ -93,12 +132,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 16, 64, 128, 512, 4096])
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--gradients", action="store_true")
+    what.add_argument("--modules", action="store_true")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     table = Table("tokens", title=f"microseconds, {options.threads} threads, batch {options.batch}")
-    with torch.inference_mode():
+    calls = training_calls if options.gradients else module_calls if options.modules else all_calls
+    with torch.inference_mode(not options.gradients):
         for tokens in options.tokens:
-            found = measure(all_calls(options.batch, tokens), options.batch)
+            found = measure(calls(options.batch, tokens), options.batch)
             if not table.row_count:
                 for name in found:
                     table.add_column(name, justify="right")

@@ -20,8 +20,8 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from ..kernels.native.attention import RepeatedCall
 from ..kernels.native.library import GrowingWeights
+from ..kernels.native.repeated_attention import RepeatedAttention
 from ..kernels.operators.attention import OPERATOR
 from ..kernels.spec import AttentionInputs, AttentionSpec
 from .checks import check_signs
@@ -39,7 +39,7 @@ Signature = tuple[Any, ...]
 class Repeated:
     """What calls with one signature have in common."""
 
-    call: RepeatedCall
+    call: RepeatedAttention
     normalize: bool
     returns_state: bool
     layout: tuple[Any, ...] | None = None  # of the states that they return
@@ -59,11 +59,9 @@ class Repeated:
         inputs, call = AttentionInputs(query, key, value, None, None, S, z, log_decay), self.call
         try:
             if torch.is_grad_enabled() and OPERATOR.differentiates(inputs):
-                out, _, S, z = OPERATOR.run_differentiably(
-                    "native", inputs, call.spec, call.forward
-                )
+                out, _, S, z = OPERATOR.run_differentiably("native", inputs, call.spec, call)
             else:
-                out, _, S, z = call.forward(inputs, keeps_denominators=False)
+                out, _, S, z = call.forward_only(inputs, call.spec)
         except GrowingWeights:
             assert log_decay is not None
             check_signs(log_decay)
@@ -101,11 +99,11 @@ def remember(
     returns_state: bool,
 ) -> Repeated | None:
     """What the call and later ones with its signature have in common; None if nothing."""
-    if signature is None or plan.impl != "native" or not RepeatedCall.suits(inputs):
+    if signature is None or plan.impl != "native" or not RepeatedAttention.suits(inputs):
         return None
     if len(_remembered) >= MOST:
         forget()
-    found = Repeated(RepeatedCall(inputs, plan.spec), plan.spec.normalize, returns_state)
+    found = Repeated(RepeatedAttention(inputs, plan.spec), plan.spec.normalize, returns_state)
     _remembered[signature] = found
     return found
 

@@ -7,9 +7,7 @@ once. See docs/kernels.md.
 
 from __future__ import annotations
 
-import ctypes
 import math
-import struct
 
 import torch
 from torch import Tensor
@@ -28,15 +26,12 @@ from .library import (
     MAX_ORDER,
     TYPES,
     Arguments,
-    Array,
     Attention,
     array_of,
     call_library,
     check_inputs,
     instruction_set_number,
-    loaded_library,
     pointer_to,
-    raise_status,
     require,
     thread_count,
 )
@@ -45,11 +40,9 @@ ACTIVATIONS = ("identity", "elu", "relu")
 DECAY_TYPES = (torch.float32, torch.float64)
 CHUNK = 64
 # Causal calls without Taylor features have small sums, so most of their work is inside chunks.
-# Shorter chunks make it less.
+# Shorter chunks make it less, unless one chunk is all.
 SHORT_CHUNK = 48
 SPAN = 512
-_ADDRESSES = struct.Struct("10Q")  # library.Addresses
-_NONE = torch.empty(0, device="cpu")
 # With more features than MANY and at most FEW_TOKENS tokens, PyTorch's quadratic form is faster.
 MANY, FEW_TOKENS = 600, 128
 
@@ -88,16 +81,20 @@ def prepared(inputs: AttentionInputs, spec: AttentionSpec) -> AttentionSpec:
     )
 
 
+def _chunk(T: int, spec: AttentionSpec) -> int:
+    """The tokens of a chunk for T queries. `prepared` must not compare lengths, because exported
+    programs leave them open.
+    """
+    return CHUNK if T <= CHUNK else spec.chunk
+
+
 def describe(inputs: AttentionInputs, spec: AttentionSpec) -> str:
     """How the kernels would compute the call, for `explain`."""
     T, K = inputs.query.shape[2:]
-    length = longest_sequence(inputs.cu_seqlens, T)
-    if length <= spec.chunk and spec.is_causal:
+    length, chunk = longest_sequence(inputs.cu_seqlens, T), _chunk(T, spec)
+    if length <= chunk and spec.is_causal:
         return f"one block of {length} tokens, the quadratic form"
-    return (
-        f"chunks of {spec.chunk} tokens, {feature_count(K, spec.order, spec.constant_term)}"
-        " features"
-    )
+    return f"chunks of {chunk} tokens, {feature_count(K, spec.order, spec.constant_term)} features"
 
 
 def _check_call(x: AttentionInputs, spec: AttentionSpec) -> None:
@@ -131,7 +128,7 @@ def _check_call(x: AttentionInputs, spec: AttentionSpec) -> None:
         require(rising and B == 1 and T == S, "cu_seqlens", wanted, bounds)
 
 
-class _Call(Arguments):
+class Call(Arguments):
     """The arguments of one forward or backward call."""
 
     def __init__(self, x: AttentionInputs, spec: AttentionSpec):
@@ -140,7 +137,7 @@ class _Call(Arguments):
         super().__init__(
             torch.promote_types(torch.promote_types(x.query.dtype, x.key.dtype), x.value.dtype)
         )
-        F = feature_count(K, spec.order, spec.constant_term)
+        F, chunk = feature_count(K, spec.order, spec.constant_term), _chunk(T, spec)
         self.sums = sequence_count(B, x.cu_seqlens), G, F
         if x.numerator is not None or x.denominator is not None:
             self.check_sums(V, numerator=x.numerator, denominator=x.denominator)
@@ -148,11 +145,11 @@ class _Call(Arguments):
             require(not spec.normalize or both, "denominator", "with the numerator", x.denominator)
         a = self.attention = Attention(
             B=B, N=self.sums[0], H=H, G=G, T=T, S=S, K=K, V=V, F=F,
-            chunk=spec.chunk, span=spec.span, type=TYPES[self.dtype],
+            chunk=chunk, span=spec.span, type=TYPES[self.dtype],
             order=spec.order, constant_term=spec.constant_term,
             activation=ACTIVATIONS.index(spec.activation), scale=spec.scale,
             normalize=spec.normalize, is_causal=spec.is_causal, isa=instruction_set_number(),
-            threads=thread_count(max(T, S) * B * H * (F * V + spec.chunk * (K + V))),
+            threads=thread_count(max(T, S) * B * H * (F * V + chunk * (K + V))),
         )  # fmt: skip
         a.query, a.key, a.value = (self.array_of(t) for t in (x.query, x.key, x.value))
         if x.key_mask is not None:
@@ -180,7 +177,7 @@ class _Call(Arguments):
 
 def forward(inputs: AttentionInputs, spec: AttentionSpec) -> AttentionOutputs:
     """The outputs by the C++ kernels."""
-    c, outputs = _Call(inputs, spec), spec.new_outputs(inputs)
+    c, outputs = Call(inputs, spec), spec.new_outputs(inputs)
     a = c.attention
     a.out, a.denominators = array_of(outputs.out), pointer_to(outputs.denominators)
     if spec.returns_state:
@@ -190,70 +187,6 @@ def forward(inputs: AttentionInputs, spec: AttentionSpec) -> AttentionOutputs:
     return outputs
 
 
-class RepeatedCall:
-    """Forward calls that are like one before, except for their numbers.
-
-    Options, shapes, strides and dtypes are the same. So everything is checked and laid out once,
-    and a call passes addresses alone.
-    """
-
-    def __init__(self, inputs: AttentionInputs, spec: AttentionSpec):
-        like = _Call(inputs, spec).attention
-        B, H, T, V, sums = like.B, like.H, like.T, like.V, (like.N, like.G, like.F)
-        like.out = Array(0, T * H * V, V, H * V)  # the layout of `new_heads`
-        self.spec, self.dtype = spec, inputs.dtype
-        self._out = (B, H, T, V), (T * H * V, V, H * V, 1)
-        self._numerator = (*sums, V) if spec.returns_state else (0,)
-        self._denominator = sums if spec.returns_state and spec.normalize else (0,)
-        self._denominators = (B, H, T) if spec.normalize else (0,)
-        self._run = loaded_library().cumulant_attention_repeat
-        self._like, self._like_address = like, ctypes.byref(like)
-
-    @staticmethod
-    def suits(x: AttentionInputs) -> bool:
-        """Whether the kernels read these tensors as they are."""
-        return (
-            x.key_mask is None
-            and x.cu_seqlens is None
-            and x.query.dtype == x.key.dtype == x.value.dtype
-            and all(0 not in t.shape and t.stride(-1) == 1 for t in (x.query, x.key, x.value))
-            and all(t is None or t.is_contiguous() for t in (x.numerator, x.denominator))
-        )
-
-    def forward(self, x: AttentionInputs, keeps_denominators: bool = True) -> AttentionOutputs:
-        """The outputs; without `keeps_denominators`, those that only the backward pass reads are
-        empty.
-
-        Raises:
-            GrowingWeights: a log decay is above 0, or NaN.
-        """
-        empty, dtype = torch.empty, self.dtype
-        S, Z, decay = x.numerator, x.denominator, x.log_decay
-        out = torch.empty_strided(*self._out, dtype=dtype)
-        kept = empty(self._denominators, dtype=dtype) if keeps_denominators else _NONE
-        if S is None or not self.spec.returns_state:
-            S1, Z1 = empty(self._numerator, dtype=dtype), empty(self._denominator, dtype=dtype)
-        else:  # which takes half as long
-            S1 = torch.empty_like(S)
-            Z1 = empty(0, dtype=dtype) if Z is None else torch.empty_like(Z)
-        addresses = _ADDRESSES.pack(  # 0, no address, is that of an empty tensor
-            x.query.data_ptr(),
-            x.key.data_ptr(),
-            x.value.data_ptr(),
-            0 if decay is None else decay.data_ptr(),
-            0 if S is None else S.data_ptr(),
-            0 if Z is None else Z.data_ptr(),
-            out.data_ptr(),
-            kept.data_ptr(),
-            S1.data_ptr(),
-            Z1.data_ptr(),
-        )
-        status = self._run(self._like_address, addresses)
-        if status:
-            raise_status("cumulant_attention_repeat", status)
-        return AttentionOutputs(out, kept, S1, Z1)
-
-
 def backward(
     upstream: AttentionOutputs,
     inputs: AttentionInputs,
@@ -261,7 +194,7 @@ def backward(
     spec: AttentionSpec,
 ) -> AttentionInputs:
     """The inputs' gradients by the C++ kernels."""
-    c, shape, V = _Call(inputs, spec), inputs.query.shape[:3], inputs.value.shape[3]
+    c, shape, V = Call(inputs, spec), inputs.query.shape[:3], inputs.value.shape[3]
     a = c.attention
     dout, dS = upstream.out, upstream.final_numerator
     dz = upstream.final_denominator if spec.normalize else None

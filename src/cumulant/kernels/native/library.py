@@ -56,6 +56,16 @@ class Addresses(ctypes.Structure):
     ]
 
 
+class GradientAddresses(ctypes.Structure):
+    _fields_ = [
+        ("forward", Addresses),
+        *((name, _pointer) for name in ("dquery", "dkey", "dvalue", "dlog_decay")),
+        *((name, _pointer) for name in ("dnumerator", "ddenominator")),
+        *((name, _pointer) for name in ("dfinal_numerator", "dfinal_denominator")),
+        ("dout", Array),
+    ]
+
+
 class Elita(ctypes.Structure):
     _fields_ = [
         *((name, _i64) for name in ("B", "H", "G", "T", "V", "span")),
@@ -236,7 +246,7 @@ def pointer_to(x: Tensor | None) -> int | None:
 
 
 STRUCTURES = (
-    *(Array, Attention, Addresses, Elita, MixedChunk, Pointwise),
+    *(Array, Attention, Addresses, GradientAddresses, Elita, MixedChunk, Pointwise),
     *(Instruction, Past, Program, Quantized, QuantizedProduct),
 )
 

@@ -13,7 +13,7 @@ the outputs that only the backward pass reads.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Generic, TypeVar, get_type_hints
 
 import torch
@@ -60,10 +60,14 @@ def _unpack_results(returned: Any) -> Sequence[Tensor]:
     return returned if isinstance(returned, tuple | list) else (returned,)
 
 
-def _fill_fields(kind: Any, names: Sequence[str], given: Iterator[Any]) -> Any:
-    """`kind` with the next tensors as the fields `names`, and None as its other fields."""
-    found = {name: next(given) for name in names}
-    return kind(*(found.get(name) for name in kind._fields))
+def _places(kind: Any, names: Sequence[str], first: int) -> list[int | None]:
+    """Where arguments, from `first` on those named, have each field of `kind`; None where not."""
+    return [first + names.index(x) if x in names else None for x in kind._fields]
+
+
+def _fill_fields(kind: Any, places: list[int | None], arguments: Sequence[Any]) -> Any:
+    """`kind` with arguments as its fields, and None where they have none."""
+    return kind(*[None if i is None else arguments[i] for i in places])
 
 
 class Operator(Generic[Inputs, Outputs, Spec]):
@@ -98,6 +102,12 @@ class Operator(Generic[Inputs, Outputs, Spec]):
         self._differentiable, self._carriers = differentiable, carriers
         self._saved_inputs = self._input_names if saved_inputs is None else saved_inputs
         self._saved_outputs = saved_outputs
+        n, m = len(carriers), len(carriers) + len(self._saved_inputs)
+        self._backward_places = (
+            _places(outputs, carriers, 0),
+            _places(inputs, self._saved_inputs, n),
+            _places(outputs, saved_outputs, m),
+        )
         options = [*_schema_arguments(spec, self._options), "str impl"]
         forward = [*_schema_arguments(inputs, self._input_names), *options]
         backward = [
@@ -163,10 +173,13 @@ class Operator(Generic[Inputs, Outputs, Spec]):
         impl: str,
         inputs: Inputs,
         spec: Spec,
-        forward: Callable[[Inputs], Outputs] | None = None,
+        implementation: Any = None,
     ) -> Outputs:
-        """The outputs of a plain call, with gradients; `forward` replaces that of `impl`."""
-        results = self._eager.apply(*inputs, spec, impl, forward)
+        """The outputs of a plain call, with gradients.
+
+        implementation: an object with `forward` and `backward`, in the place of `impl`'s module.
+        """
+        results = self._eager.apply(*inputs, spec, impl, implementation)
         found: Outputs = self.outputs(*_unpack_results(results))
         return found
 
@@ -204,12 +217,17 @@ class Operator(Generic[Inputs, Outputs, Spec]):
     def _unpack_backward(
         self, arguments: Sequence[Any]
     ) -> tuple[Outputs, Inputs, Outputs, Spec, str]:
-        given = iter(arguments)
-        upstream = _fill_fields(self.outputs, self._carriers, given)
-        inputs = _fill_fields(self._inputs, self._saved_inputs, given)
-        outputs = _fill_fields(self.outputs, self._saved_outputs, given)
-        *options, impl = given
-        return upstream, inputs, outputs, self._spec(*options), impl
+        *options, impl = arguments[-len(self._options) - 1 :]
+        return *self._backward_parts(arguments), self._spec(*options), impl
+
+    def _backward_parts(self, arguments: Sequence[Any]) -> tuple[Outputs, Inputs, Outputs]:
+        """Gradients of the outputs, inputs and outputs, from the arguments of `backward`."""
+        upstream, inputs, outputs = self._backward_places
+        return (
+            _fill_fields(self.outputs, upstream, arguments),
+            _fill_fields(self._inputs, inputs, arguments),
+            _fill_fields(self.outputs, outputs, arguments),
+        )
 
     def _run_backward(self, *arguments: Any) -> Any:
         upstream, inputs, outputs, spec, impl = self._unpack_backward(arguments)
@@ -251,23 +269,23 @@ class Operator(Generic[Inputs, Outputs, Spec]):
     # Differentiation by autograd in a plain call, without the operators.
 
     def _run_eagerly(self, ctx: Any, *arguments: Any) -> Any:
-        *tensors, spec, impl, forward = arguments
+        *tensors, spec, impl, implementation = arguments
         inputs = self._inputs(*tensors)
-        if forward is None:
-            found = load_implementation(impl, self.module).forward(inputs, spec)
-        else:
-            found = forward(inputs)
-        results = _pack_results(found, inputs[0])
+        ctx.implementation = implementation or load_implementation(impl, self.module)
+        results = _pack_results(ctx.implementation.forward(inputs, spec), inputs[0])
         self._save_for_backward(ctx, inputs, spec, impl, self.outputs(*_unpack_results(results)))
         return results
 
     def _differentiate_eagerly(self, ctx: Any, *gradients: Any) -> Any:
-        arguments = [*self._backward_tensors(ctx, gradients), *ctx.spec, ctx.impl]
-        tensors = arguments[: -1 - len(ctx.spec)]
+        tensors = self._backward_tensors(ctx, gradients)
         # With gradients enabled, this gradient may be differentiated again.
-        plain = is_plain_call(*tensors) and not torch.is_grad_enabled()
-        found = (self._run_backward if plain else self._mapped_backward)(*arguments)
-        return *self._input_gradients(ctx, _unpack_results(found)), None, None, None
+        if is_plain_call(*tensors) and not torch.is_grad_enabled():
+            parts = self._backward_parts(tensors)
+            ours = ctx.implementation.backward(*parts, ctx.spec)
+            found: Sequence[Any] = [getattr(ours, name) for name in self._differentiable]
+        else:
+            found = _unpack_results(self._mapped_backward(*tensors, *ctx.spec, ctx.impl))
+        return *self._input_gradients(ctx, found), None, None, None
 
     def _backward_tensors(self, ctx: Any, gradients: Sequence[Any]) -> list[Any]:
         """The tensor arguments of a call of `backward`."""

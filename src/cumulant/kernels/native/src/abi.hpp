@@ -44,6 +44,15 @@ struct Addresses {
   void *out, *denominators, *final_numerator, *final_denominator;
 };
 
+// The addresses of a call of its gradients, and the strides of the one that they come from, which
+// differ from call to call. Absent: null.
+struct GradientAddresses {
+  Addresses forward;
+  void *dquery, *dkey, *dvalue, *dlog_decay, *dnumerator, *ddenominator;
+  void *dfinal_numerator, *dfinal_denominator;
+  Array dout;
+};
+
 // One call of ELiTA's attention. Logits are float or double (`logits`), odds float (double where
 // the values are: `gates`); what the recurrences carry is always double.
 struct Elita {

@@ -139,6 +139,15 @@ class AttentionCall : Schedule<Attention> {
   }
 };
 
+// A call with other tensors, which lie like those of the first.
+Attention moved(Attention a, const Addresses& at) {
+  a.query.data = at.query, a.key.data = at.key, a.value.data = at.value, a.out.data = at.out;
+  a.log_decay.data = at.log_decay, a.denominators = at.denominators;
+  a.numerator = at.numerator, a.denominator = at.denominator;
+  a.final_numerator = at.final_numerator, a.final_denominator = at.final_denominator;
+  return a;
+}
+
 // Whether a log decay is above 0, or NaN.
 bool any_grows(const Attention& a) {
   const Array& x = a.log_decay;
@@ -167,15 +176,20 @@ int cumulant_attention_forward(const cumulant::Attention* a) {
 }
 // A call like an earlier one, `like`, whose tensors are elsewhere. Decays are checked here.
 int cumulant_attention_repeat(const cumulant::Attention* like, const cumulant::Addresses* at) {
-  cumulant::Attention a = *like;
-  a.query.data = at->query, a.key.data = at->key, a.value.data = at->value, a.out.data = at->out;
-  a.log_decay.data = at->log_decay, a.denominators = at->denominators;
-  a.numerator = at->numerator, a.denominator = at->denominator;
-  a.final_numerator = at->final_numerator, a.final_denominator = at->final_denominator;
+  const cumulant::Attention a = cumulant::moved(*like, *at);
   if (cumulant::any_grows(a)) return cumulant::GROWING;
   return cumulant_attention_forward(&a);
 }
 int cumulant_attention_backward(const cumulant::Attention* a) {
   return cumulant::guarded(a->isa, [&] { return cumulant::AttentionCall(*a).backward(); });
+}
+int cumulant_attention_repeat_backward(const cumulant::Attention* like,
+                                       const cumulant::GradientAddresses* at) {
+  cumulant::Attention a = cumulant::moved(*like, at->forward);
+  a.dout = at->dout, a.dlog_decay = (double*)at->dlog_decay;
+  a.dquery.data = at->dquery, a.dkey.data = at->dkey, a.dvalue.data = at->dvalue;
+  a.dnumerator = at->dnumerator, a.ddenominator = at->ddenominator;
+  a.dfinal_numerator = at->dfinal_numerator, a.dfinal_denominator = at->dfinal_denominator;
+  return cumulant_attention_backward(&a);
 }
 }

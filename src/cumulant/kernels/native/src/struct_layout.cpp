@@ -76,6 +76,13 @@ Layout layout(const Addresses*) {
           FIELD(final_numerator),
           FIELD(final_denominator)};
 }
+Layout layout(const GradientAddresses*) {
+  typedef GradientAddresses Struct;
+  return {FIELD(forward),      FIELD(dquery),           FIELD(dkey),
+          FIELD(dvalue),       FIELD(dlog_decay),       FIELD(dnumerator),
+          FIELD(ddenominator), FIELD(dfinal_numerator), FIELD(dfinal_denominator),
+          FIELD(dout)};
+}
 Layout layout(const Elita*) {
   typedef Elita Struct;
   return {FIELD(B),
@@ -222,6 +229,7 @@ const char* cumulant_layout() {
     cumulant::add<cumulant::Array>(to, "Array");
     cumulant::add<cumulant::Attention>(to, "Attention");
     cumulant::add<cumulant::Addresses>(to, "Addresses");
+    cumulant::add<cumulant::GradientAddresses>(to, "GradientAddresses");
     cumulant::add<cumulant::Elita>(to, "Elita");
     cumulant::add<cumulant::MixedChunk>(to, "MixedChunk");
     cumulant::add<cumulant::Pointwise>(to, "Pointwise");
