@@ -13,7 +13,6 @@ from cumulant.kernels import quantized as formula
 from cumulant.kernels.native import library
 from cumulant.kernels.native import quantized as native
 from cumulant.kernels.native.program import Program, Unsuitable
-from cumulant.ops import quantized as ops
 from cumulant.ops.quantized import quantize
 
 from .cases import TOLERANCE, error
@@ -155,10 +154,8 @@ def test_matrices_of_one_vector_may_have_different_bits(bits):
 
 
 @pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("block", [1, 500, 1 << 22])
-def test_many_tokens(isa, bits, block, monkeypatch):
-    """In one block and in several, with and without gradients, in every dtype."""
-    monkeypatch.setattr(ops, "BLOCK", block)
+def test_many_tokens(isa, bits):
+    """With and without gradients, in every dtype."""
     matrix, bias = quantize(torch.randn(30, 100), bits), torch.randn(30)
     exact = matrix.dequantize().double()
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
@@ -183,18 +180,18 @@ def test_many_tokens(isa, bits, block, monkeypatch):
 
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("sizes", [(1, 1), (33, 64), (40, 208), (64, 192), (100, 3000)])
-@pytest.mark.parametrize("isa", ["avx512vnni"], indirect=True)
 def test_tokens_multiply_codes(isa, bits, sizes):
     """Tiles and panels that are full or not, and more tokens than are prepared at a time."""
     n, k = sizes
     matrix, bias = quantize(torch.randn(n, k), bits), torch.randn(n)
     exact = matrix.dequantize().double()
+    bound = ROUNDED if isa == "avx512vnni" else 1e-6
     for tokens in (1, 5, 6, 13, 300):
         x = torch.randn(tokens, k)
         expected = x.double() @ exact.T
         y = native.multiply(x, *matrix)
-        assert error(y, expected) < ROUNDED
-        assert error(native.multiply(x, *matrix, bias), expected + bias.double()) < ROUNDED
+        assert error(y, expected) < bound
+        assert error(native.multiply(x, *matrix, bias), expected + bias.double()) < bound
         alone = torch.cat([native.multiply(row[None], *matrix) for row in x[:7]])
         assert torch.equal(y[:7], alone)  # a token's outputs do not depend on the others
         assert error(multiply(matrix, x[:3, None]), y[:3].double()) < 1e-6  # as one token's
@@ -288,8 +285,6 @@ def test_errors():
         native.dequantize(codes, scales, 4, k)
     with pytest.raises(ValueError, match="scales: expected contiguous"):
         native.dequantize(codes, scales.half(), 8, k)
-    with pytest.raises(ValueError, match="out: expected contiguous"):
-        native.dequantize(codes, scales, 8, k, torch.empty(4, 63))
     with pytest.raises(ValueError, match="k: expected at least 1, got 0"):
         native.multiply(torch.ones(2, 0), codes[:, :0], scales[:, :0], 8, 0)
     p = Program(64)

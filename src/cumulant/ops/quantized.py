@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from typing import NamedTuple
 
 import torch
@@ -11,14 +10,11 @@ from torch.nn import functional as F
 
 from ..kernels import quantized as formula
 from ..kernels.native import quantized as native
-from ..kernels.product import is_plain_call, linear
+from ..kernels.product import is_plain_call
 from ..kernels.quantized import BITS
 from .dispatch import native_by_default
 
 __all__ = ["BITS", "QuantizedMatrix", "check_bits", "quantize"]
-
-BLOCK = 1 << 22  # weights that are decoded at a time for a product, at most
-_memory = threading.local()  # of each thread: what it decodes to, as fresh pages would take longer
 
 
 class QuantizedMatrix(NamedTuple):
@@ -38,17 +34,17 @@ class QuantizedMatrix(NamedTuple):
     def rows(self, index: Tensor | slice) -> QuantizedMatrix:
         return self._replace(codes=self.codes[index], scales=self.scales[index])
 
-    def dequantize(self, out: Tensor | None = None) -> Tensor:
+    def dequantize(self) -> Tensor:
         """The weights ``[n, k]`` in fp32."""
         if not (native_by_default(self.codes) and is_plain_call(self.codes, self.scales)):
             return formula.dequantize(*self)
-        return native.dequantize(self.codes.contiguous(), self.scales.contiguous(), *self[2:], out)
+        return native.dequantize(self.codes.contiguous(), self.scales.contiguous(), *self[2:])
 
     def multiply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """``x Wᵀ + b``: ``x [..., k]`` -> ``[..., n]`` in the dtype of x.
 
-        With AVX-512 VNNI it is a product of integers, as one token's. Elsewhere large matrices are
-        decoded in blocks. Gradients of x need all weights, and so keep them.
+        With AVX-512 VNNI it is a product of integers, as one token's. Gradients of x need all
+        weights, and so keep them.
         """
         if torch.is_autocast_enabled(x.device.type):
             with torch.autocast(x.device.type, enabled=False):
@@ -58,32 +54,10 @@ class QuantizedMatrix(NamedTuple):
         if not plain or x.dtype == torch.float64 or (wanted and torch.is_grad_enabled()):
             return F.linear(x, self.dequantize().to(x.dtype), bias)
         rows, n = x.reshape(-1, self.k), self.codes.shape[0]
-        if native.has_products():
-            codes, scales = self.codes.contiguous(), self.scales.contiguous()
-            bias = None if bias is None else bias.float().contiguous()
-            y = native.multiply(rows.float().contiguous(), codes, scales, *self[2:], bias)
-            return y.to(x.dtype).view(*x.shape[:-1], n)
-        if x.dtype != torch.float32:
-            return F.linear(x, self.dequantize().to(x.dtype), bias)
-        step = max(1, BLOCK // self.k)
-        if n <= step:
-            return linear(rows, self._decode(), bias).view(*x.shape[:-1], n)
-        y = x.new_empty(rows.shape[0], n)
-        for begin in range(0, n, step):
-            block = self.rows(slice(begin, begin + step))
-            y[:, begin : begin + step] = linear(rows, block._decode(), None)
-        return (y if bias is None else y.add_(bias)).view(*x.shape[:-1], n)
-
-    def _decode(self) -> Tensor:
-        """The weights, which the next call in this thread overwrites."""
-        size = self.codes.shape[0] * self.k
-        memory: Tensor | None = getattr(_memory, "numbers", None)
-        if memory is None or memory.numel() < size:
-            with torch.inference_mode(False):  # so that calls outside of it may use it too
-                memory = _memory.numbers = torch.empty(
-                    max(size, BLOCK), dtype=torch.float32, device="cpu"
-                )
-        return self.dequantize(memory[:size].view(-1, self.k))
+        codes, scales = self.codes.contiguous(), self.scales.contiguous()
+        bias = None if bias is None else bias.float().contiguous()
+        y = native.multiply(rows.float().contiguous(), codes, scales, *self[2:], bias)
+        return y.to(x.dtype).view(*x.shape[:-1], n)
 
 
 def check_bits(bits: object) -> int:

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from ..quantized import BITS, groups_of, row_bytes
 from .library import (
-    INSTRUCTIONS,
     Quantized,
     QuantizedProduct,
     call_library,
@@ -17,16 +16,10 @@ from .library import (
 )
 
 
-def dequantize(
-    codes: Tensor, scales: Tensor, bits: int, k: int, out: Tensor | None = None
-) -> Tensor:
-    """The weights ``[n, k]`` of ``codes [n, bytes]`` and ``scales [n, groups]``.
-
-    out: contiguous memory for them.
-    """
+def dequantize(codes: Tensor, scales: Tensor, bits: int, k: int) -> Tensor:
+    """The weights ``[n, k]`` of ``codes [n, bytes]`` and ``scales [n, groups]``."""
     n = _check_matrix(codes, scales, bits, k)
-    out = codes.new_empty(n, k, dtype=torch.float32) if out is None else out
-    _require_matrix("out", out, (n, k), torch.float32)
+    out = codes.new_empty(n, k, dtype=torch.float32)
     arguments = Quantized(
         n, k, bits, thread_count(n * k), instruction_set_number(),
         codes.data_ptr(), scales.data_ptr(), out.data_ptr(),
@@ -35,17 +28,12 @@ def dequantize(
     return out
 
 
-def has_products() -> bool:
-    """Whether the kernels of this machine multiply codes with many tokens."""
-    return INSTRUCTIONS[instruction_set_number()] == "avx512vnni"
-
-
 def multiply(
     x: Tensor, codes: Tensor, scales: Tensor, bits: int, k: int, bias: Tensor | None = None
 ) -> Tensor:
-    """``x Wᵀ + bias`` for contiguous fp32 ``x [T, k]`` -> ``[T, n]``, if `has_products`.
+    """``x Wᵀ + bias`` for contiguous fp32 ``x [T, k]`` -> ``[T, n]``.
 
-    Each group of 64 numbers of a token is rounded to 16 bits.
+    With AVX-512 VNNI each group of 64 numbers of a token is rounded to 16 bits.
     """
     n, tokens = _check_matrix(codes, scales, bits, k), x.shape[0]
     _require_matrix("x", x, (tokens, k), torch.float32)

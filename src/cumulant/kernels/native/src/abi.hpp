@@ -271,9 +271,9 @@ struct Kernels {
                    int64_t begin, int64_t end);
   int64_t (*vector_bytes)(int64_t k);
   void (*prepare_vector)(int bits, const float* x, int64_t k, void* to);
-  // Products with a block of tokens, null where there are none: tiles of `tile_tokens` tokens are
-  // prepared, `tile_bytes` each, and panels of `panel_rows` rows take them.
-  int64_t tile_tokens, panel_rows;
+  // Products with a block of tokens, of singles: tiles of `tile_tokens` tokens are prepared,
+  // `tile_bytes` each and about `near` bytes in all, and panels of `panel_rows` rows take them.
+  int64_t tile_tokens, panel_rows, near;
   int64_t (*tile_bytes)(int64_t k);
   int64_t (*product_scratch)(int64_t k);  // bytes
   void (*prepare_tile)(const QuantizedProduct&, int64_t first, void* to, void* scratch);

@@ -3,13 +3,14 @@
 #include "attention_backward.hpp"
 #include "attention_forward.hpp"
 #include "attention_step.hpp"
+#include "decoded_product.hpp"
 #include "elita_recurrence.hpp"
+#include "integer_product.hpp"
 #include "mixed_chunk_backward.hpp"
 #include "mixed_chunk_forward.hpp"
 #include "mixed_chunk_step.hpp"
 #include "pointwise.hpp"
 #include "program.hpp"
-#include "quantized_product.hpp"
 
 namespace cumulant {
 namespace CUMULANT_ISA {
@@ -64,21 +65,23 @@ template <class R, class X> constexpr Kernels table() {
   k.read_numbers = read_numbers;
   return k;
 }
+// P: products of many tokens with quantised matrices.
+template <class P> constexpr Kernels with_products(Kernels k) {
+  k.tile_tokens = P::TILE_TOKENS;
+  k.panel_rows = P::PANEL_ROWS;
+  k.near = P::NEAR;
+  k.tile_bytes = P::tile_bytes;
+  k.product_scratch = P::scratch_bytes;
+  k.prepare_tile = P::prepare;
+  k.multiply_panel = P::run;
+  return k;
+}
 extern const Kernels singles, doubles;
-const Kernels singles = table<float, PlainVector>();
+const Kernels singles = with_products<DecodedProduct>(table<float, PlainVector>());
 const Kernels doubles = table<double, PlainVector>();
 #if CUMULANT_BYTES == 64
 extern const Kernels vnni_singles;
-constexpr Kernels with_products(Kernels k) {
-  k.tile_tokens = TILE_TOKENS;
-  k.panel_rows = PANEL_ROWS;
-  k.tile_bytes = VnniProduct::tile_bytes;
-  k.product_scratch = VnniProduct::scratch_bytes;
-  k.prepare_tile = VnniProduct::prepare;
-  k.multiply_panel = VnniProduct::run;
-  return k;
-}
-const Kernels vnni_singles = with_products(table<float, VnniVector>());
+const Kernels vnni_singles = with_products<VnniProduct>(table<float, VnniVector>());
 #endif
 
 }  // namespace CUMULANT_ISA

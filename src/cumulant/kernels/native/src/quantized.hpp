@@ -14,6 +14,9 @@ namespace CUMULANT_ISA {
 constexpr int GROUP = 64;
 constexpr int HALF = GROUP / 2;
 
+// How far ahead a product with a vector fetches codes to the second cache, in bytes.
+template <int BITS> constexpr int AHEAD = 1024 * BITS;
+
 INLINE int64_t groups_of(int64_t k) { return (k + GROUP - 1) / GROUP; }
 
 // Codes 4 L i to 4 L (i + 1) - 1 of a group (L lanes), four in each lane, the first in its lowest
@@ -60,6 +63,7 @@ struct PlainVector {
     for (int i = 0; i < N; i++) sums[i] = Vec<float>{};
     for (int64_t g = 0; g < groups; g++, x += GROUP) {
       for (int n = 0; n < N; n++) {
+        __builtin_prefetch(codes + (n * groups + g) * BYTES + AHEAD<BITS>, 0, 2);
         Vec<float> part{};
         for (int i = 0; i < GROUP / (4 * L); i++) {
           const auto four = codes_at<BITS>(codes + (n * groups + g) * BYTES, i);
@@ -145,7 +149,7 @@ struct VnniVector {
   template <int BITS, int N>
   static VNNI void dot(const uint8_t* codes, const float* scales, int64_t groups, const void* x,
                        float* out) {
-    constexpr int BYTES = GROUP * BITS / 8, AHEAD = 1024 * BITS;
+    constexpr int BYTES = GROUP * BITS / 8;
     const Group* group = (const Group*)x;
     __m512 sums[N];
     for (int i = 0; i < N; i++) sums[i] = _mm512_setzero_ps();
@@ -158,7 +162,7 @@ struct VnniVector {
       for (int i = 0; i < N; i++) {
         const uint8_t* const row = codes + (i * groups + g) * BYTES;
         __m512i w;
-        __builtin_prefetch(row + AHEAD, 0, 2);  // to the second cache
+        __builtin_prefetch(row + AHEAD<BITS>, 0, 2);
         if (BITS == 8) {
           const __m256i* const two = (const __m256i*)row;  // memory streams faster by 32 bytes
           w = _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_loadu_si256(two)),

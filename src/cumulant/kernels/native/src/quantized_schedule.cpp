@@ -7,15 +7,13 @@
 namespace cumulant {
 namespace {
 
-constexpr int64_t NEAR = 512 << 10;  // bytes of tokens that stay in the second cache meanwhile
-
 // A block of tokens at a time: their tiles are prepared, then every panel of rows takes them all.
 bool multiply(const QuantizedProduct& q) {
   const Kernels& k = kernels(q.isa, F32);
   static thread_local Scratch memory;
   const int64_t tile = k.tile_bytes(q.k), tokens = k.tile_tokens, rows = k.panel_rows;
   const size_t scratch = size_t(k.product_scratch(q.k));
-  const int64_t tiles = std::min((q.T + tokens - 1) / tokens, std::max<int64_t>(1, NEAR / tile));
+  const int64_t tiles = std::min((q.T + tokens - 1) / tokens, std::max<int64_t>(1, k.near / tile));
   char* const prepared =
       static_cast<char*>(memory.reserve(size_t(std::max<int64_t>(1, tiles * tile))));
   bool ok = prepared != nullptr;
@@ -46,9 +44,7 @@ extern "C" int cumulant_decode(const cumulant::Quantized* q) {
   });
 }
 
-// Only with instruction sets whose table has products.
 extern "C" int cumulant_quantized_product(const cumulant::QuantizedProduct* q) {
   using namespace cumulant;
-  if (supported(q->isa) && !kernels(q->isa, F32).multiply_panel) return NO_SUCH_INSTRUCTIONS;
   return guarded(q->isa, [&] { return multiply(*q); });
 }

@@ -12,10 +12,11 @@ namespace cumulant {
 namespace CUMULANT_ISA {
 
 #if CUMULANT_BYTES == 64
-constexpr int TILE_TOKENS = 6, PANEL_ROWS = 32;
-constexpr int FOURS = GROUP / 4;  // steps of four weights in a group
-
 struct VnniProduct {
+  static constexpr int TILE_TOKENS = 6, PANEL_ROWS = 32;
+  static constexpr int FOURS = GROUP / 4;     // steps of four weights in a group
+  static constexpr int64_t NEAR = 512 << 10;  // bytes of tiles, which stay in the second cache
+
   struct Group {
     int8_t bytes[FOURS][2][TILE_TOKENS][4];  // [1]: the low ones
     int32_t start[TILE_TOKENS];              // what takes off the codes' offset
