@@ -102,53 +102,6 @@ def test_gradients(op, is_causal, hits):
     assert hits == [False, False, True, False]
 
 
-# what a gradient that reaches the output may lie like, [B, H, T, V] or one number for all
-UPSTREAM = {
-    "heads apart": lambda dout: dout,
-    "heads side by side": lambda dout: dout.transpose(1, 2).contiguous().transpose(1, 2),
-    "tokens apart": lambda dout: torch.stack((dout, dout), 3)[:, :, :, 0],
-    "numbers apart": lambda dout: torch.stack((dout, dout), -1)[..., 0],
-    "one for all": lambda dout: dout[:1, :1, :1, :1].expand_as(dout),
-    "one a token": lambda dout: dout[..., :1].expand_as(dout),
-    "negated": lambda dout: torch.complex(dout, -dout).conj().imag,
-}
-
-
-@both
-@pytest.mark.parametrize("lies", UPSTREAM)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("normalize", [True, False])
-def test_gradients_from_any_layout(op, lies, dtype, normalize):
-    """Of the output and of the state, with a state that came in."""
-    if op is taylor and not normalize:
-        pytest.skip("always normalised")
-    options = {} if op is taylor else {"normalize": normalize}
-    for _ in range(2):
-        x = [y.requires_grad_() for y in heads(70, dtype=dtype)]
-        _, past = op(*heads(3, dtype=dtype), is_causal=True, return_state=True, **options)
-        sums = [y.requires_grad_() for y in past.tensors().values() if y.is_floating_point()]
-        wide = torch.promote_types(dtype, torch.float32)
-        dout = UPSTREAM[lies](torch.randn(2, 4, 70, 16, dtype=wide)).to(dtype)
-        results = []
-        for impl in ("native", "torch"):
-            out, end = op(*x, is_causal=True, state=past, return_state=True, impl=impl, **options)
-            dend = UPSTREAM[lies](torch.ones_like(end.numerator))
-            results.append(torch.autograd.grad((out, end.numerator), (*x, *sums), (dout, dend)))
-        for ours, other in zip(*results, strict=True):
-            close = {} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-4}
-            torch.testing.assert_close(ours, other, **close)
-
-
-@both
-def test_the_backward_pass_ignores_the_default_device(op):
-    for device in ("cpu", "meta"):
-        x = [y.requires_grad_() for y in heads()]
-        out = op(*x, is_causal=True, log_decay=decays().requires_grad_())
-        with torch.device(device):
-            out.backward(out.detach())
-        assert all(y.grad.device.type == "cpu" for y in x)
-
-
 @both
 def test_layouts_are_told_apart(op, hits):
     """The same shapes lie otherwise in memory: heads side by side, steps, expanded."""

@@ -34,7 +34,7 @@ class RepeatedAttention:
         self._dquery, like.dquery = _lay_out(B, H, T, K)
         self._dkey, like.dkey = _lay_out(B, G, S, K)
         self._dvalue, like.dvalue = _lay_out(B, G, S, V)
-        self.spec, self.dtype = spec, inputs.dtype
+        self.spec, self.dtype, self._inputs = spec, inputs.dtype, _layouts(inputs)
         self._numerator = (*sums, V) if spec.returns_state else (0,)
         self._denominator = sums if spec.returns_state and spec.normalize else (0,)
         self._denominators = (B, H, T) if spec.normalize else (0,)
@@ -90,12 +90,19 @@ class RepeatedAttention:
         """The inputs' gradients, from plain tensors that lie in any way."""
         dout, dS, dZ = upstream.out, upstream.final_numerator, upstream.final_denominator
         S, Z, logs = inputs.numerator, inputs.denominator, inputs.log_decay
+        # hooks of saved tensors may return others than were saved
         lies_as_read = (
-            dout.dtype == self.dtype
+            self._lies_as_read(dout)
             and dout.stride(-1) == 1
-            and all(x is None or (x.dtype == self.dtype and x.is_contiguous()) for x in (dS, dZ))
+            and outputs.out.stride() == self._out[1]
+            and _layouts(inputs) == self._inputs
+            and all(map(self._lies_as_read, outputs))
+            and all(
+                x is None or (self._lies_as_read(x) and x.is_contiguous())
+                for x in (dS, dZ, *outputs[1:])
+            )
         )
-        if not lies_as_read or (S is not None and not spec.normalize):
+        if not lies_as_read:
             return attention.backward(upstream, inputs, outputs, spec)
         dquery, dkey, dvalue = (
             torch.empty_strided(*layout, dtype=inputs.query.dtype, device="cpu")
@@ -120,6 +127,14 @@ class RepeatedAttention:
         return AttentionInputs(
             dquery, dkey, dvalue, numerator=dS0, denominator=dZ0, log_decay=dlogs
         )
+
+    def _lies_as_read(self, x: Tensor) -> bool:
+        return x.dtype == self.dtype and x.is_cpu
+
+
+def _layouts(x: AttentionInputs) -> list[tuple[object, ...] | None]:
+    """What the kernels rely on of each input; shapes do not change."""
+    return [None if t is None else (t.stride(), t.dtype, t.is_cpu) for t in x]
 
 
 def _lay_out(batch: int, heads: int, tokens: int, width: int) -> tuple[Layout, Array]:

@@ -1,7 +1,7 @@
 """One operation as `torch.library` operators, for all implementations at once.
 
 The schema, the fake kernel, the gradients and the `vmap` rule follow from the operation's classes
-in `spec.py`. An implementation is a module with two functions:
+in `spec.py`. An implementation is a module, or an object, with two functions:
 
     forward(inputs, spec) -> outputs
     backward(upstream, inputs, outputs, spec) -> gradients of the inputs
