@@ -83,6 +83,8 @@ def module_calls(batch: int, tokens: int) -> dict[str, Callable[[], Any]]:
     }
     other = torch.nn.MultiheadAttention(channels, HEADS, batch_first=True)
     mask = torch.nn.Transformer.generate_square_subsequent_mask(tokens)
+    for module in (*modules.values(), other):
+        module.eval()
     calls: dict[str, Callable[[], Any]] = {
         name: (lambda module=module: module(x)) for name, module in modules.items()
     }
