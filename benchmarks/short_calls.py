@@ -32,6 +32,7 @@ from cumulant.bench.speed.onnxruntime_calls import linear_call, missing_packages
 
 HEADS, WIDTH, TAYLOR = 8, 64, 16
 ROUNDS = 15
+REST = 0.1  # seconds; onnxruntime's threads spin for half as long after its last call
 
 
 def heads(batch: int, tokens: int, *widths: int) -> list[torch.Tensor]:
@@ -105,7 +106,7 @@ def measure(calls: dict[str, Callable[[], Any]], batch: int) -> dict[str, float]
         repeats[name] = max(1, int(0.02 / (time.perf_counter() - start)))
     for _ in range(ROUNDS):
         for name, call in calls.items():
-            time.sleep(0.01)
+            time.sleep(REST)
             call()
             start = time.perf_counter()
             for _ in range(repeats[name]):
