@@ -118,6 +118,19 @@ def test_saved_tensors_may_come_back_in_another_layout(op, dtype):
 
 
 @both
+@pytest.mark.parametrize("which", range(4))
+def test_shorter_saved_tensors_are_refused(op, which):
+    """Their strides are those of the whole, and nothing is read behind their end."""
+    x = [y.requires_grad_() for y in heads(9)]
+    out = op(*x, is_causal=True)
+    dout = torch.ones_like(out)
+    changed = (*x, out)[which]
+    changed.data = changed.data[:, :1]
+    with pytest.raises((ValueError, RuntimeError), match="expected|shape"):
+        torch.autograd.grad(out, x, dout)
+
+
+@both
 def test_the_backward_pass_ignores_the_default_device(op):
     for device in ("cpu", "meta"):
         x = [y.requires_grad_() for y in heads()]

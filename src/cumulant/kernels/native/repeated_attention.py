@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ _ADDRESSES = struct.Struct("10Q")  # library.Addresses
 _GRADIENT_ADDRESSES = struct.Struct("19Q3q")  # library.GradientAddresses
 _NONE = torch.empty(0, device="cpu")
 Layout = tuple[tuple[int, ...], tuple[int, ...]]
+Layouts = list[tuple[object, ...] | None]
 
 
 class RepeatedAttention:
@@ -34,7 +36,9 @@ class RepeatedAttention:
         self._dquery, like.dquery = _lay_out(B, H, T, K)
         self._dkey, like.dkey = _lay_out(B, G, S, K)
         self._dvalue, like.dvalue = _lay_out(B, G, S, V)
-        self.spec, self.dtype, self._inputs = spec, inputs.dtype, _layouts(inputs)
+        self.spec, self.dtype = spec, inputs.dtype
+        self._inputs = _layouts(inputs)
+        self._outputs: Layouts | None = None  # known from the first call on
         self._numerator = (*sums, V) if spec.returns_state else (0,)
         self._denominator = sums if spec.returns_state and spec.normalize else (0,)
         self._denominators = (B, H, T) if spec.normalize else (0,)
@@ -59,7 +63,10 @@ class RepeatedAttention:
         Raises:
             GrowingWeights: a log decay is above 0, or NaN.
         """
-        return self._forward(inputs, torch.empty(self._denominators, dtype=self.dtype))
+        outputs = self._forward(inputs, torch.empty(self._denominators, dtype=self.dtype))
+        if self._outputs is None:
+            self._outputs = _layouts(outputs)
+        return outputs
 
     def forward_only(self, inputs: AttentionInputs, spec: AttentionSpec) -> AttentionOutputs:
         """The same without what only the backward pass reads."""
@@ -90,19 +97,14 @@ class RepeatedAttention:
         """The inputs' gradients, from plain tensors that lie in any way."""
         dout, dS, dZ = upstream.out, upstream.final_numerator, upstream.final_denominator
         S, Z, logs = inputs.numerator, inputs.denominator, inputs.log_decay
-        # hooks of saved tensors may return others than were saved
-        lies_as_read = (
-            self._lies_as_read(dout)
+        if not (
+            # hooks of saved tensors may return others than were saved
+            _layouts(inputs) == self._inputs
+            and _layouts(outputs) == self._outputs
+            and all(x is None or (x.dtype == self.dtype and x.is_cpu) for x in upstream)
             and dout.stride(-1) == 1
-            and outputs.out.stride() == self._out[1]
-            and _layouts(inputs) == self._inputs
-            and all(map(self._lies_as_read, outputs))
-            and all(
-                x is None or (self._lies_as_read(x) and x.is_contiguous())
-                for x in (dS, dZ, *outputs[1:])
-            )
-        )
-        if not lies_as_read:
+            and all(x is None or x.is_contiguous() for x in (dS, dZ))
+        ):
             return attention.backward(upstream, inputs, outputs, spec)
         dquery, dkey, dvalue = (
             torch.empty_strided(*layout, dtype=inputs.query.dtype, device="cpu")
@@ -128,13 +130,10 @@ class RepeatedAttention:
             dquery, dkey, dvalue, numerator=dS0, denominator=dZ0, log_decay=dlogs
         )
 
-    def _lies_as_read(self, x: Tensor) -> bool:
-        return x.dtype == self.dtype and x.is_cpu
 
-
-def _layouts(x: AttentionInputs) -> list[tuple[object, ...] | None]:
-    """What the kernels rely on of each input; shapes do not change."""
-    return [None if t is None else (t.stride(), t.dtype, t.is_cpu) for t in x]
+def _layouts(tensors: Iterable[Tensor | None]) -> Layouts:
+    """All that the kernels rely on, apart from addresses and numbers."""
+    return [None if t is None else (t.shape, t.stride(), t.dtype, t.is_cpu) for t in tensors]
 
 
 def _lay_out(batch: int, heads: int, tokens: int, width: int) -> tuple[Layout, Array]:
