@@ -23,6 +23,7 @@ ALLOWED = {
     "interop": {"interop", "models", "nn", "ops"},
     "text": {"text", "models", "nn", "ops"},
     "export": {"export", "text", "models", "nn", "ops"},
+    "serving": {"serving", "text", "models", "nn", "ops"},
     "bench": {"bench", "text", "models", "nn", "ops"},
 }
 

@@ -17,6 +17,7 @@ import typer
 from .bench.commands import bench, compare, recall, report, silence_libraries, silence_warnings
 from .bench.console import Console, expand_home, print_table
 from .bench.parsing import StrictCommand
+from .serve import serve
 from .streams import silence
 from .text.options import TrainingOptions
 from .text.recipes import RECIPES, from_recipe
@@ -364,7 +365,7 @@ def _piped_text() -> str:
 
 
 app.add_typer(bench, name="bench")
-for command in (compare, recall, report):
+for command in (serve, compare, recall, report):
     app.command(cls=StrictCommand)(command)
 
 

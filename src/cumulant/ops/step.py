@@ -10,10 +10,11 @@ from torch import Tensor
 
 from ..kernels.native.bound_program import BoundProgram
 from ..kernels.native.program import DTYPES, Program, Unsuitable, Vector
+from ..kernels.native.row_program import RowProgram
 from ..kernels.product import is_plain_call
 from .dispatch import native_by_default
 
-__all__ = ["MOST_ROWS", "BoundProgram", "Program", "Unsuitable", "Vector", "may_step"]
+__all__ = ["MOST_ROWS", "BoundProgram", "Program", "RowProgram", "Unsuitable", "Vector", "may_step"]
 
 MOST_ROWS = 16  # with more rows PyTorch's matrix products are faster
 

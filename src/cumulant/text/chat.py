@@ -93,6 +93,17 @@ def render_prompt(tokenizer: PreTrainedTokenizerFast, prompt: str) -> str:
     return _render(tokenizer, [{"role": "user", "content": prompt}], add_generation_prompt=True)
 
 
+def render_messages(
+    tokenizer: PreTrainedTokenizerFast, messages: Messages, *, answer: bool = False
+) -> str:
+    """Messages as text; answer: and the beginning of an answer.
+
+    Raises:
+        ValueError: the template refuses them.
+    """
+    return _render(tokenizer, messages, add_generation_prompt=answer)
+
+
 def end_of_turn(tokenizer: PreTrainedTokenizerFast) -> int | None:
     """The special token that the template writes after an answer, if any."""
     answer = "cumulant"

@@ -23,7 +23,7 @@ LONGEST_WORD = 128
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """A token for each byte of UTF-8, with the byte's value as its id; 256 ends a text."""
-    vocab = {character: byte for byte, character in _byte_characters().items()}
+    vocab = {character: byte for byte, character in byte_characters().items()}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     return _wrap_tokenizer(tokenizer)
@@ -135,7 +135,7 @@ def _wrap_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
     )
 
 
-def _byte_characters() -> dict[int, str]:
+def byte_characters() -> dict[int, str]:
     """The characters of the 256 bytes in byte-level vocabularies.
 
     Printable Latin-1 stands for itself, and the rest are numbered from 256 on.
@@ -164,7 +164,7 @@ def token_sizes(tokenizer: PreTrainedTokenizerFast) -> NDArray[np.int64]:
 
 
 def is_bytes(tokenizer: PreTrainedTokenizerFast) -> bool:
-    return len(tokenizer) == 257 and tokenizer.convert_tokens_to_ids(_byte_characters()[0]) == 0
+    return len(tokenizer) == 257 and tokenizer.convert_tokens_to_ids(byte_characters()[0]) == 0
 
 
 def encode(

@@ -150,7 +150,7 @@ class Instruction(ctypes.Structure):
 class Past(ctypes.Structure):
     _fields_ = [
         *((name, _i64) for name in ("length", "capacity", "dropped", "new_capacity", "seen")),
-        ("first", _pointer),
+        *((name, _pointer) for name in ("first", "lengths")),
     ]
 
 

@@ -190,6 +190,7 @@ struct Past {
   int64_t dropped, new_capacity;  // oldest tokens that `after` leaves out; for how many it has room
   int64_t seen;                   // at most so many of the newest are attended to
   const int64_t* first;           // [B]: the tokens before these are masked; may be null
+  const int64_t* lengths;         // [B]: tokens of each row, at most `length`; null: `length`
 };
 struct Program {
   int64_t B, width, count;  // rows, numbers in each, instructions

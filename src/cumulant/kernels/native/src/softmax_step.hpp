@@ -13,6 +13,7 @@ template <class T> struct SoftmaxStep {
   const Instruction& s;
   const Past& past;
   int64_t batch, group, heads;       // query heads of the group
+  int64_t length;                    // tokens of the row before this one
   const float *query, *key, *value;  // the token's own
   float *out, *most, *total;         // of each query head; total: the sum of the weights
   const T *keys, *values;            // [length, k]
@@ -23,7 +24,8 @@ template <class T> struct SoftmaxStep {
         past(p.pasts[s.past]),
         batch(task / s.groups),
         group(task % s.groups),
-        heads(s.n / s.groups) {
+        heads(s.n / s.groups),
+        length(past.lengths ? past.lengths[batch] : past.length) {
     float* const row = rows + batch * p.width;
     const int64_t first = group * heads;
     query = row + s.source + first * s.k, out = row + s.target + first * s.k;
@@ -37,10 +39,10 @@ template <class T> struct SoftmaxStep {
 
   void run() {
     for (int64_t r = 0; r < heads; r++) see_itself(r);
-    int64_t begin = larger<int64_t>(0, past.length - past.seen);
+    int64_t begin = larger<int64_t>(0, length - past.seen);
     if (past.first) begin = larger(begin, past.first[batch]);
-    for (int64_t j = begin; j < past.length; j += TOKENS)
-      for (int64_t r = 0; r < heads; r++) see(r, j, int(smaller<int64_t>(TOKENS, past.length - j)));
+    for (int64_t j = begin; j < length; j += TOKENS)
+      for (int64_t r = 0; r < heads; r++) see(r, j, int(smaller<int64_t>(TOKENS, length - j)));
     for (int64_t r = 0; r < heads; r++)
       for (int64_t d = 0; d < s.k; d++) out[r * s.k + d] /= total[r];
     remember(keys, key, new_keys);
@@ -101,7 +103,7 @@ template <class T> struct SoftmaxStep {
   }
 
   void remember(const T* before, const float* newest, T* after) const {
-    const int64_t kept = past.length - past.dropped;
+    const int64_t kept = length - past.dropped;
     const size_t row = sizeof(T) * size_t(s.k);
     if (after != before) memcpy(after, before + past.dropped * s.k, row * size_t(kept));
     for (int64_t d = 0; d < s.k; d++) set_number(after + kept * s.k + d, newest[d]);

@@ -188,8 +188,8 @@ Layout layout(const Instruction*) {
 }
 Layout layout(const Past*) {
   typedef Past Struct;
-  return {FIELD(length),       FIELD(capacity), FIELD(dropped),
-          FIELD(new_capacity), FIELD(seen),     FIELD(first)};
+  return {FIELD(length),       FIELD(capacity), FIELD(dropped), FIELD(new_capacity),
+          FIELD(seen),         FIELD(first),    FIELD(lengths)};
 }
 Layout layout(const Program*) {
   typedef Program Struct;

@@ -1,0 +1,110 @@
+"""From the engine's thread to the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any
+
+from ..engine import Engine
+from ..requests import Done, Event, Failed, Request, Ticket, Update
+
+Tagged = tuple[int, Event]
+
+
+class Bridge:
+    """Hands events over to an event loop, those of one step together."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop):
+        self._loop, self._lock = loop, threading.Lock()
+        self._pending: list[tuple[asyncio.Queue[Tagged], Tagged]] = []
+
+    def put(self, queue: asyncio.Queue[Tagged], event: Tagged) -> None:
+        """Called by any thread."""
+        with self._lock:
+            self._pending.append((queue, event))
+            first = len(self._pending) == 1
+        if first:
+            try:
+                self._loop.call_soon_threadsafe(self._flush)
+            except RuntimeError:  # the loop is closed, and nobody waits
+                return
+
+    def _flush(self) -> None:
+        with self._lock:
+            pending, self._pending = self._pending, []
+        for queue, event in pending:
+            queue.put_nowait(event)
+
+
+class _Tagged(Ticket):
+    """A ticket whose events go to a queue, with its number."""
+
+    def __init__(self, request: Request, number: int, queue: asyncio.Queue[Tagged], to: Bridge):
+        super().__init__(request)
+        self._number, self._queue, self._bridge = number, queue, to
+
+    def deliver(self, event: Event) -> None:
+        self._bridge.put(self._queue, (self._number, event))
+
+
+class Answers:
+    """The answers to requests, each event with the number of its request.
+
+    Leaving the context cancels what is not answered. on_first: called with the seconds until each
+    request's first token.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        bridge: Bridge,
+        requests: Sequence[Request],
+        on_first: Callable[[float], None],
+    ):
+        self._engine, self._queue = engine, asyncio.Queue[Tagged]()
+        self._on_first, self._started = on_first, time.perf_counter()
+        self._tickets = [
+            _Tagged(request, i, self._queue, bridge) for i, request in enumerate(requests)
+        ]
+
+    def submit(self) -> None:
+        """Submit all requests, or none: raises what `Engine.submit` does."""
+        for ticket in self._tickets:
+            self._engine.check(ticket.request)
+        try:
+            for ticket in self._tickets:
+                self._engine.submit(ticket)
+        except Exception:
+            self.cancel()
+            raise
+
+    def cancel(self) -> None:
+        for ticket in self._tickets:
+            ticket.cancel()
+        self._engine.wake()
+
+    async def __aenter__(self) -> Answers:
+        return self
+
+    async def __aexit__(self, *_: Any) -> None:
+        self.cancel()
+
+    async def next(self) -> Tagged:
+        """The next event; raises the error of a request that failed."""
+        number, event = await self._queue.get()
+        if isinstance(event, Failed):
+            raise event.error
+        return number, event
+
+    async def __aiter__(self) -> AsyncIterator[Tagged]:
+        left, begun = len(self._tickets), set()
+        while left:
+            number, event = await self.next()
+            left -= isinstance(event, Done)
+            if isinstance(event, Update) and number not in begun:
+                begun.add(number)
+                self._on_first(time.perf_counter() - self._started)
+            yield number, event

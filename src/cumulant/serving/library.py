@@ -1,0 +1,287 @@
+"""States that clients keep by an id: texts that were read once, to be asked many times."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import secrets
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from ..models import ModelState, export_state
+from ..nn import KeyValueState
+from ..ops.state import State, load_state, register_state, save_state
+from ..text.generate import fingerprint
+from .snapshots import Snapshot, SnapshotStore
+
+ID = re.compile(r"state-[0-9a-f]{32}")
+
+
+@dataclass(frozen=True)
+class Document(State):
+    """A text that a model has read.
+
+    tokens: ``[1, n]`` int64.
+    border: the state after the last whole piece, or None for texts that are shorter.
+    end: the state after all tokens, with their last logits.
+    """
+
+    tokens: Tensor
+    border: Snapshot | None
+    end: Snapshot
+
+
+register_state(Document)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a list tells of a document. created: seconds since 1970."""
+
+    id: str
+    tokens: int
+    bytes: int
+    created: int
+
+
+class NoRoom(RuntimeError):
+    """There is no memory for another document."""
+
+
+class UnknownState(KeyError):
+    """No document has this id."""
+
+    def __str__(self) -> str:
+        return f"state_id: no state {self.args[0]!r} here"
+
+
+def model_fingerprint(model: Any) -> str:
+    """A hash of all weights and of the configuration."""
+    settings = model.config.to_dict()
+    for name in ("_name_or_path", "transformers_version", "dtype", "architectures"):
+        settings.pop(name, None)
+    text = json.dumps(settings, sort_keys=True, default=str)
+    return hashlib.sha256(f"{fingerprint(model)} {text}".encode()).hexdigest()
+
+
+class StateLibrary:
+    """The documents of one model: in memory, or in files that survive the server.
+
+    Several servers may share a folder. A file appears when it is complete.
+
+    Args:
+        model: that reads them.
+        piece: of the engine; documents of servers with other pieces are refused.
+        store: from whose budget documents in memory are taken.
+        folder: where files go; None: in memory.
+        most_bytes: of an uploaded file.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        piece: int,
+        store: SnapshotStore,
+        folder: Path | None = None,
+        most_bytes: int = 2**30,
+    ):
+        self._model, self._piece, self._store = model, piece, store
+        self.most_bytes, self.weights = most_bytes, model_fingerprint(model)
+        self._kept: dict[str, tuple[Document, int]] = {}
+        self.folder = None if folder is None else folder / self.weights[:16]
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+
+    def add(self, document: Document) -> Entry:
+        """Keep a document under a new id."""
+        name, now = f"state-{secrets.token_hex(16)}", int(time.time())
+        if self.folder is not None:
+            save_state(self._path(name), document, self._metadata())
+        elif not self._store.reserve(document.nbytes):
+            raise NoRoom(
+                f"no memory for a state of {document.nbytes:,} bytes: delete others, or start the"
+                " server with more --memory or with --state-dir"
+            )
+        else:
+            self._kept[name] = document, now
+        return self.entry(name)
+
+    def get(self, name: str) -> Document:
+        if self.folder is None:
+            if name not in self._kept:
+                raise UnknownState(name)
+            return self._kept[name][0]
+        return self._load(self._existing(name))
+
+    def entry(self, name: str) -> Entry:
+        if self.folder is None:
+            document, created = self._kept[name] if name in self._kept else self._missing(name)
+            return Entry(name, document.tokens.shape[1], document.nbytes, created)
+        path = self._existing(name)
+        about = path.stat()
+        return Entry(name, _count_tokens(path), about.st_size, int(about.st_mtime))
+
+    def entries(self) -> list[Entry]:
+        """All documents, the oldest first."""
+        if self.folder is None:
+            names = list(self._kept)
+        else:
+            names = [p.stem for p in self.folder.glob("state-*.safetensors")]
+        found = []
+        for name in names:
+            try:
+                found.append(self.entry(name))
+            except (UnknownState, ValueError, OSError):  # deleted meanwhile, or damaged
+                continue
+        return sorted(found, key=lambda entry: (entry.created, entry.id))
+
+    def fork(self, name: str) -> Entry:
+        """The same document under another id."""
+        return self.add(self.get(name))
+
+    def delete(self, name: str) -> None:
+        if self.folder is not None:
+            self._existing(name).unlink()
+        elif name in self._kept:
+            self._store.reserve(-self._kept.pop(name)[0].nbytes)
+        else:
+            raise UnknownState(name)
+
+    def dump(self, name: str) -> bytes:
+        """The document's file."""
+        if self.folder is not None:
+            return self._existing(name).read_bytes()
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "state.safetensors"
+            save_state(path, self.get(name), self._metadata())
+            return path.read_bytes()
+
+    def restore(self, data: bytes) -> Entry:
+        """Keep the document in a file's bytes, which may come from anywhere.
+
+        Raises:
+            ValueError: the file is damaged, or another model's.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "state.safetensors"
+            path.write_bytes(data)
+            return self.add(self._load(path, "the uploaded file"))
+
+    def _metadata(self) -> dict[str, str]:
+        return {"weights": self.weights, "piece": str(self._piece)}
+
+    def _path(self, name: str) -> Path:
+        assert self.folder is not None
+        return self.folder / f"{name}.safetensors"
+
+    def _existing(self, name: str) -> Path:
+        if ID.fullmatch(name) and (path := self._path(name)).is_file():
+            return path
+        raise UnknownState(name)
+
+    def _missing(self, name: str) -> Any:
+        raise UnknownState(name)
+
+    def _load(self, path: Path, shown: str | None = None) -> Document:
+        shown = shown or path.name
+        try:
+            document, metadata = load_state(path, return_metadata=True)
+        except ValueError as error:
+            raise ValueError(f"state: {shown} is not a state, or is damaged") from error
+        if not isinstance(document, Document) or metadata.get("weights") != self.weights:
+            raise ValueError(f"state: {shown} belongs to another model")
+        if metadata.get("piece") != str(self._piece):
+            raise ValueError(
+                f"state: {shown} was written by a server with --piece {metadata.get('piece')};"
+                f" this one has {self._piece}"
+            )
+        self._check(document, shown)
+        return document
+
+    def _check(self, document: Document, shown: str) -> None:
+        """The document is one that this model could have read."""
+        tokens, size = document.tokens, self._model.config.vocab_size
+        count = tokens.shape[-1]
+        ends = [(document.end, count)]
+        if document.border is not None:
+            ends.append((document.border, count // self._piece * self._piece))
+        fits = tokens.shape == (1, count) and tokens.dtype == torch.int64 and count > 0
+        fits = fits and bool(((tokens >= 0) & (tokens < size)).all())
+        logits = document.end.logits
+        fits = fits and logits is not None and logits.shape == (1, size)
+        fits = fits and (document.border is not None) == (count >= self._piece)
+        if not fits or not all(self._fits(s.state, length) for s, length in ends):
+            raise ValueError(f"state: {shown} does not fit this model, or is damaged")
+
+    def _fits(self, state: ModelState, length: int) -> bool:
+        wanted = _layout(_state_after(self._model, length))
+        if _layout(state) != wanted or not _is_finite(state):
+            return False
+        if state.position.tolist() != [length]:
+            return False
+        layers = self._model.model.layers
+        for i, layer in enumerate(state.layers):
+            if isinstance(layer, KeyValueState):
+                window = getattr(layers[i % len(layers)].mixer, "window", None)
+                kept = length if window is None else min(length, window - 1)
+                if layer.key.shape[2] != kept or layer.value.shape[2] != kept:
+                    return False
+        return True
+
+
+def _state_after(model: Any, length: int) -> ModelState:
+    """A state of the model with the shapes of one after `length` tokens, but for their number."""
+    cache = DynamicCache(config=model.config)
+    with torch.inference_mode():
+        for _ in range(min(length, 2)):
+            ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+            model.model(ids, past_key_values=cache, use_cache=True)
+    return export_state(cache)
+
+
+def _layout(state: ModelState) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
+    """Names, shapes and dtypes of all tensors; the tokens of keys and values count as one."""
+    growing = {
+        f"layers.{i}.{part}"
+        for i, layer in enumerate(state.layers)
+        if isinstance(layer, KeyValueState)
+        for part in ("key", "value")
+    }
+    return [
+        (
+            name,
+            tuple(1 if name in growing and d == 2 else n for d, n in enumerate(x.shape)),
+            x.dtype,
+        )
+        for name, x in state.tensors().items()
+    ]
+
+
+def _is_finite(state: ModelState) -> bool:
+    """Whether all numbers are finite, but for the -inf of an empty logarithm."""
+    for name, x in state.tensors().items():
+        if not x.dtype.is_floating_point:
+            continue
+        fine = x.isfinite() | (x == -torch.inf) if name.endswith("log_weight") else x.isfinite()
+        if not bool(fine.all()):
+            return False
+    return True
+
+
+def _count_tokens(path: Path) -> int:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(os.fspath(path), "pt") as file:
+            return int(file.get_slice("tokens").get_shape()[1])
+    except (SafetensorError, IndexError) as error:
+        raise ValueError(f"state: {path.name} is damaged") from error

@@ -1,0 +1,363 @@
+"""The HTTP API: completions, chats, tokens, errors."""
+
+import json
+import math
+import threading
+import time
+
+import pytest
+import torch
+
+from cumulant.serving import Request
+from cumulant.serving.http.service import Limits
+
+from .common import answer, build, byte_tokenizer, sampling
+
+FIXED = {"model": "small", "temperature": 0.8, "seed": 3, "logit_bias": {"256": -100}}
+
+
+def complete(server, **body):
+    return server.post("/v1/completions", **FIXED | body)
+
+
+def events(server, path, **body):
+    """The data of a stream's events."""
+    with server.http.stream("POST", path, json=FIXED | {"stream": True} | body) as response:
+        assert response.status_code == 200, response.read()
+        assert response.headers["content-type"].startswith("text/event-stream")
+        lines = [line for line in response.iter_lines() if line.startswith("data: ")]
+    assert lines[-1] == "data: [DONE]"
+    return [json.loads(line[6:]) for line in lines[:-1]]
+
+
+def test_a_completion(server):
+    found = complete(server, prompt="Once upon a time", max_tokens=9)
+    assert found["object"] == "text_completion"
+    assert found["model"] == "small"
+    (choice,) = found["choices"]
+    assert (choice["index"], choice["finish_reason"], choice["logprobs"]) == (0, "length", None)
+    assert found["usage"]["prompt_tokens"] == 16
+    assert found["usage"]["completion_tokens"] == 9
+    assert found["usage"]["total_tokens"] == 25
+    ids = tuple(b"Once upon a time")
+    wanted = Request(
+        ids, sampling(max_tokens=9, temperature=0.8, seed=3, logit_bias={256: -100.0})
+    )
+    assert answer(server.engine.ask(wanted))[1][0]["text"] == choice["text"]
+    again = complete(server, prompt="Once upon a time", max_tokens=9)
+    assert again["choices"] == found["choices"]
+    assert again["usage"]["prompt_tokens_details"]["cached_tokens"] == 16
+
+
+def test_prompts_of_every_kind(server):
+    texts = ["one", "twenty-two", "3"]
+    alone = [complete(server, prompt=text)["choices"][0]["text"] for text in texts]
+    ids = [list(text.encode()) for text in texts]
+    for prompts in (texts, ids):
+        choices = complete(server, prompt=prompts)["choices"]
+        assert [c["text"] for c in choices] == alone
+        assert [c["index"] for c in choices] == [0, 1, 2]
+    assert complete(server, prompt=ids[1])["choices"][0]["text"] == alone[1]
+    assert complete(server, prompt="")["usage"]["prompt_tokens"] == 1
+    several = complete(server, prompt=texts[:2], n=2)["choices"]
+    assert [c["index"] for c in several] == [0, 1, 2, 3]
+    assert several[0]["text"] == alone[0] != several[1]["text"]
+    assert several[2]["text"] == alone[1]
+
+
+@pytest.mark.parametrize("extra", [{}, {"echo": True, "logprobs": 2}, {"n": 2}, {"stop": "e"}])
+def test_a_stream_is_the_whole_in_parts(server, extra):
+    body = {"prompt": "naïve 𝄞 text", "max_tokens": 30} | extra
+    whole, parts = complete(server, **body), events(server, "/v1/completions", **body)
+    for choice in whole["choices"]:
+        mine = [p["choices"][0] for p in parts if p["choices"][0]["index"] == choice["index"]]
+        assert "".join(p["text"] for p in mine) == choice["text"]
+        assert [p["finish_reason"] for p in mine if p["finish_reason"]] == [
+            choice["finish_reason"]
+        ]
+        if choice["logprobs"]:
+            for name, values in choice["logprobs"].items():
+                assert [x for p in mine for x in p["logprobs"][name]] == values
+    assert {p["id"] for p in parts} == {parts[0]["id"]}
+    assert all("usage" not in p for p in parts)
+
+
+def test_usage_at_the_end_of_a_stream(server):
+    options = {"stream_options": {"include_usage": True}, "prompt": "abc", "max_tokens": 5}
+    parts = events(server, "/v1/completions", **options)
+    assert all(p["usage"] is None for p in parts[:-1])
+    assert parts[-1]["choices"] == []
+    assert parts[-1]["usage"]["completion_tokens"] == 5
+
+
+def test_scores_of_prompt_and_reply(server):
+    text = "ab é𝄞 cd"
+    found = complete(server, prompt=text, max_tokens=4, echo=True, logprobs=3)["choices"][0]
+    scores, ids = found["logprobs"], list(text.encode())
+    count = len(ids) + 4
+    assert all(len(values) == count for values in scores.values())
+    assert scores["token_logprobs"][0] is None
+    assert scores["top_logprobs"][0] is None
+    assert found["text"].startswith(text)
+    assert scores["tokens"][:3] == ["a", "b", " "]
+    assert scores["tokens"][3:5] == ["bytes:\\xc3", "bytes:\\xa9"]
+    assert scores["text_offset"][:10] == [0, 1, 2, 3, 3, 4, 4, 4, 4, 5]
+    model = server.engine.model
+    with torch.inference_mode():
+        log = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+    for i in range(1, len(ids)):
+        assert scores["token_logprobs"][i] == pytest.approx(float(log[i - 1, ids[i]]), abs=1e-4)
+        top = scores["top_logprobs"][i]
+        assert 3 <= len(top) <= 4
+        assert max(top.values()) == pytest.approx(float(log[i - 1].max()), abs=1e-4)
+    only = complete(server, prompt=text, max_tokens=0, echo=True, logprobs=0)["choices"][0]
+    assert only["text"] == text
+    assert only["finish_reason"] == "length"
+    assert only["logprobs"]["token_logprobs"] == scores["token_logprobs"][: len(ids)]
+    reply = complete(server, prompt=text, max_tokens=4, logprobs=3)["choices"][0]["logprobs"]
+    assert reply["token_logprobs"] == scores["token_logprobs"][len(ids) :]
+    assert reply["text_offset"][0] == 0
+
+
+def test_a_chat(server):
+    messages = [
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": [{"type": "text", "text": "Hello"}]},
+    ]
+    body = FIXED | {"messages": messages, "max_tokens": 8, "logprobs": True, "top_logprobs": 2}
+    found = server.post("/v1/chat/completions", **body)
+    assert found["object"] == "chat.completion"
+    (choice,) = found["choices"]
+    assert choice["message"]["role"] == "assistant"
+    listed = choice["logprobs"]["content"]
+    assert len(listed) == 8
+    assert bytes(b for e in listed for b in e["bytes"] or []).decode(errors="replace") == (
+        choice["message"]["content"]
+    )
+    assert all(len(e["top_logprobs"]) == 2 for e in listed)
+    parts = events(server, "/v1/chat/completions", **body)
+    assert parts[0]["object"] == "chat.completion.chunk"
+    assert parts[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    text = "".join(p["choices"][0]["delta"].get("content", "") for p in parts)
+    assert text == choice["message"]["content"]
+    assert parts[-1]["choices"][0]["finish_reason"] == "length"
+    shown = server.post("/tokenize", messages=messages)
+    assert found["usage"]["prompt_tokens"] == shown["count"]
+    rendered = server.post("/detokenize", tokens=shown["tokens"])["text"]
+    assert rendered == "system\nBe kind.\nuser\nHello\nassistant\n"
+    ended = server.post(
+        "/v1/chat/completions", **body | {"logit_bias": {"258": 100}, "max_tokens": 50}
+    )
+    assert ended["choices"][0]["finish_reason"] == "stop"
+    assert ended["choices"][0]["message"]["content"] == ""
+
+
+def test_a_second_turn_finds_the_first(server):
+    system = {"role": "system", "content": "x" * 300}
+    body = FIXED | {"max_tokens": 40}
+    turns = [system, {"role": "user", "content": "first " * 40}]
+    first = server.post("/v1/chat/completions", messages=turns, **body)
+    time.sleep(0.5)
+    other = server.post(
+        "/v1/chat/completions",
+        messages=[system, {"role": "user", "content": "something else"}],
+        **body,
+    )
+    assert 300 <= other["usage"]["prompt_tokens_details"]["cached_tokens"] <= 330
+    turns += [first["choices"][0]["message"], {"role": "user", "content": "second"}]
+    turns[2] = {"role": "assistant", "content": turns[2]["content"]}
+    second = server.post("/v1/chat/completions", messages=turns, **body)
+    known = second["usage"]["prompt_tokens_details"]["cached_tokens"]
+    assert known >= first["usage"]["prompt_tokens"] // 16 * 16
+
+
+def test_models_and_tokens(server):
+    (model,) = server.http.get("/v1/models").json()["data"]
+    assert model["id"] == "small"
+    assert server.http.get("/v1/models/small").json() == model
+    assert server.http.get("/v1/models/none").status_code == 404
+    found = server.post("/tokenize", prompt="añb")
+    assert found == {"tokens": list("añb".encode()), "count": 4}
+    assert server.post("/detokenize", tokens=found["tokens"]) == {"text": "añb"}
+    assert server.http.get("/health").json() == {"status": "ok"}
+    text = server.http.get("/metrics").text
+    assert 'cumulant_slots{model="small"} 4.0' in text
+    assert "cumulant_first_token_seconds_bucket" in text
+    assert 'cumulant_prompt_tokens_total{model="small"}' in text
+
+
+BAD = [
+    ({"prompt": 5}, "prompt"),
+    ({"prompt": []}, "prompt"),
+    ({"prompt": [1, "a"]}, "prompt"),
+    ({"prompt": [-1]}, "prompt"),
+    ({"prompt": [10**30]}, "prompt"),
+    ({"prompt": "\ud800"}, "prompt"),
+    ({"max_tokens": "5"}, "max_tokens"),
+    ({"max_tokens": -1}, "max_tokens"),
+    ({"max_tokens": 10**9}, "max_tokens"),
+    ({"max_tokens": 1.5}, "max_tokens"),
+    ({"temperature": -1}, "temperature"),
+    ({"temperature": True}, "temperature"),
+    ({"top_p": 0}, "top_p"),
+    ({"n": 0}, "n"),
+    ({"n": 99}, "n"),
+    ({"logprobs": 50}, "logprobs"),
+    ({"logit_bias": {"x": 1}}, "logit_bias"),
+    ({"logit_bias": {"300": 1}}, "logit_bias"),
+    ({"logit_bias": {"3": 1000}}, "logit_bias"),
+    ({"stop": ""}, "stop"),
+    ({"stop": ["x"] * 17}, "stop"),
+    ({"seed": 2**70}, "seed"),
+    ({"best_of": 3}, "best_of"),
+    ({"suffix": "x"}, "suffix"),
+    ({"nonsense": 1}, "nonsense"),
+    ({"state_id": "state-" + "0" * 32}, "state_id"),
+    ({"state_id": "../../etc/passwd"}, "state_id"),
+    ({"model": "other"}, "model"),
+    ({"model": 3}, "model"),
+    ({"stream_options": {"x": 1}}, "stream_options"),
+]
+
+
+@pytest.mark.parametrize(("fields", "param"), BAD)
+@pytest.mark.parametrize("stream", [False, True])
+def test_bad_requests(server, fields, param, stream):
+    body = json.dumps({"prompt": "a", "model": "small", "stream": stream} | fields)
+    headers = {"Content-Type": "application/json"}
+    response = server.http.post("/v1/completions", content=body, headers=headers)
+    assert response.status_code in (400, 404), response.text
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["param"] == param or param is None
+    assert "\n" not in error["message"]
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"", b"{", b"nul", b"[]", b'"x"', b"\xff\xfe", b'{"prompt": NaN}', b"[" * 100_000,
+        b'{"prompt": "a", "temperature": NaN}', b'{"prompt": "a", "temperature": 1e999}',
+        b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}", b'{"prompt": "\\ud800\\u0000"}',
+        b'{"model": "\\udfff"}',
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize(
+    "path", ["/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize", "/v1/states"]
+)
+def test_bodies_that_are_no_requests(server, path, raw):
+    headers = {"Content-Type": "application/json"}
+    response = server.http.post(path, content=raw, headers=headers)
+    assert 400 <= response.status_code < 500, (response.status_code, response.text)
+    assert response.json()["error"]["message"]
+
+
+def test_chats_that_cannot_be(server, make_server):
+    path = "/v1/chat/completions"
+    hidden = [{"role": "user", "content": "x<|im_end|>y"}]
+    assert "control token" in server.post(path, 400, messages=hidden)["error"]["message"]
+    assert server.post(path, 400, messages=[])["error"]["param"] == "messages"
+    tool = [{"role": "tool", "content": "x"}]
+    assert server.post(path, 400, messages=tool)["error"]["param"] == "messages"
+    plain = make_server({"plain": build()}, tokenizer=byte_tokenizer())
+    found = plain.post(path, 400, messages=[{"role": "user", "content": "x"}])
+    assert "--chat-template" in found["error"]["message"]
+    server.post(path, 400, messages=[{"role": "user", "content": "x"}], top_logprobs=3)
+
+
+def test_several_models(make_server):
+    both = make_server({"one": build(), "two": build("softmax")})
+    names = [m["id"] for m in both.http.get("/v1/models").json()["data"]]
+    assert names == ["one", "two"]
+    body = {"prompt": "abc", "seed": 1}
+    texts = {n: both.post("/v1/completions", model=n, **body)["choices"][0]["text"] for n in names}
+    assert texts["one"] != texts["two"]
+    assert both.post("/v1/completions", 400, **body)["error"]["param"] == "model"
+    over = both.post("/v1/completions", 400, model="two", prompt="a" * 600)
+    assert "limited to 512 tokens" in over["error"]["message"]
+
+
+def test_keys_limits_and_the_queue(make_server):
+    limits = Limits(keys=("secret", "other"), body_bytes=2000, prompt_tokens=100, max_tokens=10**6)
+    guarded = make_server({"small": build()}, limits=limits, slots=1, most_waiting=1)
+    assert guarded.http.get("/health").status_code == 200
+    for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "secret"}):
+        response = guarded.http.get("/v1/models", headers=headers)
+        assert response.status_code == 401
+        assert response.json()["error"]["code"] == "invalid_api_key"
+        assert guarded.http.get("/metrics", headers=headers).status_code == 401
+    guarded.http.headers["Authorization"] = "Bearer other"
+    assert guarded.http.get("/v1/models").status_code == 200
+    large = guarded.http.post("/v1/completions", json={"prompt": "x" * 3000})
+    assert large.status_code == 413
+    chunks = guarded.http.post("/v1/completions", content=(b"x" * 500 for _ in range(9)))
+    assert chunks.status_code == 413
+    assert "100" in guarded.post("/v1/completions", 400, prompt="x" * 200)["error"]["message"]
+    endless = {"prompt": "a", "max_tokens": 10**6, "stream": True, "logit_bias": {"256": -100}}
+    with guarded.http.stream("POST", "/v1/completions", json=endless) as first:
+        assert next(first.iter_lines()).startswith("data:")
+        with guarded.http.stream("POST", "/v1/completions", json=endless):
+            refused = guarded.http.post("/v1/completions", json={"prompt": "a"})
+            assert refused.status_code == 429
+            assert int(refused.headers["Retry-After"]) >= 1
+            assert refused.json()["error"]["code"] == "queue_full"
+    # both clients have gone, so the next one's turn comes
+    assert guarded.post("/v1/completions", prompt="a", max_tokens=2)["choices"]
+
+
+def test_a_client_that_goes_frees_its_slot(make_server):
+    one = make_server({"small": build()}, slots=1, limits=Limits(max_tokens=10**6))
+    body = {"prompt": "a", "max_tokens": 10**6, "logit_bias": {"256": -100}}
+    with pytest.raises(Exception, match="timed out"):
+        one.http.post("/v1/completions", json=body, timeout=0.5)
+    assert one.post("/v1/completions", prompt="b", max_tokens=2)["choices"]
+    slow = make_server({"small": build()}, limits=Limits(max_tokens=10**6, timeout=0.3))
+    assert slow.post("/v1/completions", 504, **body)["error"]["code"] == "timeout"
+
+
+def test_pings_while_a_long_prompt_is_read(make_server):
+    patient = make_server({"small": build()}, limits=Limits(ping=0.02))
+    body = {"prompt": list(range(200)) * 300, "max_tokens": 1, "stream": True}
+    with patient.http.stream("POST", "/v1/completions", json=body) as response:
+        lines = list(response.iter_lines())
+    assert ": ping" in lines
+    assert lines[-2] == "data: [DONE]"
+
+
+def test_failures_in_the_engine_are_answered(server, monkeypatch):
+    from cumulant.serving import engine
+
+    def fail(self):
+        raise RuntimeError("secret detail")
+
+    monkeypatch.setattr(engine.Reading, "read_piece", fail)
+    body = {"prompt": "never seen before, and long enough", "max_tokens": 2}
+    found = server.post("/v1/completions", 500, **body)
+    assert "secret" not in json.dumps(found)
+    parts = events(server, "/v1/completions", **body)
+    assert parts[-1]["error"]["code"] == "internal_error"
+    monkeypatch.undo()
+    assert server.post("/v1/completions", **body)["choices"]
+
+
+def test_many_clients_at_once_get_their_own(server):
+    def ask(i):
+        body = {"prompt": f"client {i % 5} says", "max_tokens": 20, "n": 1 + i % 2}
+        return [c["text"] for c in complete(server, **body)["choices"]]
+
+    wanted = {i: ask(i) for i in range(10)}
+    failures = []
+
+    def work(n):
+        for k in range(4):
+            i = (n * 3 + k) % 10
+            if ask(i) != wanted[i]:
+                failures.append(i)
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert not math.isnan(server.engine.counters.seconds_busy)

@@ -1,0 +1,189 @@
+"""Documents that are read once: by HTTP, in memory and in files."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from cumulant.models import PRESETS
+from cumulant.serving.library import StateLibrary, UnknownState, model_fingerprint
+from cumulant.serving.snapshots import SnapshotStore
+
+from ..quick import slow_but
+from .common import PIECE, build
+
+FIXED = {"seed": 3, "max_tokens": 12, "logit_bias": {"256": -100}}
+TEXT = "It was a dark and stormy night; " * 5
+
+
+def text_of(server, **body):
+    found = server.post("/v1/completions", **FIXED | body)
+    return found["choices"][0]["text"], found["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+
+@pytest.mark.parametrize("preset", slow_but(["taylor", "softmax", "elita"], PRESETS))
+@pytest.mark.parametrize("kept", ["memory", "files"])
+def test_a_document_asked_many_times(make_server, tmp_path, preset, kept):
+    folder = tmp_path if kept == "files" else None
+    server = make_server({"small": build(preset)}, folder=folder)
+    made = server.post("/v1/states", 201, input=TEXT)
+    assert (made["object"], made["model"], made["tokens"]) == ("state", "small", len(TEXT))
+    assert made["bytes"] > 1000
+    for question in ("", " rain", " wind and more than a piece of further text"):
+        server.engine.store.reserve(server.engine.store.budget)  # nothing is known but the state
+        expected, cached = text_of(server, prompt=TEXT + question)
+        assert cached == 0
+        found, cached = text_of(server, prompt=question, state_id=made["id"])
+        assert found == expected
+        assert cached == (len(TEXT) if not question else len(TEXT) // PIECE * PIECE)
+    longer = server.post("/v1/states", 201, input="More.", state_id=made["id"])
+    assert longer["tokens"] == len(TEXT) + 5
+    assert text_of(server, prompt="x", state_id=longer["id"])[0] == (
+        text_of(server, prompt=TEXT + "More.x")[0]
+    )
+
+
+def test_list_fork_delete(make_server):
+    server = make_server({"one": build(), "two": build("linear")})
+    first = server.post("/v1/states", 201, model="one", input=TEXT)
+    second = server.post("/v1/states", 201, model="two", input=list(TEXT.encode()))
+    listed = server.http.get("/v1/states").json()["data"]
+    assert [s["id"] for s in listed] == [first["id"], second["id"]]
+    fork = server.post(f"/v1/states/{first['id']}/fork", 201)
+    assert fork["id"] != first["id"]
+    assert server.http.delete(f"/v1/states/{first['id']}").json()["deleted"]
+    assert server.http.get(f"/v1/states/{first['id']}").status_code == 404
+    assert text_of(server, model="one", prompt="x", state_id=fork["id"])[0]
+    gone = server.post("/v1/completions", 404, model="one", prompt="x", state_id=first["id"])
+    assert gone["error"]["code"] == "state_not_found"
+    # a state of another model is not found there
+    server.post("/v1/completions", 404, model="two", prompt="x", state_id=fork["id"])
+    assert server.http.delete(f"/v1/states/{first['id']}").status_code == 404
+
+
+def test_a_chat_goes_on_from_a_state(server):
+    messages = [{"role": "system", "content": "s" * 50}, {"role": "user", "content": "hi"}]
+    state = server.post("/v1/states", 201, messages=messages[:1])
+    body = FIXED | {"messages": messages[1:], "state_id": state["id"]}
+    found = server.post("/v1/chat/completions", **body)["choices"][0]["message"]["content"]
+    whole = server.post("/v1/chat/completions", **FIXED | {"messages": messages})
+    assert whole["choices"][0]["message"]["content"] == found
+
+
+def test_files_travel(make_server, tmp_path):
+    model = build()
+    server = make_server({"small": model}, folder=tmp_path / "a")
+    made = server.post("/v1/states", 201, input=TEXT)
+    data = server.http.get(f"/v1/states/{made['id']}/file").content
+    other = make_server({"renamed": model}, folder=None)
+    up = other.upload(data)
+    assert up.status_code == 201, up.text
+    assert up.json()["tokens"] == len(TEXT)
+    expected = text_of(server, prompt="x", state_id=made["id"])[0]
+    assert text_of(other, prompt="x", state_id=up.json()["id"])[0] == expected
+    # another server on the same folder
+    beside = make_server({"small": model}, folder=tmp_path / "a")
+    assert text_of(beside, prompt="x", state_id=made["id"])[0] == expected
+    assert [s["id"] for s in beside.http.get("/v1/states").json()["data"]] == [made["id"]]
+
+
+def damaged(data, path):
+    """Files that are almost right."""
+    whole = path / "whole.safetensors"
+    whole.write_bytes(data)
+    from safetensors import safe_open
+
+    with safe_open(whole, "pt") as file:
+        header = dict(file.metadata())
+    tensors = load_file(whole)
+
+    def written(changed=None, **metadata):
+        save_file({**tensors, **(changed or {})}, path / "x", metadata=header | metadata)
+        return (path / "x").read_bytes()
+
+    tokens = tensors["tokens"]
+    state = next(n for n in tensors if n.endswith("numerator"))
+    yield "empty", b""
+    yield "cut", data[:-10]
+    yield "noise", b"\x00" * 1000
+    yield "huge header", (2**40).to_bytes(8, "little") + b"{}"
+    yield "weights", written(weights="0" * 64)
+    yield "piece", written(piece="32")
+    yield "shape", written({state: tensors[state][..., :-1].contiguous()})
+    yield "dtype", written({state: tensors[state].double()})
+    yield "nan", written({state: tensors[state] * float("nan")})
+    yield "batch", written({state: tensors[state].repeat(2, 1, 1, 1)})
+    yield "tokens", written({"tokens": tokens + 10**6})
+    yield "token count", written({"tokens": tokens[:, :-20].contiguous()})
+    yield "logits", written({"end.logits": tensors["end.logits"][:, 1:].contiguous()})
+    kind = json.loads(header["cumulant.state"])
+    kind["kind"] = "cumulant.ops.state:LinearState"
+    yield "another state", written(**{"cumulant.state": json.dumps(kind)})
+    kind["kind"] = "os:system"
+    yield "no state", written(**{"cumulant.state": json.dumps(kind)})
+    del header["weights"]
+    yield "nameless", written()
+
+
+def test_uploads_that_are_refused(make_server, tmp_path):
+    server = make_server({"small": build()})
+    made = server.post("/v1/states", 201, input=TEXT)
+    data = server.http.get(f"/v1/states/{made['id']}/file").content
+    for name, bad in damaged(data, tmp_path):
+        response = server.upload(bad)
+        assert response.status_code == 400, name
+        assert response.json()["error"]["message"].startswith("state: "), name
+    foreign = make_server({"small": build("taylor", initializer_range=0.2)})
+    response = foreign.upload(data)
+    assert "another model" in response.json()["error"]["message"]
+    assert len(server.http.get("/v1/states").json()["data"]) == 1
+    assert server.upload(data).status_code == 201
+
+
+def test_memory_for_states_ends(make_server):
+    server = make_server({"small": build()}, snapshot_bytes=200_000)
+    made, before = [], server.engine.store.budget
+    while True:
+        response = server.http.post("/v1/states", json={"input": TEXT})
+        if response.status_code != 201:
+            break
+        made.append(response.json())
+    assert response.status_code == 507
+    assert "--state-dir" in response.json()["error"]["message"]
+    assert sum(s["bytes"] for s in made) <= before
+    for state in made:
+        server.http.delete(f"/v1/states/{state['id']}")
+    assert server.engine.store.budget == before
+
+
+@pytest.mark.parametrize(
+    "body", [{}, {"input": "a", "messages": [{"role": "user", "content": "x"}]}, {"input": []}]
+)
+def test_bad_states(server, body):
+    assert server.http.post("/v1/states", json=body).status_code == 400
+    for name in ("..%2f..%2fx", "state-xyz", "state-" + "0" * 32, "%00"):
+        for call in (server.http.get, server.http.delete):
+            assert call(f"/v1/states/{name}").status_code == 404
+        assert server.http.get(f"/v1/states/{name}/file").status_code == 404
+
+
+def test_a_crash_leaves_whole_files_only(tmp_path, monkeypatch):
+    """What an unfinished write left behind is no document."""
+    model = build()
+    library = StateLibrary(model, PIECE, SnapshotStore(0), tmp_path)
+    (library.folder / ".state-0.safetensors.1.tmp").write_bytes(b"half")
+    (library.folder / f"state-{'1' * 32}.safetensors").write_bytes(b"damaged")
+    assert library.entries() == []
+    with pytest.raises(UnknownState):
+        library.get("state-" + "0" * 32)
+
+
+def test_fingerprints_tell_models_apart():
+    first = model_fingerprint(build())
+    assert model_fingerprint(build()) == first
+    assert model_fingerprint(build("taylor", sliding_window=7)) != first
+    changed = build()
+    with torch.no_grad():
+        next(iter(changed.model.layers[1].parameters())).view(-1)[0] += 1e-3
+    assert model_fingerprint(changed) != first
