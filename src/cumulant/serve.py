@@ -12,38 +12,53 @@ import typer
 from .bench.console import expand_home
 
 
+Folders = Annotated[list[str], typer.Argument(help="folders of trained models")]
+Host = Annotated[str, typer.Option(help="address to listen at")]
+Port = Annotated[int, typer.Option(help="port; 0: any that is free")]
+Slots = Annotated[int, typer.Option(help="replies of a model that are drawn at a time")]
+Memory = Annotated[str, typer.Option(help="most memory of the process")]
+Context = Annotated[
+    int | None,
+    typer.Option(help="tokens of a context, if the model's state grows; default: what fits"),
+]
+StateDir = Annotated[
+    str | None, typer.Option(help="folder that keeps states; default: memory", callback=expand_home)
+]
+ApiKey = Annotated[
+    list[str] | None,
+    typer.Option(help="key that requests need; may be repeated", envvar="CUMULANT_API_KEY"),
+]
+ChatTemplate = Annotated[
+    str | None, typer.Option(help="file with a chat template (Jinja)", callback=expand_home)
+]
+MaxTokens = Annotated[int, typer.Option(help="most tokens of a reply")]
+Queue = Annotated[int, typer.Option(help="requests that may wait for a slot")]
+Piece = Annotated[
+    int, typer.Option(help="tokens of a prompt that are read between two steps of the others")
+]
+Grace = Annotated[
+    float, typer.Option(help="seconds that replies may take to finish when the server stops")
+]
+Threads = Annotated[int, typer.Option(help="CPU threads; 0: as many as PyTorch takes")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda")]
+
+
 def serve(
-    runs: Annotated[list[str], typer.Argument(help="folders of trained models")],
-    host: Annotated[str, typer.Option(help="address to listen at")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="port; 0: any that is free")] = 8000,
-    slots: Annotated[int, typer.Option(help="replies of a model that are drawn at a time")] = 16,
-    memory: Annotated[str, typer.Option(help="most memory of the process")] = "2GiB",
-    context: Annotated[
-        int | None,
-        typer.Option(help="tokens of a context, if the model's state grows; default: what fits"),
-    ] = None,
-    state_dir: Annotated[
-        str | None,
-        typer.Option(help="folder that keeps states; default: memory", callback=expand_home),
-    ] = None,
-    api_key: Annotated[
-        list[str] | None,
-        typer.Option(help="key that requests need; may be repeated", envvar="CUMULANT_API_KEY"),
-    ] = None,
-    chat_template: Annotated[
-        str | None,
-        typer.Option(help="file with a chat template (Jinja)", callback=expand_home),
-    ] = None,
-    max_tokens: Annotated[int, typer.Option(help="most tokens of a reply")] = 4096,
-    queue: Annotated[int, typer.Option(help="requests that may wait for a slot")] = 256,
-    piece: Annotated[
-        int, typer.Option(help="tokens of a prompt that are read between two steps of the others")
-    ] = 128,
-    grace: Annotated[
-        float, typer.Option(help="seconds that replies may take to finish when the server stops")
-    ] = 30.0,
-    threads: Annotated[int, typer.Option(help="CPU threads; 0: as many as PyTorch takes")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    runs: Folders,
+    host: Host = "127.0.0.1",
+    port: Port = 8000,
+    slots: Slots = 16,
+    memory: Memory = "2GiB",
+    context: Context = None,
+    state_dir: StateDir = None,
+    api_key: ApiKey = None,
+    chat_template: ChatTemplate = None,
+    max_tokens: MaxTokens = 4096,
+    queue: Queue = 256,
+    piece: Piece = 128,
+    grace: Grace = 30.0,
+    threads: Threads = 0,
+    device: Device = "auto",
 ) -> None:
     """Serve models over HTTP as OpenAI's API does, in a fixed amount of memory."""
     for name, value, least in (
@@ -68,17 +83,17 @@ def serve(
 
     size = parse_size("memory", memory)
     listener = _bind(host, port)
-    names = _names(runs)
-    template = None if chat_template is None else Path(chat_template).read_text(encoding="utf-8")
-    options: dict[str, Any] = {"slots": slots, "piece": piece, "most_waiting": queue}
-    service = server.load(
-        names, size, options, context=context, threads=threads, device=device, template=template,
-        state_dir=None if state_dir is None else Path(state_dir),
-        limits=Limits(keys=tuple(api_key or ()), max_tokens=max_tokens),
-    )  # fmt: skip
-    if not api_key and host not in ("127.0.0.1", "::1", "localhost"):
-        print("anybody who reaches this address may use it; --api-key would ask for a key")
-    server.run(service, listener, grace)
+    with listener:
+        template = None if chat_template is None else Path(chat_template).read_text("utf-8")
+        options: dict[str, Any] = {"slots": slots, "piece": piece, "most_waiting": queue}
+        service = server.load(
+            _names(runs), size, options, context=context, threads=threads, device=device,
+            template=template, state_dir=None if state_dir is None else Path(state_dir),
+            limits=Limits(keys=tuple(api_key or ()), max_tokens=max_tokens),
+        )  # fmt: skip
+        if not api_key and host not in ("127.0.0.1", "::1", "localhost"):
+            print("anybody who reaches this address may use it; --api-key would ask for a key")
+        server.run(service, listener, grace)
 
 
 def _names(runs: list[str]) -> dict[str, str]:

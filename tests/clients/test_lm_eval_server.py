@@ -25,9 +25,7 @@ def test_scores_are_those_of_the_model(tmp_path):
     folder = tmp_path / "small"
     model.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
-    requests = [
-        Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(PAIRS)
-    ]
+    requests = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(PAIRS)]
     inside = HFLM(pretrained=model, tokenizer=byte_tokenizer(), batch_size=1)
     wanted = inside.loglikelihood(requests, disable_tqdm=True)
     server = Running({"small": model}, tokenizer=byte_tokenizer())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import contextmanager
 
 import torch
@@ -77,3 +78,10 @@ def answer(ticket):
             if event.scores is not None:
                 reply["scores"].append(event.scores)
     return read, [replies[i] for i in sorted(replies)]
+
+
+def wait_until(condition, seconds=30):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.005)

@@ -13,7 +13,17 @@ from cumulant.serving import Busy, Done, Engine, Request, Stopping, Ticket
 from cumulant.serving import engine as engine_module
 
 from ..quick import slow_but
-from .common import PIECE, answer, build, chat_tokenizer, prompt, request, running, sampling
+from .common import (
+    PIECE,
+    answer,
+    build,
+    chat_tokenizer,
+    prompt,
+    request,
+    running,
+    sampling,
+    wait_until,
+)
 
 KINDS = [
     {"temperature": 0.0},
@@ -102,13 +112,6 @@ def test_a_second_turn_reads_only_what_is_new():
         assert read.cached_tokens == 1200 // PIECE * PIECE
     with running(model, snapshot_bytes=0) as engine:
         assert answer(engine.ask(second))[1] == replies
-
-
-def wait_until(condition, seconds=30):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.005)
 
 
 def test_ends_and_stops():
@@ -249,8 +252,9 @@ def test_many_threads_ask_at_once():
 
         def ask(n):
             for i in range(6):
-                if answer(engine.ask(request(20 + (n + i) % 8, text=(n + i) % 8)))[1] != (
-                    wanted[(n + i) % 8]
+                if (
+                    answer(engine.ask(request(20 + (n + i) % 8, text=(n + i) % 8)))[1]
+                    != (wanted[(n + i) % 8])
                 ):
                     failures.append((n, i))
 

@@ -11,7 +11,7 @@ import torch
 from cumulant.serving import Request
 from cumulant.serving.http.service import Limits
 
-from .common import answer, build, byte_tokenizer, sampling
+from .common import answer, build, byte_tokenizer, sampling, wait_until
 
 FIXED = {"model": "small", "temperature": 0.8, "seed": 3, "logit_bias": {"256": -100}}
 
@@ -40,9 +40,7 @@ def test_a_completion(server):
     assert found["usage"]["completion_tokens"] == 9
     assert found["usage"]["total_tokens"] == 25
     ids = tuple(b"Once upon a time")
-    wanted = Request(
-        ids, sampling(max_tokens=9, temperature=0.8, seed=3, logit_bias={256: -100.0})
-    )
+    wanted = Request(ids, sampling(max_tokens=9, temperature=0.8, seed=3, logit_bias={256: -100.0}))
     assert answer(server.engine.ask(wanted))[1][0]["text"] == choice["text"]
     again = complete(server, prompt="Once upon a time", max_tokens=9)
     assert again["choices"] == found["choices"]
@@ -72,9 +70,7 @@ def test_a_stream_is_the_whole_in_parts(server, extra):
     for choice in whole["choices"]:
         mine = [p["choices"][0] for p in parts if p["choices"][0]["index"] == choice["index"]]
         assert "".join(p["text"] for p in mine) == choice["text"]
-        assert [p["finish_reason"] for p in mine if p["finish_reason"]] == [
-            choice["finish_reason"]
-        ]
+        assert [p["finish_reason"] for p in mine if p["finish_reason"]] == [choice["finish_reason"]]
         if choice["logprobs"]:
             for name, values in choice["logprobs"].items():
                 assert [x for p in mine for x in p["logprobs"][name]] == values
@@ -131,8 +127,9 @@ def test_a_chat(server):
     assert choice["message"]["role"] == "assistant"
     listed = choice["logprobs"]["content"]
     assert len(listed) == 8
-    assert bytes(b for e in listed for b in e["bytes"] or []).decode(errors="replace") == (
-        choice["message"]["content"]
+    assert (
+        bytes(b for e in listed for b in e["bytes"] or []).decode(errors="replace")
+        == (choice["message"]["content"])
     )
     assert all(len(e["top_logprobs"]) == 2 for e in listed)
     parts = events(server, "/v1/chat/completions", **body)
@@ -295,13 +292,15 @@ def test_keys_limits_and_the_queue(make_server):
     assert "100" in guarded.post("/v1/completions", 400, prompt="x" * 200)["error"]["message"]
     endless = {"prompt": "a", "max_tokens": 10**6, "stream": True, "logit_bias": {"256": -100}}
     with guarded.http.stream("POST", "/v1/completions", json=endless) as first:
-        assert next(first.iter_lines()).startswith("data:")
+        lines = first.iter_lines()
+        assert next(lines).startswith("data:")
         with guarded.http.stream("POST", "/v1/completions", json=endless):
             refused = guarded.http.post("/v1/completions", json={"prompt": "a"})
             assert refused.status_code == 429
             assert int(refused.headers["Retry-After"]) >= 1
             assert refused.json()["error"]["code"] == "queue_full"
     # both clients have gone, so the next one's turn comes
+    wait_until(lambda: guarded.engine.counters.rows == 0 and not len(guarded.engine._waiting))
     assert guarded.post("/v1/completions", prompt="a", max_tokens=2)["choices"]
 
 

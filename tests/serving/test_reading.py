@@ -41,9 +41,7 @@ def test_snapshots_change_no_bit(preset):
         assert same(reading.snapshot(), expected.snapshot())
     other = read(model, store, (*tokens[:50], 1, 2, 3))
     assert other.cached == 48
-    assert same(
-        other.snapshot(), read(model, SnapshotStore(0), (*tokens[:50], 1, 2, 3)).snapshot()
-    )
+    assert same(other.snapshot(), read(model, SnapshotStore(0), (*tokens[:50], 1, 2, 3)).snapshot())
 
 
 def test_it_reads_what_the_model_reads():
@@ -84,9 +82,7 @@ def test_a_named_border_and_an_unscored_prefix():
     assert snapshot.state.position.item() == 64
     from_border = read(model, SnapshotStore(0), (*tokens, 5, 6), start=kept.border)
     assert from_border.cached == 64
-    assert same(
-        from_border.snapshot(), read(model, SnapshotStore(0), (*tokens, 5, 6)).snapshot()
-    )
+    assert same(from_border.snapshot(), read(model, SnapshotStore(0), (*tokens, 5, 6)).snapshot())
     assert read(model, store, tokens, scored=0).cached == 0
     part = read(model, SnapshotStore(0), tokens, whole=False)
     assert part.position == 64

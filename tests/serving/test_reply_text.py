@@ -50,7 +50,7 @@ def test_text_is_not_held_longer_than_needed():
 @pytest.mark.parametrize("token", [65, 0xE2, 256])
 def test_texts_of_single_tokens(token):
     texts = TokenTexts(TOKENIZER)
-    shown, raw = texts.text(token), texts.bytes(token)
+    shown, raw = texts.text(token), texts.raw(token)
     expected = {
         65: ("A", [65]),
         0xE2: ("bytes:\\xe2", [0xE2]),

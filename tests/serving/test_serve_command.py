@@ -12,7 +12,7 @@ import time
 import httpx
 import pytest
 
-from cumulant.__main__ import main
+from cumulant import __main__ as entry
 from cumulant.serving.memory import parse_size, plan_memory
 
 from .common import CHATML, build, byte_tokenizer
@@ -50,8 +50,14 @@ class Process:
         self.process.send_signal(number)
         code = self.process.wait(60)
         self.lines += self.process.stdout.readlines()
-        self.http.close()
+        self.close()
         return code
+
+    def close(self):
+        self.process.kill()
+        self.process.wait(60)
+        self.process.stdout.close()
+        self.http.close()
 
 
 @pytest.mark.slow
@@ -89,7 +95,7 @@ def test_it_serves_stops_and_continues(folder, tmp_path):
         assert json.loads(rest[-2][6:])["choices"][0]["finish_reason"] == "length"
         assert second.process.wait(60) == 0
     finally:
-        second.process.kill()
+        second.close()
 
 
 @pytest.mark.slow
@@ -104,6 +110,7 @@ def test_replies_that_take_too_long_end_with_an_error(folder):
     assert rest[-1] == "data: [DONE]"
     assert json.loads(rest[-2][6:])["error"]["code"] == "stopping"
     assert server.process.wait(60) == 0
+    server.close()
 
 
 def test_mistakes(folder, capsys, monkeypatch):
@@ -122,12 +129,13 @@ def test_mistakes(folder, capsys, monkeypatch):
         ([str(folder), str(folder), "--port", "0"], "two models are named small"),
         ([str(folder), "--port", "0", "--chat-template", "none.jinja"], "none.jinja"),
         ([str(folder), "--port", "0", "--bits", "8"], "--bits"),
-        ([], "RUNS"),
+        ([], "Missing argument 'runs'"),
     ]
+    monkeypatch.setattr(entry, "keep_freed_memory", lambda: None)
     for arguments, message in cases:
         monkeypatch.setattr(sys, "argv", ["cumulant", "serve", *arguments])
         with pytest.raises(SystemExit) as end:
-            main()
+            entry.main()
         error = capsys.readouterr().err
         assert end.value.code not in (0, None), arguments
         assert message in error, (arguments, error)

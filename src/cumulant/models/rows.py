@@ -53,7 +53,7 @@ def make_rows(model: Any, rows: int, room: int) -> Rows:
 def row_bytes(model: Any, room: int) -> int:
     """The memory that each of the rows of `make_rows` takes."""
     try:
-        return RowProgram.row_bytes(_program(model), room) + 4 * model.config.vocab_size
+        return RowProgram.row_bytes(_program(model), room) + 4 * int(model.config.vocab_size)
     except Unsuitable:
         return cache_bytes_after(model, room)
 
@@ -70,7 +70,7 @@ def cache_bytes_after(model: Any, tokens: int) -> int:
         if isinstance(state, KeyValueState):
             window = getattr(blocks[i % len(blocks)].mixer, "window", None)
             kept = tokens if window is None else min(tokens, window - 1)
-        total += state.nbytes * kept
+        total += int(state.nbytes) * kept
     return total
 
 

@@ -25,7 +25,6 @@ from .requests import (
     Request,
     Stopping,
     Ticket,
-    Update,
     Waiting,
 )
 from .sampling import Logits, Sampler
@@ -369,7 +368,7 @@ class Engine:
         if waiting:
             with self._lock:
                 tickets |= {job.ticket: None for job in self._reading}
-                tickets |= {ticket: None for ticket in self._waiting.clear()}
+                tickets |= dict.fromkeys(self._waiting.clear())
                 self._reading.clear()
         for ticket in tickets:
             if not ticket.cancelled:

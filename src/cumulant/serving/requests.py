@@ -122,7 +122,7 @@ class Waiting:
         self._clients: dict[str, list[Ticket]] = {}
 
     def __len__(self) -> int:
-        return sum(map(len, self._clients.values()))
+        return sum(not t.cancelled for tickets in self._clients.values() for t in tickets)
 
     def add(self, ticket: Ticket) -> None:
         self._clients.setdefault(ticket.request.client, []).append(ticket)
@@ -130,9 +130,7 @@ class Waiting:
     def first(self) -> Ticket | None:
         """Whose turn it is."""
         for client in list(self._clients):
-            tickets = self._clients[client] = [
-                t for t in self._clients[client] if not t.cancelled
-            ]
+            tickets = self._clients[client] = [t for t in self._clients[client] if not t.cancelled]
             if tickets:
                 return tickets[0]
             del self._clients[client]

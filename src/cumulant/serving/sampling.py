@@ -172,4 +172,5 @@ def log_probabilities(logits: Logits) -> NDArray[np.float64]:
     """``log softmax(logits)`` over the last dimension, in fp64."""
     x = logits.astype(np.float64)
     x -= x.max(-1, keepdims=True)
-    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+    out: NDArray[np.float64] = x - np.log(np.exp(x).sum(-1, keepdims=True))
+    return out

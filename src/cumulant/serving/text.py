@@ -22,7 +22,7 @@ class ReplyText:
         self.stopped = False
 
     def add(self, token: int) -> str:
-        """The text that is certain after `token`. Sets `stopped` if a text of `stop` is complete."""
+        """The text that is certain after `token`; `stopped` tells that one of `stop` is there."""
         return self._release(self._decoder.add(token))
 
     def finish(self) -> str:
@@ -66,7 +66,7 @@ class TokenTexts:
         """The token's text; of a part of a character its bytes, as ``bytes:\\xe2``."""
         return self._decode(token)[0]
 
-    def bytes(self, token: int) -> list[int] | None:
+    def raw(self, token: int) -> list[int] | None:
         """The token's bytes of UTF-8, or None if the tokenizer does not tell."""
         found = self._decode(token)[1]
         return None if found is None else list(found)

@@ -46,9 +46,7 @@ class RowProgram:
             past = Past(size, size, 0, size, seen)
             past.lengths = self._lengths[i].data_ptr()
             pasts.append(past)
-        self._arguments = program.arguments(
-            rows, self._states, self._states, self.position, pasts
-        )
+        self._arguments = program.arguments(rows, self._states, self._states, self.position, pasts)
         for i, after in self._next.items():
             self._arguments.after[i] = after.data_ptr()
         self._out = torch.empty(rows, program.output.size, dtype=torch.float32, device="cpu")
@@ -92,7 +90,7 @@ class RowProgram:
         """Put one row in the place of another."""
         for i, state in enumerate(self._states):
             if -1 in self._program.states[i]:
-                length = int(self._lengths.get(i, self._lengths.get(i - 1))[source])
+                length = int(self._lengths[i if i in self._lengths else i - 1][source])
                 state[target, :, :length] = state[source, :, :length]
             else:
                 state[target] = state[source]

@@ -12,6 +12,11 @@ from ..engine import Engine
 from ..requests import Done, Event, Failed, Request, Ticket, Update
 
 Tagged = tuple[int, Event]
+MOST_UNREAD = 8192  # events that wait for a client
+
+
+class Stalled(RuntimeError):
+    """A client does not read what it asked for."""
 
 
 class Bridge:
@@ -47,6 +52,9 @@ class _Tagged(Ticket):
         self._number, self._queue, self._bridge = number, queue, to
 
     def deliver(self, event: Event) -> None:
+        if self._queue.qsize() > MOST_UNREAD:
+            event = Failed(Stalled("the client reads too slowly; its reply was stopped"))
+            self.cancel()
         self._bridge.put(self._queue, (self._number, event))
 
 

@@ -41,7 +41,9 @@ class _Completion:
 
     def __init__(self, service: Service, served: Served, body: Generation):
         self.service, self.served, self.body = service, served, body
-        self.id = f"{'cmpl' if self.kind == 'text_completion' else 'chatcmpl'}-{secrets.token_hex(12)}"
+        self.id = (
+            f"{'cmpl' if self.kind == 'text_completion' else 'chatcmpl'}-{secrets.token_hex(12)}"
+        )
         self.created, self.usage = int(time.time()), Usage()
         self.replies = 1 if body.n is None else body.n
         self.requests: list[Request] = []
@@ -123,9 +125,7 @@ class _Completion:
             headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
             return StreamingResponse(events, media_type="text/event-stream", headers=headers)
         try:
-            return Json(
-                await while_connected(http, self.collect(answers), limits.timeout)
-            )
+            return Json(await while_connected(http, self.collect(answers), limits.timeout))
         finally:
             answers.cancel()
 
@@ -163,9 +163,14 @@ class TextCompletion(_Completion):
             self.prompts.append(shown)
             self.requests.append(
                 Request(
-                    tokens, sampling, self.replies, body.logprobs, scored,
-                    start=state.start(more=bool(ids)) if state else None, client=client,
-                )  # fmt: skip
+                    tokens,
+                    sampling,
+                    self.replies,
+                    body.logprobs,
+                    scored,
+                    start=state.start(more=bool(ids)) if state else None,
+                    client=client,
+                )
             )
 
     def gather(self, prompt: int, event: Any, found: dict[int, _Choice]) -> None:
@@ -275,4 +280,3 @@ def router(service: Service) -> APIRouter:
         return await ChatCompletion(service, served, body, client_of(http)).answer(http)
 
     return routes
-

@@ -35,9 +35,9 @@ class Guard:
             await self._app(scope, receive, send)
             return
         headers = {name.lower(): value for name, value in scope["headers"]}
-        error = self._refusal(scope, headers)
-        if error is not None:
-            await respond(error)(scope, receive, send)
+        refusal = self._refusal(scope, headers)
+        if refusal is not None:
+            await respond(refusal)(scope, receive, send)
             return
         read, started = 0, False
 
@@ -58,8 +58,9 @@ class Guard:
             await self._app(scope, counted, noted)
         except Exception as error:
             log.error("%s %s failed", scope["method"], scope["path"], exc_info=error)
-            if not started:
-                await respond(as_api_error(error))(scope, receive, send)
+            if started:
+                raise
+            await respond(as_api_error(error))(scope, receive, send)
 
     def _refusal(self, scope: Scope, headers: dict[bytes, bytes]) -> ApiError | None:
         if self._keys and scope["path"] not in OPEN:

@@ -30,7 +30,7 @@ class Metrics:
             "cumulant_first_token_seconds", "from a request to its first token",
             ["model"], buckets=BUCKETS, registry=self._registry,
         )  # fmt: skip
-        self._registry.register(self)  # type: ignore[arg-type]
+        self._registry.register(self)
 
     def collect(self) -> Iterator[Any]:
         """Called by the registry."""

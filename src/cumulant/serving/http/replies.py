@@ -82,7 +82,7 @@ def chat_scores(served: Served, scores: list[TokenScores] | None) -> dict[str, A
 
     def entry(token: int, value: float | None) -> dict[str, Any]:
         texts = served.texts
-        return {"token": texts.text(token), "logprob": value, "bytes": texts.bytes(token)}
+        return {"token": texts.text(token), "logprob": value, "bytes": texts.raw(token)}
 
     return {
         "content": [

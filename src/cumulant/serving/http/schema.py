@@ -76,9 +76,7 @@ class Generation(Body):
         try:
             return {int(token): bias for token, bias in (self.logit_bias or {}).items()}
         except ValueError as error:
-            raise ValueError(
-                f"logit_bias: expected numbers of tokens as names: {error}"
-            ) from error
+            raise ValueError(f"logit_bias: expected numbers of tokens as names: {error}") from error
 
     def check_scores(self, name: str, count: int | None) -> None:
         if count is not None and not 0 <= count <= MOST_SCORES:
@@ -102,8 +100,8 @@ class CompletionBody(Generation):
         if not prompt:
             raise ValueError("prompt: expected a text, a list of texts or of tokens, got []")
         if isinstance(prompt[0], int):
-            return [list(prompt)]  # type: ignore[arg-type]
-        return list(prompt)  # type: ignore[arg-type]
+            return [list(prompt)]
+        return list(prompt)
 
 
 class TextPart(Body):

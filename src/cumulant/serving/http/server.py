@@ -57,7 +57,9 @@ def load(
             f"{name}: weights {show_size(weights)}; {engine.slots} slots"
             f" {show_size(plan.slots)}, {room}; snapshots {show_size(plan.snapshots)}"
         )
-    print(f"memory: {show_size(sum(plan.total for plan in plans))} at most, with the process itself")
+    print(
+        f"memory: {show_size(sum(plan.total for plan in plans))} at most, with the process itself"
+    )
     return service
 
 
