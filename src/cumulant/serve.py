@@ -11,7 +11,6 @@ import typer
 
 from .bench.console import expand_home
 
-
 Folders = Annotated[list[str], typer.Argument(help="folders of trained models")]
 Host = Annotated[str, typer.Option(help="address to listen at")]
 Port = Annotated[int, typer.Option(help="port; 0: any that is free")]
