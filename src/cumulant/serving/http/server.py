@@ -70,6 +70,13 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self._service, self._grace = service, grace
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for listener in sockets or []:
+            host, port = listener.getsockname()[:2]
+            shown = f"[{host}]" if ":" in host else host
+            print(f"listening at http://{shown}:{port}", flush=True)
+
     def handle_exit(self, sig: int, frame: Any) -> None:
         if self._service.draining:
             self._stop_engines(drain=False, timeout=5)
@@ -102,9 +109,6 @@ def run(service: Service, listener: socket.socket, grace: float) -> None:
     )  # fmt: skip
     for served in service.models.values():
         served.engine.start()
-    host, port = listener.getsockname()[:2]
-    shown = f"[{host}]" if ":" in host else host
-    print(f"listening at http://{shown}:{port}", flush=True)
     server = Server(config, service, grace)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, server.handle_exit)
