@@ -4,8 +4,9 @@
 
 A model with random weights is served by a process of its own. Clients ask over loopback for streams
 of tokens; each asks again when it has its answer. Then a long prompt is asked twice, and a second
-time with a further turn; many conversations are opened, each with two turns; and many short requests
-follow. Memory is the process's peak (VmHWM), beside what the server announced. The last line is JSON.
+time with a further turn; many conversations are opened, each with two turns; and many short
+requests follow. Memory is the process's peak (VmHWM), beside what the server announced. The last
+line is JSON.
 """
 
 from __future__ import annotations
@@ -160,8 +161,10 @@ def options() -> argparse.Namespace:
     parser.add_argument("--vocabulary", type=int, default=2048)
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 64, 256])
     parser.add_argument("--prompt", type=int, default=64)
-    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=4, help="requests of a client, at least")
     parser.add_argument("--slots", type=int, default=64)
+    parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--memory", default="4GiB")
     parser.add_argument("--long", type=int, nargs="*", default=[8192, 60_000])
     parser.add_argument("--conversations", type=int, default=1000)
@@ -189,7 +192,7 @@ def measure(a: argparse.Namespace, port: int, process: subprocess.Popen[str]) ->
     table = Table("clients", "tokens/s", "first token, ms", "p99", "between, ms", "p99")
     results: dict[str, Any] = {"load": []}
     for count in a.clients:
-        row = asyncio.run(load(port, count, max(1, 16 // count), a.prompt, a.tokens))
+        row = asyncio.run(load(port, count, max(a.rounds, 16 // count), a.prompt, a.tokens))
         results["load"].append(row)
         figures = (f"{x:,.1f}" for x in (*row["first_ms"], *row["between_ms"]))
         table.add_row(str(count), f"{row['tokens_per_second']:,.0f}", *figures)
@@ -213,6 +216,7 @@ def main() -> None:
         folder = Path(name) / "model"
         write_model(a, folder)
         limits = ["--slots", str(a.slots), "--memory", a.memory, "--queue", "1024"]
+        limits += ["--threads", str(a.threads)]
         process, port, lines = start(folder, limits)
         try:
             print("\n".join(lines))

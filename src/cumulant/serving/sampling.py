@@ -92,10 +92,9 @@ class Sampler:
         self._random = random.Random(f"{seed}/{index}")
         self._counts: Counter[int] = Counter()
         self._seen = set(prompt) if options.repetition_penalty != 1 else set()
-        self._barred = barred if barred is not None and len(barred) else None
-        biases = dict(options.logit_bias)
-        self._biased = np.array(list(biases), dtype=np.int64)
-        self._biases = np.array(list(biases.values()), dtype=np.float32)
+        self._barred = barred
+        self._biases = dict(options.logit_bias)
+        self._added: Logits | None = None  # to all logits
 
     @property
     def is_plain(self) -> bool:
@@ -106,7 +105,7 @@ class Sampler:
             and o.repetition_penalty == 1
             and o.presence_penalty == o.frequency_penalty == 0
             and not o.logit_bias
-            and self._barred is None
+            and (self._barred is None or not len(self._barred))
         )
 
     def draw(self, logits: Logits) -> int:
@@ -121,9 +120,13 @@ class Sampler:
         return token
 
     def _adjusted(self, logits: Logits) -> Logits:
-        o, x = self.options, logits.astype(np.float32)
-        if len(self._biased):
-            x[self._biased] += self._biases
+        o = self.options
+        if self._added is None:
+            self._added = np.zeros(len(logits), dtype=np.float32)
+            self._added[list(self._biases)] = list(self._biases.values())
+            if self._barred is not None:
+                self._added[self._barred] = -np.inf
+        x = logits + self._added
         if self._seen and o.repetition_penalty != 1:
             seen = np.fromiter(self._seen, dtype=np.int64)
             found = x[seen]
@@ -133,16 +136,15 @@ class Sampler:
             drawn = np.fromiter(self._counts, dtype=np.int64)
             times = np.fromiter(self._counts.values(), dtype=np.float32)
             x[drawn] -= np.float32(o.presence_penalty) + np.float32(o.frequency_penalty) * times
-        if self._barred is not None:
-            x[self._barred] = -np.inf
         return x
 
     def _draw_random(self, x: Logits) -> int:
         o = self.options
-        x = x / np.float32(o.temperature)
+        if o.temperature != 1:
+            x /= np.float32(o.temperature)
         if 0 < o.top_k < len(x):
             x[x < np.partition(x, -o.top_k)[-o.top_k]] = -np.inf
-        weights = np.exp((x - x.max()).astype(np.float64))
+        weights = np.exp(np.subtract(x, x.max(), dtype=np.float64))
         kept = None if o.top_p == 1 else _likeliest(weights, o.top_p)
         sums = np.cumsum(weights if kept is None else weights[kept])
         place = int(np.searchsorted(sums, self._random.random() * sums[-1], side="right"))

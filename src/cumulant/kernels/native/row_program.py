@@ -106,7 +106,7 @@ class RowProgram:
         for i, lengths in self._lengths.items():
             if int(lengths[:n].max()) >= self._capacities[i]:
                 self._drop_unseen(i, n)
-        self._arguments.B = n
+        self._arguments.B, self._arguments.threads = n, torch.get_num_threads()
         self._arguments.input = x.data_ptr()
         call_library("cumulant_program", self._arguments)
         for lengths in (self.position, *self._lengths.values()):

@@ -24,9 +24,9 @@ class Bridge:
 
     def __init__(self, loop: asyncio.AbstractEventLoop):
         self._loop, self._lock = loop, threading.Lock()
-        self._pending: list[tuple[asyncio.Queue[Tagged], Tagged]] = []
+        self._pending: list[tuple[asyncio.Queue[Tagged | None], Tagged]] = []
 
-    def put(self, queue: asyncio.Queue[Tagged], event: Tagged) -> None:
+    def put(self, queue: asyncio.Queue[Tagged | None], event: Tagged) -> None:
         """Called by any thread."""
         with self._lock:
             self._pending.append((queue, event))
@@ -47,7 +47,9 @@ class Bridge:
 class _Tagged(Ticket):
     """A ticket whose events go to a queue, with its number."""
 
-    def __init__(self, request: Request, number: int, queue: asyncio.Queue[Tagged], to: Bridge):
+    def __init__(
+        self, request: Request, number: int, queue: asyncio.Queue[Tagged | None], to: Bridge
+    ):
         super().__init__(request)
         self._number, self._queue, self._bridge = number, queue, to
 
@@ -72,7 +74,7 @@ class Answers:
         requests: Sequence[Request],
         on_first: Callable[[float], None],
     ):
-        self._engine, self._queue = engine, asyncio.Queue[Tagged]()
+        self._engine, self._queue = engine, asyncio.Queue[Tagged | None]()
         self._on_first, self._started = on_first, time.perf_counter()
         self._tickets = [
             _Tagged(request, i, self._queue, bridge) for i, request in enumerate(requests)
@@ -100,19 +102,33 @@ class Answers:
     async def __aexit__(self, *_: Any) -> None:
         self.cancel()
 
-    async def next(self) -> Tagged:
-        """The next event; raises the error of a request that failed."""
-        number, event = await self._queue.get()
-        if isinstance(event, Failed):
-            raise event.error
-        return number, event
+    def __del__(self) -> None:  # of a stream that never began, because its client had gone
+        self.cancel()
 
-    async def __aiter__(self) -> AsyncIterator[Tagged]:
-        left, begun = len(self._tickets), set()
-        while left:
-            number, event = await self.next()
-            left -= isinstance(event, Done)
-            if isinstance(event, Update) and number not in begun:
-                begun.add(number)
-                self._on_first(time.perf_counter() - self._started)
-            yield number, event
+    async def events(self, tick: float | None = None) -> AsyncIterator[Tagged | None]:
+        """All events; None after each `tick` seconds. Raises the error of a request that failed."""
+        loop, left, begun = asyncio.get_running_loop(), len(self._tickets), set()
+        timer: asyncio.TimerHandle | None = None
+
+        def ring() -> None:
+            nonlocal timer
+            self._queue.put_nowait(None)
+            timer = loop.call_later(tick or 0, ring)
+
+        if tick is not None:
+            timer = loop.call_later(tick, ring)
+        try:
+            while left:
+                tagged = await self._queue.get()
+                if tagged is not None:
+                    number, event = tagged
+                    if isinstance(event, Failed):
+                        raise event.error
+                    left -= isinstance(event, Done)
+                    if isinstance(event, Update) and number not in begun:
+                        begun.add(number)
+                        self._on_first(time.perf_counter() - self._started)
+                yield tagged
+        finally:
+            if timer is not None:
+                timer.cancel()

@@ -47,6 +47,10 @@ class _Completion:
         self.created, self.usage = int(time.time()), Usage()
         self.replies = 1 if body.n is None else body.n
         self.requests: list[Request] = []
+        kind = "chat.completion.chunk" if self.kind == "chat.completion" else None
+        # of every part of a stream, which would take longer to write each time
+        self._beginning = json.dumps(self.head(kind))[:-1]
+        self._end = ', "usage": null}' if self._has_usage else "}"
 
     def head(self, kind: str | None = None) -> dict[str, Any]:
         return {
@@ -74,18 +78,15 @@ class _Completion:
 
     def chunks(self, prompt: int, event: Any) -> list[str]:
         self.usage.note(prompt, event)
-        extra = {"usage": None} if self._has_usage else {}
-        kind = "chat.completion.chunk" if self.kind == "chat.completion" else None
         return [
-            json.dumps(self.head(kind) | {"choices": [choice]} | extra)
+            f'{self._beginning}, "choices": [{json.dumps(choice)}]{self._end}'
             for choice in self.choices(prompt, event)
         ]
 
     def ending(self) -> list[str]:
-        kind = "chat.completion.chunk" if self.kind == "chat.completion" else None
         if not self._has_usage:
             return []
-        return [json.dumps(self.head(kind) | {"choices": [], "usage": self.usage.as_dict()})]
+        return [f'{self._beginning}, "choices": [], "usage": {json.dumps(self.usage.as_dict())}}}']
 
     def failure(self, error: BaseException) -> str:
         answer = as_api_error(error)
@@ -98,9 +99,11 @@ class _Completion:
         found = {self.number(p, i): _Choice() for p in range(len(self.requests))
                  for i in range(self.replies)}  # fmt: skip
         async with answers:
-            async for prompt, event in answers:
-                self.usage.note(prompt, event)
-                self.gather(prompt, event, found)
+            async for tagged in answers.events():
+                assert tagged is not None  # nothing ticks
+                number, event = tagged
+                self.usage.note(number, event)
+                self.gather(number, event, found)
         choices = [self.whole(number, choice) for number, choice in found.items()]
         return self.head() | {"choices": choices, "usage": self.usage.as_dict()}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -126,33 +127,21 @@ async def as_events(
 ) -> AsyncIterator[str]:
     """Server-sent events of a stream, which ends in [DONE].
 
-    While nothing comes for `ping` seconds, there are comments. An error is an event.
+    After each `ping` seconds there is a comment. An error is an event.
     """
-    deadline = asyncio.get_running_loop().time() + timeout
+    deadline = time.monotonic() + timeout
     async with answers:
-        events = aiter(answers)
-        waiting: asyncio.Future[Any] | None = None
         try:
-            while True:
-                waiting = waiting or asyncio.ensure_future(anext(events))
-                await asyncio.wait({waiting}, timeout=ping)
-                if not waiting.done():
-                    if asyncio.get_running_loop().time() > deadline:
-                        raise ApiError(504, f"no complete answer within {timeout:g} seconds")
+            async for tagged in answers.events(tick=ping):
+                if tagged is not None:
+                    for chunk in chunks(*tagged):
+                        yield f"data: {chunk}\n\n"
+                elif time.monotonic() > deadline:
+                    raise ApiError(504, f"no complete answer within {timeout:g} seconds")
+                else:
                     yield ": ping\n\n"
-                    continue
-                try:
-                    number, event = waiting.result()
-                except StopAsyncIteration:
-                    break
-                waiting = None
-                for chunk in chunks(number, event):
-                    yield f"data: {chunk}\n\n"
             for chunk in ending():
                 yield f"data: {chunk}\n\n"
         except Exception as error:
             yield f"data: {failure(error)}\n\n"
-        finally:
-            if waiting is not None:
-                waiting.cancel()
     yield "data: [DONE]\n\n"

@@ -36,8 +36,9 @@ def load(
     state_dir: Path | None = None,
 ) -> Service:
     """Load models, and print what they will use at most. options: of each `Engine`."""
-    if threads:
-        torch.set_num_threads(threads)
+    threads = threads or torch.get_num_threads()
+    # a second team of threads, this one's, would keep those of the engine from waiting awake
+    torch.set_num_threads(1)
     loaded = {name: load_checkpoint(folder, device) for name, folder in folders.items()}
     models = [model for model, _ in loaded.values()]
     plans = plan_memory(models, options["slots"], memory, options["piece"], context)

@@ -87,9 +87,9 @@ async def read_document(
 
     async def read() -> Read:
         async with service.answers(served, [request]) as answers:
-            async for _, event in answers:
-                if isinstance(event, Read):
-                    found = event
+            async for tagged in answers.events():
+                if tagged is not None and isinstance(tagged[1], Read):
+                    found = tagged[1]
         return found
 
     found = await while_connected(http, read(), service.limits.timeout)
