@@ -109,7 +109,9 @@ def test_choosing_by_length_says_what_was_measured():
                 ("decode", "softmax"),
             )
         )
-        assert f"{training['median'] * 1e3:#.3g}".rstrip(".") + " ms" in line
+        time = training["median"] * 1e3
+        shown = f"{time:,.0f}" if time >= 1000 else f"{time:#.3g}".rstrip(".")
+        assert f"{shown} ms" in line
         assert f"{taylor['median'] * 1e6:.0f} µs" in line
         assert f"{softmax['median'] * 1e6:,.0f} µs" in line
         if length > 1024:
@@ -119,6 +121,25 @@ def test_choosing_by_length_says_what_was_measured():
     assert f"softmax {found['training', 'softmax', 8192]['median'] * 1e3:,.0f} ms" in lines[8192]
     assert f"{found['training', 'softmax', 16384]['median'] * 1e3:,.0f} ms at 16k" in lines[32768]
     assert f"{found['training', 'elita', 131072]['median'] * 1e3:.0f} ms" in lines[131072]
+
+
+def test_the_figure_of_lengths_is_the_reports(tmp_path):
+    """The script draws the committed picture from the committed rows."""
+    import importlib.util
+
+    path = ROOT / "docs/figures/lengths.py"
+    spec = importlib.util.spec_from_file_location("lengths", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    rows, module.HERE = module.measured_rows(), tmp_path
+    module.measured_rows = lambda: rows
+    module.main()
+
+    def numbers(file):
+        return [float(x) for x in re.findall(r"[ML] ([\d.]+) [\d.]+", file.read_text())]
+
+    drawn, kept = numbers(tmp_path / "lengths.svg"), numbers(path.with_suffix(".svg"))
+    assert len(drawn) == len(kept) > 20
 
 
 def test_approximation_says_what_was_measured():

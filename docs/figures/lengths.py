@@ -55,7 +55,7 @@ def main() -> None:
                 and row.get(value)
             )
             lengths, values = zip(*points, strict=True)
-            axis.plot(lengths, values, label=label, **style.options())
+            axis.plot(lengths, values, label=label, **style.line_options())
         axis.set(xscale="log", yscale="log", title=title, xlabel="tokens")
         axis.set_xticks([1024, 16384, 262144], ["1k", "16k", "256k"])
         axis.xaxis.set_minor_formatter(NullFormatter())
