@@ -75,8 +75,7 @@ def answer(ticket):
             assert reply["end"] is None
             reply["text"] += event.text
             reply["tokens"], reply["end"] = event.tokens, event.finish_reason
-            if event.scores is not None:
-                reply["scores"].append(event.scores)
+            reply["scores"] += event.scores
     return read, [replies[i] for i in sorted(replies)]
 
 

@@ -228,6 +228,52 @@ def test_a_request_that_fails_leaves_the_others(monkeypatch):
         assert engine.counters.failures == 1
 
 
+def test_an_ended_reply_that_cannot_be_read_is_forgotten(monkeypatch):
+    model = build()
+    begin = engine_module.Reading.read_piece
+
+    def fail(reading):
+        if len(reading.tokens) > 2 * PIECE and len(reading.tokens) % PIECE == 0:
+            raise ValueError("not this one")
+        begin(reading)
+
+    monkeypatch.setattr(engine_module.Reading, "read_piece", fail)
+    with running(model) as engine:
+        for text in range(3):
+            one = request(30, text=text, max_tokens=60, logit_bias={256: -100.0})
+            assert answer(engine.ask(one))[1][0]["tokens"] == 60
+        wait_until(lambda: not engine._has_ended)
+        assert engine.running
+
+
+def test_a_thread_that_ends_tells_everybody(monkeypatch):
+    def fail(engine):
+        raise MemoryError
+
+    monkeypatch.setattr(Engine, "_admit", fail)
+    engine = Engine(build(), chat_tokenizer(), piece=PIECE)
+    ticket = engine.ask(request(10))
+    monkeypatch.setattr(threading, "excepthook", lambda arguments: None)
+    engine.start()
+    with pytest.raises(Stopping):
+        answer(ticket)
+    engine._thread.join()
+    with pytest.raises(Stopping):
+        engine.ask(request(10))
+
+
+def test_scored_and_plain_prompts_do_not_mix():
+    """The logits of all rows round differently from those of the last alone."""
+    model = build(hidden_size=64)
+    plain, scored = request(50, top_scores=0), request(50, top_scores=0, prompt_scores=0)
+    with running(model, snapshot_bytes=2**24) as engine:
+        first = answer(engine.ask(scored))[1]
+        again = answer(engine.ask(plain))[1]
+        assert answer(engine.ask(scored))[1] == first
+    with running(model, snapshot_bytes=0) as engine:
+        assert answer(engine.ask(plain))[1] == again
+
+
 @pytest.mark.parametrize(
     ("bad", "message"),
     [

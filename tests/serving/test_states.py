@@ -1,6 +1,7 @@
 """Documents that are read once: by HTTP, in memory and in files."""
 
 import json
+import threading
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from cumulant.serving.library import StateLibrary, UnknownState, model_fingerpri
 from cumulant.serving.snapshots import SnapshotStore
 
 from ..quick import slow_but
-from .common import PIECE, build
+from .common import PIECE, build, wait_until
 
 FIXED = {"seed": 3, "max_tokens": 12, "logit_bias": {"256": -100}}
 TEXT = "It was a dark and stormy night; " * 5
@@ -117,14 +118,103 @@ def damaged(data, path):
     yield "batch", written({state: tensors[state].repeat(2, 1, 1, 1)})
     yield "tokens", written({"tokens": tokens + 10**6})
     yield "token count", written({"tokens": tokens[:, :-20].contiguous()})
+    yield (
+        "positions",
+        written({n: x + 1 for n, x in tensors.items() if n.endswith("position") and "layers" in n}),
+    )
+    yield "many logits", written({"end.logits": tensors["end.logits"].repeat(1, 3)})
+    yield "half logits", written({"end.logits": tensors["end.logits"].bfloat16()})
+    yield "nan logits", written({"end.logits": tensors["end.logits"] * float("inf")})
+    yield "flat tokens", written({"tokens": tokens[0].contiguous()})
+    yield "one token", written({"tokens": tokens[0, 0]})
     yield "logits", written({"end.logits": tensors["end.logits"][:, 1:].contiguous()})
     kind = json.loads(header["cumulant.state"])
     kind["kind"] = "cumulant.ops.state:LinearState"
     yield "another state", written(**{"cumulant.state": json.dumps(kind)})
+    for name in ("cumulant.nope.deep:X", "cumulant.models.cache:StateLayer", "cumulant.ops:", 3):
+        kind["kind"] = name
+        yield f"kind {name}", written(**{"cumulant.state": json.dumps(kind)})
+    for part in ("tokens", "end", "border"):
+        for value in (None, [], "tensor", {"kind": "cumulant.ops.state:State", "parts": {}}):
+            whole = json.loads(header["cumulant.state"])
+            whole["parts"][part] = value
+            if value != json.loads(header["cumulant.state"])["parts"][part]:
+                yield f"{part} {value}", written(**{"cumulant.state": json.dumps(whole)})
+    yield "deep", written(**{"cumulant.state": "[" * 100_000 + "]" * 100_000})
     kind["kind"] = "os:system"
     yield "no state", written(**{"cumulant.state": json.dumps(kind)})
     del header["weights"]
     yield "nameless", written()
+
+
+def rewritten(data, path, changed, border_logits=False):
+    """The file with other tensors."""
+    from safetensors import safe_open
+
+    (path / "old").write_bytes(data)
+    with safe_open(path / "old", "pt") as file:
+        header = dict(file.metadata())
+    if border_logits:
+        structure = json.loads(header["cumulant.state"])
+        structure["parts"]["border"]["parts"]["logits"] = "tensor"
+        header["cumulant.state"] = json.dumps(structure)
+    save_file({**load_file(path / "old"), **changed}, path / "new", metadata=header)
+    return (path / "new").read_bytes()
+
+
+def test_an_uploaded_state_changes_nothing_for_others(make_server, tmp_path):
+    """Its tokens say what others ask, and its numbers are another text's."""
+    model = build()
+    honest, server = make_server({"small": model}), make_server({"small": model})
+    lie = honest.post("/v1/states", 201, input="z" * len(TEXT))["id"]
+    ids = torch.tensor([list(TEXT.encode())])
+    data = honest.http.get(f"/v1/states/{lie}/file").content
+    up = server.upload(rewritten(data, tmp_path, {"tokens": ids})).json()
+    further = "and more than a piece of further text"
+    poisoned = text_of(server, prompt=further, state_id=up["id"])[0]
+    answer_of = text_of(honest, prompt=TEXT + further)[0]
+    assert poisoned != answer_of
+    server.post("/v1/states", 201, input=further, state_id=up["id"])
+    text_of(server, prompt=further, state_id=up["id"], max_tokens=40)
+    wait_until(lambda: not server.engine._has_ended)
+    found, cached = text_of(server, prompt=TEXT + further)
+    assert (found, cached) == (answer_of, 0)
+
+
+@pytest.mark.parametrize("preset", ["elita", "gated_taylor", "softmax"])
+def test_numbers_without_measure_harm_their_own_reply_alone(make_server, tmp_path, preset):
+    server = make_server({"small": build(preset)}, slots=3)
+    body = FIXED | {"prompt": "hello", "max_tokens": 200}
+    expected = server.post("/v1/completions", **body)["choices"][0]["text"]
+    made = server.post("/v1/states", 201, input=TEXT)
+    data = server.http.get(f"/v1/states/{made['id']}/file").content
+    tensors = load_file_of(data, tmp_path)
+    huge = {
+        n: torch.full_like(x, 1e300 if x.dtype == torch.float64 else 3e38)
+        for n, x in tensors.items()
+        if n.startswith("end.state.layers.0") and n.endswith(("mean", "numerator", "value"))
+    }
+    up = server.upload(rewritten(data, tmp_path, huge)).json()
+    bad = FIXED | {"prompt": "", "state_id": up["id"], "max_tokens": 50}
+    texts, codes = [], []
+
+    def ask(one, found):
+        response = server.http.post("/v1/completions", json=one)
+        found.append(response.json() if response.status_code == 200 else response.status_code)
+
+    threads = [threading.Thread(target=ask, args=a) for a in ((body, texts), (bad, codes)) * 2]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [t["choices"][0]["text"] for t in texts] == [expected] * 2
+    assert codes == [500, 500]
+    assert server.post("/v1/completions", **body)["choices"][0]["text"] == expected
+
+
+def load_file_of(data, path):
+    (path / "file").write_bytes(data)
+    return load_file(path / "file")
 
 
 def test_uploads_that_are_refused(make_server, tmp_path):
@@ -135,6 +225,9 @@ def test_uploads_that_are_refused(make_server, tmp_path):
         response = server.upload(bad)
         assert response.status_code == 400, name
         assert response.json()["error"]["message"].startswith("state: "), name
+    logits = {"border.logits": torch.zeros(1, 10**4)}
+    with_logits = rewritten(data, tmp_path, logits, border_logits=True)
+    assert server.upload(with_logits).status_code == 400
     foreign = make_server({"small": build("taylor", initializer_range=0.2)})
     response = foreign.upload(data)
     assert "another model" in response.json()["error"]["message"]

@@ -6,6 +6,7 @@ number of rows nor a sequence's place changes a bit of its logits.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any, Protocol
 
 import torch
@@ -34,7 +35,8 @@ class Rows(Protocol):
     def step(self, ids: Tensor) -> Tensor:
         """The logits ``[n, vocab_size]`` (fp32) after ``ids [n]``, tokens of the first n rows.
 
-        The next step may overwrite them.
+        They are on the CPU, and the next step may overwrite them. A row whose numbers are not
+        finite has such logits, and the others are as without it.
         """
         ...
 
@@ -126,8 +128,10 @@ class SeparateRows:
         self._caches[target], self._caches[source] = self._caches[source], None
 
     def step(self, ids: Tensor) -> Tensor:
-        logits = [
-            self._model(ids[row : row + 1, None], past_key_values=cache, use_cache=True).logits
-            for row, cache in enumerate(self._caches[: len(ids)])
-        ]
-        return torch.cat(logits)[:, -1].float()
+        out = torch.full((len(ids), self._model.config.vocab_size), torch.nan)
+        ids = ids.to(self._model.device)
+        for row, cache in enumerate(self._caches[: len(ids)]):
+            with suppress(ValueError, RuntimeError):  # a row that fails has logits of NaN
+                one = self._model(ids[row : row + 1, None], past_key_values=cache, use_cache=True)
+                out[row] = one.logits[0, -1].float().cpu()
+        return out

@@ -191,7 +191,12 @@ def _describe_structure(part: Any) -> Any:
 def _find_state_class(name: str) -> type[State] | None:
     """The state class that a file names, or None; only classes of this package are looked up."""
     module, _, attribute = name.partition(":")
-    if not re.fullmatch(r"cumulant(\.\w+)+", module) or importlib.util.find_spec(module) is None:
+    if not re.fullmatch(r"cumulant(\.\w+)+", module):
+        return None
+    try:
+        if importlib.util.find_spec(module) is None:
+            return None
+    except ModuleNotFoundError:  # of a package on the way
         return None
     found = getattr(importlib.import_module(module), attribute, None)
     return found if isinstance(found, type) and issubclass(found, State) else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
@@ -31,8 +32,11 @@ from .sampling import Logits, Sampler
 from .snapshots import SnapshotStore
 from .text import ReplyText
 
+log = logging.getLogger("cumulant.serving")
 PIECE = 128  # tokens of a prompt that are read between two steps of the others
 STEPS_BETWEEN = 4  # steps of replies between two pieces of the text of an ended one
+MOST_TOKENS = 2**22  # of all prompts that wait
+MOST_SCORED = 2**15  # tokens of a prompt whose log-probabilities are wanted
 MOST_ENDED = 256  # ended replies whose text may wait to be read
 
 
@@ -124,7 +128,8 @@ class Engine:
             if self._stop:
                 raise Stopping("the server is stopping; ask another")
             waiting = len(self._waiting)
-            if waiting >= self.most_waiting:
+            tokens = self._waiting.tokens + len(ticket.request.tokens)
+            if waiting >= self.most_waiting or (waiting and tokens > MOST_TOKENS):
                 raise Busy(waiting, self._seconds_of(waiting))
             self._waiting.add(ticket)
             self.counters.requests += 1
@@ -147,6 +152,11 @@ class Engine:
         if not 1 <= request.replies <= self.slots:
             raise ValueError(
                 f"n: expected 1 to {self.slots} (the server's slots), got {request.replies}"
+            )
+        if request.prompt_scores is not None and count > MOST_SCORED:
+            raise ValueError(
+                f"prompt: expected at most {MOST_SCORED:,} tokens with log-probabilities of the"
+                f" prompt, got {count:,}"
             )
         if self.room is not None and count + request.sampling.max_tokens > self.room:
             raise ValueError(
@@ -184,20 +194,26 @@ class Engine:
 
     def _run(self) -> None:
         torch.set_num_threads(self._threads)
+        try:
+            with torch.inference_mode():
+                self._loop()
+        finally:
+            self._stop = "now"
+            self._fail_all(Stopping("the server stopped before the reply was complete"))
+
+    def _loop(self) -> None:
         steps = 0
-        with torch.inference_mode():
-            while self._wait_for_work():
-                began = time.perf_counter()
-                self._admit()
-                if self._reading:
-                    self._read(self._reading.popleft())
-                elif self._has_ended and (steps % STEPS_BETWEEN == 0 or not self._drawing):
-                    self._read_ended()
-                if self._drawing:
-                    self._step()
-                    steps += 1
-                self.counters.seconds_busy += time.perf_counter() - began
-        self._fail_all(Stopping("the server stopped before the reply was complete"))
+        while self._wait_for_work():
+            began = time.perf_counter()
+            self._admit()
+            if self._reading:
+                self._read(self._reading.popleft())
+            elif self._has_ended and (steps % STEPS_BETWEEN == 0 or not self._drawing):
+                self._read_ended()
+            if self._drawing:
+                self._step()
+                steps += 1
+            self.counters.seconds_busy += time.perf_counter() - began
 
     def _wait_for_work(self) -> bool:
         """Wait until there is something to do; whether to go on."""
@@ -304,13 +320,19 @@ class Engine:
             self._fail_all(error, waiting=False)
             return
         self.counters.steps += 1
-        likeliest = logits.argmax(-1)
+        likeliest = logits.argmax(-1)  # of NaN if there is one
         ended = []
         for row, reply in enumerate(self._drawing):
-            plain = reply.sampler.is_plain
-            token = int(likeliest[row]) if plain else reply.sampler.draw(logits[row])
-            if not self._accept(reply, token, logits[row]):
-                ended.append(row)
+            try:
+                if not np.isfinite(logits[row, likeliest[row]]):
+                    raise FloatingPointError("the model's logits are not finite")
+                plain = reply.sampler.is_plain
+                token = int(likeliest[row]) if plain else reply.sampler.draw(logits[row])
+                if not self._accept(reply, token, logits[row]):
+                    ended.append(row)
+            except Exception as error:  # of this reply alone
+                if not reply.job.ticket.cancelled:
+                    self._fail(reply.job.ticket, error)
         for row in reversed(ended):
             self._leave(row)
 
@@ -338,18 +360,23 @@ class Engine:
     def _remember(self, reply: Reply) -> None:
         """Have the text with its reply read in whole pieces, for a prompt that goes on from it."""
         tokens = [*reply.job.ticket.request.tokens, *reply.tokens]
-        before = len(reply.job.ticket.request.tokens) // self.piece
-        if len(tokens) // self.piece > before and self.store.budget:
+        request = reply.job.ticket.request
+        before = len(request.tokens) // self.piece
+        if len(tokens) // self.piece > before and self.store.budget and request.start is None:
             self._ended.append(tokens)
 
     def _read_ended(self) -> None:
         """Read a piece of an ended reply's text."""
-        if self._remembering is None:
-            tokens = self._ended.popleft()
-            self._remembering = Reading(self.model, self.store, tokens, self.piece, whole=False)
-        if not self._remembering.done:
-            self._remembering.read_piece()
-        if self._remembering.done:
+        try:
+            if self._remembering is None:
+                tokens = self._ended.popleft()
+                self._remembering = Reading(self.model, self.store, tokens, self.piece, whole=False)
+            if not self._remembering.done:
+                self._remembering.read_piece()
+            if self._remembering.done:
+                self._remembering = None
+        except Exception:
+            log.exception("an ended reply cannot be read")
             self._remembering = None
 
     def _deliver(self, ticket: Ticket, event: Event) -> None:
@@ -365,6 +392,7 @@ class Engine:
         """End all requests that have rows, and those that wait."""
         tickets = {reply.job.ticket: None for reply in self._drawing}
         self._drawing.clear()
+        self.counters.rows = 0
         if waiting:
             with self._lock:
                 tickets |= {job.ticket: None for job in self._reading}

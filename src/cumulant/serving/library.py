@@ -83,7 +83,6 @@ class StateLibrary:
         piece: of the engine; documents of servers with other pieces are refused.
         store: from whose budget documents in memory are taken.
         folder: where files go; None: in memory.
-        most_bytes: of an uploaded file.
     """
 
     def __init__(
@@ -92,10 +91,10 @@ class StateLibrary:
         piece: int,
         store: SnapshotStore,
         folder: Path | None = None,
-        most_bytes: int = 2**30,
     ):
         self._model, self._piece, self._store = model, piece, store
-        self.most_bytes, self.weights = most_bytes, model_fingerprint(model)
+        self.weights = model_fingerprint(model)
+        self._layout = _layout(_small_state(model))
         self._kept: dict[str, tuple[Document, int]] = {}
         self.folder = None if folder is None else folder / self.weights[:16]
         if self.folder is not None:
@@ -117,14 +116,12 @@ class StateLibrary:
 
     def get(self, name: str) -> Document:
         if self.folder is None:
-            if name not in self._kept:
-                raise UnknownState(name)
-            return self._kept[name][0]
+            return (self._kept.get(name) or self._missing(name))[0]
         return self._load(self._existing(name))
 
     def entry(self, name: str) -> Entry:
         if self.folder is None:
-            document, created = self._kept[name] if name in self._kept else self._missing(name)
+            document, created = self._kept.get(name) or self._missing(name)
             return Entry(name, document.tokens.shape[1], document.nbytes, created)
         path = self._existing(name)
         about = path.stat()
@@ -150,11 +147,13 @@ class StateLibrary:
 
     def delete(self, name: str) -> None:
         if self.folder is not None:
-            self._existing(name).unlink()
-        elif name in self._kept:
-            self._store.reserve(-self._kept.pop(name)[0].nbytes)
+            try:
+                self._existing(name).unlink()
+            except FileNotFoundError as error:
+                raise UnknownState(name) from error
         else:
-            raise UnknownState(name)
+            kept = self._kept.pop(name, None) or self._missing(name)
+            self._store.reserve(-kept[0].nbytes)
 
     def dump(self, name: str) -> bytes:
         """The document's file."""
@@ -165,16 +164,13 @@ class StateLibrary:
             save_state(path, self.get(name), self._metadata())
             return path.read_bytes()
 
-    def restore(self, data: bytes) -> Entry:
-        """Keep the document in a file's bytes, which may come from anywhere.
+    def restore(self, path: Path) -> Entry:
+        """Keep the document in a file, which may come from anywhere.
 
         Raises:
             ValueError: the file is damaged, or another model's.
         """
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "state.safetensors"
-            path.write_bytes(data)
-            return self.add(self._load(path, "the uploaded file"))
+        return self.add(self._load(path, "the uploaded file"))
 
     def _metadata(self) -> dict[str, str]:
         return {"weights": self.weights, "piece": str(self._piece)}
@@ -194,8 +190,10 @@ class StateLibrary:
     def _load(self, path: Path, shown: str | None = None) -> Document:
         shown = shown or path.name
         try:
-            document, metadata = load_state(path, return_metadata=True)
-        except ValueError as error:
+            document, metadata = load_state(path, self._model.device, return_metadata=True)
+        except FileNotFoundError as error:  # deleted meanwhile
+            raise UnknownState(path.stem) from error
+        except Exception as error:  # whatever a file from anywhere may hold
             raise ValueError(f"state: {shown} is not a state, or is damaged") from error
         if not isinstance(document, Document) or metadata.get("weights") != self.weights:
             raise ValueError(f"state: {shown} belongs to another model")
@@ -204,29 +202,38 @@ class StateLibrary:
                 f"state: {shown} was written by a server with --piece {metadata.get('piece')};"
                 f" this one has {self._piece}"
             )
-        self._check(document, shown)
+        try:
+            fits = self._fits(document)
+        except Exception:  # parts that are no tensors, or no states
+            fits = False
+        if not fits:
+            raise ValueError(f"state: {shown} does not fit this model, or is damaged")
         return document
 
-    def _check(self, document: Document, shown: str) -> None:
-        """The document is one that this model could have read."""
+    def _fits(self, document: Document) -> bool:
+        """Whether this model could have read the document."""
         tokens, size = document.tokens, self._model.config.vocab_size
-        count = tokens.shape[-1]
-        ends = [(document.end, count)]
-        if document.border is not None:
-            ends.append((document.border, count // self._piece * self._piece))
-        fits = tokens.shape == (1, count) and tokens.dtype == torch.int64 and count > 0
-        fits = fits and bool(((tokens >= 0) & (tokens < size)).all())
-        logits = document.end.logits
-        fits = fits and logits is not None and logits.shape == (1, size)
-        fits = fits and (document.border is not None) == (count >= self._piece)
-        if not fits or not all(self._fits(s.state, length) for s, length in ends):
-            raise ValueError(f"state: {shown} does not fit this model, or is damaged")
-
-    def _fits(self, state: ModelState, length: int) -> bool:
-        wanted = _layout(_state_after(self._model, length))
-        if _layout(state) != wanted or not _is_finite(state):
+        count = tokens.shape[1]
+        if tokens.shape != (1, count) or tokens.dtype != torch.int64 or not count:
             return False
-        if state.position.tolist() != [length]:
+        if not bool(((tokens >= 0) & (tokens < size)).all()) or document.end.logits is None:
+            return False
+        if (document.border is not None) != (count >= self._piece):
+            return False
+        parts = [(document.end, count)]
+        if document.border is not None:
+            parts.append((document.border, count // self._piece * self._piece))
+        return all(
+            _is_row(part.logits, size) and self._fits_after(part.state, length)
+            for part, length in parts
+        )
+
+    def _fits_after(self, state: ModelState, length: int) -> bool:
+        """Whether the state is one after so many tokens."""
+        if _layout(state) != self._layout or not _is_finite(state):
+            return False
+        positions = [x for n, x in state.tensors().items() if n.rpartition(".")[2] == "position"]
+        if any(x.tolist() != [length] for x in positions):
             return False
         layers = self._model.model.layers
         for i, layer in enumerate(state.layers):
@@ -238,14 +245,22 @@ class StateLibrary:
         return True
 
 
-def _state_after(model: Any, length: int) -> ModelState:
-    """A state of the model with the shapes of one after `length` tokens, but for their number."""
+def _small_state(model: Any) -> ModelState:
+    """A state of the model after one token."""
     cache = DynamicCache(config=model.config)
     with torch.inference_mode():
-        for _ in range(min(length, 2)):
-            ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
-            model.model(ids, past_key_values=cache, use_cache=True)
+        ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+        model.model(ids, past_key_values=cache, use_cache=True)
     return export_state(cache)
+
+
+def _is_row(logits: Tensor | None, size: int) -> bool:
+    """Whether they are None or logits of one token."""
+    return logits is None or (
+        logits.shape == (1, size)
+        and logits.dtype == torch.float32
+        and bool(logits.isfinite().all())
+    )
 
 
 def _layout(state: ModelState) -> list[tuple[str, tuple[int, ...], torch.dtype]]:

@@ -10,9 +10,10 @@ import torch
 
 from ..models.rows import cache_bytes_after, grows, row_bytes
 from ..text.generate import peak_bytes
+from .sampling import log_probabilities
 
 UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
-CONNECTIONS = 64 * 2**20  # for connections, texts and Python's own
+CONNECTIONS = 256 * 2**20  # for connections, texts and Python's own
 LEAST_ROOM = 256  # tokens of a context
 SHARE = 0.75  # of what is left, for the contexts of models whose states grow
 
@@ -53,9 +54,12 @@ class MemoryPlan:
         return self.process + self.slots + self.snapshots
 
 
-def slot_bytes(model: Any, room: int) -> int:
-    """A row, and the state of a prompt that is being read, which is made anew by each piece."""
-    return row_bytes(model, room) + 2 * cache_bytes_after(model, room)
+def slots_bytes(model: Any, slots: int, room: int) -> int:
+    """Rows, and states of prompts that are being read, one of an ended reply's too.
+
+    Each piece makes a state anew, so there are two.
+    """
+    return slots * row_bytes(model, room) + 2 * (slots + 1) * cache_bytes_after(model, room)
 
 
 def warm_up(model: Any, piece: int) -> None:
@@ -63,7 +67,8 @@ def warm_up(model: Any, piece: int) -> None:
     with torch.inference_mode():
         for length in (piece, 1):
             ids = torch.zeros(1, length, dtype=torch.long, device=model.device)
-            model(ids, use_cache=True, logits_to_keep=1)
+            logits = model(ids, use_cache=True, logits_to_keep=length).logits
+            log_probabilities(logits[0].float().cpu().numpy())
 
 
 def plan_memory(
@@ -83,10 +88,10 @@ def plan_memory(
     plans = []
     for model in models:
         room = _room(model, slots, left, context)
-        size = slots * slot_bytes(model, room or 1)
+        size = slots_bytes(model, slots, room or 1)
         plans.append(MemoryPlan(process // len(models), size, left - size, room))
     least = process + sum(
-        slots * slot_bytes(model, (context or LEAST_ROOM) if grows(model) else 1)
+        slots_bytes(model, slots, (context or LEAST_ROOM) if grows(model) else 1)
         for model in models
     )
     if any(plan.snapshots < 0 for plan in plans):
@@ -102,6 +107,6 @@ def _room(model: Any, slots: int, left: int, context: int | None) -> int | None:
         return None
     if context is not None:
         return context
-    fixed, one = slot_bytes(model, 0), slot_bytes(model, 1)
-    room = int((SHARE * left / slots - fixed) // max(one - fixed, 1))
+    fixed, one = slots_bytes(model, slots, 0), slots_bytes(model, slots, 1)
+    room = int((SHARE * left - fixed) // max(one - fixed, 1))
     return max(room, LEAST_ROOM)

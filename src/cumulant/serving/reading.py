@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -48,6 +48,7 @@ class Reading:
         every: a snapshot is kept after each `every` pieces,
         borders: and before the piece of each of these positions, and at the end.
         start: a snapshot and its number of tokens, to begin from if the store has none further on.
+            It may come from anywhere, so nothing is kept then.
         scored: None, or how many of the likeliest tokens to list at each place; then the text is
             read from its beginning.
         whole: False to read only pieces that are complete.
@@ -82,7 +83,7 @@ class Reading:
         self.cache = DynamicCache(config=model.config)
         self.position = self.cached = 0
         self.border: tuple[Snapshot, int] | None = None
-        self._keep_border = keep_border
+        self._keep_border, self._foreign = keep_border, start is not None
         if scored is None:
             self._begin(start)
         self._last_kept = self.cached
@@ -141,13 +142,15 @@ class Reading:
             following = self.tokens[begin + 1 : end + 1]
             for row, token in zip(log_probabilities(logits.numpy()), following):
                 self.scores.append(score_token(row, token, self._top or 0))
-        if end in self._kept or end % self._every == 0:
+        if not self._foreign and (end in self._kept or end % self._every == 0):
             self._keep(end)
         if self._keep_border:
             self._note_border(self.snapshot())
 
     def _keep(self, end: int) -> None:
-        key = self.keys[-(-end // self._piece)]
-        self._store.put(key, self.snapshot(), end - self._last_kept)
+        snapshot = self.snapshot()
+        if self.scores is not None:  # logits of many rows round differently from those of one
+            snapshot = replace(snapshot, logits=None)
+        self._store.put(self.keys[-(-end // self._piece)], snapshot, end - self._last_kept)
         if end % self._piece == 0:
             self._last_kept = end

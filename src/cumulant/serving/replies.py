@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .reading import Reading, score_token
+from .reading import Reading, TokenScores, score_token
 from .requests import Ticket, Update
 from .sampling import Logits, Sampler, log_probabilities
 from .text import ReplyText
@@ -25,22 +25,28 @@ class Reply:
     def __init__(self, job: Job, index: int, sampler: Sampler, text: ReplyText):
         self.job, self.index, self.sampler, self.text = job, index, sampler, text
         self.tokens: list[int] = []
+        self._scores: list[TokenScores] = []  # of tokens whose text is held back
 
     def accept(self, token: int, logits: Logits, ends: frozenset[int]) -> Update:
         """Take the token that was drawn after `logits`."""
         request = self.job.ticket.request
         self.tokens.append(token)
-        count, scores, reason, text = len(self.tokens), None, None, ""
+        count, reason, text = len(self.tokens), None, ""
         if token in ends or token in request.ends:
             reason = "stop"
         else:
             text = self.text.add(token)
             if request.top_scores is not None:
-                scores = score_token(log_probabilities(logits), token, request.top_scores)
+                found = score_token(log_probabilities(logits), token, request.top_scores)
+                self._scores.append(found)
             if self.text.stopped:
                 reason = "stop"
+                self._scores.clear()
             elif count == request.sampling.max_tokens:
                 reason = "length"
         if reason is not None:
             text += self.text.finish()
+        scores: list[TokenScores] = []
+        if reason is not None or not self.text.holds:
+            scores, self._scores = self._scores, []
         return Update(self.index, text, count, scores, reason)

@@ -50,7 +50,9 @@ class Read:
 
 @dataclass
 class Update:
-    """A token of a reply: the text that it completes, and why the reply ends, if it does.
+    """A token of a reply: the text that is certain now, and why the reply ends, if it does.
+
+    scores: of the tokens of that text.
 
     finish_reason: "stop" (a text of `stop`, or the token that ends a text), "length", or None.
     tokens: those of the reply so far.
@@ -59,7 +61,7 @@ class Update:
     index: int
     text: str
     tokens: int
-    scores: TokenScores | None = None
+    scores: list[TokenScores] = field(default_factory=list)
     finish_reason: str | None = None
 
 
@@ -123,6 +125,15 @@ class Waiting:
 
     def __len__(self) -> int:
         return sum(not t.cancelled for tickets in self._clients.values() for t in tickets)
+
+    @property
+    def tokens(self) -> int:
+        return sum(
+            len(t.request.tokens)
+            for tickets in self._clients.values()
+            for t in tickets
+            if not t.cancelled
+        )
 
     def add(self, ticket: Ticket) -> None:
         self._clients.setdefault(ticket.request.client, []).append(ticket)

@@ -66,11 +66,13 @@ class SamplingOptions:
         check("top_p", 0 < self.top_p <= 1, "a probability above 0 and up to 1")
         for name in ("presence_penalty", "frequency_penalty"):
             check(name, -2 <= getattr(self, name) <= 2, "-2 to 2")
-        check("repetition_penalty", 0 < self.repetition_penalty < math.inf, "a number above 0")
+        check("repetition_penalty", 0.01 <= self.repetition_penalty <= 100, "0.01 to 100")
         biases = self.logit_bias.values()
         check("logit_bias", all(-100 <= x <= 100 for x in biases), "numbers from -100 to 100")
         check("seed", self.seed is None or -(2**63) <= self.seed < 2**63, "a 64-bit integer")
-        check("stop", all(self.stop) and len(self.stop) <= 16, "up to 16 texts, none empty")
+        lengths = [len(text) for text in self.stop]
+        fits = len(lengths) <= 16 and all(1 <= n <= 1000 for n in lengths)
+        check("stop", fits, "up to 16 texts of 1 to 1,000 characters")
 
 
 class Sampler:

@@ -21,6 +21,11 @@ class ReplyText:
         self._held = ""
         self.stopped = False
 
+    @property
+    def holds(self) -> bool:
+        """Whether some text is held back."""
+        return bool(self._held)
+
     def add(self, token: int) -> str:
         """The text that is certain after `token`; `stopped` tells that one of `stop` is there."""
         return self._release(self._decoder.add(token))

@@ -163,6 +163,7 @@ class Program(ctypes.Structure):
         *((name, _pointer) for name in ("position", "input", "out")),
         *((name, ctypes.POINTER(_pointer)) for name in ("before", "after")),
         ("pasts", ctypes.POINTER(Past)),
+        ("separate", _i64),
     ]
 
 

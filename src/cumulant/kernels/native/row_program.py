@@ -17,7 +17,7 @@ class RowProgram:
     """A program on the states of up to `rows` sequences, which it changes in place.
 
     A step takes the sequences in the first rows. A row's numbers do not depend on which other rows
-    there are, nor on which row it is.
+    there are, nor on which row it is. Numbers that are not finite stay in their row.
 
     Args:
         program: what to run.
@@ -47,6 +47,7 @@ class RowProgram:
             past.lengths = self._lengths[i].data_ptr()
             pasts.append(past)
         self._arguments = program.arguments(rows, self._states, self._states, self.position, pasts)
+        self._arguments.separate = 1
         for i, after in self._next.items():
             self._arguments.after[i] = after.data_ptr()
         self._out = torch.empty(rows, program.output.size, dtype=torch.float32, device="cpu")

@@ -9,6 +9,7 @@ from typing import Any
 
 from fastapi import APIRouter, FastAPI
 from fastapi.responses import HTMLResponse, Response
+from starlette.concurrency import run_in_threadpool
 
 from ... import __version__
 from . import completions, errors, states
@@ -89,9 +90,10 @@ def _tokens(service: Service) -> APIRouter:
         if (body.prompt is None) == (body.messages is None):
             raise ApiError(400, "prompt: expected a text here, or messages, one of them", "prompt")
         if body.messages is not None:
-            tokens = served.encode_chat([m.plain() for m in body.messages])[0]
+            plain = [m.plain() for m in body.messages]
+            tokens = (await run_in_threadpool(served.encode_chat, plain))[0]
         else:
-            tokens = served.encode(body.prompt or "")
+            tokens = await run_in_threadpool(served.encode, body.prompt or "")
         return Json({"tokens": tokens, "count": len(tokens)})
 
     @routes.post("/detokenize")

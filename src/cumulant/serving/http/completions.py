@@ -13,6 +13,7 @@ from typing import Any
 from fastapi import APIRouter
 from fastapi import Request as HttpRequest
 from fastapi.responses import StreamingResponse
+from starlette.concurrency import run_in_threadpool
 
 from ..requests import Read, Request, Update
 from .errors import ApiError, Json, as_api_error
@@ -46,6 +47,9 @@ class _Completion:
         )
         self.created, self.usage = int(time.time()), Usage()
         self.replies = 1 if body.n is None else body.n
+        if not 1 <= self.replies <= served.engine.slots:
+            most = served.engine.slots
+            raise ApiError(400, f"n: expected 1 to {most} (the slots), got {self.replies}", "n")
         self.requests: list[Request] = []
         kind = "chat.completion.chunk" if self.kind == "chat.completion" else None
         # of every part of a stream, which would take longer to write each time
@@ -112,8 +116,7 @@ class _Completion:
             choice = found[self.number(prompt, event.index)]
             choice.text += event.text
             choice.finish_reason = event.finish_reason
-            if event.scores is not None:
-                choice.scores.append(event.scores)
+            choice.scores += event.scores
 
     async def answer(self, http: HttpRequest) -> Any:
         """The answer to send: a stream or an object."""
@@ -187,10 +190,9 @@ class TextCompletion(_Completion):
 
     def choices(self, prompt: int, event: Any) -> Iterator[dict[str, Any]]:
         if isinstance(event, Update):
-            found = [] if event.scores is None else [event.scores]
             number = self.number(prompt, event.index)
-            if event.text or found or event.finish_reason:
-                yield self._part(number, event.text, found, event.finish_reason)
+            if event.text or event.scores or event.finish_reason:
+                yield self._part(number, event.text, event.scores, event.finish_reason)
         elif isinstance(event, Read):
             none = event and self.requests[prompt].sampling.max_tokens == 0
             if self.body.echo or none:
@@ -248,8 +250,8 @@ class ChatCompletion(_Completion):
             for i in range(self.replies):
                 yield self._part(i, {"role": "assistant", "content": ""}, None, None)
         elif isinstance(event, Update):
-            scores = None if event.scores is None else [event.scores]
-            if event.text or scores:
+            if event.text or event.scores:
+                scores = event.scores if self.body.logprobs else None
                 yield self._part(event.index, {"content": event.text}, scores, None)
             if event.finish_reason:
                 yield self._part(event.index, {}, None, event.finish_reason)
@@ -275,11 +277,15 @@ def router(service: Service) -> APIRouter:
     @routes.post("/v1/completions")
     async def complete(body: CompletionBody, http: HttpRequest) -> Any:
         served = service.model(body.model)
-        return await TextCompletion(service, served, body, client_of(http)).answer(http)
+        client = client_of(http)
+        found = await run_in_threadpool(TextCompletion, service, served, body, client)
+        return await found.answer(http)
 
     @routes.post("/v1/chat/completions")
     async def chat(body: ChatBody, http: HttpRequest) -> Any:
         served = service.model(body.model)
-        return await ChatCompletion(service, served, body, client_of(http)).answer(http)
+        client = client_of(http)
+        found = await run_in_threadpool(ChatCompletion, service, served, body, client)
+        return await found.answer(http)
 
     return routes

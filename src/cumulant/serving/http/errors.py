@@ -95,6 +95,9 @@ def _describe(error: RequestValidationError) -> ApiError:
         return ApiError(400, "the request's body cannot be read")
     if deepest["loc"] == ("body",) and isinstance(deepest.get("input"), bytes):
         return ApiError(400, "the body must be JSON, with Content-Type: application/json")
+    if deepest["type"] == "value_error" and deepest["loc"] == ("body",):
+        text = str(deepest["ctx"]["error"])
+        return ApiError(400, text, text.partition(":")[0])
     first = next((f for f in faults if f["loc"][:2] == deepest["loc"][:2]), deepest)
     if first["type"] == "json_invalid":
         why = first.get("ctx", {}).get("error", "")

@@ -17,6 +17,7 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 log = logging.getLogger("cumulant.serving")
+UPLOAD = "/v1/states/upload"
 OPEN = frozenset({"/", "/health"})  # for everybody
 
 
@@ -45,8 +46,8 @@ class Guard:
             nonlocal read
             message = await receive()
             read += len(message.get("body", b""))
-            if read > self._limits.body_bytes:
-                raise HTTPException(413, self._too_large().message)
+            if read > self._most(scope):
+                raise HTTPException(413, self._too_large(scope).message)
             return message
 
         async def noted(message: MutableMapping[str, Any]) -> None:
@@ -67,7 +68,9 @@ class Guard:
             given = headers.get(b"authorization", b"")
             token = given[7:] if given[:7].lower() == b"bearer " else b""
             # every key is compared, so that the time tells nothing
-            if not sum(hmac.compare_digest(token, key) for key in self._keys):
+            if sum(hmac.compare_digest(token, key) for key in self._keys):
+                scope.setdefault("state", {})["key"] = token.decode("latin-1")
+            else:
                 answer = ApiError(
                     401,
                     "the key is missing or wrong; send it as: Authorization: Bearer KEY",
@@ -76,9 +79,13 @@ class Guard:
                 answer.headers["WWW-Authenticate"] = "Bearer"
                 return answer
         length = headers.get(b"content-length", b"0")
-        if length.isdigit() and int(length) > self._limits.body_bytes:
-            return self._too_large()
+        if length.isdigit() and int(length) > self._most(scope):
+            return self._too_large(scope)
         return None
 
-    def _too_large(self) -> ApiError:
-        return ApiError(413, f"the body is larger than {self._limits.body_bytes:,} bytes")
+    def _most(self, scope: Scope) -> int:
+        upload = scope["path"] == UPLOAD
+        return self._limits.upload_bytes if upload else self._limits.body_bytes
+
+    def _too_large(self, scope: Scope) -> ApiError:
+        return ApiError(413, f"the body is larger than {self._most(scope):,} bytes")

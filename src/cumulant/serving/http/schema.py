@@ -4,20 +4,34 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ..sampling import SamplingOptions
 
 MOST_SCORES = 20  # of the likeliest tokens at a place
+MOST_PROMPTS = 128  # of one request
+MOST_BIASES = 4096
 Text = Annotated[str, Field(max_length=2**24)]
-Tokens = list[int]
-Stop = Text | Annotated[list[Text], Field(max_length=16)]
+Tokens = Annotated[list[int], Field(fail_fast=True)]
+Stop = Text | Annotated[list[Text], Field(max_length=16, fail_fast=True)]
 
 
 class Body(BaseModel):
     """A JSON object without further fields, whose values are not converted."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def refuse_at_once(cls, data: Any) -> Any:
+        """Refuse what would give an error for each of many entries."""
+        if isinstance(data, dict):
+            for name, value in data.items():
+                if name not in cls.model_fields:
+                    raise ValueError(f"{name[:80]}: no such field here")
+                if isinstance(value, dict) and len(value) > MOST_BIASES:
+                    raise ValueError(f"{name}: expected at most {MOST_BIASES} entries")
+        return data
 
 
 class StreamOptions(Body):
@@ -86,7 +100,12 @@ class Generation(Body):
 class CompletionBody(Generation):
     """POST /v1/completions."""
 
-    prompt: Text | list[int] | list[Text] | list[list[int]] = ""
+    prompt: (
+        Text
+        | Tokens
+        | Annotated[list[Text], Field(fail_fast=True)]
+        | Annotated[list[Tokens], Field(fail_fast=True)]
+    ) = ""
     echo: bool | None = None
     logprobs: int | None = None
     best_of: Literal[1] | None = None
@@ -99,6 +118,8 @@ class CompletionBody(Generation):
             return [prompt]
         if not prompt:
             raise ValueError("prompt: expected a text, a list of texts or of tokens, got []")
+        if not isinstance(prompt[0], int) and len(prompt) > MOST_PROMPTS:
+            raise ValueError(f"prompt: expected at most {MOST_PROMPTS} prompts, got {len(prompt)}")
         if isinstance(prompt[0], int):
             return [list(prompt)]
         return list(prompt)
@@ -125,10 +146,13 @@ class Message(Body):
         return {"role": role, "content": text}
 
 
+Messages = Annotated[list[Message], Field(min_length=1, max_length=4096, fail_fast=True)]
+
+
 class ChatBody(Generation):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=4096)]
+    messages: Messages
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
@@ -146,7 +170,7 @@ class TokenizeBody(Body):
 
     model: str | None = None
     prompt: Text | None = None
-    messages: Annotated[list[Message], Field(min_length=1, max_length=4096)] | None = None
+    messages: Messages | None = None
 
 
 class DetokenizeBody(Body):
@@ -160,8 +184,8 @@ class StateBody(Body):
     """POST /v1/states: a text, tokens or messages to read, behind `state_id` if there is one."""
 
     model: str | None = None
-    input: Text | list[int] | None = None
-    messages: Annotated[list[Message], Field(min_length=1, max_length=4096)] | None = None
+    input: Text | Tokens | None = None
+    messages: Messages | None = None
     state_id: str | None = None
 
 

@@ -80,7 +80,6 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         if self._service.draining:
-            self._stop_engines(drain=False, timeout=5)
             self.should_exit = self.force_exit = True
             return
         self._service.draining = True

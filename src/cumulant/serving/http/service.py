@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import copy
+import threading
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,8 +30,9 @@ class Limits:
     """
 
     keys: tuple[str, ...] = ()
-    body_bytes: int = 64 * 2**20
-    prompt_tokens: int = 2**24
+    body_bytes: int = 16 * 2**20
+    upload_bytes: int = 2**30
+    prompt_tokens: int = 2**20
     max_tokens: int = 4096
     timeout: float = 3600.0
     ping: float = 15.0
@@ -40,7 +43,9 @@ class Served:
 
     def __init__(self, name: str, engine: Engine, library: StateLibrary):
         self.name, self.engine, self.library = name, engine, library
-        self.tokenizer: PreTrainedTokenizerFast = engine.tokenizer
+        # the engine decodes in another thread, and encoding changes a tokenizer's settings
+        self.tokenizer: PreTrainedTokenizerFast = copy.deepcopy(engine.tokenizer)
+        self._encoding = threading.Lock()
         self.texts = TokenTexts(self.tokenizer)
         self.created = int(time.time())
         self.state_sizes = _state_sizes(engine.model)
@@ -54,7 +59,8 @@ class Served:
             data = text.encode()
         except UnicodeEncodeError as error:
             raise ApiError(400, f"the text is not Unicode: {error.reason}", "prompt") from error
-        (ids,) = encode(self.tokenizer, [data], control_tokens=control_tokens)
+        with self._encoding:
+            (ids,) = encode(self.tokenizer, [data], control_tokens=control_tokens)
         return [int(i) for i in ids]
 
     def encode_chat(
@@ -118,8 +124,8 @@ def _state_sizes(model: Any) -> dict[str, int]:
 
 
 def client_of(http: HttpRequest) -> str:
-    """Who asks: by key, or by address."""
-    key = http.headers.get("authorization", "")
+    """Who asks: by key, which `Guard` notes, or by address."""
+    key: str = http.scope.get("state", {}).get("key", "")
     return key or (http.client.host if http.client else "")
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -71,11 +73,15 @@ async def read_document(
     served = service.model(body.model)
     if (body.input is None) == (body.messages is None):
         raise ApiError(400, "input: expected a text or tokens here, or messages, one of them")
-    begin = find_state(served, body.state_id)
-    if body.messages is not None:
-        ids, _ = served.encode_chat([m.plain() for m in body.messages], answer=False)
-    else:
-        ids = served.encode(body.input) if isinstance(body.input, str) else list(body.input or ())
+
+    def read_tokens() -> tuple[Beginning | None, list[int]]:
+        begin = find_state(served, body.state_id)
+        if body.messages is not None:
+            return begin, served.encode_chat([m.plain() for m in body.messages], answer=False)[0]
+        text = body.input
+        return begin, served.encode(text) if isinstance(text, str) else list(text or ())
+
+    begin, ids = await run_in_threadpool(read_tokens)
     tokens = (*(begin.tokens if begin else ()), *ids)
     request = Request(
         tokens,
@@ -122,11 +128,15 @@ def router(service: Service) -> APIRouter:
         served = service.model(model)
         if http.headers.get("content-type") != "application/octet-stream":  # no form of a web page
             raise ApiError(415, "send the file with Content-Type: application/octet-stream")
-        data = await http.body()
-        try:
-            entry = await run_in_threadpool(served.library.restore, data)
-        except NoRoom as error:
-            raise ApiError(507, str(error), code="no_room") from error
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "state.safetensors"
+            with path.open("wb") as file:
+                async for chunk in http.stream():
+                    await run_in_threadpool(file.write, chunk)
+            try:
+                entry = await run_in_threadpool(served.library.restore, path)
+            except NoRoom as error:
+                raise ApiError(507, str(error), code="no_room") from error
         return Json(_shown(served, entry), 201)
 
     @routes.get("/{name}")

@@ -204,6 +204,7 @@ struct Program {
   const void* const* before;
   void* const* after;  // may be the same memory
   const Past* pasts;
+  int64_t separate;  // 1: a decay or logit that is no number is no error, but makes its row NaN
 };
 
 // The weights out [n, k] of a matrix of 8 or 4 bits; see quantized.hpp.

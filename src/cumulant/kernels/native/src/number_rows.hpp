@@ -47,25 +47,36 @@ template <class Body> INLINE void with_type(int64_t type, const Body& body) {
   body(0.0f);
 }
 
-// Products of N rows of a matrix with a vector. Memory is asked for ahead, to the second cache:
-// half-precision rows are read 1.5 times as fast so.
-template <int N, class T> INLINE void dot_rows(const T* W, int64_t k, const float* x, float* out) {
-  constexpr int L = LANES<float>, AHEAD = 16 << 10;
-  Vec<float> sums[N];
-  for (int i = 0; i < N; i++) sums[i] = Vec<float>{};
+// Products of N rows of a matrix with M vectors, `stride` numbers apart: out [M, N]. The sum of one
+// row and one vector has the same order for every N and M. With AHEAD, memory is asked for ahead, to
+// the second cache: half-precision rows are read 1.5 times as fast so.
+template <int N, int M, bool AHEAD, class T>
+INLINE void dot_block(const T* W, int64_t k, const float* x, int64_t stride, float* out) {
+  constexpr int L = LANES<float>, BYTES = 16 << 10;
+  Vec<float> sums[N][M];
+  for (int i = 0; i < N; i++)
+    for (int m = 0; m < M; m++) sums[i][m] = Vec<float>{};
   int64_t j = 0;
   for (; j + L <= k; j += L) {
-    const Vec<float> y = load(x + j);
+    Vec<float> y[M];
+    for (int m = 0; m < M; m++) y[m] = load(x + m * stride + j);
     for (int i = 0; i < N; i++) {
-      __builtin_prefetch((const char*)(W + i * k + j) + AHEAD, 0, 2);
-      sums[i] += numbers(W + i * k + j) * y;
+      if (AHEAD) __builtin_prefetch((const char*)(W + i * k + j) + BYTES, 0, 2);
+      const Vec<float> w = numbers(W + i * k + j);
+      for (int m = 0; m < M; m++) sums[i][m] += w * y[m];
     }
   }
-  for (int i = 0; i < N; i++) {
-    float rest = 0;
-    for (int64_t t = j; t < k; t++) rest += number(W[i * k + t]) * x[t];
-    out[i] = sum<float>(sums[i]) + rest;
-  }
+  for (int m = 0; m < M; m++)
+    for (int i = 0; i < N; i++) {
+      float rest = 0;
+      for (int64_t t = j; t < k; t++) rest += number(W[i * k + t]) * x[m * stride + t];
+      out[m * N + i] = sum<float>(sums[i][m]) + rest;
+    }
+}
+
+// Products of N rows of a matrix with a vector.
+template <int N, class T> INLINE void dot_rows(const T* W, int64_t k, const float* x, float* out) {
+  dot_block<N, 1, true>(W, k, x, 0, out);
 }
 
 }  // namespace CUMULANT_ISA

@@ -23,11 +23,12 @@ INLINE void add_products(const Instruction& s, int64_t i, int64_t count, const f
 template <class T>
 void multiply_matrix(const Program& p, const Instruction& s, float* rows, int64_t begin,
                      int64_t end) {
-  constexpr int N = 8;
+  // M vectors and R rows of the matrix at a time, as many as registers hold
+  constexpr int N = 8, M = 3, R = CUMULANT_BYTES == 64 ? 8 : 4;
   for (int64_t i = begin; i < end; i += N) {
     const int64_t count = smaller<int64_t>(N, end - i);
     const T* const W = (const T*)s.weight + i * s.k;
-    for (int64_t b = 0; b < p.B; b++) {
+    const auto multiply_one = [&](int64_t b) {
       float* const row = rows + b * p.width;
       float out[N];
       if (count == N) {
@@ -36,7 +37,19 @@ void multiply_matrix(const Program& p, const Instruction& s, float* rows, int64_
         for (int64_t c = 0; c < count; c++) dot_rows<1>(W + c * s.k, s.k, row + s.source, out + c);
       }
       add_products(s, i, count, out, row + s.target + i);
+    };
+    multiply_one(0);  // which asks for the next rows
+    int64_t b = 1;
+    for (; count == N && b + M <= p.B; b += M) {
+      float* const row = rows + b * p.width;
+      float out[M * R];
+      for (int c = 0; c < N; c += R) {
+        dot_block<R, M, false>(W + c * s.k, s.k, row + s.source, p.width, out);
+        for (int m = 0; m < M; m++)
+          add_products(s, i + c, R, out + m * R, row + m * p.width + s.target + i + c);
+      }
     }
+    for (; b < p.B; b++) multiply_one(b);
   }
 }
 

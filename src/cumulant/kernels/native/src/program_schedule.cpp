@@ -47,7 +47,7 @@ class Run {
         ok = attend_softmax(s);
       } else if (s.operation == MIXED) {
         ok = attend_chunks(s);
-      } else if (s.operation == ELITA && !has_weights(s)) {
+      } else if (s.operation == ELITA && !p.separate && !has_weights(s)) {
         status = NO_WEIGHT;
         ok = false;
       } else {
@@ -177,8 +177,10 @@ class Run {
     if (s.fourth >= 0) {
       a.log_decay = array(s.fourth, 1);
       for (int64_t i = 0; i < a.B * a.G; i++) {
-        const float decay = rows[size_t(i / a.G * p.width + s.fourth + i % a.G)];
-        if (!(decay <= 0)) return (status = GROWING) == DONE;  // above 0, or NaN
+        float& decay = rows[size_t(i / a.G * p.width + s.fourth + i % a.G)];
+        if (decay <= 0) continue;
+        if (!p.separate) return (status = GROWING) == DONE;  // above 0, or NaN
+        decay = 0, rows[size_t(i / a.G * p.width + s.third)] = NAN;  // of the first value
       }
     }
     a.numerator = const_cast<void*>(p.before[s.state]);

@@ -196,7 +196,8 @@ Layout layout(const Program*) {
   return {FIELD(B),      FIELD(width),        FIELD(count),    FIELD(inputs),
           FIELD(output), FIELD(outputs),      FIELD(threads),  FIELD(isa),
           FIELD(type),   FIELD(instructions), FIELD(position), FIELD(input),
-          FIELD(out),    FIELD(before),       FIELD(after),    FIELD(pasts)};
+          FIELD(out),    FIELD(before),       FIELD(after),    FIELD(pasts),
+          FIELD(separate)};
 }
 
 Layout layout(const Quantized*) {
