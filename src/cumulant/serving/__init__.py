@@ -4,7 +4,8 @@
 ``pip install cumulant[serve]``.
 """
 
-from .engine import Counters, Engine
+from .counters import Counters
+from .engine import Engine
 from .reading import TokenScores
 from .requests import Busy, Done, Failed, Read, Request, Stopping, Ticket, Update
 from .sampling import SamplingOptions

@@ -6,7 +6,6 @@ import logging
 import threading
 import time
 from collections import deque
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ..models.rows import make_rows
 from ..text.stream import IncrementalDecoder
+from .counters import Counters
 from .reading import Reading
 from .replies import Job, Reply
 from .requests import (
@@ -38,23 +38,6 @@ STEPS_BETWEEN = 4  # steps of replies between two pieces of the text of an ended
 MOST_TOKENS = 2**22  # of all prompts that wait
 MOST_SCORED = 2**15  # tokens of a prompt whose log-probabilities are wanted
 MOST_ENDED = 256  # ended replies whose text may wait to be read
-
-
-@dataclass
-class Counters:
-    """What an engine has done so far, and what it does now."""
-
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    reply_tokens: int = 0
-    requests: int = 0
-    hits: int = 0
-    misses: int = 0
-    failures: int = 0
-    steps: int = 0
-    seconds_busy: float = 0.0
-    waiting: int = 0
-    rows: int = 0
 
 
 class Engine:
