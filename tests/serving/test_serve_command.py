@@ -99,6 +99,52 @@ def test_it_serves_stops_and_continues(folder, tmp_path):
 
 
 @pytest.mark.slow
+def test_two_processes_share_a_folder(folder, tmp_path):
+    """A client that takes them in turns gets what one alone would give."""
+    options = [*ARGUMENTS, "--state-dir", tmp_path]
+    servers = [Process(folder, *options) for _ in range(2)]
+    try:
+        state = servers[0].post("/v1/states", input="A long document. " * 30)
+        body = {"seed": 4, "max_tokens": 20, "logit_bias": {"256": -100}}
+        texts = []
+        for turn in range(4):
+            server = servers[turn % 2]
+            found = server.post(
+                "/v1/completions", prompt=f"Turn {turn}", state_id=state["id"], **body
+            )
+            texts.append(found["choices"][0]["text"])
+            state = server.post("/v1/states", input=texts[-1], state_id=state["id"])
+        ids = [
+            {s["id"] for s in server.http.get("/v1/states").json()["data"]} for server in servers
+        ]
+        assert ids[0] == ids[1]
+        assert len(ids[0]) == 5
+        alone = servers[0].post(
+            "/v1/completions",
+            prompt="A long document. " * 30 + "".join(texts[:3]) + "Turn 3",
+            **body,
+        )
+        assert alone["choices"][0]["text"] == texts[3]
+    finally:
+        for server in servers:
+            server.end()
+
+
+@pytest.mark.slow
+def test_a_second_signal_stops_at_once(folder):
+    server = Process(folder, *ARGUMENTS, "--grace", "100", "--max-tokens", "1000000")
+    endless = {"prompt": "a", "max_tokens": 10**6, "stream": True, "logit_bias": {"256": -100}}
+    with server.http.stream("POST", "/v1/completions", json=endless) as response:
+        next(response.iter_lines())
+        server.process.send_signal(signal.SIGTERM)
+        time.sleep(0.3)
+        assert server.process.poll() is None
+        server.process.send_signal(signal.SIGTERM)
+        server.process.wait(20)
+    server.close()
+
+
+@pytest.mark.slow
 def test_replies_that_take_too_long_end_with_an_error(folder):
     server = Process(folder, *ARGUMENTS, "--grace", "0.3", "--max-tokens", "1000000")
     endless = {"prompt": "a", "max_tokens": 10**6, "stream": True, "logit_bias": {"256": -100}}

@@ -128,7 +128,7 @@ class Engine:
         count, size = len(request.tokens), self.model.config.vocab_size
         if not count:
             raise ValueError("prompt: expected at least one token, got none")
-        if not all(0 <= token < size for token in request.tokens):
+        if min(request.tokens) < 0 or max(request.tokens) >= size:
             raise ValueError(f"prompt: expected tokens from 0 to {size - 1:,}")
         if not all(0 <= token < size for token in request.sampling.logit_bias):
             raise ValueError(f"logit_bias: expected tokens from 0 to {size - 1:,}")

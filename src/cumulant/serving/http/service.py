@@ -103,7 +103,7 @@ class Served:
 
     def check_tokens(self, tokens: list[int], name: str = "prompt") -> None:
         size = self.engine.model.config.vocab_size
-        if not all(0 <= token < size for token in tokens):
+        if tokens and (min(tokens) < 0 or max(tokens) >= size):
             raise ApiError(400, f"{name}: expected tokens from 0 to {size - 1:,}", name)
 
     def decode(self, tokens: list[int]) -> str:
