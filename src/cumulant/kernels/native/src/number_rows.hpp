@@ -48,8 +48,8 @@ template <class Body> INLINE void with_type(int64_t type, const Body& body) {
 }
 
 // Products of N rows of a matrix with M vectors, `stride` numbers apart: out [M, N]. The sum of one
-// row and one vector has the same order for every N and M. With AHEAD, memory is asked for ahead, to
-// the second cache: half-precision rows are read 1.5 times as fast so.
+// row and one vector has the same order for every N and M. With AHEAD, memory is asked for ahead,
+// to the second cache: half-precision rows are read 1.5 times as fast so.
 template <int N, int M, bool AHEAD, class T>
 INLINE void dot_block(const T* W, int64_t k, const float* x, int64_t stride, float* out) {
   constexpr int L = LANES<float>, BYTES = 16 << 10;

@@ -179,7 +179,7 @@ class Run {
       for (int64_t i = 0; i < a.B * a.G; i++) {
         float& decay = rows[size_t(i / a.G * p.width + s.fourth + i % a.G)];
         if (decay <= 0) continue;
-        if (!p.separate) return (status = GROWING) == DONE;  // above 0, or NaN
+        if (!p.separate) return (status = GROWING) == DONE;          // above 0, or NaN
         decay = 0, rows[size_t(i / a.G * p.width + s.third)] = NAN;  // of the first value
       }
     }

@@ -188,16 +188,15 @@ Layout layout(const Instruction*) {
 }
 Layout layout(const Past*) {
   typedef Past Struct;
-  return {FIELD(length),       FIELD(capacity), FIELD(dropped), FIELD(new_capacity),
-          FIELD(seen),         FIELD(first),    FIELD(lengths)};
+  return {FIELD(length), FIELD(capacity), FIELD(dropped), FIELD(new_capacity),
+          FIELD(seen),   FIELD(first),    FIELD(lengths)};
 }
 Layout layout(const Program*) {
   typedef Program Struct;
-  return {FIELD(B),      FIELD(width),        FIELD(count),    FIELD(inputs),
-          FIELD(output), FIELD(outputs),      FIELD(threads),  FIELD(isa),
-          FIELD(type),   FIELD(instructions), FIELD(position), FIELD(input),
-          FIELD(out),    FIELD(before),       FIELD(after),    FIELD(pasts),
-          FIELD(separate)};
+  return {FIELD(B),        FIELD(width),   FIELD(count), FIELD(inputs), FIELD(output),
+          FIELD(outputs),  FIELD(threads), FIELD(isa),   FIELD(type),   FIELD(instructions),
+          FIELD(position), FIELD(input),   FIELD(out),   FIELD(before), FIELD(after),
+          FIELD(pasts),    FIELD(separate)};
 }
 
 Layout layout(const Quantized*) {
