@@ -11,6 +11,7 @@ import safetensors.torch
 import torch
 
 import cumulant as cm
+import cumulant.serving.library
 from cumulant import nn
 from cumulant.models import ModelState
 
@@ -19,6 +20,8 @@ from .cases import inputs
 # Files store a state's class under these names, and its tensors under the names of the fields.
 # A class that moves must stay importable under its old name, so that older files load.
 STORED_CLASSES = {
+    "cumulant.serving.library:Document": "tokens border end",
+    "cumulant.serving.snapshots:Snapshot": "state logits",
     "cumulant.ops.state:LinearState": "numerator denominator position",
     "cumulant.ops.state:KeyValueState": "key value mask position",
     "cumulant.ops.state:MixedChunkState": "numerator quad_key lin_key value position",
@@ -53,7 +56,7 @@ def test_a_state_prints_shapes_not_numbers():
 
 
 def state_classes(base=cm.State):
-    """All state classes of the package; `cumulant.nn` and `cumulant.models` import every one."""
+    """All state classes of the package; the modules imported here define every one."""
     for kind in base.__subclasses__():
         yield from state_classes(kind)
         if kind.__module__.startswith("cumulant."):
