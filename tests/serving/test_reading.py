@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from cumulant.models import PRESETS
+from cumulant.serving import watch
 from cumulant.serving.reading import Reading
 from cumulant.serving.snapshots import Snapshot, SnapshotStore, piece_keys
+from cumulant.serving.watch import MemoryWatch
 
 from .common import PIECE, build, prompt
 
@@ -122,6 +124,23 @@ def test_the_least_valuable_goes_first():
     assert b"c" not in store
     assert not store.put(b"huge", snapshot(5000), 10**6)
     assert store.evicted > 200
+
+
+def test_snapshots_go_when_the_process_is_too_large(monkeypatch):
+    store, sizes = SnapshotStore(100 * 1008), iter([900, 960, 955, 3000, 3000])
+    for i in range(10):
+        store.put(b"%d" % i, snapshot(1000), 1 + i)
+    look = MemoryWatch(store, 1000)
+    monkeypatch.setattr(watch, "PERIOD", 0)
+    monkeypatch.setattr(MemoryWatch, "_resident", lambda self: next(sizes))
+    look.look()
+    assert len(store) == 10
+    look.look()  # 5 bytes too many after trimming
+    assert len(store) == 9
+    assert b"0" not in store
+    look.look()
+    assert len(store) == 6
+    MemoryWatch(store, None).look()
 
 
 def test_reserving_makes_room():

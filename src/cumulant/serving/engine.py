@@ -31,6 +31,7 @@ from .requests import (
 from .sampling import Logits, Sampler
 from .snapshots import SnapshotStore
 from .text import ReplyText
+from .watch import MemoryWatch
 
 log = logging.getLogger("cumulant.serving")
 PIECE = 128  # tokens of a prompt that are read between two steps of the others
@@ -55,6 +56,7 @@ class Engine:
         snapshot_bytes: memory for the states of prefixes.
         piece: tokens of a piece of a prompt.
         most_waiting: requests that may wait for a slot.
+        memory: bytes of the process that may be resident: near them snapshots are dropped.
         threads: of PyTorch; 0: as it has.
     """
 
@@ -68,6 +70,7 @@ class Engine:
         snapshot_bytes: int = 256 * 2**20,
         piece: int = PIECE,
         most_waiting: int = 256,
+        memory: int | None = None,
         threads: int = 0,
     ):
         for name, value in (("slots", slots), ("piece", piece)):
@@ -77,6 +80,7 @@ class Engine:
         self.slots, self.room, self.piece = slots, room, piece
         self.most_waiting, self.counters = most_waiting, Counters()
         self.store = SnapshotStore(snapshot_bytes)
+        self._watch = MemoryWatch(self.store, memory)
         self._threads = threads or torch.get_num_threads()
         with torch.inference_mode():
             self._rows = make_rows(model, slots, room or 1)
@@ -189,6 +193,7 @@ class Engine:
         while self._wait_for_work():
             began = time.perf_counter()
             self._admit()
+            self._watch.look()
             if self._reading:
                 self._read(self._reading.popleft())
             elif self._has_ended and (steps % STEPS_BETWEEN == 0 or not self._drawing):

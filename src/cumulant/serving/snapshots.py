@@ -113,6 +113,11 @@ class SnapshotStore:
             self._make_room(0)
         return True
 
+    def shrink(self, size: int) -> None:
+        """Drop snapshots of so many bytes, or all."""
+        with self._lock:
+            self._make_room(self.budget - self.size + size)
+
     def _make_room(self, size: int) -> None:
         while self._entries and self.size + size > self.budget:
             worst = min(self._entries, key=lambda k: self._entries[k].value)

@@ -48,7 +48,8 @@ def load(
             tokenizer.chat_template = template
         weights = sum(p.numel() * p.element_size() for p in model.state_dict().values())
         engine = Engine(
-            model, tokenizer, room=plan.room, snapshot_bytes=plan.snapshots, threads=threads,
+            model, tokenizer, room=plan.room, snapshot_bytes=plan.snapshots, memory=memory,
+            threads=threads,
             **options,
         )  # fmt: skip
         library = StateLibrary(model, engine.piece, engine.store, state_dir)
