@@ -12,6 +12,9 @@ from lm_eval.models.openai_completions import LocalCompletionsAPI
 from ..serving.common import build, byte_tokenizer
 from ..serving.conftest import Running
 
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning"
+)
 PAIRS = [
     ("The cat sat on the", " mat"),
     ("Once upon a time there was", " a very old tree"),
@@ -38,5 +41,5 @@ def test_scores_are_those_of_the_model(tmp_path):
     finally:
         server.close()
     for (a, greedy), (b, other) in zip(wanted, found, strict=True):
-        assert a == pytest.approx(b, abs=1e-4)
+        assert a == pytest.approx(b, rel=1e-6)
         assert greedy == other
