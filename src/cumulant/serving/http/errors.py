@@ -10,6 +10,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
+from ..library import NoRoom, UnknownState
 from ..requests import Busy, Stopping
 
 _TYPES = {
@@ -47,6 +48,13 @@ class ApiError(Exception):
         return {"error": error}
 
 
+_ANSWERS: dict[type[Exception], tuple[int, str | None, str]] = {
+    NoRoom: (507, None, "no_room"),
+    UnknownState: (404, "state_id", "state_not_found"),
+    Stopping: (503, None, "stopping"),
+}
+
+
 def as_api_error(error: BaseException) -> ApiError:
     """The answer to an error of the engine or of the checks. Others are not described."""
     if isinstance(error, ApiError):
@@ -55,8 +63,9 @@ def as_api_error(error: BaseException) -> ApiError:
         answer = ApiError(429, str(error), code="queue_full")
         answer.headers["Retry-After"] = str(error.retry_after)
         return answer
-    if isinstance(error, Stopping):
-        return ApiError(503, str(error), code="stopping")
+    for kind, (status, param, code) in _ANSWERS.items():
+        if isinstance(error, kind):
+            return ApiError(status, str(error), param, code)
     if isinstance(error, ValueError):
         name = str(error).partition(":")[0]
         return ApiError(400, str(error), name if name.isidentifier() else None)
@@ -81,7 +90,7 @@ def install(app: FastAPI) -> None:
         assert isinstance(error, HTTPException)
         return respond(ApiError(error.status_code, str(error.detail)))
 
-    for kind in (ApiError, Busy, Stopping, ValueError):
+    for kind in (ApiError, Busy, *_ANSWERS, ValueError):
         app.add_exception_handler(kind, own)
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, other)

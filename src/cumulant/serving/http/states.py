@@ -13,7 +13,7 @@ from fastapi import Request as HttpRequest
 from fastapi.responses import Response
 from starlette.concurrency import run_in_threadpool
 
-from ..library import Document, Entry, NoRoom, UnknownState
+from ..library import Document, Entry, UnknownState
 from ..requests import Read, Request
 from ..sampling import SamplingOptions
 from ..snapshots import Snapshot
@@ -45,10 +45,7 @@ def find_state(served: Served, name: str | None) -> Beginning | None:
     """The document of that id, if the request names one."""
     if name is None:
         return None
-    try:
-        return Beginning(served.library.get(name))
-    except UnknownState as error:
-        raise ApiError(404, str(error), "state_id", "state_not_found") from error
+    return Beginning(served.library.get(name))
 
 
 def _shown(served: Served, entry: Entry) -> dict[str, Any]:
@@ -63,7 +60,7 @@ def _find(service: Service, name: str) -> Served:
         except UnknownState:
             continue
         return served
-    raise ApiError(404, str(UnknownState(name)), "state_id", "state_not_found")
+    raise UnknownState(name)
 
 
 async def read_document(
@@ -101,10 +98,7 @@ async def read_document(
     found = await while_connected(http, read(), service.limits.timeout)
     border = None if found.border is None else found.border[0]
     document = Document(torch.tensor([tokens]), border, found.end)
-    try:
-        entry = await run_in_threadpool(served.library.add, document)
-    except NoRoom as error:
-        raise ApiError(507, str(error), code="no_room") from error
+    entry = await run_in_threadpool(served.library.add, document)
     return served, entry, found.cached_tokens
 
 
@@ -133,10 +127,7 @@ def router(service: Service) -> APIRouter:
             with path.open("wb") as file:
                 async for chunk in http.stream():
                     await run_in_threadpool(file.write, chunk)
-            try:
-                entry = await run_in_threadpool(served.library.restore, path)
-            except NoRoom as error:
-                raise ApiError(507, str(error), code="no_room") from error
+            entry = await run_in_threadpool(served.library.restore, path)
         return Json(_shown(served, entry), 201)
 
     @routes.get("/{name}")
@@ -154,10 +145,7 @@ def router(service: Service) -> APIRouter:
     @routes.post("/{name}/fork", status_code=201)
     async def fork(name: str, body: ForkBody | None = None) -> Any:
         served = _find(service, name)
-        try:
-            entry = await run_in_threadpool(served.library.fork, name)
-        except NoRoom as error:
-            raise ApiError(507, str(error), code="no_room") from error
+        entry = await run_in_threadpool(served.library.fork, name)
         return Json(_shown(served, entry), 201)
 
     @routes.delete("/{name}")
