@@ -23,6 +23,7 @@ Context = Annotated[
 StateDir = Annotated[
     str | None, typer.Option(help="folder that keeps states; default: memory", callback=expand_home)
 ]
+StateLimit = Annotated[str, typer.Option(help="most bytes of the files in --state-dir")]
 ApiKey = Annotated[
     list[str] | None,
     typer.Option(help="key that requests need; may be repeated", envvar="CUMULANT_API_KEY"),
@@ -50,6 +51,7 @@ def serve(
     memory: Memory = "2GiB",
     context: Context = None,
     state_dir: StateDir = None,
+    state_limit: StateLimit = "8GiB",
     api_key: ApiKey = None,
     chat_template: ChatTemplate = None,
     max_tokens: MaxTokens = 4096,
@@ -88,6 +90,7 @@ def serve(
         service = server.load(
             _names(runs), size, options, context=context, threads=threads, device=device,
             template=template, state_dir=None if state_dir is None else Path(state_dir),
+            state_limit=parse_size("state-limit", state_limit),
             limits=Limits(keys=tuple(api_key or ()), max_tokens=max_tokens),
         )  # fmt: skip
         if not api_key and host not in ("127.0.0.1", "::1", "localhost"):

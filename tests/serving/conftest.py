@@ -21,14 +21,14 @@ from .common import PIECE, build, chat_tokenizer
 class Running:
     """A server at a free port of this machine."""
 
-    def __init__(self, models, limits=None, folder=None, **options):
+    def __init__(self, models, limits=None, folder=None, state_limit=2**30, **options):
         self.service = Service({}, limits or Limits())
         for name, model in models.items():
             grows = "full_attention" in model.config.layer_types
             defaults = {"piece": PIECE, "threads": 1, "room": 512 if grows else None, "slots": 4}
             tokenizer = options.pop("tokenizer", None) or chat_tokenizer()
             engine = Engine(model, tokenizer, **defaults | options)
-            library = StateLibrary(model, engine.piece, engine.store, folder)
+            library = StateLibrary(model, engine.piece, engine.store, folder, state_limit)
             self.service.models[name] = Served(name, engine, library)
             engine.start()
         self.engine = next(iter(self.service.models.values())).engine
@@ -54,12 +54,16 @@ class Running:
         return self.http.post("/v1/states/upload", content=data, headers=headers)
 
     def close(self):
+        if not self._thread.is_alive():
+            return
         self.http.close()
         for served in self.service.models.values():
             served.engine.stop(drain=False, timeout=30)
         self._server.should_exit = True
         self._thread.join(30)
         assert not self._thread.is_alive()
+        for served in self.service.models.values():
+            served.library.close()
 
 
 @pytest.fixture(scope="session")

@@ -261,12 +261,12 @@ def test_pings_while_a_long_prompt_is_read(make_server):
 
 
 def test_failures_in_the_engine_are_answered(server, monkeypatch):
-    from cumulant.serving import engine
+    from cumulant.serving.reading import Reading
 
-    def fail(self):
+    def fail(self, *arguments):
         raise RuntimeError("secret detail")
 
-    monkeypatch.setattr(engine.Reading, "read_piece", fail)
+    monkeypatch.setattr(Reading, "_advance", fail)
     body = {"prompt": "never seen before, and long enough", "max_tokens": 2}
     found = server.post("/v1/completions", 500, **body)
     assert "secret" not in json.dumps(found)

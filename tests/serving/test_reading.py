@@ -4,19 +4,32 @@ import pytest
 import torch
 
 from cumulant.models import PRESETS
+from cumulant.models.rows import make_rows
 from cumulant.serving import watch
-from cumulant.serving.reading import Reading
-from cumulant.serving.snapshots import Snapshot, SnapshotStore, piece_keys
+from cumulant.serving.place import Place
+from cumulant.serving.reading import BlockReading, EndedTexts, Plan, SlotReading
+from cumulant.serving.snapshots import Snapshot, SnapshotStore, TextKeys
 from cumulant.serving.watch import MemoryWatch
 
 from .common import PIECE, build, prompt
 
+EXACT = [p for p in PRESETS if p not in ("softmax", "flash")]
 
-def read(model, store, tokens, **options):
-    reading = Reading(model, store, tokens, PIECE, **options)
-    while not reading.done:
-        reading.read_piece()
-    return reading
+
+def read(model, store, tokens, *, blocks=False, most=PIECE, **plan):
+    """Read a text as the engine does, or by the model's layers."""
+    with torch.inference_mode():
+        if blocks:
+            reading = BlockReading(model, store, tokens, PIECE, Plan(**plan))
+            while not reading.done:
+                reading.read_piece()
+            return reading
+        rows = make_rows(model, 1, 1, PIECE)
+        reading = SlotReading(rows, 0, store, tokens, PIECE, Plan(**plan))
+        while not reading.done:
+            piece = reading.next_piece(most)
+            reading.take(piece, rows.run([piece]))
+        return reading
 
 
 def same(a, b):
@@ -25,30 +38,56 @@ def same(a, b):
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_snapshots_change_no_bit(preset):
+def test_snapshots_change_no_bit_in_blocks(preset):
     model, tokens = build(preset), prompt(75)
-    expected = read(model, SnapshotStore(0), tokens)
+    expected = read(model, SnapshotStore(0), tokens, blocks=True)
     assert expected.cached == 0
     store = SnapshotStore(2**30)
     for length in (75, 20, 49, 64, 70, 75):
-        reading = read(model, store, tokens[:length])
+        reading = read(model, store, tokens[:length], blocks=True)
         if length == 75:
             assert same(reading.snapshot(), expected.snapshot())
     assert reading.cached == 75  # the same text again is not read at all
     for length in (64, 48, 16):  # from a state on the way
         fresh = SnapshotStore(2**30)
-        read(model, fresh, tokens[:length])
-        reading = read(model, fresh, tokens)
+        read(model, fresh, tokens[:length], blocks=True)
+        reading = read(model, fresh, tokens, blocks=True)
         assert reading.cached == length
         assert same(reading.snapshot(), expected.snapshot())
-    other = read(model, store, (*tokens[:50], 1, 2, 3))
+    changed = (*tokens[:50], 1, 2, 3)
+    other = read(model, store, changed, blocks=True)
     assert other.cached == 48
-    assert same(other.snapshot(), read(model, SnapshotStore(0), (*tokens[:50], 1, 2, 3)).snapshot())
+    alone = read(model, SnapshotStore(0), changed, blocks=True)
+    assert same(other.snapshot(), alone.snapshot())
 
 
-def test_it_reads_what_the_model_reads():
+@pytest.mark.parametrize("preset", EXACT)
+def test_snapshots_change_no_bit(preset):
+    """They may be anywhere, and pieces of any size."""
+    model, tokens = build(preset), prompt(75)
+    expected = read(model, SnapshotStore(0), tokens)
+    assert expected.cached == 0
+    store = SnapshotStore(2**30)
+    for length in (20, 49, 64, 70, 75, 75):
+        reading = read(model, store, tokens[:length], most=7)
+    assert same(reading.snapshot(), expected.snapshot())
+    assert reading.cached == 75
+    for length in (1, 15, 16, 17, 48, 63, 74):
+        fresh = SnapshotStore(2**30)
+        read(model, fresh, tokens[:length])
+        reading = read(model, fresh, tokens, most=5)
+        assert reading.cached == length
+        assert same(reading.snapshot(), expected.snapshot())
+    changed = (*tokens[:50], 1, 2, 3)
+    other = read(model, store, changed)
+    assert other.cached == 49
+    assert same(other.snapshot(), read(model, SnapshotStore(0), changed).snapshot())
+
+
+@pytest.mark.parametrize("blocks", [False, True])
+def test_it_reads_what_the_model_reads(blocks):
     model, tokens = build(), prompt(75)
-    reading = read(model, SnapshotStore(0), tokens, scored=3)
+    reading = read(model, SnapshotStore(0), tokens, scored=3, blocks=blocks)
     with torch.inference_mode():
         logits = model(torch.tensor([tokens])).logits[0].double()
     torch.testing.assert_close(reading.logits[0].double(), logits[-1], rtol=1e-4, atol=1e-4)
@@ -63,42 +102,80 @@ def test_it_reads_what_the_model_reads():
         assert [x for _, x in score.top] == pytest.approx(best.values.tolist(), abs=1e-4)
 
 
+def kept_at(store, tokens):
+    keys = TextKeys(tokens, PIECE)
+    return {n for n in range(1, len(tokens) + 1) if keys.place(n) in store}
+
+
 def test_where_snapshots_are_kept():
     model, tokens, store = build(), prompt(200), SnapshotStore(2**30)
     read(model, store, tokens, every=3, borders=(40, 111))
-    keys = piece_keys(tokens, PIECE)
-    kept = {i * PIECE for i, key in enumerate(keys) if key in store}
-    assert kept == {32, 48, 96, 144, 192, 13 * PIECE}  # the last is that of all 200
-    assert store.get(keys[-1]).logits is not None
-    assert store.get(keys[3]).logits is None
+    assert kept_at(store, tokens) == {40, 48, 96, 111, 144, 192, 200}
+    keys = TextKeys(tokens, PIECE)
+    assert store.get(keys.place(200)).logits is not None
+    assert store.get(keys.place(48)).logits is None
+    store = SnapshotStore(2**30)
+    read(model, store, tokens, every=3, borders=(40, 111), blocks=True)
+    assert kept_at(store, tokens) == {32, 48, 96, 144, 192, 200}
 
 
 def test_a_named_border_and_an_unscored_prefix():
     model, tokens, store = build(), prompt(70), SnapshotStore(2**30)
-    read(model, store, tokens)
-    kept = read(model, store, tokens, keep_border=True)
+    read(model, store, tokens, blocks=True)
+    kept = read(model, store, tokens, keep_border=True, blocks=True)
     assert kept.cached == 64  # the end alone would not tell the border
     snapshot, at = kept.border
     assert at == 64
     assert snapshot.logits is None
     assert snapshot.state.position.item() == 64
-    from_border = read(model, SnapshotStore(0), (*tokens, 5, 6), start=kept.border)
+    longer = (*tokens, 5, 6)
+    from_border = read(model, SnapshotStore(0), longer, start=kept.border, blocks=True)
     assert from_border.cached == 64
-    assert same(from_border.snapshot(), read(model, SnapshotStore(0), (*tokens, 5, 6)).snapshot())
-    assert read(model, store, tokens, scored=0).cached == 0
-    part = read(model, SnapshotStore(0), tokens, whole=False)
-    assert part.position == 64
+    alone = read(model, SnapshotStore(0), longer, blocks=True)
+    assert same(from_border.snapshot(), alone.snapshot())
+    assert read(model, store, tokens, scored=0, blocks=True).cached == 0
+
+
+def test_from_a_snapshot_that_is_handed_over():
+    model, tokens, store = build(), prompt(70), SnapshotStore(2**30)
+    start = read(model, SnapshotStore(0), tokens).snapshot(), 70
+    longer = (*tokens, 5, 6)
+    found = read(model, store, longer, start=start)
+    assert found.cached == 70
+    assert len(store) == 0  # it may come from anywhere
+    assert same(found.snapshot(), read(model, SnapshotStore(0), longer).snapshot())
+    again = read(model, store, tokens, start=start)
+    assert again.cached == 70
+    assert same(again.snapshot(), start[0])
+
+
+def test_ended_texts_are_read_in_whole_pieces():
+    model, store = build("softmax"), SnapshotStore(2**30)
+    ended = EndedTexts(model, store, PIECE)
+    ended.add(list(prompt(31)), 20)
+    assert not ended
+    ended.add(list(prompt(40)), 30)
+    assert ended
+    with torch.inference_mode():
+        while ended:
+            ended.read_piece()
+    assert kept_at(store, prompt(40)) == {32}
 
 
 def test_keys_tell_prefixes_apart():
     a, b = prompt(50), prompt(50, 1)
-    keys = piece_keys(a, 16)
-    assert len(keys) == 5
-    assert piece_keys(a[:32], 16) == keys[:3]
-    assert piece_keys(a[:40], 16)[:3] == keys[:3]
-    assert piece_keys(a[:40], 16)[3] != keys[3]
-    assert not set(piece_keys(b, 16)[1:]) & set(keys)
-    assert piece_keys((*b[:16], *a[16:32]), 16)[2] != keys[2]
+    keys = TextKeys(a, 16)
+    assert len(keys.chain) == 4
+    assert keys.place(32) == Place(keys.chain[2], 0, keys.chain[2], 32)
+    assert keys.place(40)[:2] == (keys.chain[2], 8)
+    assert keys.place(40).tokens == 40
+    assert TextKeys(a[:40], 16).place(40) == keys.place(40)
+    assert TextKeys(a[:40], 16).extended(a[40:]).chain == keys.chain
+    assert TextKeys(a[:40], 16).extended(a[40:]).place(50) == keys.place(50)
+    places = [keys.place(n).key for n in range(1, 51)]
+    assert len(set(places)) == 50
+    assert not {TextKeys(b, 16).place(n).key for n in range(1, 51)} & set(places)
+    assert TextKeys((*b[:16], *a[16:32]), 16).place(32) != keys.place(32)
 
 
 def snapshot(size):
@@ -108,28 +185,32 @@ def snapshot(size):
     return Snapshot(state, None)
 
 
+def at(name):
+    return Place(name, 0, name, 1)
+
+
 def test_the_least_valuable_goes_first():
     store = SnapshotStore(4 * 1008)
     for name, saved in ((b"a", 100), (b"b", 10), (b"c", 1000), (b"d", 50)):
-        assert store.put(name, snapshot(1000), saved)
+        assert store.put(at(name), snapshot(1000), saved)
     assert store.size == 4 * 1008
-    store.put(b"e", snapshot(1000), 70)
-    assert b"b" not in store
-    store.put(b"f", snapshot(1000), 70)
-    assert b"d" not in store
-    assert {n for n in (b"a", b"c", b"e", b"f") if n in store} == {b"a", b"c", b"e", b"f"}
+    store.put(at(b"e"), snapshot(1000), 70)
+    assert at(b"b") not in store
+    store.put(at(b"f"), snapshot(1000), 70)
+    assert at(b"d") not in store
+    assert {n for n in (b"a", b"c", b"e", b"f") if at(n) in store} == {b"a", b"c", b"e", b"f"}
     for i in range(200):  # what is not used goes in the end, also if it was dear
-        store.put(b"x%d" % i, snapshot(1000), 40)
+        store.put(at(b"x%d" % i), snapshot(1000), 40)
         assert store.size <= store.budget
-    assert b"c" not in store
-    assert not store.put(b"huge", snapshot(5000), 10**6)
+    assert at(b"c") not in store
+    assert not store.put(at(b"huge"), snapshot(5000), 10**6)
     assert store.evicted > 200
 
 
 def test_snapshots_go_when_the_process_is_too_large(monkeypatch):
     store, sizes = SnapshotStore(100 * 1008), iter([900, 960, 955, 3000, 3000])
     for i in range(10):
-        store.put(b"%d" % i, snapshot(1000), 1 + i)
+        store.put(at(b"%d" % i), snapshot(1000), 1 + i)
     look = MemoryWatch(store, 1000)
     monkeypatch.setattr(watch, "PERIOD", 0)
     monkeypatch.setattr(MemoryWatch, "_resident", lambda self: next(sizes))
@@ -137,7 +218,7 @@ def test_snapshots_go_when_the_process_is_too_large(monkeypatch):
     assert len(store) == 10
     look.look()  # 5 bytes too many after trimming
     assert len(store) == 9
-    assert b"0" not in store
+    assert at(b"0") not in store
     look.look()
     assert len(store) == 6
     MemoryWatch(store, None).look()
@@ -146,7 +227,7 @@ def test_snapshots_go_when_the_process_is_too_large(monkeypatch):
 def test_reserving_makes_room():
     store = SnapshotStore(4 * 1008)
     for i in range(4):
-        store.put(b"%d" % i, snapshot(1000), 1 + i)
+        store.put(at(b"%d" % i), snapshot(1000), 1 + i)
     assert store.reserve(2000)
     assert len(store) == 2
     assert not store.reserve(3000)

@@ -1,63 +1,90 @@
-"""One token of many sequences at a time, each computed as if it were alone.
+"""Tokens of many sequences at a time, each computed as if its sequence were alone.
 
-A server's sequences come and go. They lie in rows, the first n of which take a step. Neither the
-number of rows nor a sequence's place changes a bit of its logits.
+A server's sequences come and go. They lie in slots. Neither the other sequences nor a sequence's
+slot changes a bit of its logits.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import Cache
 
 from ..nn import KeyValueState
 from ..nn.step import compiled_step
 from ..ops.step import Program, RowProgram, Unsuitable, may_step
-from .cache import export_state, import_state, read_state
+from .cache import ModelState, export_state, import_state, read_state
 from .step import _can_step, _read_states, emit_model
 
 
+class Piece(NamedTuple):
+    """The next tokens of a slot, and of how many last ones logits are wanted."""
+
+    slot: int
+    tokens: Sequence[int]
+    wanted: int = 1
+
+
 class Rows(Protocol):
-    """Sequences in rows."""
+    """Sequences in slots.
 
-    def write(self, row: int, cache: Cache) -> None:
-        """Begin a row from a cache of one sequence, which stays as it is."""
+    exact: pieces may be of any number of tokens, and how a text is cut into them changes no bit of
+        its logits, nor of the state behind it. Otherwise they are of one token.
+    """
+
+    exact: bool
+
+    def load(self, slot: int, state: ModelState | None) -> None:
+        """Begin from a state of one sequence, which is copied, or from nothing."""
         ...
 
-    def move(self, source: int, target: int) -> None:
-        """Put one row in the place of another."""
+    def save(self, slot: int) -> ModelState:
+        """The state of a slot, copied, if `exact`."""
         ...
 
-    def step(self, ids: Tensor) -> Tensor:
-        """The logits ``[n, vocab_size]`` (fp32) after ``ids [n]``, tokens of the first n rows.
+    def copy(self, source: int, target: int) -> None:
+        """Begin as the sequence in another slot is."""
+        ...
 
-        They are on the CPU, and the next step may overwrite them. A row whose numbers are not
-        finite has such logits, and the others are as without it.
+    def free(self, slot: int) -> None:
+        """End a sequence."""
+        ...
+
+    def run(self, pieces: Sequence[Piece]) -> Tensor:
+        """The logits ``[wanted tokens, vocab_size]`` (fp32) of different slots' pieces.
+
+        Not `exact`: of all slots in use. They are on the CPU, and the next run may overwrite them.
+        A sequence whose numbers are not finite has such logits, and the others are as without it.
         """
         ...
 
 
-def make_rows(model: Any, rows: int, room: int) -> Rows:
-    """Memory for `rows` sequences of `model`, in evaluation mode.
+def make_rows(model: Any, slots: int, room: int, piece: int) -> Rows:
+    """Memory for `slots` sequences of `model`, in evaluation mode.
 
-    room: the most tokens of a sequence, if its state grows with them (`grows`).
+    room: the most tokens of a sequence, if its state grows with them (`grows`). piece: the most
+    tokens of a `Piece`.
     """
     try:
-        return NativeRows(model, rows, room)
+        return NativeRows(model, slots, room, piece)
     except Unsuitable:
-        return SeparateRows(model, rows)
+        return SeparateRows(model)
 
 
-def row_bytes(model: Any, room: int) -> int:
-    """The memory that each of the rows of `make_rows` takes."""
+def rows_bytes(model: Any, slots: int, room: int, piece: int) -> int:
+    """The memory of `make_rows`, with what a run of a token for each slot and a piece takes."""
     try:
-        return RowProgram.row_bytes(_program(model), room) + 4 * int(model.config.vocab_size)
+        program = _program(model)
     except Unsuitable:
-        return cache_bytes_after(model, room)
+        return slots * cache_bytes_after(model, room)
+    most = piece if _is_exact(model, program) else 1
+    return slots * RowProgram.slot_bytes(program, room, most) + (slots + piece) * (
+        RowProgram.token_bytes(program)
+    )
 
 
 def cache_bytes_after(model: Any, tokens: int) -> int:
@@ -93,45 +120,118 @@ def _program(model: Any) -> Program:
     return compiled.program
 
 
+def reads_exactly(model: Any) -> bool:
+    """Whether `make_rows` gives rows that are `exact`."""
+    try:
+        return _is_exact(model, _program(model))
+    except Unsuitable:
+        return False
+
+
+def _is_exact(model: Any, program: Program) -> bool:
+    """Whether texts are to be read by the program: keys of whole texts are quicker in blocks."""
+    return not program.replaced and not grows(model)
+
+
 class NativeRows:
-    """All rows in one native call, which reads each weight once for all of them."""
+    """All sequences in one native call, which reads each weight once for all of them."""
 
-    def __init__(self, model: Any, rows: int, room: int):
-        self._model, self._rows = model, RowProgram(_program(model), rows, room)
-        self._embed = model.get_input_embeddings()
+    def __init__(self, model: Any, slots: int, room: int, piece: int):
+        program = _program(model)
+        self.exact = _is_exact(model, program)
+        self._model, self._embed = model, model.get_input_embeddings()
+        self._rows = RowProgram(program, slots, room, piece if self.exact else 1)
+        cache = DynamicCache(config=model.config)
+        model.model(torch.zeros(1, 1, dtype=torch.long), past_key_values=cache, use_cache=True)
+        read = _read_states(model, cache)
+        if read is None:
+            raise Unsuitable
+        self._counts = read.counts  # of the tensors of each layer's state
+        self._order: list[int] = []  # slots in use, if the program takes them in order
 
-    def write(self, row: int, cache: Cache) -> None:
-        read = _read_states(self._model, cache)
-        if read is None or any(mask is not None for mask in read.masks):
-            raise ValueError("cache: expected the state of one sequence of this model")
-        self._rows.write(row, [t for t in read.tensors if t is not None], int(read.position))
+    def load(self, slot: int, state: ModelState | None) -> None:
+        place = self._take(slot)
+        if state is None:
+            self._rows.clear(place)
+            return
+        tensors: list[Tensor] = []
+        for block, layer in zip(self._model.model.layers, state.layers, strict=True):
+            tensors += block.mixer.state_tensors(layer)
+        self._rows.write(place, tensors, int(state.position))
 
-    def move(self, source: int, target: int) -> None:
-        self._rows.move(source, target)
+    def save(self, slot: int) -> ModelState:
+        tensors, layers = self._rows.read(slot), []
+        position = torch.tensor([int(self._rows.position[slot])])
+        for block, count in zip(self._model.model.layers, self._counts, strict=True):
+            layers.append(block.mixer.state_from_tensors(tensors[:count], position))
+            del tensors[:count]
+        return ModelState(tuple(layers), position)
 
-    def step(self, ids: Tensor) -> Tensor:
-        return self._rows.step(self._embed(ids).float().contiguous())
+    def copy(self, source: int, target: int) -> None:
+        self._rows.copy(self._place(source), self._take(target))
+
+    def free(self, slot: int) -> None:
+        if slot in self._order:  # the last one takes its place
+            place, last = self._order.index(slot), self._order.pop()
+            if last != slot:
+                self._rows.copy(len(self._order), place)
+                self._order[place] = last
+
+    def _take(self, slot: int) -> int:
+        if self._rows.in_order and slot not in self._order:
+            self._order.append(slot)
+        return self._place(slot)
+
+    def _place(self, slot: int) -> int:
+        return self._order.index(slot) if self._rows.in_order else slot
+
+    def run(self, pieces: Sequence[Piece]) -> Tensor:
+        order = list(range(len(pieces)))
+        if self._rows.in_order:
+            order.sort(key=lambda i: self._order.index(pieces[i].slot))
+        chosen = [pieces[i] for i in order]
+        ids = torch.tensor([i for piece in chosen for i in piece.tokens], dtype=torch.long)
+        logits = self._rows.run(
+            self._embed(ids).float().contiguous(),
+            [self._place(piece.slot) for piece in chosen],
+            [len(piece.tokens) for piece in chosen],
+            [piece.wanted for piece in chosen],
+        )
+        if order == sorted(order):
+            return logits
+        back = torch.empty(len(order), dtype=torch.long)
+        back[order] = torch.arange(len(order))
+        return logits[back]
 
 
 class SeparateRows:
-    """One call of the model for each row: for models without a program of all layers."""
+    """One call of the model for each sequence: for models without a program of all layers."""
 
-    def __init__(self, model: Any, rows: int):
+    exact = False
+
+    def __init__(self, model: Any):
         self._model = model
-        self._caches: list[Any] = [None] * rows
+        self._caches: dict[int, Any] = {}
 
-    def write(self, row: int, cache: Cache) -> None:
-        fresh = DynamicCache(config=self._model.config)
-        self._caches[row] = import_state(fresh, export_state(cache))
+    def load(self, slot: int, state: ModelState | None) -> None:
+        cache = self._caches[slot] = DynamicCache(config=self._model.config)
+        if state is not None:
+            import_state(cache, state)
 
-    def move(self, source: int, target: int) -> None:
-        self._caches[target], self._caches[source] = self._caches[source], None
+    def save(self, slot: int) -> ModelState:
+        return export_state(self._caches[slot])
 
-    def step(self, ids: Tensor) -> Tensor:
-        out = torch.full((len(ids), self._model.config.vocab_size), torch.nan)
-        ids = ids.to(self._model.device)
-        for row, cache in enumerate(self._caches[: len(ids)]):
-            with suppress(ValueError, RuntimeError):  # a row that fails has logits of NaN
-                one = self._model(ids[row : row + 1, None], past_key_values=cache, use_cache=True)
+    def copy(self, source: int, target: int) -> None:
+        self.load(target, export_state(self._caches[source]))
+
+    def free(self, slot: int) -> None:
+        self._caches.pop(slot, None)
+
+    def run(self, pieces: Sequence[Piece]) -> Tensor:
+        out = torch.full((len(pieces), self._model.config.vocab_size), torch.nan)
+        for row, (slot, tokens, _) in enumerate(pieces):
+            with suppress(ValueError, RuntimeError):  # one that fails has logits of NaN
+                ids = torch.tensor([tokens], device=self._model.device)
+                one = self._model(ids, past_key_values=self._caches[slot], use_cache=True)
                 out[row] = one.logits[0, -1].float().cpu()
         return out

@@ -43,6 +43,7 @@ def emit_model(model: Any, builder: StepBuilder, x: Vector, residual: Vector | N
             raise Unsuitable
         with builder.program.reuse_vectors():
             block.emit_step(builder, x, x)
+    builder.program.begin_tail()
     logits = builder.emit_projection(model.lm_head, builder.emit_norm(stack.norm, x))
     if model.logit_ffn is not None:
         builder.emit_module(model.logit_ffn, logits, logits)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections import deque
@@ -10,13 +9,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from ..models.rows import make_rows
+from ..models.rows import Piece, make_rows
 from ..text.stream import IncrementalDecoder
 from .counters import Counters
-from .reading import Reading
-from .replies import Job, Reply
+from .reading import BlockReading, EndedTexts, SlotReading
+from .replies import Job, Reply, begin_job, next_pieces
 from .requests import (
     Busy,
     Done,
@@ -27,25 +27,22 @@ from .requests import (
     Stopping,
     Ticket,
     Waiting,
+    check_request,
 )
-from .sampling import Logits, Sampler
-from .snapshots import SnapshotStore
+from .sampling import Logits, Sampler, require_finite
+from .snapshots import Snapshot, SnapshotStore
 from .text import ReplyText
 from .watch import MemoryWatch
 
-log = logging.getLogger("cumulant.serving")
-PIECE = 128  # tokens of a prompt that are read between two steps of the others
-STEPS_BETWEEN = 4  # steps of replies between two pieces of the text of an ended one
+PIECE = 128  # tokens of prompts that are read with a token of each reply
 MOST_TOKENS = 2**22  # of all prompts that wait
-MOST_SCORED = 2**15  # tokens of a prompt whose log-probabilities are wanted
-MOST_ENDED = 256  # ended replies whose text may wait to be read
 
 
 class Engine:
     """Reads prompts and draws replies for many requests at once, in a thread of its own.
 
-    After each step of all replies that are being drawn, at most one piece of one prompt is read.
-    So a reply waits for its next token at most for a piece of `piece` tokens and a step.
+    A step takes a token of each reply that is being drawn, and up to `piece` tokens of prompts. So
+    no reply waits longer for its next token, however long the prompts of others are.
 
     Args:
         model: in evaluation mode; nothing else may use it meanwhile.
@@ -54,7 +51,7 @@ class Engine:
         room: the most tokens of a request and its reply, if the model's state grows with them;
             None if it does not.
         snapshot_bytes: memory for the states of prefixes.
-        piece: tokens of a piece of a prompt.
+        piece: tokens of prompts in a step, and those of a piece of a prompt.
         most_waiting: requests that may wait for a slot.
         memory: bytes of the process that may be resident: near them snapshots are dropped.
         threads: of PyTorch; 0: as it has.
@@ -83,7 +80,7 @@ class Engine:
         self._watch = MemoryWatch(self.store, memory)
         self._threads = threads or torch.get_num_threads()
         with torch.inference_mode():
-            self._rows = make_rows(model, slots, room or 1)
+            self._rows = make_rows(model, slots, room or 1, piece)
         barred = model.generation_config.suppress_tokens or []
         self._barred = np.array(sorted(barred), dtype=np.int64)
         ends = model.generation_config.eos_token_id
@@ -91,11 +88,12 @@ class Engine:
         self._ends = frozenset(int(i) for i in ends if i is not None)
         self._lock = threading.Condition()
         self._waiting = Waiting()
+        self._free = list(range(slots))[::-1]
         self._reading: deque[Job] = deque()
-        self._drawing: list[Reply] = []  # in the order of their rows
-        self._ended: deque[list[int]] = deque(maxlen=MOST_ENDED)  # texts with their replies
-        self._remembering: Reading | None = None
+        self._drawing: list[Reply] = []
+        self._ended = EndedTexts(model, self.store, piece)
         self._stop = ""  # "drain": after all requests; "now": at once
+        self.ready = threading.Event()  # set when requests are looked at
         self._thread = threading.Thread(target=self._run, name="cumulant-engine", daemon=True)
 
     def start(self) -> None:
@@ -129,27 +127,7 @@ class Engine:
 
     def check(self, request: Request) -> None:
         """Raise a ValueError if the request can never be answered here."""
-        count, size = len(request.tokens), self.model.config.vocab_size
-        if not count:
-            raise ValueError("prompt: expected at least one token, got none")
-        if min(request.tokens) < 0 or max(request.tokens) >= size:
-            raise ValueError(f"prompt: expected tokens from 0 to {size - 1:,}")
-        if not all(0 <= token < size for token in request.sampling.logit_bias):
-            raise ValueError(f"logit_bias: expected tokens from 0 to {size - 1:,}")
-        if not 1 <= request.replies <= self.slots:
-            raise ValueError(
-                f"n: expected 1 to {self.slots} (the server's slots), got {request.replies}"
-            )
-        if request.prompt_scores is not None and count > MOST_SCORED:
-            raise ValueError(
-                f"prompt: expected at most {MOST_SCORED:,} tokens with log-probabilities of the"
-                f" prompt, got {count:,}"
-            )
-        if self.room is not None and count + request.sampling.max_tokens > self.room:
-            raise ValueError(
-                f"this model's context is limited to {self.room:,} tokens here; the prompt has"
-                f" {count:,}, and max_tokens is {request.sampling.max_tokens:,}"
-            )
+        check_request(request, self.model.config.vocab_size, self.slots, self.room)
 
     def wake(self) -> None:
         """Let the engine look at its tickets, one of which was cancelled."""
@@ -183,31 +161,36 @@ class Engine:
         torch.set_num_threads(self._threads)
         try:
             with torch.inference_mode():
+                self._warm_up()
+                self.ready.set()
                 self._loop()
         finally:
             self._stop = "now"
             self._fail_all(Stopping("the server stopped before the reply was complete"))
 
+    def _warm_up(self) -> None:
+        """Take a step, which reads all weights."""
+        self._rows.load(0, None)
+        self._rows.run([Piece(0, (0,))])
+        self._rows.free(0)
+
     def _loop(self) -> None:
-        steps = 0
         while self._wait_for_work():
             began = time.perf_counter()
             self._admit()
             self._watch.look()
-            if self._reading:
-                self._read(self._reading.popleft())
-            elif self._has_ended and (steps % STEPS_BETWEEN == 0 or not self._drawing):
-                self._read_ended()
-            if self._drawing:
-                self._step()
-                steps += 1
+            if not self._rows.exact:
+                self._read_block()
+            pieces = next_pieces(self._reading, self.piece) if self._rows.exact else []
+            if self._drawing or pieces:
+                self._step(pieces)
             self.counters.seconds_busy += time.perf_counter() - began
 
     def _wait_for_work(self) -> bool:
         """Wait until there is something to do; whether to go on."""
         with self._lock:
             self._forget_cancelled()
-            while not (self._reading or self._drawing or self._has_ended or self._stop):
+            while not (self._reading or self._drawing or self._ended or self._stop):
                 if self._waiting.first() is not None:
                     break
                 self._lock.wait()
@@ -216,113 +199,137 @@ class Engine:
             busy = self._reading or self._drawing or self._waiting.first() is not None
             return self._stop != "now" and (bool(busy) or not self._stop)
 
-    @property
-    def _has_ended(self) -> bool:
-        return bool(self._ended) or self._remembering is not None
-
     def _forget_cancelled(self) -> None:
-        gone = [job for job in self._reading if job.ticket.cancelled]
-        for job in gone:
+        for job in [job for job in self._reading if job.ticket.cancelled]:
             self._reading.remove(job)
-        for row in range(len(self._drawing) - 1, -1, -1):
-            if self._drawing[row].job.ticket.cancelled:
-                self._leave(row)
+            self._release(job.slots)
+        for reply in [reply for reply in self._drawing if reply.job.ticket.cancelled]:
+            self._leave(reply)
+
+    def _release(self, slots: list[int]) -> None:
+        for slot in slots:
+            self._rows.free(slot)
+        self._free += slots
 
     def _admit(self) -> None:
-        """Give rows to waiting requests, as long as there are enough for the next one."""
+        """Give slots to waiting requests, as long as there are enough for the next one."""
         while True:
-            taken = len(self._drawing) + sum(job.ticket.request.replies for job in self._reading)
             with self._lock:
                 ticket = self._waiting.first()
-                if ticket is None or taken + ticket.request.replies > self.slots:
+                if ticket is None or ticket.request.replies > len(self._free):
                     return
                 self._waiting.take()
                 self.counters.waiting = len(self._waiting)
+            slots = [self._free.pop() for _ in range(ticket.request.replies)]
             try:
-                self._reading.append(self._begin(ticket))
+                job = begin_job(ticket, slots, self._rows, self.model, self.store, self.piece)
             except Exception as error:
                 self._fail(ticket, error)
+                self._release(slots)
+                continue
+            self._reading.append(job)
+            if job.reading.done and self._rows.exact:
+                self._end_reading(job)
 
-    def _begin(self, ticket: Ticket) -> Job:
-        request = ticket.request
-        reading = Reading(
-            self.model,
-            self.store,
-            request.tokens,
-            self.piece,
-            borders=request.borders,
-            start=request.start,
-            scored=request.prompt_scores,
-            keep_border=request.keep_states,
-        )
-        return Job(ticket, reading)
-
-    def _read(self, job: Job) -> None:
-        """Read a piece of a prompt, and draw its first tokens if it was the last."""
-        reading, ticket = job.reading, job.ticket
+    def _read_block(self) -> None:
+        """Read a piece of a prompt by the model's layers, or of an ended reply's text."""
+        if not self._reading:
+            if not self._drawing:
+                self._ended.read_piece()
+            return
+        job = self._reading[0]
+        self._reading.rotate(-1)
+        assert isinstance(job.reading, BlockReading)
         try:
-            if not reading.done:
-                before = reading.position
-                reading.read_piece()
-                self.counters.prompt_tokens += reading.position - before
-            if not reading.done:
-                self._reading.append(job)
-                return
-            self.counters.cached_tokens += reading.cached
-            self.counters.hits += reading.cached > 0
-            self.counters.misses += reading.cached == 0
-            read = Read(reading.cached, reading.scores)
-            if ticket.request.keep_states:
-                read.end, read.border = reading.snapshot(), reading.border
-            self._deliver(ticket, read)
+            if not job.reading.done:
+                before = job.reading.position
+                job.reading.read_piece()
+                self.counters.prompt_tokens += job.reading.position - before
+            if job.reading.done:
+                self._end_reading(job)
+        except Exception as error:
+            self._fail_job(job, error)
+
+    def _end_reading(self, job: Job) -> None:
+        self._reading.remove(job)
+        try:
             self._begin_replies(job)
         except Exception as error:
-            self._fail(ticket, error)
+            self._fail_job(job, error)
 
     def _begin_replies(self, job: Job) -> None:
-        """Draw the first token of each reply from the prompt's last logits."""
+        """Tell that the prompt is read, and draw the first token of each reply."""
         request, reading = job.ticket.request, job.reading
         assert reading.logits is not None
+        self.counters.cached_tokens += reading.cached
+        self.counters.hits += reading.cached > 0
+        self.counters.misses += reading.cached == 0
+        read = Read(reading.cached, reading.scores)
+        if request.keep_states:
+            read.end, read.border = reading.snapshot(), reading.border
+        self._deliver(job.ticket, read)
         if request.sampling.max_tokens == 0:
             self._deliver(job.ticket, Done())
+            self._release(job.slots)
             return
         logits = reading.logits[0].numpy()
-        job.open = request.replies
-        for index in range(request.replies):
+        require_finite(logits[logits.argmax()])
+        begun, job.open = [], request.replies
+        for index, slot in enumerate(job.slots):
+            if isinstance(reading, BlockReading):
+                self._rows.load(slot, reading.snapshot().state)
+            elif index:
+                self._rows.copy(job.slots[0], slot)
             decoder = IncrementalDecoder(self.tokenizer)
             decoder.read_prompt(list(request.tokens[-256:]))
             sampler = Sampler(request.sampling, request.tokens, self._barred, index)
             text = ReplyText(decoder, request.sampling.stop)
-            reply = Reply(job, index, sampler, text)
-            if self._accept(reply, sampler.draw(logits), logits):
-                self._rows.write(len(self._drawing), reading.cache)
-                self._drawing.append(reply)
+            begun.append(Reply(job, index, slot, sampler, text))
+        self._drawing += begun
+        for reply in begun:
+            if not self._accept(reply, reply.sampler.draw(logits), logits):
+                self._leave(reply)
         self.counters.rows = len(self._drawing)
 
-    def _step(self) -> None:
-        """One token of every reply that is being drawn."""
+    def _step(self, pieces: list[tuple[Job, Piece]]) -> None:
+        """One token of every reply that is being drawn, and the pieces of prompts."""
+        drawing = list(self._drawing)
         try:
-            ids = torch.tensor([reply.tokens[-1] for reply in self._drawing])
-            logits = self._rows.step(ids).numpy()
+            run = [Piece(reply.slot, reply.tokens[-1:]) for reply in drawing]
+            logits = self._rows.run(run + [piece for _, piece in pieces])
         except Exception as error:
             self._fail_all(error, waiting=False)
             return
         self.counters.steps += 1
+        self._draw(drawing, logits[: len(drawing)].numpy())
+        at = len(drawing)
+        for job, piece in pieces:
+            self._take(job, piece, logits[at : at + piece.wanted])
+            at += piece.wanted
+
+    def _draw(self, drawing: list[Reply], logits: Logits) -> None:
+        """The next token of each reply."""
         likeliest = logits.argmax(-1)  # of NaN if there is one
-        ended = []
-        for row, reply in enumerate(self._drawing):
+        for row, reply in enumerate(drawing):
             try:
-                if not np.isfinite(logits[row, likeliest[row]]):
-                    raise FloatingPointError("the model's logits are not finite")
+                require_finite(logits[row, likeliest[row]])
                 plain = reply.sampler.is_plain
                 token = int(likeliest[row]) if plain else reply.sampler.draw(logits[row])
                 if not self._accept(reply, token, logits[row]):
-                    ended.append(row)
-            except Exception as error:  # of this reply alone
-                if not reply.job.ticket.cancelled:
-                    self._fail(reply.job.ticket, error)
-        for row in reversed(ended):
-            self._leave(row)
+                    self._leave(reply)
+            except Exception as error:  # of this request alone
+                self._fail(reply.job.ticket, error)
+
+    def _take(self, job: Job, piece: Piece, logits: Tensor) -> None:
+        """A piece of a prompt was read."""
+        assert isinstance(job.reading, SlotReading)
+        try:
+            job.reading.take(piece, logits)
+            self.counters.prompt_tokens += len(piece.tokens)
+            if job.reading.done:
+                self._end_reading(job)
+        except Exception as error:
+            self._fail_job(job, error)
 
     def _accept(self, reply: Reply, token: int, logits: Logits) -> bool:
         """Take a token of a reply and tell its ticket; whether the reply goes on."""
@@ -337,55 +344,56 @@ class Engine:
             self._deliver(reply.job.ticket, Done())
         return False
 
-    def _leave(self, row: int) -> None:
-        """Free a row; the last one takes its place."""
-        last = self._drawing.pop()
-        if row < len(self._drawing):
-            self._rows.move(len(self._drawing), row)
-            self._drawing[row] = last
+    def _leave(self, reply: Reply) -> None:
+        """End a reply, and free its slot."""
+        self._drawing.remove(reply)
+        self._release([reply.slot])
         self.counters.rows = len(self._drawing)
 
     def _remember(self, reply: Reply) -> None:
-        """Have the text with its reply read in whole pieces, for a prompt that goes on from it."""
-        tokens = [*reply.job.ticket.request.tokens, *reply.tokens]
-        request = reply.job.ticket.request
-        before = len(request.tokens) // self.piece
-        if len(tokens) // self.piece > before and self.store.budget and request.start is None:
-            self._ended.append(tokens)
+        """Keep the state behind the reply's last but one token, for a prompt that goes on from it.
 
-    def _read_ended(self) -> None:
-        """Read a piece of an ended reply's text."""
-        try:
-            if self._remembering is None:
-                tokens = self._ended.popleft()
-                self._remembering = Reading(self.model, self.store, tokens, self.piece, whole=False)
-            if not self._remembering.done:
-                self._remembering.read_piece()
-            if self._remembering.done:
-                self._remembering = None
-        except Exception:
-            log.exception("an ended reply cannot be read")
-            self._remembering = None
+        The last token has not been read.
+        """
+        reading, read = reply.job.reading, reply.tokens[:-1]
+        if reading.foreign or not read or not self.store.keeps:
+            return
+        if isinstance(reading, SlotReading):
+            place = reading.keys.extended(read).place(len(reading.tokens) + len(read))
+            self.store.put(place, Snapshot(self._rows.save(reply.slot), None), len(read))
+            return
+        self._ended.add([*reading.tokens, *read], len(reading.tokens))
 
     def _deliver(self, ticket: Ticket, event: Event) -> None:
         if not ticket.cancelled:
             ticket.deliver(event)
 
     def _fail(self, ticket: Ticket, error: Exception) -> None:
+        if ticket.cancelled:
+            return
         self.counters.failures += 1
         self._deliver(ticket, Failed(error))
         ticket.cancelled = True
 
+    def _fail_job(self, job: Job, error: Exception) -> None:
+        """End a request whose prompt was being read, with its replies if there are some."""
+        self._fail(job.ticket, error)
+        if job in self._reading:
+            self._reading.remove(job)
+        replies = [reply for reply in self._drawing if reply.job is job]
+        if not replies:
+            self._release([slot for slot in job.slots if slot not in self._free])
+        for reply in replies:
+            self._leave(reply)
+
     def _fail_all(self, error: Exception, *, waiting: bool = True) -> None:
-        """End all requests that have rows, and those that wait."""
-        tickets = {reply.job.ticket: None for reply in self._drawing}
-        self._drawing.clear()
-        self.counters.rows = 0
+        """End all requests that have slots, and those that wait."""
+        jobs = {id(job): job for job in (*self._reading, *(r.job for r in self._drawing))}
+        tickets = [job.ticket for job in jobs.values()]
         if waiting:
             with self._lock:
-                tickets |= {job.ticket: None for job in self._reading}
-                tickets |= dict.fromkeys(self._waiting.clear())
-                self._reading.clear()
+                tickets += self._waiting.clear()
+        for job in jobs.values():
+            self._fail_job(job, error)
         for ticket in tickets:
-            if not ticket.cancelled:
-                self._fail(ticket, error)
+            self._fail(ticket, error)

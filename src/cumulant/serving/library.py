@@ -9,6 +9,7 @@ import re
 import secrets
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,14 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from ..models import ModelState, export_state
+from ..models.rows import reads_exactly
 from ..nn import KeyValueState
 from ..ops.state import State, load_state, register_state, save_state
 from ..text.generate import fingerprint
+from .prefix_files import PrefixFiles
 from .snapshots import Snapshot, SnapshotStore
 
+STATE_LIMIT = 8 * 2**30  # bytes
 ID = re.compile(r"state-[0-9a-f]{32}")
 
 
@@ -80,9 +84,12 @@ class StateLibrary:
 
     Args:
         model: that reads them.
-        piece: of the engine; documents of servers with other pieces are refused.
-        store: from whose budget documents in memory are taken.
+        piece: of the engine; documents of servers with other pieces are refused, unless reading is
+            exact (`cumulant.models.rows.reads_exactly`).
+        store: from whose budget documents in memory are taken. With a folder it keeps its own
+            snapshots there, too.
         folder: where files go; None: in memory.
+        limit: the most bytes of these files, of which documents are never deleted to make room.
     """
 
     def __init__(
@@ -91,20 +98,48 @@ class StateLibrary:
         piece: int,
         store: SnapshotStore,
         folder: Path | None = None,
+        limit: int = STATE_LIMIT,
     ):
         self._model, self._piece, self._store = model, piece, store
+        self.exact, self._limit = reads_exactly(model), limit
         self.weights = model_fingerprint(model)
         self._layout = _layout(_small_state(model))
         self._kept: dict[str, tuple[Document, int]] = {}
         self.folder = None if folder is None else folder / self.weights[:16]
+        self._prefixes: PrefixFiles | None = None
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
+            about = {"weights": self.weights, "piece": str(piece)}
+            self._prefixes = store.files = PrefixFiles(
+                self.folder / "prefixes", limit, about, device=model.device, fits=self._fits_part
+            )
+            self._share_limit()
+
+    def close(self) -> None:
+        """Write what is still to be written."""
+        if self._prefixes is not None:
+            self._prefixes.close()
+
+    def _document_bytes(self) -> int:
+        """Bytes of the documents' files."""
+        assert self.folder is not None
+        sizes = []
+        for path in self.folder.glob("state-*.safetensors"):
+            with suppress(OSError):  # deleted meanwhile
+                sizes.append(path.stat().st_size)
+        return sum(sizes)
+
+    def _share_limit(self, new: int = 0) -> None:
+        """Leave prefixes what documents, and one of `new` bytes, do not take."""
+        if self._prefixes is not None:
+            self._prefixes.limit = max(0, self._limit - self._document_bytes() - new)
+            self._prefixes.trim()
 
     def add(self, document: Document) -> Entry:
         """Keep a document under a new id."""
         name, now = f"state-{secrets.token_hex(16)}", int(time.time())
         if self.folder is not None:
-            save_state(self._path(name), document, self._metadata())
+            self._write(self._path(name), document)
         elif not self._store.reserve(document.nbytes):
             raise NoRoom(
                 f"no memory for a state of {document.nbytes:,} bytes: delete others, or start the"
@@ -113,6 +148,20 @@ class StateLibrary:
         else:
             self._kept[name] = document, now
         return self.entry(name)
+
+    def _write(self, path: Path, document: Document) -> None:
+        full = NoRoom(
+            f"no room for a state of {document.nbytes:,} bytes in the server's folder: delete"
+            " others, or start the server with more --state-limit"
+        )
+        if self._document_bytes() + document.nbytes > self._limit:
+            raise full
+        self._share_limit(document.nbytes)
+        save_state(path, document, self._metadata())
+        if self._document_bytes() > self._limit:  # with the file's own data
+            path.unlink(missing_ok=True)
+            raise full
+        self._share_limit()
 
     def get(self, name: str) -> Document:
         if self.folder is None:
@@ -151,6 +200,7 @@ class StateLibrary:
                 self._existing(name).unlink()
             except FileNotFoundError as error:
                 raise UnknownState(name) from error
+            self._share_limit()
         else:
             kept = self._kept.pop(name, None) or self._missing(name)
             self._store.reserve(-kept[0].nbytes)
@@ -173,7 +223,7 @@ class StateLibrary:
         return self.add(self._load(path, "the uploaded file"))
 
     def _metadata(self) -> dict[str, str]:
-        return {"weights": self.weights, "piece": str(self._piece)}
+        return {"weights": self.weights, "piece": "any" if self.exact else str(self._piece)}
 
     def _path(self, name: str) -> Path:
         assert self.folder is not None
@@ -197,7 +247,7 @@ class StateLibrary:
             raise ValueError(f"state: {shown} is not a state, or is damaged") from error
         if not isinstance(document, Document) or metadata.get("weights") != self.weights:
             raise ValueError(f"state: {shown} belongs to another model")
-        if metadata.get("piece") != str(self._piece):
+        if metadata.get("piece") != self._metadata()["piece"]:
             raise ValueError(
                 f"state: {shown} was written by a server with --piece {metadata.get('piece')};"
                 f" this one has {self._piece}"
@@ -218,15 +268,17 @@ class StateLibrary:
             return False
         if not bool(((tokens >= 0) & (tokens < size)).all()) or document.end.logits is None:
             return False
-        if (document.border is not None) != (count >= self._piece):
+        if (document.border is not None) != (count >= self._piece and not self.exact):
             return False
         parts = [(document.end, count)]
         if document.border is not None:
             parts.append((document.border, count // self._piece * self._piece))
-        return all(
-            _is_row(part.logits, size) and self._fits_after(part.state, length)
-            for part, length in parts
-        )
+        return all(self._fits_part(part, length) for part, length in parts)
+
+    def _fits_part(self, part: Snapshot, length: int) -> bool:
+        """Whether it is a snapshot after so many tokens."""
+        size = self._model.config.vocab_size
+        return _is_row(part.logits, size) and self._fits_after(part.state, length)
 
     def _fits_after(self, state: ModelState, length: int) -> bool:
         """Whether the state is one after so many tokens."""

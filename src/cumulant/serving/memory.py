@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..models.rows import cache_bytes_after, grows, row_bytes
+from ..models.rows import cache_bytes_after, grows, reads_exactly, rows_bytes
 from ..text.generate import peak_bytes
 from .sampling import log_probabilities
 
@@ -39,7 +39,7 @@ class MemoryPlan:
     """What a server uses at most.
 
     process: the interpreter, its libraries, all weights and what reading takes.
-    slots: rows of the replies, and the states of prompts that are being read.
+    slots: the states of replies, and of prompts that are being read.
     snapshots: states of prefixes and of documents.
     room: tokens of a context, or None if states do not grow.
     """
@@ -54,12 +54,15 @@ class MemoryPlan:
         return self.process + self.slots + self.snapshots
 
 
-def slots_bytes(model: Any, slots: int, room: int) -> int:
-    """Rows, and states of prompts that are being read, one of an ended reply's too.
+def slots_bytes(model: Any, slots: int, room: int, piece: int) -> int:
+    """The slots, and states of prompts that are read outside of them, one of an ended reply's too.
 
-    Each piece makes a state anew, so there are two.
+    Each piece makes such a state anew, so there are two.
     """
-    return slots * row_bytes(model, room) + 2 * (slots + 1) * cache_bytes_after(model, room)
+    size = rows_bytes(model, slots, room, piece)
+    if not reads_exactly(model):
+        size += 2 * (slots + 1) * cache_bytes_after(model, room)
+    return size
 
 
 def warm_up(model: Any, piece: int) -> None:
@@ -87,11 +90,11 @@ def plan_memory(
     left = (memory - process) // len(models)
     plans = []
     for model in models:
-        room = _room(model, slots, left, context)
-        size = slots_bytes(model, slots, room or 1)
+        room = _room(model, slots, left, piece, context)
+        size = slots_bytes(model, slots, room or 1, piece)
         plans.append(MemoryPlan(process // len(models), size, left - size, room))
     least = process + sum(
-        slots_bytes(model, slots, (context or LEAST_ROOM) if grows(model) else 1)
+        slots_bytes(model, slots, (context or LEAST_ROOM) if grows(model) else 1, piece)
         for model in models
     )
     if any(plan.snapshots < 0 for plan in plans):
@@ -102,11 +105,11 @@ def plan_memory(
     return plans
 
 
-def _room(model: Any, slots: int, left: int, context: int | None) -> int | None:
+def _room(model: Any, slots: int, left: int, piece: int, context: int | None) -> int | None:
     if not grows(model):
         return None
     if context is not None:
         return context
-    fixed, one = slots_bytes(model, slots, 0), slots_bytes(model, slots, 1)
+    fixed, one = (slots_bytes(model, slots, n, piece) for n in (0, 1))
     room = int((SHARE * left - fixed) // max(one - fixed, 1))
     return max(room, LEAST_ROOM)

@@ -38,6 +38,35 @@ class Request:
     keep_states: bool = False
 
 
+MOST_SCORED = 2**15  # tokens of a prompt whose log-probabilities are wanted
+
+
+def check_request(request: Request, vocabulary: int, slots: int, room: int | None) -> None:
+    """Raise a ValueError if an engine with so many slots can never answer.
+
+    vocabulary: tokens that the model knows. room: tokens of a context; None: any number.
+    """
+    count = len(request.tokens)
+    if not count:
+        raise ValueError("prompt: expected at least one token, got none")
+    if min(request.tokens) < 0 or max(request.tokens) >= vocabulary:
+        raise ValueError(f"prompt: expected tokens from 0 to {vocabulary - 1:,}")
+    if not all(0 <= token < vocabulary for token in request.sampling.logit_bias):
+        raise ValueError(f"logit_bias: expected tokens from 0 to {vocabulary - 1:,}")
+    if not 1 <= request.replies <= slots:
+        raise ValueError(f"n: expected 1 to {slots} (the server's slots), got {request.replies}")
+    if request.prompt_scores is not None and count > MOST_SCORED:
+        raise ValueError(
+            f"prompt: expected at most {MOST_SCORED:,} tokens with log-probabilities of the"
+            f" prompt, got {count:,}"
+        )
+    if room is not None and count + request.sampling.max_tokens > room:
+        raise ValueError(
+            f"this model's context is limited to {room:,} tokens here; the prompt has"
+            f" {count:,}, and max_tokens is {request.sampling.max_tokens:,}"
+        )
+
+
 @dataclass
 class Read:
     """The prompt has been read, all but the first `cached_tokens` now."""

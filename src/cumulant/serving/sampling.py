@@ -178,3 +178,9 @@ def log_probabilities(logits: Logits) -> NDArray[np.float64]:
     x -= x.max(-1, keepdims=True)
     out: NDArray[np.float64] = x - np.log(np.exp(x).sum(-1, keepdims=True))
     return out
+
+
+def require_finite(likeliest: np.float32) -> None:
+    """likeliest: the largest logit, or NaN if there is one."""
+    if not np.isfinite(likeliest):
+        raise FloatingPointError("the model's logits are not finite")

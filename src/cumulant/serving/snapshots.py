@@ -1,22 +1,26 @@
 """States after prefixes of texts, so that no prefix is read twice.
 
-A prompt is read in pieces of P tokens, which begin at multiples of P whatever was read before. So
-the state after kP tokens has the same bits on every way to it, and a reply does not depend on which
-snapshots there are.
+The state after a prefix has the same bits on every way to it: how a text is cut while it is read
+makes no difference, or all cuts are at multiples of a piece (`cumulant.models.rows`). So a reply
+does not depend on which snapshots there are.
 """
 
 from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..models import ModelState
 from ..ops.state import State, register_state
+from .place import Place
 
 
 @dataclass(frozen=True)
@@ -34,22 +38,55 @@ class Snapshot(State):
 register_state(Snapshot)
 
 
-def piece_keys(tokens: Sequence[int], piece: int) -> list[bytes]:
-    """A key for each of the prefixes of 0, P, 2P, ... tokens, and one for all tokens if others.
+class Files(Protocol):
+    """A slower place for snapshots, which no error leaves (`cumulant.serving.prefix_files`)."""
 
-    Each key is a hash of the one before and of a piece's tokens.
-    """
-    numbers = np.asarray(tokens, dtype="<u4")
-    keys = [b""]
-    for begin in range(0, len(numbers), piece):
-        digest = hashlib.sha256(keys[-1])
-        digest.update(numbers[begin : begin + piece].tobytes())
-        keys.append(digest.digest())
-    return keys
+    def put(self, place: Place, snapshot: Snapshot) -> None: ...
+
+    def get(self, place: Place) -> Snapshot | None: ...
+
+    def tails(self, chain: bytes) -> tuple[int, ...]: ...
+
+
+class TextKeys:
+    """Keys of a text's prefixes: a piece's key is a hash of the one before and of its tokens."""
+
+    def __init__(self, tokens: Sequence[int] | NDArray[np.uint32], piece: int):
+        self._tokens, self.piece = np.asarray(tokens, dtype="<u4"), piece
+        self.chain = [b""]  # of 0, 1, 2, ... whole pieces
+        self._hash_pieces()
+
+    def _hash_pieces(self) -> None:
+        for end in range(len(self.chain) * self.piece, len(self._tokens) + 1, self.piece):
+            self.chain.append(_hash(self.chain[-1], self._tokens[end - self.piece : end]))
+
+    def extended(self, tokens: Sequence[int]) -> TextKeys:
+        """Those of the text with further tokens."""
+        longer = TextKeys((), self.piece)
+        longer._tokens = np.concatenate([self._tokens, np.asarray(tokens, dtype="<u4")])
+        longer.chain = list(self.chain)
+        longer._hash_pieces()
+        return longer
+
+    def place(self, count: int) -> Place:
+        """The place of the first `count` tokens."""
+        chain, tail = self.chain[count // self.piece], count % self.piece
+        key = _hash(chain, self._tokens[count - tail : count]) if tail else chain
+        return Place(chain, tail, key, count)
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+
+def _hash(before: bytes, tokens: NDArray[np.uint32]) -> bytes:
+    digest = hashlib.sha256(before)
+    digest.update(tokens.tobytes())
+    return digest.digest()
 
 
 @dataclass
 class _Entry:
+    place: Place
     snapshot: Snapshot
     saved: int  # tokens that would be read again without it
     size: int
@@ -57,50 +94,94 @@ class _Entry:
 
 
 class SnapshotStore:
-    """Snapshots within a number of bytes, by key. Any thread may use it.
+    """Snapshots within a number of bytes, by place. Any thread may use it.
 
     The least valuable goes first: the value of a snapshot is the reading that it saves for each of
     its bytes, and it falls behind that of others while it is not used (GreedyDual-Size; Cao and
     Irani 1997).
+
+    files: where snapshots are kept as well, and found when memory has them no more.
     """
 
-    def __init__(self, budget: int):
-        self.budget = budget
+    def __init__(self, budget: int, files: Files | None = None):
+        self.budget, self.files = budget, files
         self.size = self.evicted = 0
         self._entries: dict[bytes, _Entry] = {}
+        self._tails: dict[bytes, Counter[int]] = {}  # behind each chain
         self._level = 0.0  # the value of what went last
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self._entries)
 
-    def __contains__(self, key: bytes) -> bool:
-        return key in self._entries
+    def __contains__(self, place: Place) -> bool:
+        return place.key in self._entries
 
-    def get(self, key: bytes) -> Snapshot | None:
+    @property
+    def keeps(self) -> bool:
+        """Whether there is room for anything."""
+        return self.budget > 0 or self.files is not None
+
+    def get(self, place: Place) -> Snapshot | None:
         with self._lock:
-            entry = self._entries.get(key)
-            if entry is None:
-                return None
-            entry.value = self._level + entry.saved / entry.size
-            return entry.snapshot
+            entry = self._entries.get(place.key)
+            if entry is not None:
+                entry.value = self._level + entry.saved / entry.size
+                return entry.snapshot
+        found = None if self.files is None else self.files.get(place)
+        if found is not None:
+            self._insert(place, found, place.tokens)
+        return found
 
-    def put(self, key: bytes, snapshot: Snapshot, saved: int) -> bool:
-        """Keep a snapshot; whether there is room for one of its size.
+    def longest(
+        self, keys: TextKeys, least: int, most: int, suits: Callable[[Snapshot, int], bool]
+    ) -> tuple[Snapshot, int] | None:
+        """The snapshot of the longest prefix that suits, and its number of tokens.
+
+        It has more than `least` and at most `most` tokens.
+        """
+        piece = keys.piece
+        for i in range(most // piece, least // piece - 1, -1):
+            for tail in self._known_tails(keys.chain[i]):
+                count = i * piece + tail
+                if least < count <= most:
+                    found = self.get(keys.place(count))
+                    if found is not None and suits(found, count):
+                        return found, count
+        return None
+
+    def _known_tails(self, chain: bytes) -> list[int]:
+        """Lengths behind a chain at which there are snapshots, the longest first."""
+        with self._lock:
+            known = set(self._tails.get(chain, ()))
+        if self.files is not None:
+            known.update(self.files.tails(chain))
+        return sorted(known, reverse=True)
+
+    def put(self, place: Place, snapshot: Snapshot, saved: int) -> bool:
+        """Keep a snapshot; whether memory has room for one of its size.
 
         saved: how many tokens would be read again without it. One with logits is not replaced by
         one without.
         """
-        old = self.get(key)
-        if old is not None and (snapshot.logits is None or old.logits is not None):
+        with self._lock:
+            old = self._entries.get(place.key)
+        if old is not None and (snapshot.logits is None or old.snapshot.logits is not None):
             return True
+        if self.files is not None:
+            self.files.put(place, snapshot)
+        return self._insert(place, snapshot, saved)
+
+    def _insert(self, place: Place, snapshot: Snapshot, saved: int) -> bool:
         size, saved = snapshot.nbytes, max(saved, 1)
         with self._lock:
             if size > self.budget:
                 return False
-            self._drop(key)
+            self._drop(place.key)
             self._make_room(size)
-            self._entries[key] = _Entry(snapshot, saved, size, self._level + saved / size)
+            value = self._level + saved / size
+            self._entries[place.key] = _Entry(place, snapshot, saved, size, value)
+            self._tails.setdefault(place.chain, Counter())[place.tail] += 1
             self.size += size
         return True
 
@@ -127,5 +208,12 @@ class SnapshotStore:
 
     def _drop(self, key: bytes) -> None:
         entry = self._entries.pop(key, None)
-        if entry is not None:
-            self.size -= entry.size
+        if entry is None:
+            return
+        self.size -= entry.size
+        tails = self._tails[entry.place.chain]
+        tails[entry.place.tail] -= 1
+        if not tails[entry.place.tail]:
+            del tails[entry.place.tail]
+        if not tails:
+            del self._tails[entry.place.chain]

@@ -151,7 +151,7 @@ class AttentionInstructions(Instructions):
         if query.size != H or own.size != H or value.size % H:
             raise Unsuitable
         V, y = value.size // H, self.vector(value.size)
-        state = self._add_state(H, dtype=torch.float64)
+        state = self._add_state(H, dtype=torch.float64, initial=-math.inf)
         self._add_state(H, V, dtype=torch.float64)
         self._add_instruction(
             "elita", source=key, second=query, third=own, fourth=value, target=y, state=state, n=H,

@@ -18,6 +18,11 @@ OPERATIONS = (  # in the order of Operation in src/abi.hpp
     *("rotary", "attend", "gate", "activate", "decay", "softmax"),
     *("copies", "sinusoid", "mixed", "position_logits", "elita", "outer"),
 )
+# those whose numbers depend on other tokens or on a token's place
+PLACED = {
+    *("convolution", "shift", "rotary", "attend", "softmax"),
+    *("sinusoid", "mixed", "position_logits", "elita"),
+}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NORMS = ("rmsnorm", "layernorm", "scalenorm")
 ACTIVATED = ("swiglu", "gelu", "product", "silu", "clamp")
@@ -53,6 +58,8 @@ class Instructions:
         self.input = self.vector(dim)
         self.states: list[tuple[int, ...]] = []  # the shape of each state, without the batch
         self.state_dtypes: list[torch.dtype] = []
+        self.initial: list[float] = []  # of each state, its numbers before the first token
+        self.tail = 0  # from this instruction on, only tokens whose output is wanted are computed
         self.replaced: list[int] = []  # states that no run can change in place
         self.windows: dict[int, int | None] = {}  # of states of keys, each before one of values
         self._instructions: list[Instruction] = []
@@ -65,6 +72,10 @@ class Instructions:
         start = self._width
         self._width += -(-size // 16) * 16
         return Vector(start, size)
+
+    def begin_tail(self) -> None:
+        """Tell that what follows needs of each token only the vectors that there are."""
+        self.tail = len(self._instructions)
 
     @contextmanager
     def reuse_vectors(self) -> Iterator[None]:
@@ -233,9 +244,12 @@ class Instructions:
         self._add_instruction("outer", source=x, second=y, target=products, n=x.size, k=y.size)
         return products
 
-    def _add_state(self, *shape: int, dtype: torch.dtype | None = None) -> int:
+    def _add_state(
+        self, *shape: int, dtype: torch.dtype | None = None, initial: float = 0.0
+    ) -> int:
         self.states.append(shape)
         self.state_dtypes.append(dtype or self.dtype)
+        self.initial.append(initial)
         return len(self.states) - 1
 
     def _keep_weight(

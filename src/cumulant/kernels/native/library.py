@@ -164,6 +164,8 @@ class Program(ctypes.Structure):
         *((name, ctypes.POINTER(_pointer)) for name in ("before", "after")),
         ("pasts", ctypes.POINTER(Past)),
         ("separate", _i64),
+        *((name, _pointer) for name in ("slots", "wanted")),
+        *((name, _i64) for name in ("wanted_count", "tail")),
     ]
 
 

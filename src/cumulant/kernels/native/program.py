@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .attention_instructions import AttentionInstructions
-from .instructions import DTYPES, Unsuitable, Vector
+from .instructions import DTYPES, OPERATIONS, PLACED, Unsuitable, Vector
 from .library import (
     TYPES,
     Instruction,
@@ -33,7 +33,15 @@ class Program(AttentionInstructions):
     def set_output(self, output: Vector) -> None:
         """End the program; `output` is its result."""
         self.output, self._widest = output, max(self._widest, self._width)
+        behind = (OPERATIONS[i.operation] for i in self._instructions[self.tail :])
+        if not self.tail or not PLACED.isdisjoint(behind):
+            self.tail = len(self._instructions)
         self._written = (Instruction * len(self._instructions))(*self._instructions)
+
+    @property
+    def width(self) -> int:
+        """Numbers of a token that a run keeps."""
+        return self._widest
 
     def accepts_states(self, x: Tensor, states: Sequence[Tensor | None]) -> bool:
         """Whether the program can run on these states."""
@@ -96,5 +104,5 @@ class Program(AttentionInstructions):
             torch.get_num_threads(), instruction_set_number(), TYPES[self.dtype], self._written,
             None if position is None else position.data_ptr(), None, None,
             pointers(*map(Tensor.data_ptr, before)), pointers(*map(Tensor.data_ptr, after)),
-            (Past * len(pasts))(*pasts),
+            (Past * len(pasts))(*pasts), 0, None, None, 0, self.tail,
         )  # fmt: skip

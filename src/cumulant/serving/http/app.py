@@ -110,7 +110,8 @@ def _health(service: Service) -> APIRouter:
 
     @routes.get("/health")
     async def health() -> Any:
-        state = "stopping" if service.draining else "ok"
+        ready = all(served.engine.ready.is_set() for served in service.models.values())
+        state = "stopping" if service.draining else "ok" if ready else "loading"
         dead = [n for n, served in service.models.items() if not served.engine.running]
         if dead and not service.draining:
             state = "failed"

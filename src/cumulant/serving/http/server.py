@@ -15,7 +15,7 @@ import uvicorn
 from ...models.rows import grows
 from ...text.checkpoint import load_checkpoint
 from ..engine import Engine
-from ..library import StateLibrary
+from ..library import STATE_LIMIT, StateLibrary
 from ..memory import plan_memory, show_size
 from .app import make_app
 from .service import Limits, Served, Service
@@ -34,6 +34,7 @@ def load(
     device: str = "auto",
     template: str | None = None,
     state_dir: Path | None = None,
+    state_limit: int = STATE_LIMIT,
 ) -> Service:
     """Load models, and print what they will use at most. options: of each `Engine`."""
     threads = threads or torch.get_num_threads()
@@ -52,7 +53,9 @@ def load(
             threads=threads,
             **options,
         )  # fmt: skip
-        library = StateLibrary(model, engine.piece, engine.store, state_dir)
+        library = StateLibrary(
+            model, engine.piece, engine.store, state_dir, state_limit // len(loaded)
+        )
         service.models[name] = Served(name, engine, library)
         room = f"contexts of {plan.room:,} tokens" if grows(model) else "contexts of any length"
         print(
@@ -114,3 +117,5 @@ def run(service: Service, listener: socket.socket, grace: float) -> None:
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, server.handle_exit)
     server.run(sockets=[listener])
+    for served in service.models.values():
+        served.library.close()

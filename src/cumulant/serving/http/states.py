@@ -28,14 +28,14 @@ Start = tuple[Snapshot, int]
 class Beginning:
     """A document that a request goes on from."""
 
-    def __init__(self, document: Document):
-        self._document = document
+    def __init__(self, document: Document, exact: bool):
+        self._document, self._exact = document, exact
         self.tokens: list[int] = document.tokens[0].tolist()
 
     def start(self, *, more: bool) -> Start | None:
         """The state to begin from; more: the request has further tokens."""
         count = len(self.tokens)
-        if not more:
+        if not more or self._exact:
             return self._document.end, count
         border = self._document.border
         return None if border is None else (border, int(border.state.position.max()))
@@ -45,7 +45,7 @@ def find_state(served: Served, name: str | None) -> Beginning | None:
     """The document of that id, if the request names one."""
     if name is None:
         return None
-    return Beginning(served.library.get(name))
+    return Beginning(served.library.get(name), served.library.exact)
 
 
 def _shown(served: Served, entry: Entry) -> dict[str, Any]:

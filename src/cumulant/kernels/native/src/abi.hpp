@@ -190,7 +190,7 @@ struct Past {
   int64_t dropped, new_capacity;  // oldest tokens that `after` leaves out; for how many it has room
   int64_t seen;                   // at most so many of the newest are attended to
   const int64_t* first;           // [B]: the tokens before these are masked; may be null
-  const int64_t* lengths;         // [B]: tokens of each row, at most `length`; null: `length`
+  const int64_t* lengths;  // [B]: tokens before that of each row, at most `length`; null: `length`
 };
 struct Program {
   int64_t B, width, count;  // rows, numbers in each, instructions
@@ -205,6 +205,12 @@ struct Program {
   void* const* after;  // may be the same memory
   const Past* pasts;
   int64_t separate;  // 1: a decay or logit that is no number is no error, but makes its row NaN
+  // Rows of sequences, the tokens of each one after another: which row of the states they change
+  // in turn, in place. Null: row b has the states b. MIXED does not take them.
+  const int64_t* slots;   // [B]
+  const int64_t* wanted;  // [wanted_count], ascending: the rows of `out`; null: all
+  int64_t wanted_count;
+  int64_t tail;  // from this instruction on only the wanted rows are computed
 };
 
 // The weights out [n, k] of a matrix of 8 or 4 bits; see quantized.hpp.
@@ -267,10 +273,14 @@ struct Kernels {
   // Tokens begin .. end - 1 of B T (SWIGLU: numbers); `dweight` is where to add the weights'
   // gradients.
   void (*pointwise)(const Pointwise&, int64_t begin, int64_t end, float* dweight);
-  // Outputs begin .. end - 1 of one instruction, for all rows. `vectors`: for matrices of 8 and 4
-  // bits, their rows' vectors as `prepare_vector` leaves them, `vector_bytes` each.
+  // One instruction: outputs begin .. end - 1 of a MATRIX for all rows, others for the rows begin
+  // .. end - 1. `vectors`: for matrices of 8 and 4 bits, their rows' vectors as `prepare_vector`
+  // leaves them, `vector_bytes` each.
   void (*instruct)(const Program&, const Instruction&, float* rows, const void* vectors,
                    int64_t begin, int64_t end);
+  // SOFTMAX: one key/value head of the rows begin .. end - 1.
+  void (*attend_softmax)(const Program&, const Instruction&, float* rows, int64_t group,
+                         int64_t begin, int64_t end);
   int64_t (*vector_bytes)(int64_t k);
   void (*prepare_vector)(int bits, const float* x, int64_t k, void* to);
   // Products with a block of tokens, of singles: tiles of `tile_tokens` tokens are prepared,

@@ -59,6 +59,7 @@ template <class R, class X> constexpr Kernels table() {
   k.elita_backward = elita_backward;
   k.pointwise = pointwise;
   k.instruct = instruct<X>;
+  k.attend_softmax = attend_softmax;
   k.vector_bytes = X::bytes;
   k.prepare_vector = X::prepare;
   k.decode = decode;

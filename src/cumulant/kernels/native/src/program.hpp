@@ -225,9 +225,9 @@ inline void decay(const Instruction& s, const float* weight, const float* x, flo
 
 // Instructions that keep a state of the program's type of numbers, for row b of the batch.
 template <class T> void keep(const Program& p, const Instruction& s, float* row, int64_t b) {
-  const int64_t size = s.operation == SHIFT ? s.k : (s.n - 1) * s.k;
-  const T* const before = (const T*)p.before[s.state] + b * size;
-  T* const after = (T*)p.after[s.state] + b * size;
+  const int64_t size = s.operation == SHIFT ? s.k : (s.n - 1) * s.k, slot = slot_of(p, b);
+  const T* const before = (const T*)p.before[s.state] + slot * size;
+  T* const after = (T*)p.after[s.state] + slot * size;
   const float* const x = row + s.source;
   if (s.operation == SHIFT) return shift(s, before, after, x, row + s.target);
   const float* const weight = widened(s, s.weight, s.n * s.k, row + s.fourth);
@@ -235,13 +235,23 @@ template <class T> void keep(const Program& p, const Instruction& s, float* row,
 }
 
 inline void elita(const Program& p, const Instruction& s, float* row, int64_t b) {
-  const int64_t sums = b * s.n, means = b * s.n * s.k;
+  const int64_t sums = slot_of(p, b) * s.n, means = sums * s.k;
   elita_step(s.n, s.k, row + s.source, row + s.second, row + s.third, row + s.fourth,
              (const double*)p.before[s.state] + sums, (const double*)p.before[s.state + 1] + means,
              (double*)p.after[s.state] + sums, (double*)p.after[s.state + 1] + means,
              row + s.target);
 }
 
+// SOFTMAX: one key/value head of the rows begin .. end - 1, which see each other if they have the
+// same states.
+inline void attend_softmax(const Program& p, const Instruction& s, float* rows, int64_t group,
+                           int64_t begin, int64_t end) {
+  with_type(p.type, [&](auto x) {
+    for (int64_t b = begin; b < end; b++) SoftmaxStep<decltype(x)>(p, s, rows, b, group).run();
+  });
+}
+
+// MATRIX: outputs begin .. end - 1 of all rows. Others: rows begin .. end - 1.
 template <class X>
 void instruct(const Program& p, const Instruction& s, float* rows, const void* vectors,
               int64_t begin, int64_t end) {
@@ -251,11 +261,7 @@ void instruct(const Program& p, const Instruction& s, float* rows, const void* v
     return multiply_codes<X, 4>(p, s, rows, vectors, begin, end);
   if (s.operation == MATRIX)
     return with_type(s.type, [&](auto x) { multiply_matrix<decltype(x)>(p, s, rows, begin, end); });
-  if (s.operation == SOFTMAX)  // key/value heads of all rows of the batch
-    return with_type(p.type, [&](auto x) {
-      for (int64_t i = begin; i < end; i++) SoftmaxStep<decltype(x)>(p, s, rows, i).run();
-    });
-  for (int64_t b = 0; b < p.B; b++) {
+  for (int64_t b = begin; b < end; b++) {
     float* const row = rows + b * p.width;
     const float *x = row + s.source, *second = row + s.second;
     float *const y = row + s.target, *const fourth = row + s.fourth;

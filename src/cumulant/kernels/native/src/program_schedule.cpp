@@ -1,4 +1,5 @@
-// Runs a program: one token, for every row of the batch, through the instructions of a layer.
+// Runs a program: one token, for every row of the batch, through the instructions of a layer. Rows
+// with the same states are tokens of one sequence, one after another.
 #include "instruction_sets.hpp"
 #include "parallel.hpp"
 
@@ -6,7 +7,6 @@
 #include <cmath>
 #include <cstring>
 
-extern "C" int cumulant_attention_forward(const cumulant::Attention* a);
 extern "C" int cumulant_mixed_chunk_forward(const cumulant::MixedChunk* m);
 
 namespace cumulant {
@@ -17,23 +17,29 @@ constexpr int64_t GRAIN =
 constexpr int64_t BLOCK = 8;  // rows of a matrix that are taken together
 
 class Run {
-  const Program& p;
+  Program p;
   const Kernels& k;
   int& status;  // of attention that failed
   std::vector<float> rows;
-  Scratch vectors;  // of products with matrices of 8 and 4 bits
+  std::vector<int64_t> begins;  // of the sequences' rows, and where the last one ends
+  Scratch vectors;              // of products with matrices of 8 and 4 bits
   Scratch bias_memory;
 
  public:
   Run(const Program& program, int& attention_status)
-      : p(program), k(kernels(p.isa, F32)), status(attention_status), rows(size_t(p.B * p.width)) {}
+      : p(program), k(kernels(p.isa, F32)), status(attention_status), rows(size_t(p.B * p.width)) {
+    for (int64_t b = 0; b < p.B; b++)
+      if (!p.slots || b == 0 || p.slots[b] != p.slots[b - 1]) begins.push_back(b);
+    begins.push_back(p.B);
+  }
 
   bool run() {
     for (int64_t b = 0; b < p.B; b++)
       std::memcpy(&rows[size_t(b * p.width)], p.input + b * p.inputs,
                   sizeof(float) * size_t(p.inputs));
     bool ok = true;
-    for (int64_t i = 0; ok && i < p.count;) {
+    for (int64_t i = 0; ok && i < p.count && p.B > 0;) {
+      if (i == p.tail) drop_unwanted();
       const Instruction& s = p.instructions[i];
       int64_t next = i + 1;
       if (s.operation == MATRIX) {
@@ -51,10 +57,11 @@ class Run {
         status = NO_WEIGHT;
         ok = false;
       } else {
-        k.instruct(p, s, rows.data(), nullptr, 0, 0);
+        ok = for_rows(s);
       }
       i = next;
     }
+    drop_unwanted();
     for (int64_t b = 0; b < p.B; b++)
       std::memcpy(p.out + b * p.outputs, &rows[size_t(b * p.width + p.output)],
                   sizeof(float) * size_t(p.outputs));
@@ -62,6 +69,35 @@ class Run {
   }
 
  private:
+  int64_t sequences() const { return int64_t(begins.size()) - 1; }
+  int threads_for(int64_t work) const {
+    return int(std::max<int64_t>(1, std::min<int64_t>(p.threads, work / GRAIN)));
+  }
+
+  // Keeps the rows whose output is wanted; no instruction behind needs a state or a position.
+  void drop_unwanted() {
+    if (!p.wanted) return;
+    for (int64_t i = 0; i < p.wanted_count; i++)
+      if (p.wanted[i] != i)
+        std::memcpy(&rows[size_t(i * p.width)], &rows[size_t(p.wanted[i] * p.width)],
+                    sizeof(float) * size_t(p.width));
+    p.B = p.wanted_count, p.wanted = nullptr;
+  }
+
+  // An instruction of each row; the rows of a sequence in their order.
+  bool for_rows(const Instruction& s) {
+    constexpr int64_t COST = 8;  // of a number, in multiplications
+    const bool ordered = s.operation == CONVOLUTION || s.operation == SHIFT || s.operation == ELITA;
+    const int64_t count = ordered ? sequences() : p.B,
+                  work = p.B * std::max<int64_t>(s.n, 1) * std::max<int64_t>(s.k, 1) * COST;
+    const int64_t parts = std::min<int64_t>(threads_for(work), std::max<int64_t>(count, 1));
+    return parallel(int(parts), parts, 1, [&](int64_t part, void*) {
+      const int64_t begin = count * part / parts, end = count * (part + 1) / parts;
+      k.instruct(p, s, rows.data(), nullptr, ordered ? begins[size_t(begin)] : begin,
+                 ordered ? begins[size_t(end)] : end);
+    });
+  }
+
   // Matrices of one vector, whose rows are shared out over the threads.
   bool multiply(int64_t begin, int64_t end) {
     int64_t work = 0;
@@ -74,7 +110,7 @@ class Run {
       if (bits == 0 && !(prepared = prepare(s))) return false;
       bits = s.bits;
     }
-    const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(p.threads, work / GRAIN));
+    const int64_t parts = threads_for(work);
     return parallel(int(parts), parts, 1, [&](int64_t part, void*) {
       for (int64_t i = begin; i < end; i++) {
         const Instruction& s = p.instructions[i];
@@ -107,10 +143,10 @@ class Run {
   }
 
   bool attend_softmax(const Instruction& s) {
-    const int64_t work = p.B * s.n * s.k * p.pasts[s.past].length / GRAIN;
-    const int threads = int(std::max<int64_t>(1, std::min<int64_t>(p.threads, work)));
-    return parallel(threads, p.B * s.groups, 1, [&](int64_t task, void*) {
-      k.instruct(p, s, rows.data(), nullptr, task, task + 1);
+    const int64_t work = p.B * s.n * s.k * p.pasts[s.past].length;
+    return parallel(threads_for(work), sequences() * s.groups, 1, [&](int64_t task, void*) {
+      const size_t sequence = size_t(task / s.groups);
+      k.attend_softmax(p, s, rows.data(), task % s.groups, begins[sequence], begins[sequence + 1]);
     });
   }
 
@@ -171,8 +207,6 @@ class Run {
     a.B = a.N = p.B;
     a.query = array(s.source, a.K), a.key = array(s.second, a.K), a.value = array(s.third, a.V),
     a.out = array(s.target, a.V);
-    a.threads =
-        int(std::max<int64_t>(1, std::min<int64_t>(p.threads, a.B * a.H * a.F * a.V / GRAIN)));
     a.isa = p.isa;
     if (s.fourth >= 0) {
       a.log_decay = array(s.fourth, 1);
@@ -183,15 +217,32 @@ class Run {
         decay = 0, rows[size_t(i / a.G * p.width + s.third)] = NAN;  // of the first value
       }
     }
-    a.numerator = const_cast<void*>(p.before[s.state]);
-    a.final_numerator = p.after[s.state];
-    std::vector<float> denominators(size_t(a.B * a.H));
+    a.numerator = const_cast<void*>(p.before[s.state]);  // by which scratch has room for sums
+    std::vector<float> denominators(size_t(a.normalize ? a.B * a.H : 0));
+    if (a.normalize) a.denominators = denominators.data();
+    const size_t scratch = size_t(k.scratch(a)) * sizeof(float);
+    return parallel(threads_for(a.B * a.H * a.F * a.V), sequences() * a.G, scratch,
+                    [&](int64_t task, void* memory) {
+                      const size_t sequence = size_t(task / a.G);
+                      for (int64_t b = begins[sequence]; b < begins[sequence + 1]; b++)
+                        attend_token(s, a, b, task % a.G, memory);
+                    });
+  }
+
+  // A token onto the state of one key/value head.
+  void attend_token(const Instruction& s, const Attention& a, int64_t b, int64_t group,
+                    void* memory) const {
+    const int64_t head = (p.slots ? p.slots[b] : b) * a.G + group, features = head * a.F;
+    Segment token{};
+    token.sequence = b, token.group = group, token.row = b * a.G + group;
+    token.to = a.V;
+    token.start = static_cast<const float*>(p.before[s.state]) + features * a.V;
+    token.stop = static_cast<float*>(p.after[s.state]) + features * a.V;
     if (a.normalize) {
-      a.denominator = const_cast<void*>(p.before[s.state + 1]);
-      a.final_denominator = p.after[s.state + 1];
-      a.denominators = denominators.data();
+      token.start_denominator = static_cast<const float*>(p.before[s.state + 1]) + features;
+      token.stop_denominator = static_cast<float*>(p.after[s.state + 1]) + features;
     }
-    return (status = cumulant_attention_forward(&a)) == DONE;
+    k.step(a, token, memory);
   }
 };
 

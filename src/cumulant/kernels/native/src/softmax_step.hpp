@@ -7,6 +7,9 @@
 namespace cumulant {
 namespace CUMULANT_ISA {
 
+// The row of the states that row b of the batch has.
+INLINE int64_t slot_of(const Program& p, int64_t b) { return p.slots ? p.slots[b] : b; }
+
 // One key/value head of one row of the batch, with its query heads. T: of keys and values.
 template <class T> struct SoftmaxStep {
   static constexpr int L = LANES<float>, TOKENS = 64;
@@ -19,11 +22,11 @@ template <class T> struct SoftmaxStep {
   const T *keys, *values;            // [length, k]
   T *new_keys, *new_values;
 
-  SoftmaxStep(const Program& p, const Instruction& instruction, float* rows, int64_t task)
+  SoftmaxStep(const Program& p, const Instruction& instruction, float* rows, int64_t b, int64_t g)
       : s(instruction),
         past(p.pasts[s.past]),
-        batch(task / s.groups),
-        group(task % s.groups),
+        batch(b),
+        group(g),
         heads(s.n / s.groups),
         length(past.lengths ? past.lengths[batch] : past.length) {
     float* const row = rows + batch * p.width;
@@ -31,7 +34,8 @@ template <class T> struct SoftmaxStep {
     query = row + s.source + first * s.k, out = row + s.target + first * s.k;
     key = row + s.second + group * s.k, value = row + s.third + group * s.k;
     most = row + s.fourth + first, total = row + s.fourth + s.n + first;
-    const int64_t from = task * past.capacity * s.k, to = task * past.new_capacity * s.k;
+    const int64_t head = slot_of(p, batch) * s.groups + group;
+    const int64_t from = head * past.capacity * s.k, to = head * past.new_capacity * s.k;
     keys = (const T*)p.before[s.state] + from;
     values = (const T*)p.before[s.state + 1] + from;
     new_keys = (T*)p.after[s.state] + to, new_values = (T*)p.after[s.state + 1] + to;

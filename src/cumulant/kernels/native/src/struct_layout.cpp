@@ -193,10 +193,11 @@ Layout layout(const Past*) {
 }
 Layout layout(const Program*) {
   typedef Program Struct;
-  return {FIELD(B),        FIELD(width),   FIELD(count), FIELD(inputs), FIELD(output),
-          FIELD(outputs),  FIELD(threads), FIELD(isa),   FIELD(type),   FIELD(instructions),
-          FIELD(position), FIELD(input),   FIELD(out),   FIELD(before), FIELD(after),
-          FIELD(pasts),    FIELD(separate)};
+  return {FIELD(B),        FIELD(width),    FIELD(count), FIELD(inputs), FIELD(output),
+          FIELD(outputs),  FIELD(threads),  FIELD(isa),   FIELD(type),   FIELD(instructions),
+          FIELD(position), FIELD(input),    FIELD(out),   FIELD(before), FIELD(after),
+          FIELD(pasts),    FIELD(separate), FIELD(slots), FIELD(wanted), FIELD(wanted_count),
+          FIELD(tail)};
 }
 
 Layout layout(const Quantized*) {
