@@ -12,6 +12,10 @@ namespace CUMULANT_ISA {
 
 INLINE void add_products(const Instruction& s, int64_t i, int64_t count, const float* products,
                          float* to) {
+  if (!s.bias) {
+    for (int64_t c = 0; c < count; c++) to[c] = (s.add ? to[c] : 0) + products[c] + 0.0f;
+    return;
+  }
   for (int64_t c = 0; c < count; c++) {
     float bias = 0;
     if (s.bias) read_row(s.bias, i + c, int(s.type), 1, &bias);
