@@ -46,6 +46,26 @@ def time_tokens(step: Callable[[], Any], count: int, warm_up: int = 4) -> list[f
     return times[warm_up:]
 
 
+def add_vocabulary(file: Any, sizes: dict[str, Any]) -> None:
+    """None, or with sizes["texts"] a token for each byte and others that no text has."""
+    count = sizes["vocabulary"]
+    file.add_vocab_size(count)
+    if not sizes.get("texts"):
+        file.add_tokenizer_model("no_vocab")
+        return
+    tokens = [f"<0x{byte:02X}>" for byte in range(256)] + ["<unk>", "<s>", "</s>"]
+    tokens += [f"<{i}>" for i in range(len(tokens), count)]
+    types = [6] * 256 + [2, 3, 3] + [5] * (count - 259)  # bytes, unknown, control, unused
+    file.add_tokenizer_model("llama")
+    file.add_token_list(tokens)
+    file.add_token_scores([0.0] * count)
+    file.add_token_types(types)
+    file.add_unk_token_id(256)
+    file.add_bos_token_id(257)
+    file.add_eos_token_id(258)
+    file.add_add_space_prefix(False)
+
+
 def write(folder: Path) -> None:
     """The files of ``weights.npz``, whose names are GGUF's, with the sizes in ``sizes.json``."""
     import gguf
@@ -56,8 +76,7 @@ def write(folder: Path) -> None:
         kind = gguf.GGMLQuantizationType[name]
         temporary = folder / f"{bits}.gguf.tmp"
         file = gguf.GGUFWriter(temporary, "llama")
-        file.add_tokenizer_model("no_vocab")
-        file.add_vocab_size(sizes["vocabulary"])
+        add_vocabulary(file, sizes)
         file.add_context_length(1 << 20)
         file.add_embedding_length(sizes["width"])
         file.add_block_count(sizes["layers"])

@@ -28,13 +28,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from cumulant.models import CumulantForCausalLM, from_preset
+from cumulant.models import PRESETS, CumulantConfig, CumulantForCausalLM, from_preset
+from cumulant.models.rows import cache_bytes_after
 from cumulant.text.tokenizer import byte_tokenizer
 
 ENDLESS = {"logit_bias": {"256": -100}}
 
 
-async def ask(port: int, prompt: list[int], tokens: int, **more: Any) -> dict[str, Any]:
+async def ask(port: int, prompt: list[int] | str, tokens: int, **more: Any) -> dict[str, Any]:
     """One streamed completion: the times of its tokens, and its usage."""
     body = {"prompt": prompt, "max_tokens": tokens, "stream": True, **ENDLESS, **more}
     body["stream_options"] = {"include_usage": True}
@@ -49,11 +50,15 @@ async def ask(port: int, prompt: list[int], tokens: int, **more: Any) -> dict[st
     await writer.drain()
     times, usage, texts = [], {}, []
     while line := await reader.readline():
-        if line.startswith(b'data: {"error"') or line.startswith(b'{"error"'):
+        if (
+            line.startswith(b'data: {"error"')
+            or b'"detail"' in line[:12]
+            or line.startswith(b'{"error"')
+        ):
             raise SystemExit(line.decode())
         if not line.startswith(b"data: {"):
             continue
-        if b'"choices": []' in line:
+        if b'"choices": []' in line or b'"choices":[]' in line:
             usage = json.loads(line[6:])["usage"]
         else:
             times.append(time.perf_counter() - began)
@@ -169,6 +174,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--long", type=int, nargs="*", default=[8192, 60_000])
     parser.add_argument("--conversations", type=int, default=1000)
     parser.add_argument("--requests", type=int, default=10_000)
+    parser.add_argument("--sizes", action="store_true", help="only the sizes of states, by preset")
     parser.add_argument("--quick", action="store_true", help="a tiny model: a try, no evidence")
     chosen = parser.parse_args()
     if chosen.quick:
@@ -177,14 +183,29 @@ def options() -> argparse.Namespace:
     return chosen
 
 
-def write_model(a: argparse.Namespace, folder: Path) -> None:
-    torch.manual_seed(0)
-    config = from_preset(
-        a.preset, hidden_size=a.width, num_hidden_layers=a.depth,
+def model_config(a: argparse.Namespace, preset: str) -> CumulantConfig:
+    return from_preset(
+        preset, hidden_size=a.width, num_hidden_layers=a.depth,
         num_attention_heads=max(a.width // 64, 1), vocab_size=a.vocabulary,
     )  # fmt: skip
-    CumulantForCausalLM(config).save_pretrained(folder)
+
+
+def write_model(a: argparse.Namespace, folder: Path) -> None:
+    torch.manual_seed(0)
+    CumulantForCausalLM(model_config(a, a.preset)).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
+
+
+def print_sizes(a: argparse.Namespace) -> None:
+    """What a conversation of each preset takes in memory, by its tokens."""
+    lengths = (1024, 8192, 65_536)
+    table = Table("preset", *(f"{n:,} tokens" for n in lengths), "conversations of 8,192 in 1 GiB")
+    for preset in PRESETS:
+        model = CumulantForCausalLM(model_config(a, preset)).eval()
+        sizes = [cache_bytes_after(model, n) for n in lengths]
+        shown = (f"{size / 2**20:,.2f} MiB" for size in sizes)
+        table.add_row(preset, *shown, f"{2**30 // sizes[1]:,}")
+    Console().print(table)
 
 
 def measure(a: argparse.Namespace, port: int, process: subprocess.Popen[str]) -> dict[str, Any]:
@@ -212,6 +233,9 @@ def measure(a: argparse.Namespace, port: int, process: subprocess.Popen[str]) ->
 
 def main() -> None:
     a = options()
+    if a.sizes:
+        print_sizes(a)
+        return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "model"
         write_model(a, folder)

@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from cumulant.serving import Request
+from cumulant.serving import Engine, Request
 from cumulant.serving.http.service import Limits
 
 from .common import answer, build, sampling, wait_until
@@ -297,3 +297,19 @@ def test_many_clients_at_once_get_their_own(server):
         thread.join()
     assert not failures
     assert not math.isnan(server.engine.counters.seconds_busy)
+
+
+def test_health_while_loading(make_server, monkeypatch):
+    go, warm_up = threading.Event(), Engine._warm_up
+
+    def wait(engine):
+        go.wait(30)
+        warm_up(engine)
+
+    monkeypatch.setattr(Engine, "_warm_up", wait)
+    server = make_server({"small": build()})
+    response = server.http.get("/health")
+    assert (response.status_code, response.json()) == (503, {"status": "loading"})
+    go.set()
+    assert server.post("/v1/completions", prompt="a", max_tokens=1)["choices"]  # it has waited
+    assert server.http.get("/health").json() == {"status": "ok"}
