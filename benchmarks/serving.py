@@ -103,7 +103,7 @@ async def turns(port: int, length: int) -> dict[str, Any]:
     found: dict[str, Any] = {"tokens": length}
     more = torch.randint(256, (40,), generator=generator).tolist()
     for name, prompt in (("first", ids), ("again", ids), ("second turn", ids + more)):
-        answer = await ask(port, prompt, 8)
+        answer = await ask(port, prompt, 1)
         cached = answer["usage"]["prompt_tokens_details"]["cached_tokens"]
         found[name] = {"ms": 1e3 * answer["times"][0], "cached": cached / len(prompt)}
     return found

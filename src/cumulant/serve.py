@@ -23,7 +23,7 @@ Context = Annotated[
 StateDir = Annotated[
     str | None, typer.Option(help="folder that keeps states; default: memory", callback=expand_home)
 ]
-StateLimit = Annotated[str, typer.Option(help="most bytes of the files in --state-dir")]
+StateLimit = Annotated[str, typer.Option(help="most bytes of the models' files in --state-dir")]
 ApiKey = Annotated[
     list[str] | None,
     typer.Option(help="key that requests need; may be repeated", envvar="CUMULANT_API_KEY"),

@@ -1,12 +1,17 @@
 """A prompt has the same state and logits on every way to its end."""
 
+import os
+import time
+
 import pytest
 import torch
 
 from cumulant.models import PRESETS
-from cumulant.models.rows import make_rows
-from cumulant.serving import watch
+from cumulant.models.rows import make_rows, state_numerics
+from cumulant.ops.step import instruction_set
+from cumulant.serving import prefix_files, watch
 from cumulant.serving.place import Place
+from cumulant.serving.prefix_files import PrefixFiles
 from cumulant.serving.reading import BlockReading, EndedTexts, Plan, SlotReading
 from cumulant.serving.snapshots import Snapshot, SnapshotStore, TextKeys
 from cumulant.serving.watch import MemoryWatch
@@ -233,3 +238,65 @@ def test_reserving_makes_room():
     assert not store.reserve(3000)
     assert store.reserve(-2000)
     assert store.budget == 4 * 1008
+
+
+def test_logits_are_found_where_they_are(tmp_path):
+    """Memory may have the state alone, and a file its logits, too."""
+    model, tokens, where = build(), prompt(40), TextKeys(prompt(40), PIECE).place(40)
+    whole = read(model, SnapshotStore(0), tokens).snapshot()
+    files = PrefixFiles(tmp_path, 2**20, {}, fits=lambda *_: True)
+    files.put(where, whole)
+    assert files.flush(30)
+    store = SnapshotStore(2**20, files)
+    store.put(where, Snapshot(whole.state, None), 1)
+    assert read(model, store, tokens).cached == 40
+    files.close()
+
+
+def test_a_prefix_in_use_stays_on_the_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr(prefix_files, "TOUCH_SECONDS", 0.0)
+    model, texts = build(), [prompt(20, i) for i in range(6)]
+    one = read(model, SnapshotStore(0), texts[0]).snapshot()
+    files = PrefixFiles(tmp_path, 5 * one.nbytes, {}, fits=lambda *_: True)
+    store = SnapshotStore(2**24, files)
+    for text in texts:
+        read(model, store, texts[0])
+        read(model, store, text)
+        assert files.flush(30)
+        time.sleep(0.02)
+    files.close()
+    again = PrefixFiles(tmp_path, 5 * one.nbytes, {}, fits=lambda *_: True)
+    assert 2 <= len(again) <= 4
+    assert read(model, SnapshotStore(2**24, again), texts[0]).cached == 20
+    assert read(model, SnapshotStore(2**24, again), texts[1]).cached == 0
+    again.close()
+
+
+def test_a_folder_that_changes_is_listed_seldom(tmp_path, monkeypatch):
+    files, listed = PrefixFiles(tmp_path, 2**20, {}, fits=lambda *_: True), []
+    store = SnapshotStore(2**20, files)
+    ahead = time.time() + 60
+    os.utime(tmp_path, (ahead, ahead))
+    monkeypatch.setattr(files, "_list", lambda: listed.append(1) or {})
+    assert store.longest(TextKeys(prompt(5000), 1), 0, lambda count: True) is None
+    assert len(listed) < 20
+    files.close()
+
+
+def test_states_of_other_kernels_have_other_keys(isa):
+    keys = {state_numerics(build(p), n) for p in ("taylor", "softmax") for n in (16, 32)}
+    assert len(keys) == 4
+    hooked = build()
+    hooked.model.layers[0].register_forward_hook(lambda *a: None)
+    assert state_numerics(hooked, 16) != state_numerics(build(), 16)
+    assert state_numerics(build(), 16) in keys
+
+
+def test_and_so_have_other_instruction_sets(monkeypatch):
+    names = set()
+    for name in ("baseline", None):
+        monkeypatch.setenv("CUMULANT_ISA", name) if name else monkeypatch.delenv(
+            "CUMULANT_ISA", raising=False
+        )
+        names.add((instruction_set(), state_numerics(build(), 16)))
+    assert len(names) == len(dict(names))

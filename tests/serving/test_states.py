@@ -82,9 +82,16 @@ def test_files_have_a_limit(make_server, tmp_path):
     server.close()
     held = sum(path.stat().st_size for path in tmp_path.rglob("*.safetensors"))
     assert 100_000 - 2 * size < held <= 100_000
-    other = make_server({"small": build()}, folder=tmp_path, state_limit=100_000)
+    one, other = (
+        make_server({"small": build()}, folder=tmp_path, state_limit=100_000) for _ in range(2)
+    )
     assert other.http.delete(f"/v1/states/{made['id']}").status_code == 200
-    other.post("/v1/states", 201, input=TEXT)
+    other.post("/v1/states", 201, input=TEXT)  # of which the first server knows nothing
+    for i in range(20, 30):
+        text_of(one, prompt=f"{i} {TEXT}")
+    for each in (one, other):
+        each.close()
+    assert sum(path.stat().st_size for path in tmp_path.rglob("*.safetensors")) <= 100_000
 
 
 def test_list_fork_delete(make_server):

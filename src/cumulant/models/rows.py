@@ -6,6 +6,7 @@ slot changes a bit of its logits.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple, Protocol
@@ -14,9 +15,10 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from .. import __version__
 from ..nn import KeyValueState
 from ..nn.step import compiled_step
-from ..ops.step import Program, RowProgram, Unsuitable, may_step
+from ..ops.step import Program, RowProgram, Unsuitable, instruction_set, may_step
 from .cache import ModelState, export_state, import_state, read_state
 from .step import _can_step, _read_states, emit_model
 
@@ -126,6 +128,18 @@ def reads_exactly(model: Any) -> bool:
         return _is_exact(model, _program(model))
     except Unsuitable:
         return False
+
+
+def state_numerics(model: Any, piece: int) -> bytes:
+    """A hash of what the bits of a state depend on, besides the weights and the tokens.
+
+    piece: tokens of a piece, where texts are read by the model's layers.
+    """
+    exact = reads_exactly(model)
+    about: list[Any] = [__version__, exact, piece, model.device.type, instruction_set()]
+    if not exact:
+        about += [torch.__version__, torch.get_num_threads()]
+    return hashlib.sha256(repr(about).encode()).digest()
 
 
 def _is_exact(model: Any, program: Program) -> bool:

@@ -9,14 +9,32 @@ import torch
 from torch import Tensor
 
 from ..kernels.native.bound_program import BoundProgram
+from ..kernels.native.library import instruction_set_name
 from ..kernels.native.program import DTYPES, Program, Unsuitable, Vector
 from ..kernels.native.row_program import RowProgram
 from ..kernels.product import is_plain_call
 from .dispatch import native_by_default
 
-__all__ = ["MOST_ROWS", "BoundProgram", "Program", "RowProgram", "Unsuitable", "Vector", "may_step"]
+__all__ = [
+    "MOST_ROWS",
+    "BoundProgram",
+    "Program",
+    "RowProgram",
+    "Unsuitable",
+    "Vector",
+    "instruction_set",
+    "may_step",
+]
 
 MOST_ROWS = 16  # with more rows PyTorch's matrix products are faster
+
+
+def instruction_set() -> str:
+    """The instruction set of the native kernels; empty without them."""
+    try:
+        return instruction_set_name()
+    except RuntimeError:
+        return ""
 
 
 def may_step(x: Tensor) -> bool:

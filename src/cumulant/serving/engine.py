@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from ..models.rows import Piece, make_rows
+from ..models.rows import Piece, make_rows, state_numerics
 from ..text.stream import IncrementalDecoder
 from .counters import Counters
 from .reading import BlockReading, EndedTexts, SlotReading
@@ -76,7 +76,7 @@ class Engine:
         self.model, self.tokenizer = model, tokenizer
         self.slots, self.room, self.piece = slots, room, piece
         self.most_waiting, self.counters = most_waiting, Counters()
-        self.store = SnapshotStore(snapshot_bytes)
+        self.store = SnapshotStore(snapshot_bytes, root=state_numerics(model, piece))
         self._watch = MemoryWatch(self.store, memory)
         self._threads = threads or torch.get_num_threads()
         with torch.inference_mode():

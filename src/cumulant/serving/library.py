@@ -8,6 +8,7 @@ import os
 import re
 import secrets
 import tempfile
+import threading
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -23,10 +24,11 @@ from ..models.rows import reads_exactly
 from ..nn import KeyValueState
 from ..ops.state import State, load_state, register_state, save_state
 from ..text.generate import fingerprint
-from .prefix_files import PrefixFiles
+from .prefix_files import PrefixFiles, remove_orphans
 from .snapshots import Snapshot, SnapshotStore
 
 STATE_LIMIT = 8 * 2**30  # bytes
+MOST_QUEUED = 256 * 2**20  # bytes of prefixes that wait to be written
 ID = re.compile(r"state-[0-9a-f]{32}")
 
 
@@ -107,13 +109,17 @@ class StateLibrary:
         self._kept: dict[str, tuple[Document, int]] = {}
         self.folder = None if folder is None else folder / self.weights[:16]
         self._prefixes: PrefixFiles | None = None
+        self._writing = threading.Lock()
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
-            about = {"weights": self.weights, "piece": str(piece)}
+            queue = min(MOST_QUEUED, store.budget // 8)
+            store.reserve(2 * queue)  # a snapshot is copied while it is written or read
+            remove_orphans(self.folder)
             self._prefixes = store.files = PrefixFiles(
-                self.folder / "prefixes", limit, about, device=model.device, fits=self._fits_part
-            )
-            self._share_limit()
+                self.folder / "prefixes", limit, {"weights": self.weights}, device=model.device,
+                fits=self._fits_part, reserved=self._document_bytes, queue_bytes=queue,
+            )  # fmt: skip
+            self._prefixes.trim()
 
     def close(self) -> None:
         """Write what is still to be written."""
@@ -128,12 +134,6 @@ class StateLibrary:
             with suppress(OSError):  # deleted meanwhile
                 sizes.append(path.stat().st_size)
         return sum(sizes)
-
-    def _share_limit(self, new: int = 0) -> None:
-        """Leave prefixes what documents, and one of `new` bytes, do not take."""
-        if self._prefixes is not None:
-            self._prefixes.limit = max(0, self._limit - self._document_bytes() - new)
-            self._prefixes.trim()
 
     def add(self, document: Document) -> Entry:
         """Keep a document under a new id."""
@@ -150,18 +150,20 @@ class StateLibrary:
         return self.entry(name)
 
     def _write(self, path: Path, document: Document) -> None:
+        assert self._prefixes is not None
         full = NoRoom(
             f"no room for a state of {document.nbytes:,} bytes in the server's folder: delete"
             " others, or start the server with more --state-limit"
         )
-        if self._document_bytes() + document.nbytes > self._limit:
-            raise full
-        self._share_limit(document.nbytes)
-        save_state(path, document, self._metadata())
-        if self._document_bytes() > self._limit:  # with the file's own data
-            path.unlink(missing_ok=True)
-            raise full
-        self._share_limit()
+        with self._writing:
+            if self._document_bytes() + document.nbytes > self._limit:
+                raise full
+            self._prefixes.trim(document.nbytes)
+            save_state(path, document, self._metadata())
+            if self._document_bytes() > self._limit:  # with what the file tells of itself
+                path.unlink(missing_ok=True)
+                raise full
+            self._prefixes.trim()
 
     def get(self, name: str) -> Document:
         if self.folder is None:
@@ -200,7 +202,6 @@ class StateLibrary:
                 self._existing(name).unlink()
             except FileNotFoundError as error:
                 raise UnknownState(name) from error
-            self._share_limit()
         else:
             kept = self._kept.pop(name, None) or self._missing(name)
             self._store.reserve(-kept[0].nbytes)

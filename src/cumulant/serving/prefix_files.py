@@ -14,7 +14,6 @@ import secrets
 import stat
 import threading
 import time
-import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,19 +22,17 @@ import torch
 
 from ..ops.state import load_state, save_state
 from .place import Place
+from .prefix_names import NAME, WITH, WITHOUT, checksum, ending, file_name, short
 from .snapshots import Snapshot
 
 log = logging.getLogger("cumulant.serving")
 
-QUEUE_BYTES = 64 << 20  # of snapshots that wait to be written; a single one may be larger
+QUEUE_BYTES = 64 << 20  # of snapshots that wait to be written
+TOUCH_SECONDS = 10.0  # between two notes that a file is used
 SETTLED = 0.1  # seconds; clocks of file systems may be so coarse
 ORPHANED = 3600.0  # seconds after which nobody is writing a temporary file any more
 CLOSE_SECONDS = 10.0  # how long `close` waits for the disk
 
-WITH, WITHOUT = "l", "s"  # the end of a name: whether the file has logits; the better is less
-_NAME = re.compile(
-    rf"([0-9a-f]{{32}})-(0|[1-9][0-9]{{0,8}})-[0-9a-f]{{32}}-[{WITH}{WITHOUT}]\.safetensors"
-)
 _TEMPORARY = re.compile(r"\..+\.[0-9]+\.tmp")  # as `save_state` names them
 _KEY, _TOKENS, _SUM = "prefix.key", "prefix.tokens", "prefix.sum"  # in the metadata
 
@@ -54,10 +51,13 @@ class PrefixFiles:
 
     Args:
         folder: where the files are; it is made if missing. Other processes may use it too.
-        limit: bytes of all files. One more is there while the least recently used is deleted.
+        limit: bytes of all files, and of what `reserved` tells. One more is there while the least
+            recently used is deleted.
         metadata: what a file must say to be used here, like a hash of the weights.
         device: where loaded snapshots go.
         fits: whether a snapshot can be the one after so many tokens.
+        reserved: bytes of the limit that are taken otherwise.
+        queue_bytes: of snapshots that wait to be written; a larger one is not written.
 
     Attributes:
         limit: may be set; the next write or `trim` follows it.
@@ -72,7 +72,12 @@ class PrefixFiles:
         *,
         device: torch.device | str = "cpu",
         fits: Callable[[Snapshot, int], bool],
+        reserved: Callable[[], int] = lambda: 0,
+        queue_bytes: int = QUEUE_BYTES,
     ):
+        self._reserved, self._queue_bytes = reserved, queue_bytes
+        self._listed = -SETTLED  # when `tails` looked last
+        self._touched: dict[str, float] = {}
         self.folder, self.limit, self.dropped = folder, limit, 0
         self._metadata, self._device, self._fits = dict(metadata), device, fits
         self._index = threading.Lock()  # of the next five
@@ -87,7 +92,7 @@ class PrefixFiles:
         self._pending = 0  # bytes that wait or are being written
         self._closed = False
         folder.mkdir(parents=True, exist_ok=True)
-        self._remove_orphans()
+        remove_orphans(folder)
         self._refresh()
         self._writer = threading.Thread(target=self._run, name="prefix-files", daemon=True)
         self._writer.start()
@@ -102,17 +107,17 @@ class PrefixFiles:
 
     def put(self, place: Place, snapshot: Snapshot) -> None:
         """Have a snapshot written soon, unless there is one as good."""
-        size, letter = snapshot.nbytes, _letter(snapshot)
+        size, letter = snapshot.nbytes, ending(snapshot)
         if self._is_too_large(size):
             return
         if self._has(place, letter) and self._seen is not None and self._seen == self._look():
             return
         with self._change:
             queued = self._queue.get(place)
-            if self._closed or (queued is not None and _letter(queued) <= letter):
+            if self._closed or (queued is not None and ending(queued) <= letter):
                 return
             freed = 0 if queued is None else queued.nbytes
-            if self._pending > freed and self._pending - freed + size > QUEUE_BYTES:
+            if self._pending - freed + size > self._queue_bytes:
                 self.dropped += 1
                 return
             self._queue[place] = snapshot
@@ -123,22 +128,37 @@ class PrefixFiles:
         """The snapshot of a place, with logits if there is one; None if it cannot be had."""
         self._refresh()
         for letter in (WITH, WITHOUT):
-            name = _name(place, letter)
+            name = file_name(place, letter)
             if self._is_usable(name) and (found := self._load(name, place)) is not None:
                 return found
         return None
 
     def tails(self, chain: bytes) -> tuple[int, ...]:
         """The tails known behind a chain, the longest first; 0 for the chain itself."""
-        self._refresh()
+        now = time.monotonic()  # prompts ask for many chains
+        if now - self._listed >= SETTLED:
+            self._refresh()
+            self._listed = now
         with self._index:
-            known = set(self._chains.get(_short(chain), {}).values())
+            known = set(self._chains.get(short(chain), {}).values())
         return tuple(sorted(known, reverse=True))
 
-    def trim(self) -> None:
-        """Delete the least recently used until the others are within the limit."""
+    def touch(self, place: Place) -> None:
+        """Note that a snapshot is used, which memory has as well."""
+        now = time.monotonic()
+        for name in (file_name(place, WITH), file_name(place, WITHOUT)):
+            if self._is_usable(name) and now - self._touched.get(name, 0.0) > TOUCH_SECONDS:
+                if len(self._touched) > 10_000:
+                    self._touched.clear()
+                self._touched[name] = now
+                with contextlib.suppress(OSError):
+                    os.utime(self.folder / name)
+
+    def trim(self, new: int = 0) -> None:
+        """Delete the least recently used until others, and `new` bytes, are within the limit."""
         self._refresh()
-        if self._size <= self.limit:
+        most = self.limit - self._reserved() - new
+        if self._size <= most:
             return
         with self._index:
             names = list(self._files)
@@ -150,9 +170,9 @@ class PrefixFiles:
                 self._forget(name)
                 continue
             # one too large for the limit would drive out all others before itself
-            found.append((about.st_size <= self.limit, about.st_mtime_ns, name))
+            found.append((about.st_size <= most, about.st_mtime_ns, name))
         for _, _, name in sorted(found):
-            if self._size <= self.limit:
+            if self._size <= most:
                 break
             self._delete(name)
 
@@ -191,13 +211,13 @@ class PrefixFiles:
         return True
 
     def _write(self, place: Place, snapshot: Snapshot) -> None:
-        letter = _letter(snapshot)
+        letter = ending(snapshot)
         self._refresh()
         if self._has(place, letter):
             return
         snapshot = snapshot.to("cpu")
-        about = {_KEY: place.key.hex(), _TOKENS: str(place.tokens), _SUM: _checksum(snapshot)}
-        name = _name(place, letter)
+        about = {_KEY: place.key.hex(), _TOKENS: str(place.tokens), _SUM: checksum(snapshot)}
+        name = file_name(place, letter)
         self.folder.mkdir(parents=True, exist_ok=True)
         # `save_state` alone could mix two processes that in their containers have the same id
         staged = self.folder / f".{secrets.token_hex(8)}.{os.getpid()}.tmp"
@@ -210,8 +230,8 @@ class PrefixFiles:
         finally:
             staged.unlink(missing_ok=True)
         with self._index:
-            self._add(name, _File(found.st_size, found.st_ino, _short(place.chain), place.tail))
-        if letter == WITH and self._is_usable(worse := _name(place, WITHOUT)):
+            self._add(name, _File(found.st_size, found.st_ino, short(place.chain), place.tail))
+        if letter == WITH and self._is_usable(worse := file_name(place, WITHOUT)):
             self._delete(worse)
         self.trim()
 
@@ -245,7 +265,7 @@ class PrefixFiles:
             raise ValueError("not a snapshot")
         # a loaded tensor is the mapped file, whose bytes would stay on the disk once deleted
         snapshot: Snapshot = found.clone()
-        if about.get(_SUM) != _checksum(snapshot):
+        if about.get(_SUM) != checksum(snapshot):
             raise ValueError("another checksum")
         snapshot = snapshot.to(self._device)
         try:
@@ -295,7 +315,7 @@ class PrefixFiles:
                 old = self._files.get(name)
                 if old is not None and old.inode == inode:
                     files[name] = old
-                elif match := _NAME.fullmatch(name):
+                elif match := NAME.fullmatch(name):
                     try:
                         about = entry.stat(follow_symlinks=False)
                     except OSError:  # deleted meanwhile
@@ -346,15 +366,7 @@ class PrefixFiles:
 
     def _has(self, place: Place, letter: str) -> bool:
         """Whether there is a file that is as good."""
-        return any(self._is_usable(_name(place, end)) for end in (WITH, letter))
-
-    def _remove_orphans(self) -> None:
-        """Delete temporary files of processes that were killed."""
-        oldest = time.time() - ORPHANED
-        for path in self.folder.glob(".*.tmp"):
-            with contextlib.suppress(OSError):  # gone already, or not ours to delete
-                if _TEMPORARY.fullmatch(path.name) and path.lstat().st_mtime < oldest:
-                    path.unlink()
+        return any(self._is_usable(file_name(place, end)) for end in (WITH, letter))
 
     def _is_too_large(self, size: int) -> bool:
         if size > self.limit:
@@ -372,23 +384,10 @@ class PrefixFiles:
             log.warning("%s: %s (told once)", self.folder, message)
 
 
-def _short(key: bytes) -> str:
-    """The part of a hash in a name; zeros for no tokens."""
-    return key[:16].hex().ljust(32, "0")
-
-
-def _letter(snapshot: Snapshot) -> str:
-    return WITHOUT if snapshot.logits is None else WITH
-
-
-def _name(place: Place, letter: str) -> str:
-    return f"{_short(place.chain)}-{place.tail}-{_short(place.key)}-{letter}.safetensors"
-
-
-def _checksum(snapshot: Snapshot) -> str:
-    """CRC-32 of all tensors with their names: for damage that a file's header does not show."""
-    total = 0
-    for name, x in sorted(snapshot.tensors().items()):
-        total = zlib.crc32(f"{name} {x.dtype} {list(x.shape)}".encode(), total)
-        total = zlib.crc32(x.contiguous().reshape(-1).view(torch.uint8).numpy().data, total)
-    return f"{total:08x}"
+def remove_orphans(folder: Path) -> None:
+    """Delete temporary files of processes that were killed."""
+    oldest = time.time() - ORPHANED
+    for path in folder.glob(".*.tmp"):
+        with contextlib.suppress(OSError):  # gone already, or not ours to delete
+            if _TEMPORARY.fullmatch(path.name) and path.lstat().st_mtime < oldest:
+                path.unlink()

@@ -75,7 +75,7 @@ class Reading:
 
     def __init__(self, store: SnapshotStore, tokens: Sequence[int], piece: int, plan: Plan):
         self._store, self._piece, self.tokens = store, piece, tokens
-        self.keys = TextKeys(tokens, piece)
+        self.keys = TextKeys(tokens, piece, store.root)
         self._plan, self.foreign = plan, plan.start is not None
         self.logits: Tensor | None = None
         self.scores: list[TokenScores] | None = None
@@ -88,22 +88,23 @@ class Reading:
         self._load(None if found is None else found[0].state)
         if found is not None:
             self.position = self.cached = found[1]
-            self.logits = found[0].logits if self.done else None
+            known = found[0].logits if self.done else None
+            self.logits = None if known is None else known.cpu()
         self._last_kept = self.cached
 
     def _find(self) -> tuple[Snapshot, int] | None:
         """What to begin from."""
         found, end = self._plan.start, len(self.tokens)
         least = 0 if found is None else found[1]
-        longer = self._store.longest(self.keys, least, end, self._suits)
+        longer = self._store.longest(self.keys, least, self._suits)
         found = longer or found
         if found is not None and found[1] == end and found[0].logits is None:
             return None
         return found
 
-    def _suits(self, known: Snapshot, count: int) -> bool:
-        """Whether to begin there; at the text's end only with logits."""
-        return count < len(self.tokens) or known.logits is not None
+    def _suits(self, count: int) -> bool:
+        """Whether to begin after so many tokens."""
+        return True
 
     def _cut(self, position: int) -> int:
         """Where a piece may end, at most at `position`."""
@@ -203,11 +204,10 @@ class BlockReading(Reading):
     def _state(self) -> ModelState:
         return export_state(self.cache)
 
-    def _suits(self, known: Snapshot, count: int) -> bool:
-        """Whether to begin there: at a whole piece, or at the text's end without a border."""
-        if count % self._piece == 0:
-            return super()._suits(known, count)
-        return count == len(self.tokens) and known.logits is not None and not self._plan.keep_border
+    def _suits(self, count: int) -> bool:
+        """Whether to begin there: after whole pieces, or at the text's end without a border."""
+        whole = count % self._piece == 0
+        return whole or (count == len(self.tokens) and not self._plan.keep_border)
 
     def read_piece(self) -> None:
         """Read up to the next multiple of a piece, or to the end."""

@@ -47,13 +47,18 @@ class Files(Protocol):
 
     def tails(self, chain: bytes) -> tuple[int, ...]: ...
 
+    def touch(self, place: Place) -> None: ...
+
 
 class TextKeys:
-    """Keys of a text's prefixes: a piece's key is a hash of the one before and of its tokens."""
+    """Keys of a text's prefixes: a piece's key is a hash of the one before and of its tokens.
 
-    def __init__(self, tokens: Sequence[int] | NDArray[np.uint32], piece: int):
+    root: the key of no tokens.
+    """
+
+    def __init__(self, tokens: Sequence[int] | NDArray[np.uint32], piece: int, root: bytes = b""):
         self._tokens, self.piece = np.asarray(tokens, dtype="<u4"), piece
-        self.chain = [b""]  # of 0, 1, 2, ... whole pieces
+        self.chain = [root]  # of 0, 1, 2, ... whole pieces
         self._hash_pieces()
 
     def _hash_pieces(self) -> None:
@@ -62,7 +67,7 @@ class TextKeys:
 
     def extended(self, tokens: Sequence[int]) -> TextKeys:
         """Those of the text with further tokens."""
-        longer = TextKeys((), self.piece)
+        longer = TextKeys((), self.piece, self.chain[0])
         longer._tokens = np.concatenate([self._tokens, np.asarray(tokens, dtype="<u4")])
         longer.chain = list(self.chain)
         longer._hash_pieces()
@@ -101,10 +106,11 @@ class SnapshotStore:
     Irani 1997).
 
     files: where snapshots are kept as well, and found when memory has them no more.
+    root: of the keys: a hash of what the bits of states depend on, besides tokens and weights.
     """
 
-    def __init__(self, budget: int, files: Files | None = None):
-        self.budget, self.files = budget, files
+    def __init__(self, budget: int, files: Files | None = None, root: bytes = b""):
+        self.budget, self.files, self.root = budget, files, root
         self.size = self.evicted = 0
         self._entries: dict[bytes, _Entry] = {}
         self._tails: dict[bytes, Counter[int]] = {}  # behind each chain
@@ -122,31 +128,40 @@ class SnapshotStore:
         """Whether there is room for anything."""
         return self.budget > 0 or self.files is not None
 
-    def get(self, place: Place) -> Snapshot | None:
+    def get(self, place: Place, *, with_logits: bool = False) -> Snapshot | None:
+        """The snapshot of a place; with_logits: only one that has them."""
         with self._lock:
             entry = self._entries.get(place.key)
-            if entry is not None:
+            if entry is not None and not (with_logits and entry.snapshot.logits is None):
                 entry.value = self._level + entry.saved / entry.size
-                return entry.snapshot
+            else:
+                entry = None
+        if entry is not None:
+            if self.files is not None:
+                self.files.touch(place)
+            return entry.snapshot
         found = None if self.files is None else self.files.get(place)
+        if found is not None and with_logits and found.logits is None:
+            return None
         if found is not None:
             self._insert(place, found, place.tokens)
         return found
 
     def longest(
-        self, keys: TextKeys, least: int, most: int, suits: Callable[[Snapshot, int], bool]
+        self, keys: TextKeys, least: int, suits: Callable[[int], bool]
     ) -> tuple[Snapshot, int] | None:
-        """The snapshot of the longest prefix that suits, and its number of tokens.
+        """The snapshot of the longest prefix of a text, and its number of tokens.
 
-        It has more than `least` and at most `most` tokens.
+        It has more than `least` tokens, a number that suits, and the last logits if it is the text.
         """
+        most = len(keys)
         piece = keys.piece
         for i in range(most // piece, least // piece - 1, -1):
             for tail in self._known_tails(keys.chain[i]):
                 count = i * piece + tail
-                if least < count <= most:
-                    found = self.get(keys.place(count))
-                    if found is not None and suits(found, count):
+                if least < count <= most and suits(count):
+                    found = self.get(keys.place(count), with_logits=count == most)
+                    if found is not None:
                         return found, count
         return None
 
@@ -166,10 +181,10 @@ class SnapshotStore:
         """
         with self._lock:
             old = self._entries.get(place.key)
-        if old is not None and (snapshot.logits is None or old.snapshot.logits is not None):
-            return True
         if self.files is not None:
             self.files.put(place, snapshot)
+        if old is not None and (snapshot.logits is None or old.snapshot.logits is not None):
+            return True
         return self._insert(place, snapshot, saved)
 
     def _insert(self, place: Place, snapshot: Snapshot, saved: int) -> bool:

@@ -150,7 +150,8 @@ def router(service: Service) -> APIRouter:
 
     @routes.delete("/{name}")
     async def delete(name: str) -> Any:
-        _find(service, name).library.delete(name)
+        served = _find(service, name)
+        await run_in_threadpool(served.library.delete, name)
         return Json({"id": name, "object": "state", "deleted": True})
 
     return routes
