@@ -104,9 +104,9 @@ def options() -> argparse.Namespace:
     parser.add_argument("--vocabulary", type=int, default=2048)
     parser.add_argument("--length", type=int, default=8192)
     parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--clients", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--memory", default="8GiB")
+    parser.add_argument("--memory", default="14GiB")
     return parser.parse_args()
 
 
@@ -124,7 +124,7 @@ def main() -> None:
             run = folder / f"{preset}-32"
             byte_tokenizer().save_pretrained(run)
             served, port, _ = start(
-                run, ["--memory", a.memory, "--slots", "8", "--threads", str(a.threads)]
+                run, ["--memory", a.memory, "--slots", "4", "--threads", str(a.threads)]
             )
             found[preset] = measure(a, port, {"logit_bias": {"256": -100}})
             served.send_signal(signal.SIGTERM)
