@@ -53,6 +53,11 @@ def test_prefixes_survive_the_server(make_server, tmp_path, preset):
     server = make_server({"small": model}, folder=tmp_path)
     found, cached = text_of(server, prompt=question)
     assert cached == 0
+    server.service.models["small"].engine.store.files.flush(30)
+    lines = server.http.get("/metrics").text.splitlines()
+    figures = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+    assert float(figures['cumulant_prefix_files{model="small"}']) >= 1
+    assert float(figures['cumulant_prefix_file_bytes{model="small"}']) > 1000
     server.close()
     for _ in range(2):
         other = make_server({"small": model}, folder=tmp_path)

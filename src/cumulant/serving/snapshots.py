@@ -49,6 +49,11 @@ class Files(Protocol):
 
     def touch(self, place: Place) -> None: ...
 
+    def __len__(self) -> int: ...
+
+    @property
+    def size(self) -> int: ...
+
 
 class TextKeys:
     """Keys of a text's prefixes: a piece's key is a hash of the one before and of its tokens.

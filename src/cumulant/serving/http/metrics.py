@@ -8,6 +8,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
+from ..engine import Engine
 from .service import Service
 
 BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
@@ -47,6 +48,8 @@ class Metrics:
             ("snapshot_bytes", "their size", lambda e: e.store.size),
             ("snapshot_limit_bytes", "the most that they may take", lambda e: e.store.budget),
             ("snapshots_evicted", "states that made room for others", lambda e: e.store.evicted),
+            ("prefix_files", "states of prefixes in files", lambda e: _files_of(e)[0]),
+            ("prefix_file_bytes", "their size", lambda e: _files_of(e)[1]),
             ("snapshot_hits", "prompts that began from a state", lambda e: e.counters.hits),
             ("snapshot_misses", "prompts that did not", lambda e: e.counters.misses),
         ):
@@ -57,3 +60,9 @@ class Metrics:
 
     def text(self) -> bytes:
         return bytes(generate_latest(self._registry))
+
+
+def _files_of(engine: Engine) -> tuple[int, int]:
+    """How many files of prefixes there are, and their bytes."""
+    files = engine.store.files
+    return (0, 0) if files is None else (len(files), files.size)
