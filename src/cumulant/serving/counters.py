@@ -20,3 +20,8 @@ class Counters:
     seconds_busy: float = 0.0
     waiting: int = 0
     rows: int = 0
+
+    def seconds_of(self, waiting: int) -> int:
+        """About how long a request takes, from those before."""
+        done = max(self.requests - waiting, 1)
+        return max(1, min(60, round(self.seconds_busy / done)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,7 @@ from .requests import (
 )
 from .sampling import Logits, Sampler, require_finite
 from .snapshots import Snapshot, SnapshotStore
-from .text import ReplyText
+from .text import ReplyText, ending_tokens
 from .watch import MemoryWatch
 
 PIECE = 128  # tokens of prompts that are read with a token of each reply
@@ -83,9 +84,7 @@ class Engine:
             self._rows = make_rows(model, slots, room or 1, piece)
         barred = model.generation_config.suppress_tokens or []
         self._barred = np.array(sorted(barred), dtype=np.int64)
-        ends = model.generation_config.eos_token_id
-        ends = ends if isinstance(ends, list) else [ends, tokenizer.eos_token_id]
-        self._ends = frozenset(int(i) for i in ends if i is not None)
+        self._ends = ending_tokens(model, tokenizer)
         self._lock = threading.Condition()
         self._waiting = Waiting()
         self._free = list(range(slots))[::-1]
@@ -93,8 +92,9 @@ class Engine:
         self._drawing: list[Reply] = []
         self._ended = EndedTexts(model, self.store, piece)
         self._stop = ""  # "drain": after all requests; "now": at once
+        self.delivered: Callable[[], None] = lambda: None  # called after a step's events
         self.ready = threading.Event()  # set when requests are looked at
-        self._thread = threading.Thread(target=self._run, name="cumulant-engine", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
         """Start the engine's thread."""
@@ -115,7 +115,7 @@ class Engine:
             waiting = len(self._waiting)
             tokens = self._waiting.tokens + len(ticket.request.tokens)
             if waiting >= self.most_waiting or (waiting and tokens > MOST_TOKENS):
-                raise Busy(waiting, self._seconds_of(waiting))
+                raise Busy(waiting, self.counters.seconds_of(waiting))
             self._waiting.add(ticket)
             self.counters.requests += 1
             self._lock.notify()
@@ -150,11 +150,6 @@ class Engine:
     def running(self) -> bool:
         return self._thread.is_alive()
 
-    def _seconds_of(self, waiting: int) -> int:
-        """About how long as many requests take, from those before."""
-        done = max(self.counters.requests - waiting, 1)
-        return max(1, min(60, round(self.counters.seconds_busy / done)))
-
     # --- the engine's thread ---
 
     def _run(self) -> None:
@@ -167,6 +162,7 @@ class Engine:
         finally:
             self._stop = "now"
             self._fail_all(Stopping("the server stopped before the reply was complete"))
+            self.delivered()
 
     def _warm_up(self) -> None:
         """Take a step, which reads all weights."""
@@ -179,6 +175,7 @@ class Engine:
             began = time.perf_counter()
             self._admit()
             self._watch.look()
+            self.delivered()
             if not self._rows.exact:
                 self._read_block()
             pieces = next_pieces(self._reading, self.piece) if self._rows.exact else []
@@ -188,6 +185,8 @@ class Engine:
 
     def _wait_for_work(self) -> bool:
         """Wait until there is something to do; whether to go on."""
+        if not (self._reading or self._drawing):
+            self.delivered()
         with self._lock:
             self._forget_cancelled()
             while not (self._reading or self._drawing or self._ended or self._stop):

@@ -10,6 +10,13 @@ from transformers import PreTrainedTokenizerFast
 from ..text.stream import UNFINISHED, IncrementalDecoder
 
 
+def ending_tokens(model: Any, tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:
+    """The tokens that end a text."""
+    ends = model.generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends, tokenizer.eos_token_id]
+    return frozenset(int(i) for i in ends if i is not None)
+
+
 class ReplyText:
     """Text from tokens, which ends before the first of the texts `stop`.
 

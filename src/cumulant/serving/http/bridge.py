@@ -20,7 +20,11 @@ class Stalled(RuntimeError):
 
 
 class Bridge:
-    """Hands events over to an event loop, those of one step together."""
+    """Hands events over to an event loop, those of one step together.
+
+    The loop is woken once a step, when the engine's thread goes back into native code. Woken at the
+    first event, it would compete with that thread for the interpreter.
+    """
 
     def __init__(self, loop: asyncio.AbstractEventLoop):
         self._loop, self._lock = loop, threading.Lock()
@@ -30,8 +34,10 @@ class Bridge:
         """Called by any thread."""
         with self._lock:
             self._pending.append((queue, event))
-            first = len(self._pending) == 1
-        if first:
+
+    def wake(self) -> None:
+        """Let the loop look at the events so far. Called by any thread."""
+        if self._pending:
             try:
                 self._loop.call_soon_threadsafe(self._flush)
             except RuntimeError:  # the loop is closed, and nobody waits

@@ -142,6 +142,8 @@ class Service:
     def connect(self) -> None:
         """Deliver events to the running event loop."""
         self.bridge = Bridge(asyncio.get_running_loop())
+        for served in self.models.values():
+            served.engine.delivered = self.bridge.wake
 
     def model(self, name: str | None) -> Served:
         """The model of that name; without a name the only one."""
