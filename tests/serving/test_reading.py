@@ -284,12 +284,12 @@ def test_a_folder_that_changes_is_listed_seldom(tmp_path, monkeypatch):
 
 
 def test_states_of_other_kernels_have_other_keys(isa):
-    keys = {state_numerics(build(p), n) for p in ("taylor", "softmax") for n in (16, 32)}
+    keys = {state_numerics(build(p), n, 1) for p in ("taylor", "softmax") for n in (16, 32)}
     assert len(keys) == 4
     hooked = build()
     hooked.model.layers[0].register_forward_hook(lambda *a: None)
-    assert state_numerics(hooked, 16) != state_numerics(build(), 16)
-    assert state_numerics(build(), 16) in keys
+    assert state_numerics(hooked, 16, 1) != state_numerics(build(), 16, 1)
+    assert state_numerics(build(), 16, 1) in keys
 
 
 def test_and_so_have_other_instruction_sets(monkeypatch):
@@ -298,5 +298,5 @@ def test_and_so_have_other_instruction_sets(monkeypatch):
         monkeypatch.setenv("CUMULANT_ISA", name) if name else monkeypatch.delenv(
             "CUMULANT_ISA", raising=False
         )
-        names.add((instruction_set(), state_numerics(build(), 16)))
+        names.add((instruction_set(), state_numerics(build(), 16, 1)))
     assert len(names) == len(dict(names))

@@ -130,15 +130,15 @@ def reads_exactly(model: Any) -> bool:
         return False
 
 
-def state_numerics(model: Any, piece: int) -> bytes:
+def state_numerics(model: Any, piece: int, threads: int) -> bytes:
     """A hash of what the bits of a state depend on, besides the weights and the tokens.
 
-    piece: tokens of a piece, where texts are read by the model's layers.
+    piece, threads: tokens of a piece, and PyTorch's threads, where the model's layers read texts.
     """
     exact = reads_exactly(model)
     about: list[Any] = [__version__, exact, piece, model.device.type, instruction_set()]
     if not exact:
-        about += [torch.__version__, torch.get_num_threads()]
+        about += [torch.__version__, threads]
     return hashlib.sha256(repr(about).encode()).digest()
 
 

@@ -77,9 +77,10 @@ class Engine:
         self.model, self.tokenizer = model, tokenizer
         self.slots, self.room, self.piece = slots, room, piece
         self.most_waiting, self.counters = most_waiting, Counters()
-        self.store = SnapshotStore(snapshot_bytes, root=state_numerics(model, piece))
-        self._watch = MemoryWatch(self.store, memory)
         self._threads = threads or torch.get_num_threads()
+        root = state_numerics(model, piece, self._threads)
+        self.store = SnapshotStore(snapshot_bytes, root=root)
+        self._watch = MemoryWatch(self.store, memory)
         with torch.inference_mode():
             self._rows = make_rows(model, slots, room or 1, piece)
         barred = model.generation_config.suppress_tokens or []
