@@ -212,6 +212,8 @@ struct Program {
   int64_t wanted_count;
   int64_t tail;  // from this instruction on only the wanted rows are computed
 };
+// The row of the states that row b of the batch has.
+inline int64_t slot_of(const Program& p, int64_t b) { return p.slots ? p.slots[b] : b; }
 
 // The weights out [n, k] of a matrix of 8 or 4 bits; see quantized.hpp.
 struct Quantized {

@@ -232,7 +232,7 @@ class Run {
   // A token onto the state of one key/value head.
   void attend_token(const Instruction& s, const Attention& a, int64_t b, int64_t group,
                     void* memory) const {
-    const int64_t head = (p.slots ? p.slots[b] : b) * a.G + group, features = head * a.F;
+    const int64_t head = slot_of(p, b) * a.G + group, features = head * a.F;
     Segment token{};
     token.sequence = b, token.group = group, token.row = b * a.G + group;
     token.to = a.V;

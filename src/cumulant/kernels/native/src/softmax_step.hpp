@@ -7,9 +7,6 @@
 namespace cumulant {
 namespace CUMULANT_ISA {
 
-// The row of the states that row b of the batch has.
-INLINE int64_t slot_of(const Program& p, int64_t b) { return p.slots ? p.slots[b] : b; }
-
 // One key/value head of one row of the batch, with its query heads. T: of keys and values.
 template <class T> struct SoftmaxStep {
   static constexpr int L = LANES<float>, TOKENS = 64;
