@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..kernels.native import library
 from ..kernels.native.bound_program import BoundProgram
-from ..kernels.native.library import instruction_set_name
 from ..kernels.native.program import DTYPES, Program, Unsuitable, Vector
 from ..kernels.native.row_program import RowProgram
 from ..kernels.product import is_plain_call
@@ -32,7 +32,7 @@ MOST_ROWS = 16  # with more rows PyTorch's matrix products are faster
 def instruction_set() -> str:
     """The instruction set of the native kernels; empty without them."""
     try:
-        return instruction_set_name()
+        return library.instruction_set_name()
     except RuntimeError:
         return ""
 
