@@ -16,10 +16,10 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
-from . import native
+from . import native, triton
 from . import torch as pytorch
 
-BACKENDS = {"native": native, "torch": pytorch}
+BACKENDS = {"triton": triton, "native": native, "torch": pytorch}
 _sought: set[tuple[str, str]] = set()
 
 

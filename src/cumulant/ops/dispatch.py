@@ -25,7 +25,6 @@ from ..kernels.backends import BACKENDS, load_implementation
 from ..kernels.native import library
 from ..kernels.transforms import needs_formula, transformed
 
-PLANNED = ("triton",)  # names reserved for later versions
 VARIABLE = "CUMULANT_IMPL"
 # Every call reads this variable. Reading an unset variable from os.environ takes as long as a small
 # layer, so the dict behind os.environ is read instead.
@@ -93,8 +92,8 @@ def resolve_implementation(impl: str, obstacles: Mapping[str, str]) -> str:
         raise ValueError(
             f"{name}: {impl!r} runs operators that ONNX does not know; use 'auto' or 'reference'"
         )
-    if impl not in (*BACKENDS, "reference", *PLANNED):
-        choices = _quote_names("auto", "reference", *reversed(BACKENDS), *PLANNED)
+    if impl not in (*BACKENDS, "reference"):
+        choices = _quote_names("auto", "reference", *reversed(BACKENDS))
         raise ValueError(f"{name}: expected {choices}, got {impl!r}")
     obstacle = obstacles.get(impl, "is not part of this version of cumulant")
     if not obstacle:

@@ -1,0 +1,1 @@
+"""Triton kernels for GPUs. `attention.py` plans the launches; docs/gpu.md explains the kernels."""

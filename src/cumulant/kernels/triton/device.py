@@ -1,0 +1,95 @@
+"""Where Triton's kernels run, and how they are launched."""
+
+from __future__ import annotations
+
+import os
+from functools import lru_cache
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+OLDEST = (3, 6)
+WAVES = 2  # programs for each multiprocessor
+PROCESSORS = 1  # of a CPU in Triton's interpreter
+
+
+@lru_cache(maxsize=1)
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, on the CPU."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@lru_cache(maxsize=1)
+def missing_reason() -> str:
+    """Why Triton cannot be used; empty if it can."""
+    if find_spec("triton") is None:
+        return "Triton is not installed"
+    import triton
+
+    found = tuple(int(x) for x in triton.__version__.split(".")[:2])
+    if found < OLDEST:
+        oldest = ".".join(map(str, OLDEST))
+        return f"its kernels need Triton {oldest} or newer, and this is {triton.__version__}"
+    return ""
+
+
+def obstacle(x: Tensor) -> str:
+    """Why the kernels cannot take tensors such as `x`; empty where they can."""
+    if x.device.type != "cuda" and not (x.device.type == "cpu" and interpreted()):
+        return f"its kernels run on GPUs, and the tensors are on {x.device.type!r}"
+    return missing_reason()
+
+
+def slower(x: Tensor) -> str:
+    """Why another implementation is faster for the call; empty if none is."""
+    return "Triton's interpreter is slow" if x.device.type == "cpu" else ""
+
+
+def wanted_programs(x: Tensor) -> int:
+    """How many programs keep the device of `x` busy."""
+    return WAVES * (_processors(x.device) if x.device.type == "cuda" else PROCESSORS)
+
+
+@lru_cache(maxsize=64)
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def dot_types(*tensors: Tensor) -> tuple[str, str]:
+    """How products of these tensors are taken, and those that denominators depend on.
+
+    Features of fp16 numbers may be beyond fp16, and tf32 has the same digits.
+    """
+    dtypes = {x.dtype for x in tensors}
+    if torch.float64 in dtypes:
+        return "ieee", "ieee"
+    exact = "bf16x3" if torch.version.hip else "tf32x3"
+    if torch.float32 in dtypes:
+        return exact, exact
+    return "tf32" if torch.float16 in dtypes else "bf16", exact
+
+
+_TYPES = {torch.float32: "float32", torch.float64: "float64"}
+
+
+def constants(*values: Any) -> list[Any]:
+    """Values as kernels take them in a tuple of constants."""
+    import triton.language as tl
+
+    return [
+        tl.constexpr(getattr(tl, _TYPES[x]) if isinstance(x, torch.dtype) else x) for x in values
+    ]
+
+
+def launch(kernel: Any, programs: int, like: Tensor, *arguments: Any, **options: Any) -> None:
+    """Run a kernel on the device of `like`."""
+    if like.device.type == "cuda":
+        with torch.cuda.device(like.device):
+            kernel[(programs,)](*arguments, **options, num_warps=4, num_stages=1)
+    else:
+        import numpy
+
+        with numpy.errstate(all="ignore"):
+            kernel[(programs,)](*arguments, **options)

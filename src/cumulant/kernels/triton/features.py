@@ -1,0 +1,229 @@
+"""Features of queries and keys, in tiles of TILE columns that fit a kernel's registers.
+
+Order 0: the features are the activated vectors, and a tile is some of their columns. Orders 1 and
+2: features are formed from the whole vector x, in slots. With K // 2 + 1 shifts s, slot ``s K + j``
+holds ``x_j x_(j+s)``, indices modulo K; then come the K numbers of x, and a 1. So every pair has a
+slot, pairs at the distance K / 2 have two, and a tile is a product of two matrix products with
+constant 0/1 matrices. A query's slots have the weights that make φ(q)·φ(k) the polynomial: 1/2 for
+squares and for pairs with two slots.
+
+Vectors are tuples of matrices, one for each of the form's parts.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .arithmetic import operand, product, rounded
+
+
+@triton.jit
+def load_rows(base, row, kept, stride, first, D: tl.constexpr, WIDTH: tl.constexpr, form: tl.constexpr):
+    """Columns first to first + WIDTH of rows of a matrix with D columns; zeros where not kept."""
+    columns = first + tl.arange(0, WIDTH)
+    inside = kept[:, None] & (columns < D)[None, :]
+    at = base + row.to(tl.int64)[:, None] * stride + columns[None, :]
+    return tl.load(at, mask=inside, other=0.0).to(form.SUM)
+
+
+@triton.jit
+def store_rows(base, x, row, kept, stride, first, D: tl.constexpr, WIDTH: tl.constexpr):
+    """Writes what `load_rows` reads."""
+    columns = first + tl.arange(0, WIDTH)
+    inside = kept[:, None] & (columns < D)[None, :]
+    at = base + row.to(tl.int64)[:, None] * stride + columns[None, :]
+    tl.store(at, rounded(x, base.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def load_keys(base, row, kept, stride, form: tl.constexpr):
+    """Activated keys, zero where not kept."""
+    x = ()
+    for p in tl.static_range(form.PARTS):
+        part = load_rows(base, row, kept, stride, p * form.WIDTH, form.K, form.WIDTH, form)
+        x = x + (_activate(part, kept, p, form),)
+    return x
+
+
+@triton.jit
+def load_queries(base, row, kept, stride, form: tl.constexpr):
+    """Activated queries, and the factors of their gradients.
+
+    Taylor features take the scale into their weights instead. A normalised output is a quotient, so
+    other queries are multiplied to make their largest feature about 1: otherwise a product of two
+    features of 1e-20 has few digits. exp(x) is multiplied by adding to x, and the rest by powers of
+    two.
+    """
+    x = ()
+    for p in tl.static_range(form.PARTS):
+        part = load_rows(base, row, kept, stride, p * form.WIDTH, form.K, form.WIDTH, form)
+        x = x + (part if form.ORDER > 0 else part * form.SCALE,)
+    factor = tl.full((form.C,), 1.0, form.SUM)
+    if form.ORDER == 0:
+        factor = factor * form.SCALE
+        if form.NORMALIZE:
+            top = _largest(x[0], 0, form)
+            for p in tl.static_range(1, form.PARTS):
+                top = tl.maximum(top, _largest(x[p], p, form))
+            if form.ACTIVATION != "elu":
+                power = _power_of_two(top)
+                factor = factor * power
+        y = ()
+        for p in tl.static_range(form.PARTS):
+            part = x[p]
+            if form.NORMALIZE:
+                if form.ACTIVATION == "elu":
+                    part = part - tl.minimum(top, 0.0)[:, None]
+                else:
+                    part = part * power[:, None]
+            y = y + (_activate(part, kept, p, form),)
+        return y, factor
+    else:
+        return x, factor
+
+
+@triton.jit
+def _largest(x, p: tl.constexpr, form: tl.constexpr):
+    """The largest number of each row that the activation passes."""
+    column = p * form.WIDTH + tl.arange(0, form.WIDTH)
+    if form.ACTIVATION == "identity":
+        return tl.max(tl.abs(x), 1)
+    else:
+        return tl.max(tl.where((column < form.K)[None, :], x, -1e30), 1)
+
+
+@triton.jit
+def _power_of_two(top):
+    """1 over the largest power of two up to `top`; 1 where it is not positive or not finite."""
+    usual = (top > 0) & (top < float("inf"))
+    exponent = tl.floor(tl.log2(tl.where(usual, top, 1.0)))
+    exponent = tl.minimum(tl.maximum(exponent, -125.0), 125.0)
+    return tl.exp2(-exponent)
+
+
+@triton.jit
+def _activate(x, kept, p: tl.constexpr, form: tl.constexpr):
+    """The activation of a part; zero where a token is not kept."""
+    if form.ACTIVATION == "elu":
+        x = tl.where(x > 0, x + 1.0, tl.exp(tl.minimum(x, 0.0)))
+        column = p * form.WIDTH + tl.arange(0, form.WIDTH)
+        return tl.where(kept[:, None] & (column < form.K)[None, :], x, 0.0)
+    elif form.ACTIVATION == "relu":
+        return tl.maximum(x, 0.0)
+    else:
+        return x
+
+
+@triton.jit
+def activation_gradient(phi, grad, form: tl.constexpr):
+    """The gradient before the activation, from activated numbers."""
+    if form.ACTIVATION == "elu":
+        return grad * tl.minimum(phi, 1.0)
+    elif form.ACTIVATION == "relu":
+        return tl.where(phi > 0, grad, 0.0)
+    else:
+        return grad
+
+
+@triton.jit
+def polynomial(x, form: tl.constexpr):
+    """Attention's weights from the products of features, or of queries and keys times the scale."""
+    if form.ORDER == 0:
+        return x
+    constant: tl.constexpr = 1.0 if form.CONSTANT else 0.0
+    if form.ORDER == 1:
+        return x + constant
+    else:
+        return x * (0.5 * x + 1.0) + constant
+
+
+@triton.jit
+def slots(tile, form: tl.constexpr):
+    """The slots of a tile, their shifts and columns, and the number of slots of pairs."""
+    slot = tile * form.TILE + tl.arange(0, form.TILE)
+    pairs: tl.constexpr = (form.K // 2 + 1) * form.K if form.ORDER == 2 else 0
+    return slot, slot // form.K, slot % form.K, pairs
+
+
+@triton.jit
+def constant(x: tl.constexpr, form: tl.constexpr):
+    """A vector [TILE] of one number; a literal would be rounded to fp32."""
+    return tl.full((form.TILE,), x, form.SUM)
+
+
+@triton.jit
+def _left_matrix(tile, form: tl.constexpr):
+    """[WIDTH, TILE]: picks x_j for every slot but that of the 1."""
+    slot, _, column, pairs = slots(tile, form)
+    row = tl.arange(0, form.WIDTH)
+    picked = (row[:, None] == column[None, :]) & (slot < pairs + form.K)[None, :]
+    return operand(tl.where(picked, 1.0, 0.0).to(form.SUM), form.DOT)
+
+
+@triton.jit
+def _right_matrix(tile, form: tl.constexpr):
+    """[WIDTH, TILE]: picks x_(j+s) for the slots of pairs."""
+    slot, shift, column, pairs = slots(tile, form)
+    row = tl.arange(0, form.WIDTH)
+    picked = (row[:, None] == ((column + shift) % form.K)[None, :]) & (slot < pairs)[None, :]
+    return operand(tl.where(picked, 1.0, 0.0).to(form.SUM), form.DOT)
+
+
+@triton.jit
+def _constants(tile, form: tl.constexpr):
+    """What is added to the left and the right factor of each slot."""
+    slot, _, _, pairs = slots(tile, form)
+    one = (slot == pairs + form.K) & form.CONSTANT
+    linear = (slot >= pairs) & (slot < pairs + form.K)
+    left = tl.where(one, 1.0, 0.0).to(form.SUM)
+    return left, tl.where(one | linear, 1.0, 0.0).to(form.SUM)
+
+
+@triton.jit
+def weights_of_slots(tile, form: tl.constexpr):
+    """The weight of each slot in a query's features."""
+    slot, shift, _, pairs = slots(tile, form)
+    halved = (shift == 0) | (2 * shift == form.K)
+    pair = constant(form.SCALE * form.SCALE, form) * tl.where(halved, 0.5, 1.0)
+    linear = tl.where(slot < pairs + form.K, constant(form.SCALE, form), 1.0)
+    return tl.where(slot < pairs, pair, linear)
+
+
+@triton.jit
+def _factors(x, tile, form: tl.constexpr):
+    """The two factors of a tile of Taylor features of x [C, WIDTH]."""
+    y = operand(x, form.DOT)
+    left = product(y, _left_matrix(tile, form), form.DOT)
+    right = product(y, _right_matrix(tile, form), form.DOT)
+    more_left, more_right = _constants(tile, form)
+    return left + more_left[None, :], right + more_right[None, :]
+
+
+@triton.jit
+def key_features(x, kept, tile: tl.constexpr, form: tl.constexpr):
+    """A tile [C, TILE] of the features of keys; zero where not kept."""
+    if form.ORDER == 0:
+        return x[tile]
+    else:
+        left, right = _factors(x[0], tile, form)
+        return tl.where(kept[:, None], left * right, 0.0)
+
+
+@triton.jit
+def query_features(x, tile: tl.constexpr, form: tl.constexpr):
+    """A tile [C, TILE] of the features of queries."""
+    if form.ORDER == 0:
+        return x[tile]
+    else:
+        left, right = _factors(x[0], tile, form)
+        return left * right * weights_of_slots(tile, form)[None, :]
+
+
+@triton.jit
+def taylor_gradient(x, grad, tile: tl.constexpr, form: tl.constexpr):
+    """The gradient [C, WIDTH] at x from a tile's at its unweighted Taylor features."""
+    left, right = _factors(x[0], tile, form)
+    found = product(operand(grad * right, form.DOT), tl.trans(_left_matrix(tile, form)), form.DOT)
+    more = operand(grad * left, form.DOT)
+    return found + product(more, tl.trans(_right_matrix(tile, form)), form.DOT)

@@ -1,0 +1,37 @@
+"""What a kernel is compiled for: the constants of a call, all but lengths and addresses."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton.language as tl
+
+
+class Form(NamedTuple):
+    """The constants of linear and Taylor attention's kernels, each a `tl.constexpr`.
+
+    A vector of K numbers is read in PARTS matrices of WIDTH columns, and its features are formed in
+    TILES matrices of TILE columns (`features.py`). BV columns of the values are one program's.
+    """
+
+    K: tl.constexpr
+    V: tl.constexpr
+    F: tl.constexpr  # features in a state
+    ORDER: tl.constexpr
+    CONSTANT: tl.constexpr  # whether Taylor features have a 1
+    ACTIVATION: tl.constexpr
+    SCALE: tl.constexpr  # of queries
+    NORMALIZE: tl.constexpr
+    CAUSAL: tl.constexpr
+    C: tl.constexpr  # tokens in a chunk
+    WIDTH: tl.constexpr
+    PARTS: tl.constexpr
+    TILE: tl.constexpr
+    TILES: tl.constexpr
+    BV: tl.constexpr
+    SUM: tl.constexpr  # dtype of sums
+    DOT: tl.constexpr  # how products are taken, see arithmetic.py
+    EXACT: tl.constexpr  # and those whose rounding would reach the denominators
+    MASKED: tl.constexpr
+    PACKED: tl.constexpr
+    DECAYS: tl.constexpr

@@ -1,0 +1,234 @@
+"""Gradients of queries, forwards in time, and of keys and values, backwards in time.
+
+Weights are formed again. Within a chunk the gradient of weight (i, j) is ``dy_i·v_j + dz_i``, where
+dy and dz are the gradients of numerators and denominators. Beyond it queries read the sums before
+the chunk, and keys the gradients of the sums after it.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .arithmetic import add_product, decay_less_one, operand, product
+from .features import (
+    activation_gradient,
+    key_features,
+    load_keys,
+    load_queries,
+    load_rows,
+    polynomial,
+    query_features,
+    store_rows,
+    taylor_gradient,
+    weights_of_slots,
+)
+from .outputs import add_keys, decays_between, load_sums, scores, visible
+from .places import find_span, load_kept, store_state
+from .sums import load_decays, load_output_gradient
+
+
+@triton.jit
+def weight_gradients(q, k, v, dy, dz, d, seen, form: tl.constexpr):
+    """Of a chunk: the weights, and the gradients of weights, of scores, and of log decays' pairs."""
+    x = scores(q, k, form)
+    dw = product(operand(dy, form.DOT), tl.trans(operand(v, form.DOT)), form.DOT) + dz[:, None]
+    decay = tl.where(seen, 1.0, 0.0).to(form.SUM)
+    if form.DECAYS:
+        decay = tl.where(seen, decays_between(d, form), 0.0)
+    w = polynomial(x, form) * decay
+    dx = dw * decay
+    if form.ORDER == 2:
+        dx = dx * (x + 1.0)
+    return w, dx, w * dw
+
+
+@triton.jit(do_not_specialize=["T", "span", "splits"])
+def query_gradients(
+    query, key, value, logs, mask, sums, weights, dout, out, denominators, dquery, shares,
+    rows, begins, offsets, T, span, splits, H, G,
+    q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
+    g_batch, g_head, g_row, o_batch, o_head, o_row, d_batch, d_head, d_row, size,
+    SOURCE: tl.constexpr, SHARES: tl.constexpr, form: tl.constexpr,
+):  # fmt: skip
+    """One program has a span, a query head, and BV columns of the values: a part of the gradient.
+
+    dquery [parts, B, T, H, K]; `size` is the number of elements of a part. With SHARES it writes
+    each query's share in the gradients of log decays: that of its weights of earlier tokens.
+    """
+    blocks: tl.constexpr = (form.V + form.BV - 1) // form.BV
+    at, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    column = block * form.BV
+    u, h = at // H, (at % H).to(tl.int64)
+    g = h // (H // G)
+    b, n, begin, end = find_span(u, T, span, splits, rows, begins, offsets, form)
+    place = u * G + g if form.CAUSAL else n * G + g
+    S, Z = load_sums(sums, weights, place, 1, n * G + g, column, SOURCE, False, form)
+    at_query = query + b * q_batch + h * q_head
+    at_key = key + b * k_batch + g * k_head
+    at_value = value + b * v_batch + g * v_head
+    at_dout = b * g_batch + h * g_head
+    at_out = b * o_batch + h * o_head
+    at_z = (b * H + h) * T
+    at_grad = dquery + block.to(tl.int64) * size + (b * T * H + h) * form.K
+    for first in range(begin, end, form.C):
+        row = first + tl.arange(0, form.C)
+        inside = row < end
+        q, factor = load_queries(at_query, row, inside, q_row, form)
+        dy, dz = load_output_gradient(
+            dout, out, denominators, at_dout, at_out, at_z, g_row, o_row, row, inside, column, form
+        )
+        share = tl.zeros((form.C,), form.SUM)
+        if form.CAUSAL:
+            kept = load_kept(mask, b, T, row, end, form)
+            k = load_keys(at_key, row, kept, k_row, form)
+            v = load_rows(at_value, row, kept, v_row, column, form.V, form.BV, form)
+            d = tl.zeros((form.C,), tl.float64)
+            if form.DECAYS:
+                d = load_decays(logs, mask, b, T, g, d_batch, d_head, d_row, row, end, form)
+                before = tl.exp2(tl.cumsum(d, 0).to(form.SUM))
+            _, dx, pairs = weight_gradients(q, k, v, dy, dz, d, visible(row, kept), form)
+            dx = operand(dx, form.DOT)
+            if SHARES:
+                share += tl.sum(tl.where(row[:, None] > row[None, :], pairs, 0.0), 1)
+        taylor = tl.zeros((form.C, form.WIDTH), form.SUM)
+        for t in tl.static_range(form.TILES):
+            dphi = product(operand(dy, form.DOT), tl.trans(operand(S[t], form.DOT)), form.DOT)
+            if form.NORMALIZE:
+                dphi += dz[:, None] * Z[t][None, :]
+            if form.DECAYS:
+                dphi = dphi * before[:, None]
+            if SHARES:
+                share += tl.sum(dphi * query_features(q, t, form), 1)
+            if form.ORDER > 0:
+                dphi = dphi * weights_of_slots(t, form)[None, :]
+                taylor += taylor_gradient(q, dphi, t, form)
+            else:
+                if form.CAUSAL:
+                    dphi = add_product(dx, operand(k[t], form.DOT), dphi, form.DOT)
+                dq = activation_gradient(q[t], dphi, form) * factor[:, None]
+                store_rows(at_grad, dq, row, inside, H * form.K, t * form.WIDTH, form.K, form.WIDTH)
+        if form.ORDER > 0:
+            if form.CAUSAL:
+                taylor += product(dx, operand(k[0], form.DOT), form.DOT) * form.SCALE
+            store_rows(at_grad, taylor, row, inside, H * form.K, 0, form.K, form.WIDTH)
+        if SHARES:
+            at_share = shares + (block.to(tl.int64) * size // form.K) + (b * H + h) * T
+            tl.store(at_share + row, share, mask=inside)
+        if form.CAUSAL:
+            S, Z = add_keys(k, kept, v, d, S, Z, form)
+
+
+@triton.jit(do_not_specialize=["T", "S_tokens", "span", "splits"])
+def key_gradients(
+    query, key, value, logs, mask, sums, weights, dout, out, denominators,
+    dkey, dvalue, shares, dbefore, dbefore_weights,
+    rows, begins, offsets, T, span, splits, H, G,
+    q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
+    g_batch, g_head, g_row, o_batch, o_head, o_row, d_batch, d_head, d_row, size, parts,
+    SOURCE: tl.constexpr, FINAL: tl.constexpr, SHARES: tl.constexpr, form: tl.constexpr,
+):  # fmt: skip
+    """One program has a span, a key head, and BV columns: a part of the keys' gradient.
+
+    sums, weights: the gradients of the sums after the span. dkey [parts, B, T, G, K], dvalue
+    [B, T, G, V]. FINAL: whether it writes the gradient of the state before the span, which is then
+    the sequence. With SHARES it writes each key's share in the gradients of log decays.
+    """
+    blocks: tl.constexpr = (form.V + form.BV - 1) // form.BV
+    at, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    column = block * form.BV
+    u, g = at // G, (at % G).to(tl.int64)
+    b, n, begin, end = find_span(u, T, span, splits, rows, begins, offsets, form)
+    place = u * G + g if form.CAUSAL else n * G + g
+    S, Z = load_sums(sums, weights, place, parts, n * G + g, column, SOURCE, True, form)
+    at_key = key + b * k_batch + g * k_head
+    at_value = value + b * v_batch + g * v_head
+    at_dkey = dkey + block.to(tl.int64) * size + (b * T * G + g) * form.K
+    at_dvalue = dvalue + (b * T * G + g) * form.V
+    chunks = (end - begin + form.C - 1) // form.C
+    for i in range(0, chunks):
+        row = begin + (chunks - 1 - i) * form.C + tl.arange(0, form.C)
+        inside = row < end
+        kept = load_kept(mask, b, T, row, end, form)
+        k = load_keys(at_key, row, kept, k_row, form)
+        v = load_rows(at_value, row, kept, v_row, column, form.V, form.BV, form)
+        share = tl.zeros((form.C,), form.SUM)
+        d = tl.zeros((form.C,), tl.float64)
+        if form.DECAYS:
+            d = load_decays(logs, mask, b, T, g, d_batch, d_head, d_row, row, end, form)
+            passed, total = tl.cumsum(d, 0), tl.sum(d, 0)
+            before = tl.exp2(passed.to(form.SUM))
+            left = tl.exp2(tl.minimum(total - passed, 0.0).to(form.SUM))
+            less = decay_less_one(total, form.SUM)
+        dv = tl.zeros((form.C, form.BV), form.SUM)
+        dphis = ()
+        taylor = tl.zeros((form.C, form.WIDTH), form.SUM)
+        S_next, Z_next = (), ()
+        for t in tl.static_range(form.TILES):
+            phi = key_features(k, kept, t, form)
+            dphi = product(operand(v, form.DOT), tl.trans(operand(S[t], form.DOT)), form.DOT)
+            if form.NORMALIZE:
+                dphi += Z[t][None, :]
+            s, z = S[t], Z[t]
+            if form.DECAYS:
+                dphi = dphi * left[:, None]
+                if SHARES:
+                    share += tl.sum(dphi * phi, 1)
+                phi = phi * left[:, None]
+                s, z = s + s * less, z + z * less
+            dv = add_product(operand(phi, form.DOT), operand(S[t], form.DOT), dv, form.DOT)
+            if form.ORDER > 0:
+                taylor += taylor_gradient(k, dphi, t, form)
+            dphis = dphis + (dphi,)
+            S_next, Z_next = S_next + (s,), Z_next + (z,)
+        if form.CAUSAL:
+            S, Z = S_next, Z_next
+            for h in range(g * (H // G), (g + 1) * (H // G)):
+                at_query = query + b * q_batch + h * q_head
+                q, _ = load_queries(at_query, row, inside, q_row, form)
+                at_dout = b * g_batch + h * g_head
+                at_out = b * o_batch + h * o_head
+                at_z = (b * H + h) * T
+                dy, dz = load_output_gradient(
+                    dout, out, denominators, at_dout, at_out, at_z, g_row, o_row, row, inside, column, form
+                )
+                w, dx, pairs = weight_gradients(q, k, v, dy, dz, d, visible(row, kept), form)
+                if SHARES:
+                    share += tl.sum(tl.where(row[:, None] > row[None, :], pairs, 0.0), 0)
+                dy = operand(dy, form.DOT)
+                dv = add_product(tl.trans(operand(w, form.DOT)), dy, dv, form.DOT)
+                dx = tl.trans(operand(dx, form.DOT))
+                if form.ORDER > 0:
+                    taylor += product(dx, operand(q[0], form.DOT), form.DOT) * form.SCALE
+                dphis_next, S_next, Z_next = (), (), ()
+                for t in tl.static_range(form.TILES):
+                    if form.ORDER == 0:
+                        dphi = add_product(dx, operand(q[t], form.DOT), dphis[t], form.DOT)
+                        dphis_next = dphis_next + (dphi,)
+                    phi = query_features(q, t, form)
+                    if form.DECAYS:
+                        phi = phi * before[:, None]
+                    s = add_product(tl.trans(operand(phi, form.DOT)), dy, S[t], form.DOT)
+                    S_next = S_next + (s,)
+                    Z_next = Z_next + (Z[t] + tl.sum(phi * dz[:, None], 0),)
+                S, Z = S_next, Z_next
+                if form.ORDER == 0:
+                    dphis = dphis_next
+        if form.ORDER > 0:
+            dk = tl.where(kept[:, None], taylor, 0.0)
+            store_rows(at_dkey, dk, row, inside, G * form.K, 0, form.K, form.WIDTH)
+        else:
+            for t in tl.static_range(form.TILES):
+                dk = tl.where(kept[:, None], activation_gradient(k[t], dphis[t], form), 0.0)
+                store_rows(at_dkey, dk, row, inside, G * form.K, t * form.WIDTH, form.K, form.WIDTH)
+        dv = tl.where(kept[:, None], dv, 0.0)
+        store_rows(at_dvalue, dv, row, inside, G * form.V, column, form.V, form.BV)
+        if SHARES:
+            at_share = shares + (block.to(tl.int64) * size // form.K) + (b * G + g) * T
+            tl.store(at_share + row, tl.where(kept, share, 0.0), mask=inside)
+    if FINAL:
+        for t in tl.static_range(form.TILES):
+            store_state(dbefore, S[t], n * G + g, t, column, form.V, form.BV, True, form)
+            if form.NORMALIZE:
+                at_weights = (n * G + g) * blocks + block
+                store_state(dbefore_weights, Z[t][:, None], at_weights, t, 0, 1, 1, True, form)

@@ -1,0 +1,164 @@
+"""Outputs and denominators of a span, from the sums before it."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .arithmetic import add_product, decay_less_one, operand, product, split_number
+from .features import (
+    key_features,
+    load_keys,
+    load_queries,
+    load_rows,
+    polynomial,
+    query_features,
+    store_rows,
+)
+from .places import find_span, load_kept, load_state, load_tile, store_state
+from .sums import load_decays
+
+
+@triton.jit
+def load_sums(
+    sums, weights, at, parts, state_at, column, SOURCE: tl.constexpr, GRADIENT: tl.constexpr, form: tl.constexpr
+):
+    """Sums before a span, as tuples of tiles [TILE, BV] and vectors [TILE].
+
+    SOURCE: "none" for zeros, "state" for a state, "spans" for what `scan_spans` left.
+    """
+    S, Z = (), ()
+    for t in tl.static_range(form.TILES):
+        z = tl.zeros((form.TILE,), form.SUM)
+        if SOURCE == "spans":
+            s = load_tile(sums, at, t, column, form.V, form.BV, form)
+            if form.NORMALIZE:
+                z = tl.sum(load_tile(weights, at * parts, t, 0, 1, 1, form), 1)
+        elif SOURCE == "state":
+            s = load_state(sums, state_at, t, column, form.V, form.BV, GRADIENT, form)
+            if form.NORMALIZE:
+                z = tl.sum(load_state(weights, state_at, t, 0, 1, 1, GRADIENT, form), 1)
+        else:
+            s = tl.zeros((form.TILE, form.BV), form.SUM)
+        if GRADIENT:  # gradients of denominators are partial: the first block has what came before
+            z = tl.where(column == 0, z, 0.0)
+        S, Z = S + (s,), Z + (z,)
+    return S, Z
+
+
+@triton.jit
+def decays_between(d, form: tl.constexpr):
+    """``2^(c_i - c_j)`` [C, C] of a chunk with log decays d; 1 for later keys."""
+    whole, rest = split_number(tl.cumsum(d, 0), form.SUM)
+    log2 = (whole[:, None] - whole[None, :]) + (rest[:, None] - rest[None, :])
+    return tl.exp2(tl.minimum(log2, 0.0))
+
+
+@triton.jit
+def scores(q, k, form: tl.constexpr):
+    """The products of features, or of queries and keys times the scale: [C, C]."""
+    precision: tl.constexpr = form.EXACT if form.ORDER == 0 else form.DOT
+    x = product(operand(q[0], precision), tl.trans(operand(k[0], precision)), precision)
+    for p in tl.static_range(1, form.PARTS):
+        x = add_product(operand(q[p], precision), tl.trans(operand(k[p], precision)), x, precision)
+    return x if form.ORDER == 0 else x * form.SCALE
+
+
+@triton.jit
+def visible(row, kept):
+    """Which keys of a chunk its queries see, if causal: [C, C]."""
+    return (row[:, None] >= row[None, :]) & kept[None, :]
+
+
+@triton.jit
+def divide(y, z, form: tl.constexpr):
+    """The quotient; zero where the denominator is below the smallest normal number."""
+    tiny: tl.constexpr = 2.2250738585072014e-308 if form.SUM == tl.float64 else 1.1754943508222875e-38
+    usual = tl.abs(z) >= tiny
+    return tl.where(usual[:, None], y / tl.where(usual, z, 1.0)[:, None], 0.0)
+
+
+@triton.jit
+def read_sums(q, S, Z, form: tl.constexpr):
+    """φ(q)ᵀ S [C, BV] and φ(q)·Z [C]."""
+    y, z = tl.zeros((form.C, form.BV), form.SUM), tl.zeros((form.C,), form.SUM)
+    for t in tl.static_range(form.TILES):
+        phi = query_features(q, t, form)
+        y = add_product(operand(phi, form.DOT), operand(S[t], form.DOT), y, form.DOT)
+        if form.NORMALIZE:
+            z += tl.sum(phi * Z[t][None, :], 1)
+    return y, z
+
+
+@triton.jit
+def add_keys(k, kept, v, d, S, Z, form: tl.constexpr):
+    """S and Z after a chunk of keys; d: log decays."""
+    S_next, Z_next = (), ()
+    if form.DECAYS:
+        total = tl.sum(d, 0)
+        less = decay_less_one(total, form.SUM)
+        left = tl.exp2(tl.minimum(total - tl.cumsum(d, 0), 0.0).to(form.SUM))
+    for t in tl.static_range(form.TILES):
+        phi = key_features(k, kept, t, form)
+        s, z = S[t], Z[t]
+        if form.DECAYS:
+            phi = phi * left[:, None]
+            s, z = s + s * less, z + z * less
+        s = add_product(tl.trans(operand(phi, form.DOT)), operand(v, form.DOT), s, form.DOT)
+        S_next, Z_next = S_next + (s,), Z_next + (z + tl.sum(phi, 0),)
+    return S_next, Z_next
+
+
+@triton.jit(do_not_specialize=["T", "span", "splits"])
+def outputs(
+    query, key, value, logs, mask, sums, weights, out, denominators, final, final_weights,
+    rows, begins, offsets, T, span, splits, H, G,
+    q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
+    o_batch, o_head, o_row, d_batch, d_head, d_row,
+    SOURCE: tl.constexpr, FINAL: tl.constexpr, form: tl.constexpr,
+):  # fmt: skip
+    """One program has a span, a query head, and BV columns of the values.
+
+    FINAL: whether it also writes the state after the span, which is then the sequence.
+    """
+    blocks: tl.constexpr = (form.V + form.BV - 1) // form.BV
+    at, column = tl.program_id(0) // blocks, (tl.program_id(0) % blocks) * form.BV
+    u, h = at // H, (at % H).to(tl.int64)
+    g = h // (H // G)
+    b, n, begin, end = find_span(u, T, span, splits, rows, begins, offsets, form)
+    place = u * G + g if form.CAUSAL else n * G + g
+    S, Z = load_sums(sums, weights, place, 1, n * G + g, column, SOURCE, False, form)
+    at_query = query + b * q_batch + h * q_head
+    at_key = key + b * k_batch + g * k_head
+    at_value = value + b * v_batch + g * v_head
+    at_out = out + b * o_batch + h * o_head
+    for first in range(begin, end, form.C):
+        row = first + tl.arange(0, form.C)
+        inside = row < end
+        q, _ = load_queries(at_query, row, inside, q_row, form)
+        y, z = read_sums(q, S, Z, form)
+        if form.CAUSAL:
+            kept = load_kept(mask, b, T, row, end, form)
+            k = load_keys(at_key, row, kept, k_row, form)
+            v = load_rows(at_value, row, kept, v_row, column, form.V, form.BV, form)
+            w = tl.where(visible(row, kept), polynomial(scores(q, k, form), form), 0.0)
+            d = tl.zeros((form.C,), tl.float64)
+            if form.DECAYS:
+                d = load_decays(logs, mask, b, T, g, d_batch, d_head, d_row, row, end, form)
+                before = tl.exp2(tl.cumsum(d, 0).to(form.SUM))
+                w = w * decays_between(d, form)
+                y, z = y * before[:, None], z * before
+            y = add_product(operand(w, form.DOT), operand(v, form.DOT), y, form.DOT)
+            z += tl.sum(w, 1)
+            S, Z = add_keys(k, kept, v, d, S, Z, form)
+        if form.NORMALIZE:
+            y = divide(y, z, form)
+            if column == 0:
+                tl.store(denominators + (b * H + h) * T + row, z, mask=inside)
+        store_rows(at_out, y, row, inside, o_row, column, form.V, form.BV)
+    if FINAL:
+        if h % (H // G) == 0:
+            for t in tl.static_range(form.TILES):
+                store_state(final, S[t], n * G + g, t, column, form.V, form.BV, False, form)
+                if form.NORMALIZE and column == 0:
+                    store_state(final_weights, Z[t][:, None], n * G + g, t, 0, 1, 1, False, form)

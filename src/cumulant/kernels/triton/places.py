@@ -1,0 +1,118 @@
+"""Which tokens a program has, and where states are.
+
+The tokens of a sequence are split into spans. A program walks one span, chunk by chunk. Packed
+sequences have a table of their spans, built on the device; rows of a batch are split alike and need
+none.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .features import constant, slots
+
+
+@triton.jit
+def find_span(u, T, span, splits, rows, begins, offsets, form: tl.constexpr):
+    """Of span u: row of the batch, sequence, its first token, and the one after its last.
+
+    A packed span that does not exist is empty.
+    """
+    if form.PACKED:
+        n = tl.load(rows + u)
+        begin = tl.load(begins + u)
+        return (n * 0).to(tl.int64), n.to(tl.int64), begin, tl.minimum(begin + span, tl.load(offsets + n + 1).to(tl.int32))
+    else:
+        b = u // splits
+        begin = (u - b * splits) * span
+        b = b.to(tl.int64)
+        return b, b, begin, tl.minimum(begin + span, T)
+
+
+@triton.jit
+def load_kept(mask, b, T, row, end, form: tl.constexpr):
+    """Which keys of a chunk exist and are not masked; mask [B, T]."""
+    kept = row < end
+    if form.MASKED:
+        kept = kept & (tl.load(mask + b * T + row, mask=kept, other=0) != 0)
+    return kept
+
+
+@triton.jit
+def load_tile(sums, at, tile, column, V: tl.constexpr, BV: tl.constexpr, form: tl.constexpr):
+    """A tile [TILE, BV] of matrix `at` of sums [..., TILES * TILE, V], whose rows are slots."""
+    row = tile * form.TILE + tl.arange(0, form.TILE)
+    columns = column + tl.arange(0, BV)
+    first = at.to(tl.int64) * (form.TILES * form.TILE)
+    at_columns = sums + (first + row)[:, None] * V + columns[None, :]
+    return tl.load(at_columns, mask=(columns < V)[None, :] & (row >= 0)[:, None], other=0.0)
+
+
+@triton.jit
+def store_tile(sums, x, at, tile, column, V: tl.constexpr, BV: tl.constexpr, form: tl.constexpr):
+    """Writes what `load_tile` reads."""
+    row = tile * form.TILE + tl.arange(0, form.TILE)
+    columns = column + tl.arange(0, BV)
+    first = at.to(tl.int64) * (form.TILES * form.TILE)
+    at_columns = sums + (first + row)[:, None] * V + columns[None, :]
+    tl.store(at_columns, x.to(form.SUM), mask=(columns < V)[None, :] & (row >= 0)[:, None])
+
+
+@triton.jit
+def _rows_of_states(tile, form: tl.constexpr):
+    """For each slot of a tile: the row of a state, whether it has one, whether it is the first of
+    its pair's slots, and the factors of rows that are sums, and that are gradients of sums.
+
+    A state's rows are in the order of degrees, then lexicographic, and a square has the weight
+    ``1/sqrt(2)``.
+    """
+    slot, shift, column, pairs = slots(tile, form)
+    if form.ORDER == 0:
+        ones = tl.full((form.TILE,), 1.0, form.SUM)
+        return slot, slot < form.K, slot < form.K, ones, ones
+    else:
+        partner = (column + shift) % form.K
+        low, high = tl.minimum(column, partner), tl.maximum(column, partner)
+        linear: tl.constexpr = 1 if form.CONSTANT else 0
+        pair = linear + form.K + low * form.K - low * (low - 1) // 2 + high - low
+        is_pair = slot < pairs
+        row = tl.where(is_pair, pair, tl.where(slot < pairs + form.K, linear + slot - pairs, 0))
+        exists = (slot < pairs + form.K) | ((slot == pairs + form.K) & form.CONSTANT)
+        twice = is_pair & (2 * shift == form.K)
+        first = exists & ((2 * column < form.K) | ~twice)
+        square = is_pair & (shift == 0)
+        as_sums = tl.where(square, constant(1.4142135623730951, form), 1.0)
+        others = tl.where(twice, constant(0.5, form), 1.0)
+        as_gradients = tl.where(square, constant(0.7071067811865476, form), others)
+        return row, exists, first, as_sums, as_gradients
+
+
+@triton.jit
+def load_state(
+    state, at, tile, column, V: tl.constexpr, BV: tl.constexpr, GRADIENT: tl.constexpr, form: tl.constexpr
+):
+    """A tile, in slots, of matrix `at` of a state [..., F, V], or of the gradient of one."""
+    row, exists, _, as_sums, as_gradients = _rows_of_states(tile, form)
+    columns = column + tl.arange(0, BV)
+    at_columns = state + (at.to(tl.int64) * form.F + row)[:, None] * V + columns[None, :]
+    x = tl.load(at_columns, mask=exists[:, None] & (columns < V)[None, :], other=0.0)
+    if GRADIENT:
+        return x.to(form.SUM) * as_gradients[:, None]
+    else:
+        return x.to(form.SUM) * as_sums[:, None]
+
+
+@triton.jit
+def store_state(
+    state, x, at, tile, column, V: tl.constexpr, BV: tl.constexpr, GRADIENT: tl.constexpr, form: tl.constexpr
+):
+    """Writes what `load_state` reads."""
+    row, _, first, as_sums, as_gradients = _rows_of_states(tile, form)
+    columns = column + tl.arange(0, BV)
+    at_columns = state + (at.to(tl.int64) * form.F + row)[:, None] * V + columns[None, :]
+    if GRADIENT:
+        x = x / as_gradients[:, None]
+    else:
+        x = x / as_sums[:, None]
+    tl.store(at_columns, x.to(form.SUM), mask=first[:, None] & (columns < V)[None, :])

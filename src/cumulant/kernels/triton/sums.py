@@ -1,0 +1,190 @@
+"""Sums over the tokens of each span, and the sums before each span.
+
+`span_sums` adds up ``φ(x_i) y_iᵀ`` and ``φ(x_i) w_i`` over the tokens of a span: keys and values, or
+queries and gradients of outputs. `scan_spans` then walks the spans of a sequence and leaves the
+sums before each in place. Forwards these are states. Backwards they are the gradients of states.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .arithmetic import add_product, log2_decays, operand
+from .features import key_features, load_keys, load_queries, load_rows, query_features
+from .places import find_span, load_kept, load_state, load_tile, store_state, store_tile
+
+
+@triton.jit
+def load_decays(logs, mask, b, T, g, batch, head, row_stride, row, end, form: tl.constexpr):
+    """Log decays of a chunk in base 2; log_decay [B, G, T]."""
+    kept = load_kept(mask, b, T, row, end, form)
+    at = logs + b * batch + g * head + row.to(tl.int64) * row_stride
+    return log2_decays(tl.load(at, mask=kept, other=0.0), kept)
+
+
+@triton.jit
+def load_output_gradient(
+    dout, out, denominators, at_dout, at_out, at_z, dout_row, out_row, row, inside, column, form: tl.constexpr
+):
+    """The gradients of numerators [C, BV] and of denominators [C] of some queries.
+
+    A denominator's gradient is a sum over the values' columns: every block adds its own.
+    """
+    d = load_rows(dout + at_dout, row, inside, dout_row, column, form.V, form.BV, form)
+    if form.NORMALIZE:
+        y = load_rows(out + at_out, row, inside, out_row, column, form.V, form.BV, form)
+        z = tl.load(denominators + at_z + row, mask=inside, other=0.0)
+        tiny: tl.constexpr = 2.2250738585072014e-308 if form.SUM == tl.float64 else 1.1754943508222875e-38
+        usual = tl.abs(z) >= tiny
+        inverse = tl.where(usual, 1.0 / tl.where(usual, z, 1.0), 0.0).to(form.SUM)
+        return d * inverse[:, None], -tl.sum(d * y, 1) * inverse
+    else:
+        return d, tl.zeros((form.C,), form.SUM)
+
+
+@triton.jit(do_not_specialize=["T", "span", "splits"])
+def key_sums(
+    key, value, logs, mask, sums, weights, totals, rows, begins, offsets,
+    T, span, splits, G, k_batch, k_head, k_row, v_batch, v_head, v_row, d_batch, d_head, d_row,
+    form: tl.constexpr,
+):  # fmt: skip
+    """``Σ φ(k) vᵀ`` and ``Σ φ(k)`` of each span, decayed to its end, and its log decay.
+
+    One program has a span, a key head, and BV columns.
+    """
+    blocks: tl.constexpr = (form.V + form.BV - 1) // form.BV
+    at, column = tl.program_id(0) // blocks, (tl.program_id(0) % blocks) * form.BV
+    u, g = at // G, (at % G).to(tl.int64)
+    b, _, begin, end = find_span(u, T, span, splits, rows, begins, offsets, form)
+    total = tl.zeros((1,), tl.float64)
+    if form.DECAYS:
+        for first in range(begin, end, form.C):
+            row = first + tl.arange(0, form.C)
+            total += tl.sum(load_decays(logs, mask, b, T, g, d_batch, d_head, d_row, row, end, form), 0)
+        if column == 0:
+            tl.store(totals + at + tl.arange(0, 1), total)
+    passed = tl.zeros((1,), tl.float64)
+    S, Z = (), ()
+    for t in tl.static_range(form.TILES):
+        S = S + (tl.zeros((form.TILE, form.BV), form.SUM),)
+        Z = Z + (tl.zeros((form.TILE,), form.SUM),)
+    at_key = key + b * k_batch + g * k_head
+    at_value = value + b * v_batch + g * v_head
+    for first in range(begin, end, form.C):
+        row = first + tl.arange(0, form.C)
+        kept = load_kept(mask, b, T, row, end, form)
+        k = load_keys(at_key, row, kept, k_row, form)
+        v = operand(load_rows(at_value, row, kept, v_row, column, form.V, form.BV, form), form.DOT)
+        decay = tl.full((form.C,), 1.0, form.SUM)
+        if form.DECAYS:
+            d = load_decays(logs, mask, b, T, g, d_batch, d_head, d_row, row, end, form)
+            left = total - passed - tl.cumsum(d, 0)
+            decay = tl.exp2(tl.minimum(left, 0.0).to(form.SUM))
+            passed += tl.sum(d, 0)
+        S_next, Z_next = (), ()
+        for t in tl.static_range(form.TILES):
+            phi = key_features(k, kept, t, form)
+            if form.DECAYS:
+                phi = phi * decay[:, None]
+            S_next = S_next + (add_product(tl.trans(operand(phi, form.DOT)), v, S[t], form.DOT),)
+            Z_next = Z_next + (Z[t] + tl.sum(phi, 0),)
+        S, Z = S_next, Z_next
+    for t in tl.static_range(form.TILES):
+        store_tile(sums, S[t], at, t, column, form.V, form.BV, form)
+        if form.NORMALIZE and column == 0:
+            store_tile(weights, Z[t][:, None], at, t, 0, 1, 1, form)
+
+
+@triton.jit(do_not_specialize=["T", "span", "splits"])
+def query_sums(
+    query, dout, out, denominators, logs, mask, sums, weights, rows, begins, offsets,
+    T, span, splits, H, G, q_batch, q_head, q_row, g_batch, g_head, g_row,
+    o_batch, o_head, o_row, d_batch, d_head, d_row,
+    form: tl.constexpr,
+):  # fmt: skip
+    """The same of queries and gradients of outputs, decayed to the span's first token.
+
+    It adds up the query heads of a key head. The weights are partial: of BV columns of outputs.
+    """
+    blocks: tl.constexpr = (form.V + form.BV - 1) // form.BV
+    at, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    column = block * form.BV
+    u, g = at // G, (at % G).to(tl.int64)
+    b, _, begin, end = find_span(u, T, span, splits, rows, begins, offsets, form)
+    S, Z = (), ()
+    for t in tl.static_range(form.TILES):
+        S = S + (tl.zeros((form.TILE, form.BV), form.SUM),)
+        Z = Z + (tl.zeros((form.TILE,), form.SUM),)
+    passed = tl.zeros((1,), tl.float64)
+    for first in range(begin, end, form.C):
+        row = first + tl.arange(0, form.C)
+        inside = row < end
+        decay = tl.full((form.C,), 1.0, form.SUM)
+        if form.DECAYS:
+            d = load_decays(logs, mask, b, T, g, d_batch, d_head, d_row, row, end, form)
+            decay = tl.exp2((passed + tl.cumsum(d, 0)).to(form.SUM))
+            passed += tl.sum(d, 0)
+        for h in range(g * (H // G), (g + 1) * (H // G)):
+            at_query = query + b * q_batch + h * q_head
+            q, _ = load_queries(at_query, row, inside, q_row, form)
+            at_dout = b * g_batch + h * g_head
+            at_out = b * o_batch + h * o_head
+            at_z = (b * H + h) * T
+            dy, dz = load_output_gradient(
+                dout, out, denominators, at_dout, at_out, at_z, g_row, o_row, row, inside, column, form
+            )
+            dy = operand(dy, form.DOT)
+            S_next, Z_next = (), ()
+            for t in tl.static_range(form.TILES):
+                phi = query_features(q, t, form)
+                if form.DECAYS:
+                    phi = phi * decay[:, None]
+                S_next = S_next + (add_product(tl.trans(operand(phi, form.DOT)), dy, S[t], form.DOT),)
+                Z_next = Z_next + (Z[t] + tl.sum(phi * dz[:, None], 0),)
+            S, Z = S_next, Z_next
+    for t in tl.static_range(form.TILES):
+        store_tile(sums, S[t], at, t, column, form.V, form.BV, form)
+        if form.NORMALIZE:
+            store_tile(weights, Z[t][:, None], at * blocks + block, t, 0, 1, 1, form)
+
+
+@triton.jit(do_not_specialize=["splits", "spans"])
+def scan_spans(
+    sums, totals, first_spans, before, after, splits, spans, G, parts,
+    V: tl.constexpr, BV: tl.constexpr, HAS_BEFORE: tl.constexpr, HAS_AFTER: tl.constexpr,
+    BACKWARDS: tl.constexpr, form: tl.constexpr,
+):  # fmt: skip
+    """Replaces the sums of each span by those before it (after it, if BACKWARDS).
+
+    before: the state before the first span; after: gets the state after the last. One program has a
+    sequence, a key head, a tile and BV columns. It adds up in fp64.
+
+    parts: how many matrices of each span and head are added up; the first gets the result.
+    """
+    blocks: tl.constexpr = (V + BV - 1) // BV
+    at, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    at, tile = at // form.TILES, at % form.TILES
+    n, g = at // G, at % G
+    column = block * BV
+    if form.PACKED:
+        first, last = tl.load(first_spans + n), tl.load(first_spans + n + 1)
+    else:
+        first, last = n * splits, (n + 1) * splits
+    S = tl.zeros((form.TILE, BV), tl.float64)
+    if HAS_BEFORE:
+        S = load_state(before, at, tile, column, V, BV, BACKWARDS, form).to(tl.float64)
+    for i in range(0, last - first):
+        u = first + i
+        if BACKWARDS:
+            u = last - 1 - i
+        place = u * G + g
+        own = load_tile(sums, place * parts, tile, column, V, BV, form).to(tl.float64)
+        for p in range(1, parts):
+            own += load_tile(sums, place * parts + p, tile, column, V, BV, form)
+        store_tile(sums, S, place * parts, tile, column, V, BV, form)
+        if form.DECAYS:
+            S = S * tl.exp2(tl.load(totals + place))
+        S += own
+    if HAS_AFTER:
+        store_state(after, S, at, tile, column, V, BV, BACKWARDS, form)
