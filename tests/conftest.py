@@ -7,6 +7,8 @@ import torch
 from cumulant.kernels.native import library
 from cumulant.ops.repeated import forget
 
+from .ops import interpreter  # noqa: F401  (it decides how Triton's kernels run)
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 torch.set_num_threads(1)  # also for fixtures of a module, which come before those of a test

@@ -13,7 +13,9 @@ from torch import Tensor
 
 import cumulant as cm
 
-IMPLEMENTATIONS = ("reference", "torch", "native")
+from .interpreter import HAS_TRITON
+
+IMPLEMENTATIONS = ("reference", "torch", "native", *(("triton",) if HAS_TRITON else ()))
 CHUNK = 16  # the tests' chunk, so that short sequences span several
 
 # Bound on ||out - exact|| / ||exact||, where exact is the float64 formula on the same (rounded)
@@ -51,8 +53,10 @@ class Case:
 
     @property
     def implementations(self) -> tuple[str, ...]:
-        lacking = self.op is cm.gated_attention
-        return IMPLEMENTATIONS[:2] if lacking else IMPLEMENTATIONS
+        lacking = ["native"] if self.op is cm.gated_attention else []
+        if self.name not in TRITON:
+            lacking.append("triton")
+        return tuple(name for name in IMPLEMENTATIONS if name not in lacking)
 
     def inputs(
         self, *args: Any, requires_grad: bool = False, **kwargs: Any
@@ -125,6 +129,25 @@ def log_decays(k: Tensor) -> Tensor:
 def squared(x: Tensor) -> Tensor:
     return torch.cat((x * x, x.abs()), -1)
 
+
+# Cases of the Triton kernels.
+TRITON = (
+    "taylor-1",
+    "taylor-2",
+    "taylor-2-scaled",
+    "taylor-2-no-constant",
+    "taylor-2-decay",
+    "linear-elu",
+    "linear-elu-decay",
+    "linear-relu",
+    "linear-identity",
+    "linear-sums-decay",
+    "linear-softmax",
+    "linear-softmax-raw",
+    "linear-callable",
+    "linear-callable-decay",
+    "linear-pair",
+)
 
 SUMS = {"feature_map": "identity", "normalize": False}
 

@@ -9,7 +9,11 @@ from cumulant.kernels.native import library
 from cumulant.ops.repeated import forget
 
 from .cases import CHUNK
+from .interpreter import HAS_TRITON, is_slow, speed_up
 from .walking import walk
+
+if HAS_TRITON:
+    speed_up()
 
 
 def pytest_collection_modifyitems(items: list[Any]) -> None:
@@ -24,11 +28,15 @@ def pytest_collection_modifyitems(items: list[Any]) -> None:
         )
 
     items[:] = [item for item in items if exists(item)]
+    for item in items:
+        if hasattr(item, "callspec") and is_slow(item.originalname, item.callspec.params):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture
 def short_chunks(monkeypatch):
     walk(monkeypatch, chunk=CHUNK, span=CHUNK, block=CHUNK)
+    walk(monkeypatch, triton_chunk=16, triton_processors=1000)
     walk(monkeypatch, elita_span=1, elita_chunk=4)  # chunks of chunks as well
 
 

@@ -16,10 +16,12 @@ from torch.nn import functional as F
 import cumulant as cm
 from cumulant.ops import pointwise
 
-from .cases import CASES, CHUNK, GRADIENT_TOLERANCE, ROUNDING, Case, error
+from .cases import CASES, CHUNK, GRADIENT_TOLERANCE, ROUNDING, Case, by_fast_impl, error
 from .walking import walk
 
 DRAWS = 4
+# Triton's kernels round the factors of products to the inputs' dtype, as tensor cores take them.
+TENSOR_CORES = {torch.float32: 1.0, torch.bfloat16: 1.0, torch.float16: 1.0}
 by_dtype = pytest.mark.parametrize("dtype", list(GRADIENT_TOLERANCE), ids=str)
 
 
@@ -36,11 +38,14 @@ def differentiate(
     return [out, *torch.autograd.grad((out.double() * weight).sum(), leaves)]
 
 
+@by_fast_impl
 @by_dtype
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
-def test_outputs_and_gradients_are_as_exact_as_the_references(case: Case, dtype: torch.dtype):
+def test_outputs_and_gradients_are_as_exact_as_the_references(
+    case: Case, dtype: torch.dtype, impl: str
+):
     for is_causal in (True, False)[: 1 + case.bidirectional]:
-        squares = {impl: torch.zeros(4, dtype=torch.float64) for impl in case.implementations}
+        squares = {name: torch.zeros(4, dtype=torch.float64) for name in ("reference", impl)}
         for seed in range(DRAWS):
             inputs = [x.to(dtype) for x in case.inputs(1, 2, 70, 6, 8, G=1, seed=seed)]
             weight = torch.randn(
@@ -49,17 +54,19 @@ def test_outputs_and_gradients_are_as_exact_as_the_references(case: Case, dtype:
             exact = differentiate(
                 case, [x.double() for x in inputs], weight, is_causal, "reference"
             )
-            for impl, total in squares.items():
-                found = differentiate(case, inputs, weight, is_causal, impl)
+            for name, total in squares.items():
+                found = differentiate(case, inputs, weight, is_causal, name)
                 total.add_(
                     torch.tensor([error(a, b) ** 2 for a, b in zip(found, exact, strict=True)])
                 )
         bound = GRADIENT_TOLERANCE[dtype] * (squares["reference"] / DRAWS).sqrt().clamp(
             min=ROUNDING[dtype]
         )
-        for impl, total in squares.items():
+        if impl == "triton":
+            bound *= TENSOR_CORES[dtype]
+        for name, total in squares.items():
             found = (total / DRAWS).sqrt()
-            assert (found <= bound).all(), (impl, is_causal, (found / bound).tolist())
+            assert (found <= bound).all(), (name, is_causal, (found / bound).tolist())
 
 
 def _by_convolution(x: Tensor, weight: Tensor) -> Tensor:

@@ -8,7 +8,9 @@ from cumulant.ops.repeated import forget
 
 PLACES = {
     "chunk": ("torch.attention.CHUNK", "native.attention.CHUNK", "differentiable.attention.CHUNK"),
-    "span": ("native.attention.SPAN",),
+    "triton_chunk": ("triton.attention.CHUNK",),  # a power of two, at least 16
+    "span": ("native.attention.SPAN", "triton.attention.SPAN"),
+    "triton_processors": ("triton.device.PROCESSORS",),
     "elita_chunk": ("torch.elita.CHUNK",),
     "elita_span": ("native.elita.SPAN",),
     "elita_block": ("differentiable.elita.BLOCK",),

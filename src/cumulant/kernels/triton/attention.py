@@ -99,10 +99,10 @@ class Call:
     """The kernels' arguments of one call."""
 
     def __init__(self, x: AttentionInputs, spec: AttentionSpec):
-        from . import gradients, outputs, sums
+        from . import gradients, outputs, step, sums
         from .form import Form
 
-        self.kernels = {**vars(sums), **vars(outputs), **vars(gradients)}
+        self.kernels = {**vars(sums), **vars(outputs), **vars(gradients), **vars(step)}
         (self.B, self.H, self.T, K), (self.G, self.S), V = (
             x.query.shape, x.key.shape[1:3], x.value.shape[-1]
         )  # fmt: skip
@@ -184,6 +184,19 @@ class Call:
         )  # fmt: skip
 
 
+    def step(self, y: AttentionOutputs) -> None:
+        """One token onto a state."""
+        x = self.x
+        self.launch(
+            "step", self.B * self.G,
+            self.q, self.k, self.v, x.log_decay, self.mask, x.numerator, x.denominator,
+            y.out, y.denominators, y.final_numerator, y.final_denominator, self.G,
+            *self.q.stride()[:2], *self.k.stride()[:2], *self.v.stride()[:2], *y.out.stride()[:2],
+            *self.decay_strides[:2],
+            GROUP=self.H // self.G, BV=_power(self.V, MOST_COLUMNS),
+        )  # fmt: skip
+
+
 class Sums(NamedTuple):
     """What a scan leaves: matrices and vectors of each span, and the spans' log decays."""
 
@@ -211,6 +224,7 @@ class Constants(NamedTuple):
     tiles: int
     block: int
     sums: torch.dtype
+    tiny: float
     dot: str
     exact: str
     masked: bool = False
@@ -237,7 +251,7 @@ def form_constants(
     return Constants(
         K, V, feature_count(K, spec.order, spec.constant_term), spec.order, spec.constant_term,
         spec.activation, spec.scale, spec.normalize, spec.is_causal, int(spec.chunk), width, parts, tile,
-        -(-slots // tile), _power(V), dtype, *dots,
+        -(-slots // tile), _power(V), dtype, torch.finfo(dtype).tiny, *dots,
     )  # fmt: skip
 
 
@@ -248,7 +262,9 @@ def forward(inputs: AttentionInputs, spec: AttentionSpec) -> AttentionOutputs:
         y.out.zero_()
         y.denominators.zero_()
     final = (y.final_numerator, y.final_denominator) if spec.returns_state else (None, None)
-    if call.direct:
+    if call.direct and call.T == 1 and spec.returns_state and inputs.numerator is not None:
+        call.step(y)
+    elif call.direct:
         source = "none" if inputs.numerator is None else "state"
         call.read((source, inputs.numerator, inputs.denominator), y, final)
     else:

@@ -57,7 +57,7 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def dot_types(*tensors: Tensor) -> tuple[str, str]:
+def dot_types(*tensors: Tensor, hip: bool = bool(torch.version.hip)) -> tuple[str, str]:
     """How products of these tensors are taken, and those that denominators depend on.
 
     Features of fp16 numbers may be beyond fp16, and tf32 has the same digits.
@@ -65,7 +65,7 @@ def dot_types(*tensors: Tensor) -> tuple[str, str]:
     dtypes = {x.dtype for x in tensors}
     if torch.float64 in dtypes:
         return "ieee", "ieee"
-    exact = "bf16x3" if torch.version.hip else "tf32x3"
+    exact = "bf16x3" if hip else "tf32x3"
     if torch.float32 in dtypes:
         return exact, exact
     return "tf32" if torch.float16 in dtypes else "bf16", exact

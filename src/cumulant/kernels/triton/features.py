@@ -84,6 +84,25 @@ def load_queries(base, row, kept, stride, form: tl.constexpr):
 
 
 @triton.jit
+def level_query(base, form: tl.constexpr):
+    """What `load_queries` multiplies one query by, the scale included, and what it adds: [1]."""
+    zero = tl.zeros((1,), form.SUM)
+    if form.ORDER > 0:
+        return zero + 1.0, zero
+    if not form.NORMALIZE:
+        return zero + form.SCALE, zero
+    top = zero + float("-inf")
+    for p in tl.static_range(form.PARTS):
+        column = p * form.WIDTH + tl.arange(0, form.WIDTH)
+        x = tl.load(base + column, mask=column < form.K, other=0.0).to(form.SUM) * form.SCALE
+        top = tl.maximum(top, _largest(x[None, :], p, form))
+    if form.ACTIVATION == "elu":
+        return zero + form.SCALE, -tl.minimum(top, 0.0)
+    else:
+        return form.SCALE * _power_of_two(top), zero
+
+
+@triton.jit
 def _largest(x, p: tl.constexpr, form: tl.constexpr):
     """The largest number of each row that the activation passes."""
     column = p * form.WIDTH + tl.arange(0, form.WIDTH)

@@ -30,6 +30,7 @@ class Form(NamedTuple):
     TILES: tl.constexpr
     BV: tl.constexpr
     SUM: tl.constexpr  # dtype of sums
+    TINY: tl.constexpr  # its smallest normal number
     DOT: tl.constexpr  # how products are taken, see arithmetic.py
     EXACT: tl.constexpr  # and those whose rounding would reach the denominators
     MASKED: tl.constexpr

@@ -87,7 +87,7 @@ def query_gradients(
             if form.DECAYS:
                 d = load_decays(logs, mask, b, T, g, d_batch, d_head, d_row, row, end, form)
                 before = tl.exp2(tl.cumsum(d, 0).to(form.SUM))
-            _, dx, pairs = weight_gradients(q, k, v, dy, dz, d, visible(row, kept), form)
+            w, dx, pairs = weight_gradients(q, k, v, dy, dz, d, visible(row, kept), form)
             dx = operand(dx, form.DOT)
             if SHARES:
                 share += tl.sum(tl.where(row[:, None] > row[None, :], pairs, 0.0), 1)
@@ -185,7 +185,7 @@ def key_gradients(
             S, Z = S_next, Z_next
             for h in range(g * (H // G), (g + 1) * (H // G)):
                 at_query = query + b * q_batch + h * q_head
-                q, _ = load_queries(at_query, row, inside, q_row, form)
+                q, factor = load_queries(at_query, row, inside, q_row, form)
                 at_dout = b * g_batch + h * g_head
                 at_out = b * o_batch + h * o_head
                 at_z = (b * H + h) * T

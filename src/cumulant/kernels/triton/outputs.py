@@ -71,11 +71,10 @@ def visible(row, kept):
 
 
 @triton.jit
-def divide(y, z, form: tl.constexpr):
-    """The quotient; zero where the denominator is below the smallest normal number."""
-    tiny: tl.constexpr = 2.2250738585072014e-308 if form.SUM == tl.float64 else 1.1754943508222875e-38
-    usual = tl.abs(z) >= tiny
-    return tl.where(usual[:, None], y / tl.where(usual, z, 1.0)[:, None], 0.0)
+def quotient(y, z, form: tl.constexpr):
+    """y / z; zero where the denominator is below the smallest normal number."""
+    usual = tl.abs(z) >= form.TINY
+    return tl.where(usual, y / tl.where(usual, z, 1.0), 0.0)
 
 
 @triton.jit
@@ -135,7 +134,7 @@ def outputs(
     for first in range(begin, end, form.C):
         row = first + tl.arange(0, form.C)
         inside = row < end
-        q, _ = load_queries(at_query, row, inside, q_row, form)
+        q, factor = load_queries(at_query, row, inside, q_row, form)
         y, z = read_sums(q, S, Z, form)
         if form.CAUSAL:
             kept = load_kept(mask, b, T, row, end, form)
@@ -152,7 +151,7 @@ def outputs(
             z += tl.sum(w, 1)
             S, Z = add_keys(k, kept, v, d, S, Z, form)
         if form.NORMALIZE:
-            y = divide(y, z, form)
+            y = quotient(y, z[:, None], form)
             if column == 0:
                 tl.store(denominators + (b * H + h) * T + row, z, mask=inside)
         store_rows(at_out, y, row, inside, o_row, column, form.V, form.BV)

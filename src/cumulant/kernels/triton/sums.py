@@ -35,8 +35,7 @@ def load_output_gradient(
     if form.NORMALIZE:
         y = load_rows(out + at_out, row, inside, out_row, column, form.V, form.BV, form)
         z = tl.load(denominators + at_z + row, mask=inside, other=0.0)
-        tiny: tl.constexpr = 2.2250738585072014e-308 if form.SUM == tl.float64 else 1.1754943508222875e-38
-        usual = tl.abs(z) >= tiny
+        usual = tl.abs(z) >= form.TINY
         inverse = tl.where(usual, 1.0 / tl.where(usual, z, 1.0), 0.0).to(form.SUM)
         return d * inverse[:, None], -tl.sum(d * y, 1) * inverse
     else:
@@ -56,7 +55,7 @@ def key_sums(
     blocks: tl.constexpr = (form.V + form.BV - 1) // form.BV
     at, column = tl.program_id(0) // blocks, (tl.program_id(0) % blocks) * form.BV
     u, g = at // G, (at % G).to(tl.int64)
-    b, _, begin, end = find_span(u, T, span, splits, rows, begins, offsets, form)
+    b, n, begin, end = find_span(u, T, span, splits, rows, begins, offsets, form)
     total = tl.zeros((1,), tl.float64)
     if form.DECAYS:
         for first in range(begin, end, form.C):
@@ -111,7 +110,7 @@ def query_sums(
     at, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     column = block * form.BV
     u, g = at // G, (at % G).to(tl.int64)
-    b, _, begin, end = find_span(u, T, span, splits, rows, begins, offsets, form)
+    b, n, begin, end = find_span(u, T, span, splits, rows, begins, offsets, form)
     S, Z = (), ()
     for t in tl.static_range(form.TILES):
         S = S + (tl.zeros((form.TILE, form.BV), form.SUM),)
@@ -127,7 +126,7 @@ def query_sums(
             passed += tl.sum(d, 0)
         for h in range(g * (H // G), (g + 1) * (H // G)):
             at_query = query + b * q_batch + h * q_head
-            q, _ = load_queries(at_query, row, inside, q_row, form)
+            q, factor = load_queries(at_query, row, inside, q_row, form)
             at_dout = b * g_batch + h * g_head
             at_out = b * o_batch + h * o_head
             at_z = (b * H + h) * T

@@ -1,0 +1,218 @@
+"""What GPUs would run: every Triton kernel compiled without one, and its instructions counted.
+
+    python benchmarks/gpu_offline.py           compare with the committed table
+    python benchmarks/gpu_offline.py --write   write the table
+
+Triton's wheel has the compilers and disassemblers for NVIDIA's and AMD's chips. The table has, for
+each kernel and chip: registers, shared memory, the instructions of the innermost loop with a
+product, those among them that spill registers, and the products' instructions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+TABLE = Path(__file__).parent.parent / "docs/reports/gpu-offline/kernels.json"
+NVIDIA, AMD = (80, 89, 90, 100, 120), ("gfx942",)
+# shared memory of a block, in bytes
+MEMORY = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99, "gfx942": 64}
+LONGER = 1.05  # a loop may be this much longer than in the table
+
+INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Za-z0-9_.]*)(.*)")
+PRODUCTS = re.compile(r"HGMMA|UTC\w*MMA|HMMA|DMMA|IMMA")
+
+
+def forms() -> dict[str, dict[str, Any]]:
+    """The calls whose kernels are compiled, by name."""
+    base = dict(K=16, V=64, order=2, activation="identity", dtype=torch.bfloat16, decays=False)
+    elu = dict(base, K=64, order=0, activation="elu")
+    return {
+        "taylor-2 K16 V64 bf16": base,
+        "elu K64 V64 bf16": elu,
+        "taylor-2 K16 V64 bf16 decay": dict(base, decays=True),
+        "elu K64 V64 bf16 decay": dict(elu, decays=True),
+        "taylor-2 K16 V64 fp32": dict(base, dtype=torch.float32),
+        "elu K64 V64 fp32": dict(elu, dtype=torch.float32),
+        "taylor-2 K16 V64 fp16": dict(base, dtype=torch.float16),
+        "taylor-2 K8 V64 bf16": dict(base, K=8),
+        "taylor-2 K32 V64 bf16": dict(base, K=32),
+        "taylor-1 K16 V64 bf16": dict(base, order=1),
+        "elu K128 V128 bf16": dict(elu, K=128, V=128),
+        "elu K256 V256 bf16": dict(elu, K=256, V=256),
+    }
+
+
+KERNELS = ("key_sums", "outputs", "query_sums", "query_gradients", "key_gradients", "scan_spans")
+TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+
+def make_form(call: dict[str, Any], hip: bool) -> Any:
+    """The constants of a call, as `attention.Call` makes them."""
+    from cumulant.kernels.spec import AttentionSpec
+    from cumulant.kernels.triton import device
+    from cumulant.kernels.triton.attention import CHUNK, form_constants
+    from cumulant.kernels.triton.form import Form
+
+    order = call["order"]
+    spec = AttentionSpec(
+        order, True, call["activation"], call["K"] ** -0.5 if order else 1.0, True, True, False, CHUNK
+    )
+    dots = device.dot_types(torch.empty(0, dtype=call["dtype"]), hip=hip)
+    found = form_constants(call["K"], call["V"], spec, dots, torch.float32)
+    return Form(*device.constants(*found._replace(decays=call["decays"])))
+
+
+def signature(kernel: Any, call: dict[str, Any]) -> tuple[dict[str, str], list[str]]:
+    """The types of a kernel's arguments, and those that are multiples of 16."""
+    half = {"query", "key", "value", "dquery", "dkey", "dvalue"}
+    integers = {"rows", "begins", "offsets", "first_spans"}
+    types, aligned = {}, []
+    for name, parameter in inspect.signature(kernel.fn).parameters.items():
+        if "constexpr" in str(parameter.annotation):
+            types[name] = "constexpr"
+        elif name in ("T", "span", "splits", "spans", "H", "G", "parts", "size") or re.fullmatch(
+            r"\w_(batch|head|row)", name
+        ):
+            types[name] = "i64" if name == "size" else "i32"
+            if re.fullmatch(r"[qkvgo]_(batch|head|row)|size", name):
+                aligned.append(name)
+        else:
+            kind = TYPES[call["dtype"]] if name in half else "fp32"
+            kind = {"mask": "u8", "totals": "fp64"}.get(name, "i32" if name in integers else kind)
+            types[name] = f"*{kind}"
+            aligned.append(name)
+    return types, aligned
+
+
+def compile_kernel(name: str, label: str, target: int | str) -> dict[str, Any]:
+    """One row of the table."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from cumulant.kernels.triton import gradients, outputs, sums
+
+    call, hip = forms()[label], isinstance(target, str)
+    kernel = {**vars(sums), **vars(outputs), **vars(gradients)}[name]
+    constants: dict[str, Any] = {"form": make_form(call, hip)}
+    fixed = dict(SOURCE="spans", FINAL=False, SHARES=call["decays"], V=call["V"], BV=64,
+                 HAS_BEFORE=False, HAS_AFTER=False, BACKWARDS=False)  # fmt: skip
+    types, aligned = signature(kernel, call)
+    constants |= {k: v for k, v in fixed.items() if k in types}
+    attributes = {(list(types).index(n),): [["tt.divisibility", 16]] for n in aligned}
+    source = ASTSource(kernel, types, constexprs=constants, attrs=attributes)
+    chip = GPUTarget("hip", target, 64) if hip else GPUTarget("cuda", target, 32)
+    row = {"kernel": name, "call": label, "target": str(target)}
+    try:
+        built = triton.compile(source, target=chip, options={"num_warps": 4, "num_stages": 1})
+    except Exception as error:  # any failure of a compiler is a row
+        return row | {"error": f"{type(error).__name__}: {str(error).strip()[:300]}"}
+    row["shared"] = built.metadata.shared
+    return row | (count_amd(built.asm["amdgcn"]) if hip else count_nvidia(built.asm["cubin"]))
+
+
+def count_amd(assembly: str) -> dict[str, Any]:
+    def number(pattern: str) -> int:
+        found = re.search(pattern, assembly)
+        return int(found[1]) if found else -1
+
+    return {
+        "registers": number(r"\.vgpr_count:\s+(\d+)"),
+        "spilled": number(r"\.vgpr_spill_count:\s+(\d+)"),
+        "products": dict(Counter(re.findall(r"\s(v_mfma\w+)", assembly))),
+    }
+
+
+def tool(name: str, *arguments: str) -> str:
+    import triton
+
+    path = Path(triton.__file__).parent / "backends/nvidia/bin" / name
+    found = subprocess.run([str(path), *arguments], capture_output=True, text=True, check=False)
+    return found.stdout + found.stderr
+
+
+def count_nvidia(binary: bytes) -> dict[str, Any]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary)
+        file.flush()
+        usage = tool("cuobjdump", "-res-usage", file.name)
+        assembly = tool("nvdisasm", "-c", file.name)
+    registers = re.search(r"REG:(\d+)", usage)
+    instructions, loops = find_loops(assembly)
+    body = longest_loop(instructions, loops)
+    return {
+        "registers": int(registers[1]) if registers else -1,
+        "instructions": len(instructions),
+        "loop": len(body),
+        "spills": sum(op.startswith(("LDL", "STL")) for op in body),
+        "products": dict(Counter(op for op in body if PRODUCTS.match(op))),
+    }
+
+
+def find_loops(assembly: str) -> tuple[list[str], list[tuple[int, int]]]:
+    """The instructions, and where the branches backwards begin and end."""
+    instructions: list[str] = []
+    labels: dict[str, int] = {}
+    branches: list[tuple[str, int]] = []
+    for line in assembly.splitlines():
+        if label := re.match(r"^(\.L_x?_?\d+):", line):
+            labels[label[1]] = len(instructions)
+        elif found := INSTRUCTION.match(line):
+            if found[1].startswith("BRA") and (to := re.search(r"`\((\.L_x?_?\d+)\)", found[2])):
+                branches.append((to[1], len(instructions)))
+            instructions.append(found[1])
+    return instructions, [(labels[a], b) for a, b in branches if a in labels and labels[a] < b]
+
+
+def longest_loop(instructions: list[str], loops: list[tuple[int, int]]) -> list[str]:
+    """The longest loop that is no part of a loop with as many products: a chunk's work."""
+    bodies = [instructions[a : b + 1] for a, b in loops]
+    return max(bodies, key=lambda x: (sum(bool(PRODUCTS.match(op)) for op in x), -len(x)), default=[])
+
+
+def build(which: list[tuple[str, str, int | str]], processes: int) -> list[dict[str, Any]]:
+    with ProcessPoolExecutor(processes) as pool:
+        rows = []
+        for row in pool.map(compile_kernel, *zip(*which)):
+            print(row, file=sys.stderr)
+            rows.append(row)
+        return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--write", action="store_true", help="write the table")
+    parser.add_argument("--processes", type=int, default=os.cpu_count())
+    parser.add_argument("--only", default="", help="calls whose name contains this")
+    parser.add_argument("--kernel", default="", help="this kernel alone")
+    parser.add_argument("--target", action="append", help="such as 90 or gfx942; may be repeated")
+    options = parser.parse_args()
+    targets = [int(t) if t.isdigit() else t for t in options.target or []] or [*NVIDIA, *AMD]
+    which = [
+        (kernel, label, target)
+        for label in forms()
+        for kernel in KERNELS
+        for target in targets
+        if options.only in label and options.kernel in kernel
+    ]
+    rows = build(which, options.processes)
+    if options.write:
+        TABLE.parent.mkdir(exist_ok=True)
+        TABLE.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""One token onto a state: the state is read and written once."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .arithmetic import LEAST, LOG2E
+from .features import level_query, slots, weights_of_slots
+from .outputs import quotient
+from .places import load_state, store_state
+
+
+@triton.jit
+def load_features(base, tile, kept, factor, added, form: tl.constexpr):
+    """A tile [TILE] of the features of one vector; without the weights of queries' slots."""
+    slot, shift, column, pairs = slots(tile, form)
+    if form.ORDER == 0:
+        x = tl.load(base + slot, mask=slot < form.K, other=0.0).to(form.SUM)
+        x = x * factor + added
+        if form.ACTIVATION == "elu":
+            x = tl.where(x > 0, x + 1.0, tl.exp(tl.minimum(x, 0.0)))
+        elif form.ACTIVATION == "relu":
+            x = tl.maximum(x, 0.0)
+        return tl.where((slot < form.K) & kept, x, 0.0)
+    else:
+        left = tl.load(base + column, mask=slot < pairs + form.K, other=1.0).to(form.SUM)
+        partner = (column + shift) % form.K
+        right = tl.load(base + partner, mask=slot < pairs, other=1.0).to(form.SUM)
+        exists = (slot < pairs + form.K) | ((slot == pairs + form.K) & form.CONSTANT)
+        return tl.where(exists & kept, left * right, 0.0)
+
+
+@triton.jit
+def step(
+    query, key, value, logs, mask, numerator, denominator, out, denominators, final, final_weights,
+    G, q_batch, q_head, k_batch, k_head, v_batch, v_head, o_batch, o_head, d_batch, d_head,
+    GROUP: tl.constexpr, BV: tl.constexpr, form: tl.constexpr,
+):  # fmt: skip
+    """One program has a row and a key head, with its GROUP query heads.
+
+    `final` may be `numerator`, and `final_weights` may be `denominator`.
+    """
+    at = tl.program_id(0)
+    b, g = (at // G).to(tl.int64), (at % G).to(tl.int64)
+    columns = tl.arange(0, BV)
+    decay = tl.full((1,), 1.0, form.SUM)
+    if form.DECAYS:
+        log2 = tl.load(logs + b * d_batch + g * d_head + tl.arange(0, 1)).to(tl.float64) * LOG2E
+        decay = tl.exp2(tl.minimum(tl.maximum(log2, LEAST), 0.0).to(form.SUM))
+    exists = tl.full((1,), 1, tl.int1)
+    kept = exists
+    if form.MASKED:
+        kept = tl.load(mask + b + tl.arange(0, 1)) != 0
+        decay = tl.where(kept, decay, 1.0)
+    at_key = key + b * k_batch + g * k_head
+    at_value = value + b * v_batch + g * v_head + columns
+    v = tl.load(at_value, mask=kept & (columns < form.V), other=0.0).to(form.SUM)
+    factors, added, y, z = (), (), (), ()
+    for i in tl.static_range(GROUP):
+        at_query = query + b * q_batch + (g * GROUP + i) * q_head
+        factor, more = level_query(at_query, form)
+        factors, added = factors + (factor,), added + (more,)
+        y = y + (tl.zeros((BV,), form.SUM),)
+        z = z + (tl.zeros((1,), form.SUM),)
+    one, zero = tl.full((1,), 1.0, form.SUM), tl.zeros((1,), form.SUM)
+    for t in range(0, form.TILES):
+        phi = load_features(at_key, t, kept, one, zero, form)
+        s = load_state(numerator, at, t, 0, form.V, BV, False, form) * decay[:, None]
+        s += phi[:, None] * v[None, :]
+        store_state(final, s, at, t, 0, form.V, BV, False, form)
+        if form.NORMALIZE:
+            w = load_state(denominator, at, t, 0, 1, 1, False, form) * decay[:, None] + phi[:, None]
+            store_state(final_weights, w, at, t, 0, 1, 1, False, form)
+        y_next, z_next = (), ()
+        for i in tl.static_range(GROUP):
+            at_query = query + b * q_batch + (g * GROUP + i) * q_head
+            q = load_features(at_query, t, exists, factors[i], added[i], form)
+            if form.ORDER > 0:
+                q = q * weights_of_slots(t, form)
+            y_next = y_next + (y[i] + tl.sum(q[:, None] * s, 0),)
+            if form.NORMALIZE:
+                z_next = z_next + (z[i] + tl.sum(q * tl.sum(w, 1), 0),)
+            else:
+                z_next = z_next + (z[i],)
+        y, z = y_next, z_next
+    for i in tl.static_range(GROUP):
+        h = g * GROUP + i
+        found = y[i]
+        if form.NORMALIZE:
+            found = quotient(found, z[i], form)
+            tl.store(denominators + b * (G * GROUP) + h + tl.arange(0, 1), z[i])
+        tl.store(out + b * o_batch + h * o_head + columns, found, mask=columns < form.V)

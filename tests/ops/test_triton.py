@@ -1,0 +1,250 @@
+"""Triton's kernels of linear and Taylor attention, in Triton's interpreter.
+
+The matrix has the law. Here are what the interpreter hides, and sizes that the matrix lacks.
+"""
+
+from __future__ import annotations
+
+import builtins
+import random
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import elu
+
+import cumulant as cm
+from cumulant.kernels.spec import AttentionInputs, AttentionSpec
+from cumulant.kernels.triton import attention
+
+from .cases import TOLERANCE, error
+from .interpreter import HAS_TRITON
+from .native_calls import run_script
+from .walking import walk
+
+pytestmark = [
+    pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed"),
+    pytest.mark.usefixtures("short_chunks"),
+]
+
+
+def attend(
+    order: int,
+    impl: str,
+    dtype: torch.dtype = torch.float64,
+    *,
+    sizes: tuple[int, ...] = (1, 2, 1, 37, 5, 3),
+    is_causal: bool = True,
+    decays: bool = False,
+    packed: bool = False,
+    options: dict[str, Any] | None = None,
+) -> list[Tensor]:
+    """Output, state, and the gradients of everything, from the same numbers for every `impl`."""
+    B, H, G, T, K, V = sizes
+    draw = torch.Generator().manual_seed(0)
+
+    def random_numbers(*shape: int) -> Tensor:
+        return torch.rand(shape, generator=draw, dtype=torch.float64)
+
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    q, k, v = (
+        (2 * random_numbers(B, heads, T, D) - 1).to(torch.bfloat16).to(dtype)
+        for heads, D in ((H, K), (G, K), (G, V))
+    )
+    F = cm.feature_count(K, order) if order else K
+    bounds = torch.tensor([0, 9, 9, T - 3]) if packed else None
+    N = 3 if packed else B
+    S, z = random_numbers(N, G, F, V).to(wide), 1 + random_numbers(N, G, F).to(wide)
+    leaves = [x.requires_grad_() for x in (q, k, v, S, z)]
+    call = dict(options or {}, is_causal=is_causal, return_state=True, impl=impl)
+    if packed:
+        call["cu_seqlens"] = bounds
+    if decays:
+        leaves.append(-random_numbers(B, G, T).square().to(wide).requires_grad_())
+        call["log_decay"] = leaves[-1]
+    call["state"] = cm.LinearState(S, z, torch.full((N,), 3))
+    if order:
+        out, state = cm.taylor_attention(q, k, v, order, **call)
+    else:
+        out, state = cm.linear_attention(q, k, v, **call)
+    found = [out, state.numerator, state.denominator]
+    loss = sum((x.double() * random_numbers(*x.shape)).sum() for x in found)
+    return [x.detach() for x in (*found, *torch.autograd.grad(loss, leaves))]
+
+
+def assert_equal_reference(factor: float = 1000, **call: Any) -> None:
+    order = call.pop("order")
+    for actual, exact in zip(attend(order, "triton", **call), attend(order, "reference", **call)):
+        assert error(actual, exact) <= TOLERANCE[torch.float64] * factor
+
+
+@pytest.mark.parametrize(
+    ("order", "sizes"),
+    [
+        (0, (1, 1, 1, 20, 70, 3)),  # two parts of a vector
+        (0, (1, 2, 1, 18, 5, 70)),  # two blocks of values
+        (2, (1, 2, 1, 18, 3, 70)),
+        (2, (1, 1, 1, 18, 1, 1)),
+        (2, (1, 1, 1, 18, 2, 3)),
+        (2, (1, 1, 1, 17, 12, 3)),  # several tiles of features
+        (1, (2, 1, 1, 20, 17, 3)),
+    ],
+)
+@pytest.mark.parametrize("form", ["causal", "decay", "both"])
+def test_sizes(order: int, sizes: tuple[int, ...], form: str):
+    assert_equal_reference(order=order, sizes=sizes, is_causal=form != "both", decays=form == "decay")
+
+
+@pytest.mark.parametrize("order", [0, 2])
+@pytest.mark.parametrize("processors", [1, 1000], ids=["whole", "split"])
+def test_nothing_unwritten_is_read(order: int, processors: int, monkeypatch, unwritten_is_nan):
+    walk(monkeypatch, triton_processors=processors)
+    assert_equal_reference(order=order, decays=True)
+    assert_equal_reference(order=order, decays=True, packed=True)
+    assert_equal_reference(order=order, is_causal=False)
+
+
+@pytest.mark.parametrize("order", [0, 2])
+def test_programs_of_a_launch_do_not_depend_on_each_other(order: int, monkeypatch):
+    """The interpreter runs them one after another; here in three other orders."""
+    from triton.runtime import interpreter
+
+    def run(seed: int | None) -> list[Tensor]:
+        shuffled = random.Random(seed)
+
+        def in_any_order(*bounds):
+            found = list(builtins.range(*bounds))
+            if seed is not None and sys._getframe(1).f_code.co_name == "__call__":
+                shuffled.shuffle(found)
+            return found
+
+        monkeypatch.setattr(interpreter, "range", in_any_order, raising=False)
+        return [
+            *attend(order, "triton", decays=True),
+            *attend(order, "triton", packed=True),
+            *attend(order, "triton", is_causal=False),
+        ]
+
+    usual = run(None)
+    for seed in (1, 2, 3):
+        assert all(torch.equal(a, b) for a, b in zip(run(seed), usual, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("order", [0, 1, 2])
+def test_exactness(order: int, dtype: torch.dtype):
+    """Denominators are as exact in half precision as in fp32."""
+    call = {"sizes": (1, 1, 1, 70, 16, 16), "decays": order == 2}
+    found = attend(order, "triton", dtype, **call)
+    exact = attend(order, "reference", **call)
+    assert error(found[0], exact[0]) <= TOLERANCE[dtype]
+    assert error(found[2], exact[2]) <= 1e-6  # the state's denominator
+    q, k, v = (torch.randn(1, 1, 70, 16).to(dtype) for _ in range(3))
+    assert error(*denominators(order, q, k, v)) <= 1e-5
+
+
+def denominators(order: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """What the kernels divide outputs by, and the same in fp64."""
+    activation, scale = ("identity", 0.25) if order else ("elu", 1.0)
+    spec = AttentionSpec(order, True, activation, scale, True, True, False)
+    inputs = AttentionInputs(q, k, v)
+    found = attention.forward(inputs, attention.prepared(inputs, spec)).denominators
+    q, k = q.double(), k.double()
+    if order:
+        x = scale * q @ k.mT
+        return found, (1 + x + (x * x / 2 if order == 2 else 0)).tril().sum(-1)
+    # queries without positive numbers are multiplied, which the quotient does not see
+    q = q - q.amax(-1, keepdim=True).clamp(max=0)
+    return found, ((elu(q) + 1) @ (elu(k) + 1).mT).tril().sum(-1)
+
+
+def test_numbers_beyond_32_bits():
+    """Rows of the inputs 2^28 elements apart; only the pages in use take memory."""
+    T, K = 18, 4
+    memory = torch.empty(2**28 * T, dtype=torch.bfloat16)
+    far = memory.as_strided((1, 1, T, K), (0, 0, 2**28, 1))
+    near = torch.randn(1, 1, T, K).bfloat16()
+    far.copy_(near)
+    for op in (cm.linear_attention, cm.taylor_attention):
+        expected = op(near, near, near, is_causal=True, impl="triton")
+        assert torch.equal(op(far, far, far, is_causal=True, impl="triton"), expected)
+
+
+GUARDED = """
+import ctypes, mmap, torch
+import cumulant as cm
+from cumulant.kernels.triton import attention, device
+
+libc = ctypes.CDLL(None, use_errno=True)
+libc.mmap.restype = ctypes.c_void_p
+libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+PAGE = mmap.PAGESIZE
+
+def guarded(shape, dtype, at_end):
+    size = torch.Size(shape).numel() * dtype.itemsize
+    length = -(-max(size, 1) // PAGE) * PAGE
+    base = libc.mmap(None, length + 2 * PAGE, 3, 0x22, -1, 0)
+    libc.mprotect(base, PAGE, 0)
+    libc.mprotect(base + PAGE + length, PAGE, 0)
+    start = base + PAGE + (length - size if at_end else 0)
+    if not size:
+        return torch.zeros(shape, dtype=dtype)
+    buffer = (ctypes.c_char * size).from_address(start)
+    return torch.frombuffer(buffer, dtype=dtype).view(shape)
+
+attention.CHUNK, attention.SPAN, device.PROCESSORS = 16, 16, 1000
+for at_end in (True, False):
+    torch.Tensor.new_empty = lambda self, *shape, dtype=None, device=None: guarded(
+        shape[0] if isinstance(shape[0], (tuple, torch.Size)) else shape, dtype or self.dtype, at_end
+    )
+    def take(*shape):
+        return guarded(shape, torch.float32, at_end).copy_(torch.rand(shape)).requires_grad_()
+    for order, T in ((0, 21), (2, 21), (2, 1)):
+        F = cm.feature_count(3, order) if order else 3
+        q, k, v = take(1, 2, T, 3), take(1, 1, T, 3), take(1, 1, T, 5)
+        state = cm.LinearState(take(1, 1, F, 5), take(1, 1, F), torch.tensor([0]))
+        logs = (-take(1, 1, T)).detach()
+        mask = guarded((1, T), torch.bool, at_end).fill_(True)
+        options = {"state": state, "log_decay": logs, "key_mask": mask, "is_causal": True}
+        options |= {"return_state": True, "impl": "triton"}
+        if order:
+            out, end = cm.taylor_attention(q, k, v, order, **options)
+        else:
+            out, end = cm.linear_attention(q, k, v, **options)
+        (out.sum() + end.numerator.sum() + end.denominator.sum()).backward()
+print("all inside")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs mmap")
+def test_nothing_outside_of_tensors_is_touched():
+    """Every tensor ends or begins at a page that may not be read."""
+    done = run_script(GUARDED, TRITON_INTERPRET="1")
+    assert done.stdout.strip() == "all inside", done.stderr
+
+
+def test_gpu_tensors_are_needed_without_the_interpreter():
+    script = """
+import torch, cumulant as cm
+x = torch.ones(1, 1, 3, 4)
+print(cm.explain(cm.linear_attention, x, x, x).impl)
+cm.linear_attention(x, x, x, impl="triton")
+"""
+    failed = run_script(script, TRITON_INTERPRET="0")
+    assert failed.stdout.strip() == "native"
+    assert "'triton' cannot run this call: its kernels run on GPUs" in failed.stderr
+
+
+def test_sizes_without_kernels_are_refused():
+    x = torch.ones(1, 1, 3, 40)
+    with pytest.raises(ValueError, match="K up to 32 and V up to 256, not K = 40"):
+        cm.taylor_attention(x, x, x, impl="triton")
+    with pytest.raises(ValueError, match="up to order 2, and this is order 3"):
+        cm.taylor_attention(x, x, x, 3, impl="triton")
+    assert cm.explain(cm.linear_attention, x, x, x).impl != "triton"
+    assert "chunks of 16 tokens, 40 features" in str(
+        cm.explain(cm.linear_attention, x, x, x, impl="triton")
+    )
