@@ -108,7 +108,7 @@ def compile_kernel(name: str, label: str, target: int | str) -> dict[str, Any]:
     call, hip = forms()[label], isinstance(target, str)
     kernel = {**vars(sums), **vars(outputs), **vars(gradients)}[name]
     constants: dict[str, Any] = {"form": make_form(call, hip)}
-    fixed = dict(SOURCE="spans", FINAL=False, SHARES=call["decays"], V=call["V"], BV=64,
+    fixed = dict(SOURCE="spans", FINAL=False, SHARES=call["decays"], V=call["V"], BV=64, BLOCKS=-(-call["V"] // 64),
                  HAS_BEFORE=False, HAS_AFTER=False, BACKWARDS=False)  # fmt: skip
     types, aligned = signature(kernel, call)
     constants |= {k: v for k, v in fixed.items() if k in types}

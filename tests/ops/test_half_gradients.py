@@ -19,6 +19,18 @@ def gradients(op, inputs: list[Tensor], weight: Tensor, **options) -> list[Tenso
     return list(torch.autograd.grad((op(*leaves, **options).double() * weight).sum(), leaves))
 
 
+def uncancelled_gradients(
+    inputs: list[Tensor], weight: Tensor, is_causal: bool
+) -> list[Tensor]:
+    """The gradients without the part of the denominators, which cancels most of them."""
+    q, k, v = leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    weights = q.relu() @ k.relu().mT
+    weights = weights.tril() if is_causal else weights
+    size = weights.sum(-1, keepdim=True).detach()
+    out = weights @ v / size.masked_fill(size == 0, 1)
+    return list(torch.autograd.grad((out * weight).sum(), leaves))
+
+
 @by_impl
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("dtype", list(ROUNDING), ids=str)
@@ -27,17 +39,23 @@ def test_gradients_of_outputs_that_hardly_depend_on_the_query(
 ):
     """Most queries have one relu feature above 0, or none, so outputs do not depend on its size."""
     options = {"feature_map": "relu", "is_causal": is_causal}
-    found, own = torch.zeros(3), torch.zeros(3)
+    found, own, size = torch.zeros(3), torch.zeros(3), torch.zeros(3)
     for seed in range(8):  # of one draw, where most of a gradient cancels, an error says little
         torch.manual_seed(seed)
         inputs = [torch.randn(1, 2, 129, K).to(dtype) for K in (2, 2, 8)]
         weight = torch.randn(1, 2, 129, 8, dtype=torch.float64)
         wide = [x.double() for x in inputs]
         exact = gradients(cm.linear_attention, wide, weight, impl="reference", **options)
+        large = uncancelled_gradients(wide, weight, is_causal)
         for total, name in ((found, impl), (own, "reference")):
             grads = gradients(cm.linear_attention, inputs, weight, impl=name, **options)
             total.add_(torch.tensor([error(a, b) ** 2 / 8 for a, b in zip(grads, exact)]))
-    assert (found.sqrt() <= 2 * own.sqrt().clamp(min=ROUNDING[dtype])).all()
+        size.add_(torch.tensor([error(a, b) ** 2 / 8 for a, b in zip(large, exact)]))
+    bound = own.sqrt().clamp(min=ROUNDING[dtype])
+    if impl == "triton" and dtype != torch.float32:
+        # its factors of products are rounded before they cancel, as tensor cores take them
+        bound = torch.maximum(bound, ROUNDING[dtype] * size.sqrt())
+    assert (found.sqrt() <= 2 * bound).all()
 
 
 @by_impl

@@ -7,14 +7,15 @@ exactly; there `operand` rounds the bits itself and the product runs in fp32.
 
 from __future__ import annotations
 
-import os
-
 import triton
 import triton.language as tl
 
-INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
+from .. import decay
+from . import device
+
+INTERPRETED = tl.constexpr(device.INTERPRETED)
 LOG2E = tl.constexpr(1.4426950408889634)
-LEAST = tl.constexpr(-1.4426950408889634e4)  # base 2; exp of it is 0, also in fp64
+LEAST = tl.constexpr(decay.LEAST * 1.4426950408889634)
 
 
 @triton.jit

@@ -37,7 +37,7 @@ def obstacle(inputs: AttentionInputs, spec: AttentionSpec) -> str:
     if spec.order > 2:
         return f"its kernels go up to order 2, and this is order {spec.order}"
     most = MOST_TAYLOR if spec.order else MOST_COLUMNS
-    if not (0 < K <= most and 0 < V <= MOST_COLUMNS):
+    if not (0 < K <= most and V <= MOST_COLUMNS):
         return f"its kernels take K up to {most} and V up to {MOST_COLUMNS}, not K = {K}, V = {V}"
     return ""
 
@@ -116,7 +116,7 @@ class Call:
             decays=x.log_decay is not None,
         )))  # fmt: skip
         self.size = constants
-        self.blocks = -(-V // constants.block)
+        self.blocks = constants.blocks
         self.mask = None if x.key_mask is None else x.key_mask.contiguous().view(torch.uint8)
         logs = x.log_decay
         self.decay_strides = (0, 0, 0) if logs is None else logs.stride()
@@ -142,13 +142,13 @@ class Call:
 
     def scan(
         self, spans: Spans, sums: Tensor, totals: Tensor | None, before: Tensor | None,
-        after: Tensor | None, *, V: int, parts: int = 1, backwards: bool = False,
+        after: Tensor | None, *, matrices: bool, parts: int = 1, backwards: bool = False,
     ) -> None:  # fmt: skip
-        block = 1 if V == 1 else self.size.block
+        block, blocks = (self.size.block, self.blocks) if matrices else (1, 1)
         self.launch(
-            "scan_spans", self.N * self.G * self.size.tiles * -(-V // block),
+            "scan_spans", self.N * self.G * self.size.tiles * blocks,
             sums, totals, spans.firsts, before, after, spans.splits, spans.count, self.G, parts,
-            V=V, BV=block, HAS_BEFORE=before is not None, HAS_AFTER=after is not None,
+            V=self.V if matrices else 1, BV=block, BLOCKS=blocks, HAS_BEFORE=before is not None, HAS_AFTER=after is not None,
             BACKWARDS=backwards,
         )  # fmt: skip
 
@@ -164,9 +164,9 @@ class Call:
             self.S, spans.length, spans.splits, self.G,
             *self.k.stride()[:3], *self.v.stride()[:3], *self.decay_strides,
         )  # fmt: skip
-        self.scan(spans, sums, totals, x.numerator, final[0], V=self.V)
+        self.scan(spans, sums, totals, x.numerator, final[0], matrices=True)
         if self.spec.normalize:
-            self.scan(spans, weights, totals, x.denominator, final[1], V=1)
+            self.scan(spans, weights, totals, x.denominator, final[1], matrices=False)
         return Sums(sums, weights, totals)
 
     def read(self, source: tuple[str, Tensor | None, Tensor | None], y: AttentionOutputs,
@@ -223,6 +223,7 @@ class Constants(NamedTuple):
     tile: int
     tiles: int
     block: int
+    blocks: int
     sums: torch.dtype
     tiny: float
     dot: str
@@ -248,10 +249,11 @@ def form_constants(
         parts, tile = 1, _power(slots)
     else:
         slots, parts, tile = K, -(-K // width), width
+    block = _power(V)
     return Constants(
         K, V, feature_count(K, spec.order, spec.constant_term), spec.order, spec.constant_term,
         spec.activation, spec.scale, spec.normalize, spec.is_causal, int(spec.chunk), width, parts, tile,
-        -(-slots // tile), _power(V), dtype, torch.finfo(dtype).tiny, *dots,
+        -(-slots // tile), block, max(1, -(-V // block)), dtype, torch.finfo(dtype).tiny, *dots,
     )  # fmt: skip
 
 
@@ -393,10 +395,10 @@ class Gradients(Call):
             *self.decay_strides,
         )  # fmt: skip
         after = self.after
-        self.scan(spans, sums, totals, after[0], before[0], V=self.V, backwards=True)
+        self.scan(spans, sums, totals, after[0], before[0], matrices=True, backwards=True)
         if self.spec.normalize:
             self.scan(
-                spans, weights, totals, after[1], before[1], V=1, parts=self.blocks, backwards=True
+                spans, weights, totals, after[1], before[1], matrices=False, parts=self.blocks, backwards=True
             )
         return Sums(sums, weights, totals)
 

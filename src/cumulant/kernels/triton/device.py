@@ -15,15 +15,24 @@ WAVES = 2  # programs for each multiprocessor
 PROCESSORS = 1  # of a CPU in Triton's interpreter
 
 
-@lru_cache(maxsize=1)
-def interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter, on the CPU."""
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+# Whether kernels run in Triton's interpreter, on the CPU; Triton reads it once too.
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+_found: list[str] = []
 
 
-@lru_cache(maxsize=1)
 def missing_reason() -> str:
     """Why Triton cannot be used; empty if it can."""
+    if not _found:
+        _found.append(_find_triton())
+    return _found[0]
+
+
+# This is what torch.compiler.assume_constant_result does; calling it would import all of
+# torch.compile with this file.
+missing_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _find_triton() -> str:
     if find_spec("triton") is None:
         return "Triton is not installed"
     import triton
@@ -37,7 +46,7 @@ def missing_reason() -> str:
 
 def obstacle(x: Tensor) -> str:
     """Why the kernels cannot take tensors such as `x`; empty where they can."""
-    if x.device.type != "cuda" and not (x.device.type == "cpu" and interpreted()):
+    if x.device.type != "cuda" and not (x.device.type == "cpu" and INTERPRETED):
         return f"its kernels run on GPUs, and the tensors are on {x.device.type!r}"
     return missing_reason()
 

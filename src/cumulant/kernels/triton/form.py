@@ -29,6 +29,7 @@ class Form(NamedTuple):
     TILE: tl.constexpr
     TILES: tl.constexpr
     BV: tl.constexpr
+    BLOCKS: tl.constexpr  # of BV columns
     SUM: tl.constexpr  # dtype of sums
     TINY: tl.constexpr  # its smallest normal number
     DOT: tl.constexpr  # how products are taken, see arithmetic.py

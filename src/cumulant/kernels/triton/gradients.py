@@ -32,7 +32,7 @@ from .sums import load_decays, load_output_gradient
 def weight_gradients(q, k, v, dy, dz, d, seen, form: tl.constexpr):
     """Of a chunk: the weights, and the gradients of weights, of scores, and of log decays' pairs."""
     x = scores(q, k, form)
-    dw = product(operand(dy, form.DOT), tl.trans(operand(v, form.DOT)), form.DOT) + dz[:, None]
+    dw = product(dy, tl.trans(operand(v, form.DOT)), form.DOT) + dz[:, None]
     decay = tl.where(seen, 1.0, 0.0).to(form.SUM)
     if form.DECAYS:
         decay = tl.where(seen, decays_between(d, form), 0.0)
@@ -56,8 +56,7 @@ def query_gradients(
     dquery [parts, B, T, H, K]; `size` is the number of elements of a part. With SHARES it writes
     each query's share in the gradients of log decays: that of its weights of earlier tokens.
     """
-    blocks: tl.constexpr = (form.V + form.BV - 1) // form.BV
-    at, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    at, block = tl.program_id(0) // form.BLOCKS, tl.program_id(0) % form.BLOCKS
     column = block * form.BV
     u, h = at // H, (at % H).to(tl.int64)
     g = h // (H // G)
@@ -93,7 +92,7 @@ def query_gradients(
                 share += tl.sum(tl.where(row[:, None] > row[None, :], pairs, 0.0), 1)
         taylor = tl.zeros((form.C, form.WIDTH), form.SUM)
         for t in tl.static_range(form.TILES):
-            dphi = product(operand(dy, form.DOT), tl.trans(operand(S[t], form.DOT)), form.DOT)
+            dphi = product(dy, tl.trans(operand(S[t], form.DOT)), form.DOT)
             if form.NORMALIZE:
                 dphi += dz[:, None] * Z[t][None, :]
             if form.DECAYS:
@@ -134,8 +133,7 @@ def key_gradients(
     [B, T, G, V]. FINAL: whether it writes the gradient of the state before the span, which is then
     the sequence. With SHARES it writes each key's share in the gradients of log decays.
     """
-    blocks: tl.constexpr = (form.V + form.BV - 1) // form.BV
-    at, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    at, block = tl.program_id(0) // form.BLOCKS, tl.program_id(0) % form.BLOCKS
     column = block * form.BV
     u, g = at // G, (at % G).to(tl.int64)
     b, n, begin, end = find_span(u, T, span, splits, rows, begins, offsets, form)
@@ -195,7 +193,6 @@ def key_gradients(
                 w, dx, pairs = weight_gradients(q, k, v, dy, dz, d, visible(row, kept), form)
                 if SHARES:
                     share += tl.sum(tl.where(row[:, None] > row[None, :], pairs, 0.0), 0)
-                dy = operand(dy, form.DOT)
                 dv = add_product(tl.trans(operand(w, form.DOT)), dy, dv, form.DOT)
                 dx = tl.trans(operand(dx, form.DOT))
                 if form.ORDER > 0:
@@ -230,5 +227,5 @@ def key_gradients(
         for t in tl.static_range(form.TILES):
             store_state(dbefore, S[t], n * G + g, t, column, form.V, form.BV, True, form)
             if form.NORMALIZE:
-                at_weights = (n * G + g) * blocks + block
+                at_weights = (n * G + g) * form.BLOCKS + block
                 store_state(dbefore_weights, Z[t][:, None], at_weights, t, 0, 1, 1, True, form)

@@ -120,8 +120,7 @@ def outputs(
 
     FINAL: whether it also writes the state after the span, which is then the sequence.
     """
-    blocks: tl.constexpr = (form.V + form.BV - 1) // form.BV
-    at, column = tl.program_id(0) // blocks, (tl.program_id(0) % blocks) * form.BV
+    at, column = tl.program_id(0) // form.BLOCKS, (tl.program_id(0) % form.BLOCKS) * form.BV
     u, h = at // H, (at % H).to(tl.int64)
     g = h // (H // G)
     b, n, begin, end = find_span(u, T, span, splits, rows, begins, offsets, form)

@@ -27,8 +27,9 @@ def load_decays(logs, mask, b, T, g, batch, head, row_stride, row, end, form: tl
 def load_output_gradient(
     dout, out, denominators, at_dout, at_out, at_z, dout_row, out_row, row, inside, column, form: tl.constexpr
 ):
-    """The gradients of numerators [C, BV] and of denominators [C] of some queries.
+    """The gradients of numerators [C, BV], as factors of products, and of denominators [C].
 
+    Both are of the rounded numbers: they nearly cancel where an output hardly depends on a weight.
     A denominator's gradient is a sum over the values' columns: every block adds its own.
     """
     d = load_rows(dout + at_dout, row, inside, dout_row, column, form.V, form.BV, form)
@@ -37,9 +38,10 @@ def load_output_gradient(
         z = tl.load(denominators + at_z + row, mask=inside, other=0.0)
         usual = tl.abs(z) >= form.TINY
         inverse = tl.where(usual, 1.0 / tl.where(usual, z, 1.0), 0.0).to(form.SUM)
-        return d * inverse[:, None], -tl.sum(d * y, 1) * inverse
+        d = operand(d * inverse[:, None], form.DOT)
+        return d, -tl.sum(d.to(form.SUM) * y, 1)
     else:
-        return d, tl.zeros((form.C,), form.SUM)
+        return operand(d, form.DOT), tl.zeros((form.C,), form.SUM)
 
 
 @triton.jit(do_not_specialize=["T", "span", "splits"])
@@ -52,8 +54,7 @@ def key_sums(
 
     One program has a span, a key head, and BV columns.
     """
-    blocks: tl.constexpr = (form.V + form.BV - 1) // form.BV
-    at, column = tl.program_id(0) // blocks, (tl.program_id(0) % blocks) * form.BV
+    at, column = tl.program_id(0) // form.BLOCKS, (tl.program_id(0) % form.BLOCKS) * form.BV
     u, g = at // G, (at % G).to(tl.int64)
     b, n, begin, end = find_span(u, T, span, splits, rows, begins, offsets, form)
     total = tl.zeros((1,), tl.float64)
@@ -106,8 +107,7 @@ def query_sums(
 
     It adds up the query heads of a key head. The weights are partial: of BV columns of outputs.
     """
-    blocks: tl.constexpr = (form.V + form.BV - 1) // form.BV
-    at, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    at, block = tl.program_id(0) // form.BLOCKS, tl.program_id(0) % form.BLOCKS
     column = block * form.BV
     u, g = at // G, (at % G).to(tl.int64)
     b, n, begin, end = find_span(u, T, span, splits, rows, begins, offsets, form)
@@ -133,7 +133,6 @@ def query_sums(
             dy, dz = load_output_gradient(
                 dout, out, denominators, at_dout, at_out, at_z, g_row, o_row, row, inside, column, form
             )
-            dy = operand(dy, form.DOT)
             S_next, Z_next = (), ()
             for t in tl.static_range(form.TILES):
                 phi = query_features(q, t, form)
@@ -145,13 +144,13 @@ def query_sums(
     for t in tl.static_range(form.TILES):
         store_tile(sums, S[t], at, t, column, form.V, form.BV, form)
         if form.NORMALIZE:
-            store_tile(weights, Z[t][:, None], at * blocks + block, t, 0, 1, 1, form)
+            store_tile(weights, Z[t][:, None], at * form.BLOCKS + block, t, 0, 1, 1, form)
 
 
 @triton.jit(do_not_specialize=["splits", "spans"])
 def scan_spans(
     sums, totals, first_spans, before, after, splits, spans, G, parts,
-    V: tl.constexpr, BV: tl.constexpr, HAS_BEFORE: tl.constexpr, HAS_AFTER: tl.constexpr,
+    V: tl.constexpr, BV: tl.constexpr, BLOCKS: tl.constexpr, HAS_BEFORE: tl.constexpr, HAS_AFTER: tl.constexpr,
     BACKWARDS: tl.constexpr, form: tl.constexpr,
 ):  # fmt: skip
     """Replaces the sums of each span by those before it (after it, if BACKWARDS).
@@ -161,8 +160,7 @@ def scan_spans(
 
     parts: how many matrices of each span and head are added up; the first gets the result.
     """
-    blocks: tl.constexpr = (V + BV - 1) // BV
-    at, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    at, block = tl.program_id(0) // BLOCKS, tl.program_id(0) % BLOCKS
     at, tile = at // form.TILES, at % form.TILES
     n, g = at // G, at % G
     column = block * BV
