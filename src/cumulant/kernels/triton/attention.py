@@ -60,6 +60,9 @@ def describe(inputs: AttentionInputs, spec: AttentionSpec) -> str:
     return f"chunks of {spec.chunk} tokens, {features} features"
 
 
+ONE = {"V": 1, "BV": 1, "BLOCKS": 1}  # column
+
+
 class Spans(NamedTuple):
     """How the tokens of sequences are split."""
 
@@ -135,22 +138,29 @@ class Call:
 
     def new_sums(self, spans: Spans, parts: int = 1) -> tuple[Tensor, Tensor]:
         """Empty sums of every span: matrices, and `parts` vectors."""
-        slots, dtype = self.size.tile * self.size.tiles, self.x.dtype
+        size, dtype = self.size, self.x.dtype
+        slots = size.tile * size.tiles
         matrices = self.q.new_empty((spans.count, self.G, slots, self.V), dtype=dtype)
-        shape = (spans.count, self.G, parts, slots) if self.spec.normalize else (0,)
+        weights = size.tile * size.width if size.order == 2 else slots
+        shape = (spans.count, self.G, parts, weights) if self.spec.normalize else (0,)
         return matrices, self.q.new_empty(shape, dtype=dtype)
 
     def scan(
         self, spans: Spans, sums: Tensor, totals: Tensor | None, before: Tensor | None,
         after: Tensor | None, *, matrices: bool, parts: int = 1, backwards: bool = False,
     ) -> None:  # fmt: skip
-        block, blocks = (self.size.block, self.blocks) if matrices else (1, 1)
-        self.launch(
-            "scan_spans", self.N * self.G * self.size.tiles * blocks,
-            sums, totals, spans.firsts, before, after, spans.splits, spans.count, self.G, parts,
-            V=self.V if matrices else 1, BV=block, BLOCKS=blocks, HAS_BEFORE=before is not None, HAS_AFTER=after is not None,
-            BACKWARDS=backwards,
+        shared = (
+            sums, totals, spans.firsts, before, after, spans.splits, spans.count, self.G, parts
         )  # fmt: skip
+        options = {"HAS_BEFORE": before is not None, "HAS_AFTER": after is not None}
+        options["BACKWARDS"] = backwards
+        programs, size = self.N * self.G, self.size
+        if not matrices and size.order == 2:
+            self.launch("scan_moments", programs, *shared, **options)
+        else:
+            options |= {"V": self.V, "BV": size.block, "BLOCKS": size.blocks} if matrices else ONE
+            programs *= size.tiles * options["BLOCKS"]
+            self.launch("scan_spans", programs, *shared, **options)
 
     def key_sums(self, final: tuple[Tensor | None, Tensor | None]) -> "Sums":
         """The sums before each span of keys, which also gives the state after them all."""
@@ -222,6 +232,7 @@ class Constants(NamedTuple):
     parts: int
     tile: int
     tiles: int
+    single: int
     block: int
     blocks: int
     sums: torch.dtype
@@ -245,15 +256,18 @@ def form_constants(
     """The constants of a call's kernels."""
     width = _power(K)
     if spec.order:
-        slots = K + spec.constant_term + ((K // 2 + 1) * K if spec.order == 2 else 0)
-        parts, tile = 1, _power(slots)
+        single = (K // 2 + 1) * K if spec.order == 2 else 0
+        parts, tile = 1, _power(single + K + 2)  # with a 1, and a slot for the number of keys
+        if single % tile + K + 2 > tile:
+            single = -(-single // tile) * tile
+        slots = single + K + 2
     else:
-        slots, parts, tile = K, -(-K // width), width
+        single, slots, parts, tile = 0, K, -(-K // width), width
     block = _power(V)
     return Constants(
         K, V, feature_count(K, spec.order, spec.constant_term), spec.order, spec.constant_term,
         spec.activation, spec.scale, spec.normalize, spec.is_causal, int(spec.chunk), width, parts, tile,
-        -(-slots // tile), block, max(1, -(-V // block)), dtype, torch.finfo(dtype).tiny, *dots,
+        -(-slots // tile), single, block, max(1, -(-V // block)), dtype, torch.finfo(dtype).tiny, *dots,
     )  # fmt: skip
 
 
@@ -480,7 +494,17 @@ class Gradients(Call):
         found = torch.zeros(before.sums.shape[:2], dtype=torch.float64, device=before.sums.device)
         found[1:] = torch.einsum("ugfv,ugfv->ug", before.sums[1:], after.sums[:-1])
         if self.spec.normalize:
-            found[1:] += torch.einsum(
-                "ugf,ugf->ug", before.weights[1:, :, 0], after.weights[:-1, :, 0]
-            )
+            weights = before.weights[1:, :, 0]
+            if self.size.order == 2:
+                weights = weights * self.moments_weights(weights).view(-1)
+            found[1:] += torch.einsum("ugf,ugf->ug", weights, after.weights[:-1, :, 0])
         return found
+
+    def moments_weights(self, like: Tensor) -> Tensor:
+        """What each number of `weights.py`'s sums of order 2 counts in a denominator."""
+        size, factor = self.size, like.new_zeros(self.size.tile, self.size.width)
+        row = size.single % size.tile
+        factor[row : row + size.K] = 0.5 * size.scale**2
+        factor[row + size.K] = size.scale
+        factor[row + size.K + 1, 0] = float(size.constant)
+        return factor

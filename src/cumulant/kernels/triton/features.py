@@ -2,9 +2,9 @@
 
 Order 0: the features are the activated vectors, and a tile is some of their columns. Orders 1 and
 2: features are formed from the whole vector x, in slots. With K // 2 + 1 shifts s, slot ``s K + j``
-holds ``x_j x_(j+s)``, indices modulo K; then come the K numbers of x, and a 1. So every pair has a
-slot, pairs at the distance K / 2 have two, and a tile is a product of two matrix products with
-constant 0/1 matrices. A query's slots have the weights that make φ(q)·φ(k) the polynomial: 1/2 for
+holds ``x_j x_(j+s)``, indices modulo K. The K numbers of x and a 1 are in the last tile, from slot
+SINGLE on. So every pair has a slot, pairs at the distance K / 2 have two, and a tile is a product of
+two matrix products with constant 0/1 matrices. A query's slots have the weights that make φ(q)·φ(k) the polynomial: 1/2 for
 squares and for pairs with two slots.
 
 Vectors are tuples of matrices, one for each of the form's parts.
@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .arithmetic import operand, product, rounded
+from .arithmetic import add_product, operand, product, rounded
 
 
 @triton.jit
@@ -159,10 +159,12 @@ def polynomial(x, form: tl.constexpr):
 
 @triton.jit
 def slots(tile, form: tl.constexpr):
-    """The slots of a tile, their shifts and columns, and the number of slots of pairs."""
+    """The slots of a tile, their shifts and columns, and where pairs end and single numbers begin."""
     slot = tile * form.TILE + tl.arange(0, form.TILE)
     pairs: tl.constexpr = (form.K // 2 + 1) * form.K if form.ORDER == 2 else 0
-    return slot, slot // form.K, slot % form.K, pairs
+    is_pair, is_single = slot < pairs, (slot >= form.SINGLE) & (slot < form.SINGLE + form.K)
+    column = tl.where(is_pair, slot % form.K, slot - form.SINGLE)
+    return slot // form.K, column, is_pair, is_single, slot == form.SINGLE + form.K
 
 
 @triton.jit
@@ -173,50 +175,66 @@ def constant(x: tl.constexpr, form: tl.constexpr):
 
 @triton.jit
 def _left_matrix(tile, form: tl.constexpr):
-    """[WIDTH, TILE]: picks x_j for every slot but that of the 1."""
-    slot, _, column, pairs = slots(tile, form)
+    """[WIDTH, TILE]: picks x_j for every slot of a pair and of a single number.
+
+    It is the same for every tile where K divides TILE, so that its product is taken once. Slots that
+    it need not fill have a right factor of zero.
+    """
     row = tl.arange(0, form.WIDTH)
-    picked = (row[:, None] == column[None, :]) & (slot < pairs + form.K)[None, :]
+    if form.TILE % form.K == 0:
+        picked = row[:, None] == (tl.arange(0, form.TILE) % form.K)[None, :]
+    else:
+        shift, column, is_pair, is_single, is_one = slots(tile, form)
+        picked = (row[:, None] == column[None, :]) & (is_pair | is_single)[None, :]
     return operand(tl.where(picked, 1.0, 0.0).to(form.SUM), form.DOT)
 
 
 @triton.jit
 def _right_matrix(tile, form: tl.constexpr):
     """[WIDTH, TILE]: picks x_(j+s) for the slots of pairs."""
-    slot, shift, column, pairs = slots(tile, form)
+    shift, column, is_pair, is_single, is_one = slots(tile, form)
     row = tl.arange(0, form.WIDTH)
-    picked = (row[:, None] == ((column + shift) % form.K)[None, :]) & (slot < pairs)[None, :]
+    picked = (row[:, None] == ((column + shift) % form.K)[None, :]) & is_pair[None, :]
     return operand(tl.where(picked, 1.0, 0.0).to(form.SUM), form.DOT)
-
-
-@triton.jit
-def _constants(tile, form: tl.constexpr):
-    """What is added to the left and the right factor of each slot."""
-    slot, _, _, pairs = slots(tile, form)
-    one = (slot == pairs + form.K) & form.CONSTANT
-    linear = (slot >= pairs) & (slot < pairs + form.K)
-    left = tl.where(one, 1.0, 0.0).to(form.SUM)
-    return left, tl.where(one | linear, 1.0, 0.0).to(form.SUM)
 
 
 @triton.jit
 def weights_of_slots(tile, form: tl.constexpr):
     """The weight of each slot in a query's features."""
-    slot, shift, _, pairs = slots(tile, form)
+    shift, column, is_pair, is_single, is_one = slots(tile, form)
     halved = (shift == 0) | (2 * shift == form.K)
     pair = constant(form.SCALE * form.SCALE, form) * tl.where(halved, 0.5, 1.0)
-    linear = tl.where(slot < pairs + form.K, constant(form.SCALE, form), 1.0)
-    return tl.where(slot < pairs, pair, linear)
+    return tl.where(is_pair, pair, tl.where(is_single, constant(form.SCALE, form), 1.0))
 
 
 @triton.jit
-def _factors(x, tile, form: tl.constexpr):
-    """The two factors of a tile of Taylor features of x [C, WIDTH]."""
-    y = operand(x, form.DOT)
-    left = product(y, _left_matrix(tile, form), form.DOT)
-    right = product(y, _right_matrix(tile, form), form.DOT)
-    more_left, more_right = _constants(tile, form)
-    return left + more_left[None, :], right + more_right[None, :]
+def _left(x, tile: tl.constexpr, form: tl.constexpr):
+    """The left factor [C, TILE] of a tile of Taylor features of x: x_j, and the 1."""
+    left = product(operand(x, form.DOT), _left_matrix(tile, form), form.DOT)
+    if tile == form.TILES - 1:
+        shift, column, is_pair, is_single, is_one = slots(tile, form)
+        left = tl.where(is_one[None, :], 1.0, left)
+    return left
+
+
+@triton.jit
+def _right(x, tile: tl.constexpr, form: tl.constexpr):
+    """The right factor: x_(j+s) for pairs, and 1 for single numbers and the 1."""
+    shift, column, is_pair, is_single, is_one = slots(tile, form)
+    alone = is_single | (is_one & form.CONSTANT)
+    if form.ORDER == 1:
+        return tl.where(alone[None, :], 1.0, tl.zeros((form.C, form.TILE), form.SUM))
+    else:
+        right = product(operand(x, form.DOT), _right_matrix(tile, form), form.DOT)
+        if tile == form.TILES - 1:
+            right = tl.where(alone[None, :], 1.0, right)
+        return right
+
+
+@triton.jit
+def last_left(x, form: tl.constexpr):
+    """The left factor of the last tile, which has single numbers and a 1."""
+    return _left(x, form.TILES - 1, form)
 
 
 @triton.jit
@@ -225,8 +243,7 @@ def key_features(x, kept, tile: tl.constexpr, form: tl.constexpr):
     if form.ORDER == 0:
         return x[tile]
     else:
-        left, right = _factors(x[0], tile, form)
-        return tl.where(kept[:, None], left * right, 0.0)
+        return tl.where(kept[:, None], _left(x[0], tile, form) * _right(x[0], tile, form), 0.0)
 
 
 @triton.jit
@@ -235,14 +252,16 @@ def query_features(x, tile: tl.constexpr, form: tl.constexpr):
     if form.ORDER == 0:
         return x[tile]
     else:
-        left, right = _factors(x[0], tile, form)
-        return left * right * weights_of_slots(tile, form)[None, :]
+        weights = weights_of_slots(tile, form)
+        return _left(x[0], tile, form) * _right(x[0], tile, form) * weights[None, :]
 
 
 @triton.jit
 def taylor_gradient(x, grad, tile: tl.constexpr, form: tl.constexpr):
     """The gradient [C, WIDTH] at x from a tile's at its unweighted Taylor features."""
-    left, right = _factors(x[0], tile, form)
-    found = product(operand(grad * right, form.DOT), tl.trans(_left_matrix(tile, form)), form.DOT)
-    more = operand(grad * left, form.DOT)
-    return found + product(more, tl.trans(_right_matrix(tile, form)), form.DOT)
+    right = operand(grad * _right(x[0], tile, form), form.DOT)
+    found = product(right, tl.trans(_left_matrix(tile, form)), form.DOT)
+    if form.ORDER == 2:
+        left = operand(grad * _left(x[0], tile, form), form.DOT)
+        found = add_product(left, tl.trans(_right_matrix(tile, form)), found, form.DOT)
+    return found

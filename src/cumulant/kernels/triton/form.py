@@ -28,6 +28,7 @@ class Form(NamedTuple):
     PARTS: tl.constexpr
     TILE: tl.constexpr
     TILES: tl.constexpr
+    SINGLE: tl.constexpr  # the slot of a vector's first number
     BV: tl.constexpr
     BLOCKS: tl.constexpr  # of BV columns
     SUM: tl.constexpr  # dtype of sums

@@ -26,6 +26,13 @@ from .features import (
 from .outputs import add_keys, decays_between, load_sums, scores, visible
 from .places import find_span, load_kept, store_state
 from .sums import load_decays, load_output_gradient
+from .weights import (
+    add_query_weights,
+    decayed_weights,
+    read_weights,
+    store_weights_of_state,
+    weights_gradient,
+)
 
 
 @triton.jit
@@ -93,8 +100,8 @@ def query_gradients(
         taylor = tl.zeros((form.C, form.WIDTH), form.SUM)
         for t in tl.static_range(form.TILES):
             dphi = product(dy, tl.trans(operand(S[t], form.DOT)), form.DOT)
-            if form.NORMALIZE:
-                dphi += dz[:, None] * Z[t][None, :]
+            if form.NORMALIZE and form.ORDER < 2:
+                dphi += dz[:, None] * Z[t]
             if form.DECAYS:
                 dphi = dphi * before[:, None]
             if SHARES:
@@ -107,6 +114,13 @@ def query_gradients(
                     dphi = add_product(dx, operand(k[t], form.DOT), dphi, form.DOT)
                 dq = activation_gradient(q[t], dphi, form) * factor[:, None]
                 store_rows(at_grad, dq, row, inside, H * form.K, t * form.WIDTH, form.K, form.WIDTH)
+        if form.NORMALIZE and form.ORDER == 2:
+            found = dz
+            if form.DECAYS:
+                found = dz * before
+            taylor += weights_gradient(q, Z, form) * found[:, None]
+            if SHARES:
+                share += read_weights(q, Z, form) * found
         if form.ORDER > 0:
             if form.CAUSAL:
                 taylor += product(dx, operand(k[0], form.DOT), form.DOT) * form.SCALE
@@ -152,6 +166,7 @@ def key_gradients(
         v = load_rows(at_value, row, kept, v_row, column, form.V, form.BV, form)
         share = tl.zeros((form.C,), form.SUM)
         d = tl.zeros((form.C,), tl.float64)
+        before = tl.full((form.C,), 1.0, form.SUM)
         if form.DECAYS:
             d = load_decays(logs, mask, b, T, g, d_batch, d_head, d_row, row, end, form)
             passed, total = tl.cumsum(d, 0), tl.sum(d, 0)
@@ -161,26 +176,35 @@ def key_gradients(
         dv = tl.zeros((form.C, form.BV), form.SUM)
         dphis = ()
         taylor = tl.zeros((form.C, form.WIDTH), form.SUM)
-        S_next, Z_next = (), ()
+        S_next = ()
         for t in tl.static_range(form.TILES):
             phi = key_features(k, kept, t, form)
             dphi = product(operand(v, form.DOT), tl.trans(operand(S[t], form.DOT)), form.DOT)
-            if form.NORMALIZE:
-                dphi += Z[t][None, :]
-            s, z = S[t], Z[t]
+            if form.NORMALIZE and form.ORDER < 2:
+                dphi += Z[t]
+            s = S[t]
             if form.DECAYS:
                 dphi = dphi * left[:, None]
                 if SHARES:
                     share += tl.sum(dphi * phi, 1)
                 phi = phi * left[:, None]
-                s, z = s + s * less, z + z * less
+                s = s + s * less
             dv = add_product(operand(phi, form.DOT), operand(S[t], form.DOT), dv, form.DOT)
             if form.ORDER > 0:
                 taylor += taylor_gradient(k, dphi, t, form)
             dphis = dphis + (dphi,)
-            S_next, Z_next = S_next + (s,), Z_next + (z,)
+            S_next = S_next + (s,)
+        if form.NORMALIZE and form.ORDER == 2:
+            found = weights_gradient(k, Z, form)
+            if form.DECAYS:
+                found = found * left[:, None]
+                if SHARES:
+                    share += read_weights(k, Z, form) * left
+            taylor += found
         if form.CAUSAL:
-            S, Z = S_next, Z_next
+            S = S_next
+            if form.DECAYS and form.NORMALIZE:
+                Z = decayed_weights(Z, less, form)
             for h in range(g * (H // G), (g + 1) * (H // G)):
                 at_query = query + b * q_batch + h * q_head
                 q, factor = load_queries(at_query, row, inside, q_row, form)
@@ -197,7 +221,7 @@ def key_gradients(
                 dx = tl.trans(operand(dx, form.DOT))
                 if form.ORDER > 0:
                     taylor += product(dx, operand(q[0], form.DOT), form.DOT) * form.SCALE
-                dphis_next, S_next, Z_next = (), (), ()
+                dphis_next, S_next, phis = (), (), ()
                 for t in tl.static_range(form.TILES):
                     if form.ORDER == 0:
                         dphi = add_product(dx, operand(q[t], form.DOT), dphis[t], form.DOT)
@@ -206,9 +230,10 @@ def key_gradients(
                     if form.DECAYS:
                         phi = phi * before[:, None]
                     s = add_product(tl.trans(operand(phi, form.DOT)), dy, S[t], form.DOT)
-                    S_next = S_next + (s,)
-                    Z_next = Z_next + (Z[t] + tl.sum(phi * dz[:, None], 0),)
-                S, Z = S_next, Z_next
+                    S_next, phis = S_next + (s,), phis + (phi,)
+                S = S_next
+                if form.NORMALIZE:
+                    Z = add_query_weights(q, phis, dz, before, Z, form)
                 if form.ORDER == 0:
                     dphis = dphis_next
         if form.ORDER > 0:
@@ -226,6 +251,6 @@ def key_gradients(
     if FINAL:
         for t in tl.static_range(form.TILES):
             store_state(dbefore, S[t], n * G + g, t, column, form.V, form.BV, True, form)
-            if form.NORMALIZE:
-                at_weights = (n * G + g) * form.BLOCKS + block
-                store_state(dbefore_weights, Z[t][:, None], at_weights, t, 0, 1, 1, True, form)
+        if form.NORMALIZE:
+            at_weights = (n * G + g) * form.BLOCKS + block
+            store_weights_of_state(dbefore_weights, Z, at_weights, True, form)

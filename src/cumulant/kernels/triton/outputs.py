@@ -17,6 +17,15 @@ from .features import (
 )
 from .places import find_span, load_kept, load_state, load_tile, store_state
 from .sums import load_decays
+from .weights import (
+    add_exact_product,
+    add_key_weights,
+    decayed_weights,
+    load_weights,
+    read_weights,
+    scaled_weights,
+    store_weights_of_state,
+)
 
 
 @triton.jit
@@ -27,22 +36,18 @@ def load_sums(
 
     SOURCE: "none" for zeros, "state" for a state, "spans" for what `scan_spans` left.
     """
-    S, Z = (), ()
+    S = ()
     for t in tl.static_range(form.TILES):
-        z = tl.zeros((form.TILE,), form.SUM)
         if SOURCE == "spans":
             s = load_tile(sums, at, t, column, form.V, form.BV, form)
-            if form.NORMALIZE:
-                z = tl.sum(load_tile(weights, at * parts, t, 0, 1, 1, form), 1)
         elif SOURCE == "state":
             s = load_state(sums, state_at, t, column, form.V, form.BV, GRADIENT, form)
-            if form.NORMALIZE:
-                z = tl.sum(load_state(weights, state_at, t, 0, 1, 1, GRADIENT, form), 1)
         else:
             s = tl.zeros((form.TILE, form.BV), form.SUM)
-        if GRADIENT:  # gradients of denominators are partial: the first block has what came before
-            z = tl.where(column == 0, z, 0.0)
-        S, Z = S + (s,), Z + (z,)
+        S = S + (s,)
+    Z = load_weights(weights, at * parts, state_at, SOURCE, GRADIENT, form)
+    if GRADIENT:  # gradients of denominators are partial: the first block has what came before
+        Z = scaled_weights(Z, tl.where(column == 0, 1.0, 0.0).to(form.SUM), form)
     return S, Z
 
 
@@ -57,10 +62,9 @@ def decays_between(d, form: tl.constexpr):
 @triton.jit
 def scores(q, k, form: tl.constexpr):
     """The products of features, or of queries and keys times the scale: [C, C]."""
-    precision: tl.constexpr = form.EXACT if form.ORDER == 0 else form.DOT
-    x = product(operand(q[0], precision), tl.trans(operand(k[0], precision)), precision)
+    x = product(operand(q[0], form.DOT), tl.trans(operand(k[0], form.DOT)), form.DOT)
     for p in tl.static_range(1, form.PARTS):
-        x = add_product(operand(q[p], precision), tl.trans(operand(k[p], precision)), x, precision)
+        x = add_product(operand(q[p], form.DOT), tl.trans(operand(k[p], form.DOT)), x, form.DOT)
     return x if form.ORDER == 0 else x * form.SCALE
 
 
@@ -78,34 +82,54 @@ def quotient(y, z, form: tl.constexpr):
 
 
 @triton.jit
-def read_sums(q, S, Z, form: tl.constexpr):
-    """φ(q)ᵀ S [C, BV] and φ(q)·Z [C]."""
-    y, z = tl.zeros((form.C, form.BV), form.SUM), tl.zeros((form.C,), form.SUM)
+def read_sums(q, S, form: tl.constexpr):
+    """φ(q)ᵀ S [C, BV]."""
+    y = tl.zeros((form.C, form.BV), form.SUM)
     for t in tl.static_range(form.TILES):
-        phi = query_features(q, t, form)
-        y = add_product(operand(phi, form.DOT), operand(S[t], form.DOT), y, form.DOT)
-        if form.NORMALIZE:
-            z += tl.sum(phi * Z[t][None, :], 1)
-    return y, z
+        phi = operand(query_features(q, t, form), form.DOT)
+        y = add_product(phi, operand(S[t], form.DOT), y, form.DOT)
+    return y
+
+
+@triton.jit
+def denominators_inside(q, k, kept, w, decay, row, form: tl.constexpr):
+    """What a chunk's own keys add to its denominators [C]. w: weights, decay: between tokens."""
+    if form.ORDER > 0:
+        return tl.sum(w, 1)
+    else:
+        z = tl.zeros((form.C,), form.SUM)
+        for t in tl.static_range(form.TILES):
+            seen = tl.zeros((form.C, form.TILE), form.SUM)
+            seen = add_exact_product(operand(decay, form.DOT), k[t], seen, form)
+            if form.DECAYS:
+                rest = operand(decay - operand(decay, form.DOT).to(form.SUM), form.DOT)
+                seen = add_product(rest, operand(k[t], form.DOT), seen, form.DOT)
+            z += tl.sum(q[t] * seen, 1)
+        return z
 
 
 @triton.jit
 def add_keys(k, kept, v, d, S, Z, form: tl.constexpr):
     """S and Z after a chunk of keys; d: log decays."""
-    S_next, Z_next = (), ()
+    S_next, phis = (), ()
+    left = tl.full((form.C,), 1.0, form.SUM)
     if form.DECAYS:
         total = tl.sum(d, 0)
         less = decay_less_one(total, form.SUM)
         left = tl.exp2(tl.minimum(total - tl.cumsum(d, 0), 0.0).to(form.SUM))
     for t in tl.static_range(form.TILES):
         phi = key_features(k, kept, t, form)
-        s, z = S[t], Z[t]
+        s = S[t]
         if form.DECAYS:
             phi = phi * left[:, None]
-            s, z = s + s * less, z + z * less
+            s = s + s * less
         s = add_product(tl.trans(operand(phi, form.DOT)), operand(v, form.DOT), s, form.DOT)
-        S_next, Z_next = S_next + (s,), Z_next + (z + tl.sum(phi, 0),)
-    return S_next, Z_next
+        S_next, phis = S_next + (s,), phis + (phi,)
+    if form.NORMALIZE:
+        if form.DECAYS:
+            Z = decayed_weights(Z, less, form)
+        Z = add_key_weights(k, phis, kept, left, Z, form)
+    return S_next, Z
 
 
 @triton.jit(do_not_specialize=["T", "span", "splits"])
@@ -134,20 +158,25 @@ def outputs(
         row = first + tl.arange(0, form.C)
         inside = row < end
         q, factor = load_queries(at_query, row, inside, q_row, form)
-        y, z = read_sums(q, S, Z, form)
+        y, z = read_sums(q, S, form), tl.zeros((form.C,), form.SUM)
+        if form.NORMALIZE:
+            z = read_weights(q, Z, form)
         if form.CAUSAL:
             kept = load_kept(mask, b, T, row, end, form)
             k = load_keys(at_key, row, kept, k_row, form)
             v = load_rows(at_value, row, kept, v_row, column, form.V, form.BV, form)
-            w = tl.where(visible(row, kept), polynomial(scores(q, k, form), form), 0.0)
             d = tl.zeros((form.C,), tl.float64)
+            decay = tl.full((form.C, form.C), 1.0, form.SUM)
             if form.DECAYS:
                 d = load_decays(logs, mask, b, T, g, d_batch, d_head, d_row, row, end, form)
                 before = tl.exp2(tl.cumsum(d, 0).to(form.SUM))
-                w = w * decays_between(d, form)
+                decay = decays_between(d, form)
                 y, z = y * before[:, None], z * before
+            decay = tl.where(visible(row, kept), decay, 0.0)
+            w = polynomial(scores(q, k, form), form) * decay
             y = add_product(operand(w, form.DOT), operand(v, form.DOT), y, form.DOT)
-            z += tl.sum(w, 1)
+            if form.NORMALIZE:
+                z += denominators_inside(q, k, kept, w, decay, row, form)
             S, Z = add_keys(k, kept, v, d, S, Z, form)
         if form.NORMALIZE:
             y = quotient(y, z[:, None], form)
@@ -158,5 +187,5 @@ def outputs(
         if h % (H // G) == 0:
             for t in tl.static_range(form.TILES):
                 store_state(final, S[t], n * G + g, t, column, form.V, form.BV, False, form)
-                if form.NORMALIZE and column == 0:
-                    store_state(final_weights, Z[t][:, None], n * G + g, t, 0, 1, 1, False, form)
+            if form.NORMALIZE and column == 0:
+                store_weights_of_state(final_weights, Z, n * G + g, False, form)

@@ -1,4 +1,4 @@
-"""Which tokens a program has, and where states are.
+"""Which tokens a program has, and where sums and states are.
 
 The tokens of a sequence are split into spans. A program walks one span, chunk by chunk. Packed
 sequences have a table of their spans, built on the device; rows of a batch are split alike and need
@@ -67,18 +67,16 @@ def _rows_of_states(tile, form: tl.constexpr):
     A state's rows are in the order of degrees, then lexicographic, and a square has the weight
     ``1/sqrt(2)``.
     """
-    slot, shift, column, pairs = slots(tile, form)
     if form.ORDER == 0:
+        slot = tile * form.TILE + tl.arange(0, form.TILE)
         ones = tl.full((form.TILE,), 1.0, form.SUM)
         return slot, slot < form.K, slot < form.K, ones, ones
     else:
-        partner = (column + shift) % form.K
-        low, high = tl.minimum(column, partner), tl.maximum(column, partner)
-        linear: tl.constexpr = 1 if form.CONSTANT else 0
-        pair = linear + form.K + low * form.K - low * (low - 1) // 2 + high - low
-        is_pair = slot < pairs
-        row = tl.where(is_pair, pair, tl.where(slot < pairs + form.K, linear + slot - pairs, 0))
-        exists = (slot < pairs + form.K) | ((slot == pairs + form.K) & form.CONSTANT)
+        shift, column, is_pair, is_single, is_one = slots(tile, form)
+        single: tl.constexpr = 1 if form.CONSTANT else 0  # the row of a vector's first number
+        row = tl.where(is_pair, row_of_pair(column, (column + shift) % form.K, form), 0)
+        row = tl.where(is_single, single + column, row)
+        exists = is_pair | is_single | (is_one & form.CONSTANT)
         twice = is_pair & (2 * shift == form.K)
         first = exists & ((2 * column < form.K) | ~twice)
         square = is_pair & (shift == 0)
@@ -86,6 +84,14 @@ def _rows_of_states(tile, form: tl.constexpr):
         others = tl.where(twice, constant(0.5, form), 1.0)
         as_gradients = tl.where(square, constant(0.7071067811865476, form), others)
         return row, exists, first, as_sums, as_gradients
+
+
+@triton.jit
+def row_of_pair(a, b, form: tl.constexpr):
+    """The row of a state that has x_a x_b."""
+    low, high = tl.minimum(a, b), tl.maximum(a, b)
+    first: tl.constexpr = form.K + (1 if form.CONSTANT else 0)
+    return first + low * form.K - low * (low - 1) // 2 + high - low
 
 
 @triton.jit

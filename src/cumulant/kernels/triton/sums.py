@@ -13,6 +13,16 @@ import triton.language as tl
 from .arithmetic import add_product, log2_decays, operand
 from .features import key_features, load_keys, load_queries, load_rows, query_features
 from .places import find_span, load_kept, load_state, load_tile, store_state, store_tile
+from .weights import (
+    add_key_weights,
+    add_query_weights,
+    load_moments,
+    load_moments_of_state,
+    no_weights,
+    store_moments,
+    store_moments_of_state,
+    store_weights,
+)
 
 
 @triton.jit
@@ -65,10 +75,9 @@ def key_sums(
         if column == 0:
             tl.store(totals + at + tl.arange(0, 1), total)
     passed = tl.zeros((1,), tl.float64)
-    S, Z = (), ()
+    S, Z = (), no_weights(form)
     for t in tl.static_range(form.TILES):
         S = S + (tl.zeros((form.TILE, form.BV), form.SUM),)
-        Z = Z + (tl.zeros((form.TILE,), form.SUM),)
     at_key = key + b * k_batch + g * k_head
     at_value = value + b * v_batch + g * v_head
     for first in range(begin, end, form.C):
@@ -82,18 +91,20 @@ def key_sums(
             left = total - passed - tl.cumsum(d, 0)
             decay = tl.exp2(tl.minimum(left, 0.0).to(form.SUM))
             passed += tl.sum(d, 0)
-        S_next, Z_next = (), ()
+        S_next, phis = (), ()
         for t in tl.static_range(form.TILES):
             phi = key_features(k, kept, t, form)
             if form.DECAYS:
                 phi = phi * decay[:, None]
             S_next = S_next + (add_product(tl.trans(operand(phi, form.DOT)), v, S[t], form.DOT),)
-            Z_next = Z_next + (Z[t] + tl.sum(phi, 0),)
-        S, Z = S_next, Z_next
+            phis = phis + (phi,)
+        S = S_next
+        if form.NORMALIZE:
+            Z = add_key_weights(k, phis, kept, decay, Z, form)
     for t in tl.static_range(form.TILES):
         store_tile(sums, S[t], at, t, column, form.V, form.BV, form)
-        if form.NORMALIZE and column == 0:
-            store_tile(weights, Z[t][:, None], at, t, 0, 1, 1, form)
+    if form.NORMALIZE and column == 0:
+        store_weights(weights, Z, at, form)
 
 
 @triton.jit(do_not_specialize=["T", "span", "splits"])
@@ -111,10 +122,9 @@ def query_sums(
     column = block * form.BV
     u, g = at // G, (at % G).to(tl.int64)
     b, n, begin, end = find_span(u, T, span, splits, rows, begins, offsets, form)
-    S, Z = (), ()
+    S, Z = (), no_weights(form)
     for t in tl.static_range(form.TILES):
         S = S + (tl.zeros((form.TILE, form.BV), form.SUM),)
-        Z = Z + (tl.zeros((form.TILE,), form.SUM),)
     passed = tl.zeros((1,), tl.float64)
     for first in range(begin, end, form.C):
         row = first + tl.arange(0, form.C)
@@ -133,18 +143,20 @@ def query_sums(
             dy, dz = load_output_gradient(
                 dout, out, denominators, at_dout, at_out, at_z, g_row, o_row, row, inside, column, form
             )
-            S_next, Z_next = (), ()
+            S_next, phis = (), ()
             for t in tl.static_range(form.TILES):
                 phi = query_features(q, t, form)
                 if form.DECAYS:
                     phi = phi * decay[:, None]
                 S_next = S_next + (add_product(tl.trans(operand(phi, form.DOT)), dy, S[t], form.DOT),)
-                Z_next = Z_next + (Z[t] + tl.sum(phi * dz[:, None], 0),)
-            S, Z = S_next, Z_next
+                phis = phis + (phi,)
+            S = S_next
+            if form.NORMALIZE:
+                Z = add_query_weights(q, phis, dz, decay, Z, form)
     for t in tl.static_range(form.TILES):
         store_tile(sums, S[t], at, t, column, form.V, form.BV, form)
-        if form.NORMALIZE:
-            store_tile(weights, Z[t][:, None], at * form.BLOCKS + block, t, 0, 1, 1, form)
+    if form.NORMALIZE:
+        store_weights(weights, Z, at * form.BLOCKS + block, form)
 
 
 @triton.jit(do_not_specialize=["splits", "spans"])
@@ -185,3 +197,40 @@ def scan_spans(
         S += own
     if HAS_AFTER:
         store_state(after, S, at, tile, column, V, BV, BACKWARDS, form)
+
+
+@triton.jit(do_not_specialize=["splits", "spans"])
+def scan_moments(
+    sums, totals, first_spans, before, after, splits, spans, G, parts,
+    HAS_BEFORE: tl.constexpr, HAS_AFTER: tl.constexpr, BACKWARDS: tl.constexpr,
+    form: tl.constexpr,
+):  # fmt: skip
+    """`scan_spans` for the denominators of order 2. One program has a sequence and a key head."""
+    at = tl.program_id(0)
+    n, g = at // G, at % G
+    if form.PACKED:
+        first, last = tl.load(first_spans + n), tl.load(first_spans + n + 1)
+    else:
+        first, last = n * splits, (n + 1) * splits
+    M = tl.zeros((form.TILE, form.WIDTH), tl.float64)
+    count = tl.zeros((1,), tl.float64)
+    if HAS_BEFORE:
+        M, count = load_moments_of_state(before, at, BACKWARDS, form)
+        M, count = M.to(tl.float64), count.to(tl.float64)
+    for i in range(0, last - first):
+        u = first + i
+        if BACKWARDS:
+            u = last - 1 - i
+        place = u * G + g
+        own, own_count = load_moments(sums, place * parts, form)
+        own, own_count = own.to(tl.float64), own_count.to(tl.float64)
+        for p in range(1, parts):
+            more, more_count = load_moments(sums, place * parts + p, form)
+            own, own_count = own + more, own_count + more_count
+        store_moments(sums, (M, count), place * parts, form)
+        if form.DECAYS:
+            decay = tl.exp2(tl.load(totals + place))
+            M, count = M * decay, count * decay
+        M, count = M + own, count + own_count
+    if HAS_AFTER:
+        store_moments_of_state(after, (M, count), at, BACKWARDS, form)

@@ -1,0 +1,258 @@
+"""Denominators: sums of attention's weights over keys.
+
+A query would read the sums of all features one by one. Instead:
+
+- Order 2: ``z = n + s q·k₁ + s²/2 qᵀ K₂ q``, with ``n = Σ 1``, ``k₁ = Σ k`` and ``K₂ = Σ k kᵀ``. K₂
+  and k₁ are rows of one matrix M, the product of the last tile of left factors with the keys.
+- Orders 0 and 1: every row of a matrix [C, TILE] is Σ φ(k). A product with ones adds keys to it, and
+  with the causal mask instead it gives what each query sees. No sum crosses threads.
+
+Tensor cores take rounded factors. Where a denominator would lose digits, a factor is a rounded
+number and what the rounding left.
+
+Backwards the same sums are of queries times the gradients of their denominators.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .arithmetic import add_product, operand, product
+from .features import constant, last_left, query_features, slots
+from .places import load_state, load_tile, row_of_pair, store_state, store_tile
+
+
+@triton.jit
+def no_weights(form: tl.constexpr):
+    """The sums before any key."""
+    if form.ORDER == 2:
+        return tl.zeros((form.TILE, form.WIDTH), form.SUM), tl.zeros((1,), form.SUM)
+    else:
+        found = ()
+        for _t in tl.static_range(form.TILES):
+            found = found + (tl.zeros((form.C, form.TILE), form.SUM),)
+        return found
+
+
+@triton.jit
+def load_weights(
+    sums, at, state_at, SOURCE: tl.constexpr, GRADIENT: tl.constexpr, form: tl.constexpr
+):
+    """The sums before a span. SOURCE: as of `load_sums`."""
+    if SOURCE == "none" or not form.NORMALIZE:
+        return no_weights(form)
+    elif form.ORDER == 2:
+        if SOURCE == "spans":
+            return load_moments(sums, at, form)
+        else:
+            return load_moments_of_state(sums, state_at, GRADIENT, form)
+    else:
+        found = ()
+        for t in tl.static_range(form.TILES):
+            if SOURCE == "spans":
+                z = load_tile(sums, at, t, 0, 1, 1, form)
+            else:
+                z = load_state(sums, state_at, t, 0, 1, 1, GRADIENT, form)
+            found = found + (tl.zeros((form.C, form.TILE), form.SUM) + tl.trans(z),)
+        return found
+
+
+@triton.jit
+def scaled_weights(Z, factor, form: tl.constexpr):
+    """All sums times one number."""
+    found = ()
+    for z in tl.static_range(2 if form.ORDER == 2 else form.TILES):
+        found = found + (Z[z] * factor,)
+    return found
+
+
+@triton.jit
+def decayed_weights(Z, less, form: tl.constexpr):
+    """All sums times ``1 + less``."""
+    found = ()
+    for z in tl.static_range(2 if form.ORDER == 2 else form.TILES):
+        found = found + (Z[z] + Z[z] * less,)
+    return found
+
+
+@triton.jit
+def store_weights(sums, Z, at, form: tl.constexpr):
+    """Writes what `load_weights` reads of spans."""
+    if form.ORDER == 2:
+        store_moments(sums, Z, at, form)
+    else:
+        for t in tl.static_range(form.TILES):
+            store_tile(sums, tl.trans(_first_row(Z[t])), at, t, 0, 1, 1, form)
+
+
+@triton.jit
+def store_weights_of_state(state, Z, at, GRADIENT: tl.constexpr, form: tl.constexpr):
+    """Writes what `load_weights` reads of a state."""
+    if form.ORDER == 2:
+        store_moments_of_state(state, Z, at, GRADIENT, form)
+    else:
+        for t in tl.static_range(form.TILES):
+            store_state(state, tl.trans(_first_row(Z[t])), at, t, 0, 1, 1, GRADIENT, form)
+
+
+@triton.jit
+def _first_row(x):
+    """[1, TILE]: all rows are alike."""
+    return tl.max(x, 0)[None, :]
+
+
+@triton.jit
+def add_exact_product(a, b, sums, form: tl.constexpr):
+    """sums + a b, with all digits of b; a is a factor already."""
+    high = operand(b, form.DOT)
+    sums = add_product(a, high, sums, form.DOT)
+    if form.DOT == "bf16" or form.DOT == "tf32":
+        sums = add_product(a, operand(b - high.to(form.SUM), form.DOT), sums, form.DOT)
+    return sums
+
+
+@triton.jit
+def add_key_weights(k, phi, kept, left, Z, form: tl.constexpr):
+    """The sums after a chunk of keys.
+
+    phi: the tiles of their features, decayed to the chunk's end. left: these decays.
+    """
+    if form.ORDER == 2:
+        u = last_left(k[0], form) * left[:, None]
+        M = _add_exact_product_of_keys(u, k[0], Z[0], form)
+        return M, Z[1] + tl.sum(tl.where(kept, left, 0.0), 0)
+    else:
+        ones = operand(tl.full((form.C, form.C), 1.0, form.SUM), form.DOT)
+        found = ()
+        for t in tl.static_range(form.TILES):
+            found = found + (add_exact_product(ones, phi[t], Z[t], form),)
+        return found
+
+
+@triton.jit
+def _add_exact_product_of_keys(u, k, M, form: tl.constexpr):
+    """M + uᵀ k. Without decays u and k are numbers of the inputs, which are exact."""
+    if form.DECAYS:
+        return tl.trans(add_exact_product(tl.trans(operand(k, form.DOT)), u, tl.trans(M), form))
+    else:
+        return add_product(tl.trans(operand(u, form.DOT)), operand(k, form.DOT), M, form.DOT)
+
+
+@triton.jit
+def add_query_weights(q, phi, dz, before, Z, form: tl.constexpr):
+    """The sums after a chunk of queries with the gradients dz of their denominators.
+
+    phi: the tiles of their features, decayed from the chunk's start. before: these decays.
+    """
+    if form.ORDER == 2:
+        w = dz * before
+        u = operand(last_left(q[0], form) * w[:, None], form.DOT)
+        M = add_product(tl.trans(u), operand(q[0], form.DOT), Z[0], form.DOT)
+        return M, Z[1] + tl.sum(w, 0)
+    else:
+        ones = operand(tl.full((form.C, form.C), 1.0, form.SUM), form.DOT)
+        found = ()
+        for t in tl.static_range(form.TILES):
+            weighted = operand(phi[t] * dz[:, None], form.DOT)
+            found = found + (add_product(ones, weighted, Z[t], form.DOT),)
+        return found
+
+
+@triton.jit
+def read_weights(x, Z, form: tl.constexpr):
+    """φ(x)·Z [C]: denominators of queries, or what the gradients of sums make of keys."""
+    if form.ORDER == 2:
+        M = _rows_of_moments(Z[0], 1.0, 2.0 / form.SCALE, form)
+        u = operand(last_left(x[0], form), form.DOT)
+        y = add_exact_product(u, M, tl.zeros((form.C, form.WIDTH), form.SUM), form)
+        z = tl.sum(y * x[0], 1) * (0.5 * form.SCALE * form.SCALE)
+        if form.CONSTANT:
+            z += Z[1]
+        return z
+    else:
+        z = tl.zeros((form.C,), form.SUM)
+        for t in tl.static_range(form.TILES):
+            z += tl.sum(query_features(x, t, form) * Z[t], 1)
+        return z
+
+
+@triton.jit
+def _rows_of_moments(M, pairs: tl.constexpr, linear: tl.constexpr, form: tl.constexpr):
+    """K₂ times one number and k₁ times another, in the rows of M; zero in all others."""
+    shift, column, is_pair, is_single, is_one = slots(form.TILES - 1, form)
+    factor = tl.where(is_single, constant(pairs, form), 0.0)
+    factor = tl.where(is_one, constant(linear, form), factor)
+    return tl.where((is_single | is_one)[:, None], M * factor[:, None], 0.0)
+
+
+@triton.jit
+def weights_gradient(x, Z, form: tl.constexpr):
+    """Order 2: the gradient of `read_weights` at x [C, WIDTH]."""
+    M = _rows_of_moments(Z[0], form.SCALE * form.SCALE, form.SCALE, form)
+    return product(operand(last_left(x[0], form), form.DOT), operand(M, form.DOT), form.DOT)
+
+
+# Order 2's sums in memory: M, and n in the row after that of k₁.
+
+
+@triton.jit
+def _at_moments(sums, at, form: tl.constexpr):
+    row, column = tl.arange(0, form.TILE), tl.arange(0, form.WIDTH)
+    base = sums + at.to(tl.int64) * (form.TILE * form.WIDTH)
+    count: tl.constexpr = form.SINGLE % form.TILE + form.K + 1
+    n = base + count * form.WIDTH + tl.arange(0, 1)
+    return base + row[:, None] * form.WIDTH + column[None, :], n, (row != count)[:, None]
+
+
+@triton.jit
+def load_moments(sums, at, form: tl.constexpr):
+    """M and n of a span."""
+    matrix, n, own = _at_moments(sums, at, form)
+    return tl.load(matrix, mask=own & (tl.arange(0, form.WIDTH) >= 0)[None, :], other=0.0), tl.load(n)
+
+
+@triton.jit
+def store_moments(sums, Z, at, form: tl.constexpr):
+    """Writes what `load_moments` reads."""
+    matrix, n, own = _at_moments(sums, at, form)
+    tl.store(matrix, Z[0].to(form.SUM), mask=own & (tl.arange(0, form.WIDTH) >= 0)[None, :])
+    tl.store(n, Z[1].to(form.SUM))
+
+
+@triton.jit
+def _places_in_state(state, at, GRADIENT: tl.constexpr, form: tl.constexpr):
+    """For M: addresses in a state, which exist, which are stored, and factors of what is there."""
+    shift, a, is_pair, is_single, is_one = slots(form.TILES - 1, form)
+    b = tl.arange(0, form.WIDTH)
+    single: tl.constexpr = 1 if form.CONSTANT else 0
+    row = tl.where(is_one[:, None], single + b[None, :], 0)
+    row = tl.where(is_single[:, None], row_of_pair(a[:, None], b[None, :], form), row)
+    exists = (is_single | is_one)[:, None] & (b < form.K)[None, :]
+    stored = exists & (is_one[:, None] | (a[:, None] <= b[None, :]))
+    pairs: tl.constexpr = 1.0 / (form.SCALE * form.SCALE) if GRADIENT else 1.0
+    linear: tl.constexpr = 1.0 / form.SCALE if GRADIENT else 1.0
+    factor = tl.where(is_single, constant(pairs, form), constant(linear, form))[:, None]
+    square = is_single[:, None] & (a[:, None] == b[None, :])
+    factor = factor * tl.where(square, constant(1.4142135623730951, form)[:, None], 1.0)
+    return state + at.to(tl.int64) * form.F + row, exists, stored, factor
+
+
+@triton.jit
+def load_moments_of_state(state, at, GRADIENT: tl.constexpr, form: tl.constexpr):
+    """M and n of a state's denominator, or of the gradient of one."""
+    address, exists, stored, factor = _places_in_state(state, at, GRADIENT, form)
+    M = tl.load(address, mask=exists, other=0.0).to(form.SUM) * factor
+    n = tl.zeros((1,), form.SUM)
+    if form.CONSTANT:
+        n = tl.load(state + at.to(tl.int64) * form.F + tl.arange(0, 1)).to(form.SUM)
+    return M, n
+
+
+@triton.jit
+def store_moments_of_state(state, Z, at, GRADIENT: tl.constexpr, form: tl.constexpr):
+    """Writes what `load_moments_of_state` reads."""
+    address, exists, stored, factor = _places_in_state(state, at, GRADIENT, form)
+    tl.store(address, (Z[0] / factor).to(form.SUM), mask=stored)
+    if form.CONSTANT:
+        tl.store(state + at.to(tl.int64) * form.F + tl.arange(0, 1), Z[1].to(form.SUM))
