@@ -15,16 +15,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .arithmetic import add_product, operand, product, rounded
+from .arithmetic import LOG2E, add_product, exp2, operand, product, rounded
 
 
 @triton.jit
-def load_rows(base, row, kept, stride, first, D: tl.constexpr, WIDTH: tl.constexpr, form: tl.constexpr):
-    """Columns first to first + WIDTH of rows of a matrix with D columns; zeros where not kept."""
+def load_rows(
+    base, row, kept, stride, first, D: tl.constexpr, WIDTH: tl.constexpr, form: tl.constexpr,
+    OTHER: tl.constexpr = 0.0,
+):  # fmt: skip
+    """Columns first to first + WIDTH of rows of a matrix with D columns; OTHER where not kept."""
     columns = first + tl.arange(0, WIDTH)
     inside = kept[:, None] & (columns < D)[None, :]
     at = base + row.to(tl.int64)[:, None] * stride + columns[None, :]
-    return tl.load(at, mask=inside, other=0.0).to(form.SUM)
+    return tl.load(at, mask=inside, other=OTHER).to(form.SUM)
 
 
 @triton.jit
@@ -40,9 +43,10 @@ def store_rows(base, x, row, kept, stride, first, D: tl.constexpr, WIDTH: tl.con
 def load_keys(base, row, kept, stride, form: tl.constexpr):
     """Activated keys, zero where not kept."""
     x = ()
+    nothing: tl.constexpr = float("-inf") if form.ACTIVATION == "elu" else 0.0
     for p in tl.static_range(form.PARTS):
-        part = load_rows(base, row, kept, stride, p * form.WIDTH, form.K, form.WIDTH, form)
-        x = x + (_activate(part, kept, p, form),)
+        part = load_rows(base, row, kept, stride, p * form.WIDTH, form.K, form.WIDTH, form, nothing)
+        x = x + (_activate(part, 0.0, form),)
     return x
 
 
@@ -71,13 +75,13 @@ def load_queries(base, row, kept, stride, form: tl.constexpr):
                 factor = factor * power
         y = ()
         for p in tl.static_range(form.PARTS):
-            part = x[p]
-            if form.NORMALIZE:
-                if form.ACTIVATION == "elu":
-                    part = part - tl.minimum(top, 0.0)[:, None]
-                else:
-                    part = part * power[:, None]
-            y = y + (_activate(part, kept, p, form),)
+            if form.ACTIVATION == "elu" and form.NORMALIZE:
+                part = _activate(x[p], tl.minimum(top, 0.0)[:, None], form)
+            elif form.NORMALIZE:
+                part = _activate(x[p] * power[:, None], 0.0, form)
+            else:
+                part = _activate(x[p], 0.0, form)
+            y = y + (part,)
         return y, factor
     else:
         return x, factor
@@ -105,11 +109,13 @@ def level_query(base, form: tl.constexpr):
 @triton.jit
 def _largest(x, p: tl.constexpr, form: tl.constexpr):
     """The largest number of each row that the activation passes."""
-    column = p * form.WIDTH + tl.arange(0, form.WIDTH)
     if form.ACTIVATION == "identity":
         return tl.max(tl.abs(x), 1)
-    else:
+    elif (p + 1) * form.WIDTH > form.K:
+        column = p * form.WIDTH + tl.arange(0, form.WIDTH)
         return tl.max(tl.where((column < form.K)[None, :], x, -1e30), 1)
+    else:
+        return tl.max(x, 1)
 
 
 @triton.jit
@@ -122,14 +128,17 @@ def _power_of_two(top):
 
 
 @triton.jit
-def _activate(x, kept, p: tl.constexpr, form: tl.constexpr):
-    """The activation of a part; zero where a token is not kept."""
+def _activate(x, top, form: tl.constexpr):
+    """The activation of a part; top: what elu's exponent lacks, if all its numbers are negative.
+
+    elu + 1 is exp(min(x, 0)) + max(x, 0), of which one is always 1 or 0. A key that is not kept is
+    -inf.
+    """
     if form.ACTIVATION == "elu":
-        x = tl.where(x > 0, x + 1.0, tl.exp(tl.minimum(x, 0.0)))
-        column = p * form.WIDTH + tl.arange(0, form.WIDTH)
-        return tl.where(kept[:, None] & (column < form.K)[None, :], x, 0.0)
+        below = tl.minimum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        return exp2((below - top) * LOG2E) + tl.maximum(x, 0.0)
     elif form.ACTIVATION == "relu":
-        return tl.maximum(x, 0.0)
+        return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
     else:
         return x
 
@@ -239,11 +248,17 @@ def last_left(x, form: tl.constexpr):
 
 @triton.jit
 def key_features(x, kept, tile: tl.constexpr, form: tl.constexpr):
-    """A tile [C, TILE] of the features of keys; zero where not kept."""
+    """A tile [C, TILE] of the features of keys.
+
+    Where a key is not kept, its values are zero, and `weights.py` leaves out the 1.
+    """
     if form.ORDER == 0:
         return x[tile]
     else:
-        return tl.where(kept[:, None], _left(x[0], tile, form) * _right(x[0], tile, form), 0.0)
+        phi = _left(x[0], tile, form) * _right(x[0], tile, form)
+        if form.ORDER == 1:
+            phi = tl.where(kept[:, None], phi, 0.0)
+        return phi
 
 
 @triton.jit

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .arithmetic import add_product, decay_less_one, operand, product
+from .arithmetic import add_product, decay_less_one, exp2, operand, product
 from .features import (
     activation_gradient,
     key_features,
@@ -23,7 +23,7 @@ from .features import (
     taylor_gradient,
     weights_of_slots,
 )
-from .outputs import add_keys, decays_between, load_sums, scores, visible
+from .outputs import add_keys, decays_between, load_sums, scores, visible, weigh
 from .places import find_span, load_kept, store_state
 from .sums import load_decays, load_output_gradient
 from .weights import (
@@ -40,11 +40,11 @@ def weight_gradients(q, k, v, dy, dz, d, seen, form: tl.constexpr):
     """Of a chunk: the weights, and the gradients of weights, of scores, and of log decays' pairs."""
     x = scores(q, k, form)
     dw = product(dy, tl.trans(operand(v, form.DOT)), form.DOT) + dz[:, None]
-    decay = tl.where(seen, 1.0, 0.0).to(form.SUM)
+    decay = x
     if form.DECAYS:
         decay = tl.where(seen, decays_between(d, form), 0.0)
-    w = polynomial(x, form) * decay
-    dx = dw * decay
+    w = weigh(polynomial(x, form), seen, decay, form)
+    dx = weigh(dw, seen, decay, form)
     if form.ORDER == 2:
         dx = dx * (x + 1.0)
     return w, dx, w * dw
@@ -92,8 +92,8 @@ def query_gradients(
             d = tl.zeros((form.C,), tl.float64)
             if form.DECAYS:
                 d = load_decays(logs, mask, b, T, g, d_batch, d_head, d_row, row, end, form)
-                before = tl.exp2(tl.cumsum(d, 0).to(form.SUM))
-            w, dx, pairs = weight_gradients(q, k, v, dy, dz, d, visible(row, kept), form)
+                before = exp2(tl.cumsum(d, 0).to(form.SUM))
+            w, dx, pairs = weight_gradients(q, k, v, dy, dz, d, visible(row, kept, form), form)
             dx = operand(dx, form.DOT)
             if SHARES:
                 share += tl.sum(tl.where(row[:, None] > row[None, :], pairs, 0.0), 1)
@@ -170,8 +170,8 @@ def key_gradients(
         if form.DECAYS:
             d = load_decays(logs, mask, b, T, g, d_batch, d_head, d_row, row, end, form)
             passed, total = tl.cumsum(d, 0), tl.sum(d, 0)
-            before = tl.exp2(passed.to(form.SUM))
-            left = tl.exp2(tl.minimum(total - passed, 0.0).to(form.SUM))
+            before = exp2(passed.to(form.SUM))
+            left = exp2(tl.minimum(total - passed, 0.0).to(form.SUM))
             less = decay_less_one(total, form.SUM)
         dv = tl.zeros((form.C, form.BV), form.SUM)
         dphis = ()
@@ -214,7 +214,7 @@ def key_gradients(
                 dy, dz = load_output_gradient(
                     dout, out, denominators, at_dout, at_out, at_z, g_row, o_row, row, inside, column, form
                 )
-                w, dx, pairs = weight_gradients(q, k, v, dy, dz, d, visible(row, kept), form)
+                w, dx, pairs = weight_gradients(q, k, v, dy, dz, d, visible(row, kept, form), form)
                 if SHARES:
                     share += tl.sum(tl.where(row[:, None] > row[None, :], pairs, 0.0), 0)
                 dv = add_product(tl.trans(operand(w, form.DOT)), dy, dv, form.DOT)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .arithmetic import add_product, decay_less_one, operand, product, split_number
+from .arithmetic import add_product, decay_less_one, exp2, operand, product, split_number
 from .features import (
     key_features,
     load_keys,
@@ -21,6 +21,7 @@ from .weights import (
     add_exact_product,
     add_key_weights,
     decayed_weights,
+    inverse,
     load_weights,
     read_weights,
     scaled_weights,
@@ -56,7 +57,7 @@ def decays_between(d, form: tl.constexpr):
     """``2^(c_i - c_j)`` [C, C] of a chunk with log decays d; 1 for later keys."""
     whole, rest = split_number(tl.cumsum(d, 0), form.SUM)
     log2 = (whole[:, None] - whole[None, :]) + (rest[:, None] - rest[None, :])
-    return tl.exp2(tl.minimum(log2, 0.0))
+    return exp2(tl.minimum(log2, 0.0))
 
 
 @triton.jit
@@ -69,16 +70,21 @@ def scores(q, k, form: tl.constexpr):
 
 
 @triton.jit
-def visible(row, kept):
-    """Which keys of a chunk its queries see, if causal: [C, C]."""
-    return (row[:, None] >= row[None, :]) & kept[None, :]
+def visible(row, kept, form: tl.constexpr):
+    """Which keys of a chunk its queries see, if causal: [C, C]. Keys after the end come later."""
+    seen = row[:, None] >= row[None, :]
+    if form.MASKED:
+        seen = seen & kept[None, :]
+    return seen
 
 
 @triton.jit
-def quotient(y, z, form: tl.constexpr):
-    """y / z; zero where the denominator is below the smallest normal number."""
-    usual = tl.abs(z) >= form.TINY
-    return tl.where(usual, y / tl.where(usual, z, 1.0), 0.0)
+def weigh(x, seen, decay, form: tl.constexpr):
+    """x [C, C] times decays, which are zero where a key is not seen."""
+    if form.DECAYS:
+        return x * decay
+    else:
+        return tl.where(seen, x, 0.0)
 
 
 @triton.jit
@@ -116,7 +122,7 @@ def add_keys(k, kept, v, d, S, Z, form: tl.constexpr):
     if form.DECAYS:
         total = tl.sum(d, 0)
         less = decay_less_one(total, form.SUM)
-        left = tl.exp2(tl.minimum(total - tl.cumsum(d, 0), 0.0).to(form.SUM))
+        left = exp2(tl.minimum(total - tl.cumsum(d, 0), 0.0).to(form.SUM))
     for t in tl.static_range(form.TILES):
         phi = key_features(k, kept, t, form)
         s = S[t]
@@ -166,20 +172,20 @@ def outputs(
             k = load_keys(at_key, row, kept, k_row, form)
             v = load_rows(at_value, row, kept, v_row, column, form.V, form.BV, form)
             d = tl.zeros((form.C,), tl.float64)
-            decay = tl.full((form.C, form.C), 1.0, form.SUM)
+            seen = visible(row, kept, form)
+            decay = tl.where(seen, 1.0, 0.0).to(form.SUM)
             if form.DECAYS:
                 d = load_decays(logs, mask, b, T, g, d_batch, d_head, d_row, row, end, form)
-                before = tl.exp2(tl.cumsum(d, 0).to(form.SUM))
-                decay = decays_between(d, form)
+                before = exp2(tl.cumsum(d, 0).to(form.SUM))
+                decay = tl.where(seen, decays_between(d, form), 0.0)
                 y, z = y * before[:, None], z * before
-            decay = tl.where(visible(row, kept), decay, 0.0)
-            w = polynomial(scores(q, k, form), form) * decay
+            w = weigh(polynomial(scores(q, k, form), form), seen, decay, form)
             y = add_product(operand(w, form.DOT), operand(v, form.DOT), y, form.DOT)
             if form.NORMALIZE:
                 z += denominators_inside(q, k, kept, w, decay, row, form)
             S, Z = add_keys(k, kept, v, d, S, Z, form)
         if form.NORMALIZE:
-            y = quotient(y, z[:, None], form)
+            y = y * inverse(z, form)[:, None]
             if column == 0:
                 tl.store(denominators + (b * H + h) * T + row, z, mask=inside)
         store_rows(at_out, y, row, inside, o_row, column, form.V, form.BV)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .arithmetic import LEAST, LOG2E
+from .arithmetic import LEAST, LOG2E, exp2
 from .features import level_query, slots, weights_of_slots
-from .outputs import quotient
+from .weights import inverse
 from .places import load_state, store_state
 
 
@@ -19,9 +19,10 @@ def load_features(base, tile, kept, factor, added, form: tl.constexpr):
         x = tl.load(base + slot, mask=slot < form.K, other=0.0).to(form.SUM)
         x = x * factor + added
         if form.ACTIVATION == "elu":
-            x = tl.where(x > 0, x + 1.0, tl.exp(tl.minimum(x, 0.0)))
+            below = tl.minimum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+            x = exp2(below * LOG2E) + tl.maximum(x, 0.0)
         elif form.ACTIVATION == "relu":
-            x = tl.maximum(x, 0.0)
+            x = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
         return tl.where((slot < form.K) & kept, x, 0.0)
     else:
         left = tl.load(base + column, mask=slot < pairs + form.K, other=1.0).to(form.SUM)
@@ -47,7 +48,7 @@ def step(
     decay = tl.full((1,), 1.0, form.SUM)
     if form.DECAYS:
         log2 = tl.load(logs + b * d_batch + g * d_head + tl.arange(0, 1)).to(tl.float64) * LOG2E
-        decay = tl.exp2(tl.minimum(tl.maximum(log2, LEAST), 0.0).to(form.SUM))
+        decay = exp2(tl.minimum(tl.maximum(log2, LEAST), 0.0).to(form.SUM))
     exists = tl.full((1,), 1, tl.int1)
     kept = exists
     if form.MASKED:
@@ -88,6 +89,6 @@ def step(
         h = g * GROUP + i
         found = y[i]
         if form.NORMALIZE:
-            found = quotient(found, z[i], form)
+            found = found * inverse(z[i], form)
             tl.store(denominators + b * (G * GROUP) + h + tl.arange(0, 1), z[i])
         tl.store(out + b * o_batch + h * o_head + columns, found, mask=columns < form.V)

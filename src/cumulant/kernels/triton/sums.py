@@ -10,12 +10,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .arithmetic import add_product, log2_decays, operand
+from .arithmetic import add_product, exp2, log2_decays, operand
 from .features import key_features, load_keys, load_queries, load_rows, query_features
 from .places import find_span, load_kept, load_state, load_tile, store_state, store_tile
 from .weights import (
     add_key_weights,
     add_query_weights,
+    inverse,
     load_moments,
     load_moments_of_state,
     no_weights,
@@ -46,9 +47,7 @@ def load_output_gradient(
     if form.NORMALIZE:
         y = load_rows(out + at_out, row, inside, out_row, column, form.V, form.BV, form)
         z = tl.load(denominators + at_z + row, mask=inside, other=0.0)
-        usual = tl.abs(z) >= form.TINY
-        inverse = tl.where(usual, 1.0 / tl.where(usual, z, 1.0), 0.0).to(form.SUM)
-        d = operand(d * inverse[:, None], form.DOT)
+        d = operand(d * inverse(z, form)[:, None], form.DOT)
         return d, -tl.sum(d.to(form.SUM) * y, 1)
     else:
         return operand(d, form.DOT), tl.zeros((form.C,), form.SUM)
@@ -89,7 +88,7 @@ def key_sums(
         if form.DECAYS:
             d = load_decays(logs, mask, b, T, g, d_batch, d_head, d_row, row, end, form)
             left = total - passed - tl.cumsum(d, 0)
-            decay = tl.exp2(tl.minimum(left, 0.0).to(form.SUM))
+            decay = exp2(tl.minimum(left, 0.0).to(form.SUM))
             passed += tl.sum(d, 0)
         S_next, phis = (), ()
         for t in tl.static_range(form.TILES):
@@ -132,7 +131,7 @@ def query_sums(
         decay = tl.full((form.C,), 1.0, form.SUM)
         if form.DECAYS:
             d = load_decays(logs, mask, b, T, g, d_batch, d_head, d_row, row, end, form)
-            decay = tl.exp2((passed + tl.cumsum(d, 0)).to(form.SUM))
+            decay = exp2((passed + tl.cumsum(d, 0)).to(form.SUM))
             passed += tl.sum(d, 0)
         for h in range(g * (H // G), (g + 1) * (H // G)):
             at_query = query + b * q_batch + h * q_head

@@ -24,6 +24,13 @@ from .places import load_state, load_tile, row_of_pair, store_state, store_tile
 
 
 @triton.jit
+def inverse(z, form: tl.constexpr):
+    """1 / z; zero where a denominator is below the smallest normal number."""
+    usual = tl.abs(z) >= form.TINY
+    return tl.where(usual, 1.0 / tl.where(usual, z, 1.0), 0.0).to(form.SUM)
+
+
+@triton.jit
 def no_weights(form: tl.constexpr):
     """The sums before any key."""
     if form.ORDER == 2:
