@@ -20,14 +20,13 @@ from .arithmetic import LOG2E, add_product, exp2, operand, product, rounded
 
 @triton.jit
 def load_rows(
-    base, row, kept, stride, first, D: tl.constexpr, WIDTH: tl.constexpr, form: tl.constexpr,
-    OTHER: tl.constexpr = 0.0,
-):  # fmt: skip
-    """Columns first to first + WIDTH of rows of a matrix with D columns; OTHER where not kept."""
+    base, row, kept, stride, first, D: tl.constexpr, WIDTH: tl.constexpr, form: tl.constexpr
+):
+    """Columns first to first + WIDTH of rows of a matrix with D columns; zeros where not kept."""
     columns = first + tl.arange(0, WIDTH)
     inside = kept[:, None] & (columns < D)[None, :]
     at = base + row.to(tl.int64)[:, None] * stride + columns[None, :]
-    return tl.load(at, mask=inside, other=OTHER).to(form.SUM)
+    return tl.load(at, mask=inside, other=0.0).to(form.SUM)
 
 
 @triton.jit
@@ -43,10 +42,16 @@ def store_rows(base, x, row, kept, stride, first, D: tl.constexpr, WIDTH: tl.con
 def load_keys(base, row, kept, stride, form: tl.constexpr):
     """Activated keys, zero where not kept."""
     x = ()
-    nothing: tl.constexpr = float("-inf") if form.ACTIVATION == "elu" else 0.0
     for p in tl.static_range(form.PARTS):
-        part = load_rows(base, row, kept, stride, p * form.WIDTH, form.K, form.WIDTH, form, nothing)
-        x = x + (_activate(part, 0.0, form),)
+        part = load_rows(base, row, kept, stride, p * form.WIDTH, form.K, form.WIDTH, form)
+        part = _activate(part, 0.0, form)
+        if form.ACTIVATION == "elu":
+            inside = kept[:, None]
+            if (p + 1) * form.WIDTH > form.K:
+                column = tl.arange(0, form.WIDTH) + p * form.WIDTH
+                inside = inside & (column < form.K)[None, :]
+            part = tl.where(inside, part, 0.0)
+        x = x + (part,)
     return x
 
 
@@ -131,8 +136,7 @@ def _power_of_two(top):
 def _activate(x, top, form: tl.constexpr):
     """The activation of a part; top: what elu's exponent lacks, if all its numbers are negative.
 
-    elu + 1 is exp(min(x, 0)) + max(x, 0), of which one is always 1 or 0. A key that is not kept is
-    -inf.
+    elu + 1 is exp(min(x, 0)) + max(x, 0), of which one is always 1 or 0.
     """
     if form.ACTIVATION == "elu":
         below = tl.minimum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)

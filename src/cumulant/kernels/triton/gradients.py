@@ -93,7 +93,7 @@ def query_gradients(
             if form.DECAYS:
                 d = load_decays(logs, mask, b, T, g, d_batch, d_head, d_row, row, end, form)
                 before = exp2(tl.cumsum(d, 0).to(form.SUM))
-            w, dx, pairs = weight_gradients(q, k, v, dy, dz, d, visible(row, kept, form), form)
+            w, dx, pairs = weight_gradients(q, k, v, dy, dz, d, visible(kept, form), form)
             dx = operand(dx, form.DOT)
             if SHARES:
                 share += tl.sum(tl.where(row[:, None] > row[None, :], pairs, 0.0), 1)
@@ -214,7 +214,7 @@ def key_gradients(
                 dy, dz = load_output_gradient(
                     dout, out, denominators, at_dout, at_out, at_z, g_row, o_row, row, inside, column, form
                 )
-                w, dx, pairs = weight_gradients(q, k, v, dy, dz, d, visible(row, kept, form), form)
+                w, dx, pairs = weight_gradients(q, k, v, dy, dz, d, visible(kept, form), form)
                 if SHARES:
                     share += tl.sum(tl.where(row[:, None] > row[None, :], pairs, 0.0), 0)
                 dv = add_product(tl.trans(operand(w, form.DOT)), dy, dv, form.DOT)

@@ -70,9 +70,10 @@ def scores(q, k, form: tl.constexpr):
 
 
 @triton.jit
-def visible(row, kept, form: tl.constexpr):
+def visible(kept, form: tl.constexpr):
     """Which keys of a chunk its queries see, if causal: [C, C]. Keys after the end come later."""
-    seen = row[:, None] >= row[None, :]
+    token = tl.arange(0, form.C)
+    seen = token[:, None] >= token[None, :]
     if form.MASKED:
         seen = seen & kept[None, :]
     return seen
@@ -98,19 +99,24 @@ def read_sums(q, S, form: tl.constexpr):
 
 
 @triton.jit
-def denominators_inside(q, k, kept, w, decay, row, form: tl.constexpr):
-    """What a chunk's own keys add to its denominators [C]. w: weights, decay: between tokens."""
+def denominators_of(q, k, w, decay, before, Z, form: tl.constexpr):
+    """The denominators [C] of a chunk's queries.
+
+    w: their weights of the chunk's keys; decay: the factors in these; before: decays from the
+    chunk's start.
+    """
     if form.ORDER > 0:
-        return tl.sum(w, 1)
+        return read_weights(q, Z, form) * before + tl.sum(w, 1)
     else:
         z = tl.zeros((form.C,), form.SUM)
+        seen = operand(decay, form.DOT)
         for t in tl.static_range(form.TILES):
-            seen = tl.zeros((form.C, form.TILE), form.SUM)
-            seen = add_exact_product(operand(decay, form.DOT), k[t], seen, form)
+            total = Z[t]
             if form.DECAYS:
-                rest = operand(decay - operand(decay, form.DOT).to(form.SUM), form.DOT)
-                seen = add_product(rest, operand(k[t], form.DOT), seen, form.DOT)
-            z += tl.sum(q[t] * seen, 1)
+                total = total * before[:, None]
+                rest = operand(decay - seen.to(form.SUM), form.DOT)
+                total = add_product(rest, operand(k[t], form.DOT), total, form.DOT)
+            z += tl.sum(q[t] * add_exact_product(seen, k[t], total, form), 1)
         return z
 
 
@@ -164,26 +170,27 @@ def outputs(
         row = first + tl.arange(0, form.C)
         inside = row < end
         q, factor = load_queries(at_query, row, inside, q_row, form)
-        y, z = read_sums(q, S, form), tl.zeros((form.C,), form.SUM)
-        if form.NORMALIZE:
-            z = read_weights(q, Z, form)
+        y = read_sums(q, S, form)
         if form.CAUSAL:
             kept = load_kept(mask, b, T, row, end, form)
             k = load_keys(at_key, row, kept, k_row, form)
             v = load_rows(at_value, row, kept, v_row, column, form.V, form.BV, form)
             d = tl.zeros((form.C,), tl.float64)
-            seen = visible(row, kept, form)
+            seen = visible(kept, form)
             decay = tl.where(seen, 1.0, 0.0).to(form.SUM)
+            before = tl.full((form.C,), 1.0, form.SUM)
             if form.DECAYS:
                 d = load_decays(logs, mask, b, T, g, d_batch, d_head, d_row, row, end, form)
                 before = exp2(tl.cumsum(d, 0).to(form.SUM))
                 decay = tl.where(seen, decays_between(d, form), 0.0)
-                y, z = y * before[:, None], z * before
+                y = y * before[:, None]
             w = weigh(polynomial(scores(q, k, form), form), seen, decay, form)
             y = add_product(operand(w, form.DOT), operand(v, form.DOT), y, form.DOT)
             if form.NORMALIZE:
-                z += denominators_inside(q, k, kept, w, decay, row, form)
+                z = denominators_of(q, k, w, decay, before, Z, form)
             S, Z = add_keys(k, kept, v, d, S, Z, form)
+        elif form.NORMALIZE:
+            z = read_weights(q, Z, form)
         if form.NORMALIZE:
             y = y * inverse(z, form)[:, None]
             if column == 0:
