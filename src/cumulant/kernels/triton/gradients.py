@@ -28,8 +28,10 @@ from .places import find_span, load_kept, store_state
 from .sums import load_decays, load_output_gradient
 from .weights import (
     add_query_weights,
+    columns,
     decayed_weights,
     read_weights,
+    rows_of,
     store_weights_of_state,
     weights_gradient,
 )
@@ -69,7 +71,7 @@ def query_gradients(
     g = h // (H // G)
     b, n, begin, end = find_span(u, T, span, splits, rows, begins, offsets, form)
     place = u * G + g if form.CAUSAL else n * G + g
-    S, Z = load_sums(sums, weights, place, 1, n * G + g, column, SOURCE, False, form)
+    S, Z = load_sums(sums, weights, place, 1, n * G + g, column, SOURCE, False, True, form)
     at_query = query + b * q_batch + h * q_head
     at_key = key + b * k_batch + g * k_head
     at_value = value + b * v_batch + g * v_head
@@ -101,7 +103,9 @@ def query_gradients(
         for t in tl.static_range(form.TILES):
             dphi = product(dy, tl.trans(operand(S[t], form.DOT)), form.DOT)
             if form.NORMALIZE and form.ORDER < 2:
-                dphi += dz[:, None] * Z[t]
+                rounded = operand(dz, form.DOT).to(form.SUM)
+                weight = columns(rounded, dz - rounded, form)
+                dphi = add_product(weight, rows_of(Z[t], form), dphi, form.DOT)
             if form.DECAYS:
                 dphi = dphi * before[:, None]
             if SHARES:
@@ -129,7 +133,7 @@ def query_gradients(
             at_share = shares + (block.to(tl.int64) * size // form.K) + (b * H + h) * T
             tl.store(at_share + row, share, mask=inside)
         if form.CAUSAL:
-            S, Z = add_keys(k, kept, v, d, S, Z, form)
+            S, Z = add_keys(k, kept, v, d, S, Z, True, form)
 
 
 @triton.jit(do_not_specialize=["T", "S_tokens", "span", "splits"])
@@ -152,7 +156,7 @@ def key_gradients(
     u, g = at // G, (at % G).to(tl.int64)
     b, n, begin, end = find_span(u, T, span, splits, rows, begins, offsets, form)
     place = u * G + g if form.CAUSAL else n * G + g
-    S, Z = load_sums(sums, weights, place, parts, n * G + g, column, SOURCE, True, form)
+    S, Z = load_sums(sums, weights, place, parts, n * G + g, column, SOURCE, True, True, form)
     at_key = key + b * k_batch + g * k_head
     at_value = value + b * v_batch + g * v_head
     at_dkey = dkey + block.to(tl.int64) * size + (b * T * G + g) * form.K
@@ -181,7 +185,8 @@ def key_gradients(
             phi = key_features(k, kept, t, form)
             dphi = product(operand(v, form.DOT), tl.trans(operand(S[t], form.DOT)), form.DOT)
             if form.NORMALIZE and form.ORDER < 2:
-                dphi += Z[t]
+                one = tl.full((form.C,), 1.0, form.SUM)
+                dphi = add_product(columns(one, one * 0.0, form), rows_of(Z[t], form), dphi, form.DOT)
             s = S[t]
             if form.DECAYS:
                 dphi = dphi * left[:, None]
@@ -253,4 +258,4 @@ def key_gradients(
             store_state(dbefore, S[t], n * G + g, t, column, form.V, form.BV, True, form)
         if form.NORMALIZE:
             at_weights = (n * G + g) * form.BLOCKS + block
-            store_weights_of_state(dbefore_weights, Z, at_weights, True, form)
+            store_weights_of_state(dbefore_weights, Z, at_weights, True, True, form)

@@ -31,9 +31,10 @@ from .weights import (
 
 @triton.jit
 def load_sums(
-    sums, weights, at, parts, state_at, column, SOURCE: tl.constexpr, GRADIENT: tl.constexpr, form: tl.constexpr
-):
-    """Sums before a span, as tuples of tiles [TILE, BV] and vectors [TILE].
+    sums, weights, at, parts, state_at, column, SOURCE: tl.constexpr, GRADIENT: tl.constexpr,
+    COLUMNS: tl.constexpr, form: tl.constexpr,
+):  # fmt: skip
+    """Sums before a span: a tuple of tiles [TILE, BV], and those of `weights.py`.
 
     SOURCE: "none" for zeros, "state" for a state, "spans" for what `scan_spans` left.
     """
@@ -46,7 +47,7 @@ def load_sums(
         else:
             s = tl.zeros((form.TILE, form.BV), form.SUM)
         S = S + (s,)
-    Z = load_weights(weights, at * parts, state_at, SOURCE, GRADIENT, form)
+    Z = load_weights(weights, at * parts, state_at, SOURCE, GRADIENT, COLUMNS, form)
     if GRADIENT:  # gradients of denominators are partial: the first block has what came before
         Z = scaled_weights(Z, tl.where(column == 0, 1.0, 0.0).to(form.SUM), form)
     return S, Z
@@ -121,7 +122,7 @@ def denominators_of(q, k, w, decay, before, Z, form: tl.constexpr):
 
 
 @triton.jit
-def add_keys(k, kept, v, d, S, Z, form: tl.constexpr):
+def add_keys(k, kept, v, d, S, Z, COLUMNS: tl.constexpr, form: tl.constexpr):
     """S and Z after a chunk of keys; d: log decays."""
     S_next, phis = (), ()
     left = tl.full((form.C,), 1.0, form.SUM)
@@ -140,7 +141,7 @@ def add_keys(k, kept, v, d, S, Z, form: tl.constexpr):
     if form.NORMALIZE:
         if form.DECAYS:
             Z = decayed_weights(Z, less, form)
-        Z = add_key_weights(k, phis, kept, left, Z, form)
+        Z = add_key_weights(k, phis, kept, left, Z, COLUMNS, form)
     return S_next, Z
 
 
@@ -161,7 +162,7 @@ def outputs(
     g = h // (H // G)
     b, n, begin, end = find_span(u, T, span, splits, rows, begins, offsets, form)
     place = u * G + g if form.CAUSAL else n * G + g
-    S, Z = load_sums(sums, weights, place, 1, n * G + g, column, SOURCE, False, form)
+    S, Z = load_sums(sums, weights, place, 1, n * G + g, column, SOURCE, False, False, form)
     at_query = query + b * q_batch + h * q_head
     at_key = key + b * k_batch + g * k_head
     at_value = value + b * v_batch + g * v_head
@@ -188,7 +189,7 @@ def outputs(
             y = add_product(operand(w, form.DOT), operand(v, form.DOT), y, form.DOT)
             if form.NORMALIZE:
                 z = denominators_of(q, k, w, decay, before, Z, form)
-            S, Z = add_keys(k, kept, v, d, S, Z, form)
+            S, Z = add_keys(k, kept, v, d, S, Z, False, form)
         elif form.NORMALIZE:
             z = read_weights(q, Z, form)
         if form.NORMALIZE:
@@ -201,4 +202,4 @@ def outputs(
             for t in tl.static_range(form.TILES):
                 store_state(final, S[t], n * G + g, t, column, form.V, form.BV, False, form)
             if form.NORMALIZE and column == 0:
-                store_weights_of_state(final_weights, Z, n * G + g, False, form)
+                store_weights_of_state(final_weights, Z, n * G + g, False, False, form)

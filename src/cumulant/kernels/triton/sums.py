@@ -74,7 +74,7 @@ def key_sums(
         if column == 0:
             tl.store(totals + at + tl.arange(0, 1), total)
     passed = tl.zeros((1,), tl.float64)
-    S, Z = (), no_weights(form)
+    S, Z = (), no_weights(False, form)
     for t in tl.static_range(form.TILES):
         S = S + (tl.zeros((form.TILE, form.BV), form.SUM),)
     at_key = key + b * k_batch + g * k_head
@@ -99,11 +99,11 @@ def key_sums(
             phis = phis + (phi,)
         S = S_next
         if form.NORMALIZE:
-            Z = add_key_weights(k, phis, kept, decay, Z, form)
+            Z = add_key_weights(k, phis, kept, decay, Z, False, form)
     for t in tl.static_range(form.TILES):
         store_tile(sums, S[t], at, t, column, form.V, form.BV, form)
     if form.NORMALIZE and column == 0:
-        store_weights(weights, Z, at, form)
+        store_weights(weights, Z, at, False, form)
 
 
 @triton.jit(do_not_specialize=["T", "span", "splits"])
@@ -121,7 +121,7 @@ def query_sums(
     column = block * form.BV
     u, g = at // G, (at % G).to(tl.int64)
     b, n, begin, end = find_span(u, T, span, splits, rows, begins, offsets, form)
-    S, Z = (), no_weights(form)
+    S, Z = (), no_weights(True, form)
     for t in tl.static_range(form.TILES):
         S = S + (tl.zeros((form.TILE, form.BV), form.SUM),)
     passed = tl.zeros((1,), tl.float64)
@@ -155,7 +155,7 @@ def query_sums(
     for t in tl.static_range(form.TILES):
         store_tile(sums, S[t], at, t, column, form.V, form.BV, form)
     if form.NORMALIZE:
-        store_weights(weights, Z, at * form.BLOCKS + block, form)
+        store_weights(weights, Z, at * form.BLOCKS + block, True, form)
 
 
 @triton.jit(do_not_specialize=["splits", "spans"])

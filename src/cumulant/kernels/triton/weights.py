@@ -10,7 +10,8 @@ A query would read the sums of all features one by one. Instead:
 Tensor cores take rounded factors. Where a denominator would lose digits, a factor is a rounded
 number and what the rounding left.
 
-Backwards the same sums are of queries times the gradients of their denominators.
+Backwards the same sums are of queries times the gradients of their denominators. There orders 0 and
+1 have them in every column of a matrix [TILE, 16], which takes fewer registers (`columns`).
 """
 
 from __future__ import annotations
@@ -31,37 +32,43 @@ def inverse(z, form: tl.constexpr):
 
 
 @triton.jit
-def no_weights(form: tl.constexpr):
+def no_weights(COLUMNS: tl.constexpr, form: tl.constexpr):
     """The sums before any key."""
     if form.ORDER == 2:
         return tl.zeros((form.TILE, form.WIDTH), form.SUM), tl.zeros((1,), form.SUM)
     else:
         found = ()
         for _t in tl.static_range(form.TILES):
-            found = found + (tl.zeros((form.C, form.TILE), form.SUM),)
+            if COLUMNS:
+                found = found + (tl.zeros((form.TILE, 16), form.SUM),)
+            else:
+                found = found + (tl.zeros((form.C, form.TILE), form.SUM),)
         return found
 
 
 @triton.jit
 def load_weights(
-    sums, at, state_at, SOURCE: tl.constexpr, GRADIENT: tl.constexpr, form: tl.constexpr
-):
+    sums, at, state_at, SOURCE: tl.constexpr, GRADIENT: tl.constexpr, COLUMNS: tl.constexpr,
+    form: tl.constexpr,
+):  # fmt: skip
     """The sums before a span. SOURCE: as of `load_sums`."""
     if SOURCE == "none" or not form.NORMALIZE:
-        return no_weights(form)
+        return no_weights(COLUMNS, form)
     elif form.ORDER == 2:
         if SOURCE == "spans":
             return load_moments(sums, at, form)
         else:
             return load_moments_of_state(sums, state_at, GRADIENT, form)
     else:
-        found = ()
+        found, zeros = (), no_weights(COLUMNS, form)
         for t in tl.static_range(form.TILES):
             if SOURCE == "spans":
                 z = load_tile(sums, at, t, 0, 1, 1, form)
             else:
                 z = load_state(sums, state_at, t, 0, 1, 1, GRADIENT, form)
-            found = found + (tl.zeros((form.C, form.TILE), form.SUM) + tl.trans(z),)
+            if not COLUMNS:
+                z = tl.trans(z)
+            found = found + (zeros[t] + z,)
         return found
 
 
@@ -84,29 +91,27 @@ def decayed_weights(Z, less, form: tl.constexpr):
 
 
 @triton.jit
-def store_weights(sums, Z, at, form: tl.constexpr):
+def store_weights(sums, Z, at, COLUMNS: tl.constexpr, form: tl.constexpr):
     """Writes what `load_weights` reads of spans."""
     if form.ORDER == 2:
         store_moments(sums, Z, at, form)
     else:
         for t in tl.static_range(form.TILES):
-            store_tile(sums, tl.trans(_first_row(Z[t])), at, t, 0, 1, 1, form)
+            z = tl.max(Z[t], 1 if COLUMNS else 0)[:, None]
+            store_tile(sums, z, at, t, 0, 1, 1, form)
 
 
 @triton.jit
-def store_weights_of_state(state, Z, at, GRADIENT: tl.constexpr, form: tl.constexpr):
+def store_weights_of_state(
+    state, Z, at, GRADIENT: tl.constexpr, COLUMNS: tl.constexpr, form: tl.constexpr
+):
     """Writes what `load_weights` reads of a state."""
     if form.ORDER == 2:
         store_moments_of_state(state, Z, at, GRADIENT, form)
     else:
         for t in tl.static_range(form.TILES):
-            store_state(state, tl.trans(_first_row(Z[t])), at, t, 0, 1, 1, GRADIENT, form)
-
-
-@triton.jit
-def _first_row(x):
-    """[1, TILE]: all rows are alike."""
-    return tl.max(x, 0)[None, :]
+            z = tl.max(Z[t], 1 if COLUMNS else 0)[:, None]
+            store_state(state, z, at, t, 0, 1, 1, GRADIENT, form)
 
 
 @triton.jit
@@ -120,7 +125,26 @@ def add_exact_product(a, b, sums, form: tl.constexpr):
 
 
 @triton.jit
-def add_key_weights(k, phi, kept, left, Z, form: tl.constexpr):
+def columns(x, rest, form: tl.constexpr):
+    """Factors [C, 16] of a product with sums in columns, as `rows_of` takes them apart.
+
+    x is a factor already, and `rest` is what its rounding left.
+    """
+    column = tl.arange(0, 16)[None, :]
+    found = tl.where(column < 2, x[:, None], tl.where(column == 2, rest[:, None], 0.0))
+    return operand(found, form.DOT)
+
+
+@triton.jit
+def rows_of(z, form: tl.constexpr):
+    """Sums in columns as the other factor [16, TILE]: rounded, what is left, and rounded again."""
+    high = operand(z, form.DOT).to(form.SUM)
+    column = tl.arange(0, 16)[None, :]
+    return tl.trans(operand(tl.where(column == 1, z - high, high), form.DOT))
+
+
+@triton.jit
+def add_key_weights(k, phi, kept, left, Z, COLUMNS: tl.constexpr, form: tl.constexpr):
     """The sums after a chunk of keys.
 
     phi: the tiles of their features, decayed to the chunk's end. left: these decays.
@@ -130,10 +154,14 @@ def add_key_weights(k, phi, kept, left, Z, form: tl.constexpr):
         M = _add_exact_product_of_keys(u, k[0], Z[0], form)
         return M, Z[1] + tl.sum(tl.where(kept, left, 0.0), 0)
     else:
-        ones = operand(tl.full((form.C, form.C), 1.0, form.SUM), form.DOT)
+        ones = operand(tl.full((form.C, 16 if COLUMNS else form.C), 1.0, form.SUM), form.DOT)
         found = ()
         for t in tl.static_range(form.TILES):
-            found = found + (add_exact_product(ones, phi[t], Z[t], form),)
+            if COLUMNS:
+                z = add_product(tl.trans(operand(phi[t], form.DOT)), ones, Z[t], form.DOT)
+            else:
+                z = add_exact_product(ones, phi[t], Z[t], form)
+            found = found + (z,)
         return found
 
 
@@ -148,7 +176,7 @@ def _add_exact_product_of_keys(u, k, M, form: tl.constexpr):
 
 @triton.jit
 def add_query_weights(q, phi, dz, before, Z, form: tl.constexpr):
-    """The sums after a chunk of queries with the gradients dz of their denominators.
+    """The sums, in columns, after a chunk of queries with the gradients dz of their denominators.
 
     phi: the tiles of their features, decayed from the chunk's start. before: these decays.
     """
@@ -158,17 +186,17 @@ def add_query_weights(q, phi, dz, before, Z, form: tl.constexpr):
         M = add_product(tl.trans(u), operand(q[0], form.DOT), Z[0], form.DOT)
         return M, Z[1] + tl.sum(w, 0)
     else:
-        ones = operand(tl.full((form.C, form.C), 1.0, form.SUM), form.DOT)
+        weight = operand(tl.zeros((form.C, 16), form.SUM) + dz[:, None], form.DOT)
         found = ()
         for t in tl.static_range(form.TILES):
-            weighted = operand(phi[t] * dz[:, None], form.DOT)
-            found = found + (add_product(ones, weighted, Z[t], form.DOT),)
+            z = add_product(tl.trans(operand(phi[t], form.DOT)), weight, Z[t], form.DOT)
+            found = found + (z,)
         return found
 
 
 @triton.jit
 def read_weights(x, Z, form: tl.constexpr):
-    """φ(x)·Z [C]: denominators of queries, or what the gradients of sums make of keys."""
+    """φ(x)·Z [C]: denominators of queries, or, with order 2, what gradients of sums make of keys."""
     if form.ORDER == 2:
         M = _rows_of_moments(Z[0], 1.0, 2.0 / form.SCALE, form)
         u = operand(last_left(x[0], form), form.DOT)
