@@ -83,11 +83,11 @@ def signature(kernel: Any, call: dict[str, Any]) -> tuple[dict[str, str], list[s
     for name, parameter in inspect.signature(kernel.fn).parameters.items():
         if "constexpr" in str(parameter.annotation):
             types[name] = "constexpr"
-        elif name in ("T", "span", "splits", "spans", "H", "G", "parts", "size") or re.fullmatch(
+        elif name in ("T", "span", "splits", "spans", "H", "G", "parts", "size", "sizes") or re.fullmatch(
             r"\w_(batch|head|row)", name
         ):
-            types[name] = "i64" if name == "size" else "i32"
-            if re.fullmatch(r"[qkvgo]_(batch|head|row)|size", name):
+            types[name] = "i64" if name.startswith("size") else "i32"
+            if re.fullmatch(r"[qkvgo]_(batch|head|row)|sizes?", name):
                 aligned.append(name)
         else:
             kind = TYPES[call["dtype"]] if name in half else "fp32"

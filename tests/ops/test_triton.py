@@ -89,6 +89,8 @@ def assert_equal_reference(factor: float = 1000, **call: Any) -> None:
         (2, (1, 1, 1, 18, 1, 1)),
         (2, (1, 1, 1, 18, 2, 3)),
         (2, (1, 1, 1, 17, 12, 3)),  # several tiles of features
+        (2, (1, 1, 1, 17, 16, 3)),  # whose number K divides
+        (2, (1, 1, 1, 17, 8, 3)),
         (1, (2, 1, 1, 20, 17, 3)),
     ],
 )
@@ -140,7 +142,7 @@ def test_exactness(order: int, dtype: torch.dtype):
     found = attend(order, "triton", dtype, **call)
     exact = attend(order, "reference", **call)
     assert error(found[0], exact[0]) <= TOLERANCE[dtype]
-    assert error(found[2], exact[2]) <= 1e-6  # the state's denominator
+    assert error(found[2], exact[2]) <= 1e-5  # the state's denominator
     q, k, v = (torch.randn(1, 1, 70, 16).to(dtype) for _ in range(3))
     assert error(*denominators(order, q, k, v)) <= 1e-5
 

@@ -331,6 +331,7 @@ class Gradients(Call):
                   dtype=t.dtype if self.blocks == 1 else x.dtype)
             for t, T, heads in ((self.q, self.T, self.H), (self.k, self.S, self.G))
         )  # fmt: skip
+        self.dz = empty((self.blocks, self.B, self.H, self.T), device=self.q.device, dtype=x.dtype)
         self.dv = new_heads(self.v, self.G, self.V)
         if x.cu_seqlens is not None:
             self.dv.zero_()
@@ -402,11 +403,10 @@ class Gradients(Call):
         sums, weights = self.new_sums(spans, self.blocks)
         self.launch(
             "query_sums", spans.count * self.G * self.blocks,
-            self.q, self.dout, self.y.out, self.y.denominators, x.log_decay, self.mask,
+            self.q, self.dout, self.y.denominators, self.dz, x.log_decay, self.mask,
             sums, weights, *spans.tables,
             self.T, spans.length, spans.splits, self.H, self.G,
-            *self.q.stride()[:3], *self.dout.stride()[:3], *self.y.out.stride()[:3],
-            *self.decay_strides,
+            *self.q.stride()[:3], *self.dout.stride()[:3], *self.decay_strides, self.dz[0].numel(),
         )  # fmt: skip
         after = self.after
         self.scan(spans, sums, totals, after[0], before[0], matrices=True, backwards=True)
@@ -421,7 +421,7 @@ class Gradients(Call):
         self.launch(
             "query_gradients", spans.count * self.H * self.blocks,
             self.q, self.k, self.v, x.log_decay, self.mask, source[1], source[2],
-            self.dout, y.out, y.denominators, self.dq, self.query_shares, *spans.tables,
+            self.dout, y.out, y.denominators, self.dz, self.dq, self.query_shares, *spans.tables,
             self.T, spans.length, spans.splits, self.H, self.G,
             *self.q.stride()[:3], *self.k.stride()[:3], *self.v.stride()[:3],
             *self.dout.stride()[:3], *y.out.stride()[:3], *self.decay_strides, self.dq[0].numel(),
@@ -438,12 +438,12 @@ class Gradients(Call):
         self.launch(
             "key_gradients", spans.count * self.G * self.blocks,
             self.q, self.k, self.v, x.log_decay, self.mask, source[1], source[2],
-            self.dout, y.out, y.denominators, self.dk, self.dv, self.key_shares, *before,
+            self.dout, y.denominators, self.dz, self.dk, self.dv, self.key_shares, *before,
             *spans.tables,
             self.S, spans.length, spans.splits, self.H, self.G,
             *self.q.stride()[:3], *self.k.stride()[:3], *self.v.stride()[:3],
-            *self.dout.stride()[:3], *y.out.stride()[:3], *self.decay_strides,
-            self.dk[0].numel(), self.blocks if partial else 1,
+            *self.dout.stride()[:3], *self.decay_strides,
+            self.dk[0].numel(), self.dz[0].numel(), self.blocks if partial else 1,
             SOURCE=source[0], FINAL=before[0] is not None, SHARES=x.log_decay is not None,
         )  # fmt: skip
 

@@ -276,11 +276,15 @@ def query_features(x, tile: tl.constexpr, form: tl.constexpr):
 
 
 @triton.jit
-def taylor_gradient(x, grad, tile: tl.constexpr, form: tl.constexpr):
-    """The gradient [C, WIDTH] at x from a tile's at its unweighted Taylor features."""
-    right = operand(grad * _right(x[0], tile, form), form.DOT)
-    found = product(right, tl.trans(_left_matrix(tile, form)), form.DOT)
+def add_taylor_gradient(x, grad, sums, tile: tl.constexpr, form: tl.constexpr):
+    """sums [C, WIDTH] plus the gradient at x, from a tile's at its unweighted Taylor features."""
+    by_left = grad * _right(x[0], tile, form)
+    if tile == form.TILES - 1:
+        shift, column, is_pair, is_single, is_one = slots(tile, form)
+        by_left = tl.where(is_one[None, :], 0.0, by_left)
+    by_left = operand(by_left, form.DOT)
+    sums = add_product(by_left, tl.trans(_left_matrix(tile, form)), sums, form.DOT)
     if form.ORDER == 2:
-        left = operand(grad * _left(x[0], tile, form), form.DOT)
-        found = add_product(left, tl.trans(_right_matrix(tile, form)), found, form.DOT)
-    return found
+        by_right = operand(grad * _left(x[0], tile, form), form.DOT)
+        sums = add_product(by_right, tl.trans(_right_matrix(tile, form)), sums, form.DOT)
+    return sums

@@ -13,6 +13,7 @@ import triton.language as tl
 from .arithmetic import add_product, decay_less_one, exp2, operand, product
 from .features import (
     activation_gradient,
+    add_taylor_gradient,
     key_features,
     load_keys,
     load_queries,
@@ -20,7 +21,6 @@ from .features import (
     polynomial,
     query_features,
     store_rows,
-    taylor_gradient,
     weights_of_slots,
 )
 from .outputs import add_keys, decays_between, load_sums, scores, visible, weigh
@@ -30,6 +30,7 @@ from .weights import (
     add_query_weights,
     columns,
     decayed_weights,
+    inverse,
     read_weights,
     rows_of,
     store_weights_of_state,
@@ -38,13 +39,22 @@ from .weights import (
 
 
 @triton.jit
-def weight_gradients(q, k, v, dy, dz, d, seen, form: tl.constexpr):
-    """Of a chunk: the weights, and the gradients of weights, of scores, and of log decays' pairs."""
-    x = scores(q, k, form)
-    dw = product(dy, tl.trans(operand(v, form.DOT)), form.DOT) + dz[:, None]
-    decay = x
+def weight_gradients(q, k, v, dy, dz, d, kept, BY_KEY: tl.constexpr, form: tl.constexpr):
+    """Of a chunk: the weights, and the gradients of scores and of log decays' pairs.
+
+    BY_KEY: a row for each key, else for each query. As they are, results are left factors of
+    products.
+    """
+    v = operand(v, form.DOT)
+    if BY_KEY:
+        x = scores(k, q, form)
+        dw = product(v, tl.trans(dy), form.DOT) + dz[None, :]
+    else:
+        x = scores(q, k, form)
+        dw = product(dy, tl.trans(v), form.DOT) + dz[:, None]
+    seen, decay = visible(kept, BY_KEY, form), x
     if form.DECAYS:
-        decay = tl.where(seen, decays_between(d, form), 0.0)
+        decay = tl.where(seen, decays_between(d, BY_KEY, form), 0.0)
     w = weigh(polynomial(x, form), seen, decay, form)
     dx = weigh(dw, seen, decay, form)
     if form.ORDER == 2:
@@ -54,7 +64,8 @@ def weight_gradients(q, k, v, dy, dz, d, seen, form: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T", "span", "splits"])
 def query_gradients(
-    query, key, value, logs, mask, sums, weights, dout, out, denominators, dquery, shares,
+    query, key, value, logs, mask, sums, weights, dout, out, denominators,
+    ddenominators, dquery, shares,
     rows, begins, offsets, T, span, splits, H, G,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     g_batch, g_head, g_row, o_batch, o_head, o_row, d_batch, d_head, d_row, size,
@@ -62,8 +73,8 @@ def query_gradients(
 ):  # fmt: skip
     """One program has a span, a query head, and BV columns of the values: a part of the gradient.
 
-    dquery [parts, B, T, H, K]; `size` is the number of elements of a part. With SHARES it writes
-    each query's share in the gradients of log decays: that of its weights of earlier tokens.
+    dquery [parts, B, T, H, K]; `size` is the number of elements of a part. ddenominators
+    [parts, B, H, T] gets the gradients of denominators, also in parts. With SHARES it writes each query's share in the gradients of log decays: that of its weights of earlier tokens.
     """
     at, block = tl.program_id(0) // form.BLOCKS, tl.program_id(0) % form.BLOCKS
     column = block * form.BV
@@ -75,17 +86,25 @@ def query_gradients(
     at_query = query + b * q_batch + h * q_head
     at_key = key + b * k_batch + g * k_head
     at_value = value + b * v_batch + g * v_head
-    at_dout = b * g_batch + h * g_head
-    at_out = b * o_batch + h * o_head
+    at_dout = dout + b * g_batch + h * g_head
+    at_out = out + b * o_batch + h * o_head
     at_z = (b * H + h) * T
+    at_dz = ddenominators + block.to(tl.int64) * (size // form.K) + at_z
     at_grad = dquery + block.to(tl.int64) * size + (b * T * H + h) * form.K
     for first in range(begin, end, form.C):
         row = first + tl.arange(0, form.C)
         inside = row < end
         q, factor = load_queries(at_query, row, inside, q_row, form)
-        dy, dz = load_output_gradient(
-            dout, out, denominators, at_dout, at_out, at_z, g_row, o_row, row, inside, column, form
-        )
+        d = load_rows(at_dout, row, inside, g_row, column, form.V, form.BV, form)
+        if form.NORMALIZE:
+            y = load_rows(at_out, row, inside, o_row, column, form.V, form.BV, form)
+            z = tl.load(denominators + at_z + row, mask=inside, other=0.0)
+            dy = operand(d * inverse(z, form)[:, None], form.DOT)
+            # of the rounded numbers, as both nearly cancel where an output hardly depends on a weight
+            dz = -tl.sum(dy.to(form.SUM) * y, 1)
+            tl.store(at_dz + row, dz, mask=inside)
+        else:
+            dy, dz = operand(d, form.DOT), tl.zeros((form.C,), form.SUM)
         share = tl.zeros((form.C,), form.SUM)
         if form.CAUSAL:
             kept = load_kept(mask, b, T, row, end, form)
@@ -95,7 +114,7 @@ def query_gradients(
             if form.DECAYS:
                 d = load_decays(logs, mask, b, T, g, d_batch, d_head, d_row, row, end, form)
                 before = exp2(tl.cumsum(d, 0).to(form.SUM))
-            w, dx, pairs = weight_gradients(q, k, v, dy, dz, d, visible(kept, form), form)
+            w, dx, pairs = weight_gradients(q, k, v, dy, dz, d, kept, False, form)
             dx = operand(dx, form.DOT)
             if SHARES:
                 share += tl.sum(tl.where(row[:, None] > row[None, :], pairs, 0.0), 1)
@@ -112,7 +131,7 @@ def query_gradients(
                 share += tl.sum(dphi * query_features(q, t, form), 1)
             if form.ORDER > 0:
                 dphi = dphi * weights_of_slots(t, form)[None, :]
-                taylor += taylor_gradient(q, dphi, t, form)
+                taylor = add_taylor_gradient(q, dphi, taylor, t, form)
             else:
                 if form.CAUSAL:
                     dphi = add_product(dx, operand(k[t], form.DOT), dphi, form.DOT)
@@ -130,25 +149,26 @@ def query_gradients(
                 taylor += product(dx, operand(k[0], form.DOT), form.DOT) * form.SCALE
             store_rows(at_grad, taylor, row, inside, H * form.K, 0, form.K, form.WIDTH)
         if SHARES:
-            at_share = shares + (block.to(tl.int64) * size // form.K) + (b * H + h) * T
+            at_share = shares + block.to(tl.int64) * (size // form.K) + at_z
             tl.store(at_share + row, share, mask=inside)
         if form.CAUSAL:
             S, Z = add_keys(k, kept, v, d, S, Z, True, form)
 
 
-@triton.jit(do_not_specialize=["T", "S_tokens", "span", "splits"])
+@triton.jit(do_not_specialize=["T", "span", "splits"])
 def key_gradients(
-    query, key, value, logs, mask, sums, weights, dout, out, denominators,
+    query, key, value, logs, mask, sums, weights, dout, denominators, ddenominators,
     dkey, dvalue, shares, dbefore, dbefore_weights,
     rows, begins, offsets, T, span, splits, H, G,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
-    g_batch, g_head, g_row, o_batch, o_head, o_row, d_batch, d_head, d_row, size, parts,
+    g_batch, g_head, g_row, d_batch, d_head, d_row, size, sizes, parts,
     SOURCE: tl.constexpr, FINAL: tl.constexpr, SHARES: tl.constexpr, form: tl.constexpr,
 ):  # fmt: skip
     """One program has a span, a key head, and BV columns: a part of the keys' gradient.
 
     sums, weights: the gradients of the sums after the span. dkey [parts, B, T, G, K], dvalue
-    [B, T, G, V]. FINAL: whether it writes the gradient of the state before the span, which is then
+    [B, T, G, V]. `size` and `sizes` are the numbers of elements of a part of dkey and of
+    ddenominators. FINAL: whether it writes the gradient of the state before the span, which is then
     the sequence. With SHARES it writes each key's share in the gradients of log decays.
     """
     at, block = tl.program_id(0) // form.BLOCKS, tl.program_id(0) % form.BLOCKS
@@ -196,7 +216,7 @@ def key_gradients(
                 s = s + s * less
             dv = add_product(operand(phi, form.DOT), operand(S[t], form.DOT), dv, form.DOT)
             if form.ORDER > 0:
-                taylor += taylor_gradient(k, dphi, t, form)
+                taylor = add_taylor_gradient(k, dphi, taylor, t, form)
             dphis = dphis + (dphi,)
             S_next = S_next + (s,)
         if form.NORMALIZE and form.ORDER == 2:
@@ -213,17 +233,16 @@ def key_gradients(
             for h in range(g * (H // G), (g + 1) * (H // G)):
                 at_query = query + b * q_batch + h * q_head
                 q, factor = load_queries(at_query, row, inside, q_row, form)
-                at_dout = b * g_batch + h * g_head
-                at_out = b * o_batch + h * o_head
-                at_z = (b * H + h) * T
+                at_dout, at_z = dout + b * g_batch + h * g_head, (b * H + h) * T
+                at_dz = ddenominators + block.to(tl.int64) * sizes + at_z
                 dy, dz = load_output_gradient(
-                    dout, out, denominators, at_dout, at_out, at_z, g_row, o_row, row, inside, column, form
+                    at_dout, denominators + at_z, at_dz, row, inside, g_row, column, form
                 )
-                w, dx, pairs = weight_gradients(q, k, v, dy, dz, d, visible(kept, form), form)
+                w, dx, pairs = weight_gradients(q, k, v, dy, dz, d, kept, True, form)
                 if SHARES:
-                    share += tl.sum(tl.where(row[:, None] > row[None, :], pairs, 0.0), 0)
-                dv = add_product(tl.trans(operand(w, form.DOT)), dy, dv, form.DOT)
-                dx = tl.trans(operand(dx, form.DOT))
+                    share += tl.sum(tl.where(row[:, None] < row[None, :], pairs, 0.0), 1)
+                dv = add_product(operand(w, form.DOT), dy, dv, form.DOT)
+                dx = operand(dx, form.DOT)
                 if form.ORDER > 0:
                     taylor += product(dx, operand(q[0], form.DOT), form.DOT) * form.SCALE
                 dphis_next, S_next, phis = (), (), ()
@@ -251,7 +270,7 @@ def key_gradients(
         dv = tl.where(kept[:, None], dv, 0.0)
         store_rows(at_dvalue, dv, row, inside, G * form.V, column, form.V, form.BV)
         if SHARES:
-            at_share = shares + (block.to(tl.int64) * size // form.K) + (b * G + g) * T
+            at_share = shares + block.to(tl.int64) * (size // form.K) + (b * G + g) * T
             tl.store(at_share + row, tl.where(kept, share, 0.0), mask=inside)
     if FINAL:
         for t in tl.static_range(form.TILES):

@@ -54,11 +54,14 @@ def load_sums(
 
 
 @triton.jit
-def decays_between(d, form: tl.constexpr):
-    """``2^(c_i - c_j)`` [C, C] of a chunk with log decays d; 1 for later keys."""
+def decays_between(d, BY_KEY: tl.constexpr, form: tl.constexpr):
+    """``2^(c_i - c_j)`` [C, C] of a chunk with log decays d, c their running sums; 1 for later keys.
+
+    BY_KEY: a row for each key, else for each query.
+    """
     whole, rest = split_number(tl.cumsum(d, 0), form.SUM)
     log2 = (whole[:, None] - whole[None, :]) + (rest[:, None] - rest[None, :])
-    return exp2(tl.minimum(log2, 0.0))
+    return exp2(tl.minimum(-log2 if BY_KEY else log2, 0.0))
 
 
 @triton.jit
@@ -71,12 +74,17 @@ def scores(q, k, form: tl.constexpr):
 
 
 @triton.jit
-def visible(kept, form: tl.constexpr):
+def visible(kept, BY_KEY: tl.constexpr, form: tl.constexpr):
     """Which keys of a chunk its queries see, if causal: [C, C]. Keys after the end come later."""
     token = tl.arange(0, form.C)
-    seen = token[:, None] >= token[None, :]
-    if form.MASKED:
-        seen = seen & kept[None, :]
+    if BY_KEY:
+        seen = token[:, None] <= token[None, :]
+        if form.MASKED:
+            seen = seen & kept[:, None]
+    else:
+        seen = token[:, None] >= token[None, :]
+        if form.MASKED:
+            seen = seen & kept[None, :]
     return seen
 
 
@@ -177,13 +185,13 @@ def outputs(
             k = load_keys(at_key, row, kept, k_row, form)
             v = load_rows(at_value, row, kept, v_row, column, form.V, form.BV, form)
             d = tl.zeros((form.C,), tl.float64)
-            seen = visible(kept, form)
+            seen = visible(kept, False, form)
             decay = tl.where(seen, 1.0, 0.0).to(form.SUM)
             before = tl.full((form.C,), 1.0, form.SUM)
             if form.DECAYS:
                 d = load_decays(logs, mask, b, T, g, d_batch, d_head, d_row, row, end, form)
                 before = exp2(tl.cumsum(d, 0).to(form.SUM))
-                decay = tl.where(seen, decays_between(d, form), 0.0)
+                decay = tl.where(seen, decays_between(d, False, form), 0.0)
                 y = y * before[:, None]
             w = weigh(polynomial(scores(q, k, form), form), seen, decay, form)
             y = add_product(operand(w, form.DOT), operand(v, form.DOT), y, form.DOT)

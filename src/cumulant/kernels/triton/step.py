@@ -14,8 +14,8 @@ from .places import load_state, store_state
 @triton.jit
 def load_features(base, tile, kept, factor, added, form: tl.constexpr):
     """A tile [TILE] of the features of one vector; without the weights of queries' slots."""
-    slot, shift, column, pairs = slots(tile, form)
     if form.ORDER == 0:
+        slot = tile * form.TILE + tl.arange(0, form.TILE)
         x = tl.load(base + slot, mask=slot < form.K, other=0.0).to(form.SUM)
         x = x * factor + added
         if form.ACTIVATION == "elu":
@@ -25,10 +25,11 @@ def load_features(base, tile, kept, factor, added, form: tl.constexpr):
             x = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
         return tl.where((slot < form.K) & kept, x, 0.0)
     else:
-        left = tl.load(base + column, mask=slot < pairs + form.K, other=1.0).to(form.SUM)
+        shift, column, is_pair, is_single, is_one = slots(tile, form)
+        left = tl.load(base + column, mask=is_pair | is_single, other=1.0).to(form.SUM)
         partner = (column + shift) % form.K
-        right = tl.load(base + partner, mask=slot < pairs, other=1.0).to(form.SUM)
-        exists = (slot < pairs + form.K) | ((slot == pairs + form.K) & form.CONSTANT)
+        right = tl.load(base + partner, mask=is_pair, other=1.0).to(form.SUM)
+        exists = is_pair | is_single | (is_one & form.CONSTANT)
         return tl.where(exists & kept, left * right, 0.0)
 
 

@@ -35,20 +35,16 @@ def load_decays(logs, mask, b, T, g, batch, head, row_stride, row, end, form: tl
 
 
 @triton.jit
-def load_output_gradient(
-    dout, out, denominators, at_dout, at_out, at_z, dout_row, out_row, row, inside, column, form: tl.constexpr
-):
+def load_output_gradient(dout, denominators, shares, row, inside, stride, column, form: tl.constexpr):
     """The gradients of numerators [C, BV], as factors of products, and of denominators [C].
 
-    Both are of the rounded numbers: they nearly cancel where an output hardly depends on a weight.
-    A denominator's gradient is a sum over the values' columns: every block adds its own.
+    The latter are what `query_gradients` left: a sum over BV columns.
     """
-    d = load_rows(dout + at_dout, row, inside, dout_row, column, form.V, form.BV, form)
+    d = load_rows(dout, row, inside, stride, column, form.V, form.BV, form)
     if form.NORMALIZE:
-        y = load_rows(out + at_out, row, inside, out_row, column, form.V, form.BV, form)
-        z = tl.load(denominators + at_z + row, mask=inside, other=0.0)
-        d = operand(d * inverse(z, form)[:, None], form.DOT)
-        return d, -tl.sum(d.to(form.SUM) * y, 1)
+        z = tl.load(denominators + row, mask=inside, other=0.0)
+        dz = tl.load(shares + row, mask=inside, other=0.0)
+        return operand(d * inverse(z, form)[:, None], form.DOT), dz
     else:
         return operand(d, form.DOT), tl.zeros((form.C,), form.SUM)
 
@@ -108,9 +104,9 @@ def key_sums(
 
 @triton.jit(do_not_specialize=["T", "span", "splits"])
 def query_sums(
-    query, dout, out, denominators, logs, mask, sums, weights, rows, begins, offsets,
+    query, dout, denominators, ddenominators, logs, mask, sums, weights, rows, begins, offsets,
     T, span, splits, H, G, q_batch, q_head, q_row, g_batch, g_head, g_row,
-    o_batch, o_head, o_row, d_batch, d_head, d_row,
+    d_batch, d_head, d_row, size,
     form: tl.constexpr,
 ):  # fmt: skip
     """The same of queries and gradients of outputs, decayed to the span's first token.
@@ -136,11 +132,10 @@ def query_sums(
         for h in range(g * (H // G), (g + 1) * (H // G)):
             at_query = query + b * q_batch + h * q_head
             q, factor = load_queries(at_query, row, inside, q_row, form)
-            at_dout = b * g_batch + h * g_head
-            at_out = b * o_batch + h * o_head
-            at_z = (b * H + h) * T
+            at_dout, at_z = dout + b * g_batch + h * g_head, (b * H + h) * T
+            at_dz = ddenominators + block.to(tl.int64) * size + at_z
             dy, dz = load_output_gradient(
-                dout, out, denominators, at_dout, at_out, at_z, g_row, o_row, row, inside, column, form
+                at_dout, denominators + at_z, at_dz, row, inside, g_row, column, form
             )
             S_next, phis = (), ()
             for t in tl.static_range(form.TILES):

@@ -233,26 +233,28 @@ def weights_gradient(x, Z, form: tl.constexpr):
 
 @triton.jit
 def _at_moments(sums, at, form: tl.constexpr):
-    row, column = tl.arange(0, form.TILE), tl.arange(0, form.WIDTH)
+    """The addresses of M, and which is that of n."""
+    row, column = tl.arange(0, form.TILE)[:, None], tl.arange(0, form.WIDTH)[None, :]
     base = sums + at.to(tl.int64) * (form.TILE * form.WIDTH)
     count: tl.constexpr = form.SINGLE % form.TILE + form.K + 1
-    n = base + count * form.WIDTH + tl.arange(0, 1)
-    return base + row[:, None] * form.WIDTH + column[None, :], n, (row != count)[:, None]
+    return base + row * form.WIDTH + column, row == count, (row == count) & (column == 0)
 
 
 @triton.jit
 def load_moments(sums, at, form: tl.constexpr):
     """M and n of a span."""
-    matrix, n, own = _at_moments(sums, at, form)
-    return tl.load(matrix, mask=own & (tl.arange(0, form.WIDTH) >= 0)[None, :], other=0.0), tl.load(n)
+    address, is_row, is_count = _at_moments(sums, at, form)
+    M = tl.load(address)
+    n = tl.sum(tl.sum(tl.where(is_count, M, 0.0), 1)[None, :], 1)
+    return tl.where(is_row, 0.0, M), n
 
 
 @triton.jit
 def store_moments(sums, Z, at, form: tl.constexpr):
     """Writes what `load_moments` reads."""
-    matrix, n, own = _at_moments(sums, at, form)
-    tl.store(matrix, Z[0].to(form.SUM), mask=own & (tl.arange(0, form.WIDTH) >= 0)[None, :])
-    tl.store(n, Z[1].to(form.SUM))
+    address, is_row, is_count = _at_moments(sums, at, form)
+    M = tl.where(is_row, 0.0, Z[0])
+    tl.store(address, tl.where(is_count, Z[1][:, None], M).to(form.SUM))
 
 
 @triton.jit
