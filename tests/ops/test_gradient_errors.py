@@ -20,8 +20,10 @@ from .cases import CASES, CHUNK, GRADIENT_TOLERANCE, ROUNDING, Case, by_fast_imp
 from .walking import walk
 
 DRAWS = 4
-# Triton's kernels round the factors of products to the inputs' dtype, as tensor cores take them.
-TENSOR_CORES = {torch.float32: 1.0, torch.bfloat16: 1.0, torch.float16: 1.0}
+# Triton's kernels round the factors of products to the inputs' dtype, as tensor cores take them. So
+# they may have this many times the others' errors, in outputs and gradients of q, k and v. relu has
+# the largest of q: most of its gradients cancel.
+TENSOR_CORES = torch.tensor([1.1, 5.5, 2.0, 1.2])
 by_dtype = pytest.mark.parametrize("dtype", list(GRADIENT_TOLERANCE), ids=str)
 
 
@@ -62,8 +64,8 @@ def test_outputs_and_gradients_are_as_exact_as_the_references(
         bound = GRADIENT_TOLERANCE[dtype] * (squares["reference"] / DRAWS).sqrt().clamp(
             min=ROUNDING[dtype]
         )
-        if impl == "triton":
-            bound *= TENSOR_CORES[dtype]
+        if impl == "triton" and dtype != torch.float32:
+            bound *= TENSOR_CORES
         for name, total in squares.items():
             found = (total / DRAWS).sqrt()
             assert (found <= bound).all(), (name, is_causal, (found / bound).tolist())
