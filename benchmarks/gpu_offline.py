@@ -37,21 +37,22 @@ PRODUCTS = re.compile(r"HGMMA|UTC\w*MMA|HMMA|DMMA|IMMA")
 
 def forms() -> dict[str, dict[str, Any]]:
     """The calls whose kernels are compiled, by name."""
-    base = dict(K=16, V=64, order=2, activation="identity", dtype=torch.bfloat16, decays=False)
-    elu = dict(base, K=64, order=0, activation="elu")
+    base: dict[str, Any] = {"K": 16, "V": 64, "order": 2, "activation": "identity"}
+    base |= {"dtype": torch.bfloat16, "decays": False}
+    elu = base | {"K": 64, "order": 0, "activation": "elu"}
     return {
         "taylor-2 K16 V64 bf16": base,
         "elu K64 V64 bf16": elu,
-        "taylor-2 K16 V64 bf16 decay": dict(base, decays=True),
-        "elu K64 V64 bf16 decay": dict(elu, decays=True),
-        "taylor-2 K16 V64 fp32": dict(base, dtype=torch.float32),
-        "elu K64 V64 fp32": dict(elu, dtype=torch.float32),
-        "taylor-2 K16 V64 fp16": dict(base, dtype=torch.float16),
-        "taylor-2 K8 V64 bf16": dict(base, K=8),
-        "taylor-2 K32 V64 bf16": dict(base, K=32),
-        "taylor-1 K16 V64 bf16": dict(base, order=1),
-        "elu K128 V128 bf16": dict(elu, K=128, V=128),
-        "elu K256 V256 bf16": dict(elu, K=256, V=256),
+        "taylor-2 K16 V64 bf16 decay": base | {"decays": True},
+        "elu K64 V64 bf16 decay": elu | {"decays": True},
+        "taylor-2 K16 V64 fp32": base | {"dtype": torch.float32},
+        "elu K64 V64 fp32": elu | {"dtype": torch.float32},
+        "taylor-2 K16 V64 fp16": base | {"dtype": torch.float16},
+        "taylor-2 K8 V64 bf16": base | {"K": 8},
+        "taylor-2 K32 V64 bf16": base | {"K": 32},
+        "taylor-1 K16 V64 bf16": base | {"order": 1},
+        "elu K128 V128 bf16": elu | {"K": 128, "V": 128},
+        "elu K256 V256 bf16": elu | {"K": 256, "V": 256},
     }
 
 
@@ -63,15 +64,23 @@ def make_form(call: dict[str, Any], hip: bool) -> Any:
     """The constants of a call, as `attention.Call` makes them."""
     from cumulant.kernels.spec import AttentionSpec
     from cumulant.kernels.triton import device
-    from cumulant.kernels.triton.attention import CHUNK, form_constants
+    from cumulant.kernels.triton.attention import CHUNK
+    from cumulant.kernels.triton.call import form_constants
     from cumulant.kernels.triton.form import Form
 
     order = call["order"]
     spec = AttentionSpec(
-        order, True, call["activation"], call["K"] ** -0.5 if order else 1.0, True, True, False, CHUNK
+        order,
+        True,
+        call["activation"],
+        call["K"] ** -0.5 if order else 1.0,
+        True,
+        True,
+        False,
+        CHUNK,
     )
-    dots = device.dot_types(torch.empty(0, dtype=call["dtype"]), hip=hip)
-    found = form_constants(call["K"], call["V"], spec, dots, torch.float32)
+    dot = device.dot_type(torch.empty(0, dtype=call["dtype"]), hip=hip)
+    found = form_constants(call["K"], call["V"], spec, dot, torch.float32)
     return Form(*device.constants(*found._replace(decays=call["decays"])))
 
 
@@ -83,9 +92,17 @@ def signature(kernel: Any, call: dict[str, Any]) -> tuple[dict[str, str], list[s
     for name, parameter in inspect.signature(kernel.fn).parameters.items():
         if "constexpr" in str(parameter.annotation):
             types[name] = "constexpr"
-        elif name in ("T", "span", "splits", "spans", "H", "G", "parts", "size", "sizes") or re.fullmatch(
-            r"\w_(batch|head|row)", name
-        ):
+        elif name in (
+            "T",
+            "span",
+            "splits",
+            "spans",
+            "H",
+            "G",
+            "parts",
+            "size",
+            "sizes",
+        ) or re.fullmatch(r"\w_(batch|head|row)", name):
             types[name] = "i64" if name.startswith("size") else "i32"
             if re.fullmatch(r"[qkvgo]_(batch|head|row)|sizes?", name):
                 aligned.append(name)
@@ -108,8 +125,9 @@ def compile_kernel(name: str, label: str, target: int | str) -> dict[str, Any]:
     call, hip = forms()[label], isinstance(target, str)
     kernel = {**vars(sums), **vars(outputs), **vars(gradients)}[name]
     constants: dict[str, Any] = {"form": make_form(call, hip)}
-    fixed = dict(SOURCE="spans", FINAL=False, SHARES=call["decays"], V=call["V"], BV=64, BLOCKS=-(-call["V"] // 64),
-                 HAS_BEFORE=False, HAS_AFTER=False, BACKWARDS=False)  # fmt: skip
+    fixed = {"SOURCE": "spans", "SHARES": call["decays"], "V": call["V"], "BV": 64}
+    fixed |= {"BLOCKS": -(-call["V"] // 64), "BACKWARDS": False}
+    fixed |= dict.fromkeys(("FINAL", "HAS_BEFORE", "HAS_AFTER"), False)
     types, aligned = signature(kernel, call)
     constants |= {k: v for k, v in fixed.items() if k in types}
     attributes = {(list(types).index(n),): [["tt.divisibility", 16]] for n in aligned}
@@ -180,7 +198,9 @@ def find_loops(assembly: str) -> tuple[list[str], list[tuple[int, int]]]:
 def longest_loop(instructions: list[str], loops: list[tuple[int, int]]) -> list[str]:
     """The longest loop that is no part of a loop with as many products: a chunk's work."""
     bodies = [instructions[a : b + 1] for a, b in loops]
-    return max(bodies, key=lambda x: (sum(bool(PRODUCTS.match(op)) for op in x), -len(x)), default=[])
+    return max(
+        bodies, key=lambda x: (sum(bool(PRODUCTS.match(op)) for op in x), -len(x)), default=[]
+    )
 
 
 def build(which: list[tuple[str, str, int | str]], processes: int) -> list[dict[str, Any]]:

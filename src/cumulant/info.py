@@ -36,8 +36,20 @@ def facts() -> dict[str, str]:
             if obstacle
             else f"works: C++ on the CPU, {instruction_set_name()}"
         ),
-        "impl triton": "not part of this version",
+        "impl triton": _triton(),
     }
+
+
+def _triton() -> str:
+    import torch
+
+    from .kernels.triton import device
+
+    if reason := device.missing_reason():
+        return f"does not work here: {reason}"
+    if torch.cuda.is_available():
+        return f"Triton {_version('triton')}; tried in its interpreter alone, on no GPU yet"
+    return f"needs a GPU, and there is none; Triton {_version('triton')} is installed"
 
 
 def show_info(*, as_json: bool = False) -> None:

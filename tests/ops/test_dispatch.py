@@ -70,8 +70,10 @@ def test_explain_says_so(monkeypatch):
 
 @pytest.mark.parametrize("case", [*ONE, MIXED], ids=lambda c: c.name)
 def test_unknown_names_are_refused(case, monkeypatch):
-    monkeypatch.setenv("CUMULANT_IMPL", "triton")
-    message = "CUMULANT_IMPL: expected 'auto', 'native', 'torch' or 'reference', got 'triton'"
+    monkeypatch.setenv("CUMULANT_IMPL", "cuda")
+    message = (
+        "CUMULANT_IMPL: expected 'auto', 'triton', 'native', 'torch' or 'reference', got 'cuda'"
+    )
     with pytest.raises(ValueError, match=message):
         case(*case.inputs(T=5), is_causal=True)
     case(*case.inputs(T=5), is_causal=True, impl="torch")

@@ -19,9 +19,7 @@ def gradients(op, inputs: list[Tensor], weight: Tensor, **options) -> list[Tenso
     return list(torch.autograd.grad((op(*leaves, **options).double() * weight).sum(), leaves))
 
 
-def uncancelled_gradients(
-    inputs: list[Tensor], weight: Tensor, is_causal: bool
-) -> list[Tensor]:
+def uncancelled_gradients(inputs: list[Tensor], weight: Tensor, is_causal: bool) -> list[Tensor]:
     """The gradients without the part of the denominators, which cancels most of them."""
     q, k, v = leaves = [x.detach().clone().requires_grad_() for x in inputs]
     weights = q.relu() @ k.relu().mT

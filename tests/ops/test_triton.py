@@ -96,7 +96,9 @@ def assert_equal_reference(factor: float = 1000, **call: Any) -> None:
 )
 @pytest.mark.parametrize("form", ["causal", "decay", "both"])
 def test_sizes(order: int, sizes: tuple[int, ...], form: str):
-    assert_equal_reference(order=order, sizes=sizes, is_causal=form != "both", decays=form == "decay")
+    assert_equal_reference(
+        order=order, sizes=sizes, is_causal=form != "both", decays=form == "decay"
+    )
 
 
 @pytest.mark.parametrize("order", [0, 2])
@@ -199,9 +201,10 @@ def guarded(shape, dtype, at_end):
 
 attention.CHUNK, attention.SPAN, device.PROCESSORS = 16, 16, 1000
 for at_end in (True, False):
-    torch.Tensor.new_empty = lambda self, *shape, dtype=None, device=None: guarded(
-        shape[0] if isinstance(shape[0], (tuple, torch.Size)) else shape, dtype or self.dtype, at_end
-    )
+    def new_empty(self, *shape, dtype=None, device=None):
+        shape = shape[0] if isinstance(shape[0], (tuple, torch.Size)) else shape
+        return guarded(shape, dtype or self.dtype, at_end)
+    torch.Tensor.new_empty = new_empty
     def take(*shape):
         return guarded(shape, torch.float32, at_end).copy_(torch.rand(shape)).requires_grad_()
     for order, T in ((0, 21), (2, 21), (2, 1)):

@@ -56,7 +56,12 @@ def operand(x, DOT: tl.constexpr):
 def product(a, b, DOT: tl.constexpr):
     """The matrix product of two operands, in the dtype of sums."""
     if INTERPRETED or DOT == "bf16":
-        return tl.dot(a, b, input_precision="ieee", out_dtype=tl.float64 if a.dtype == tl.float64 else tl.float32)
+        return tl.dot(
+            a,
+            b,
+            input_precision="ieee",
+            out_dtype=tl.float64 if a.dtype == tl.float64 else tl.float32,
+        )
     else:
         return tl.dot(a, b, input_precision=DOT)
 

@@ -66,18 +66,18 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def dot_types(*tensors: Tensor, hip: bool = bool(torch.version.hip)) -> tuple[str, str]:
-    """How products of these tensors are taken, and those that denominators depend on.
+def dot_type(*tensors: Tensor, hip: bool = bool(torch.version.hip)) -> str:
+    """How products of these tensors are taken.
 
-    Features of fp16 numbers may be beyond fp16, and tf32 has the same digits.
+    Features of fp16 numbers may be beyond fp16, and tf32 has the same digits. fp32 numbers take
+    three products, and keep nearly all of theirs.
     """
     dtypes = {x.dtype for x in tensors}
     if torch.float64 in dtypes:
-        return "ieee", "ieee"
-    exact = "bf16x3" if hip else "tf32x3"
+        return "ieee"
     if torch.float32 in dtypes:
-        return exact, exact
-    return "tf32" if torch.float16 in dtypes else "bf16", exact
+        return "bf16x3" if hip else "tf32x3"
+    return "tf32" if torch.float16 in dtypes else "bf16"
 
 
 _TYPES = {torch.float32: "float32", torch.float64: "float64"}

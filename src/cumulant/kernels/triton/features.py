@@ -3,9 +3,9 @@
 Order 0: the features are the activated vectors, and a tile is some of their columns. Orders 1 and
 2: features are formed from the whole vector x, in slots. With K // 2 + 1 shifts s, slot ``s K + j``
 holds ``x_j x_(j+s)``, indices modulo K. The K numbers of x and a 1 are in the last tile, from slot
-SINGLE on. So every pair has a slot, pairs at the distance K / 2 have two, and a tile is a product of
-two matrix products with constant 0/1 matrices. A query's slots have the weights that make φ(q)·φ(k) the polynomial: 1/2 for
-squares and for pairs with two slots.
+SINGLE on. So every pair has a slot, and pairs at the distance K / 2 have two. A tile is a product
+of two factors, each a matrix product of x and a constant 0/1 matrix. A query's slots have the
+weights that make φ(q)·φ(k) the polynomial: 1/2 for squares and for pairs with two slots.
 
 Vectors are tuples of matrices, one for each of the form's parts.
 """
@@ -172,7 +172,7 @@ def polynomial(x, form: tl.constexpr):
 
 @triton.jit
 def slots(tile, form: tl.constexpr):
-    """The slots of a tile, their shifts and columns, and where pairs end and single numbers begin."""
+    """Of the slots of a tile: shifts, columns, which are pairs, single numbers, and the 1."""
     slot = tile * form.TILE + tl.arange(0, form.TILE)
     pairs: tl.constexpr = (form.K // 2 + 1) * form.K if form.ORDER == 2 else 0
     is_pair, is_single = slot < pairs, (slot >= form.SINGLE) & (slot < form.SINGLE + form.K)
@@ -190,8 +190,8 @@ def constant(x: tl.constexpr, form: tl.constexpr):
 def _left_matrix(tile, form: tl.constexpr):
     """[WIDTH, TILE]: picks x_j for every slot of a pair and of a single number.
 
-    It is the same for every tile where K divides TILE, so that its product is taken once. Slots that
-    it need not fill have a right factor of zero.
+    It is the same for every tile where K divides TILE, so that its product is taken once. Slots
+    that it need not fill have a right factor of zero.
     """
     row = tl.arange(0, form.WIDTH)
     if form.TILE % form.K == 0:

@@ -28,13 +28,13 @@ class Form(NamedTuple):
     PARTS: tl.constexpr
     TILE: tl.constexpr
     TILES: tl.constexpr
+    WEIGHTS: tl.constexpr  # tensors of denominators' sums, see weights.py
     SINGLE: tl.constexpr  # the slot of a vector's first number
     BV: tl.constexpr
     BLOCKS: tl.constexpr  # of BV columns
     SUM: tl.constexpr  # dtype of sums
     TINY: tl.constexpr  # its smallest normal number
     DOT: tl.constexpr  # how products are taken, see arithmetic.py
-    EXACT: tl.constexpr  # and those whose rounding would reach the denominators
     MASKED: tl.constexpr
     PACKED: tl.constexpr
     DECAYS: tl.constexpr

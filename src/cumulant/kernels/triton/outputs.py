@@ -7,7 +7,6 @@ import triton.language as tl
 
 from .arithmetic import add_product, decay_less_one, exp2, operand, product, split_number
 from .features import (
-    key_features,
     load_keys,
     load_queries,
     load_rows,
@@ -16,15 +15,14 @@ from .features import (
     store_rows,
 )
 from .places import find_span, load_kept, load_state, load_tile, store_state
-from .sums import load_decays
+from .sums import add_key_sums, load_decays, no_sums
 from .weights import (
     add_exact_product,
-    add_key_weights,
-    decayed_weights,
+    decayed,
     inverse,
     load_weights,
     read_weights,
-    scaled_weights,
+    scaled,
     store_weights_of_state,
 )
 
@@ -39,25 +37,26 @@ def load_sums(
     SOURCE: "none" for zeros, "state" for a state, "spans" for what `scan_spans` left.
     """
     S = ()
-    for t in tl.static_range(form.TILES):
-        if SOURCE == "spans":
-            s = load_tile(sums, at, t, column, form.V, form.BV, form)
-        elif SOURCE == "state":
-            s = load_state(sums, state_at, t, column, form.V, form.BV, GRADIENT, form)
-        else:
-            s = tl.zeros((form.TILE, form.BV), form.SUM)
-        S = S + (s,)
+    if SOURCE == "none":
+        S = no_sums(form)
+    else:
+        for t in tl.static_range(form.TILES):
+            if SOURCE == "spans":
+                s = load_tile(sums, at, t, column, form.V, form.BV, form)
+            else:
+                s = load_state(sums, state_at, t, column, form.V, form.BV, GRADIENT, form)
+            S = S + (s,)
     Z = load_weights(weights, at * parts, state_at, SOURCE, GRADIENT, COLUMNS, form)
     if GRADIENT:  # gradients of denominators are partial: the first block has what came before
-        Z = scaled_weights(Z, tl.where(column == 0, 1.0, 0.0).to(form.SUM), form)
+        Z = scaled(Z, tl.where(column == 0, 1.0, 0.0).to(form.SUM), form.WEIGHTS)
     return S, Z
 
 
 @triton.jit
 def decays_between(d, BY_KEY: tl.constexpr, form: tl.constexpr):
-    """``2^(c_i - c_j)`` [C, C] of a chunk with log decays d, c their running sums; 1 for later keys.
+    """``2^(c_i - c_j)`` [C, C], where c are the running sums of a chunk's log decays d.
 
-    BY_KEY: a row for each key, else for each query.
+    It is 1 for later keys. BY_KEY: a row for each key, else for each query.
     """
     whole, rest = split_number(tl.cumsum(d, 0), form.SUM)
     log2 = (whole[:, None] - whole[None, :]) + (rest[:, None] - rest[None, :])
@@ -130,27 +129,23 @@ def denominators_of(q, k, w, decay, before, Z, form: tl.constexpr):
 
 
 @triton.jit
+def chunk_decays(d, form: tl.constexpr):
+    """From a chunk's log decays: each token's decay from the start, what is left of it at the end,
+    and the decay of the whole, less 1.
+    """
+    passed, total = tl.cumsum(d, 0), tl.sum(d, 0)
+    left = exp2(tl.minimum(total - passed, 0.0).to(form.SUM))
+    return exp2(passed.to(form.SUM)), left, decay_less_one(total, form.SUM)
+
+
+@triton.jit
 def add_keys(k, kept, v, d, S, Z, COLUMNS: tl.constexpr, form: tl.constexpr):
     """S and Z after a chunk of keys; d: log decays."""
-    S_next, phis = (), ()
     left = tl.full((form.C,), 1.0, form.SUM)
     if form.DECAYS:
-        total = tl.sum(d, 0)
-        less = decay_less_one(total, form.SUM)
-        left = exp2(tl.minimum(total - tl.cumsum(d, 0), 0.0).to(form.SUM))
-    for t in tl.static_range(form.TILES):
-        phi = key_features(k, kept, t, form)
-        s = S[t]
-        if form.DECAYS:
-            phi = phi * left[:, None]
-            s = s + s * less
-        s = add_product(tl.trans(operand(phi, form.DOT)), operand(v, form.DOT), s, form.DOT)
-        S_next, phis = S_next + (s,), phis + (phi,)
-    if form.NORMALIZE:
-        if form.DECAYS:
-            Z = decayed_weights(Z, less, form)
-        Z = add_key_weights(k, phis, kept, left, Z, COLUMNS, form)
-    return S_next, Z
+        before, left, less = chunk_decays(d, form)
+        S, Z = decayed(S, less, form.TILES), decayed(Z, less, form.WEIGHTS)
+    return add_key_sums(k, kept, v, left, S, Z, COLUMNS, form)
 
 
 @triton.jit(do_not_specialize=["T", "span", "splits"])

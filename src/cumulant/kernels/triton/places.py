@@ -22,7 +22,12 @@ def find_span(u, T, span, splits, rows, begins, offsets, form: tl.constexpr):
     if form.PACKED:
         n = tl.load(rows + u)
         begin = tl.load(begins + u)
-        return (n * 0).to(tl.int64), n.to(tl.int64), begin, tl.minimum(begin + span, tl.load(offsets + n + 1).to(tl.int32))
+        return (
+            (n * 0).to(tl.int64),
+            n.to(tl.int64),
+            begin,
+            tl.minimum(begin + span, tl.load(offsets + n + 1).to(tl.int32)),
+        )
     else:
         b = u // splits
         begin = (u - b * splits) * span
@@ -96,7 +101,14 @@ def row_of_pair(a, b, form: tl.constexpr):
 
 @triton.jit
 def load_state(
-    state, at, tile, column, V: tl.constexpr, BV: tl.constexpr, GRADIENT: tl.constexpr, form: tl.constexpr
+    state,
+    at,
+    tile,
+    column,
+    V: tl.constexpr,
+    BV: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    form: tl.constexpr,
 ):
     """A tile, in slots, of matrix `at` of a state [..., F, V], or of the gradient of one."""
     row, exists, _, as_sums, as_gradients = _rows_of_states(tile, form)
@@ -111,7 +123,15 @@ def load_state(
 
 @triton.jit
 def store_state(
-    state, x, at, tile, column, V: tl.constexpr, BV: tl.constexpr, GRADIENT: tl.constexpr, form: tl.constexpr
+    state,
+    x,
+    at,
+    tile,
+    column,
+    V: tl.constexpr,
+    BV: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    form: tl.constexpr,
 ):
     """Writes what `load_state` reads."""
     row, _, first, as_sums, as_gradients = _rows_of_states(tile, form)

@@ -7,8 +7,8 @@ import triton.language as tl
 
 from .arithmetic import LEAST, LOG2E, exp2
 from .features import level_query, slots, weights_of_slots
-from .weights import inverse
 from .places import load_state, store_state
+from .weights import inverse
 
 
 @triton.jit

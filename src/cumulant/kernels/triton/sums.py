@@ -1,8 +1,8 @@
 """Sums over the tokens of each span, and the sums before each span.
 
-`span_sums` adds up ``φ(x_i) y_iᵀ`` and ``φ(x_i) w_i`` over the tokens of a span: keys and values, or
-queries and gradients of outputs. `scan_spans` then walks the spans of a sequence and leaves the
-sums before each in place. Forwards these are states. Backwards they are the gradients of states.
+`key_sums` adds up ``φ(k) vᵀ`` over the keys of a span, and `query_sums` the same of queries and
+gradients of outputs. `scan_spans` then walks the spans of a sequence and leaves the sums before
+each in their place. Forwards these are states. Backwards they are the gradients of states.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ def load_decays(logs, mask, b, T, g, batch, head, row_stride, row, end, form: tl
 
 
 @triton.jit
-def load_output_gradient(dout, denominators, shares, row, inside, stride, column, form: tl.constexpr):
+def load_output_gradient(
+    dout, denominators, shares, row, inside, stride, column, form: tl.constexpr
+):
     """The gradients of numerators [C, BV], as factors of products, and of denominators [C].
 
     The latter are what `query_gradients` left: a sum over BV columns.
@@ -47,6 +49,46 @@ def load_output_gradient(dout, denominators, shares, row, inside, stride, column
         return operand(d * inverse(z, form)[:, None], form.DOT), dz
     else:
         return operand(d, form.DOT), tl.zeros((form.C,), form.SUM)
+
+
+@triton.jit
+def no_sums(form: tl.constexpr):
+    """Tiles [TILE, BV] of sums over nothing."""
+    S = ()
+    for t in tl.static_range(form.TILES):
+        S = S + (tl.zeros((form.TILE, form.BV), form.SUM),)
+    return S
+
+
+@triton.jit
+def add_key_sums(k, kept, v, left, S, Z, COLUMNS: tl.constexpr, form: tl.constexpr):
+    """The sums after a chunk of keys, decayed by what is `left` of each. COLUMNS: `weights.py`."""
+    v = operand(v, form.DOT)
+    found, phis = (), ()
+    for t in tl.static_range(form.TILES):
+        phi = key_features(k, kept, t, form)
+        if form.DECAYS:
+            phi = phi * left[:, None]
+        found = found + (add_product(tl.trans(operand(phi, form.DOT)), v, S[t], form.DOT),)
+        phis = phis + (phi,)
+    if form.NORMALIZE:
+        Z = add_key_weights(k, phis, kept, left, Z, COLUMNS, form)
+    return found, Z
+
+
+@triton.jit
+def add_query_sums(q, dy, dz, before, S, Z, form: tl.constexpr):
+    """The sums after a chunk of queries and gradients, decayed by what came `before` each."""
+    found, phis = (), ()
+    for t in tl.static_range(form.TILES):
+        phi = query_features(q, t, form)
+        if form.DECAYS:
+            phi = phi * before[:, None]
+        found = found + (add_product(tl.trans(operand(phi, form.DOT)), dy, S[t], form.DOT),)
+        phis = phis + (phi,)
+    if form.NORMALIZE:
+        Z = add_query_weights(q, phis, dz, before, Z, form)
+    return found, Z
 
 
 @triton.jit(do_not_specialize=["T", "span", "splits"])
@@ -66,36 +108,27 @@ def key_sums(
     if form.DECAYS:
         for first in range(begin, end, form.C):
             row = first + tl.arange(0, form.C)
-            total += tl.sum(load_decays(logs, mask, b, T, g, d_batch, d_head, d_row, row, end, form), 0)
+            total += tl.sum(
+                load_decays(logs, mask, b, T, g, d_batch, d_head, d_row, row, end, form), 0
+            )
         if column == 0:
             tl.store(totals + at + tl.arange(0, 1), total)
     passed = tl.zeros((1,), tl.float64)
-    S, Z = (), no_weights(False, form)
-    for t in tl.static_range(form.TILES):
-        S = S + (tl.zeros((form.TILE, form.BV), form.SUM),)
+    S, Z = no_sums(form), no_weights(False, form)
     at_key = key + b * k_batch + g * k_head
     at_value = value + b * v_batch + g * v_head
     for first in range(begin, end, form.C):
         row = first + tl.arange(0, form.C)
         kept = load_kept(mask, b, T, row, end, form)
         k = load_keys(at_key, row, kept, k_row, form)
-        v = operand(load_rows(at_value, row, kept, v_row, column, form.V, form.BV, form), form.DOT)
+        v = load_rows(at_value, row, kept, v_row, column, form.V, form.BV, form)
         decay = tl.full((form.C,), 1.0, form.SUM)
         if form.DECAYS:
             d = load_decays(logs, mask, b, T, g, d_batch, d_head, d_row, row, end, form)
             left = total - passed - tl.cumsum(d, 0)
             decay = exp2(tl.minimum(left, 0.0).to(form.SUM))
             passed += tl.sum(d, 0)
-        S_next, phis = (), ()
-        for t in tl.static_range(form.TILES):
-            phi = key_features(k, kept, t, form)
-            if form.DECAYS:
-                phi = phi * decay[:, None]
-            S_next = S_next + (add_product(tl.trans(operand(phi, form.DOT)), v, S[t], form.DOT),)
-            phis = phis + (phi,)
-        S = S_next
-        if form.NORMALIZE:
-            Z = add_key_weights(k, phis, kept, decay, Z, False, form)
+        S, Z = add_key_sums(k, kept, v, decay, S, Z, False, form)
     for t in tl.static_range(form.TILES):
         store_tile(sums, S[t], at, t, column, form.V, form.BV, form)
     if form.NORMALIZE and column == 0:
@@ -117,9 +150,7 @@ def query_sums(
     column = block * form.BV
     u, g = at // G, (at % G).to(tl.int64)
     b, n, begin, end = find_span(u, T, span, splits, rows, begins, offsets, form)
-    S, Z = (), no_weights(True, form)
-    for t in tl.static_range(form.TILES):
-        S = S + (tl.zeros((form.TILE, form.BV), form.SUM),)
+    S, Z = no_sums(form), no_weights(True, form)
     passed = tl.zeros((1,), tl.float64)
     for first in range(begin, end, form.C):
         row = first + tl.arange(0, form.C)
@@ -137,16 +168,7 @@ def query_sums(
             dy, dz = load_output_gradient(
                 at_dout, denominators + at_z, at_dz, row, inside, g_row, column, form
             )
-            S_next, phis = (), ()
-            for t in tl.static_range(form.TILES):
-                phi = query_features(q, t, form)
-                if form.DECAYS:
-                    phi = phi * decay[:, None]
-                S_next = S_next + (add_product(tl.trans(operand(phi, form.DOT)), dy, S[t], form.DOT),)
-                phis = phis + (phi,)
-            S = S_next
-            if form.NORMALIZE:
-                Z = add_query_weights(q, phis, dz, decay, Z, form)
+            S, Z = add_query_sums(q, dy, dz, decay, S, Z, form)
     for t in tl.static_range(form.TILES):
         store_tile(sums, S[t], at, t, column, form.V, form.BV, form)
     if form.NORMALIZE:
@@ -156,8 +178,9 @@ def query_sums(
 @triton.jit(do_not_specialize=["splits", "spans"])
 def scan_spans(
     sums, totals, first_spans, before, after, splits, spans, G, parts,
-    V: tl.constexpr, BV: tl.constexpr, BLOCKS: tl.constexpr, HAS_BEFORE: tl.constexpr, HAS_AFTER: tl.constexpr,
-    BACKWARDS: tl.constexpr, form: tl.constexpr,
+    V: tl.constexpr, BV: tl.constexpr, BLOCKS: tl.constexpr,
+    HAS_BEFORE: tl.constexpr, HAS_AFTER: tl.constexpr, BACKWARDS: tl.constexpr,
+    form: tl.constexpr,
 ):  # fmt: skip
     """Replaces the sums of each span by those before it (after it, if BACKWARDS).
 

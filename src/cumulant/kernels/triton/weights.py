@@ -4,8 +4,8 @@ A query would read the sums of all features one by one. Instead:
 
 - Order 2: ``z = n + s q·k₁ + s²/2 qᵀ K₂ q``, with ``n = Σ 1``, ``k₁ = Σ k`` and ``K₂ = Σ k kᵀ``. K₂
   and k₁ are rows of one matrix M, the product of the last tile of left factors with the keys.
-- Orders 0 and 1: every row of a matrix [C, TILE] is Σ φ(k). A product with ones adds keys to it, and
-  with the causal mask instead it gives what each query sees. No sum crosses threads.
+- Orders 0 and 1: every row of a matrix [C, TILE] is Σ φ(k). A product with ones adds keys to it,
+  and with the causal mask instead it gives what each query sees. No sum crosses threads.
 
 Tensor cores take rounded factors. Where a denominator would lose digits, a factor is a rounded
 number and what the rounding left.
@@ -73,20 +73,20 @@ def load_weights(
 
 
 @triton.jit
-def scaled_weights(Z, factor, form: tl.constexpr):
-    """All sums times one number."""
+def scaled(sums, factor, COUNT: tl.constexpr):
+    """COUNT sums times one number."""
     found = ()
-    for z in tl.static_range(2 if form.ORDER == 2 else form.TILES):
-        found = found + (Z[z] * factor,)
+    for i in tl.static_range(COUNT):
+        found = found + (sums[i] * factor,)
     return found
 
 
 @triton.jit
-def decayed_weights(Z, less, form: tl.constexpr):
-    """All sums times ``1 + less``."""
+def decayed(sums, less, COUNT: tl.constexpr):
+    """COUNT sums times ``1 + less``."""
     found = ()
-    for z in tl.static_range(2 if form.ORDER == 2 else form.TILES):
-        found = found + (Z[z] + Z[z] * less,)
+    for i in tl.static_range(COUNT):
+        found = found + (sums[i] + sums[i] * less,)
     return found
 
 
@@ -196,7 +196,7 @@ def add_query_weights(q, phi, dz, before, Z, form: tl.constexpr):
 
 @triton.jit
 def read_weights(x, Z, form: tl.constexpr):
-    """φ(x)·Z [C]: denominators of queries, or, with order 2, what gradients of sums make of keys."""
+    """φ(x)·Z [C]: of queries denominators, and of keys, with order 2, what Z's gradient gives."""
     if form.ORDER == 2:
         M = _rows_of_moments(Z[0], 1.0, 2.0 / form.SCALE, form)
         u = operand(last_left(x[0], form), form.DOT)
