@@ -4,8 +4,9 @@
     python benchmarks/gpu_offline.py --write   write the table
 
 Triton's wheel has the compilers and disassemblers for NVIDIA's and AMD's chips. The table has, for
-each kernel and chip: registers, shared memory, the instructions of the innermost loop with a
-product, those among them that spill registers, and the products' instructions.
+each kernel and chip: registers, shared memory, the instructions of the loop over chunks, those
+among them that spill registers, and the products' instructions. `limits` says what a kernel has too
+much of. The comparison fails where a kernel is worse than the table says.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import sys
 import tempfile
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +58,16 @@ def forms() -> dict[str, dict[str, Any]]:
     }
 
 
-KERNELS = ("key_sums", "outputs", "query_sums", "query_gradients", "key_gradients", "scan_spans")
+KERNELS = (
+    "key_sums",
+    "outputs",
+    "query_sums",
+    "query_gradients",
+    "key_gradients",
+    "scan_spans",
+    "scan_moments",
+    "step",
+)
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
@@ -81,7 +92,7 @@ def make_form(call: dict[str, Any], hip: bool) -> Any:
     )
     dot = device.dot_type(torch.empty(0, dtype=call["dtype"]), hip=hip)
     found = form_constants(call["K"], call["V"], spec, dot, torch.float32)
-    return Form(*device.constants(*found._replace(decays=call["decays"])))
+    return Form(*device.constants(*found._replace(decays=call["decays"], flushes=not hip)))
 
 
 def signature(kernel: Any, call: dict[str, Any]) -> tuple[dict[str, str], list[str]]:
@@ -120,14 +131,15 @@ def compile_kernel(name: str, label: str, target: int | str) -> dict[str, Any]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from cumulant.kernels.triton import gradients, outputs, sums
+    from cumulant.kernels.triton import gradients, outputs, step, sums
 
     call, hip = forms()[label], isinstance(target, str)
-    kernel = {**vars(sums), **vars(outputs), **vars(gradients)}[name]
+    kernel = {**vars(sums), **vars(outputs), **vars(gradients), **vars(step)}[name]
     constants: dict[str, Any] = {"form": make_form(call, hip)}
     fixed = {"SOURCE": "spans", "SHARES": call["decays"], "V": call["V"], "BV": 64}
     fixed |= {"BLOCKS": -(-call["V"] // 64), "BACKWARDS": False}
     fixed |= dict.fromkeys(("FINAL", "HAS_BEFORE", "HAS_AFTER"), False)
+    fixed |= {"GROUP": 1}
     types, aligned = signature(kernel, call)
     constants |= {k: v for k, v in fixed.items() if k in types}
     attributes = {(list(types).index(n),): [["tt.divisibility", 16]] for n in aligned}
@@ -139,7 +151,28 @@ def compile_kernel(name: str, label: str, target: int | str) -> dict[str, Any]:
     except Exception as error:  # any failure of a compiler is a row
         return row | {"error": f"{type(error).__name__}: {str(error).strip()[:300]}"}
     row["shared"] = built.metadata.shared
+    row["narrow"] = narrow_offsets(built.asm["ttir"])
     return row | (count_amd(built.asm["amdgcn"]) if hip else count_nvidia(built.asm["cubin"]))
+
+
+def narrow_offsets(program: str) -> int:
+    """How many offsets of pointers are 32-bit and no constant number of columns."""
+    made = dict(re.findall(r"(%[\w.#]+) = ([\w.]+)", program))
+    small = {"tt.make_range", "arith.constant"}
+
+    def grows(name: str, depth: int = 0) -> bool:
+        operation = made.get(name, "")
+        followed = "tt.expand_dims", "tt.broadcast", "arith.addi", "arith.muli"
+        if operation in followed and depth < 9:
+            line = re.search(rf"{re.escape(name)} = [\w.]+ (.*?) :", program)
+            parts = re.findall(r"%[\w.#]+", line[1]) if line else []
+            return any(grows(part, depth + 1) for part in parts)
+        return operation not in small
+
+    offsets = re.findall(
+        r"tt\.addptr %[\w.#]+, (%[\w.#]+) : [^,]+, (?:tensor<[\dx]*i32>|i32)", program
+    )
+    return sum(grows(name) for name in offsets)
 
 
 def count_amd(assembly: str) -> dict[str, Any]:
@@ -205,33 +238,85 @@ def longest_loop(instructions: list[str], loops: list[tuple[int, int]]) -> list[
 
 def build(which: list[tuple[str, str, int | str]], processes: int) -> list[dict[str, Any]]:
     with ProcessPoolExecutor(processes) as pool:
-        rows = []
-        for row in pool.map(compile_kernel, *zip(*which)):
-            print(row, file=sys.stderr)
-            rows.append(row)
-        return rows
+        rows = list(pool.map(compile_kernel, *zip(*which)))
+    return [row | {"limits": limits(row)} for row in rows]
+
+
+def limits(row: dict[str, Any]) -> list[str]:
+    """What is wrong with a kernel, apart from how long it is."""
+    if "error" in row:
+        return [row["error"]]
+    found = []
+    target = int(row["target"]) if row["target"].isdigit() else row["target"]
+    if row["shared"] > MEMORY[target] * 1024:
+        found.append(f"{row['shared']} bytes of shared memory")
+    if row["narrow"]:
+        found.append(f"{row['narrow']} offsets of 32 bits")
+    if target == 90 and any(op.startswith("HMMA") for op in row["products"]):
+        found.append("products by HMMA, not by HGMMA")
+    backwards = row["kernel"] in ("query_sums", "query_gradients", "key_gradients")
+    most = 0 if row["call"].startswith("elu") else 100 if backwards else 50
+    spills = row.get("spills", row.get("spilled", 0))
+    if spills > max(most, 0.02 * row.get("loop", 0)):
+        found.append(f"{spills} instructions that spill, more than {most} and 2% of the loop")
+    return found
+
+
+def compare(rows: list[dict[str, Any]], table: list[dict[str, Any]]) -> list[str]:
+    """How kernels are worse than in the table."""
+    known = {(row["kernel"], row["call"], row["target"]): row for row in table}
+    found = []
+    for row in rows:
+        name = row["kernel"], row["call"], row["target"]
+        before = known.get(name)
+        if before is None:
+            found.append(f"{name}: not in the table")
+            continue
+        found += [f"{name}: {why}" for why in row["limits"] if why not in before["limits"]]
+        if row.get("loop", 0) > LONGER * before.get("loop", 0):
+            found.append(f"{name}: {row['loop']} instructions in a loop of {before['loop']}")
+    return found
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    for row in rows:
+        spills = row.get("spills", row.get("spilled", "-"))
+        print(
+            f"{row['kernel']:16}{row['call']:30}{row['target']:>8}"
+            f"{row.get('registers', '-'):>5} registers{row.get('loop', '-'):>7} in the loop"
+            f"{spills:>6} spill  {'; '.join(row['limits'])}"
+        )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--write", action="store_true", help="write the table")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
-    parser.add_argument("--only", default="", help="calls whose name contains this")
+    parser.add_argument("--only", default="", help="calls whose name begins with this")
     parser.add_argument("--kernel", default="", help="this kernel alone")
     parser.add_argument("--target", action="append", help="such as 90 or gfx942; may be repeated")
     options = parser.parse_args()
+    if find_spec("triton") is None:
+        print("Triton is not installed, so nothing was compiled")
+        return
     targets = [int(t) if t.isdigit() else t for t in options.target or []] or [*NVIDIA, *AMD]
     which = [
         (kernel, label, target)
-        for label in forms()
+        for label, call in forms().items()
         for kernel in KERNELS
         for target in targets
-        if options.only in label and options.kernel in kernel
+        if label.startswith(options.only) and options.kernel in kernel
+        if call["order"] == 2 or kernel != "scan_moments"
     ]
     rows = build(which, options.processes)
+    show(rows)
     if options.write:
         TABLE.parent.mkdir(exist_ok=True)
         TABLE.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
+        return
+    worse = compare(rows, json.loads(TABLE.read_text()))
+    print(*worse, sep="\n")
+    sys.exit(bool(worse))
 
 
 if __name__ == "__main__":

@@ -93,7 +93,7 @@ def taylor_attention(
         state: sums over earlier keys, from `return_state`.
         return_state: return ``(out, state)``. If not causal, the state holds the sums over all keys
             of the context, for later queries.
-        impl: "auto", "native", "torch", "reference"; see `cumulant.explain`.
+        impl: "auto", "native", "torch", "triton", "reference"; see `cumulant.explain`.
 
     Returns:
         ``[B, H, T, V]`` in query's dtype; a query with nothing to attend to gets zeros.

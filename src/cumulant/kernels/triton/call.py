@@ -196,6 +196,7 @@ class Constants(NamedTuple):
     sums: torch.dtype
     tiny: float
     dot: str
+    flushes: bool = device.FLUSHES
     masked: bool = False
     packed: bool = False
     decays: bool = False

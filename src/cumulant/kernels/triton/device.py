@@ -17,6 +17,7 @@ PROCESSORS = 1  # of a CPU in Triton's interpreter
 
 # Whether kernels run in Triton's interpreter, on the CPU; Triton reads it once too.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+FLUSHES = not INTERPRETED and not torch.version.hip  # NVIDIA's instruction for exponentials
 _found: list[str] = []
 
 
@@ -52,8 +53,8 @@ def obstacle(x: Tensor) -> str:
 
 
 def slower(x: Tensor) -> str:
-    """Why another implementation is faster for the call; empty if none is."""
-    return "Triton's interpreter is slow" if x.device.type == "cpu" else ""
+    """Why "auto" takes another implementation. No GPU has run these kernels yet."""
+    return "it has run in Triton's interpreter alone, so it must be asked for"
 
 
 def wanted_programs(x: Tensor) -> int:

@@ -140,7 +140,7 @@ def _activate(x, top, form: tl.constexpr):
     """
     if form.ACTIVATION == "elu":
         below = tl.minimum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
-        return exp2((below - top) * LOG2E) + tl.maximum(x, 0.0)
+        return exp2((below - top) * LOG2E, form.FLUSHES) + tl.maximum(x, 0.0)
     elif form.ACTIVATION == "relu":
         return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
     else:

@@ -35,6 +35,7 @@ class Form(NamedTuple):
     SUM: tl.constexpr  # dtype of sums
     TINY: tl.constexpr  # its smallest normal number
     DOT: tl.constexpr  # how products are taken, see arithmetic.py
+    FLUSHES: tl.constexpr  # whether exponentials become 0 early, see `exp2`
     MASKED: tl.constexpr
     PACKED: tl.constexpr
     DECAYS: tl.constexpr

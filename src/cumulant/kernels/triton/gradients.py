@@ -162,11 +162,11 @@ def new_output_gradient(
     d = load_rows(dout, row, inside, g_row, column, form.V, form.BV, form)
     if form.NORMALIZE:
         y = load_rows(out, row, inside, o_row, column, form.V, form.BV, form)
-        z = tl.load(denominators + row, mask=inside, other=0.0)
+        z = tl.load(denominators + row.to(tl.int64), mask=inside, other=0.0)
         dy = operand(d * inverse(z, form)[:, None], form.DOT)
         # of the rounded numbers, as the two nearly cancel where a weight hardly matters
         dz = -tl.sum(dy.to(form.SUM) * y, 1)
-        tl.store(ddenominators + row, dz, mask=inside)
+        tl.store(ddenominators + row.to(tl.int64), dz, mask=inside)
         return dy, dz
     else:
         return operand(d, form.DOT), tl.zeros((form.C,), form.SUM)
@@ -186,7 +186,7 @@ def query_gradients(
     [parts, B, H, T] gets the gradients of denominators, also in parts. With SHARES it writes each
     query's share in the gradients of log decays: that of its weights of earlier tokens.
     """
-    at, block = tl.program_id(0) // form.BLOCKS, tl.program_id(0) % form.BLOCKS
+    at, block = tl.program_id(0) // form.BLOCKS, (tl.program_id(0) % form.BLOCKS).to(tl.int64)
     column = block * form.BV
     u, h = at // H, (at % H).to(tl.int64)
     g = h // (H // G)
@@ -196,8 +196,8 @@ def query_gradients(
     at_query = query + b * q_batch + h * q_head
     at_key, at_value = key + b * k_batch + g * k_head, value + b * v_batch + g * v_head
     at_dout, at_out = dout + b * g_batch + h * g_head, out + b * o_batch + h * o_head
-    at_z, part = (b * H + h) * T, block.to(tl.int64) * (size // form.K)
-    at_grad = dquery + block.to(tl.int64) * size + (b * T * H + h) * form.K
+    at_z, part = (b * H + h) * T, block * (size // form.K)
+    at_grad = dquery + block * size + (b * T * H + h) * form.K
     for first in range(begin, end, form.C):
         row = first + tl.arange(0, form.C)
         inside = row < end
@@ -209,7 +209,7 @@ def query_gradients(
         d, before = tl.zeros((form.C,), tl.float64), tl.full((form.C,), 1.0, form.SUM)
         if form.DECAYS:
             d = load_decays(logs, mask, b, T, g, d_batch, d_head, d_row, row, end, form)
-            before = exp2(tl.cumsum(d, 0).to(form.SUM))
+            before = exp2(tl.cumsum(d, 0).to(form.SUM), form.FLUSHES)
         grads, share = gradients_from_keys(q, dy, dz, before, S, Z, SHARES, form)
         if form.CAUSAL:
             kept = load_kept(mask, b, T, row, end, form)
@@ -222,7 +222,7 @@ def query_gradients(
             S, Z = add_keys(k, kept, v, d, S, Z, True, form)
         store_gradients(at_grad, q, grads, factor, row, inside, inside, H * form.K, form)
         if SHARES:
-            tl.store(shares + part + at_z + row, share, mask=inside)
+            tl.store(shares + part + at_z + row.to(tl.int64), share, mask=inside)
 
 
 @triton.jit(do_not_specialize=["T", "span", "splits"])
@@ -241,14 +241,14 @@ def key_gradients(
     ddenominators. FINAL: whether it writes the gradient of the state before the span, which is then
     the sequence. With SHARES it writes each key's share in the gradients of log decays.
     """
-    at, block = tl.program_id(0) // form.BLOCKS, tl.program_id(0) % form.BLOCKS
+    at, block = tl.program_id(0) // form.BLOCKS, (tl.program_id(0) % form.BLOCKS).to(tl.int64)
     column = block * form.BV
     u, g = at // G, (at % G).to(tl.int64)
     b, n, begin, end = find_span(u, T, span, splits, rows, begins, offsets, form)
     place = u * G + g if form.CAUSAL else n * G + g
     S, Z = load_sums(sums, weights, place, parts, n * G + g, column, SOURCE, True, True, form)
     at_key, at_value = key + b * k_batch + g * k_head, value + b * v_batch + g * v_head
-    at_dkey = dkey + block.to(tl.int64) * size + (b * T * G + g) * form.K
+    at_dkey = dkey + block * size + (b * T * G + g) * form.K
     at_dvalue = dvalue + (b * T * G + g) * form.V
     chunks = (end - begin + form.C - 1) // form.C
     for i in range(0, chunks):
@@ -269,7 +269,7 @@ def key_gradients(
             for h in range(g * (H // G), (g + 1) * (H // G)):
                 q, factor = load_queries(query + b * q_batch + h * q_head, row, inside, q_row, form)
                 at_dout, at_z = dout + b * g_batch + h * g_head, (b * H + h) * T
-                at_dz = ddenominators + block.to(tl.int64) * sizes + at_z
+                at_dz = ddenominators + block * sizes + at_z
                 dy, dz = load_output_gradient(
                     at_dout, denominators + at_z, at_dz, row, inside, g_row, column, form
                 )
@@ -284,8 +284,8 @@ def key_gradients(
         store_gradients(at_dkey, k, grads, one, row, inside, kept, G * form.K, form)
         store_rows(at_dvalue, dv, row, inside, G * form.V, column, form.V, form.BV)
         if SHARES:
-            at_share = shares + block.to(tl.int64) * (size // form.K) + (b * G + g) * T
-            tl.store(at_share + row, tl.where(kept, share, 0.0), mask=inside)
+            at_share = shares + block * (size // form.K) + (b * G + g) * T
+            tl.store(at_share + row.to(tl.int64), tl.where(kept, share, 0.0), mask=inside)
     if FINAL:
         for t in tl.static_range(form.TILES):
             store_state(dbefore, S[t], n * G + g, t, column, form.V, form.BV, True, form)

@@ -60,7 +60,7 @@ def decays_between(d, BY_KEY: tl.constexpr, form: tl.constexpr):
     """
     whole, rest = split_number(tl.cumsum(d, 0), form.SUM)
     log2 = (whole[:, None] - whole[None, :]) + (rest[:, None] - rest[None, :])
-    return exp2(tl.minimum(-log2 if BY_KEY else log2, 0.0))
+    return exp2(tl.minimum(-log2 if BY_KEY else log2, 0.0), form.FLUSHES)
 
 
 @triton.jit
@@ -134,8 +134,8 @@ def chunk_decays(d, form: tl.constexpr):
     and the decay of the whole, less 1.
     """
     passed, total = tl.cumsum(d, 0), tl.sum(d, 0)
-    left = exp2(tl.minimum(total - passed, 0.0).to(form.SUM))
-    return exp2(passed.to(form.SUM)), left, decay_less_one(total, form.SUM)
+    left = exp2(tl.minimum(total - passed, 0.0).to(form.SUM), form.FLUSHES)
+    return exp2(passed.to(form.SUM), form.FLUSHES), left, decay_less_one(total, form.SUM)
 
 
 @triton.jit
@@ -160,7 +160,8 @@ def outputs(
 
     FINAL: whether it also writes the state after the span, which is then the sequence.
     """
-    at, column = tl.program_id(0) // form.BLOCKS, (tl.program_id(0) % form.BLOCKS) * form.BV
+    at, column = tl.program_id(0) // form.BLOCKS, tl.program_id(0) % form.BLOCKS
+    column = column.to(tl.int64) * form.BV
     u, h = at // H, (at % H).to(tl.int64)
     g = h // (H // G)
     b, n, begin, end = find_span(u, T, span, splits, rows, begins, offsets, form)
@@ -185,7 +186,7 @@ def outputs(
             before = tl.full((form.C,), 1.0, form.SUM)
             if form.DECAYS:
                 d = load_decays(logs, mask, b, T, g, d_batch, d_head, d_row, row, end, form)
-                before = exp2(tl.cumsum(d, 0).to(form.SUM))
+                before = exp2(tl.cumsum(d, 0).to(form.SUM), form.FLUSHES)
                 decay = tl.where(seen, decays_between(d, False, form), 0.0)
                 y = y * before[:, None]
             w = weigh(polynomial(scores(q, k, form), form), seen, decay, form)
@@ -198,7 +199,7 @@ def outputs(
         if form.NORMALIZE:
             y = y * inverse(z, form)[:, None]
             if column == 0:
-                tl.store(denominators + (b * H + h) * T + row, z, mask=inside)
+                tl.store(denominators + (b * H + h) * T + row.to(tl.int64), z, mask=inside)
         store_rows(at_out, y, row, inside, o_row, column, form.V, form.BV)
     if FINAL:
         if h % (H // G) == 0:

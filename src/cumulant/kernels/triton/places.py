@@ -20,14 +20,10 @@ def find_span(u, T, span, splits, rows, begins, offsets, form: tl.constexpr):
     A packed span that does not exist is empty.
     """
     if form.PACKED:
-        n = tl.load(rows + u)
+        u = u.to(tl.int64)
+        n = tl.load(rows + u).to(tl.int64)
         begin = tl.load(begins + u)
-        return (
-            (n * 0).to(tl.int64),
-            n.to(tl.int64),
-            begin,
-            tl.minimum(begin + span, tl.load(offsets + n + 1).to(tl.int32)),
-        )
+        return n * 0, n, begin, tl.minimum(begin + span, tl.load(offsets + n + 1))
     else:
         b = u // splits
         begin = (u - b * splits) * span
@@ -40,7 +36,7 @@ def load_kept(mask, b, T, row, end, form: tl.constexpr):
     """Which keys of a chunk exist and are not masked; mask [B, T]."""
     kept = row < end
     if form.MASKED:
-        kept = kept & (tl.load(mask + b * T + row, mask=kept, other=0) != 0)
+        kept = kept & (tl.load(mask + b * T + row.to(tl.int64), mask=kept, other=0) != 0)
     return kept
 
 

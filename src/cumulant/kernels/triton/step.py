@@ -16,19 +16,19 @@ def load_features(base, tile, kept, factor, added, form: tl.constexpr):
     """A tile [TILE] of the features of one vector; without the weights of queries' slots."""
     if form.ORDER == 0:
         slot = tile * form.TILE + tl.arange(0, form.TILE)
-        x = tl.load(base + slot, mask=slot < form.K, other=0.0).to(form.SUM)
+        x = tl.load(base + slot.to(tl.int64), mask=slot < form.K, other=0.0).to(form.SUM)
         x = x * factor + added
         if form.ACTIVATION == "elu":
             below = tl.minimum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
-            x = exp2(below * LOG2E) + tl.maximum(x, 0.0)
+            x = exp2(below * LOG2E, form.FLUSHES) + tl.maximum(x, 0.0)
         elif form.ACTIVATION == "relu":
             x = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
         return tl.where((slot < form.K) & kept, x, 0.0)
     else:
         shift, column, is_pair, is_single, is_one = slots(tile, form)
-        left = tl.load(base + column, mask=is_pair | is_single, other=1.0).to(form.SUM)
+        left = tl.load(base + column.to(tl.int64), mask=is_pair | is_single, other=1.0).to(form.SUM)
         partner = (column + shift) % form.K
-        right = tl.load(base + partner, mask=is_pair, other=1.0).to(form.SUM)
+        right = tl.load(base + partner.to(tl.int64), mask=is_pair, other=1.0).to(form.SUM)
         exists = is_pair | is_single | (is_one & form.CONSTANT)
         return tl.where(exists & kept, left * right, 0.0)
 
@@ -49,7 +49,7 @@ def step(
     decay = tl.full((1,), 1.0, form.SUM)
     if form.DECAYS:
         log2 = tl.load(logs + b * d_batch + g * d_head + tl.arange(0, 1)).to(tl.float64) * LOG2E
-        decay = exp2(tl.minimum(tl.maximum(log2, LEAST), 0.0).to(form.SUM))
+        decay = exp2(tl.minimum(tl.maximum(log2, LEAST), 0.0).to(form.SUM), form.FLUSHES)
     exists = tl.full((1,), 1, tl.int1)
     kept = exists
     if form.MASKED:

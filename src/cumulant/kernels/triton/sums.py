@@ -44,8 +44,8 @@ def load_output_gradient(
     """
     d = load_rows(dout, row, inside, stride, column, form.V, form.BV, form)
     if form.NORMALIZE:
-        z = tl.load(denominators + row, mask=inside, other=0.0)
-        dz = tl.load(shares + row, mask=inside, other=0.0)
+        z = tl.load(denominators + row.to(tl.int64), mask=inside, other=0.0)
+        dz = tl.load(shares + row.to(tl.int64), mask=inside, other=0.0)
         return operand(d * inverse(z, form)[:, None], form.DOT), dz
     else:
         return operand(d, form.DOT), tl.zeros((form.C,), form.SUM)
@@ -101,7 +101,8 @@ def key_sums(
 
     One program has a span, a key head, and BV columns.
     """
-    at, column = tl.program_id(0) // form.BLOCKS, (tl.program_id(0) % form.BLOCKS) * form.BV
+    at, column = tl.program_id(0) // form.BLOCKS, tl.program_id(0) % form.BLOCKS
+    column = column.to(tl.int64) * form.BV
     u, g = at // G, (at % G).to(tl.int64)
     b, n, begin, end = find_span(u, T, span, splits, rows, begins, offsets, form)
     total = tl.zeros((1,), tl.float64)
@@ -112,7 +113,7 @@ def key_sums(
                 load_decays(logs, mask, b, T, g, d_batch, d_head, d_row, row, end, form), 0
             )
         if column == 0:
-            tl.store(totals + at + tl.arange(0, 1), total)
+            tl.store(totals + at.to(tl.int64) + tl.arange(0, 1), total)
     passed = tl.zeros((1,), tl.float64)
     S, Z = no_sums(form), no_weights(False, form)
     at_key = key + b * k_batch + g * k_head
@@ -126,7 +127,7 @@ def key_sums(
         if form.DECAYS:
             d = load_decays(logs, mask, b, T, g, d_batch, d_head, d_row, row, end, form)
             left = total - passed - tl.cumsum(d, 0)
-            decay = exp2(tl.minimum(left, 0.0).to(form.SUM))
+            decay = exp2(tl.minimum(left, 0.0).to(form.SUM), form.FLUSHES)
             passed += tl.sum(d, 0)
         S, Z = add_key_sums(k, kept, v, decay, S, Z, False, form)
     for t in tl.static_range(form.TILES):
@@ -146,7 +147,7 @@ def query_sums(
 
     It adds up the query heads of a key head. The weights are partial: of BV columns of outputs.
     """
-    at, block = tl.program_id(0) // form.BLOCKS, tl.program_id(0) % form.BLOCKS
+    at, block = tl.program_id(0) // form.BLOCKS, (tl.program_id(0) % form.BLOCKS).to(tl.int64)
     column = block * form.BV
     u, g = at // G, (at % G).to(tl.int64)
     b, n, begin, end = find_span(u, T, span, splits, rows, begins, offsets, form)
@@ -158,13 +159,13 @@ def query_sums(
         decay = tl.full((form.C,), 1.0, form.SUM)
         if form.DECAYS:
             d = load_decays(logs, mask, b, T, g, d_batch, d_head, d_row, row, end, form)
-            decay = exp2((passed + tl.cumsum(d, 0)).to(form.SUM))
+            decay = exp2((passed + tl.cumsum(d, 0)).to(form.SUM), form.FLUSHES)
             passed += tl.sum(d, 0)
         for h in range(g * (H // G), (g + 1) * (H // G)):
             at_query = query + b * q_batch + h * q_head
             q, factor = load_queries(at_query, row, inside, q_row, form)
             at_dout, at_z = dout + b * g_batch + h * g_head, (b * H + h) * T
-            at_dz = ddenominators + block.to(tl.int64) * size + at_z
+            at_dz = ddenominators + block * size + at_z
             dy, dz = load_output_gradient(
                 at_dout, denominators + at_z, at_dz, row, inside, g_row, column, form
             )
@@ -194,7 +195,8 @@ def scan_spans(
     n, g = at // G, at % G
     column = block * BV
     if form.PACKED:
-        first, last = tl.load(first_spans + n), tl.load(first_spans + n + 1)
+        at_span = first_spans + n.to(tl.int64)
+        first, last = tl.load(at_span), tl.load(at_span + 1)
     else:
         first, last = n * splits, (n + 1) * splits
     S = tl.zeros((form.TILE, BV), tl.float64)
@@ -210,7 +212,7 @@ def scan_spans(
             own += load_tile(sums, place * parts + p, tile, column, V, BV, form)
         store_tile(sums, S, place * parts, tile, column, V, BV, form)
         if form.DECAYS:
-            S = S * tl.exp2(tl.load(totals + place))
+            S = S * tl.exp2(tl.load(totals + place.to(tl.int64)))
         S += own
     if HAS_AFTER:
         store_state(after, S, at, tile, column, V, BV, BACKWARDS, form)
@@ -226,7 +228,8 @@ def scan_moments(
     at = tl.program_id(0)
     n, g = at // G, at % G
     if form.PACKED:
-        first, last = tl.load(first_spans + n), tl.load(first_spans + n + 1)
+        at_span = first_spans + n.to(tl.int64)
+        first, last = tl.load(at_span), tl.load(at_span + 1)
     else:
         first, last = n * splits, (n + 1) * splits
     M = tl.zeros((form.TILE, form.WIDTH), tl.float64)
@@ -246,7 +249,7 @@ def scan_moments(
             own, own_count = own + more, own_count + more_count
         store_moments(sums, (M, count), place * parts, form)
         if form.DECAYS:
-            decay = tl.exp2(tl.load(totals + place))
+            decay = tl.exp2(tl.load(totals + place.to(tl.int64)))
             M, count = M * decay, count * decay
         M, count = M + own, count + own_count
     if HAS_AFTER:

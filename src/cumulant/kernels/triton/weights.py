@@ -168,10 +168,12 @@ def add_key_weights(k, phi, kept, left, Z, COLUMNS: tl.constexpr, form: tl.const
 @triton.jit
 def _add_exact_product_of_keys(u, k, M, form: tl.constexpr):
     """M + uᵀ k. Without decays u and k are numbers of the inputs, which are exact."""
-    if form.DECAYS:
-        return tl.trans(add_exact_product(tl.trans(operand(k, form.DOT)), u, tl.trans(M), form))
-    else:
-        return add_product(tl.trans(operand(u, form.DOT)), operand(k, form.DOT), M, form.DOT)
+    k, high = operand(k, form.DOT), operand(u, form.DOT)
+    M = add_product(tl.trans(high), k, M, form.DOT)
+    if form.DECAYS and (form.DOT == "bf16" or form.DOT == "tf32"):
+        rest = operand(u - high.to(form.SUM), form.DOT)
+        M = add_product(tl.trans(rest), k, M, form.DOT)
+    return M
 
 
 @triton.jit
