@@ -272,7 +272,9 @@ def compare(rows: list[dict[str, Any]], table: list[dict[str, Any]]) -> list[str
         if before is None:
             found.append(f"{name}: not in the table")
             continue
-        found += [f"{name}: {why}" for why in row["limits"] if why not in before["limits"]]
+        known_faults = {re.sub(r"\d+", "", why) for why in before["limits"]}
+        new = [why for why in row["limits"] if re.sub(r"\d+", "", why) not in known_faults]
+        found += [f"{name}: {why}" for why in new]
         if row.get("loop", 0) > LONGER * before.get("loop", 0):
             found.append(f"{name}: {row['loop']} instructions in a loop of {before['loop']}")
     return found
