@@ -164,6 +164,36 @@ def denominators(order: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, T
     return found, ((elu(q) + 1) @ (elu(k) + 1).mT).tril().sum(-1)
 
 
+@pytest.mark.parametrize("order", [0, 2])
+@pytest.mark.parametrize("T", [1, 20])
+def test_any_memory_layout(order: int, T: int):
+    """Inputs with any strides, expanded ones too, states that are transposed, and gradients too."""
+
+    def lay_out(x: Tensor) -> Tensor:
+        return x.detach().mT.contiguous().mT
+
+    results = []
+    for change in (lambda x: x, lay_out):
+        torch.manual_seed(0)
+        q, v = torch.randn(1, 2, T, 4).double(), torch.randn(1, 1, T, 3).double()
+        k = torch.randn(1, 1, 1, 4).double().expand(1, 1, T, 4)
+        F = cm.feature_count(4, order) if order else 4
+        S, z = torch.rand(1, 1, F, 3).double(), torch.rand(1, 1, F).double().expand(1, 1, F) + 1
+        leaves = [change(x).requires_grad_() for x in (q, k, v, S)]
+        z = z.repeat_interleave(2, -1)[..., ::2] if change is lay_out else z
+        state = cm.LinearState(leaves[-1], z, torch.tensor([2]))
+        logs = lay_out(-torch.rand(1, 1, T).double())
+        options = {"state": state, "log_decay": logs, "return_state": True, "is_causal": True}
+        if order:
+            out, end = cm.taylor_attention(*leaves[:3], order, impl="triton", **options)
+        else:
+            out, end = cm.linear_attention(*leaves[:3], impl="triton", **options)
+        loss = out.sum() + end.numerator.mT.sum()  # their gradients are expanded
+        results.append([out, end.numerator, *torch.autograd.grad(loss, leaves)])
+    for actual, expected in zip(*results):
+        assert torch.equal(actual, expected)
+
+
 def test_numbers_beyond_32_bits():
     """Rows of the inputs 2^28 elements apart; only the pages in use take memory."""
     T, K = 18, 4

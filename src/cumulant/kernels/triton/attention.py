@@ -59,7 +59,7 @@ def forward(inputs: AttentionInputs, spec: AttentionSpec) -> AttentionOutputs:
         call.step(y)
     elif call.direct:
         source = "none" if inputs.numerator is None else "state"
-        call.read((source, inputs.numerator, inputs.denominator), y, final)
+        call.read((source, call.x.numerator, call.x.denominator), y, final)
     else:
         before = call.key_sums(final)
         if spec.is_causal:
