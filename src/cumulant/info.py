@@ -48,8 +48,8 @@ def _triton() -> str:
     if reason := device.missing_reason():
         return f"does not work here: {reason}"
     if torch.cuda.is_available():
-        return f"Triton {_version('triton')}; tried in its interpreter alone, on no GPU yet"
-    return f"needs a GPU, and there is none; Triton {_version('triton')} is installed"
+        return f"Triton {device.triton_version()}; tried in its interpreter alone, on no GPU yet"
+    return f"needs a GPU, and there is none; Triton {device.triton_version()} is installed"
 
 
 def show_info(*, as_json: bool = False) -> None:

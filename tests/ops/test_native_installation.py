@@ -52,7 +52,7 @@ try:
 except ValueError as e:
     print(e)
 """
-    done = run_script(script, PYTHONPATH=str(target))
+    done = run_script(script, PYTHONPATH=str(target), TRITON_INTERPRET="0")
     assert done.returncode == 0, done.stderr
     where, chosen, message = done.stdout.splitlines()
     assert where.startswith(str(target))

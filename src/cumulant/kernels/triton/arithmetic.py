@@ -1,8 +1,8 @@
 """Products, rounding and decays in the kernels, and the differences between Triton's versions.
 
 Numbers are loaded to the dtype of sums at once. `operand` rounds them to the dtype of the tensor
-cores, where a product takes them. Triton's interpreter keeps bf16 as raw bits, and multiplies tf32
-exactly; there `operand` rounds the bits itself and the product runs in fp32.
+cores, where a product takes them. Triton's interpreter keeps bf16 as raw bits; there `operand`
+rounds the bits itself and the product runs in fp32.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def operand(x, DOT: tl.constexpr):
             return round_bits(x.to(tl.float32), 16)
         else:
             return x.to(tl.bfloat16)
-    elif INTERPRETED and DOT == "tf32":
+    elif DOT == "tf32":  # tensor cores would cut digits off, not round, and leave no rest
         return round_bits(x, 13)
     else:
         return x

@@ -211,12 +211,13 @@ class Gradients(Call):
         ``[spans, G]`` in fp64; nothing for first spans.
         """
         found = torch.zeros(before.sums.shape[:2], dtype=torch.float64, device=before.sums.device)
-        found[1:] = torch.einsum("ugfv,ugfv->ug", before.sums[1:], after.sums[:-1])
+        products = before.sums[1:] * after.sums[:-1]  # no matrix product, which could be in tf32
+        found[1:] = products.sum((-1, -2), dtype=torch.float64)
         if self.spec.normalize:
             weights = before.weights[1:, :, 0]
             if self.size.order == 2:
                 weights = weights * self.moments_weights(weights).view(-1)
-            found[1:] += torch.einsum("ugf,ugf->ug", weights, after.weights[:-1, :, 0])
+            found[1:] += (weights * after.weights[:-1, :, 0]).sum(-1, dtype=torch.float64)
         return found
 
     def moments_weights(self, like: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from functools import lru_cache
+from importlib import metadata
 from importlib.util import find_spec
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 OLDEST = (3, 6)
+CAPABILITY = (8, 0)
 WAVES = 2  # programs for each multiprocessor
 PROCESSORS = 1  # of a CPU in Triton's interpreter
 
@@ -36,20 +38,42 @@ missing_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def _find_triton() -> str:
     if find_spec("triton") is None:
         return "Triton is not installed"
+    found = triton_version()
+    if tuple(int(x) for x in found.split(".")[:2]) < OLDEST:
+        oldest = ".".join(map(str, OLDEST))
+        return f"its kernels need Triton {oldest} or newer, and this is {found}"
+    return ""
+
+
+def triton_version() -> str:
+    """Triton's version, without importing it where its package has a usual name."""
+    for name in ("triton", "pytorch-triton", "pytorch-triton-rocm", "triton-rocm"):
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
     import triton
 
-    found = tuple(int(x) for x in triton.__version__.split(".")[:2])
-    if found < OLDEST:
-        oldest = ".".join(map(str, OLDEST))
-        return f"its kernels need Triton {oldest} or newer, and this is {triton.__version__}"
-    return ""
+    return str(triton.__version__)
 
 
 def obstacle(x: Tensor) -> str:
     """Why the kernels cannot take tensors such as `x`; empty where they can."""
-    if x.device.type != "cuda" and not (x.device.type == "cpu" and INTERPRETED):
+    if x.device.type == "cuda":
+        if x.dtype == torch.float64:
+            return "its kernels take no fp64 on a GPU"
+        if _is_old(x.device.index or 0):
+            return "its kernels need a GPU of compute capability 8.0 or newer"
+    elif not (x.device.type == "cpu" and INTERPRETED):
         return f"its kernels run on GPUs, and the tensors are on {x.device.type!r}"
     return missing_reason()
+
+
+def _is_old(index: int) -> bool:
+    return not torch.version.hip and torch.cuda.get_device_capability(index) < CAPABILITY
+
+
+_is_old._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def slower(x: Tensor) -> str:

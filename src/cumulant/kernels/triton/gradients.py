@@ -172,7 +172,7 @@ def new_output_gradient(
         return operand(d, form.DOT), tl.zeros((form.C,), form.SUM)
 
 
-@triton.jit(do_not_specialize=["T", "span", "splits"])
+@triton.jit(do_not_specialize=["T", "span", "splits", "d_batch", "d_head", "size"])
 def query_gradients(
     query, key, value, logs, mask, sums, weights, dout, out, denominators,
     ddenominators, dquery, shares, rows, begins, offsets, T, span, splits, H, G,
@@ -225,7 +225,7 @@ def query_gradients(
             tl.store(shares + part + at_z + row.to(tl.int64), share, mask=inside)
 
 
-@triton.jit(do_not_specialize=["T", "span", "splits"])
+@triton.jit(do_not_specialize=["T", "span", "splits", "d_batch", "d_head", "size", "sizes"])
 def key_gradients(
     query, key, value, logs, mask, sums, weights, dout, denominators, ddenominators,
     dkey, dvalue, shares, dbefore, dbefore_weights,

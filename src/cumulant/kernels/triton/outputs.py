@@ -148,7 +148,7 @@ def add_keys(k, kept, v, d, S, Z, COLUMNS: tl.constexpr, form: tl.constexpr):
     return add_key_sums(k, kept, v, left, S, Z, COLUMNS, form)
 
 
-@triton.jit(do_not_specialize=["T", "span", "splits"])
+@triton.jit(do_not_specialize=["T", "span", "splits", "d_batch", "d_head"])
 def outputs(
     query, key, value, logs, mask, sums, weights, out, denominators, final, final_weights,
     rows, begins, offsets, T, span, splits, H, G,

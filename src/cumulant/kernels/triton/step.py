@@ -39,10 +39,7 @@ def step(
     G, q_batch, q_head, k_batch, k_head, v_batch, v_head, o_batch, o_head, d_batch, d_head,
     GROUP: tl.constexpr, BV: tl.constexpr, form: tl.constexpr,
 ):  # fmt: skip
-    """One program has a row and a key head, with its GROUP query heads.
-
-    `final` may be `numerator`, and `final_weights` may be `denominator`.
-    """
+    """One program has a row and a key head, with its GROUP query heads."""
     at = tl.program_id(0)
     b, g = (at // G).to(tl.int64), (at % G).to(tl.int64)
     columns = tl.arange(0, BV)

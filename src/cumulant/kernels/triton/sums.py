@@ -91,7 +91,7 @@ def add_query_sums(q, dy, dz, before, S, Z, form: tl.constexpr):
     return found, Z
 
 
-@triton.jit(do_not_specialize=["T", "span", "splits"])
+@triton.jit(do_not_specialize=["T", "span", "splits", "d_batch", "d_head"])
 def key_sums(
     key, value, logs, mask, sums, weights, totals, rows, begins, offsets,
     T, span, splits, G, k_batch, k_head, k_row, v_batch, v_head, v_row, d_batch, d_head, d_row,
@@ -136,7 +136,7 @@ def key_sums(
         store_weights(weights, Z, at, False, form)
 
 
-@triton.jit(do_not_specialize=["T", "span", "splits"])
+@triton.jit(do_not_specialize=["T", "span", "splits", "d_batch", "d_head", "size"])
 def query_sums(
     query, dout, denominators, ddenominators, logs, mask, sums, weights, rows, begins, offsets,
     T, span, splits, H, G, q_batch, q_head, q_row, g_batch, g_head, g_row,
@@ -210,6 +210,7 @@ def scan_spans(
         own = load_tile(sums, place * parts, tile, column, V, BV, form).to(tl.float64)
         for p in range(1, parts):
             own += load_tile(sums, place * parts + p, tile, column, V, BV, form)
+        tl.debug_barrier()  # warps with the same numbers have all read them
         store_tile(sums, S, place * parts, tile, column, V, BV, form)
         if form.DECAYS:
             S = S * tl.exp2(tl.load(totals + place.to(tl.int64)))
@@ -247,6 +248,7 @@ def scan_moments(
         for p in range(1, parts):
             more, more_count = load_moments(sums, place * parts + p, form)
             own, own_count = own + more, own_count + more_count
+        tl.debug_barrier()  # as above
         store_moments(sums, (M, count), place * parts, form)
         if form.DECAYS:
             decay = tl.exp2(tl.load(totals + place.to(tl.int64)))
