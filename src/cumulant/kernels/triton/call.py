@@ -75,8 +75,8 @@ class Call:
         (self.B, self.H, self.T, K), (self.G, self.S), V = (
             x.query.shape, x.key.shape[1:3], x.value.shape[-1]
         )  # fmt: skip
-        past = (None if t is None else t.contiguous() for t in (x.numerator, x.denominator))
-        x = x._replace(**dict(zip(("numerator", "denominator"), past)))
+        S, z = (None if t is None else t.contiguous() for t in (x.numerator, x.denominator))
+        x = x._replace(numerator=S, denominator=z)
         self.x, self.spec, self.K, self.V = x, spec, K, V
         self.N = sequence_count(self.B, x.cu_seqlens)
         q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (x.query, x.key, x.value))

@@ -70,7 +70,7 @@ def obstacle(x: Tensor) -> str:
 
 
 def _is_old(index: int) -> bool:
-    return not torch.version.hip and bool(torch.cuda.get_device_capability(index) < CAPABILITY)
+    return not torch.version.hip and torch.cuda.get_device_capability(index) < CAPABILITY
 
 
 _is_old._dynamo_marked_constant = True  # type: ignore[attr-defined]
