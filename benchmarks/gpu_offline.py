@@ -292,7 +292,7 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--write", action="store_true", help="write the table")
+    parser.add_argument("--write", action="store_true", help="write these rows to the table")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--only", default="", help="calls whose name begins with this")
     parser.add_argument("--kernel", default="", help="this kernel alone")
@@ -312,11 +312,14 @@ def main() -> None:
     ]
     rows = build(which, options.processes)
     show(rows)
+    table = json.loads(TABLE.read_text()) if TABLE.exists() else []
     if options.write:
+        new = {(row["kernel"], row["call"], row["target"]): row for row in rows}
+        every = {(row["kernel"], row["call"], row["target"]): row for row in table} | new
         TABLE.parent.mkdir(exist_ok=True)
-        TABLE.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
+        TABLE.write_text("[\n" + ",\n".join(json.dumps(row) for row in every.values()) + "\n]\n")
         return
-    worse = compare(rows, json.loads(TABLE.read_text()))
+    worse = compare(rows, table)
     print(*worse, sep="\n")
     sys.exit(bool(worse))
 
