@@ -195,10 +195,10 @@ def test_any_memory_layout(order: int, T: int):
 
 
 def test_numbers_beyond_32_bits():
-    """Rows of the inputs 2^28 elements apart; only the pages in use take memory."""
-    T, K = 18, 4
-    memory = torch.empty(2**28 * T, dtype=torch.bfloat16)
-    far = memory.as_strided((1, 1, T, K), (0, 0, 2**28, 1))
+    """Rows of the inputs 2^27 elements apart; only the pages in use take memory."""
+    T, K = 18, 4  # the last row begins beyond 2^31
+    memory = torch.empty(2**27 * T, dtype=torch.bfloat16)
+    far = memory.as_strided((1, 1, T, K), (0, 0, 2**27, 1))
     near = torch.randn(1, 1, T, K).bfloat16()
     far.copy_(near)
     for op in (cm.linear_attention, cm.taylor_attention):
@@ -234,7 +234,11 @@ for at_end in (True, False):
     def new_empty(self, *shape, dtype=None, device=None):
         shape = shape[0] if isinstance(shape[0], (tuple, torch.Size)) else shape
         return guarded(shape, dtype or self.dtype, at_end)
-    torch.Tensor.new_empty = new_empty
+    def new_empty_strided(self, shape, strides, dtype=None):
+        flat = guarded((torch.Size(shape).numel(),), dtype or self.dtype, at_end)
+        return flat.as_strided(shape, strides)
+    torch.Tensor.new_empty, torch.Tensor.new_empty_strided = new_empty, new_empty_strided
+    torch.empty = lambda shape, dtype, device: guarded(shape, dtype, at_end)
     def take(*shape):
         return guarded(shape, torch.float32, at_end).copy_(torch.rand(shape)).requires_grad_()
     for order, T in ((0, 21), (2, 21), (2, 1)):
