@@ -107,7 +107,6 @@ def signature(kernel: Any, call: dict[str, Any]) -> tuple[dict[str, str], list[s
             "T",
             "span",
             "splits",
-            "spans",
             "H",
             "G",
             "parts",

@@ -117,9 +117,7 @@ class Call:
         self, spans: Spans, sums: Tensor, totals: Tensor | None, before: Tensor | None,
         after: Tensor | None, *, matrices: bool, parts: int = 1, backwards: bool = False,
     ) -> None:  # fmt: skip
-        shared = (
-            sums, totals, spans.firsts, before, after, spans.splits, spans.number, self.G, parts
-        )  # fmt: skip
+        shared = sums, totals, spans.firsts, before, after, spans.splits, self.G, parts
         options: dict[str, int] = {"HAS_BEFORE": before is not None, "HAS_AFTER": after is not None}
         options["BACKWARDS"] = backwards
         programs, size = self.N * self.G, self.size

@@ -47,7 +47,7 @@ def load_tile(sums, at, tile, column, V: tl.constexpr, BV: tl.constexpr, form: t
     columns = column + tl.arange(0, BV)
     first = at.to(tl.int64) * (form.TILES * form.TILE)
     at_columns = sums + (first + row)[:, None] * V + columns[None, :]
-    return tl.load(at_columns, mask=(columns < V)[None, :] & (row >= 0)[:, None], other=0.0)
+    return tl.load(at_columns, mask=(columns < V)[None, :], other=0.0)
 
 
 @triton.jit
@@ -57,7 +57,7 @@ def store_tile(sums, x, at, tile, column, V: tl.constexpr, BV: tl.constexpr, for
     columns = column + tl.arange(0, BV)
     first = at.to(tl.int64) * (form.TILES * form.TILE)
     at_columns = sums + (first + row)[:, None] * V + columns[None, :]
-    tl.store(at_columns, x.to(form.SUM), mask=(columns < V)[None, :] & (row >= 0)[:, None])
+    tl.store(at_columns, x.to(form.SUM), mask=(columns < V)[None, :])
 
 
 @triton.jit
@@ -96,45 +96,34 @@ def row_of_pair(a, b, form: tl.constexpr):
 
 
 @triton.jit
-def load_state(
-    state,
-    at,
-    tile,
-    column,
-    V: tl.constexpr,
-    BV: tl.constexpr,
-    GRADIENT: tl.constexpr,
-    form: tl.constexpr,
+def _at_state(
+    state, at, row, exists, column, V: tl.constexpr, BV: tl.constexpr, form: tl.constexpr
 ):
-    """A tile, in slots, of matrix `at` of a state [..., F, V], or of the gradient of one."""
-    row, exists, _, as_sums, as_gradients = _rows_of_states(tile, form)
+    """Addresses of rows of matrix `at` of a state [..., F, V], and which of them exist."""
     columns = column + tl.arange(0, BV)
-    at_columns = state + (at.to(tl.int64) * form.F + row)[:, None] * V + columns[None, :]
-    x = tl.load(at_columns, mask=exists[:, None] & (columns < V)[None, :], other=0.0)
-    if GRADIENT:
-        return x.to(form.SUM) * as_gradients[:, None]
-    else:
-        return x.to(form.SUM) * as_sums[:, None]
+    address = state + (at.to(tl.int64) * form.F + row)[:, None] * V + columns[None, :]
+    return address, exists[:, None] & (columns < V)[None, :]
+
+
+@triton.jit
+def load_state(
+    state, at, tile, column, V: tl.constexpr, BV: tl.constexpr, GRADIENT: tl.constexpr,
+    form: tl.constexpr,
+):  # fmt: skip
+    """A tile, in slots, of matrix `at` of a state [..., F, V], or of the gradient of one."""
+    row, exists, first, as_sums, as_gradients = _rows_of_states(tile, form)
+    address, inside = _at_state(state, at, row, exists, column, V, BV, form)
+    factor = as_gradients if GRADIENT else as_sums
+    return tl.load(address, mask=inside, other=0.0).to(form.SUM) * factor[:, None]
 
 
 @triton.jit
 def store_state(
-    state,
-    x,
-    at,
-    tile,
-    column,
-    V: tl.constexpr,
-    BV: tl.constexpr,
-    GRADIENT: tl.constexpr,
+    state, x, at, tile, column, V: tl.constexpr, BV: tl.constexpr, GRADIENT: tl.constexpr,
     form: tl.constexpr,
-):
+):  # fmt: skip
     """Writes what `load_state` reads."""
-    row, _, first, as_sums, as_gradients = _rows_of_states(tile, form)
-    columns = column + tl.arange(0, BV)
-    at_columns = state + (at.to(tl.int64) * form.F + row)[:, None] * V + columns[None, :]
-    if GRADIENT:
-        x = x / as_gradients[:, None]
-    else:
-        x = x / as_sums[:, None]
-    tl.store(at_columns, x.to(form.SUM), mask=first[:, None] & (columns < V)[None, :])
+    row, exists, first, as_sums, as_gradients = _rows_of_states(tile, form)
+    address, inside = _at_state(state, at, row, first, column, V, BV, form)
+    factor = as_gradients if GRADIENT else as_sums
+    tl.store(address, (x / factor[:, None]).to(form.SUM), mask=inside)

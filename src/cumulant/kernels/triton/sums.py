@@ -176,9 +176,9 @@ def query_sums(
         store_weights(weights, Z, at * form.BLOCKS + block, True, form)
 
 
-@triton.jit(do_not_specialize=["splits", "spans"])
+@triton.jit(do_not_specialize=["splits"])
 def scan_spans(
-    sums, totals, first_spans, before, after, splits, spans, G, parts,
+    sums, totals, first_spans, before, after, splits, G, parts,
     V: tl.constexpr, BV: tl.constexpr, BLOCKS: tl.constexpr,
     HAS_BEFORE: tl.constexpr, HAS_AFTER: tl.constexpr, BACKWARDS: tl.constexpr,
     form: tl.constexpr,
@@ -219,9 +219,9 @@ def scan_spans(
         store_state(after, S, at, tile, column, V, BV, BACKWARDS, form)
 
 
-@triton.jit(do_not_specialize=["splits", "spans"])
+@triton.jit(do_not_specialize=["splits"])
 def scan_moments(
-    sums, totals, first_spans, before, after, splits, spans, G, parts,
+    sums, totals, first_spans, before, after, splits, G, parts,
     HAS_BEFORE: tl.constexpr, HAS_AFTER: tl.constexpr, BACKWARDS: tl.constexpr,
     form: tl.constexpr,
 ):  # fmt: skip
