@@ -51,6 +51,7 @@ def imports(path: Path) -> set[str]:
 def test_import_rules(part):
     shared = {
         "decay",
+        "guarded",
         "product",
         "quantized",
         "spec",

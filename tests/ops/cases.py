@@ -146,6 +146,8 @@ TRITON = (
     "linear-softmax-raw",
     "linear-callable",
     "linear-callable-decay",
+    "elita-own",
+    "elita-partly-own",
     "linear-pair",
 )
 

@@ -36,8 +36,14 @@ def speed_up() -> None:
 # The interpreter takes seconds for what compiled kernels do in microseconds. `make test` has these
 # tests of the matrix with these cases; all others with Triton are slow. test_triton.py has more.
 QUICK = {
-    "test_equals_the_formula": ("taylor-2", "taylor-2-decay", "linear-elu", "linear-identity"),
-    "test_gradients_equal_the_reference": ("taylor-2", "linear-elu-decay"),
+    "test_equals_the_formula": (
+        "taylor-2",
+        "taylor-2-decay",
+        "linear-elu",
+        "linear-identity",
+        "elita-own",
+    ),
+    "test_gradients_equal_the_reference": ("taylor-2", "linear-elu-decay", "elita-own"),
     "test_packed_is_separate": ("taylor-2-decay",),
 }
 

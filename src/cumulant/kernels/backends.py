@@ -18,13 +18,23 @@ from typing import Any
 
 from . import native, triton
 from . import torch as pytorch
+from .guarded import Guarded
 
 BACKENDS = {"triton": triton, "native": native, "torch": pytorch}
 _sought: set[tuple[str, str]] = set()
+_guarded: dict[str, Guarded] = {}
 
 
 def load_implementation(impl: str, operation: str) -> Any:
-    """An implementation's module for an operation, imported on first use; None if it has none."""
+    """An implementation's module for an operation, imported on first use; None if it has none.
+
+    "auto" stands for Triton's kernels where no call asked for them.
+    """
+    if impl == "auto":
+        if operation not in _guarded:
+            modules = (load_implementation(name, operation) for name in ("triton", "torch"))
+            _guarded[operation] = Guarded(operation, *modules)
+        return _guarded[operation]
     _import_once(impl, operation)
     return getattr(BACKENDS[impl], operation, None)
 

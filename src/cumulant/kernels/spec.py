@@ -80,6 +80,12 @@ class AttentionInputs(NamedTuple):
         """The dtype of sums."""
         return accumulation_dtype(self.query, self.key, self.value)
 
+    def first_tokens(self, count: int) -> AttentionInputs:
+        """A row's first tokens, without masks, packing and state."""
+        q, k, v = (x[:1, :, :count] for x in self[:3])
+        logs = None if self.log_decay is None else self.log_decay[:1, :, :count]
+        return AttentionInputs(q, k, v, log_decay=logs)
+
 
 class AttentionOutputs(NamedTuple):
     """Outputs in the dtype of sums. Tensors that the options do not request are empty, ``[0]``."""
@@ -278,6 +284,10 @@ class ElitaInputs(NamedTuple):
             None if self.log_weight is None or self.mean is None else (self.log_weight, self.mean)
         )
 
+    def first_tokens(self, count: int) -> ElitaInputs:
+        """A row's first tokens, without packing and state."""
+        return ElitaInputs(*(x[:1, :, :count] for x in self[:4]))
+
 
 class ElitaOutputs(NamedTuple):
     """Outputs of ELiTA's attention.
@@ -290,6 +300,8 @@ class ElitaOutputs(NamedTuple):
     own_odds: Tensor  # of g, [B, H, T]
     # u before each block of tokens, [B, G, T // block + 2, V] in fp64; empty without blocks
     means: Tensor
+    # m before each block, [B, G, T // block + 2] in fp64; empty unless chunks are the blocks
+    log_weights: Tensor
     final_log_weight: Tensor
     final_mean: Tensor
 
@@ -297,7 +309,7 @@ class ElitaOutputs(NamedTuple):
 class ElitaSpec(NamedTuple):
     """Options of ELiTA's attention, all chosen by its implementations."""
 
-    chunk: int = 0  # tokens in a chunk; all chunks are computed at once, token by token
+    chunk: int = 0  # tokens in a chunk
     span: int = 0  # the fewest tokens for a thread, where threads share one sequence
     block: int = 0  # tokens between two saved means; 0 saves none
 
@@ -306,11 +318,13 @@ class ElitaSpec(NamedTuple):
         # One or two rows of means are never used. Under torch.export a size that may be 1 would
         # limit T.
         means = (B, G, T // self.block + 2, V) if self.block else (0,)
+        log_weights = means[:3] if self.block and self.chunk else (0,)
         return ElitaOutputs(
             new_heads(x.value, H, V),
             x.value.new_empty((B, G, T), dtype=dtype),
             x.value.new_empty((B, H, T), dtype=dtype),
             x.value.new_empty(means, dtype=torch.float64),
+            x.value.new_empty(log_weights, dtype=torch.float64),
             x.value.new_empty((B, G), dtype=torch.float64),
             x.value.new_empty((B, G, V), dtype=torch.float64),
         )

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.backends import BACKENDS, load_implementation
+from ..kernels.guarded import failures
 from ..kernels.native import library
 from ..kernels.transforms import needs_formula, transformed
 
@@ -108,7 +109,10 @@ Spec = TypeVar("Spec")
 
 @dataclass(frozen=True)
 class Plan(Generic[Spec]):
-    """The implementation and the specification of one call."""
+    """The implementation and the specification of one call.
+
+    The implementation is "auto" for Triton's kernels that no call asked for (`kernels/guarded.py`).
+    """
 
     impl: str
     spec: Spec
@@ -121,14 +125,17 @@ def make_plan(operation: str, impl: str, inputs: Any, spec: Spec) -> Plan[Spec]:
     else:
         chosen = resolve_implementation(impl, _find_obstacles(operation, inputs, spec))
     module = None if chosen == "reference" else load_implementation(chosen, operation)
-    plan = Plan(chosen, spec if module is None else module.prepared(inputs, spec))
+    guarded = chosen == "triton" and impl == "auto" and default_implementation() == "auto"
+    plan = Plan(
+        "auto" if guarded else chosen, spec if module is None else module.prepared(inputs, spec)
+    )
     if type(impl) is _PlanRequest:
         work = (
             "the quadratic form, T x S weights"
             if module is None
             else module.describe(inputs, plan.spec)
         )
-        raise _PlannedChoice(Choice(chosen, f"{_choice_reason(impl)}: {work}"))
+        raise _PlannedChoice(Choice(chosen, f"{_choice_reason(impl, operation)}: {work}"))
     return plan
 
 
@@ -137,6 +144,8 @@ def _fastest_implementation(operation: str, inputs: Any, spec: Any) -> str:
     for name in BACKENDS:
         module = load_implementation(name, operation)
         if module is None or module.obstacle(inputs, spec):
+            continue
+        if name == "triton" and operation in failures:
             continue
         if not hasattr(module, "slower") or not module.slower(inputs, spec):
             return name
@@ -156,11 +165,13 @@ def _find_obstacles(operation: str, inputs: Any, spec: Any) -> dict[str, str]:
     return found
 
 
-def _choice_reason(impl: str) -> str:
+def _choice_reason(impl: str, operation: str) -> str:
     if impl != "auto":
         return "asked for"
     if default_implementation() != "auto":
         return f"asked for by {VARIABLE}"
+    if operation in failures:
+        return f"the fastest that works here (the Triton kernels do not: {failures[operation]})"
     return "the fastest available here"
 
 

@@ -74,12 +74,15 @@ def elita_attention(
     _check_arguments(key_logit, query_logit, self_logit, value, key_mask, cu_seqlens, state)
     past = () if state is None else (state.log_weight, state.mean)
     logits = (key_logit, query_logit, self_logit)
-    plan = make_plan("elita", impl, ElitaInputs(*logits, value, None, *past), ElitaSpec())
+    packed_states = cu_seqlens is not None and (state is not None or return_state)
+    exact = value.double() if packed_states else value  # the sequences' states are among the values
+    plan = make_plan("elita", impl, ElitaInputs(*logits, exact, None, *past), ElitaSpec())
     tokens = (*logits, value)
     if plan.impl == "reference":
         out, sums = _run_reference(tokens, key_mask, cu_seqlens, state)
-    elif cu_seqlens is not None and (state is not None or return_state):
-        out, sums = _packed_with_states(plan, tokens, key_mask, cu_seqlens, state)
+    elif packed_states:
+        out, sums = _packed_with_states(plan, (*logits, exact), key_mask, cu_seqlens, state)
+        out = out.to(value.dtype)
     else:
         first = _sequence_starts(value.shape[2], cu_seqlens)
         found = call_elita(
@@ -134,7 +137,8 @@ def _packed_with_states(
 ) -> tuple[Tensor, Sums]:
     """Packed sequences with states: each sequence gets an extra token before it and one after it.
 
-    The first of these holds the sequence's state, and the second reads the mean at its end.
+    The first of these holds the sequence's state, and the second reads the mean at its end. Values
+    are in fp64, as states are.
     """
     c, r, s, v = _mask_tokens(tokens, key_mask, cu_seqlens)
     G, T, N = c.shape[1], c.shape[2], cu_seqlens.shape[0] - 1
@@ -152,7 +156,6 @@ def _packed_with_states(
             wide if at_start is None else wide.index_copy(2, starts, at_start.transpose(0, 1)[None])
         )
 
-    v = v.double()  # states are in fp64
     c = spread(c.double(), -torch.inf, None if state is None else state.log_weight)
     values = spread(v, 0.0, None if state is None else state.mean)
     r, s = spread(r.double(), 0.0), spread(s.double(), -torch.inf)
@@ -165,7 +168,7 @@ def _packed_with_states(
         .transpose(0, 1)
         .clone(memory_format=torch.contiguous_format)
     )
-    return out.index_select(2, place).to(tokens[3].dtype), (_log_sums(c[0], first, N), mean)
+    return out.index_select(2, place), (_log_sums(c[0], first, N), mean)
 
 
 def _log_sums(c: Tensor, first: Tensor, N: int) -> Tensor:

@@ -32,7 +32,7 @@ def attention(inputs: ElitaInputs, spec: ElitaSpec) -> ElitaOutputs:
             m, u = m_all[:, :, -1], u_all[:, :, -1]
             before = None if inside is None else inside[-1]
         none = m.new_empty(0)
-        return ElitaOutputs(torch.cat(outs, 2), none, none, none, m.clone(), u.clone())
+        return ElitaOutputs(torch.cat(outs, 2), none, none, none, none, m.clone(), u.clone())
 
 
 def _chunk(

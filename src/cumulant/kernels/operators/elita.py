@@ -18,7 +18,7 @@ OPERATOR = Operator(
     ElitaSpec,
     differentiable=("key_logit", "query_logit", "self_logit", "value", "log_weight", "mean"),
     carriers=("out", "final_log_weight", "final_mean"),
-    saved_outputs=("key_odds", "own_odds", "means"),
+    saved_outputs=("key_odds", "own_odds", "means", "log_weights"),
 )
 
 

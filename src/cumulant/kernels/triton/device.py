@@ -11,10 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..guarded import KernelFailure
+
 OLDEST = (3, 6)
 CAPABILITY = (8, 0)
 WAVES = 2  # programs for each multiprocessor
 PROCESSORS = 1  # of a CPU in Triton's interpreter
+
+# Arguments that follow from lengths. Kernels are not compiled again for their values.
+VARYING = ["T", "span", "splits", "blocks", "size", "sizes"]
+VARYING += [f"{x}_{y}" for x in "cdrs" for y in ("batch", "head")]
 
 
 # Whether kernels run in Triton's interpreter, on the CPU; Triton reads it once too.
@@ -77,8 +83,8 @@ _is_old._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def slower(x: Tensor) -> str:
-    """Why "auto" takes another implementation. No GPU has run these kernels yet."""
-    return "it has run in Triton's interpreter alone, so it must be asked for"
+    """Why "auto" takes another implementation."""
+    return "" if x.device.type == "cuda" else "it runs in Triton's interpreter here"
 
 
 def wanted_programs(x: Tensor) -> int:
@@ -105,7 +111,12 @@ def dot_type(*tensors: Tensor, hip: bool = bool(torch.version.hip)) -> str:
     return "tf32" if torch.float16 in dtypes else "bf16"
 
 
-_TYPES = {torch.float32: "float32", torch.float64: "float64"}
+_TYPES = {
+    torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
+    torch.float32: "float32",
+    torch.float64: "float64",
+}
 
 
 def constants(*values: Any) -> list[Any]:
@@ -119,11 +130,18 @@ def constants(*values: Any) -> list[Any]:
 
 def launch(kernel: Any, programs: int, like: Tensor, *arguments: Any, **options: Any) -> None:
     """Run a kernel on the device of `like`."""
-    if like.device.type == "cuda":
-        with torch.cuda.device(like.device):
-            kernel[(programs,)](*arguments, **options, num_warps=4, num_stages=1)
-    else:
-        import numpy
+    try:
+        if like.device.type == "cuda":
+            with torch.cuda.device(like.device):
+                kernel[(programs,)](*arguments, **options, num_warps=4, num_stages=1)
+        else:
+            import numpy
 
-        with numpy.errstate(all="ignore"):
-            kernel[(programs,)](*arguments, **options)
+            with numpy.errstate(all="ignore"):
+                kernel[(programs,)](*arguments, **options)
+    except Exception as error:  # of Triton, its compilers, or the driver
+        first = (str(error).strip().splitlines() or [""])[0][:200]
+        raise KernelFailure(
+            f"the kernel {getattr(kernel, '__name__', kernel)} could not be compiled or started"
+            f" ({type(error).__name__}: {first})"
+        ) from error

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from .arithmetic import add_product, exp2, operand, product
+from .device import VARYING
 from .features import (
     activation_gradient,
     add_taylor_gradient,
@@ -172,7 +173,7 @@ def new_output_gradient(
         return operand(d, form.DOT), tl.zeros((form.C,), form.SUM)
 
 
-@triton.jit(do_not_specialize=["T", "span", "splits", "d_batch", "d_head", "size"])
+@triton.jit(do_not_specialize=VARYING)
 def query_gradients(
     query, key, value, logs, mask, sums, weights, dout, out, denominators,
     ddenominators, dquery, shares, rows, begins, offsets, T, span, splits, H, G,
@@ -225,7 +226,7 @@ def query_gradients(
             tl.store(shares + part + at_z + row.to(tl.int64), share, mask=inside)
 
 
-@triton.jit(do_not_specialize=["T", "span", "splits", "d_batch", "d_head", "size", "sizes"])
+@triton.jit(do_not_specialize=VARYING)
 def key_gradients(
     query, key, value, logs, mask, sums, weights, dout, denominators, ddenominators,
     dkey, dvalue, shares, dbefore, dbefore_weights,

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from .arithmetic import add_product, decay_less_one, exp2, operand, product, split_number
+from .device import VARYING
 from .features import (
     load_keys,
     load_queries,
@@ -148,7 +149,7 @@ def add_keys(k, kept, v, d, S, Z, COLUMNS: tl.constexpr, form: tl.constexpr):
     return add_key_sums(k, kept, v, left, S, Z, COLUMNS, form)
 
 
-@triton.jit(do_not_specialize=["T", "span", "splits", "d_batch", "d_head"])
+@triton.jit(do_not_specialize=VARYING)
 def outputs(
     query, key, value, logs, mask, sums, weights, out, denominators, final, final_weights,
     rows, begins, offsets, T, span, splits, H, G,

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from .arithmetic import LEAST, LOG2E, exp2
+from .device import VARYING
 from .features import level_query, slots, weights_of_slots
 from .places import load_state, store_state
 from .weights import inverse
@@ -33,7 +34,7 @@ def load_features(base, tile, kept, factor, added, form: tl.constexpr):
         return tl.where(exists & kept, left * right, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def step(
     query, key, value, logs, mask, numerator, denominator, out, denominators, final, final_weights,
     G, q_batch, q_head, k_batch, k_head, v_batch, v_head, o_batch, o_head, d_batch, d_head,

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from .arithmetic import add_product, exp2, log2_decays, operand
+from .device import VARYING
 from .features import key_features, load_keys, load_queries, load_rows, query_features
 from .places import find_span, load_kept, load_state, load_tile, store_state, store_tile
 from .weights import (
@@ -91,7 +92,7 @@ def add_query_sums(q, dy, dz, before, S, Z, form: tl.constexpr):
     return found, Z
 
 
-@triton.jit(do_not_specialize=["T", "span", "splits", "d_batch", "d_head"])
+@triton.jit(do_not_specialize=VARYING)
 def key_sums(
     key, value, logs, mask, sums, weights, totals, rows, begins, offsets,
     T, span, splits, G, k_batch, k_head, k_row, v_batch, v_head, v_row, d_batch, d_head, d_row,
@@ -136,7 +137,7 @@ def key_sums(
         store_weights(weights, Z, at, False, form)
 
 
-@triton.jit(do_not_specialize=["T", "span", "splits", "d_batch", "d_head", "size"])
+@triton.jit(do_not_specialize=VARYING)
 def query_sums(
     query, dout, denominators, ddenominators, logs, mask, sums, weights, rows, begins, offsets,
     T, span, splits, H, G, q_batch, q_head, q_row, g_batch, g_head, g_row,
@@ -176,7 +177,7 @@ def query_sums(
         store_weights(weights, Z, at * form.BLOCKS + block, True, form)
 
 
-@triton.jit(do_not_specialize=["splits"])
+@triton.jit(do_not_specialize=VARYING)
 def scan_spans(
     sums, totals, first_spans, before, after, splits, G, parts,
     V: tl.constexpr, BV: tl.constexpr, BLOCKS: tl.constexpr,
@@ -219,7 +220,7 @@ def scan_spans(
         store_state(after, S, at, tile, column, V, BV, BACKWARDS, form)
 
 
-@triton.jit(do_not_specialize=["splits"])
+@triton.jit(do_not_specialize=VARYING)
 def scan_moments(
     sums, totals, first_spans, before, after, splits, G, parts,
     HAS_BEFORE: tl.constexpr, HAS_AFTER: tl.constexpr, BACKWARDS: tl.constexpr,
