@@ -131,6 +131,40 @@ def scan_mean_gradients(
         Q = found
 
 
+@triton.jit
+def add_heads(
+    dout, self_odds, ds, distance, keep, row, inside, T, o_head, o_row, column, form: tl.constexpr
+):
+    """Of a block of the query heads' gradients: D, their part of dv, and ds with what they add."""
+    D = tl.zeros((form.C, form.BV), form.SUM)
+    dv, found = tl.zeros((form.C, form.BV), form.SUM), ()
+    for h in tl.static_range(form.GROUP):
+        odds = load_numbers(self_odds + h * tl.cast(T, tl.int64), row, inside, 1, form.SUM)
+        at_d = dout + h * tl.cast(o_head, tl.int64)
+        d = load_vectors(at_d, row, inside, o_row, column, form.V, form.BV, form.SUM)
+        D += (1.0 / (1.0 + odds))[:, None] * d
+        dv += gate(odds)[:, None] * d
+        both = gate(odds) * keep / (1.0 + odds)
+        found = found + (ds[h] + both * tl.sum(d * distance, 1),)
+    return D, dv, found
+
+
+@triton.jit
+def store_logit_gradients(
+    dkey_logit, dself_logit, ds, a, keep, by_distance, between, to_end, reach, left, M, inside, T,
+    form: tl.constexpr,
+):  # fmt: skip
+    """Writes a chunk's gradients of logits. M: of the log-sum after it; returns that before it."""
+    E = tl.zeros((form.C,), form.SUM)
+    for h in tl.static_range(form.GROUP):
+        tl.store(dself_logit + h * tl.cast(T, tl.int64), ds[h], mask=inside)
+        E += ds[h]
+    beta = a * by_distance
+    dm = to_end * M.to(form.SUM) - E - tl.sum(between * (E + beta)[None, :], 1)
+    tl.store(dkey_logit, keep * beta + a * dm, mask=inside)
+    return M * left - tl.sum((reach * (E + beta)).to(tl.float64), 0)
+
+
 @triton.jit(do_not_specialize=VARYING)
 def mean_gradients(
     key_logit, value, first, saved_log_weights, saved_means, key_odds, self_odds, dout, after,
@@ -165,10 +199,10 @@ def mean_gradients(
         )
         before = load_mean(saved_means, block, total, form)
         between, to_end = remaining(top, all_of, segment, form.C, form.FLUSHES)
+        at_odds = self_odds + (b * H + g * form.GROUP) * T
         odds = load_numbers(key_odds + (b * G + g) * T, row, inside, 1, form.SUM)
         a, keep, share = gate(odds), 1.0 / (1.0 + odds), inverse(earlier)
         by_distance = tl.zeros((form.C,), form.SUM)
-        E = tl.zeros((form.C,), form.SUM)
         ds, found = (), ()
         for h in tl.static_range(form.GROUP):
             ds = ds + (tl.zeros((form.C,), form.SUM),)
@@ -178,19 +212,10 @@ def mean_gradients(
             mean = exact_product(weights, v, form.DOT, True)
             mean = (mean + carried[:, None] * before[i].to(form.SUM)[None, :]) * share[:, None]
             distance = v - mean
-            D = tl.zeros((form.C, form.BV), form.SUM)
-            dv = tl.zeros((form.C, form.BV), form.SUM)
-            next_ds = ()
-            for h in tl.static_range(form.GROUP):
-                at_odds = self_odds + (b * H + g * form.GROUP + h) * T
-                mine = load_numbers(at_odds, row, inside, 1, form.SUM)
-                at_d = dout + b * o_batch + (g * form.GROUP + h) * o_head
-                d = load_vectors(at_d, row, inside, o_row, i * form.BV, form.V, form.BV, form.SUM)
-                D += (1.0 / (1.0 + mine))[:, None] * d
-                dv += gate(mine)[:, None] * d
-                both = gate(mine) * keep / (1.0 + mine)
-                next_ds = next_ds + (ds[h] + both * tl.sum(d * distance, 1),)
-            ds = next_ds
+            at_d = dout + b * o_batch + g * form.GROUP * o_head
+            D, dv, ds = add_heads(
+                at_d, at_odds, ds, distance, keep, row, inside, T, o_head, o_row, i * form.BV, form
+            )
             later = D + exact_product(between, D, form.DOT, False)
             later += to_end[:, None] * Q[i].to(form.SUM)[None, :]
             by_distance += tl.sum(later * distance, 1)
@@ -198,15 +223,11 @@ def mean_gradients(
             at_dv = dvalue + b * g_batch + g * g_head
             store_vectors(at_dv, dv, row, inside, g_row, i * form.BV, form.V, form.BV, form.OUT)
             found = found + (Q[i] * left + tl.sum(reach[:, None] * D, 0),)
-        for h in tl.static_range(form.GROUP):
-            at_ds = dself_logit + (b * H + g * form.GROUP + h) * T + row.to(tl.int64)
-            tl.store(at_ds, ds[h], mask=inside)
-            E += ds[h]
-        beta = a * by_distance
-        both = E + beta
-        dm = to_end * M.to(form.SUM) - E - tl.sum(between * both[None, :], 1)
-        tl.store(dkey_logit + (b * G + g) * T + row.to(tl.int64), keep * beta + a * dm, mask=inside)
-        M = M * left - tl.sum((reach * both).to(tl.float64), 0)
+        at_dc = dkey_logit + (b * G + g) * T + row.to(tl.int64)
+        at_ds = dself_logit + (b * H + g * form.GROUP) * T + row.to(tl.int64)
+        M = store_logit_gradients(
+            at_dc, at_ds, ds, a, keep, by_distance, between, to_end, reach, left, M, inside, T, form
+        )
         Q, passed = found, passed * left
     tl.store(dlog_weights + at.to(tl.int64), M)
     tl.store(passes + at.to(tl.int64), passed)
