@@ -182,8 +182,9 @@ def mean_gradients(
     at = tl.program_id(0)
     b, g, begin, end = find_part(at, G, splits, span, T)
     chunks = tl.cdiv(tl.maximum(end - begin, 0), form.C)
-    Q, M = no_mean(form), tl.full((), 0.0, tl.float64)
-    passed = tl.full((), 1.0, tl.float64)
+    at_logit = key_logit + b * c_batch + g * c_head
+    at_value = value + b * v_batch + g * v_head
+    Q, M, passed = no_mean(form), tl.full((), 0.0, tl.float64), tl.full((), 1.0, tl.float64)
     if HAS_AFTER:
         Q = load_mean(after, at, 1.0, form)
     if HAS_LOG:
@@ -193,7 +194,6 @@ def mean_gradients(
         row = token + tl.arange(0, form.C)
         inside = row < end
         block = (b * G + g) * blocks + token // form.C
-        at_logit = key_logit + b * c_batch + g * c_head
         segment, weights, carried, earlier, top, all_of, reach, left, total = read_gates(
             at_logit, first, saved_log_weights + block, row, inside, c_row, form
         )
@@ -202,12 +202,10 @@ def mean_gradients(
         at_odds = self_odds + (b * H + g * form.GROUP) * T
         odds = load_numbers(key_odds + (b * G + g) * T, row, inside, 1, form.SUM)
         a, keep, share = gate(odds), 1.0 / (1.0 + odds), inverse(earlier)
-        by_distance = tl.zeros((form.C,), form.SUM)
-        ds, found = (), ()
+        by_distance, ds, found = tl.zeros((form.C,), form.SUM), (), ()
         for h in tl.static_range(form.GROUP):
             ds = ds + (tl.zeros((form.C,), form.SUM),)
         for i in tl.static_range(form.BLOCKS):
-            at_value = value + b * v_batch + g * v_head
             v = load_vectors(at_value, row, inside, v_row, i * form.BV, form.V, form.BV, form.SUM)
             mean = exact_product(weights, v, form.DOT, True)
             mean = (mean + carried[:, None] * before[i].to(form.SUM)[None, :]) * share[:, None]
