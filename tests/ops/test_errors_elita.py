@@ -50,7 +50,7 @@ def with_one(value, at=(1, 0, 3)):
          r"cu_seqlens: packed sequences need B = 1"),
         ({"state": (1, 2)}, TypeError,
          r"state: expected a ElitaState from return_state=True, got tuple"),
-        ({"impl": "triton"}, ValueError, r"impl: 'triton' cannot run this call"),
+        ({"impl": "cuda"}, ValueError, r"impl: expected 'auto', .* got 'cuda'"),
     ],
 )  # fmt: skip
 def test_elita_attention(change, kind, message):

@@ -288,5 +288,9 @@ def test_opcheck_elita(length, states, impl):
     first = torch.rand(length) > 0.7 if states == "packed" else None
     m = torch.randn(1, 2, dtype=torch.float64, requires_grad=True) if states == "in" else None
     u = torch.randn(1, 2, 3, dtype=torch.float64, requires_grad=True) if states == "in" else None
-    spec = ElitaSpec(chunk=4, span=4, block=16 if impl == "native" else 0)
+    spec = {
+        "torch": ElitaSpec(chunk=4),
+        "native": ElitaSpec(span=4, block=16),
+        "triton": ElitaSpec(chunk=16, span=16, block=16),
+    }[impl]
     check(elita.OPERATOR, impl, ElitaInputs(*logits, v, first, m, u), spec)

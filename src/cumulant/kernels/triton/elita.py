@@ -206,6 +206,12 @@ def backward(
     upstream: ElitaOutputs, inputs: ElitaInputs, outputs: ElitaOutputs, spec: ElitaSpec
 ) -> ElitaInputs:
     """The inputs' gradients by the Triton kernels."""
+    outputs = outputs._replace(
+        **{
+            name: getattr(outputs, name).contiguous()  # `torch.func.vmap` may have expanded them
+            for name in ("key_odds", "own_odds", "means", "log_weights")
+        }
+    )
     gradients, dtype = spec.new_gradients(inputs, outputs), inputs.key_logit.dtype
     dc, ds = _Call(inputs, spec).differentiate(upstream, outputs, gradients)
     ds = ds.to(dtype)

@@ -53,6 +53,13 @@ def store_mean(means, values, factor, at, form: tl.constexpr):
 
 
 @triton.jit
+def store_state(log_weights, means, top, total, sums, at, form: tl.constexpr):
+    """Writes m and u of a maximum, a sum, and weighted values."""
+    tl.store(log_weights + at.to(tl.int64), log_sum(top, total))
+    store_mean(means, sums, inverse(total), at, form)
+
+
+@triton.jit
 def no_mean(form: tl.constexpr):
     """Blocks of zeros."""
     found = ()
@@ -85,9 +92,8 @@ def span_means(
             found = found + (sums[i] * carried + tl.sum(weights[:, None] * v, 0),)
         sums = found
         still_open = tl.where(tl.max(segment, 0) == 0, still_open, 0)
-    tl.store(log_weights + at.to(tl.int64), log_sum(top, total))
     tl.store(open_spans + at.to(tl.int64), still_open)
-    store_mean(means, sums, inverse(total), at, form)
+    store_state(log_weights, means, top, total, sums, at, form)
 
 
 @triton.jit
@@ -153,9 +159,8 @@ def mean_outputs(
         c = load_logits(at_logit, row, inside, c_row, form.SUM)
         segment = load_segments(first, row, inside, form.FIRST)
         if SAVE:
-            block = (b * G + g) * blocks + token // form.C
-            tl.store(saved_log_weights + block, log_sum(top, total))
-            store_mean(saved_means, sums, inverse(total), block, form)
+            place = (b * G + g) * blocks + token // form.C
+            store_state(saved_log_weights, saved_means, top, total, sums, place, form)
         weights, carried, most, earlier = weigh_earlier(
             c, segment, top, total, form.C, form.FLUSHES
         )
@@ -164,8 +169,7 @@ def mean_outputs(
         odds = tl.where(own > 0, own / (kept * earlier), own)
         if SAVE:
             tl.store(key_odds + (b * G + g) * T + row.to(tl.int64), odds, mask=inside)
-        share = inverse(earlier)
-        next_sums = ()
+        share, next_sums = inverse(earlier), ()
         for i in tl.static_range(form.BLOCKS):
             v = load_vectors(at_value, row, inside, v_row, i * form.BV, form.V, form.BV, form.SUM)
             mean = exact_product(weights, v, form.DOT, True)
@@ -186,9 +190,12 @@ def mean_outputs(
                 )  # fmt: skip
             next_sums = next_sums + (sums[i] * at_end + tl.sum(ends[:, None] * v, 0),)
         sums, top, total = next_sums, top_next, total_next
+    if SAVE:
+        for block in range(tl.cdiv(T, form.C), tl.where(end == T, blocks, 0)):  # never read
+            place = (b * G + g) * blocks + block
+            store_state(saved_log_weights, saved_means, top, total, sums, place, form)
     if LAST:
-        tl.store(last_log_weight + at.to(tl.int64), log_sum(top, total))
-        store_mean(last_mean, sums, inverse(total), at, form)
+        store_state(last_log_weight, last_mean, top, total, sums, at, form)
 
 
 @triton.jit(do_not_specialize=VARYING)
