@@ -165,6 +165,11 @@ class MixedChunkInputs(NamedTuple):
         """Whether every token is in a sequence, so that kernels write every row of the results."""
         return self.key_mask is None and self.cu_seqlens is None
 
+    def first_tokens(self, count: int) -> MixedChunkInputs:
+        """A row's first tokens, without masks, packing and state."""
+        q, k, r, s, v = (x[:1, :, :count] for x in self.tokens)
+        return MixedChunkInputs(q, k, r, s, v, self.bias)
+
 
 class MixedChunkOutputs(NamedTuple):
     """Outputs of mixed chunk attention. The state is in the dtype of sums, or empty."""

@@ -80,7 +80,7 @@ def elita_attention(
     tokens = (*logits, value)
     if plan.impl == "reference":
         out, sums = _run_reference(tokens, key_mask, cu_seqlens, state)
-    elif packed_states:
+    elif cu_seqlens is not None and packed_states:
         out, sums = _packed_with_states(plan, (*logits, exact), key_mask, cu_seqlens, state)
         out = out.to(value.dtype)
     else:

@@ -24,7 +24,9 @@ class Gradients(Call):
         spec: AttentionSpec,
     ):
         super().__init__(x, spec)
-        self.upstream, self.y = upstream, y
+        # what was saved may have been expanded by `torch.func.vmap`
+        self.y = AttentionOutputs(y.out, *(None if t is None else t.contiguous() for t in y[1:]))
+        self.upstream = upstream
         self.dout = upstream.out if upstream.out.stride(-1) == 1 else upstream.out.contiguous()
         past = upstream.final_numerator, upstream.final_denominator if spec.normalize else None
         if all(t is None for t in past):

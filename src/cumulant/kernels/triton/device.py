@@ -19,7 +19,7 @@ WAVES = 2  # programs for each multiprocessor
 PROCESSORS = 1  # of a CPU in Triton's interpreter
 
 # Arguments that follow from lengths. Kernels are not compiled again for their values.
-VARYING = ["T", "span", "splits", "blocks", "size", "sizes"]
+VARYING = ["T", "span", "splits", "blocks", "size", "sizes", "most", "groups"]
 VARYING += [f"{x}_{y}" for x in "cdrs" for y in ("batch", "head")]
 
 

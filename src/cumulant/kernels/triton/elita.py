@@ -206,12 +206,8 @@ def backward(
     upstream: ElitaOutputs, inputs: ElitaInputs, outputs: ElitaOutputs, spec: ElitaSpec
 ) -> ElitaInputs:
     """The inputs' gradients by the Triton kernels."""
-    outputs = outputs._replace(
-        **{
-            name: getattr(outputs, name).contiguous()  # `torch.func.vmap` may have expanded them
-            for name in ("key_odds", "own_odds", "means", "log_weights")
-        }
-    )
+    # what was saved may have been expanded by `torch.func.vmap`
+    outputs = ElitaOutputs(*(None if t is None else t.contiguous() for t in outputs))
     gradients, dtype = spec.new_gradients(inputs, outputs), inputs.key_logit.dtype
     dc, ds = _Call(inputs, spec).differentiate(upstream, outputs, gradients)
     ds = ds.to(dtype)

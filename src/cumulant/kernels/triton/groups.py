@@ -5,9 +5,9 @@ group is g slots. A program has C slots of a group. It finds a token by its row,
 tokens where some are masked or sequences are packed.
 
 Two tuples go from function to function. `slots` has, for C slots: their places in the group, which
-exist, which are tokens of the call, these tokens' rows of the batch and places in them, and the
-number of the sequence's open group. `x` is a tensor ``[B, ., T, D]`` at one head: its address, and
-the strides of rows and tokens.
+exist, which are tokens of the call and which of a state, the former's rows of the batch and places
+in them, and the number of the sequence's open group. `x` is a tensor
+``[B, ., T, D]`` at one head: its address, and the strides of rows and tokens.
 """
 
 from __future__ import annotations
@@ -45,22 +45,28 @@ def find_group(u, T, most, rows, numbers, bases, fills, form: tl.constexpr):
 def find_slots(chunk, group, T, index, open_row, form: tl.constexpr):
     """`slots` of a chunk of C; group: as of `find_group`."""
     n, c, fill, length, base = group
-    place = chunk * form.C + tl.arange(0, form.C)
+    place = tl.arange(0, form.C) + chunk * form.C
     slot = c.to(tl.int64) * form.SIZE + place
     exists = (place < form.SIZE) & (slot < length)
-    is_token = exists & (slot >= fill)
+    is_token, is_open = exists & (slot >= fill), exists & (slot < fill)
     flat = base + slot - fill
     if form.INDEXED:
         flat = tl.load(index + flat, mask=is_token, other=0).to(tl.int64)
     b = flat // tl.maximum(T, 1)
-    return place, exists, is_token, b, flat - b * T, open_row
+    return place, exists, is_token, is_open, b, flat - b * T, open_row
 
 
 @triton.jit
-def only(slots, wanted):
-    """The same slots, of which those that are not wanted do not exist."""
-    place, exists, is_token, b, t, open_row = slots
-    return place, exists & wanted, is_token & wanted, b, t, open_row
+def of_complete_groups(slots, group, COMPLETE: tl.constexpr, form: tl.constexpr):
+    """The same slots, which exist only if their group is complete, or only if it is not.
+
+    A state has the sums of complete groups, and the tokens of another.
+    """
+    place, exists, is_token, is_open, b, t, open_row = slots
+    n, c, fill, length, base = group
+    end = (c.to(tl.int64) + 1) * form.SIZE + place * 0  # a vector, as the interpreter needs
+    wanted = end <= length if COMPLETE else end > length
+    return place, exists & wanted, is_token & wanted, is_open & wanted, b, t, open_row
 
 
 @triton.jit
@@ -70,14 +76,13 @@ def load_slots(
 ):  # fmt: skip
     """Part of the vectors [C, BD] of slots: of tokens, or of a state's open groups [N·G, g, D]."""
     address, batch, row = x
-    place, exists, is_token, b, t, open_row = slots
-    columns = part * BD + tl.arange(0, BD)
+    place, exists, is_token, is_open, b, t, open_row = slots
+    columns = tl.arange(0, BD) + part * BD
     inside = (columns < D)[None, :]
     at = address + (b * batch + t * row)[:, None] + columns[None, :]
     found = tl.load(at, mask=is_token[:, None] & inside, other=0.0).to(form.SUM)
     if HAS_OPEN and form.STATE:
         at_open = still_open + (open_row * form.SIZE + place)[:, None] * D + columns[None, :]
-        is_open = exists & (is_token == 0)
         found += tl.load(at_open, mask=is_open[:, None] & inside, other=0.0).to(form.SUM)
     return found
 
@@ -89,14 +94,13 @@ def store_slots(
 ):  # fmt: skip
     """Writes what `load_slots` reads."""
     address, batch, row = x
-    place, exists, is_token, b, t, open_row = slots
-    columns = part * BD + tl.arange(0, BD)
+    place, exists, is_token, is_open, b, t, open_row = slots
+    columns = tl.arange(0, BD) + part * BD
     inside = (columns < D)[None, :]
     at = address + (b * batch + t * row)[:, None] + columns[None, :]
     tl.store(at, rounded(y, address.dtype.element_ty), mask=is_token[:, None] & inside)
     if HAS_OPEN and form.STATE:
         at_open = still_open + (open_row * form.SIZE + place)[:, None] * D + columns[None, :]
-        is_open = exists & (is_token == 0)
         tl.store(at_open, y, mask=is_open[:, None] & inside)
 
 
@@ -132,9 +136,11 @@ def products(
 @triton.jit
 def visible(slots, slots_k, form: tl.constexpr):
     """Which keys [C, C] the queries of their group see."""
-    seen = slots[2][:, None] & slots_k[1][None, :]
+    place, there, is_token, is_open, b, t, open_row = slots
+    place_k, exists, is_key, is_open_key, b_k, t_k, open_row_k = slots_k
+    seen = is_token[:, None] & exists[None, :]
     if form.CAUSAL:
-        seen = seen & (slots[0][:, None] >= slots_k[0][None, :])
+        seen = seen & (place[:, None] >= place_k[None, :])
     return seen
 
 
@@ -145,7 +151,8 @@ def scores(query, slots, key, open_key, slots_k, bias, h, seen, form: tl.constex
     x = x * quad_scale(form)
     if form.BIASES > 0:
         head = tl.where(form.BIASES > 1, h, 0).to(tl.int64) * (form.SIZE * form.SIZE)
-        at = bias + head + slots[0][:, None].to(tl.int64) * form.SIZE + slots_k[0][None, :]
+        place, place_k = slots[0].to(tl.int64), slots_k[0]
+        at = bias + head + place[:, None] * form.SIZE + place_k[None, :]
         x += tl.load(at, mask=seen, other=0.0).to(form.SUM)
     return x
 
@@ -153,16 +160,9 @@ def scores(query, slots, key, open_key, slots_k, bias, h, seen, form: tl.constex
 @triton.jit
 def load_sums(sums, at, part, column, form: tl.constexpr):
     """A part [BL, BV] of matrix `at` of sums [..., L, V]."""
-    rows, columns = part * form.BL + tl.arange(0, form.BL), column * form.BV + tl.arange(0, form.BV)
+    rows, columns = tl.arange(0, form.BL) + part * form.BL, tl.arange(0, form.BV) + column * form.BV
     at_sums = sums + (at * form.L + rows)[:, None] * form.V + columns[None, :]
     return tl.load(at_sums, mask=(rows < form.L)[:, None] & (columns < form.V)[None, :], other=0.0)
-
-
-@triton.jit
-def stays_open(group, form: tl.constexpr):
-    """Whether a group is not complete; then a state has its tokens, and not their sums."""
-    n, c, fill, length, base = group
-    return (c.to(tl.int64) + 1) * form.SIZE > length
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -184,7 +184,7 @@ def group_sums(
     for chunk in range(0, form.CHUNKS):
         slots = find_slots(chunk, group, T, index, group[0] * G + g, form)
         if form.CAUSAL and not QUERIES:
-            slots = only(slots, stays_open(group, form) == 0)
+            slots = of_complete_groups(slots, group, True, form)
         for i in range(0, form.GROUP if QUERIES else 1):
             head = g * form.GROUP + i if QUERIES else g
             keys, values = (
@@ -198,8 +198,8 @@ def group_sums(
     if QUERIES:
         found = found * linear_scale(group[3], form)
     rows_of, columns = (
-        part * form.BL + tl.arange(0, form.BL),
-        column * form.BV + tl.arange(0, form.BV),
+        tl.arange(0, form.BL) + part * form.BL,
+        tl.arange(0, form.BV) + column * form.BV,
     )
     at_sums = sums + (at.to(tl.int64) * form.L + rows_of)[:, None] * form.V + columns[None, :]
     tl.store(at_sums, found, mask=(rows_of < form.L)[:, None] & (columns < form.V)[None, :])

@@ -19,11 +19,10 @@ from .groups import (
     linear_scale,
     load_slots,
     load_sums,
-    only,
+    of_complete_groups,
     products,
     quad_scale,
     scores,
-    stays_open,
     store_slots,
     visible,
 )
@@ -68,19 +67,20 @@ def read_gradients(
 
 @triton.jit
 def store_parts(
-    x, still_open, found, upstream, slots, stays, AFTER: tl.constexpr, D: tl.constexpr,
+    x, still_open, found, upstream, slots, group, AFTER: tl.constexpr, D: tl.constexpr,
     BD: tl.constexpr, PARTS: tl.constexpr, HAS_OPEN: tl.constexpr, form: tl.constexpr,
 ):  # fmt: skip
     """Writes parts of gradients. AFTER: plus those at the open groups [N·G, g, D] of the state
     after the call, where groups stay open.
     """
-    place, exists, is_token, b, t, open_row = slots
+    place, exists, is_token, is_open, b, t, open_row = slots
     for part in tl.static_range(PARTS):
         y = found[part]
         if AFTER:
-            columns = part * BD + tl.arange(0, BD)
+            columns = tl.arange(0, BD) + part * BD
             at = upstream + (open_row * form.SIZE + place)[:, None] * D + columns[None, :]
-            inside = (exists & stays)[:, None] & (columns < D)[None, :]
+            stays = of_complete_groups(slots, group, False, form)[1]
+            inside = stays[:, None] & (columns < D)[None, :]
             y += tl.load(at, mask=inside, other=0.0).to(form.SUM)
         store_slots(x, still_open, y, slots, part, D, BD, HAS_OPEN, form)
 
@@ -123,11 +123,11 @@ def mixed_query_gradients(
     for part in tl.static_range(form.L_PARTS):
         scaled = scaled + (dr[part] * linear_scale(group[3], form),)
     store_parts(
-        (dquad_query + h * x_head, x_batch, x_row), bias, dq, bias, slots, False, False,
+        (dquad_query + h * x_head, x_batch, x_row), bias, dq, bias, slots, group, False,
         form.K, form.BK, form.K_PARTS, False, form,
     )  # fmt: skip
     store_parts(
-        (dlin_query + h * y_head, y_batch, y_row), bias, scaled, bias, slots, False, False,
+        (dlin_query + h * y_head, y_batch, y_row), bias, scaled, bias, slots, group, False,
         form.L, form.BL, form.L_PARTS, False, form,
     )  # fmt: skip
 
@@ -167,20 +167,19 @@ def mixed_key_gradients(
                     tl.trans(dw) * linear, r, open_lin_key, ds, slots,
                     form.L, form.BL, form.L_PARTS, False, form,
                 )  # fmt: skip
-    stays = stays_open(group, form)
     if form.SUMMED:
         place = (u if form.CAUSAL else group[0]).to(tl.int64) * G + g
-        closed = slots_k
+        counted = slots_k
         if form.CAUSAL:
-            closed = only(slots_k, stays == 0)
-        ds = read_gradients(v, open_value, sums, place, ds, closed, True, form)
+            counted = of_complete_groups(slots_k, group, True, form)
+        ds = read_gradients(v, open_value, sums, place, ds, counted, True, form)
     store_parts(
         (dquad_key + g * x_head, x_batch, x_row), dopen_quad_key, dk, after_quad_key, slots_k,
-        stays, AFTER, form.K, form.BK, form.K_PARTS, True, form,
+        group, AFTER, form.K, form.BK, form.K_PARTS, True, form,
     )  # fmt: skip
     store_parts(
         (dlin_key + g * y_head, y_batch, y_row), dopen_lin_key, ds, after_lin_key, slots_k,
-        stays, AFTER, form.L, form.BL, form.L_PARTS, True, form,
+        group, AFTER, form.L, form.BL, form.L_PARTS, True, form,
     )  # fmt: skip
 
 
@@ -217,20 +216,20 @@ def mixed_value_gradients(
             dy = load_slots(d, open_value, slots, column, form.V, form.BV, False, form)
             w = operand(tl.trans(w), form.DOT)
             dv = add_product(w, operand(dy, form.DOT), dv, form.DOT)
-    stays = stays_open(group, form)
     if form.SUMMED:
         place = (u if form.CAUSAL else group[0]).to(tl.int64) * G + g
-        closed = slots_k
+        counted = slots_k
         if form.CAUSAL:
-            closed = only(slots_k, stays == 0)
+            counted = of_complete_groups(slots_k, group, True, form)
         for part in range(0, form.L_PARTS):
-            keys = load_slots(s, open_lin_key, closed, part, form.L, form.BL, True, form)
+            keys = load_slots(s, open_lin_key, counted, part, form.L, form.BL, True, form)
             S = load_sums(sums, place, part, column, form)
             dv = add_product(operand(keys, form.DOT), operand(S, form.DOT), dv, form.DOT)
     if AFTER:
-        columns = column * form.BV + tl.arange(0, form.BV)
-        at_rows = (open_row * form.SIZE + slots_k[0])[:, None] * form.V
-        inside = (slots_k[1] & stays)[:, None] & (columns < form.V)[None, :]
+        columns = tl.arange(0, form.BV) + column * form.BV
+        stays, place_k = of_complete_groups(slots_k, group, False, form)[1], slots_k[0]
+        at_rows = (open_row * form.SIZE + place_k)[:, None] * form.V
+        inside = stays[:, None] & (columns < form.V)[None, :]
         at_after = after_value + at_rows + columns[None, :]
         dv += tl.load(at_after, mask=inside, other=0.0).to(form.SUM)
     x = dvalue + g * x_head, x_batch, x_row
@@ -264,7 +263,7 @@ def bias_gradients(
         x = scores(q, slots, k, open_quad_key, slots_k, bias, h, seen, form)
         dw = products(d, slots, v, open_value, slots_k, form.V, form.BV, form.V_PARTS, form)
         found += tl.where(seen, slope(x, form) * dw, 0.0)
-    place, place_k = mine * form.C + tl.arange(0, form.C), mine_k * form.C + tl.arange(0, form.C)
+    place, place_k = tl.arange(0, form.C) + mine * form.C, tl.arange(0, form.C) + mine_k * form.C
     inside = (place < form.SIZE)[:, None] & (place_k < form.SIZE)[None, :]
     first = (split * H + h) * (form.SIZE * form.SIZE)
     at_bias = dbias + first + place[:, None].to(tl.int64) * form.SIZE + place_k[None, :]
