@@ -148,6 +148,12 @@ TRITON = (
     "linear-callable-decay",
     "elita-own",
     "elita-partly-own",
+    "mixed-relu2",
+    "mixed-laplace",
+    "mixed-bias",
+    "mixed-unreduced",
+    "mixed-one",
+    "mixed-wide",
     "linear-pair",
 )
 

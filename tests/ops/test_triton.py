@@ -1,12 +1,11 @@
 """Triton's kernels of linear and Taylor attention, in Triton's interpreter.
 
-The matrix has the law. Here are what the interpreter hides, and sizes that the matrix lacks.
+The matrix has the law. Here are what the interpreter hides, and sizes that the matrix lacks. The
+other operations are in test_triton_others.py.
 """
 
 from __future__ import annotations
 
-import builtins
-import random
 import sys
 from typing import Any
 
@@ -20,7 +19,7 @@ from cumulant.kernels.spec import AttentionInputs, AttentionSpec
 from cumulant.kernels.triton import attention
 
 from .cases import TOLERANCE, error
-from .interpreter import HAS_TRITON
+from .interpreter import HAS_TRITON, run_in_any_order
 from .native_calls import run_script
 from .walking import walk
 
@@ -113,18 +112,9 @@ def test_nothing_unwritten_is_read(order: int, processors: int, monkeypatch, unw
 @pytest.mark.parametrize("order", [0, 2])
 def test_programs_of_a_launch_do_not_depend_on_each_other(order: int, monkeypatch):
     """The interpreter runs them one after another; here in three other orders."""
-    from triton.runtime import interpreter
 
     def run(seed: int | None) -> list[Tensor]:
-        shuffled = random.Random(seed)
-
-        def in_any_order(*bounds):
-            found = list(builtins.range(*bounds))
-            if seed is not None and sys._getframe(1).f_code.co_name == "__call__":
-                shuffled.shuffle(found)
-            return found
-
-        monkeypatch.setattr(interpreter, "range", in_any_order, raising=False)
+        run_in_any_order(monkeypatch, seed)
         return [
             *attend(order, "triton", decays=True),
             *attend(order, "triton", packed=True),
@@ -209,7 +199,7 @@ def test_numbers_beyond_32_bits():
 GUARDED = """
 import ctypes, mmap, torch
 import cumulant as cm
-from cumulant.kernels.triton import attention, device
+from cumulant.kernels.triton import attention, device, elita, mixed_chunk
 
 libc = ctypes.CDLL(None, use_errno=True)
 libc.mmap.restype = ctypes.c_void_p
@@ -229,7 +219,8 @@ def guarded(shape, dtype, at_end):
     buffer = (ctypes.c_char * size).from_address(start)
     return torch.frombuffer(buffer, dtype=dtype).view(shape)
 
-attention.CHUNK, attention.SPAN, device.PROCESSORS = 16, 16, 1000
+attention.CHUNK = elita.CHUNK = mixed_chunk.CHUNK = attention.SPAN = elita.SPAN = 16
+device.PROCESSORS = 1000
 for at_end in (True, False):
     def new_empty(self, *shape, dtype=None, device=None):
         shape = shape[0] if isinstance(shape[0], (tuple, torch.Size)) else shape
@@ -254,6 +245,22 @@ for at_end in (True, False):
         else:
             out, end = cm.linear_attention(q, k, v, **options)
         (out.sum() + end.numerator.sum() + end.denominator.sum()).backward()
+    for T in (37, 1):
+        state = cm.ElitaState(take(1, 1).double(), take(1, 1, 5).double(), torch.tensor([3]))
+        call = take(1, 1, T), take(1, 2, T), take(1, 2, T), take(1, 1, T, 5)
+        out, end = cm.elita_attention(*call, state=state, return_state=True, impl="triton")
+        (out.sum() + end.mean.sum() + end.log_weight.sum()).backward()
+        with torch.no_grad():
+            cm.elita_attention(*call, state=state, return_state=True, impl="triton")
+        call = *(take(1, h, T, D) for h, D in ((2, 3), (1, 3), (2, 7), (1, 7))), take(1, 1, T, 5)
+        still_open = (take(1, 1, 20, D) for D in (3, 7, 5))
+        state = cm.MixedChunkState(take(1, 1, 7, 5), *still_open, torch.tensor([23]))
+        out, end = cm.mixed_chunk_attention(
+            *call, group_size=20, bias=take(20, 20), is_causal=True, state=state,
+            key_mask=guarded((1, T), torch.bool, at_end).fill_(True), return_state=True,
+            impl="triton",
+        )
+        (out.sum() + end.numerator.sum() + end.value.sum()).backward()
 print("all inside")
 """
 

@@ -8,7 +8,11 @@ from cumulant.ops.repeated import forget
 
 PLACES = {
     "chunk": ("torch.attention.CHUNK", "native.attention.CHUNK", "differentiable.attention.CHUNK"),
-    "triton_chunk": ("triton.attention.CHUNK", "triton.elita.CHUNK"),  # a power of two, at least 16
+    "triton_chunk": (
+        "triton.attention.CHUNK",
+        "triton.elita.CHUNK",
+        "triton.mixed_chunk.CHUNK",
+    ),  # a power of two, at least 16
     "span": ("native.attention.SPAN", "triton.attention.SPAN"),
     "triton_processors": ("triton.device.PROCESSORS",),
     "elita_chunk": ("torch.elita.CHUNK",),
