@@ -12,7 +12,6 @@ much of. The comparison fails where a kernel is worse than the table says.
 from __future__ import annotations
 
 import argparse
-import inspect
 import json
 import os
 import re
@@ -25,7 +24,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
+from gpu_kernels import calls, constants_of, kernels_of, signature
 
 TABLE = Path(__file__).parent.parent / "docs/reports/gpu-offline/kernels.json"
 NVIDIA, AMD = (80, 89, 90, 100, 120), ("gfx942",)
@@ -37,110 +36,29 @@ INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Za
 PRODUCTS = re.compile(r"HGMMA|UTC\w*MMA|HMMA|DMMA|IMMA")
 
 
-def forms() -> dict[str, dict[str, Any]]:
-    """The calls whose kernels are compiled, by name."""
-    base: dict[str, Any] = {"K": 16, "V": 64, "order": 2, "activation": "identity"}
-    base |= {"dtype": torch.bfloat16, "decays": False}
-    elu = base | {"K": 64, "order": 0, "activation": "elu"}
-    return {
-        "taylor-2 K16 V64 bf16": base,
-        "elu K64 V64 bf16": elu,
-        "taylor-2 K16 V64 bf16 decay": base | {"decays": True},
-        "elu K64 V64 bf16 decay": elu | {"decays": True},
-        "taylor-2 K16 V64 fp32": base | {"dtype": torch.float32},
-        "elu K64 V64 fp32": elu | {"dtype": torch.float32},
-        "taylor-2 K16 V64 fp16": base | {"dtype": torch.float16},
-        "taylor-2 K8 V64 bf16": base | {"K": 8},
-        "taylor-2 K32 V64 bf16": base | {"K": 32},
-        "taylor-1 K16 V64 bf16": base | {"order": 1},
-        "elu K128 V128 bf16": elu | {"K": 128, "V": 128},
-        "elu K256 V256 bf16": elu | {"K": 256, "V": 256},
-    }
-
-
-KERNELS = (
-    "key_sums",
-    "outputs",
-    "query_sums",
-    "query_gradients",
-    "key_gradients",
-    "scan_spans",
-    "scan_moments",
-    "step",
-)
-TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-
-
-def make_form(call: dict[str, Any], hip: bool) -> Any:
-    """The constants of a call, as `attention.Call` makes them."""
-    from cumulant.kernels.spec import AttentionSpec
-    from cumulant.kernels.triton import device
-    from cumulant.kernels.triton.attention import CHUNK
-    from cumulant.kernels.triton.call import form_constants
-    from cumulant.kernels.triton.form import Form
-
-    order = call["order"]
-    spec = AttentionSpec(
-        order,
-        True,
-        call["activation"],
-        call["K"] ** -0.5 if order else 1.0,
-        True,
-        True,
-        False,
-        CHUNK,
-    )
-    dot = device.dot_type(torch.empty(0, dtype=call["dtype"]), hip=hip)
-    found = form_constants(call["K"], call["V"], spec, dot, torch.float32)
-    return Form(*device.constants(*found._replace(decays=call["decays"], flushes=not hip)))
-
-
-def signature(kernel: Any, call: dict[str, Any]) -> tuple[dict[str, str], list[str]]:
-    """The types of a kernel's arguments, and those that are multiples of 16."""
-    half = {"query", "key", "value", "dquery", "dkey", "dvalue"}
-    integers = {"rows", "begins", "offsets", "first_spans"}
-    types, aligned = {}, []
-    for name, parameter in inspect.signature(kernel.fn).parameters.items():
-        if "constexpr" in str(parameter.annotation):
-            types[name] = "constexpr"
-        elif name in (
-            "T",
-            "span",
-            "splits",
-            "H",
-            "G",
-            "parts",
-            "size",
-            "sizes",
-        ) or re.fullmatch(r"\w_(batch|head|row)", name):
-            types[name] = "i64" if name.startswith("size") else "i32"
-            if re.fullmatch(r"[qkvgo]_(batch|head|row)|sizes?", name):
-                aligned.append(name)
-        else:
-            kind = TYPES[call["dtype"]] if name in half else "fp32"
-            kind = {"mask": "u8", "totals": "fp64"}.get(name, "i32" if name in integers else kind)
-            types[name] = f"*{kind}"
-            aligned.append(name)
-    return types, aligned
-
-
 def compile_kernel(name: str, label: str, target: int | str) -> dict[str, Any]:
     """One row of the table."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from cumulant.kernels.triton import gradients, outputs, step, sums
+    from cumulant.kernels.triton import (
+        gradients,
+        groups,
+        mean_gradients,
+        means,
+        mixed_gradients,
+        mixed_outputs,
+        outputs,
+        step,
+        sums,
+    )
 
-    call, hip = forms()[label], isinstance(target, str)
-    kernel = {**vars(sums), **vars(outputs), **vars(gradients), **vars(step)}[name]
-    constants: dict[str, Any] = {"form": make_form(call, hip)}
-    fixed = {"SOURCE": "spans", "SHARES": call["decays"], "V": call["V"], "BV": 64}
-    fixed |= {"BLOCKS": -(-call["V"] // 64), "BACKWARDS": False}
-    fixed |= dict.fromkeys(("FINAL", "HAS_BEFORE", "HAS_AFTER"), False)
-    fixed |= {"GROUP": 1}
-    types, aligned = signature(kernel, call)
-    constants |= {k: v for k, v in fixed.items() if k in types}
+    modules = gradients, groups, mean_gradients, means, mixed_gradients, mixed_outputs
+    kernel = next(vars(m)[name] for m in (*modules, outputs, step, sums) if name in vars(m))
+    hip = isinstance(target, str)
+    types, aligned = signature(kernel, label)
+    constants = constants_of(label, list(types), hip)
     attributes = {(list(types).index(n),): [["tt.divisibility", 16]] for n in aligned}
     source = ASTSource(kernel, types, constexprs=constants, attrs=attributes)
     chip = GPUTarget("hip", target, 64) if hip else GPUTarget("cuda", target, 32)
@@ -251,9 +169,11 @@ def limits(row: dict[str, Any]) -> list[str]:
         found.append(f"{row['shared']} bytes of shared memory")
     if row["narrow"]:
         found.append(f"{row['narrow']} offsets of 32 bits")
-    if target == 90 and any(op.startswith("HMMA") for op in row["products"]):
+    # ELiTA's chunks of 32 tokens have fewer rows than HGMMA, and their products are few
+    is_small = row["call"].startswith("elita")
+    if target == 90 and not is_small and any(op.startswith("HMMA") for op in row["products"]):
         found.append("products by HMMA, not by HGMMA")
-    backwards = row["kernel"] in ("query_sums", "query_gradients", "key_gradients")
+    backwards = row["kernel"] == "query_sums" or "gradient" in row["kernel"]
     most = 0 if row["call"].startswith("elu") else 100 if backwards else 50
     spills = row.get("spills", row.get("spilled", 0))
     if spills > max(most, 0.02 * row.get("loop", 0)):
@@ -303,11 +223,10 @@ def main() -> None:
     targets = [int(t) if t.isdigit() else t for t in options.target or []] or [*NVIDIA, *AMD]
     which = [
         (kernel, label, target)
-        for label, call in forms().items()
-        for kernel in KERNELS
+        for label in calls()
+        for kernel in kernels_of(label)
         for target in targets
         if label.startswith(options.only) and options.kernel in kernel
-        if call["order"] == 2 or kernel != "scan_moments"
     ]
     rows = build(which, options.processes)
     show(rows)

@@ -17,7 +17,7 @@ from cumulant.text.options import TrainingOptions
 from cumulant.text.runs import whole_checkpoints
 from cumulant.text.tokenizer import byte_tokenizer
 from cumulant.text.tokens import read_tokens
-from cumulant.text.train import train
+from cumulant.text.train import _uses_bf16, train
 
 from .conftest import SMALL
 
@@ -213,3 +213,20 @@ def test_the_option_lists_the_models_presets():
     from cumulant.text import options
 
     assert tuple(PRESETS) == options.PRESETS
+
+
+@pytest.mark.parametrize(
+    ("device", "gpu", "chosen", "expected"),
+    [
+        ("auto", True, None, True),
+        ("auto", True, False, False),
+        ("cpu", True, None, False),
+        ("auto", False, None, False),
+        ("cpu", False, True, True),
+    ],
+)
+def test_gpus_multiply_in_bf16_by_default(device, gpu, chosen, expected, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    options = TrainingOptions(output=str(tmp_path), data=["x"], device=device, bf16=chosen)
+    assert _uses_bf16(options) is expected

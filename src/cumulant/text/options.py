@@ -105,7 +105,9 @@ class TrainingOptions:
         0, "steps between checkpoints; 0: with each evaluation, else ten times"
     )
     seed: int = option(0, "seed of weights and batches")
-    bf16: bool = option(False, "autocast to bfloat16")
+    bf16: bool | None = option(
+        None, "autocast to bfloat16; without either, on GPUs that multiply in it"
+    )
     device: str = option("auto", "auto, cpu or cuda")
     fsdp: bool = option(False, "shard the model over the processes of torchrun")
     gradient_checkpointing: bool = option(False, "recompute layers in the backward pass")

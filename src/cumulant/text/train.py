@@ -221,8 +221,8 @@ def _trainer_arguments(run: Run) -> TrainingArguments:
         weight_decay=options.weight_decay,
         adam_beta2=options.adam_beta2,
         max_grad_norm=options.clip,
-        bf16=options.bf16,
-        use_cpu=options.device == "cpu" or not torch.cuda.is_available(),
+        bf16=_uses_bf16(options),
+        use_cpu=not _uses_gpu(options),
         seed=options.seed,
         eval_strategy="steps",
         eval_steps=every,
@@ -239,10 +239,21 @@ def _trainer_arguments(run: Run) -> TrainingArguments:
         fsdp=options.fsdp or None,
         fsdp_config={"transformer_layer_cls_to_wrap": ["CumulantBlock"]} if options.fsdp else None,
         ddp_find_unused_parameters=False,
-        dataloader_pin_memory=torch.cuda.is_available() and options.device != "cpu",
+        dataloader_pin_memory=_uses_gpu(options),
         accelerator_config={"split_batches": False, "dispatch_batches": False},
         **{checkpointing: options.gradient_checkpointing},
     )
+
+
+def _uses_gpu(options: TrainingOptions) -> bool:
+    return options.device != "cpu" and torch.cuda.is_available()
+
+
+def _uses_bf16(options: TrainingOptions) -> bool:
+    """Whether to multiply in bf16: as the options say, else on GPUs that have such products."""
+    if options.bf16 is not None:
+        return options.bf16
+    return _uses_gpu(options) and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def _logging_steps(steps: int, save: int) -> int:

@@ -25,8 +25,9 @@ def find_group(u, T, most, rows, numbers, bases, fills, form: tl.constexpr):
     all slots, and the place of its first token. A group that does not exist has no slots.
     """
     if form.INDEXED:
-        n = tl.load(rows + u)
-        c, exists = tl.load(numbers + u), n >= 0
+        at = tl.cast(u, tl.int64)
+        n, c = tl.load(rows + at), tl.load(numbers + at)
+        exists = n >= 0
         n = tl.maximum(n, 0).to(tl.int64)
         base = tl.load(bases + n)
         length = tl.where(exists, tl.load(bases + n + 1) - base, 0)
@@ -77,7 +78,7 @@ def load_slots(
     """Part of the vectors [C, BD] of slots: of tokens, or of a state's open groups [N·G, g, D]."""
     address, batch, row = x
     place, exists, is_token, is_open, b, t, open_row = slots
-    columns = tl.arange(0, BD) + part * BD
+    columns = tl.arange(0, BD) + tl.cast(part, tl.int64) * BD
     inside = (columns < D)[None, :]
     at = address + (b * batch + t * row)[:, None] + columns[None, :]
     found = tl.load(at, mask=is_token[:, None] & inside, other=0.0).to(form.SUM)
@@ -95,7 +96,7 @@ def store_slots(
     """Writes what `load_slots` reads."""
     address, batch, row = x
     place, exists, is_token, is_open, b, t, open_row = slots
-    columns = tl.arange(0, BD) + part * BD
+    columns = tl.arange(0, BD) + tl.cast(part, tl.int64) * BD
     inside = (columns < D)[None, :]
     at = address + (b * batch + t * row)[:, None] + columns[None, :]
     tl.store(at, rounded(y, address.dtype.element_ty), mask=is_token[:, None] & inside)
@@ -151,7 +152,7 @@ def scores(query, slots, key, open_key, slots_k, bias, h, seen, form: tl.constex
     x = x * quad_scale(form)
     if form.BIASES > 0:
         head = tl.where(form.BIASES > 1, h, 0).to(tl.int64) * (form.SIZE * form.SIZE)
-        place, place_k = slots[0].to(tl.int64), slots_k[0]
+        place, place_k = slots[0].to(tl.int64), slots_k[0].to(tl.int64)
         at = bias + head + place[:, None] * form.SIZE + place_k[None, :]
         x += tl.load(at, mask=seen, other=0.0).to(form.SUM)
     return x
@@ -160,7 +161,10 @@ def scores(query, slots, key, open_key, slots_k, bias, h, seen, form: tl.constex
 @triton.jit
 def load_sums(sums, at, part, column, form: tl.constexpr):
     """A part [BL, BV] of matrix `at` of sums [..., L, V]."""
-    rows, columns = tl.arange(0, form.BL) + part * form.BL, tl.arange(0, form.BV) + column * form.BV
+    rows, columns = (
+        tl.arange(0, form.BL) + tl.cast(part, tl.int64) * form.BL,
+        tl.arange(0, form.BV) + tl.cast(column, tl.int64) * form.BV,
+    )
     at_sums = sums + (at * form.L + rows)[:, None] * form.V + columns[None, :]
     return tl.load(at_sums, mask=(rows < form.L)[:, None] & (columns < form.V)[None, :], other=0.0)
 
@@ -198,8 +202,8 @@ def group_sums(
     if QUERIES:
         found = found * linear_scale(group[3], form)
     rows_of, columns = (
-        tl.arange(0, form.BL) + part * form.BL,
-        tl.arange(0, form.BV) + column * form.BV,
+        tl.arange(0, form.BL) + tl.cast(part, tl.int64) * form.BL,
+        tl.arange(0, form.BV) + tl.cast(column, tl.int64) * form.BV,
     )
     at_sums = sums + (at.to(tl.int64) * form.L + rows_of)[:, None] * form.V + columns[None, :]
     tl.store(at_sums, found, mask=(rows_of < form.L)[:, None] & (columns < form.V)[None, :])

@@ -252,7 +252,7 @@ def finish_logits(
             whole = M * tl.load(passes + at.to(tl.int64)) + tl.load(dlog_weights + at.to(tl.int64))
             tl.store(dlog_weight + b * G + g, whole)
     if own + 1 < splits:
-        m = tl.load(saved_log_weights + (b * G + g) * blocks + end // form.C)
+        m = tl.load(saved_log_weights + ((b * G + g) * blocks + end // form.C))
         later = tl.full((), 0, tl.int32)
         chunks = tl.cdiv(tl.maximum(end - begin, 0), form.C)
         for chunk in range(0, chunks):

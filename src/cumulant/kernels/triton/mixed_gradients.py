@@ -77,7 +77,7 @@ def store_parts(
     for part in tl.static_range(PARTS):
         y = found[part]
         if AFTER:
-            columns = tl.arange(0, BD) + part * BD
+            columns = tl.arange(0, BD) + tl.cast(part, tl.int64) * BD
             at = upstream + (open_row * form.SIZE + place)[:, None] * D + columns[None, :]
             stays = of_complete_groups(slots, group, False, form)[1]
             inside = stays[:, None] & (columns < D)[None, :]
@@ -226,7 +226,7 @@ def mixed_value_gradients(
             S = load_sums(sums, place, part, column, form)
             dv = add_product(operand(keys, form.DOT), operand(S, form.DOT), dv, form.DOT)
     if AFTER:
-        columns = tl.arange(0, form.BV) + column * form.BV
+        columns = tl.arange(0, form.BV) + tl.cast(column, tl.int64) * form.BV
         stays, place_k = of_complete_groups(slots_k, group, False, form)[1], slots_k[0]
         at_rows = (open_row * form.SIZE + place_k)[:, None] * form.V
         inside = stays[:, None] & (columns < form.V)[None, :]
@@ -266,5 +266,6 @@ def bias_gradients(
     place, place_k = tl.arange(0, form.C) + mine * form.C, tl.arange(0, form.C) + mine_k * form.C
     inside = (place < form.SIZE)[:, None] & (place_k < form.SIZE)[None, :]
     first = (split * H + h) * (form.SIZE * form.SIZE)
-    at_bias = dbias + first + place[:, None].to(tl.int64) * form.SIZE + place_k[None, :]
+    place, place_k = place.to(tl.int64), place_k.to(tl.int64)
+    at_bias = dbias + first + place[:, None] * form.SIZE + place_k[None, :]
     tl.store(at_bias, found, mask=inside)

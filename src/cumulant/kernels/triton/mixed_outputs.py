@@ -95,6 +95,6 @@ def open_group(
     group = n, length // form.SIZE, fill, length, base
     slots = find_slots(chunk, group, T, index, n * G + g, form)
     y = load_slots((x + g * x_head, x_batch, x_row), still_open, slots, part, D, BD, True, form)
-    place, columns = slots[0], tl.arange(0, BD) + part * BD
+    place, columns = slots[0], tl.arange(0, BD) + tl.cast(part, tl.int64) * BD
     at_out = out + ((n * G + g) * form.SIZE + place)[:, None] * D + columns[None, :]
     tl.store(at_out, y, mask=(place < form.SIZE)[:, None] & (columns < D)[None, :])
