@@ -102,11 +102,11 @@ def kernels_of(label: str) -> tuple[str, ...]:
     return tuple(name for name in names if name != "scan_moments" or calls()[label]["order"] == 2)
 
 
-def make_form(label: str, hip: bool) -> Any:
+def make_form(label: str, target: int | str) -> Any:
     """The constants of a call, as the calls themselves make them."""
     from cumulant.kernels.triton import device
 
-    call = calls()[label]
+    call, hip = calls()[label], isinstance(target, str)
     if label.startswith("elita"):
         from cumulant.kernels.triton.mean_form import MeanForm
 
@@ -117,18 +117,19 @@ def make_form(label: str, hip: bool) -> Any:
         return MixedForm(*device.constants(*_mixed_form(call, hip).values()))
     from cumulant.kernels.triton.form import Form
 
-    return Form(*device.constants(*_attention_form(call, hip)))
+    return Form(*device.constants(*_attention_form(call, target)))
 
 
-def _attention_form(call: dict[str, Any], hip: bool) -> Any:
+def _attention_form(call: dict[str, Any], target: int | str) -> Any:
     from cumulant.kernels.spec import AttentionSpec
     from cumulant.kernels.triton import device
-    from cumulant.kernels.triton.attention import CHUNK
+    from cumulant.kernels.triton.attention import chunk_on
     from cumulant.kernels.triton.call import form_constants
 
-    order = call["order"]
+    order, hip = call["order"], isinstance(target, str)
+    chunk = chunk_on(0 if isinstance(target, str) else target // 10, order)
     scale = call["K"] ** -0.5 if order else 1.0
-    spec = AttentionSpec(order, True, call["activation"], scale, True, True, False, CHUNK)
+    spec = AttentionSpec(order, True, call["activation"], scale, True, True, False, chunk)
     dot = device.dot_type(torch.empty(0, dtype=call["dtype"]), hip=hip)
     found = form_constants(call["K"], call["V"], spec, dot, torch.float32)
     return found._replace(decays=call["decays"], flushes=not hip)
@@ -156,13 +157,13 @@ def _mixed_form(call: dict[str, Any], hip: bool) -> dict[str, Any]:
     return mixed_form(inputs, spec, hip)
 
 
-def constants_of(label: str, names: list[str], hip: bool) -> dict[str, Any]:
+def constants_of(label: str, names: list[str], target: int | str) -> dict[str, Any]:
     """The constants of a kernel with these arguments."""
     call, family = calls()[label], family_of(label)
     found = family.constants | {"SHARES": call["decays"]}
     if family is ATTENTION:
         found |= {"V": call["V"], "BV": 64, "BLOCKS": -(-call["V"] // 64)}
-    return {"form": make_form(label, hip)} | {k: v for k, v in found.items() if k in names}
+    return {"form": make_form(label, target)} | {k: v for k, v in found.items() if k in names}
 
 
 def signature(kernel: Any, label: str) -> tuple[dict[str, str], list[str]]:

@@ -58,7 +58,7 @@ def compile_kernel(name: str, label: str, target: int | str) -> dict[str, Any]:
     kernel = next(vars(m)[name] for m in (*modules, outputs, step, sums) if name in vars(m))
     hip = isinstance(target, str)
     types, aligned = signature(kernel, label)
-    constants = constants_of(label, list(types), hip)
+    constants = constants_of(label, list(types), target)
     attributes = {(list(types).index(n),): [["tt.divisibility", 16]] for n in aligned}
     source = ASTSource(kernel, types, constexprs=constants, attrs=attributes)
     chip = GPUTarget("hip", target, 64) if hip else GPUTarget("cuda", target, 32)

@@ -294,3 +294,9 @@ def test_sizes_without_kernels_are_refused():
     assert "chunks of 16 tokens, 40 features" in str(
         cm.explain(cm.linear_attention, x, x, x, impl="triton")
     )
+
+
+def test_chunks_by_generation():
+    """Shorter chunks where longer ones spill registers; the table has the figures."""
+    assert [attention.chunk_on(g, 0) for g in (0, 8, 9, 10, 12)] == [16, 32, 16, 16, 32]
+    assert attention.chunk_on(8, 2) == attention.CHUNK

@@ -13,6 +13,9 @@ from .backward import Gradients
 from .call import MOST_COLUMNS, Call
 
 CHUNK = 64
+# With elementwise features, where products are by mma.sync: longer chunks spill registers
+# (docs/reports/gpu-offline). Those of Taylor features are no better with it.
+SHORT_CHUNK = 32
 SPAN = 512  # the fewest tokens in a span
 MOST_TAYLOR = 32  # numbers in a vector whose Taylor features fit the registers
 
@@ -37,9 +40,14 @@ def slower(inputs: AttentionInputs, spec: AttentionSpec) -> str:
 
 def prepared(inputs: AttentionInputs, spec: AttentionSpec) -> AttentionSpec:
     """The options with chunk and span; calls that are not causal return sums for the gradients."""
-    return spec._replace(
-        chunk=CHUNK, span=SPAN, returns_state=spec.returns_state or not spec.is_causal
-    )
+    chunk = chunk_on(device.generation(inputs.query), spec.order)
+    returns_state = spec.returns_state or not spec.is_causal
+    return spec._replace(chunk=chunk, span=SPAN, returns_state=returns_state)
+
+
+def chunk_on(generation: int, order: int) -> int:
+    """Tokens in a chunk, on NVIDIA's GPUs of a generation; 0 stands for others."""
+    return SHORT_CHUNK if generation in (8, 12) and order == 0 else CHUNK
 
 
 def describe(inputs: AttentionInputs, spec: AttentionSpec) -> str:

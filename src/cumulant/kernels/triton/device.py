@@ -82,6 +82,20 @@ def _is_old(index: int) -> bool:
 _is_old._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def generation(x: Tensor) -> int:
+    """The first number of an NVIDIA GPU's compute capability; 0 for other devices."""
+    if x.device.type != "cuda" or torch.version.hip:
+        return 0
+    return _generation(x.device.index or 0)
+
+
+def _generation(index: int) -> int:
+    return torch.cuda.get_device_capability(index)[0]
+
+
+_generation._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def slower(x: Tensor) -> str:
     """Why "auto" takes another implementation."""
     return "" if x.device.type == "cuda" else "it runs in Triton's interpreter here"
