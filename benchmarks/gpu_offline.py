@@ -43,6 +43,7 @@ def compile_kernel(name: str, label: str, target: int | str) -> dict[str, Any]:
     from triton.compiler import ASTSource
 
     from cumulant.kernels.triton import (
+        device,
         gradients,
         groups,
         mean_gradients,
@@ -64,7 +65,7 @@ def compile_kernel(name: str, label: str, target: int | str) -> dict[str, Any]:
     chip = GPUTarget("hip", target, 64) if hip else GPUTarget("cuda", target, 32)
     row = {"kernel": name, "call": label, "target": str(target)}
     try:
-        built = triton.compile(source, target=chip, options={"num_warps": 4, "num_stages": 1})
+        built = triton.compile(source, target=chip, options=device.COMPILED)
     except Exception as error:  # any failure of a compiler is a row
         return row | {"error": f"{type(error).__name__}: {str(error).strip()[:300]}"}
     row["shared"] = built.metadata.shared

@@ -16,7 +16,12 @@ from .native_calls import run_script
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 
 ATTENTION = {"key_sums", "outputs", "query_sums", "query_gradients", "key_gradients", "scan_spans"}
-ELITA = {"span_means", "scan_means", "mean_outputs", "mean_gradient_sums", "mean_gradients"}
+# Without a state, with one, and from other spans; in both directions; for matrices and vectors
+USES = {"scan_spans": 6, "group_sums": 4, "scan_groups": 4, "open_group": 4}
+KERNELS = {
+    "elita": {"span_means", "scan_means", "mean_outputs", "mean_gradient_sums", "mean_gradients"},
+    "mixed": {"group_sums", "scan_groups", "mixed_outputs", "mixed_key_gradients", "open_group"},
+}
 
 COUNT = """
 import collections, json, torch
@@ -48,7 +53,10 @@ def attend(T, kind, K, V, state=None):
     q, k, v = (torch.zeros(1, 1, T, D).requires_grad_() for D in (K, K, V))
     logs = torch.zeros(1, 1, T)
     options = {"state": state, "impl": "triton", "return_state": True}
-    if kind == "elita":
+    if kind == "mixed":
+        options |= {"is_causal": True, "group_size": 64}
+        out, state = cm.mixed_chunk_attention(q, k, q, k, v, **options)
+    elif kind == "elita":
         out, state = cm.elita_attention(logs, logs, logs, v, **options)
     elif kind == "taylor":
         options |= {"is_causal": True, "log_decay": logs}
@@ -60,7 +68,7 @@ def attend(T, kind, K, V, state=None):
     return type(state)(*(x.detach() for x in vars(state).values()))
 
 counts = {}
-for kind in ("taylor", "linear", "elita"):
+for kind in ("taylor", "linear", "elita", "mixed"):
     for K, V in ((16, 64), (5, 7)):
         found = collections.Counter()
         state = attend(20, kind, K, V)
@@ -80,8 +88,7 @@ def test_lengths_are_no_constants():
     done = run_script(COUNT, TRITON_INTERPRET="0")
     assert done.returncode == 0, done.stderr
     for call, found in json.loads(done.stdout).items():
-        assert (ELITA if call.startswith("elita") else ATTENTION) <= set(found)
+        assert KERNELS.get(call.split()[0], ATTENTION) <= set(found)
         for kernel, compiled in found.items():
-            # without a state, with one, and from other spans; a scan: of matrices, and of vectors
-            uses = 6 if kernel == "scan_spans" else 3
+            uses = USES.get(kernel, 3)
             assert compiled <= uses * (1 if call.endswith("16 64") else 2), (call, kernel)

@@ -58,7 +58,7 @@ def elita_attention(
             have N rows.
         state: m and u of earlier tokens, from `return_state`.
         return_state: return ``(out, state)``.
-        impl: "auto", "native", "torch", "reference"; see `cumulant.explain`.
+        impl: "auto", "native", "torch", "triton", "reference"; see `cumulant.explain`.
 
     Returns:
         ``[B, H, T, V]`` in value's dtype; zeros where a token has nothing to attend to.

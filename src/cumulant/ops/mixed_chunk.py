@@ -86,7 +86,7 @@ def mixed_chunk_attention(
             offset are zero. States have N rows.
         state: the past, from `return_state`. Its size does not depend on the number of tokens seen.
         return_state: return ``(out, state)``, causal only.
-        impl: "auto", "native", "torch", "reference"; see `cumulant.explain`.
+        impl: "auto", "native", "torch", "triton", "reference"; see `cumulant.explain`.
 
     Returns:
         ``[B, H, T, V]`` in value's dtype.

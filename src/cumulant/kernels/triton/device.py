@@ -18,6 +18,10 @@ CAPABILITY = (8, 0)
 WAVES = 2  # programs for each multiprocessor
 PROCESSORS = 1  # of a CPU in Triton's interpreter
 
+# How kernels are compiled. A multiplication and an addition may be one instruction: for that,
+# Triton's default differs between versions.
+COMPILED = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
+
 # Arguments that follow from lengths. Kernels are not compiled again for their values.
 VARYING = ["T", "span", "splits", "blocks", "size", "sizes", "most", "groups"]
 VARYING += [f"{x}_{y}" for x in "cdrs" for y in ("batch", "head")]
@@ -147,7 +151,7 @@ def launch(kernel: Any, programs: int, like: Tensor, *arguments: Any, **options:
     try:
         if like.device.type == "cuda":
             with torch.cuda.device(like.device):
-                kernel[(programs,)](*arguments, **options, num_warps=4, num_stages=1)
+                kernel[(programs,)](*arguments, **options, **COMPILED)
         else:
             import numpy
 
