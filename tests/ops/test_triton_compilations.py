@@ -72,7 +72,7 @@ for kind in ("taylor", "linear", "elita", "mixed"):
     for K, V in ((16, 64), (5, 7)):
         found = collections.Counter()
         state = attend(20, kind, K, V)
-        for T in range(1, 3001, 3):
+        for T in range(1, 3001, 3 if K == 5 else 33):
             attend(T, kind, K, V, state)
         counts[f"{kind} {K} {V}"] = found
 print(json.dumps(counts))

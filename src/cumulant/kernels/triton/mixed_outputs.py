@@ -54,10 +54,12 @@ def mixed_outputs(
         y = add_product(operand(w, form.DOT), operand(values, form.DOT), y, form.DOT)
     if form.SUMMED:
         place = (u if form.CAUSAL else n).to(tl.int64) * G + g
+        read = tl.zeros((form.C, form.BV), form.SUM)
         for part in range(0, form.L_PARTS):
-            x = load_slots(r, open_lin_key, slots, part, form.L, form.BL, False, form) * linear
+            x = load_slots(r, open_lin_key, slots, part, form.L, form.BL, False, form)
             S = load_sums(sums, place, part, column, form)
-            y = add_product(operand(x, form.DOT), operand(S, form.DOT), y, form.DOT)
+            read = add_product(operand(x, form.DOT), operand(S, form.DOT), read, form.DOT)
+        y += read * linear  # queries are rounded no second time
     store_slots(
         (out + h * o_head, o_batch, o_row),
         open_value,
