@@ -35,6 +35,17 @@ def taylor(impl: str) -> list[torch.Tensor]:
     return [out, *torch.autograd.grad(out.square().sum(), (q, k, v))]
 
 
+def mixed(impl: str) -> list[torch.Tensor]:
+    q = torch.ones(1, 1, 3, 4)
+    return [cm.mixed_chunk_attention(q, q, q, q, q, group_size=16, is_causal=True, impl=impl)]
+
+
+def half(impl: str) -> list[torch.Tensor]:
+    """In fp16, where sums without a quotient are soon beyond its range."""
+    q = torch.ones(1, 1, 3, 64).half()
+    return [cm.linear_attention(q, q, q, normalize=False, is_causal=True, impl=impl)]
+
+
 def linear(impl: str) -> list[torch.Tensor]:
     q = torch.ones(2, 1, 3, 4)
     return [cm.linear_attention(q, q, q, impl=impl)]
@@ -50,7 +61,7 @@ def explained() -> cm.Choice:
     return cm.explain(cm.taylor_attention, q, q, q, is_causal=True)
 
 
-@pytest.mark.parametrize("call", [taylor, linear, elita_attention])
+@pytest.mark.parametrize("call", [taylor, linear, elita_attention, mixed, half])
 def test_they_run(call):
     torch.manual_seed(0)
     with warnings.catch_warnings():

@@ -128,6 +128,22 @@ def test_sizes_of_mixed_chunks(sizes: tuple[int, int, int], g: int, form: str):
     assert_equal_reference(mixed, sizes=sizes, g=g, form=form, heads=(2, 2))
 
 
+@pytest.mark.parametrize("V", [1, 70, 150])
+def test_steps_of_elita(V: int):
+    """One token onto a state, with one block of values or three."""
+    torch.manual_seed(0)
+    logits = [torch.randn(2, 3, 1, dtype=torch.float64) for _ in range(3)]
+    v = torch.randn(2, 3, 1, V, dtype=torch.float64)
+    past = torch.randn(2, 3, dtype=torch.float64), torch.randn(2, 3, V, dtype=torch.float64)
+    state = cm.ElitaState(*past, torch.tensor([4, 4]))
+    (y, end), (exact, last) = (
+        cm.elita_attention(*logits, v, state=state, return_state=True, impl=impl)
+        for impl in ("triton", "reference")
+    )
+    for a, b in ((y, exact), (end.mean, last.mean), (end.log_weight, last.log_weight)):
+        assert error(a, b) <= TOLERANCE[torch.float64]
+
+
 @by_call
 @pytest.mark.parametrize("processors", [1, 1000], ids=["whole", "split"])
 def test_nothing_unwritten_is_read(call, processors: int, monkeypatch, unwritten_is_nan):

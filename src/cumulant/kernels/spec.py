@@ -80,10 +80,10 @@ class AttentionInputs(NamedTuple):
         """The dtype of sums."""
         return accumulation_dtype(self.query, self.key, self.value)
 
-    def first_tokens(self, count: int) -> AttentionInputs:
-        """A row's first tokens, without masks, packing and state."""
-        q, k, v = (x[:1, :, :count] for x in self[:3])
-        logs = None if self.log_decay is None else self.log_decay[:1, :, :count]
+    def one_token(self) -> AttentionInputs:
+        """A row's first token, without masks, packing and state."""
+        q, k, v = (x[:1, :, :1] for x in self[:3])
+        logs = None if self.log_decay is None else self.log_decay[:1, :, :1]
         return AttentionInputs(q, k, v, log_decay=logs)
 
 
@@ -165,9 +165,9 @@ class MixedChunkInputs(NamedTuple):
         """Whether every token is in a sequence, so that kernels write every row of the results."""
         return self.key_mask is None and self.cu_seqlens is None
 
-    def first_tokens(self, count: int) -> MixedChunkInputs:
-        """A row's first tokens, without masks, packing and state."""
-        q, k, r, s, v = (x[:1, :, :count] for x in self.tokens)
+    def one_token(self) -> MixedChunkInputs:
+        """A row's first token, without masks, packing and state."""
+        q, k, r, s, v = (x[:1, :, :1] for x in self.tokens)
         return MixedChunkInputs(q, k, r, s, v, self.bias)
 
 
@@ -289,9 +289,9 @@ class ElitaInputs(NamedTuple):
             None if self.log_weight is None or self.mean is None else (self.log_weight, self.mean)
         )
 
-    def first_tokens(self, count: int) -> ElitaInputs:
-        """A row's first tokens, without packing and state."""
-        return ElitaInputs(*(x[:1, :, :count] for x in self[:4]))
+    def one_token(self) -> ElitaInputs:
+        """A row's first token, without packing and state."""
+        return ElitaInputs(*(x[:1, :, :1] for x in self[:4]))
 
 
 class ElitaOutputs(NamedTuple):

@@ -22,6 +22,9 @@ PROCESSORS = 1  # of a CPU in Triton's interpreter
 # Triton's default differs between versions.
 COMPILED = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
 
+# What the driver says of faults that came before a launch, or have nothing to do with it
+EARLIER = ("illegal memory access", "out of memory", "device-side assert", "captur")
+
 # Arguments that follow from lengths. Kernels are not compiled again for their values.
 VARYING = ["T", "span", "splits", "blocks", "size", "sizes", "most", "groups"]
 VARYING += [f"{x}_{y}" for x in "cdrs" for y in ("batch", "head")]
@@ -157,7 +160,11 @@ def launch(kernel: Any, programs: int, like: Tensor, *arguments: Any, **options:
 
             with numpy.errstate(all="ignore"):
                 kernel[(programs,)](*arguments, **options)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # of Triton, its compilers, or the driver
+        if any(words in str(error) for words in EARLIER):
+            raise
         first = (str(error).strip().splitlines() or [""])[0][:200]
         raise KernelFailure(
             f"the kernel {getattr(kernel, '__name__', kernel)} could not be compiled or started"

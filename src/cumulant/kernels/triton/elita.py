@@ -27,7 +27,9 @@ def obstacle(inputs: ElitaInputs, spec: ElitaSpec) -> str:
     if elsewhere := device.obstacle(inputs.value) or device.obstacle(inputs.key_logit):
         return elsewhere
     V = inputs.value.shape[-1]
-    return "" if V <= MOST_COLUMNS else f"its kernels take V up to {MOST_COLUMNS}, not V = {V}"
+    if not 0 < V <= MOST_COLUMNS:
+        return f"its kernels take V from 1 to {MOST_COLUMNS}, not V = {V}"
+    return ""
 
 
 def slower(inputs: ElitaInputs, spec: ElitaSpec) -> str:

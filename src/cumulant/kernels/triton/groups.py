@@ -236,6 +236,7 @@ def scan_groups(
         u = first + (count - 1 - i if BACKWARDS else i)
         at_sums = sums + (u * G + g) * size + columns
         own = tl.load(at_sums, mask=inside, other=0.0)
+        tl.debug_barrier()  # warps with the same numbers have all read them
         if KEEP:
             tl.store(at_sums, total.to(form.SUM), mask=inside)
         total += own

@@ -124,6 +124,7 @@ def scan_mean_gradients(
     for i in range(0, splits):
         at = (b * splits + splits - 1 - i).to(tl.int64) * G + g
         own, passed = load_mean(sums, at, 1.0, form), tl.load(passes + at)
+        tl.debug_barrier()  # warps with the same numbers have all read them
         store_mean(sums, Q, 1.0, at, form)
         found = ()
         for k in tl.static_range(form.BLOCKS):
@@ -264,5 +265,6 @@ def finish_logits(
             share = tl.exp(tl.where(stays, c.to(tl.float64) - m, float("-inf")))
             at_row = dkey_logit + (b * G + g) * T + row.to(tl.int64)
             had = tl.load(at_row, mask=inside, other=0.0)
+            tl.debug_barrier()  # warps with the same numbers have all read them
             tl.store(at_row, had + (share * M).to(form.SUM), mask=inside)
             later += tl.max(segment, 0)

@@ -125,6 +125,7 @@ def scan_means(
         at = (b * splits + i).to(tl.int64) * G + g
         own_m, own_u = tl.load(log_weights + at), load_mean(means, at, 1.0, form)
         is_open = tl.load(open_spans + at)
+        tl.debug_barrier()  # warps with the same numbers have all read them
         tl.store(log_weights + at, m)
         store_mean(means, u, 1.0, at, form)
         m, u = add_states(m, u, own_m, own_u, is_open, form)
@@ -214,17 +215,18 @@ def mean_step(
     top = tl.maximum(tl.maximum(m, c), LEAST_LOG)
     m = log_sum(top, tl.exp(m - top) + tl.exp(c - top))
     tl.store(last_log_weight + n.to(tl.int64), m)
-    columns = tl.arange(0, form.BV * form.BLOCKS)
-    exists = columns < form.V
-    v = tl.load(value + b * v_batch + g * v_head + columns, mask=exists, other=0.0).to(form.SUM)
-    at = n.to(tl.int64) * form.V + columns
-    u = tl.load(means + at, mask=exists, other=0.0)
-    u += gate(odds) * (v.to(tl.float64) - u)
-    tl.store(last_mean + at, u, mask=exists)
-    for h in tl.static_range(form.GROUP):
-        head = g * form.GROUP + h
-        r = tl.load(query_logit + b * r_batch + head * r_head).to(tl.float64)
-        s = tl.load(self_logit + b * s_batch + head * s_head).to(tl.float64)
-        mine = tl.where(s == float("-inf"), 0.0, tl.exp(s - r - m))
-        y = (u + gate(mine) * (v.to(tl.float64) - u)).to(form.SUM)
-        tl.store(out + b * o_batch + head * o_head + columns, rounded(y, form.OUT), mask=exists)
+    for i in tl.static_range(form.BLOCKS):
+        columns = i * form.BV + tl.arange(0, form.BV)
+        exists = columns < form.V
+        v = tl.load(value + b * v_batch + g * v_head + columns, mask=exists, other=0.0).to(form.SUM)
+        at = n.to(tl.int64) * form.V + columns
+        u = tl.load(means + at, mask=exists, other=0.0)
+        u += gate(odds) * (v.to(tl.float64) - u)
+        tl.store(last_mean + at, u, mask=exists)
+        for h in tl.static_range(form.GROUP):
+            head = g * form.GROUP + h
+            r = tl.load(query_logit + b * r_batch + head * r_head).to(tl.float64)
+            s = tl.load(self_logit + b * s_batch + head * s_head).to(tl.float64)
+            mine = tl.where(s == float("-inf"), 0.0, tl.exp(s - r - m))
+            y = (u + gate(mine) * (v.to(tl.float64) - u)).to(form.SUM)
+            tl.store(out + b * o_batch + head * o_head + columns, rounded(y, form.OUT), mask=exists)
