@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.t
 NATIVE := $(wildcard src/cumulant/kernels/native/src/*.?pp)
 
 .DEFAULT_GOAL := help
-.PHONY: help install check format format-native test test-all test-torch coverage sanitize gpu-offline docs demo dist clean
+.PHONY: help install check format format-native test test-all test-torch coverage sanitize gpu-offline test-gpu docs demo dist clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 15
@@ -78,6 +78,11 @@ sanitize: $(INSTALLED)  ## the native kernels' tests under the address and undef
 		$(BIN)/python setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
 	@LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitize/lib \
 		$(BIN)/python -m pytest -n 2 -m "not slow" -k native tests/ops
+
+test-gpu: $(INSTALLED)  ## the operations on a GPU against fp64, then their times in runs/gpu.json
+	@$(BIN)/python -c "import torch; assert torch.cuda.is_available(), 'PyTorch sees no GPU'"
+	@TRITON_INTERPRET=0 $(BIN)/python -m pytest tests/ops/test_on_gpu.py
+	@$(BIN)/python benchmarks/gpu.py
 
 gpu-offline: $(INSTALLED)  ## compile the Triton kernels for GPUs, without one, and compare with the committed table
 	@$(BIN)/python benchmarks/gpu_offline.py

@@ -103,7 +103,7 @@ class Case:
             return {}
         distance = torch.arange(size) - torch.arange(size)[:, None]
         by_head = torch.arange(1, q.shape[1] + 1)[:, None, None] * torch.cos(distance * 1.3)
-        return {"bias": 0.2 * by_head.to(q.dtype)}
+        return {"bias": 0.2 * by_head.to(q)}
 
 
 def linear_part(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
