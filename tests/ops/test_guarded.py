@@ -10,6 +10,7 @@ import torch
 import cumulant as cm
 from cumulant.kernels import backends, guarded
 from cumulant.kernels.triton import attention, device
+from cumulant.ops.repeated import forget
 
 from .cases import error
 from .interpreter import HAS_TRITON
@@ -25,7 +26,9 @@ def _auto_takes_triton(monkeypatch):
     monkeypatch.setattr(backends, "_guarded", {})
     monkeypatch.setattr(guarded, "failures", failures := {})
     monkeypatch.setattr("cumulant.ops.dispatch.failures", failures)
-    return failures
+    forget()
+    yield
+    forget()
 
 
 def taylor(impl: str) -> list[torch.Tensor]:

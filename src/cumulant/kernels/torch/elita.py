@@ -251,9 +251,9 @@ def forward(inputs: ElitaInputs, spec: ElitaSpec) -> ElitaOutputs:
         out, key_odds, own_odds, m, u = _attend(
             inputs.key_logit, r, s, value, inputs.first, inputs.past, spec.chunk
         )
-    none = m.new_empty(0)
+    none = m.new_empty(0), m.new_empty(0)  # two, because an operator's results share no memory
     own_odds = own_odds.contiguous().view(inputs.query_logit.shape)
-    return ElitaOutputs(out, key_odds.contiguous(), own_odds, none, none, m, u.contiguous())
+    return ElitaOutputs(out, key_odds.contiguous(), own_odds, *none, m, u.contiguous())
 
 
 def backward(
