@@ -115,13 +115,13 @@ def elita_call(layout: str, _: bool) -> tuple[Any, ...]:
     wide = "plain" if layout == "half" else layout
     three = [tensor((B, n, T), wide, sums_dtype(layout)) for n in (G, H, H)]
     past = tensor((B, G), "plain"), tensor((B, G, V), wide)
-    spec = ElitaSpec(chunk=4, span=4, block=16)
+    spec = ElitaSpec(span=4, block=16)
     return ElitaInputs(*three, tensor((B, G, T, V), layout), None, *past), spec
 
 
 def torch_elita_call(layout: str, _: bool) -> tuple[Any, ...]:
     inputs, spec = elita_call(layout, _)
-    return inputs, spec._replace(block=0)
+    return inputs, spec._replace(chunk=4, block=0)
 
 
 def gated_call(layout: str, is_causal: bool) -> tuple[Any, ...]:
