@@ -11,6 +11,7 @@ from torch import Tensor
 
 import cumulant as cm
 
+from ..quick import slow_but
 from .cases import TOLERANCE, error
 from .interpreter import HAS_TRITON, run_in_any_order
 from .walking import walk
@@ -151,13 +152,13 @@ def test_nothing_unwritten_is_read(call, processors: int, monkeypatch, unwritten
     assert_equal_reference(call)
 
 
-@by_call
-def test_programs_of_a_launch_do_not_depend_on_each_other(call, monkeypatch):
+@pytest.mark.parametrize("name", slow_but(("elita", "mixed packed"), CALLS))
+def test_programs_of_a_launch_do_not_depend_on_each_other(name: str, monkeypatch):
     """The interpreter runs them one after another; here in two other orders."""
 
     def run(seed: int | None) -> list[Tensor]:
         run_in_any_order(monkeypatch, seed)
-        return call("triton")
+        return CALLS[name]("triton")
 
     usual = run(None)
     for seed in (1, 2):

@@ -94,18 +94,18 @@ class Guarded:
         )
 
     def _try_once(self, inputs: Any, spec: Any) -> None:
-        one = inputs.one_token()
         sizes = tuple(
-            None if x is None else (x.dtype, x.shape[1], x.shape[-1] if x.dim() == 4 else 0)
-            for x in one
+            (x.dtype, x.shape[1], x.shape[-1] if x.dim() == 4 else 0)
+            for x in inputs
+            if x is not None and x.dim() > 2
         )
-        kind = spec, one.value.device, sizes
-        if kind in self._tried or one[0].numel() == 0 or _capturing(one.value):
+        kind = spec, inputs.value.device, sizes
+        if kind in self._tried or inputs[0].numel() == 0 or _capturing(inputs.value):
             return
         # short spans and several groups, so that all kernels run
         count = max(TOKENS, 5 * getattr(spec, "group_size", 0) // 2)
         short = spec._replace(span=spec.chunk) if getattr(spec, "chunk", 0) else spec
-        few = _random_tokens(one, count)
+        few = _random_tokens(inputs.one_token(), count)
         with self._lock:
             if kind in self._tried or self.operation in failures:
                 return

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..spec import AttentionInputs, AttentionOutputs, AttentionSpec, new_heads
+from . import device
 from .call import Call, Sums
 
 
@@ -27,7 +28,7 @@ class Gradients(Call):
         # what was saved may have been expanded by `torch.func.vmap`
         self.y = AttentionOutputs(y.out, *(None if t is None else t.contiguous() for t in y[1:]))
         self.upstream = upstream
-        self.dout = upstream.out if upstream.out.stride(-1) == 1 else upstream.out.contiguous()
+        self.dout = device.with_rows(upstream.out)
         past = upstream.final_numerator, upstream.final_denominator if spec.normalize else None
         if all(t is None for t in past):
             self.after: tuple[Tensor | None, Tensor | None] = None, None

@@ -79,7 +79,7 @@ class Call:
         x = x._replace(numerator=S, denominator=z)
         self.x, self.spec, self.K, self.V = x, spec, K, V
         self.N = sequence_count(self.B, x.cu_seqlens)
-        q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (x.query, x.key, x.value))
+        q, k, v = (device.with_rows(t) for t in (x.query, x.key, x.value))
         self.q, self.k, self.v = q, k, v
         constants = form_constants(K, V, spec, device.dot_type(x.query, x.key, x.value), x.dtype)
         self.form = Form(*device.constants(*constants._replace(
@@ -168,7 +168,7 @@ class Call:
             y.out, y.denominators, y.final_numerator, y.final_denominator, self.G,
             *self.q.stride()[:2], *self.k.stride()[:2], *self.v.stride()[:2], *y.out.stride()[:2],
             *self.decay_strides[:2],
-            GROUP=self.H // self.G, BV=_power(self.V, MOST_COLUMNS),
+            GROUP=self.H // self.G, BV=device.power_of_two(self.V, MOST_COLUMNS),
         )  # fmt: skip
 
 
@@ -202,24 +202,22 @@ class Constants(NamedTuple):
     decays: bool = False
 
 
-def _power(n: int, most: int = 64) -> int:
-    """The power of two that holds n, from 16 to `most`."""
-    return min(max(16, 1 << (n - 1).bit_length()), most)
-
-
 @lru_cache(maxsize=1024)
 def form_constants(K: int, V: int, spec: AttentionSpec, dot: str, dtype: torch.dtype) -> Constants:
     """The constants of a call's kernels."""
-    width = _power(K)
+    width = device.power_of_two(K)
     if spec.order:
         single = (K // 2 + 1) * K if spec.order == 2 else 0
-        parts, tile = 1, _power(single + K + 2)  # with a 1, and a slot for the number of keys
+        parts, tile = (
+            1,
+            device.power_of_two(single + K + 2),
+        )  # with a 1, and a slot for the number of keys
         if single % tile + K + 2 > tile:
             single = -(-single // tile) * tile
         slots = single + K + 2
     else:
         single, slots, parts, tile = 0, K, -(-K // width), width
-    block, tiles = _power(V), -(-slots // tile)
+    block, tiles = device.power_of_two(V), -(-slots // tile)
     return Constants(
         K, V, feature_count(K, spec.order, spec.constant_term), spec.order, spec.constant_term,
         spec.activation, spec.scale, spec.normalize, spec.is_causal, int(spec.chunk), width, parts,

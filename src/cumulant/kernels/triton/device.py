@@ -149,6 +149,16 @@ def constants(*values: Any) -> list[Any]:
     ]
 
 
+def with_rows(x: Tensor) -> Tensor:
+    """x, copied if the numbers of a vector are not side by side."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def power_of_two(n: int, most: int = 64) -> int:
+    """The power of two that holds n, from 16 to `most`."""
+    return min(max(16, 1 << (n - 1).bit_length()), most)
+
+
 def launch(kernel: Any, programs: int, like: Tensor, *arguments: Any, **options: Any) -> None:
     """Run a kernel on the device of `like`."""
     try:

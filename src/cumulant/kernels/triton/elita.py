@@ -53,7 +53,7 @@ def mean_form(x: ElitaInputs, chunk: int, hip: bool | None = None) -> dict[str, 
     """The constants of a call's kernels, by the names of `MeanForm`."""
     (G, V), H, dtype = x.value.shape[1::2], x.query_logit.shape[1], x.value.dtype
     exact = torch.float64 if dtype == torch.float64 else torch.float32
-    block = min(max(16, 1 << (V - 1).bit_length()), BLOCK) if V else 16
+    block = device.power_of_two(V, BLOCK)
     options = {} if hip is None else {"hip": hip}
     return {
         "V": V, "BV": block, "BLOCKS": -(-V // block), "C": chunk, "GROUP": H // G, "SUM": exact,
@@ -74,7 +74,7 @@ class _Call:
         self.x = x
         self.form = MeanForm(*device.constants(*mean_form(x, spec.chunk).values()))
         self.first = None if x.first is None else x.first.contiguous().view(torch.uint8)
-        self.value = _with_rows(x.value)
+        self.value = device.with_rows(x.value)
         wanted = device.wanted_programs(x.value)
         splits = max(1, min(self.T // spec.span, -(-wanted // max(self.B * self.G, 1))))
         self.span = max(1, -(-self.T // (splits * spec.chunk))) * spec.chunk
@@ -140,7 +140,7 @@ class _Call:
         self, upstream: ElitaOutputs, y: ElitaOutputs, gradients: ElitaInputs
     ) -> tuple[Tensor, Tensor]:
         """Writes the gradients of values and of the state; those of key and self logits."""
-        x, dout = self.x, _with_rows(upstream.out)
+        x, dout = self.x, device.with_rows(upstream.out)
         dm, du = (
             None if t is None else t.contiguous()
             for t in (upstream.final_log_weight, upstream.final_mean)
@@ -179,11 +179,6 @@ class _Call:
                 BEFORE=before,
             )  # fmt: skip
         return dc, ds
-
-
-def _with_rows(x: Tensor) -> Tensor:
-    """x, copied if the numbers of a vector are not side by side."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def forward(inputs: ElitaInputs, spec: ElitaSpec) -> ElitaOutputs:

@@ -54,17 +54,15 @@ def describe(inputs: MixedChunkInputs, spec: MixedChunkSpec) -> str:
     return f"groups of {spec.group_size} tokens, all at once"
 
 
-def _power(n: int, most: int) -> int:
-    """The power of two that holds n, from 16 to `most`."""
-    return min(max(16, 1 << (n - 1).bit_length()), most)
-
-
 def mixed_form(
     x: MixedChunkInputs, spec: MixedChunkSpec, hip: bool | None = None
 ) -> dict[str, Any]:
     """The constants of a call's kernels, by the names of `MixedForm`."""
     K, L, V = (t.shape[-1] for t in (x.quad_key, x.lin_key, x.value))
-    blocks, chunk = [_power(n, PART) for n in (K, L, V)], _power(spec.group_size, CHUNK)
+    blocks, chunk = (
+        [device.power_of_two(n, PART) for n in (K, L, V)],
+        device.power_of_two(spec.group_size, CHUNK),
+    )
     parts = [-(-n // block) for n, block in zip((K, L, V), blocks)]
     dtype = accumulation_dtype(x.value)
     dot = device.dot_type(x.value) if hip is None else device.dot_type(x.value, hip=hip)
@@ -120,11 +118,6 @@ def _find_places(x: MixedChunkInputs, g: int) -> tuple[_Places, int, int]:
     return _Places(index, rows.where(rows < N, -1), numbers, bases, fills, firsts), groups, most
 
 
-def _with_rows(x: Tensor) -> Tensor:
-    """x, copied if the numbers of a vector are not side by side."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 class _Call:
     """The kernels' arguments of one call."""
 
@@ -137,7 +130,7 @@ class _Call:
         self.form = MixedForm(*device.constants(*self.sizes.values()))
         (self.B, self.G, self.T, self.V), self.H = x.value.shape, x.quad_query.shape[1]
         self.N = sequence_count(self.B, x.cu_seqlens)
-        self.tokens = [_with_rows(t) for t in x.tokens]
+        self.tokens = [device.with_rows(t) for t in x.tokens]
         self.past = [None if t is None else t.contiguous() for t in x.sums]
         self.bias = None if x.bias is None else x.bias.contiguous()
         self.places, self.groups, self.most = _find_places(x, spec.group_size)
@@ -244,7 +237,7 @@ class _Gradients(_Call):
 
     def __init__(self, upstream: MixedChunkOutputs, x: MixedChunkInputs, spec: MixedChunkSpec):
         super().__init__(x, spec)
-        self.upstream, self.dout = upstream, _with_rows(upstream.out)
+        self.upstream, self.dout = upstream, device.with_rows(upstream.out)
         given = spec.new_gradients(x, None)  # type: ignore[arg-type]
         self.found, self.open = list(given.tokens), list(given.sums)
         if not x.covers_tokens:
