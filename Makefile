@@ -80,7 +80,7 @@ sanitize: $(INSTALLED)  ## the native kernels' tests under the address and undef
 		$(BIN)/python -m pytest -n 2 -m "not slow" -k native tests/ops
 
 test-gpu: $(INSTALLED)  ## the operations on a GPU against fp64, then their times in runs/gpu.json
-	@$(BIN)/python -c "import torch; assert torch.cuda.is_available(), 'PyTorch sees no GPU'"
+	@$(BIN)/python -c "import sys, torch; torch.cuda.is_available() or sys.exit('PyTorch sees no GPU')"
 	@TRITON_INTERPRET=0 $(BIN)/python -m pytest tests/ops/test_on_gpu.py
 	@$(BIN)/python benchmarks/gpu.py
 
